@@ -1,0 +1,195 @@
+"""Images and their geometry: decoding, the one resize for the model, affine maps, boxes.
+
+Pure functions of values. The model's view of an image is made here and nowhere else (trap T10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from cv_lightning.types import IDENTITY, Affine, Box, ImageError
+
+MAX_ASPECT = 200.0
+"""Longest over shortest side; Qwen-VL's own limit."""
+MAX_DECODED_PIXELS = 120_000_000
+"""More than this is taken for a decompression bomb."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """What size the model may see."""
+
+    factor: int
+    """Sides are multiples of this: patch size times merge size (28 for Qwen2.5-VL, 32 for Qwen3-VL)."""
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
+            raise ValueError(
+                f"image limits: 0 < min_pixels ({self.min_pixels}) <= max_pixels ({self.max_pixels}) and "
+                f"max_pixels >= factor^2 ({self.factor**2}) must hold; change --model.init_args.policy.min_pixels/max_pixels"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+def decode_image(source: bytes | str | Path) -> Image.Image:
+    """Decode bytes or a file to RGB at full resolution, EXIF orientation applied, first frame only.
+
+    Transparency is laid on white; 16-bit and float pictures are scaled to 8 bits.
+
+    Raises:
+        ImageError: not an image, empty, or more than `MAX_DECODED_PIXELS`.
+    """
+    name = str(source) if not isinstance(source, bytes) else f"{len(source)} bytes"
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > MAX_DECODED_PIXELS:
+            raise ImageError(f"{name}: {image.width}x{image.height} is more than {MAX_DECODED_PIXELS} pixels")
+        image.load()
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB form of an image of any mode; transparency is laid on white."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
+        wide = image.convert("F")
+        low, high = wide.getextrema()
+        top = 65535.0 if high > 255 else 255.0
+        scale = 255.0 / top if image.mode != "F" or high > 1 else 255.0
+        return wide.point(lambda v: v * scale if low >= 0 else v).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def content_hash(image: Image.Image) -> str:
+    """First 32 hex digits of the SHA-256 of size, mode and pixels."""
+    digest = hashlib.sha256(f"{image.mode}{image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:32]
+
+
+# ------------------------------------------------------------------------------------------------ the one resize
+def model_size(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
+    """Size at which the model sees a picture: multiples of `factor` within the pixel limits.
+
+    The same arithmetic as Qwen's processor (transformers `smart_resize`), made idempotent: a size
+    that already fits is returned unchanged.
+
+    Raises:
+        ImageError: zero size, or an aspect ratio above `MAX_ASPECT`.
+    """
+    if width < 1 or height < 1:
+        raise ImageError(f"an image of {width}x{height} pixels has nothing to see")
+    if max(width, height) / min(width, height) > MAX_ASPECT:
+        raise ImageError(f"{width}x{height}: longer than {MAX_ASPECT:.0f} times its width; crop it first")
+    factor = limits.factor
+    w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
+    if w * h > limits.max_pixels:
+        scale = math.sqrt(width * height / limits.max_pixels)
+        w, h = (max(factor, math.floor(side / scale / factor) * factor) for side in (width, height))
+    elif w * h < limits.min_pixels:
+        scale = math.sqrt(limits.min_pixels / (width * height))
+        w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
+    return w, h
+
+
+def to_model_image(image: Image.Image, limits: ImageLimits) -> Image.Image:
+    """The picture as the model sees it: RGB, resized once; applying it again changes nothing."""
+    image = to_rgb(image)
+    size = model_size(*image.size, limits)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+# ------------------------------------------------------------------------------------------------ affine maps
+def compose(outer: Affine, inner: Affine) -> Affine:
+    """The map that applies `inner` first, then `outer`."""
+    return Affine(
+        outer.a * inner.a + outer.b * inner.d,
+        outer.a * inner.b + outer.b * inner.e,
+        outer.a * inner.c + outer.b * inner.f + outer.c,
+        outer.d * inner.a + outer.e * inner.d,
+        outer.d * inner.b + outer.e * inner.e,
+        outer.d * inner.c + outer.e * inner.f + outer.f,
+    )
+
+
+def invert(affine: Affine) -> Affine:
+    """The inverse map.
+
+    Raises:
+        ValueError: the map is singular.
+    """
+    det = affine.a * affine.e - affine.b * affine.d
+    if det == 0:
+        raise ValueError(f"{affine} has no inverse")
+    a, b, d, e = affine.e / det, -affine.b / det, -affine.d / det, affine.a / det
+    return Affine(a, b, -(a * affine.c + b * affine.f), d, e, -(d * affine.c + e * affine.f))
+
+
+def map_box(affine: Affine, box: Box) -> Box:
+    """Bounding box of the mapped corners of `box`."""
+    corners = [(x, y) for x in (box[0], box[2]) for y in (box[1], box[3])]
+    xs = [affine.a * x + affine.b * y + affine.c for x, y in corners]
+    ys = [affine.d * x + affine.e * y + affine.f for x, y in corners]
+    return (min(xs), min(ys), max(xs), max(ys))
+
+
+def dihedral_affine(name: str, width: int, height: int) -> Affine:
+    """Map from the coordinates of a turned or flipped picture back to those of the given one.
+
+    `width` and `height` are those of the picture *before* the operation. Turns are counter-clockwise
+    with the canvas swapped, as `PIL.Image.transpose` does them.
+
+    Raises:
+        KeyError: `name` is not one of identity, rotate_90/180/270, flip_horizontal/vertical.
+    """
+    w, h = float(width), float(height)
+    return {
+        "identity": IDENTITY,
+        "rotate_90": Affine(0, -1, w, 1, 0, 0),
+        "rotate_180": Affine(-1, 0, w, 0, -1, h),
+        "rotate_270": Affine(0, 1, 0, -1, 0, h),
+        "flip_horizontal": Affine(-1, 0, w, 0, 1, 0),
+        "flip_vertical": Affine(1, 0, 0, 0, -1, h),
+    }[name]
+
+
+def is_upright(to_source: Affine | None, expected_inverse: Affine | None = None) -> bool:
+    """True if the linear part, after `expected_inverse`, neither turns nor mirrors (scaling allowed)."""
+    if to_source is None:
+        return False
+    total = to_source if expected_inverse is None else compose(expected_inverse, to_source)
+    return total.a > 0 and total.e > 0 and abs(total.b) < 1e-6 and abs(total.d) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------ boxes
+def area(box: Box) -> float:
+    """Area in square pixels; 0 for an inverted box."""
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def intersection(a: Box, b: Box) -> float:
+    """Area that two boxes share."""
+    return area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union in [0, 1]; 0 where both are empty."""
+    shared = intersection(a, b)
+    union = area(a) + area(b) - shared
+    return shared / union if union > 0 else 0.0

@@ -1,0 +1,334 @@
+"""The data model: what flows from data to agent, reward, loss and disk.
+
+Everything here is a plain value. Heavy libraries are not imported; images are Pillow images.
+One question is a `Task`; everything that happened while one rollout answered it is a `Trajectory`;
+the trajectories of one task form a `Group`; one RL iteration's work is an `Iteration`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+SCHEMA_VERSION = 1
+"""Version of the trajectory files; a reader refuses files of a newer one."""
+
+Box = tuple[float, float, float, float]
+"""(x1, y1, x2, y2) in pixels, half-open, x to the right and y down."""
+
+
+# ------------------------------------------------------------------------------------------------ errors
+class CVLightningError(Exception):
+    """Base of every error this project raises on purpose; the message says what to change."""
+
+
+class DataError(CVLightningError):
+    """A row, file or column cannot be used; names the file, the row and the key."""
+
+
+class ImageError(DataError):
+    """Bytes that are no image, or an image outside the limits."""
+
+
+class CheckpointError(CVLightningError):
+    """A model folder or checkpoint lacks a part."""
+
+
+class EngineError(CVLightningError):
+    """The inference engine failed or was used wrongly."""
+
+
+class SandboxError(CVLightningError):
+    """The sandbox itself failed (never: the model's code failed; that is a `ToolResult`)."""
+
+
+class JudgeError(CVLightningError):
+    """The judge could not give a verdict."""
+
+
+class ParityError(CVLightningError):
+    """Engine and trainer disagree about the log-probabilities of the same tokens."""
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+class Affine(NamedTuple):
+    """A map of pixel coordinates: (x, y) -> (a x + b y + c, d x + e y + f).
+
+    Coordinates are continuous: the left edge of the picture is 0 and the right edge its width.
+    """
+
+    a: float
+    b: float
+    c: float
+    d: float
+    e: float
+    f: float
+
+
+IDENTITY = Affine(1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ task
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message of a prompt; every `<image>` mark in `content` stands for the next image."""
+
+    role: str
+    """system, user, assistant or tool"""
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One question with a checkable answer."""
+
+    id: str
+    """Unique within a data set and stable between runs."""
+    question: str
+    """The bare question, without image marks."""
+    images: tuple[Image.Image, ...]
+    """The images at their original resolution, RGB."""
+    ground_truth: str
+    data_source: str = "unknown"
+    """Data set (or kind of task) that metrics are split by."""
+    required_transforms: tuple[str, ...] = ()
+    """What was done to the image (rotate_90, flip_vertical, ...), plus `crop` where a crop is needed."""
+    box: Box | None = None
+    """Ground-truth box in pixels of `images[0]` as given."""
+    messages: tuple[Message, ...] = ()
+    """The prompt as the data set gives it; empty: the agent's own prompt around `question`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """JSON values that are stored along and read by nobody in training."""
+
+
+# ------------------------------------------------------------------------------------------------ tool
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A parsed call of the code tool."""
+
+    name: str
+    code: str
+    image_index: int = 0
+    """Which of the trajectory's images the code gets: 0 is the task's first image."""
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One image operation that really ran, with the arguments it really got."""
+
+    name: str
+    """Label of the reward's vocabulary: rotate_90, flip_horizontal, crop, resize, contrast_up, ..."""
+    call: str
+    """What was called, for people: `PIL.Image.rotate`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Evaluated arguments as JSON values (arrays and images as their shape)."""
+    input_size: tuple[int, int] | None = None
+    """(width, height) before."""
+    output_size: tuple[int, int] | None = None
+    """(width, height) after."""
+    used: bool = True
+    """False: it ran, but its result did not reach the image that was returned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """The net geometric effect of a snippet: what the result is of the input, whatever the code said."""
+
+    to_input: Affine | None
+    """Maps coordinates of the result to coordinates of the input; None: not an affine image of it."""
+    core: tuple[str, ...] = ()
+    """Core operations that describe the net effect, sorted: crop, rotate_*, flip_*."""
+    crop_box: Box | None = None
+    """Part of the input that is visible in the result, in input pixels; None: the whole frame."""
+
+
+class ToolStatus(StrEnum):
+    """How a tool call ended, as the sandbox tells it."""
+
+    OK = "ok"
+    """The snippet returned an image."""
+    ERROR = "error"
+    """The snippet raised, or returned something that is no usable image."""
+    TIMEOUT = "timeout"
+    """Killed at its deadline."""
+    KILLED = "killed"
+    """Died by a signal, or broke a resource limit."""
+    REFUSED = "refused"
+    """Never ran: too long, not text, bad image index, unknown tool."""
+    LOST = "lost"
+    """The sandbox failed, not the snippet: the trajectory is masked, never scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxResult:
+    """What running one snippet on one image gave."""
+
+    status: ToolStatus
+    image: Image.Image | None = None
+    """RGB; set exactly when `status` is OK."""
+    error: str = ""
+    """Short text for the model: exception, line of the snippet, hint. Empty when OK."""
+    error_kind: str = ""
+    """Typed reason for metrics: `NameError`, `too_large`, `memory`, ... Empty when OK."""
+    operations: tuple[Operation, ...] = ()
+    """What ran, in order."""
+    effect: Effect | None = None
+    """Net effect on the geometry; None when there is no result."""
+    tier: str = ""
+    """`plan` (executed as checked operations), `process` (model code in a child) or `cache`."""
+    elapsed_s: float = 0.0
+    """Running time in seconds, without queueing."""
+
+
+# ------------------------------------------------------------------------------------------------ trajectory
+class EndState(StrEnum):
+    """Why a trajectory ended."""
+
+    ANSWERED = "answered"
+    NO_ANSWER = "no_answer"
+    """The policy stopped with neither a tool call nor an answer."""
+    MAX_TURNS = "max_turns"
+    OVER_LENGTH = "over_length"
+    """A turn hit its token cap, or the response its own."""
+    PARSE_ERRORS = "parse_errors"
+    """More malformed tool calls than the agent forgives."""
+    MAX_IMAGES = "max_images"
+    STOPPED = "stopped"
+    """Cut by the early stop of a rollout's long tail."""
+    ERROR_ENGINE = "error:engine"
+    ERROR_SANDBOX = "error:sandbox"
+    ERROR_JUDGE = "error:judge"
+
+    @property
+    def is_error(self) -> bool:
+        """True if infrastructure failed: the trajectory is masked out of its group, never scored."""
+        return self.value.startswith("error:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryImage:
+    """One image of a trajectory: as the sandbox has it and as the model saw it."""
+
+    original: Image.Image
+    """Full resolution, RGB; what the sandbox works on."""
+    model_image: Image.Image
+    """Resized once for the model; engine and trainer both get this one and resize nothing."""
+    source: int = 0
+    """Which of the task's images it was derived from."""
+    parent: int | None = None
+    """Index of the image it was made from; None for the task's own."""
+    to_source: Affine | None = IDENTITY
+    """Maps its coordinates to those of the source image; None: not an affine image of it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Turn:
+    """One assistant turn and what the tool answered."""
+
+    text: str
+    """Decoded completion, special tokens included, without `<|im_end|>`."""
+    num_tokens: int
+    """Sampled tokens."""
+    tool_call: ToolCall | None = None
+    parse_error: str | None = None
+    """Why a tool call could not be parsed; the model was told."""
+    result: SandboxResult | None = None
+    image_index: int | None = None
+    """Index in `Trajectory.images` of the image that this turn's call made."""
+    response_text: str = ""
+    """Text of the tool response that the model read."""
+    generate_s: float = 0.0
+    tool_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class RewardBreakdown:
+    """Every reward component by name, and their weighted sum."""
+
+    components: dict[str, float]
+    """Unweighted components: accuracy, format, mandatory, necessity, exact, emerge, usage, spurious, ..."""
+    total: float
+    correct: bool = False
+    """Answer score above 0.5."""
+    answer: str | None = None
+    """The extracted answer."""
+    scored_by: str = "rule"
+    """`rule` or `judge`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trajectory:
+    """Everything that happened in one rollout, and the only thing training reads.
+
+    `token_ids`, `loss_mask` and `logprobs` have the same length: the whole sequence, prompt included,
+    every image expanded to as many `<|image_pad|>` as it has features.
+    """
+
+    task: Task
+    sample: int
+    """Index within the group, from 0."""
+    token_ids: list[int]
+    loss_mask: list[bool]
+    """True for tokens that the policy sampled."""
+    logprobs: list[float]
+    """The engine's log-probability of each sampled token; 0.0 where the mask is False."""
+    num_prompt_tokens: int
+    images: list[TrajectoryImage] = field(default_factory=list)
+    """In the order of their marks in `token_ids`."""
+    turns: list[Turn] = field(default_factory=list)
+    end_state: EndState = EndState.NO_ANSWER
+    error: str = ""
+    """What failed, for the error end states."""
+    weight_version: int = 0
+    """Version of the policy weights that sampled it."""
+    reward: RewardBreakdown | None = None
+    """None: unscored (masked out of its group)."""
+    advantage: float | None = None
+    total_s: float = 0.0
+
+    @property
+    def response_text(self) -> str:
+        """All assistant turns joined; tool responses left out."""
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def num_tool_calls(self) -> int:
+        """Calls that were handed to the sandbox, failed ones too."""
+        return sum(turn.result is not None for turn in self.turns)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """All operations that ran, in order."""
+        return [op for turn in self.turns if turn.result for op in turn.result.operations]
+
+    @property
+    def last_image_seen(self) -> TrajectoryImage:
+        """The image on which the answer was given: the last that the model saw."""
+        return self.images[-1]
+
+
+@dataclass(slots=True, kw_only=True)
+class Group:
+    """The trajectories of one task; advantages are computed over it."""
+
+    task: Task
+    trajectories: list[Trajectory]
+    iteration: int = 0
+    """RL iteration in which it was rolled out; 0 in evaluations."""
+
+
+class Iteration:
+    """One Lightning batch: the tasks of one RL iteration and, once rolled out, their groups.
+
+    A plain class on purpose: Lightning copies dataclasses, lists and mappings on their way to the
+    device, and what a callback hangs on them would be lost (trap T48).
+    """
+
+    def __init__(self, index: int, tasks: list[Task]) -> None:
+        self.index = index
+        self.tasks = tasks
+        self.groups: list[Group] = []
