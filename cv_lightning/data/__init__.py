@@ -1,0 +1,1 @@
+"""Where tasks and demonstrations come from: embedded digits, files, and the DataModules that serve them."""
