@@ -1,0 +1,217 @@
+"""The embedded task: read a two-digit number of real handwritten digits that may be turned, tiny, or both.
+
+The digits are scikit-learn's `load_digits` (1797 real 8x8 scans). They are split into training and held-out digits
+before anything is composed. A scene is a framed card with two digits and, at the bottom, a bar and a block that
+tell which way is up. For the small kinds the card is one cell in a large picture: scaled down to what the model sees
+it cannot be read, so the model has to crop the original.
+
+Glyphs and crop cells are aligned with the model's vision tokens up to a jitter of a pixel; without that a model
+of two million parameters does not learn to read within minutes.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from cv_lightning.agent.prompt import Coordinates
+from cv_lightning.images import dihedral_affine, invert, map_box
+from cv_lightning.types import Box, Task
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Pixels = npt.NDArray[np.uint8]
+
+Kind = Literal["upright", "turned", "small", "turned_and_small"]
+Split = Literal["train", "held_out"]
+
+KINDS: tuple[Kind, ...] = ("upright", "turned", "small", "turned_and_small")
+NUM_DIGITS = 1797
+LAYOUT = 96
+"""Side of the layout that the coordinates below are given in."""
+CARD = (1, 29, 66, 67)
+"""Frame around the two digits: left, top, right, bottom in layout pixels, all drawn."""
+GLYPHS = ((4, 34), (35, 34))
+"""Top left corners of the digits: each lies within one 32-pixel vision token."""
+GLYPH_SIDE = 28
+BAR = (6, 88, 90, 93)
+BLOCK = (4, 74, 15, 85)
+"""Bar along the bottom and block at its left: no two of the eight orientations of a scene look the same."""
+TRANSFORMS = {
+    "rotate_90": Image.Transpose.ROTATE_90,
+    "rotate_180": Image.Transpose.ROTATE_180,
+    "rotate_270": Image.Transpose.ROTATE_270,
+    "flip_horizontal": Image.Transpose.FLIP_LEFT_RIGHT,
+    "flip_vertical": Image.Transpose.FLIP_TOP_BOTTOM,
+}
+"""What is done to the picture of a turned kind; turns are counter-clockwise."""
+
+
+def _equal_shares() -> dict[str, float]:
+    return dict.fromkeys(KINDS, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """What the scenes look like and how often each kind comes."""
+
+    seed: int = 0
+    """Seed of the scenes; a scene depends on it, the split, the kind and the index alone."""
+    model_side: int = 96
+    """Side in pixels of scenes that are not small, and of what the model sees of the others."""
+    original_side: int = 384
+    """Side in pixels of the large original of the small kinds."""
+    cell: int = 64
+    """Grid step of the cards on a large original: a crop of one cell shows exactly one card."""
+    jitter_px: int = 1
+    """A card is moved by at most so many pixels each way."""
+    train_digits: int = 1400
+    """The first so many of the 1797 digits make up training scenes, the others held-out ones."""
+    kind_shares: dict[str, float] = field(default_factory=_equal_shares)
+    """Relative frequency of upright, turned, small and turned_and_small; a kind that is not named never comes."""
+    coordinates: Coordinates = "original_px"
+    """The frame in which demonstrations speak of crop coordinates; the code converts them where it must."""
+    question: str = "What number is written?"
+    """The question of every scene."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.train_digits < NUM_DIGITS:
+            raise ValueError(f"--train_digits {self.train_digits} must leave held-out ones: between 1 and {NUM_DIGITS - 1}")
+        if self.original_side % self.cell or self.original_side < 2 * self.model_side:
+            raise ValueError(
+                f"--original_side {self.original_side} must be a multiple of --cell {self.cell} and at least twice "
+                f"--model_side {self.model_side}, or the number would stay legible without a crop"
+            )
+        if self.model_side < LAYOUT // 2 or self.cell < LAYOUT // 2:
+            raise ValueError(f"--model_side {self.model_side} and --cell {self.cell} must be at least {LAYOUT // 2}")
+        if self.cell > BLOCK[1] * self.original_side // LAYOUT:
+            raise ValueError(f"--cell {self.cell} leaves no room above the cue of an original of {self.original_side}")
+        if not 0 <= self.jitter_px <= self.cell // LAYOUT + 1:
+            raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {self.cell // LAYOUT + 1}: a card fills its cell")
+        unknown = sorted(set(self.kind_shares) - set(KINDS))
+        if unknown or min(self.kind_shares.values(), default=0) < 0 or sum(self.kind_shares.values()) <= 0:
+            raise ValueError(f"--kind_shares {self.kind_shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(columns, rows) of cells on a large original that keep clear of the cue."""
+        return self.original_side // self.cell, BLOCK[1] * self.original_side // LAYOUT // self.cell
+
+
+def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None = None) -> Task:
+    """The scene with the given index, always the same for the same arguments.
+
+    Args:
+        config: look and frequencies.
+        split: which digits it is composed of.
+        index: any number from 0; there is no last one.
+        kind: None draws one by `kind_shares`.
+
+    Returns:
+        A task whose one image has the transform applied already. `box` is the card in that image's pixels.
+        `metadata`: `kind`, `transform` (name or None), `digits` (indices in `load_digits`), `upright_box`, `box_area`
+        (square pixels), and `cell`, the crop that shows the card on the upright original (None where no crop is
+        needed).
+    """
+    if kind is None:
+        kinds = list(config.kind_shares)
+        shares = [config.kind_shares[name] for name in kinds]
+        kind = random.Random(f"{config.seed}/{split}/{index}").choices(kinds, shares)[0]  # type: ignore[assignment]
+    assert kind is not None
+    rng = random.Random(f"{config.seed}/{split}/{kind}/{index}")
+    first, last = (0, config.train_digits) if split == "train" else (config.train_digits, NUM_DIGITS)
+    digits = (rng.randrange(first, last), rng.randrange(first, last))
+    pixels, upright_box, cell = _compose(config, is_small(kind), digits, rng)
+    image, box, transform = Image.fromarray(pixels), upright_box, None
+    if is_turned(kind):
+        transform = rng.choice(tuple(TRANSFORMS))
+        box = map_box(invert(dihedral_affine(transform, *image.size)), box)
+        image = image.transpose(TRANSFORMS[transform])
+    required = ((transform,) if transform else ()) + (("crop",) if cell else ())
+    metadata: dict[str, Any] = {
+        "kind": kind,
+        "transform": transform,
+        "digits": list(digits),
+        "upright_box": list(upright_box),
+        "box_area": (upright_box[2] - upright_box[0]) * (upright_box[3] - upright_box[1]),
+        "cell": list(cell) if cell else None,
+    }
+    labels = _scans()[1]
+    return Task(
+        id=f"digits-{config.seed}-{split}-{kind}-{index}",
+        question=config.question,
+        images=(image.convert("RGB"),),
+        ground_truth=f"{labels[digits[0]]}{labels[digits[1]]}",
+        data_source=f"digits/{kind}",
+        required_transforms=required,
+        box=box,
+        metadata=metadata,
+    )
+
+
+def is_small(kind: str) -> bool:
+    """True if scenes of this kind have to be cropped."""
+    return kind in ("small", "turned_and_small")
+
+
+def is_turned(kind: str) -> bool:
+    """True if scenes of this kind have to be put upright."""
+    return kind in ("turned", "turned_and_small")
+
+
+def _compose(
+    config: DigitsConfig, small: bool, digits: tuple[int, int], rng: random.Random
+) -> tuple[Pixels, Box, tuple[int, int, int, int] | None]:
+    """Upright scene [side, side], box of its card, and the cell to crop (None if the card is large)."""
+    pixels = _background(config.original_side if small else config.model_side).copy()
+    left = top = 0
+    cell = None
+    side = config.model_side
+    if small:
+        columns, rows = config.grid
+        left, top, side = rng.randrange(columns) * config.cell, rng.randrange(rows) * config.cell, config.cell
+        cell = (left, top, left + side, top + side)
+    left += rng.randint(-config.jitter_px, config.jitter_px)
+    top += rng.randint(-config.jitter_px, config.jitter_px)
+    scale = side / LAYOUT
+    x1, y1 = max(0, round(left + CARD[0] * scale)), max(0, round(top + CARD[1] * scale))
+    x2, y2 = round(left + CARD[2] * scale) + 1, round(top + CARD[3] * scale) + 1
+    line = max(2, round(2 * scale))
+    pixels[y1:y2, x1:x2] = 0
+    pixels[y1 + line : y2 - line, x1 + line : x2 - line] = 255
+    width = round(GLYPH_SIDE * scale)
+    for digit, (glyph_x, glyph_y) in zip(digits, GLYPHS, strict=True):
+        x, y = round(left + glyph_x * scale), round(top + glyph_y * scale)
+        pixels[y : y + width, x : x + width] = _glyph(digit, width)
+    return pixels, (float(x1), float(y1), float(x2), float(y2)), cell
+
+
+@lru_cache(maxsize=4)
+def _background(side: int) -> Pixels:
+    """White square with the cue that tells which way is up."""
+    pixels = np.full((side, side), 255, np.uint8)
+    for x1, y1, x2, y2 in (BAR, BLOCK):
+        scale = side / LAYOUT
+        pixels[round(y1 * scale) : round(y2 * scale) + 1, round(x1 * scale) : round(x2 * scale) + 1] = 0
+    return pixels
+
+
+@lru_cache(maxsize=2 * NUM_DIGITS)
+def _glyph(digit: int, side: int) -> Pixels:
+    """Scan enlarged to `side` pixels, dark on white."""
+    return np.asarray(Image.fromarray(_scans()[0][digit]).resize((side, side), Image.Resampling.BICUBIC))
+
+
+@lru_cache(maxsize=1)
+def _scans() -> tuple[Pixels, list[int]]:
+    """The scans [1797, 8, 8], dark on white, and what each one is."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    return (255 - scans.images * 255 / 16).astype(np.uint8), scans.target.tolist()
