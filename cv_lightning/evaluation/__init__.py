@@ -1,0 +1,1 @@
+"""Evaluation: metrics on trajectories, the quickstart's summary, the report page."""

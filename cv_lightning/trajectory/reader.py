@@ -1,0 +1,146 @@
+"""Reading a trajectory store: the one typed reader that report, notebooks, tables and tests use."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cv_lightning.trajectory.record import GroupRecord, TrajectoryRecord, group_from_json
+from cv_lightning.trajectory.store import IMAGES, LINES
+from cv_lightning.types import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOG = logging.getLogger(__name__)
+
+
+class BadLine(NamedTuple):
+    """A line that is no group."""
+
+    file: Path
+    line: int
+    """From 1."""
+    reason: str
+
+
+class GroupReader(Iterator[GroupRecord]):
+    """Iterates over the groups of a store, files in order of name, lines in order of writing.
+
+    Lines that cannot be read (torn by a kill, or damaged) are skipped and listed in `bad_lines`.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.num_groups = 0
+        self.bad_lines: list[BadLine] = []
+        self._groups = self._read()
+
+    def __next__(self) -> GroupRecord:
+        group = next(self._groups)
+        self.num_groups += 1
+        return group
+
+    def _read(self) -> Iterator[GroupRecord]:
+        for path in self.files:
+            before = len(self.bad_lines)
+            images = path.parent.parent / IMAGES
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield from self._parse(path, number, line, images)
+            if bad := self.bad_lines[before:]:
+                lines = ", ".join(str(entry.line) for entry in bad[:5]) + (", ..." if len(bad) > 5 else "")
+                LOG.warning("%s: %d unreadable lines skipped (%s)", path, len(bad), lines)
+
+    def _parse(self, path: Path, number: int, line: bytes, images: Path) -> Iterator[GroupRecord]:
+        try:
+            group = group_from_json(json.loads(line), images)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            self.bad_lines.append(BadLine(path, number, f"{type(error).__name__}: {error}"))
+        else:
+            yield group
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The trajectory files of a store.
+
+    Args:
+        path: a store (a folder with `trajectories/`), its `trajectories` folder, or one file.
+
+    Raises:
+        DataError: nothing there; names the stores below it, if there are any.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    for folder in (path / LINES, path):
+        if files := sorted(folder.glob("*.jsonl")):
+            return files
+    if (path / LINES).is_dir():
+        return []
+    below = sorted(str(found.parent.relative_to(path)) for found in path.glob(f"**/{LINES}") if found.is_dir())
+    hint = f"; it holds the stores {', '.join(below)}: name one of them" if below else ""
+    raise DataError(f"{path}: no trajectories (expected {LINES}/*.jsonl){hint}")
+
+
+def read_groups(path: str | Path) -> GroupReader:
+    """Iterate over the groups of a store; images are read only when their `load` is called.
+
+    Args:
+        path: a store (a folder with `trajectories/`), its `trajectories` folder, or one file.
+
+    Returns:
+        An iterator of `GroupRecord`; its `bad_lines` lists what had to be skipped.
+
+    Raises:
+        DataError: nothing there, or a line of a newer schema.
+    """
+    return GroupReader(find_files(path))
+
+
+def to_dataframe(groups: Iterable[GroupRecord]) -> pd.DataFrame:
+    """One row a trajectory: task, outcome, reward components (`reward/<name>`), lengths and tool use."""
+    import pandas as pd
+
+    return pd.DataFrame([_row(group, trajectory) for group in groups for trajectory in group.trajectories])
+
+
+def _row(group: GroupRecord, trajectory: TrajectoryRecord) -> dict[str, Any]:
+    task, reward = group.task, trajectory.reward
+    row: dict[str, Any] = {
+        "iteration": group.iteration,
+        "task_id": task.id,
+        "sample": trajectory.sample,
+        "kind": task.kind,
+        "data_source": task.data_source,
+        "question": task.question,
+        "ground_truth": task.ground_truth,
+        "required_transforms": "+".join(task.required_transforms),
+        "end_state": trajectory.end_state.value,
+        "answer": trajectory.answer,
+        "correct": reward.correct if reward else None,
+        "reward": reward.total if reward else None,
+        "advantage": trajectory.advantage,
+        "turns": len(trajectory.turns),
+        "tool_calls": trajectory.num_tool_calls,
+        "operations": " ".join(op.name for op in trajectory.operations),
+        "images": len(trajectory.images),
+        "tokens": trajectory.num_tokens,
+        "sampled_tokens": trajectory.num_sampled_tokens,
+        "logprob_mean": trajectory.logprob.mean if trajectory.logprob else None,
+        "weight_version": trajectory.weight_version,
+        "generate_s": sum(turn.generate_s for turn in trajectory.turns),
+        "tool_s": sum(turn.tool_s for turn in trajectory.turns),
+        "total_s": trajectory.total_s,
+        "text": "".join(turn.text for turn in trajectory.turns),
+        "code": "\n".join(turn.tool_call.code for turn in trajectory.turns if turn.tool_call),
+    }
+    for name, value in (reward.components if reward else {}).items():
+        row[f"reward/{name}"] = value
+    return row

@@ -1,0 +1,218 @@
+"""The trajectory store: one group a line, every image once, append-only.
+
+Layout of a store (`RUN/rl`, `RUN/eval/<name>`, ...):
+
+    trajectories/<name>.rank<r>.jsonl   one JSON line per group (see `record.py`)
+    images/<content hash>.png           original pixels, written once
+
+A line is written whole and flushed, images before the line that names them. A process may be killed at any
+byte: the torn line is ignored and counted by the reader, also when a new writer appends after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from PIL import Image
+
+from cv_lightning.images import content_hash
+from cv_lightning.trajectory.record import GroupRecord, group_to_json, to_record
+from cv_lightning.types import Group
+
+LOG = logging.getLogger(__name__)
+LINES = "trajectories"
+IMAGES = "images"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """What is kept of a run's trajectories."""
+
+    share: float = 1.0
+    """Share of groups that are stored, in [0, 1]; chosen by task and iteration, the same on every rank."""
+    max_gb: float = 20.0
+    """Each rank stops storing (and says so once) when what it wrote exceeds this many GB."""
+    image_format: Literal["png", "webp"] = "png"
+    """Both are lossless; WebP is smaller and about ten times slower to write."""
+    tokens: bool = False
+    """Store token ids, loss mask and log-probabilities too (about 12 bytes a token)."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"store share {self.share}: must be between 0 and 1; change `store.share`")
+        if self.max_gb <= 0:
+            raise ValueError(f"store max_gb {self.max_gb}: must be positive; to store nothing set `store.share` to 0")
+
+
+class TrajectoryWriter:
+    """Appends groups to a store.
+
+    Several ranks (or several runs one after another) may write to one folder: each rank has its own file, and
+    an image that exists is not written again.
+
+    Args:
+        folder: the store; made if missing.
+        config: what is kept.
+        rank: of this process.
+        name: stem of the file, to keep apart what one folder holds.
+    """
+
+    def __init__(
+        self, folder: str | Path, config: StoreConfig | None = None, rank: int = 0, *, name: str = "groups"
+    ) -> None:
+        self.folder = Path(folder)
+        self.config = config or StoreConfig()
+        self.num_written = 0
+        self.num_skipped = 0
+        """Groups left out by `share` or `max_gb`."""
+        self.num_bytes = 0
+        self._images = self.folder / IMAGES
+        self._images.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LINES / f"{name}.rank{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._temporary = f".{os.getpid()}.{rank}.tmp"
+        self._names: dict[int, tuple[weakref.ref[Image.Image], str]] = {}
+        self._stored: set[str] = {entry.name for entry in os.scandir(self._images)}
+        self._file = path.open("ab")
+        if torn := _ends_torn(path):
+            # whatever the last writer left unfinished becomes a line of its own, which the reader counts as bad
+            self._file.write(b"\n")
+            LOG.warning("%s ends in %d bytes of an unfinished line (a killed run); appending after it", path, torn)
+
+    def write_group(self, group: Group, iteration: int) -> None:
+        """Store one group: its new images, then its line, flushed to the operating system.
+
+        Args:
+            group: scored or not.
+            iteration: RL iteration; 0 in evaluations.
+        """
+        if not self._wanted(group.task.id, iteration):
+            self.num_skipped += 1
+            return
+        line = encode_line(to_record(group, iteration, name_image=self._store_image, tokens=self.config.tokens))
+        self._file.write(line)
+        self._file.flush()
+        self.num_written += 1
+        self.num_bytes += len(line)
+        if self.num_bytes > self.config.max_gb * 1e9:
+            LOG.warning("%s: %.1f GB written, store.max_gb reached; storing no more", self.path, self.num_bytes / 1e9)
+
+    def close(self) -> None:
+        """Finish; closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wanted(self, task_id: str, iteration: int) -> bool:
+        if self.num_bytes > self.config.max_gb * 1e9:
+            return False
+        if self.config.share >= 1.0:
+            return True
+        digest = hashlib.blake2b(f"{iteration}/{task_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) / 2**64 < self.config.share
+
+    def _store_image(self, image: Image.Image) -> str:
+        """File name of the image, which is written unless it is there; the same object is hashed once."""
+        key = id(image)
+        known = self._names.get(key)
+        if known is not None and known[0]() is image:
+            return known[1]
+        name = f"{content_hash(image)}.{self.config.image_format}"
+        # dropped with the image: another object may get the same id later
+        self._names[key] = (weakref.ref(image, lambda _: self._names.pop(key, None)), name)
+        if name not in self._stored:
+            self._write_image(image, name)
+            self._stored.add(name)
+        return name
+
+    def _write_image(self, image: Image.Image, name: str) -> None:
+        data = encode_image(image, self.config.image_format)
+        temporary = self._images / (name + self._temporary)
+        temporary.write_bytes(data)
+        temporary.replace(self._images / name)
+        self.num_bytes += len(data)
+
+
+def encode_image(image: Image.Image, image_format: Literal["png", "webp"] = "png") -> bytes:
+    """Lossless file of an image; grey RGB pictures are written with one channel, three times as fast."""
+    buffer = io.BytesIO()
+    compact = _grey(image) or image
+    if image_format == "webp":
+        compact.convert("RGB").save(buffer, "WEBP", lossless=True, quality=20, method=0)
+    else:
+        compact.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _grey(image: Image.Image) -> Image.Image | None:
+    if image.mode != "RGB":
+        return None
+    pixels = np.asarray(image)
+    first = pixels[:: max(1, image.height // 8)]  # tells photographs in microseconds
+    for part in (first, pixels):
+        red = part[..., 0]
+        if not (np.array_equal(red, part[..., 1]) and np.array_equal(red, part[..., 2])):
+            return None
+    return image.getchannel(0)
+
+
+def encode_line(group: GroupRecord) -> bytes:
+    """One UTF-8 line of strict JSON, newline included; NaN and infinity become null."""
+    data = group_to_json(group)
+    try:
+        text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
+    # a lone surrogate cannot be UTF-8; its backslash form is what JSON calls it
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - json's hook
+    """NumPy values as JSON values, anything else by name."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return repr(value)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _finite(_plain(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ends_torn(path: Path) -> int:
+    """Number of bytes after the last newline."""
+    with path.open("rb") as file:
+        size = position = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            found = file.read(position - start).rfind(b"\n")
+            if found >= 0:
+                return size - (start + found + 1)
+            position = start
+    return size
