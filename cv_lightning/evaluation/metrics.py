@@ -19,6 +19,7 @@ from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, t
 from cv_lightning.types import IDENTITY, Affine, EndState, Group, ToolStatus
 
 DIHEDRAL = ("rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
+QUARTER_TURNS = ("rotate_90", "rotate_270")
 MIN_COVERED = 0.9
 """Least share of the ground-truth box that a crop must show."""
 MAX_AREA_RATIO = 6.0
@@ -29,16 +30,16 @@ MAX_AREA_RATIO = 6.0
 def to_upright(task: TaskRecord) -> Affine:
     """Map from pixels of the image as given to pixels of the upright picture it was made from.
 
-    Transforms that are no right-angle turn or flip (`crop`, corruptions) are left out. A translation is only
-    exact for a single transform; orientation never depends on it.
+    Transforms that are no right-angle turn or flip (`crop`, corruptions) are left out.
     """
-    width, height = task.images[0].size
+    names = [name for name in task.required_transforms if name in DIHEDRAL]
+    size = task.images[0].size
+    if sum(name in QUARTER_TURNS for name in names) % 2:
+        size = (size[1], size[0])
     total = IDENTITY
-    for name in task.required_transforms:
-        if name in DIHEDRAL:
-            if name in ("rotate_90", "rotate_270"):
-                width, height = height, width
-            total = compose(total, dihedral_affine(name, width, height))
+    for name in names:  # in the order of application, from the upright picture on
+        total = compose(total, dihedral_affine(name, *size))
+        size = (size[1], size[0]) if name in QUARTER_TURNS else size
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 
@@ -99,7 +100,9 @@ def rollout(task: Task, sample: int, policy: Policy, rng: random.Random) -> Traj
     trajectory.images.append(_image(task.images[0], None, IDENTITY))
     undo = [name for name in task.required_transforms if name in TURNS]
     if rng.random() < policy.error:
-        broken = SandboxResult(status=ToolStatus.ERROR, error="NameError: name 'imge' is not defined", error_kind="NameError")
+        broken = SandboxResult(
+            status=ToolStatus.ERROR, error="NameError: name 'imge' is not defined", error_kind="NameError"
+        )
         trajectory.turns.append(_turn("result = imge.rotate(90)", 0, broken, None, rng))
     if undo and rng.random() < policy.turn:
         _orient(trajectory, INVERSE.get(undo[0], undo[0]), rng)
@@ -138,7 +141,8 @@ def _image(image: Image.Image, parent: int | None, to_source: Affine) -> Traject
 
 
 def _turn(code: str, on: int, result: SandboxResult, made: int | None, rng: random.Random) -> Turn:
-    text = f'<think>Let me look.</think>\n<tool_call>\n{{"name": "code_image_tool", "arguments": {{"code": "{code}"}}}}\n</tool_call>'
+    call = json.dumps({"name": "code_image_tool", "arguments": {"code": code, "image_index": on}})
+    text = f"<think>Let me look.</think>\n<tool_call>\n{call}\n</tool_call>"
     return Turn(
         text=text,
         num_tokens=30,
@@ -166,7 +170,9 @@ def _crop(trajectory: Trajectory, rng: random.Random) -> None:
     inverse = np.linalg.inv(np.array([before.to_source[:3], before.to_source[3:], (0, 0, 1)], float))
     x1, y1, x2, y2 = map_box(Affine(*inverse[:2].ravel()), trajectory.task.box)
     margin = rng.choice([4, 10, 14])
-    box = tuple(int(v) for v in (max(0, x1 - margin), max(0, y1 - margin), min(384, x2 + margin), min(384, y2 + margin)))
+    box = tuple(
+        int(v) for v in (max(0, x1 - margin), max(0, y1 - margin), min(384, x2 + margin), min(384, y2 + margin))
+    )
     back = Affine(1, 0, box[0], 0, 1, box[1])
     op = Operation(
         name="crop",
@@ -175,12 +181,20 @@ def _crop(trajectory: Trajectory, rng: random.Random) -> None:
         input_size=before.original.size,
         output_size=(box[2] - box[0], box[3] - box[1]),
     )
-    effect = Effect(to_input=back, core=("crop",), crop_box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])))
+    effect = Effect(
+        to_input=back, core=("crop",), crop_box=(float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+    )
     _derive(trajectory, before.original.crop(box), back, f"result = image.crop({box})", op, effect, rng)
 
 
 def _derive(
-    trajectory: Trajectory, after: Image.Image, back: Affine, code: str, op: Operation, effect: Effect, rng: random.Random
+    trajectory: Trajectory,
+    after: Image.Image,
+    back: Affine,
+    code: str,
+    op: Operation,
+    effect: Effect,
+    rng: random.Random,
 ) -> None:
     parent = len(trajectory.images) - 1
     to_source = trajectory.images[parent].to_source

@@ -1,0 +1,202 @@
+"""The trajectory store: what is written comes back, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trajectory_samples import KINDS, Policy, digit_task, group
+
+from cv_lightning.trajectory import StoreConfig, TrajectoryWriter, read_groups, to_dataframe, to_record
+from cv_lightning.types import SCHEMA_VERSION, DataError, Group
+
+
+def write(folder: Path, groups: list[Group], config: StoreConfig | None = None, **options: object) -> Path:
+    with TrajectoryWriter(folder, config, **options) as writer:  # type: ignore[arg-type]
+        for item in groups:
+            writer.write_group(item, item.iteration)
+    return writer.path
+
+
+def sample_groups(count: int = 4, size: int = 3) -> list[Group]:
+    return [group(digit_task(index, KINDS[index % 4]), size, iteration=index) for index in range(count)]
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_what_is_written_comes_back_with_the_same_pixels(tmp_path: Path, image_format: str) -> None:
+    groups = sample_groups()
+    write(tmp_path, groups, StoreConfig(image_format=image_format, tokens=True))  # type: ignore[arg-type]
+    read = list(read_groups(tmp_path))
+    assert [found.task.id for found in read] == [given.task.id for given in groups]
+    for found, given in zip(read, groups, strict=True):
+        expected = to_record(given, tokens=True)
+        for got, want, live in zip(found.trajectories, expected.trajectories, given.trajectories, strict=True):
+            for stored, image in zip(got.images, live.images, strict=True):
+                assert np.array_equal(np.asarray(stored.load()), np.asarray(image.original))
+                assert (stored.to_source, stored.parent) == (image.to_source, image.parent)
+            assert [turn.text for turn in got.turns] == [turn.text for turn in want.turns]
+            assert got.operations == want.operations
+            assert got.token_ids == live.token_ids
+            assert got.logprobs == live.logprobs
+            assert replace(got, turns=[], images=[], total_s=0) == replace(want, turns=[], images=[], total_s=0)
+        assert replace(found.task, images=[]) == replace(expected.task, images=[])
+
+
+def test_an_image_is_written_once_and_read_only_when_asked(tmp_path: Path) -> None:
+    task = digit_task(1, "turned")
+    write(tmp_path, [group(task, 8, Policy(turn=1, error=0))])
+    files = sorted((tmp_path / "images").iterdir())
+    assert len(files) == 2  # the task's image and the one upright result, which eight rollouts made
+    for file in files:
+        file.unlink()
+    (record,) = read_groups(tmp_path)
+    with pytest.raises(DataError, match=r"\.png: missing"):
+        record.trajectories[0].images[0].load()
+
+
+def test_a_kill_at_any_byte_costs_at_most_the_last_line(tmp_path: Path) -> None:
+    path = write(tmp_path, sample_groups(3, size=1))
+    data = path.read_bytes()
+    lengths = np.cumsum([len(line) for line in data.splitlines(keepends=True)])
+    for cut in [*range(0, len(data), 97), *(int(end) + step for end in lengths for step in (-2, -1, 0))]:
+        path.write_bytes(data[:cut])
+        reader = read_groups(tmp_path)
+        complete = int(np.sum(lengths - 1 <= cut))  # all but its newline is a whole line
+        assert len(list(reader)) == complete
+        assert len(reader.bad_lines) == int(cut not in (0, *lengths, *(lengths - 1)))
+
+
+def test_a_new_writer_appends_after_a_torn_line(tmp_path: Path) -> None:
+    groups = sample_groups(4, size=1)
+    path = write(tmp_path, groups[:2])
+    path.write_bytes(path.read_bytes()[:-40])
+    write(tmp_path, groups[2:])
+    reader = read_groups(tmp_path)
+    assert [found.task.id for found in reader] == [groups[i].task.id for i in (0, 2, 3)]
+    assert [bad.line for bad in reader.bad_lines] == [2]
+
+
+def test_a_writer_killed_by_a_signal_leaves_a_readable_store(tmp_path: Path) -> None:
+    program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from trajectory_samples import digit_task, group
+from cv_lightning.trajectory import TrajectoryWriter
+writer = TrajectoryWriter({str(tmp_path)!r})
+for index in range(100000):
+    writer.write_group(group(digit_task(index, "turned"), 2), 0)
+    print(index, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if int(line) >= 5:
+                break
+        child.kill()
+    read = list(read_groups(tmp_path))
+    assert len(read) >= 6
+    for found in read:  # images come before the line that names them
+        assert found.trajectories[0].images[-1].load().mode == "RGB"
+
+
+def test_ranks_write_side_by_side(tmp_path: Path) -> None:
+    groups = sample_groups(2)
+    write(tmp_path, groups[:1], rank=0)
+    write(tmp_path, groups[1:], rank=1)
+    assert [found.task.id for found in read_groups(tmp_path)] == [given.task.id for given in groups]
+    assert [path.name for path in read_groups(tmp_path).files] == ["groups.rank0.jsonl", "groups.rank1.jsonl"]
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, sample_groups(1))
+    data = json.loads(path.read_text())
+    data["schema"] = SCHEMA_VERSION + 1
+    path.write_text(json.dumps(data) + "\n")
+    with pytest.raises(DataError, match=rf"line 1: trajectories of schema {SCHEMA_VERSION + 1}.*update cv_lightning"):
+        list(read_groups(tmp_path))
+
+
+def test_share_is_the_same_choice_everywhere_and_about_right(tmp_path: Path) -> None:
+    groups = [group(digit_task(index, "upright"), 1) for index in range(200)]
+    first = write(tmp_path / "a", groups, StoreConfig(share=0.3))
+    second = write(tmp_path / "b", groups[::-1], StoreConfig(share=0.3), rank=1)
+    kept = {found.task.id for found in read_groups(first)}
+    assert kept == {found.task.id for found in read_groups(second)}
+    assert 40 <= len(kept) <= 80
+    assert list(read_groups(write(tmp_path / "c", groups, StoreConfig(share=0.0)))) == []
+
+
+def test_size_cap_stops_the_store_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with TrajectoryWriter(tmp_path, StoreConfig(max_gb=20e-6)) as writer:
+        for item in sample_groups(40):
+            writer.write_group(item, 0)
+    assert 0 < writer.num_written < 40
+    assert writer.num_written + writer.num_skipped == 40
+    assert sum("max_gb" in message for message in caplog.messages) == 1
+
+
+def test_awkward_values_survive(tmp_path: Path) -> None:
+    item = group(digit_task(0, "turned"), 1)
+    trajectory = item.trajectories[0]
+    text = "</script>\n\u2028 \x85 \ud83d lone surrogate, \N{GRINNING FACE}, \x00"
+    trajectory.turns[-1].text = text
+    assert trajectory.reward is not None
+    trajectory.reward.components["accuracy"] = math.nan
+    item.task.metadata["size"] = np.int64(3)
+    write(tmp_path, [item])
+    (found,) = read_groups(tmp_path)
+    assert found.trajectories[0].turns[-1].text == text
+    assert math.isnan(found.trajectories[0].reward.components["accuracy"])  # type: ignore[union-attr]
+    assert found.task.metadata["size"] == 3
+
+
+def test_colours_and_greys_keep_their_pixels(tmp_path: Path) -> None:
+    item = group(digit_task(0, "upright"), 1, Policy(needless=0, error=0))
+    rng = np.random.default_rng(0)
+    almost = np.full((40, 50, 3), 200, np.uint8)
+    almost[33, 17, 2] = 199  # grey but for one pixel
+    for pixels in (rng.integers(0, 255, (40, 50, 3), np.uint8), almost):
+        item.task = replace(item.task, images=(Image.fromarray(pixels),))
+        write(tmp_path, [item])
+        assert np.array_equal(np.asarray(list(read_groups(tmp_path))[-1].task.images[0].load()), pixels)
+
+
+def test_a_wrong_path_says_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "rl", sample_groups(1))
+    with pytest.raises(DataError, match="it holds the stores rl: name one of them"):
+        read_groups(tmp_path)
+    with pytest.raises(DataError, match=r"expected trajectories/\*.jsonl"):
+        read_groups(tmp_path / "nothing")
+
+
+def test_dataframe_has_a_row_a_trajectory(tmp_path: Path) -> None:
+    write(tmp_path, sample_groups(4, size=3))
+    frame = to_dataframe(read_groups(tmp_path))
+    assert len(frame) == 12
+    assert frame["reward/accuracy"].mean() == frame["correct"].mean()
+    assert set(frame["kind"]) == set(KINDS)
+
+
+def test_an_iteration_is_written_in_a_tenth_of_a_second(tmp_path: Path) -> None:
+    rounds = [[group(digit_task(16 * r + i, KINDS[i % 4]), 8) for i in range(16)] for r in range(3)]
+    spent = []
+    with TrajectoryWriter(tmp_path) as writer:
+        for groups in rounds:
+            start = time.perf_counter()
+            for item in groups:
+                writer.write_group(item, 0)
+            spent.append(time.perf_counter() - start)
+    assert min(spent) < 0.1, spent
+
+
+@pytest.mark.parametrize("bad", [{"share": 1.5}, {"share": -0.1}, {"max_gb": 0.0}])
+def test_config_names_the_flag(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"store\."):
+        StoreConfig(**bad)  # type: ignore[arg-type]
