@@ -135,6 +135,23 @@ class EvalSummary:
     end_states: dict[str, float]
     """Share of trajectories by end state."""
 
+    def scalars(self, *, kinds: bool = False) -> dict[str, float]:
+        """The figures as flat numbers for a logger; NaN where nothing counts, so that the keys never change.
+
+        Args:
+            kinds: add `<kind>/accuracy`, `<kind>/must_use`, `<kind>/turns` for the kinds that occurred.
+        """
+        rates = ("accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_all", "tool_success")
+        means = ("tool_calls_mean", "turns_mean", "tokens_mean")
+        values = {name: getattr(self, name).value for name in rates} | {name: getattr(self, name) for name in means}
+        for kind, found in self.by_kind.items() if kinds else ():
+            values |= {
+                f"{kind}/accuracy": found.accuracy.value,
+                f"{kind}/must_use": found.must_use.value,
+                f"{kind}/turns": found.turns,
+            }
+        return values
+
     def to_json(self) -> dict[str, Any]:
         """JSON values; a rate is {value, low, high, n}, NaN is null."""
         return {key: _json(value) for key, value in asdict(self).items()}

@@ -169,6 +169,12 @@ def test_summary_of_known_outcomes() -> None:
     assert math.isnan(lazy.tool_success.value)
 
 
+def test_scalars_have_the_same_keys_whatever_happened() -> None:
+    groups = [group(digit_task(index, "turned"), 2) for index in range(3)]
+    assert set(summarise(groups).scalars()) == set(summarise([]).scalars())
+    assert "turned/must_use" in summarise(groups).scalars(kinds=True)
+
+
 def test_live_and_stored_agree() -> None:
     groups = [group(digit_task(index, KINDS[index % 4]), 3) for index in range(16)]
     assert summarise(groups).to_json() == summarise([to_record(item) for item in groups]).to_json()
