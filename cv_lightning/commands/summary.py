@@ -1,0 +1,113 @@
+"""`python -m cv_lightning quickstart-summary RUN`: write RUN/summary.json and print its tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cv_lightning.evaluation.statistics import Rate
+from cv_lightning.evaluation.summary import Evaluations, kind_order, write_summary
+from cv_lightning.types import CVLightningError
+
+ROWS = (
+    ("accuracy", "tool", "accuracy"),
+    ("  tool switched off", "notool", "accuracy"),
+    ("must-use", "tool", "must_use"),
+    ("accuracy, upright", "tool", "accuracy_upright"),
+    ("needless turning", "tool", "spurious"),
+)
+KIND_ROWS = (("accuracy", "tool", "accuracy"), ("  tool off", "notool", "accuracy"), ("must-use", "tool", "must_use"))
+CAPTION = (
+    "accuracy and must-use over the tasks that need the tool, with 95 % intervals; must-use: answered on an upright "
+    "image after a fitting crop; needless turning: share of upright tasks"
+)
+
+
+def quickstart_summary(run: Path, seed: int | None = None) -> None:
+    """Summarise a quickstart run: accuracy and tool use after each stage.
+
+    Args:
+        run: the run's folder, with eval/<stage>_<greedy|sampled>_<tool|notool>/ in it.
+        seed: of the run; by default what timing.json or the folder's name says.
+    """
+    result, found = write_summary(run, seed)
+    console = Console()
+    for table in tables(found):
+        console.print(table)
+    parity = "not logged" if result["parity_max"] is None else f"{result['parity_max']:.1e}"
+    minutes = "time unknown" if result["minutes"] is None else f"{result['minutes']:.1f} minutes"
+    console.print(f"seed {result['seed']}, {minutes}, largest engine-versus-trainer difference {parity}")
+    console.print(f"written to {run / 'summary.json'}")
+
+
+def tables(found: Evaluations) -> list[Table]:
+    """The table of stages and the table by kind."""
+    return [_stages(found), _kinds(found)]
+
+
+def _columns(found: Evaluations) -> list[tuple[str, str]]:
+    order = ("sft", "rl")
+    stages = sorted({stage for stage, _, _ in found}, key=lambda s: (order.index(s) if s in order else len(order), s))
+    modes = [mode for mode in ("greedy", "sampled") if any(key[1] == mode for key in found)]
+    return [(stage, mode) for mode in modes for stage in stages]
+
+
+def _table(found: Evaluations, title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for heading in headings:
+        table.add_column(heading)
+    for stage, mode in _columns(found):
+        table.add_column(f"{stage.upper() if len(stage) < 4 else stage}\n{mode}", justify="right")
+    return table
+
+
+def _stages(found: Evaluations) -> Table:
+    table = _table(found, "Held-out tasks, before and after", "")
+    table.caption = CAPTION
+    for label, tool, name in ROWS:
+        evaluations = [found.get((stage, mode, tool)) for stage, mode in _columns(found)]
+        table.add_row(label, *(_cell(getattr(evaluation, name)) if evaluation else "-" for evaluation in evaluations))
+    return table
+
+
+def _kinds(found: Evaluations) -> Table:
+    table = _table(found, "By kind of task", "kind", "")
+    kinds = dict.fromkeys(kind for evaluation in found.values() for kind in evaluation.by_kind)
+    for kind in sorted(kinds, key=kind_order):
+        for row, (label, tool, name) in enumerate(KIND_ROWS):
+            cells, counts = [], []
+            for stage, mode in _columns(found):
+                evaluation = found.get((stage, mode, tool))
+                figures = evaluation.by_kind.get(kind) if evaluation else None
+                cells.append(_short(getattr(figures, name)) if figures else "-")
+                counts.append(figures.n if figures else 0)
+            if any(cell != "-" for cell in cells):
+                heading = f"{kind.replace('_', ' ')} ({max(counts)})" if row == 0 else ""
+                table.add_row(heading, label, *cells)
+        table.add_section()
+    return table
+
+
+def _cell(rate: Rate) -> str:
+    if rate.n == 0:
+        return "-"
+    return f"[bold]{rate.value:.3f}[/bold]\n[dim]{rate.low:.3f}-{rate.high:.3f}[/dim]"
+
+
+def _short(rate: Rate) -> str:
+    return "-" if rate.n == 0 else f"{rate.value:.2f}"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    import jsonargparse
+
+    try:
+        jsonargparse.auto_cli(quickstart_summary, args=args, prog="cv_lightning quickstart-summary")
+    except CVLightningError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

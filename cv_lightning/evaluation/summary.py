@@ -1,0 +1,133 @@
+"""The quickstart's result in one file: what SFT and RL reach, with the tool and without, by kind.
+
+Everything is recomputed from the stored trajectories of `RUN/eval/<stage>_<greedy|sampled>_<tool|notool>/`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from cv_lightning.evaluation.metrics import EvalSummary, summarise
+from cv_lightning.evaluation.runs import EVALUATION_NAME, parity_max, read_curves, read_timing
+from cv_lightning.trajectory import read_groups
+from cv_lightning.types import DataError
+
+STAGES = ("sft", "rl")
+MODES = {"sampled": "_sampled", "greedy": ""}
+"""Decoding and the suffix of its key in the summary."""
+Evaluations = dict[tuple[str, str, str], EvalSummary]
+"""By stage, mode (greedy, sampled) and tool (tool, notool)."""
+
+
+def evaluations(run: Path) -> Evaluations:
+    """Figures of every evaluation that `RUN/eval` holds.
+
+    Raises:
+        DataError: there is none.
+    """
+    found: Evaluations = {}
+    for folder in sorted((run / "eval").glob("*")):
+        match = EVALUATION_NAME.fullmatch(folder.name)
+        if match is not None and (folder / "trajectories").is_dir():
+            found[match["stage"], match["mode"], match["tool"]] = summarise(read_groups(folder))
+    if not found:
+        raise DataError(
+            f"{run}: no evaluations (expected eval/<stage>_<greedy|sampled>_<tool|notool>/trajectories/*.jsonl); "
+            "run `python -m cv_lightning test` into this folder first"
+        )
+    return found
+
+
+def summary(run: Path, found: Evaluations, seed: int | None = None) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    Args:
+        run: the run's folder, for timings and training metrics.
+        found: its evaluations.
+        seed: of the run; by default the one in `timing.json`, else the number in a folder name like `...-seed3`.
+
+    Returns:
+        seed, minutes (SFT, RL and their evaluations), parity_max, then `<stage>_sampled` and `<stage>` (greedy) for
+        SFT, RL and any further stage that was evaluated; a figure that was not measured is None.
+    """
+    timing = read_timing(run)
+    curves = read_curves(path) if (path := run / "rl" / "metrics.csv").is_file() else []
+    seconds = [timing[name] for name in (*STAGES, "eval") if name in timing]
+    result: dict[str, Any] = {
+        "seed": _seed(run, timing, seed),
+        "minutes": round(math.fsum(seconds) / 60, 2) if seconds else None,
+        "parity_max": parity_max(curves),
+    }
+    others = sorted({stage for stage, _, _ in found} - set(STAGES))
+    for stage in (*STAGES, *others):
+        for mode, suffix in MODES.items():
+            result[stage + suffix] = stage_figures(found, stage, mode)
+    return result
+
+
+def stage_figures(found: Evaluations, stage: str, mode: str) -> dict[str, Any] | None:
+    """The figures of one stage and decoding; None where it was not evaluated with the tool."""
+    with_tool, without = found.get((stage, mode, "tool")), found.get((stage, mode, "notool"))
+    if with_tool is None:
+        return None
+    by_kind = {
+        kind: {
+            "n": kind_found.n,
+            "accuracy": _number(kind_found.accuracy.value),
+            "must_use": _number(kind_found.must_use.value),
+            "turns": _number(kind_found.turns),
+            "accuracy_tool_off": _number(without.by_kind[kind].accuracy.value)
+            if without and kind in without.by_kind
+            else None,
+        }
+        for kind, kind_found in sorted(with_tool.by_kind.items(), key=lambda item: kind_order(item[0]))
+    }
+    return {
+        "accuracy": _number(with_tool.accuracy.value),
+        "must_use": _number(with_tool.must_use.value),
+        "spurious": _number(with_tool.spurious.value),
+        "accuracy_upright": _number(with_tool.accuracy_upright.value),
+        "accuracy_tool_off": _number(without.accuracy.value) if without else None,
+        "by_kind": by_kind,
+    }
+
+
+def write_summary(run: str | Path, seed: int | None = None) -> tuple[dict[str, Any], Evaluations]:
+    """Compute `RUN/summary.json` and write it, atomically.
+
+    Returns:
+        What was written, and the evaluations with their intervals.
+
+    Raises:
+        DataError: the run has no evaluations.
+    """
+    run = Path(run)
+    found = evaluations(run)
+    result = summary(run, found, seed)
+    temporary = run / "summary.json.tmp"
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(run / "summary.json")
+    return result, found
+
+
+def kind_order(kind: str) -> tuple[int, str]:
+    """Simple kinds first: upright, turned, small, then their combinations."""
+    order = ("upright", "turned", "small", "turned_and_small")
+    return (order.index(kind) if kind in order else len(order), kind)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _seed(run: Path, timing: dict[str, float], seed: int | None) -> int | None:
+    if seed is not None:
+        return seed
+    if "seed" in timing:
+        return int(timing["seed"])
+    match = re.search(r"seed(\d+)", run.resolve().name)
+    return int(match[1]) if match else None
