@@ -1,0 +1,46 @@
+"""Limits and words of the agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cv_lightning.agent.prompt import PromptConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What one trajectory may use. The defaults are the released recipe's, but for the cap per turn."""
+
+    max_turns: int = 12
+    """Assistant turns."""
+    max_turn_tokens: int = 2048
+    """Sampled tokens in one turn. Without a cap runaway turns collapse the format at the first RL step."""
+    max_prompt_tokens: int = 16384
+    """Tokens of the prompt, images expanded."""
+    max_response_tokens: int = 16384
+    """Tokens after the prompt, tool responses and their images included."""
+    max_tool_text_chars: int = 10240
+    """Characters of a tool response's text; the middle of a longer one is cut out."""
+    max_images: int = 16
+    """Images in one trajectory, the task's own included."""
+    max_parse_errors: int = 2
+    """Malformed calls that are answered with an error before the trajectory ends."""
+    tool: bool = True
+    """Offer the tool. False: its description is left out and `<tool_call>` cannot be sampled."""
+    deterministic: bool = False
+    """Admit tool results in a fixed order: bitwise repeatable, slower (trap T54)."""
+    deadline_s: float = 1800.0
+    """A rollout's wall-clock limit in seconds; what is unfinished then ends as `stopped`."""
+    tool_deadline_s: float = 60.0
+    """With the engine idle, how long to wait for any tool before its trajectories count as lost."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """The words."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_turn_tokens", "max_prompt_tokens", "max_response_tokens", "max_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"agent.{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_parse_errors < 0 or self.max_tool_text_chars < 16:
+            raise ValueError("agent.max_parse_errors must be at least 0 and agent.max_tool_text_chars at least 16")
+        if self.deadline_s <= 0 or self.tool_deadline_s <= 0:
+            raise ValueError("agent.deadline_s and agent.tool_deadline_s must be above 0 seconds")

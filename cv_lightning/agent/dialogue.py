@@ -1,0 +1,149 @@
+"""Tokens in, tokens out: one conversation as the ids that the engine saw and sampled, with its loss mask.
+
+History is never decoded and tokenised again (trap T1). Two forms grow side by side: `engine_ids` with one
+`<|image_pad|>` per image, which the engine expands itself (trap T5), and `token_ids` with one per image
+feature, which training uses. Everything the policy did not sample, the turn separator included, has mask False
+(traps T2, T9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from cv_lightning.agent.prompt import PromptConfig, chat_template, task_messages
+from cv_lightning.images import ImageLimits, to_model_image
+from cv_lightning.types import CheckpointError, EngineError, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TURN = "<|im_end|>"
+IMAGE_PAD = "<|image_pad|>"
+
+
+class DialogueEncoder:
+    """Turns messages into ids with one tokenizer, one chat template and one image size rule."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits) -> None:
+        """
+        Args:
+            tokenizer: of a Qwen-VL model.
+            limits: how images are resized for the model; also gives the number of tokens per image.
+
+        Raises:
+            CheckpointError: the tokenizer lacks the special tokens of Qwen-VL.
+        """
+        self.tokenizer = tokenizer
+        self.limits = limits
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (END_OF_TURN, IMAGE_PAD) if token not in vocabulary]
+        if missing:
+            raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has no {', '.join(missing)}; not a Qwen-VL model?")
+        self.end_id: int = vocabulary[END_OF_TURN]
+        self.image_pad_id: int = vocabulary[IMAGE_PAD]
+        self._ids = lru_cache(maxsize=4096)(self._tokenize)
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
+        """Text of messages by our chat template."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages), chat_template=chat_template(), tokenize=False, add_generation_prompt=generation_prompt
+        )
+        assert isinstance(text, str)
+        return text
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """Ids of a prompt, generation prompt included, one pad per image."""
+        return self._ids(self.render(messages, generation_prompt=True))
+
+    def tool_ids(self, content: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Ids that follow a finished assistant turn: separator, tool message, generation prompt."""
+        rendered = self.render([{"role": "tool", "content": list(content)}], generation_prompt=True)
+        return self._ids("\n" + rendered)
+
+    def assistant_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of an assistant turn as demonstrations teach it, end of turn included."""
+        return (*self._ids(text), self.end_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of sampled ids, special tokens kept, without the end of turn."""
+        ids = ids[:-1] if len(ids) and ids[-1] == self.end_id else ids
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def num_image_tokens(self, size: tuple[int, int]) -> int:
+        """Features that the model makes of an image of this (already model) size."""
+        return (size[0] // self.limits.factor) * (size[1] // self.limits.factor)
+
+    def model_image(self, image: Image.Image) -> Image.Image:
+        """The image as the model sees it."""
+        return to_model_image(image, self.limits)
+
+    def start(self, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool) -> Dialogue:
+        """A dialogue that holds the prompt of a task.
+
+        Args:
+            task: the question.
+            images: `task.images` as the model sees them.
+            config: the words.
+            tool: whether the tool is offered.
+        """
+        sizes = [(full.size, seen.size) for full, seen in zip(task.images, images, strict=True)]
+        dialogue = Dialogue(encoder=self)
+        dialogue.append_given(self.prompt_ids(task_messages(task, sizes, config, tool)), images)
+        return dialogue
+
+
+@dataclass(slots=True)
+class Dialogue:
+    """One growing conversation. Every `append_*` is atomic: ids and images together or nothing (trap T7)."""
+
+    encoder: DialogueEncoder
+    engine_ids: list[int] = field(default_factory=list)
+    """Ids as the engine takes them: one pad per image."""
+    token_ids: list[int] = field(default_factory=list)
+    """Ids as training takes them: one pad per image feature."""
+    loss_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    """Model images in the order of their marks."""
+
+    def append_given(self, ids: Sequence[int], images: Sequence[Image.Image] = ()) -> None:
+        """Append ids that the policy did not sample, with the images of their pads.
+
+        Raises:
+            EngineError: the number of pads and of images differ.
+        """
+        pad = self.encoder.image_pad_id
+        if ids.count(pad) != len(images):
+            raise EngineError(f"{ids.count(pad)} image marks but {len(images)} images in one piece of a conversation")
+        expanded: list[int] = []
+        remaining = iter(images)
+        for token in ids:
+            expanded += [pad] * self.encoder.num_image_tokens(next(remaining).size) if token == pad else [token]
+        self.engine_ids += ids
+        self.token_ids += expanded
+        self.loss_mask += [False] * len(expanded)
+        self.logprobs += [0.0] * len(expanded)
+        self.images += images
+
+    def append_sampled(self, ids: Sequence[int], logprobs: Sequence[float], learn: bool = True) -> None:
+        """Append ids that the policy sampled (or, in demonstrations, should have).
+
+        Raises:
+            EngineError: an image pad among them, or another number of log-probabilities.
+        """
+        if self.encoder.image_pad_id in ids:
+            raise EngineError("the policy sampled an image token; ban vision tokens in sampling (trap T6)")
+        if len(ids) != len(logprobs):
+            raise EngineError(f"{len(ids)} sampled tokens but {len(logprobs)} log-probabilities")
+        self.engine_ids += ids
+        self.token_ids += ids
+        self.loss_mask += [learn] * len(ids)
+        self.logprobs += logprobs

@@ -1,0 +1,127 @@
+"""What the model is told: the system prompt, the question, and the words of every tool response.
+
+The texts are files in `prompts/`, each overridable by config; here they are only filled in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from cv_lightning.types import Message, Task
+
+PROMPT_FOLDER = Path(__file__).parent / "prompts"
+TEMPLATE_FILE = Path(__file__).parent / "templates" / "qwen.jinja"
+IMAGE_MARK = "<image>"
+
+Coordinates = Literal["original_px", "model_px", "relative_1000"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The words around the question. `{...}` fields are filled in; `<image>` stands for the image."""
+
+    system: str = "default"
+    """`default`: our system prompt with the tool's description; `none`: no system message; else a file's path, or the text."""
+    system_without_tool: str = "default"
+    """The same, for evaluations with the tool switched off."""
+    question: str = "{images}{question}"
+    """User message of a task that brings no messages of its own. `{images}` is one mark per image."""
+    tool_ok: str = "<image>\n{size}"
+    """Tool response when the snippet made an image."""
+    tool_error: str = "Error: {error}"
+    """Tool response when the snippet failed."""
+    parse_error: str = "The tool call could not be read: {error}"
+    """Tool response when a call is malformed or names another tool."""
+    one_call: str = " Only the first of your {count} calls was run; make one call a turn."
+    """Added to the response when a turn holds several calls."""
+    coordinates: Coordinates = "original_px"
+    """The frame in which sizes are stated to the model; code always works on original pixels through `image.size`."""
+    state_size: bool = True
+    """Say each image's size in the prompt and in tool responses (the reference does not)."""
+
+    def system_text(self, tool: bool) -> str | None:
+        """The system message, or None for none."""
+        given, file = (self.system, "system.md") if tool else (self.system_without_tool, "system_without_tool.md")
+        if given == "none":
+            return None
+        if given == "default":
+            return _read(PROMPT_FOLDER / file)
+        path = Path(given)
+        return _read(path) if len(given) < 1024 and "\n" not in given and path.is_file() else given
+
+
+@cache
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip()
+
+
+@cache
+def chat_template() -> str:
+    """Our chat template: append-only, and its generation prompt opens nothing (traps T2-T4, T55)."""
+    return TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
+
+
+def size_statement(
+    index: int, original: tuple[int, int], seen: tuple[int, int], coordinates: Coordinates
+) -> str:
+    """One sentence on an image's size in the frame the model is to speak of."""
+    width, height = original
+    if coordinates == "original_px":
+        return f"Image {index} is {width}x{height} pixels."
+    if coordinates == "model_px":
+        return f"Image {index}: you see it at {seen[0]}x{seen[1]}; image.size is ({width}, {height})."
+    return f"Image {index}: coordinates run from 0 to 1000 both ways; image.size is ({width}, {height})."
+
+
+def tool_ok_text(config: PromptConfig, index: int, original: tuple[int, int], seen: tuple[int, int]) -> str:
+    """Text of the tool response to a snippet that made image `index`, with its `<image>` mark."""
+    size = size_statement(index, original, seen, config.coordinates) if config.state_size else ""
+    return config.tool_ok.format(size=size, index=index).strip()
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A text part in which nothing can pass for one of the chat format's control tokens."""
+    return {"type": "text", "text": text.replace("<|", "< |")}
+
+
+def split_marks(text: str) -> list[dict[str, str]]:
+    """Split text at its `<image>` marks into the content parts of a chat message."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append(text_part(piece))
+    return parts
+
+
+def task_messages(task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]]], config: PromptConfig, tool: bool) -> list[dict[str, Any]]:
+    """Chat messages of a task, with content parts; exactly one image part per task image.
+
+    Args:
+        task: its own `messages` are used where it has any; our system message is put before them if they have none.
+        sizes: (original size, size the model sees) of each task image.
+        config: the words.
+        tool: False leaves the tool out.
+
+    Raises:
+        ValueError: the number of image marks differs from the number of images.
+    """
+    messages = list(task.messages)
+    if not messages:
+        marks = IMAGE_MARK * len(task.images)
+        messages = [Message(role="user", content=config.question.format(images=marks, question=task.question))]
+    system = config.system_text(tool)
+    if system is not None and messages[0].role != "system":
+        messages.insert(0, Message(role="system", content=system))
+    num_marks = sum(message.content.count(IMAGE_MARK) for message in messages)
+    if num_marks != len(task.images):
+        raise ValueError(f"task {task.id}: {num_marks} <image> marks in its prompt but {len(task.images)} images")
+    rendered = [{"role": m.role, "content": split_marks(m.content)} for m in messages]
+    if config.state_size:
+        lines = [size_statement(i, full, seen, config.coordinates) for i, (full, seen) in enumerate(sizes)]
+        rendered[-1]["content"].append({"type": "text", "text": "\n" + "\n".join(lines)})
+    return rendered

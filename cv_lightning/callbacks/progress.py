@@ -1,0 +1,137 @@
+"""Progress: one bar for the run and one for the rollout under way; a plain line per iteration without a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cv_lightning.agent.loop import RolloutProgress
+
+HEADLINE = {
+    "sft/loss": "loss",
+    "reward/total": "reward",
+    "reward/accuracy": "accuracy",
+    "rollout/must_use": "must-use",
+    "rollout/turns_mean": "turns",
+    "policy/parity_max": "parity",
+    "time/rollout_s": "rollout s",
+    "time/update_s": "update s",
+}
+"""Metrics worth a place on the line, and their short names."""
+
+
+class RunProgress(ProgressBar):
+    """Lightning's progress bar for iterations that contain a rollout.
+
+    On a terminal: two live bars. Elsewhere (a log file, CI): one line every `every` batches.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        """
+        Args:
+            every: batches between two lines where there is no terminal.
+        """
+        super().__init__()
+        self.every = every
+        self.enabled = True
+        self.console = Console(file=sys.stderr)
+        self.live: Progress | None = None
+        self.bar: TaskID | None = None
+        self.started = 0.0
+
+    # Lightning switches the bar off on ranks other than 0.
+    def disable(self) -> None:
+        """Show nothing."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self.enabled = True
+
+    # ------------------------------------------------------------------ hooks
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar of the run."""
+        self._open("fit", self.total_train_batches if self.total_train_batches != float("inf") else None)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Advance."""
+        self._advance("fit", batch_idx + 1, self.total_train_batches, headline(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close."""
+        self._close()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar of the test."""
+        self._open("test", None)
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Advance."""
+        self._advance("test", batch_idx + 1, self.total_test_batches_current_dataloader, "")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self._close()
+
+    # ------------------------------------------------------------------ rollouts
+    @classmethod
+    @contextmanager
+    def rollout_of(cls, trainer: pl.Trainer, title: str) -> Iterator[Callable[[RolloutProgress], None] | None]:
+        """A bar for one rollout on the trainer's progress bar; yields what the agent loop reports to."""
+        bar = trainer.progress_bar_callback
+        live = bar.live if isinstance(bar, cls) and bar.enabled else None
+        if live is None:
+            yield None
+            return
+        task = live.add_task(title, total=None, note="")
+
+        def show(state: RolloutProgress) -> None:
+            seconds = max(state.elapsed_s, 1e-9)
+            note = f"{state.tokens / seconds:,.0f} tokens/s  {state.tool_calls / seconds:,.0f} tool calls/s"
+            live.update(task, total=state.total, completed=state.finished, note=note)
+
+        try:
+            yield show
+        finally:
+            live.remove_task(task)
+
+    # ------------------------------------------------------------------ drawing
+    def _open(self, title: str, total: float | None) -> None:
+        self.started = time.perf_counter()
+        if self.enabled and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self.live.start()
+            self.bar = self.live.add_task(title, total=total, note="")
+
+    def _advance(self, title: str, done: int, total: float, note: str) -> None:
+        if self.live is not None and self.bar is not None:
+            self.live.update(self.bar, completed=done, note=note)
+        elif self.enabled and (done % self.every == 0 or done == total):
+            seconds = time.perf_counter() - self.started
+            self.console.print(f"{title} {done}/{total}  {seconds:.0f} s  {note}", highlight=False, soft_wrap=True)
+
+    def _close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+        self.live = self.bar = None
+
+
+def headline(trainer: pl.Trainer) -> str:
+    """The metrics worth a glance, short."""
+    metrics = trainer.callback_metrics
+    return "  ".join(f"{short} {float(metrics[name]):.3g}" for name, short in HEADLINE.items() if name in metrics)

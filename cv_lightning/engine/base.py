@@ -1,0 +1,122 @@
+"""The engine protocol: what the agent loop asks of an inference engine, and the config of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine inside the trainer is built."""
+
+    kind: Literal["auto", "vllm", "transformers"] = "auto"
+    """`vllm`; `transformers` (generate on the policy itself); `auto`: vLLM wherever it imports."""
+    max_model_len: int = 32768
+    """Longest sequence in tokens, images expanded: prompt + response."""
+    max_num_seqs: int = 128
+    """Requests decoded at once."""
+    max_images: int = 16
+    """Images in one request; at least 1 + the agent's number of tool calls (trap T30)."""
+    gpu_memory_utilization: float = 0.45
+    """Share of a GPU's memory for the engine; the rest is the trainer's."""
+    enforce_eager: bool = False
+    """No CUDA graphs. Ignored on a CPU, where there are none."""
+    processor_cache_gb: float = 0.25
+    """vLLM's cache of processed images, in GB of main memory (trap T27)."""
+
+    def __post_init__(self) -> None:
+        if self.max_model_len < 16 or self.max_num_seqs < 1 or self.max_images < 1:
+            raise ValueError("engine.max_model_len must be at least 16, engine.max_num_seqs and engine.max_images at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"engine.gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Keep at 1 in training: a truncated distribution biases the ratio (trap T18)."""
+    seed: int = 0
+    """Run seed; every request's own seed is derived from it."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.temperature must be >= 0 and sampling.top_p in (0, 1]; got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One turn to generate."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    """Everything so far, one `<|image_pad|>` per image."""
+    images: Sequence[Image.Image]
+    """Model-sized images in the order of their pads; the engine resizes nothing."""
+    image_hashes: Sequence[str]
+    """Content hash of each image, for the engine's caches (trap T16)."""
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    banned_ids: Sequence[int]
+    """Ids that must not be sampled: -100 is added to their logits, and trainers do the same (trap T6)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished request."""
+
+    id: str
+    token_ids: list[int]
+    """Sampled ids, end of turn included where it was sampled."""
+    logprobs: list[float]
+    """Log-probability of each sampled id under the distribution it was drawn from."""
+    stopped: bool
+    """True: ended by the end of turn; False: cut at `max_tokens`."""
+    prompt_ids: list[int] | None
+    """The prompt as the engine expanded it, where the engine tells."""
+
+
+class Engine(Protocol):
+    """A stepping inference engine; one thread owns it."""
+
+    weight_version: int
+    """Version of the weights it samples from; -1 before the first update."""
+    max_model_len: int
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            EngineError: longer than `max_model_len`.
+        """
+
+    def step(self) -> list[Completion]:
+        """Advance all requests by one step (or more) and return those that finished."""
+
+    def has_unfinished(self) -> bool:
+        """True while any request is queued or running."""
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forget requests."""
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take over the policy's weights (Hugging Face names, whole tensors) and drop every cache."""
+
+    def close(self) -> None:
+        """Free the engine's memory and processes."""
+
+
+LOGIT_BAN = -100.0
+"""Added to the logits of banned ids, by engine and trainer alike."""

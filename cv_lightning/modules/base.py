@@ -1,0 +1,184 @@
+"""What SFT and GRPO share: the policy, its processor, and one way to take an optimizer step over micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import lightning.pytorch as pl
+import torch
+
+from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.model.logprobs import LogProbs, packed_logprobs
+from cv_lightning.model.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "hold_linear"] = "constant"
+    """After the warm-up: `constant`; `cosine` to 0; `hold_linear`: hold for half of the steps, then straight to `final_share`."""
+    total_steps: int = 0
+    """Optimizer steps of the whole run, for the schedules that end. 0: `trainer.max_steps`."""
+    final_share: float = 0.05
+    """Share of the peak that `hold_linear` ends at."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup_steps < 0 or self.gradient_clip < 0:
+            raise ValueError("model.optimizer: lr must be above 0, warmup_steps and gradient_clip at least 0")
+
+    def multiplier(self, step: int, total: int) -> float:
+        """Learning rate at optimizer step `step` (from 0) over the peak."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        done = min(1.0, step / total) if total > 0 else 0.0
+        if self.schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "hold_linear":
+            return warm * min(1.0, max(self.final_share, (1 - done) / 0.5))
+        return warm
+
+
+class PolicyModule(pl.LightningModule):
+    """A Qwen-VL policy under manual optimisation.
+
+    `validation_step` and `test_step` do nothing: evaluation is a rollout, which `RolloutCallback` makes.
+    """
+
+    def __init__(self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384) -> None:
+        """
+        Args:
+            policy: which model, and how it is loaded.
+            optimizer: AdamW and schedule.
+            max_tokens_per_row: token budget of one packed row, which is one micro-batch.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.policy_config = policy
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.max_tokens_per_row = max_tokens_per_row
+        self.processor: ProcessorMixin = load_processor(policy.path, policy.min_pixels, policy.max_pixels)
+        self.encoder = DialogueEncoder(self.processor.tokenizer, image_limits(self.processor))
+        self.vision_ids: tuple[int, ...] = tuple(vision_token_ids(self.processor.tokenizer))
+        self.policy: PreTrainedModel | None = None
+        self.iteration = 0
+        self._zero3: Any = None
+
+    # ------------------------------------------------------------------ building
+    def configure_model(self) -> None:
+        """Load the policy; idempotent, as Lightning calls it for every stage."""
+        if self.policy is None:
+            self._keep_zero3_config()
+            self.policy = load_policy(self.policy_config)
+
+    def _keep_zero3_config(self) -> None:
+        """Under ZeRO-3 transformers shards while loading, as long as an `HfDeepSpeedConfig` is alive."""
+        config = getattr(self.trainer.strategy, "config", None)
+        if isinstance(config, dict) and config.get("zero_optimization", {}).get("stage") == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self._zero3 = HfDeepSpeedConfig(config)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the policy's trainable parameters; decay on matrices only."""
+        assert self.policy is not None
+        config = self.optimizer_config
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        total = config.total_steps or max(0, self.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # ------------------------------------------------------------------ one optimizer step
+    def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False, model: PreTrainedModel | None = None) -> LogProbs:
+        """Log-probabilities at the loss positions of a packed row, as the engine computes them.
+
+        Args:
+            batch: a packed row.
+            temperature: of sampling; 1 in SFT.
+            with_entropy: also the entropy of every distribution.
+            model: another model than the policy (the reference).
+        """
+        model = self.policy if model is None else model
+        assert model is not None
+        return packed_logprobs(
+            model, batch.to(self.device), temperature=temperature, banned_ids=self.vision_ids, with_entropy=with_entropy
+        )
+
+    def accumulate_and_step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> float:
+        """Backward over every micro-batch, then one optimizer and one scheduler step.
+
+        `loss` returns a micro-batch's share of the *global* loss: a sum over tokens divided by the token count of
+        all ranks. Ranks average gradients, so it is multiplied by the world size here (trap T34).
+
+        Returns:
+            The gradient norm before clipping (0.0 where DeepSpeed clips by itself).
+        """
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        engine = _deepspeed_engine(self.trainer)
+        for index, micro_batch in enumerate(micro_batches):
+            if engine is not None:
+                # ZeRO-2 keeps the last micro-batch only without the first call, ZeRO-3 without the second.
+                engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)
+                if clear is not None:
+                    clear()
+            self.manual_backward(loss(micro_batch) * self.trainer.world_size)
+        norm = 0.0
+        if engine is None:
+            limit = self.optimizer_config.gradient_clip or math.inf
+            norm = float(torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], limit))
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler = self.lr_schedulers()
+        assert scheduler is not None and not isinstance(scheduler, list)
+        scheduler.step()
+        return norm
+
+    def reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over ranks."""
+        if self.trainer.world_size == 1:
+            return list(values)
+        total = self.all_gather(torch.tensor(values, dtype=torch.float64, device=self.device))
+        assert isinstance(total, torch.Tensor)
+        return total.sum(0).tolist()
+
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep our own iteration counter: `global_step` counts optimizer steps (trap T51)."""
+        checkpoint["iteration"] = self.iteration
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the iteration counter."""
+        self.iteration = checkpoint.get("iteration", 0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Rolled out and scored by `RolloutCallback`."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Rolled out and scored by `RolloutCallback`."""
+
+
+def _deepspeed_engine(trainer: pl.Trainer) -> Any:
+    model = trainer.strategy.model
+    return model if hasattr(model, "set_gradient_accumulation_boundary") else None
