@@ -15,7 +15,7 @@ from typing import Literal
 from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig, size_statement
-from cv_lightning.data.digits import KINDS, TRANSFORMS, DigitsConfig, Kind, is_small, is_turned
+from cv_lightning.data.digits import TRANSFORMS, DigitsConfig, check_kind_shares, is_small, is_turned
 from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
 
 Execute = Callable[[Image.Image, str], SandboxResult]
@@ -78,9 +78,7 @@ class DemonstrationConfig:
         for name in ("tool_share", "needless_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} is a share: between 0 and 1")
-        shares = self.warm_up_shares
-        if set(shares) - set(KINDS) or min(shares.values(), default=0) < 0 or sum(shares.values()) <= 0:
-            raise ValueError(f"--warm_up_shares {shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
+        check_kind_shares("warm_up_shares", self.warm_up_shares)
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -160,7 +158,7 @@ def _tool_steps(task: Task, digits: DigitsConfig) -> list[tuple[str, str]]:
     kind = task.metadata["kind"]
     steps = []
     if is_turned(kind):
-        steps.append((THOUGHT_TURN, undo_code(task.metadata["transform"])))
+        steps.append((THOUGHT_TURN, undo_code(task.metadata["applied"])))
     if is_small(kind):
         steps.append((THOUGHT_CROP, crop_code(tuple(task.metadata["cell"]), digits)))
     return steps
@@ -178,12 +176,6 @@ def _run_steps(task: Task, steps: list[tuple[str, str]], execute: Execute) -> li
         image = result.image
         turns.append(DemoTurn(text=call_text(call, thought), call=call, result_image=image))
     return turns
-
-
-def draw_warm_up_kind(config: DemonstrationConfig, rng: random.Random) -> Kind:
-    """Kind of the next conversation of the warm-up."""
-    kinds = [kind for kind in KINDS if kind in config.warm_up_shares]
-    return rng.choices(kinds, [config.warm_up_shares[kind] for kind in kinds])[0]
 
 
 # ------------------------------------------------------------------------------------------------ corpus

@@ -12,6 +12,7 @@ of two million parameters does not learn to read within minutes.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,7 +83,7 @@ class DigitsConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.train_digits < NUM_DIGITS:
-            raise ValueError(f"--train_digits {self.train_digits} must leave held-out ones: between 1 and {NUM_DIGITS - 1}")
+            raise ValueError(f"--train_digits {self.train_digits} must leave held-out ones: 1 to {NUM_DIGITS - 1}")
         if self.original_side % self.cell or self.original_side < 2 * self.model_side:
             raise ValueError(
                 f"--original_side {self.original_side} must be a multiple of --cell {self.cell} and at least twice "
@@ -92,16 +93,25 @@ class DigitsConfig:
             raise ValueError(f"--model_side {self.model_side} and --cell {self.cell} must be at least {LAYOUT // 2}")
         if self.cell > BLOCK[1] * self.original_side // LAYOUT:
             raise ValueError(f"--cell {self.cell} leaves no room above the cue of an original of {self.original_side}")
-        if not 0 <= self.jitter_px <= self.cell // LAYOUT + 1:
-            raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {self.cell // LAYOUT + 1}: a card fills its cell")
-        unknown = sorted(set(self.kind_shares) - set(KINDS))
-        if unknown or min(self.kind_shares.values(), default=0) < 0 or sum(self.kind_shares.values()) <= 0:
-            raise ValueError(f"--kind_shares {self.kind_shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
+        room = self.cell // LAYOUT + 1
+        if not 0 <= self.jitter_px <= room:
+            raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {room}: a card fills its cell")
+        check_kind_shares("kind_shares", self.kind_shares)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(columns, rows) of cells on a large original that keep clear of the cue."""
         return self.original_side // self.cell, BLOCK[1] * self.original_side // LAYOUT // self.cell
+
+
+def check_kind_shares(name: str, shares: Mapping[str, float]) -> None:
+    """Refuse shares that cannot be drawn from.
+
+    Raises:
+        ValueError: a kind that does not exist, a negative share, or nothing above 0; names the flag.
+    """
+    if set(shares) - set(KINDS) or min(shares.values(), default=0) < 0 or sum(shares.values()) <= 0:
+        raise ValueError(f"--{name} {dict(shares)}: not negative, not all 0, and only of {', '.join(KINDS)}")
 
 
 def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None = None) -> Task:
@@ -115,9 +125,9 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
 
     Returns:
         A task whose one image has the transform applied already. `box` is the card in that image's pixels.
-        `metadata`: `kind`, `transform` (name or None), `digits` (indices in `load_digits`), `upright_box`, `box_area`
-        (square pixels), and `cell`, the crop that shows the card on the upright original (None where no crop is
-        needed).
+        `metadata`: `kind`, `applied` (transform or None), `digits` (indices in `load_digits`), `upright_box`,
+        `box_area` (square pixels), and `cell`, the crop that shows the card on the upright original (None where
+        no crop is needed).
     """
     if kind is None:
         kinds = list(config.kind_shares)
@@ -136,7 +146,7 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
     required = ((transform,) if transform else ()) + (("crop",) if cell else ())
     metadata: dict[str, Any] = {
         "kind": kind,
-        "transform": transform,
+        "applied": transform,
         "digits": list(digits),
         "upright_box": list(upright_box),
         "box_area": (upright_box[2] - upright_box[0]) * (upright_box[3] - upright_box[1]),

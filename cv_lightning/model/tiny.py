@@ -139,7 +139,7 @@ def write_tiny_checkpoint(
     model_config = _model_config(config, processor.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Qwen3VLForConditionalGeneration(model_config)
+        model = Qwen3VLForConditionalGeneration(model_config)  # type: ignore[no-untyped-call]
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id]
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -181,7 +181,7 @@ def _tokenizer(config: TinyModelConfig, corpus: Iterable[str], chat_template: st
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=train_byte_pairs(config, corpus),
         eos_token=END_OF_TURN,
         pad_token=PADDING,
@@ -207,7 +207,7 @@ def _processor(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat
         image_std=[config.image_std] * 3,
     )
     video_processor = Qwen3VLVideoProcessor(patch_size=config.patch_size, merge_size=config.merge_size)
-    return Qwen3VLProcessor(
+    return Qwen3VLProcessor(  # type: ignore[no-untyped-call]
         image_processor=image_processor,
         tokenizer=tokenizer,
         video_processor=video_processor,
@@ -218,7 +218,7 @@ def _processor(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat
 def _model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     from transformers import Qwen3VLConfig
 
-    token_id = tokenizer.convert_tokens_to_ids
+    token_ids = tokenizer.get_vocab()
     heads = config.hidden_size // config.head_dim
     half = config.head_dim // 2
     text = {
@@ -255,9 +255,9 @@ def _model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -
     return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        image_token_id=token_ids["<|image_pad|>"],
+        video_token_id=token_ids["<|video_pad|>"],
+        vision_start_token_id=token_ids["<|vision_start|>"],
+        vision_end_token_id=token_ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )

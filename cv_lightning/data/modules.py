@@ -1,0 +1,293 @@
+"""LightningDataModules: tasks for RL and evaluation, conversations for SFT.
+
+Batches are objects of plain classes, which Lightning hands on untouched (trap T48), and come from sized loaders,
+which it does not prefetch from. A batch is a pure function of its number, so a loader's whole state is that number.
+Ranks take their shares here: the loaders are no `DataLoader`s, and no `DistributedSampler` is put around them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import lightning.pytorch as pl
+from PIL import Image
+
+from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig
+from cv_lightning.data.digits import DigitsConfig
+from cv_lightning.data.readers import TaskFiles
+from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.data.sft_json import ConversationFiles
+from cv_lightning.data.sources import (
+    ConversationSource,
+    DigitDemonstrations,
+    DigitTasks,
+    HeldOutScenes,
+    RowConversations,
+    Rows,
+    RowTasks,
+    TaskSource,
+    share_of_rank,
+)
+from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.types import Iteration, SandboxResult, Task
+
+Batch = TypeVar("Batch")
+
+
+class DemonstrationBatch:
+    """One Lightning batch of SFT: the conversations of one optimizer step on this rank."""
+
+    def __init__(self, index: int, conversations: list[Conversation]) -> None:
+        """
+        Args:
+            index: number of the step, from 0.
+            conversations: this rank's.
+        """
+        self.index = index
+        self.conversations = conversations
+
+
+class StepLoader(Generic[Batch]):
+    """A sized loader whose n-th batch is `build(n)`; a checkpoint keeps the number of the next one."""
+
+    def __init__(self, build: Callable[[int], Batch], num_steps: int) -> None:
+        """
+        Args:
+            build: makes the batch of a step, the same for the same number.
+            num_steps: batches in an epoch.
+        """
+        self.build = build
+        self.num_steps = num_steps
+        self._next = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._resumed:
+            self._next = 0
+        self._resumed = False
+        while self._next < self.num_steps:
+            self._next += 1
+            yield self.build(self._next - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of the next batch."""
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on with the batch that the state names; after the last one, from the start."""
+        self._next = state["next"]
+        self._resumed = self._next < self.num_steps
+
+
+class EvaluationDataModule(pl.LightningDataModule):
+    """Held-out tasks for `validate` and `test`: of files where they are given, else digits."""
+
+    def __init__(
+        self,
+        digits: DigitsConfig | None = None,
+        reader: ReaderConfig | None = None,
+        eval_files: list[str] | None = None,
+        val_tasks: dict[str, int] | None = None,
+        test_tasks: dict[str, int] | None = None,
+        tasks_per_eval_batch: int = 0,
+    ) -> None:
+        """
+        Args:
+            digits: the embedded scenes.
+            reader: how files are read.
+            eval_files: Parquet files that `validate` and `test` go through instead of digits.
+            val_tasks: held-out scenes of each kind in a validation; none: no validation.
+            test_tasks: held-out scenes of each kind in a test.
+            tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+        """
+        super().__init__()
+        if tasks_per_eval_batch < 0:
+            raise ValueError(f"--data.tasks_per_eval_batch {tasks_per_eval_batch}: a number of tasks, or 0 for all")
+        self.digits = digits or DigitsConfig()
+        self.reader = reader or ReaderConfig()
+        self.eval_files = eval_files or []
+        self.val_tasks = val_tasks or {}
+        self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
+        self.tasks_per_eval_batch = tasks_per_eval_batch
+
+    def val_dataloader(self) -> StepLoader[Iteration] | list[object]:
+        """Tasks of a validation; an empty list, which skips it, where none are asked for."""
+        if not self.eval_files and not any(self.val_tasks.values()):
+            return []
+        return self._evaluation_loader(self.val_tasks)
+
+    def test_dataloader(self) -> StepLoader[Iteration]:
+        """Tasks of a test."""
+        return self._evaluation_loader(self.test_tasks)
+
+    def _evaluation_loader(self, counts: dict[str, int]) -> StepLoader[Iteration]:
+        rank, world_size = self._rank_and_world()
+        rows: Rows[Task]
+        if self.eval_files:
+            rows = TaskFiles(self.eval_files, self.reader)
+        else:
+            rows = HeldOutScenes(self.digits, counts)
+        size = len(rows)
+        at_once = self.tasks_per_eval_batch or size
+
+        def build(step: int) -> Iteration:
+            positions = range(step * at_once, min(size, (step + 1) * at_once))
+            return Iteration(step, [rows.row(at) for at in share_of_rank(positions, rank, world_size)])
+
+        return StepLoader(build, math.ceil(size / at_once))
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+class TaskDataModule(EvaluationDataModule):
+    """Tasks for RL, an `Iteration` a batch, and for evaluation."""
+
+    def __init__(
+        self,
+        digits: DigitsConfig | None = None,
+        reader: ReaderConfig | None = None,
+        train_files: list[str] | None = None,
+        eval_files: list[str] | None = None,
+        num_iterations: int = 100,
+        tasks_per_iteration: int = 16,
+        oversample: float = 1.0,
+        val_tasks: dict[str, int] | None = None,
+        test_tasks: dict[str, int] | None = None,
+        tasks_per_eval_batch: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            digits: the embedded scenes.
+            reader: how files are read.
+            train_files: Parquet files to train on instead of digits.
+            eval_files: Parquet files that `validate` and `test` go through instead of digits.
+            num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
+            tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
+            oversample: so many times the tasks come in a batch, for dynamic sampling.
+            val_tasks: held-out scenes of each kind in a validation; none: no validation.
+            test_tasks: held-out scenes of each kind in a test.
+            tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+            seed: order of the rows of files (scenes have their own seed).
+        """
+        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
+        if num_iterations < 1 or tasks_per_iteration < 1 or oversample < 1:
+            raise ValueError(
+                f"--data.num_iterations {num_iterations}, --data.tasks_per_iteration {tasks_per_iteration} and "
+                f"--data.oversample {oversample} must be at least 1"
+            )
+        self.train_files = train_files or []
+        self.num_iterations = num_iterations
+        self.tasks_per_iteration = tasks_per_iteration
+        self.oversample = oversample
+        self.seed = seed
+
+    def train_dataloader(self) -> StepLoader[Iteration]:
+        """One batch an RL iteration: this rank's share of its tasks."""
+        rank, world_size = self._rank_and_world()
+        _check_divisible("tasks_per_iteration", self.tasks_per_iteration, world_size)
+        count = math.ceil(self.tasks_per_iteration * self.oversample / world_size) * world_size
+        source: TaskSource = DigitTasks(self.digits)
+        if self.train_files:
+            source = RowTasks(TaskFiles(self.train_files, self.reader), self.seed)
+        return StepLoader(
+            lambda step: Iteration(step, source.tasks(step, count, rank, world_size)), self.num_iterations
+        )
+
+
+class SFTDataModule(EvaluationDataModule):
+    """Conversations for SFT, and the tasks of an evaluation."""
+
+    def __init__(
+        self,
+        digits: DigitsConfig | None = None,
+        demonstrations: DemonstrationConfig | None = None,
+        reader: ReaderConfig | None = None,
+        sandbox: SandboxConfig | None = None,
+        train_files: list[str] | None = None,
+        eval_files: list[str] | None = None,
+        num_steps: int = 400,
+        conversations_per_step: int = 32,
+        warm_up_share: float = 0.35,
+        warm_up_conversations_per_step: int = 64,
+        val_tasks: dict[str, int] | None = None,
+        test_tasks: dict[str, int] | None = None,
+        tasks_per_eval_batch: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            digits: the embedded scenes.
+            demonstrations: in which scenes the tool is used.
+            reader: how files are read.
+            sandbox: runs the snippets of the demonstrations.
+            train_files: JSON files of conversations to train on instead of digits; they have no warm-up.
+            eval_files: Parquet files that `validate` and `test` go through instead of digits.
+            num_steps: optimizer steps of the whole run; set `trainer.max_epochs: 1`.
+            conversations_per_step: of all ranks; a multiple of their number.
+            warm_up_share: share of the steps, at the start, that show single turns only.
+            warm_up_conversations_per_step: of all ranks, in the warm-up.
+            val_tasks: held-out scenes of each kind in a validation; none: no validation.
+            test_tasks: held-out scenes of each kind in a test.
+            tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+            seed: order of the rows of files (scenes have their own seed).
+        """
+        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
+        if min(num_steps, conversations_per_step, warm_up_conversations_per_step) < 1 or not 0 <= warm_up_share <= 1:
+            raise ValueError(
+                f"--data.num_steps {num_steps}, --data.conversations_per_step {conversations_per_step} and "
+                f"--data.warm_up_conversations_per_step {warm_up_conversations_per_step} must be at least 1, "
+                f"--data.warm_up_share {warm_up_share} between 0 and 1"
+            )
+        self.demonstrations = demonstrations or DemonstrationConfig()
+        self.sandbox_config = sandbox or SandboxConfig()
+        self.train_files = train_files or []
+        self.num_steps = num_steps
+        self.conversations_per_step = conversations_per_step
+        self.warm_up_share = warm_up_share
+        self.warm_up_conversations_per_step = warm_up_conversations_per_step
+        self.seed = seed
+        self._sandbox: Sandbox | None = None
+
+    def teardown(self, stage: str) -> None:
+        """Stop the sandbox, if demonstrations have started one."""
+        if self._sandbox is not None:
+            self._sandbox.close()
+            self._sandbox = None
+
+    def train_dataloader(self) -> StepLoader[DemonstrationBatch]:
+        """One batch an optimizer step: this rank's share of its conversations."""
+        rank, world_size = self._rank_and_world()
+        _check_divisible("conversations_per_step", self.conversations_per_step, world_size)
+        source: ConversationSource
+        if self.train_files:
+            source = RowConversations(ConversationFiles(self.train_files, self.reader), self.seed)
+        else:
+            _check_divisible("warm_up_conversations_per_step", self.warm_up_conversations_per_step, world_size)
+            source = DigitDemonstrations(self.digits, self.demonstrations, self._execute)
+        warm_up_steps = 0 if self.train_files else round(self.num_steps * self.warm_up_share)
+
+        def build(step: int) -> DemonstrationBatch:
+            warm_up = step < warm_up_steps
+            count = self.warm_up_conversations_per_step if warm_up else self.conversations_per_step
+            return DemonstrationBatch(step, source.conversations(step, count, rank, world_size, warm_up=warm_up))
+
+        return StepLoader(build, self.num_steps)
+
+    def _execute(self, image: Image.Image, code: str) -> SandboxResult:
+        """Run a snippet; the sandbox starts with the first one."""
+        if self._sandbox is None:
+            self._sandbox = Sandbox(self.sandbox_config)
+            self._sandbox.start()
+        return self._sandbox.run_sync(image, code)
+
+
+def _check_divisible(name: str, count: int, world_size: int) -> None:
+    if count % world_size:
+        raise ValueError(f"--data.{name} {count} cannot be shared by {world_size} ranks; make it a multiple of that")
