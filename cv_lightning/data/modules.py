@@ -114,6 +114,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.val_tasks = val_tasks or {}
         self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
         self.tasks_per_eval_batch = tasks_per_eval_batch
+        for counts in (self.val_tasks, self.test_tasks):
+            HeldOutScenes(self.digits, counts)
 
     def val_dataloader(self) -> StepLoader[Iteration] | list[object]:
         """Tasks of a validation; an empty list, which skips it, where none are asked for."""
@@ -127,12 +129,12 @@ class EvaluationDataModule(pl.LightningDataModule):
 
     def _evaluation_loader(self, counts: dict[str, int]) -> StepLoader[Iteration]:
         rank, world_size = self._rank_and_world()
-        rows: Rows[Task]
+        rows: Rows[Task] = HeldOutScenes(self.digits, counts)
         if self.eval_files:
             rows = TaskFiles(self.eval_files, self.reader)
-        else:
-            rows = HeldOutScenes(self.digits, counts)
         size = len(rows)
+        if size == 0:
+            raise ValueError("--data.test_tasks asks for no scene of any kind; name at least one, or --data.eval_files")
         at_once = self.tasks_per_eval_batch or size
 
         def build(step: int) -> Iteration:

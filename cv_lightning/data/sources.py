@@ -127,11 +127,10 @@ class HeldOutScenes:
             counts: number of scenes of each kind.
 
         Raises:
-            ValueError: a kind that does not exist.
+            ValueError: a kind that does not exist, or a negative number.
         """
-        unknown = sorted(set(counts) - set(KINDS))
-        if unknown:
-            raise ValueError(f"--data.val_tasks/test_tasks name {unknown}; the kinds are {', '.join(KINDS)}")
+        if set(counts) - set(KINDS) or min(counts.values(), default=0) < 0:
+            raise ValueError(f"--data.val_tasks/test_tasks {dict(counts)}: not negative, and of {', '.join(KINDS)}")
         self.config = config
         kinds = [kind for kind in KINDS if counts.get(kind, 0)]
         longest = max((counts[kind] for kind in kinds), default=0)
