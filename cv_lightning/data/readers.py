@@ -204,7 +204,9 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
         if decode:
             return decode_image(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            turned_by_exif = image.getexif().get(EXIF_ORIENTATION, 1) > 1
+            # Of a PNG without EXIF in its header getexif() would decode every pixel.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            turned_by_exif = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) > 1
             if image.width * image.height > MAX_DECODED_PIXELS:
                 raise ImageError(f"{image.width}x{image.height} is more than {MAX_DECODED_PIXELS} pixels")
         return decode_image(source) if turned_by_exif else image
