@@ -87,8 +87,8 @@ def content_hash(image: Image.Image) -> str:
 def model_size(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
     """Size at which the model sees a picture: multiples of `factor` within the pixel limits.
 
-    The same arithmetic as Qwen's processor (transformers `smart_resize`), made idempotent: a size
-    that already fits is returned unchanged.
+    The arithmetic of Qwen's processor (transformers `smart_resize`), made idempotent: a size that already fits is
+    returned unchanged, and the result fits for every aspect ratio, so that the processor's own resize does nothing.
 
     Raises:
         ImageError: zero size, or an aspect ratio above `MAX_ASPECT`.
@@ -105,7 +105,9 @@ def model_size(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
     elif w * h < limits.min_pixels:
         scale = math.sqrt(limits.min_pixels / (width * height))
         w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
-    return w, h
+    # A side cannot shrink below one factor, so long strips may still hold too many pixels: their long side gives way.
+    longest = limits.max_pixels // min(w, h) // factor * factor
+    return min(w, max(longest, min(w, h))), min(h, max(longest, min(w, h)))
 
 
 def to_model_image(image: Image.Image, limits: ImageLimits) -> Image.Image:

@@ -1,0 +1,119 @@
+"""Loading a Qwen-VL policy and its processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cv_lightning.images import ImageLimits
+from cv_lightning.types import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+"""Model types whose image and position handling this project knows."""
+VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Which model, and how it is loaded."""
+
+    path: str
+    """Hugging Face folder or hub name of a Qwen2.5-VL or Qwen3-VL model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Parameter type, of trainer and engine alike."""
+    min_pixels: int | None = None
+    """Smallest image the model sees, in pixels; None: the processor's own."""
+    max_pixels: int | None = None
+    """Largest image the model sees, in pixels; None: the processor's own."""
+    freeze_vision: bool = False
+    """Train the language model only (the recipe's SFT)."""
+    freeze_projector: bool = False
+    """Freeze the merger between vision tower and language model, too."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
+    """`packed`: ours, exact on packed rows with plain SDPA; `auto`: flash-attention 2 on a GPU that has it, else ours."""
+
+
+def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:
+    """The processor of a model folder, with its pixel limits replaced where given.
+
+    Raises:
+        CheckpointError: the folder does not exist or lacks a processor.
+    """
+    from transformers import AutoProcessor
+
+    folder = Path(path)
+    looks_local = folder.is_absolute() or path.startswith((".", "runs/")) or folder.exists()
+    if looks_local:
+        if not folder.is_dir():
+            raise CheckpointError(f"policy.path {path}: no such folder; give a Hugging Face folder of a Qwen-VL model")
+        if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            raise CheckpointError(
+                f"policy.path {path}: no processor (preprocessor_config.json or processor_config.json) in this folder; "
+                "copy it from the base model, or use a folder that `export` or ExportCallback wrote"
+            )
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"policy.path {path}: its processor cannot be loaded ({error})") from error
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError(f"policy.path {path}: {type(processor).__name__} has no image processor; not a Qwen-VL model?")
+    size = processor.image_processor.size
+    size["shortest_edge"] = min_pixels or size["shortest_edge"]
+    size["longest_edge"] = max_pixels or size["longest_edge"]
+    return processor
+
+
+def image_limits(processor: ProcessorMixin) -> ImageLimits:
+    """How images are resized for this processor's model: patch factor and pixel limits from the processor itself."""
+    image_processor = processor.image_processor
+    return ImageLimits(
+        factor=image_processor.patch_size * image_processor.merge_size,
+        min_pixels=image_processor.size["shortest_edge"],
+        max_pixels=image_processor.size["longest_edge"],
+    )
+
+
+def vision_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that only images may put into a sequence; banned in sampling and in log-probabilities (trap T6)."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
+
+
+def load_policy(config: PolicyConfig) -> PreTrainedModel:
+    """Load the model; frozen parts do not require gradients.
+
+    Raises:
+        CheckpointError: not a model folder, or a family this project does not know.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from cv_lightning.model.attention import NAME, attention_name, use_attention
+
+    attention = attention_name(config.attention)
+    try:
+        # transformers takes our name for a flash-attention build while loading, so ours is switched on afterwards.
+        model = AutoModelForImageTextToText.from_pretrained(
+            config.path,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa" if attention == NAME else attention,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"policy.path {config.path}: the model cannot be loaded ({error})") from error
+    if model.config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}")
+    use_attention(model, attention)
+    if config.freeze_vision:
+        for name, parameter in model.named_parameters():
+            if ".visual." in name and (config.freeze_projector or ".merger" not in name and "_merger" not in name):
+                parameter.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model

@@ -1,0 +1,94 @@
+"""Log-probabilities of a packed row at the positions that the loss needs, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cv_lightning.model.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGIT_BAN = -100.0
+"""Added to the logits of banned ids; the engine adds the same."""
+
+
+class LogProbs(NamedTuple):
+    """Of the targets of a packed row."""
+
+    logprobs: torch.Tensor
+    """[N] float32"""
+    entropy: torch.Tensor | None
+    """[N] float32, without gradient; of the whole distribution at each target"""
+
+
+def packed_logprobs(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+    with_entropy: bool = False,
+    chunk_tokens: int = 1024,
+) -> LogProbs:
+    """Log-probability of every target as the engine computes it: ban, then temperature, then softmax in float32.
+
+    The head is applied to the loss positions only, in chunks that are recomputed in the backward pass: memory grows
+    with T x hidden, not with T x vocabulary.
+
+    Args:
+        model: a Qwen-VL model for conditional generation.
+        batch: a packed row on the model's device.
+        temperature: that divides the logits.
+        banned_ids: get `LOGIT_BAN` added.
+        with_entropy: compute the entropy, too.
+        chunk_tokens: positions whose logits are in memory at once.
+    """
+    hidden = packed_hidden(model, batch)[0].index_select(0, batch.loss_positions)
+    ban = torch.zeros(model.config.get_text_config().vocab_size, device=hidden.device)
+    ban[list(banned_ids)] = LOGIT_BAN
+    head = model.get_output_embeddings()
+
+    def one_chunk(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (head(states).float() + ban) / temperature
+        normaliser = torch.logsumexp(logits, -1)
+        chosen = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        if not with_entropy:
+            return chosen, chosen.detach()
+        with torch.no_grad():
+            spread = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
+        return chosen, spread
+
+    chunks = []
+    for states, targets in zip(hidden.split(chunk_tokens), batch.targets.split(chunk_tokens), strict=True):
+        if torch.is_grad_enabled() and hidden.shape[0] > chunk_tokens:
+            chunks.append(checkpoint(one_chunk, states, targets, use_reentrant=False))
+        else:
+            chunks.append(one_chunk(states, targets))
+    logprobs = torch.cat([chunk[0] for chunk in chunks])
+    return LogProbs(logprobs, torch.cat([chunk[1] for chunk in chunks]) if with_entropy else None)
+
+
+def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Last hidden states [1, T, hidden]; an image that several rows show is encoded once."""
+    images = {}
+    if batch.pixel_values is not None and batch.image_grid_thw is not None and batch.image_index is not None:
+        features = model.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
+        order = batch.image_index.tolist()
+        features.pooler_output = [features.pooler_output[i] for i in order]
+        deep = getattr(features, "deepstack_features", None)
+        if deep is not None:
+            features.deepstack_features = [[level[i] for i in order] for level in deep]
+        images["mm_encoder_outputs"] = {"image": features}
+    output = model.model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        mm_token_type_ids=batch.mm_token_type_ids,
+        use_cache=False,
+        **images,
+    )
+    return output.last_hidden_state
