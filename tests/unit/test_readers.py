@@ -109,7 +109,7 @@ def test_bad_rows_are_counted_listed_and_skipped(tmp_path: Path, caplog: pytest.
         row(extra_bbox=[9.0, 9, 3, 3]),
     ]
     with caplog.at_level(logging.WARNING):
-        files = TaskFiles([parquet(tmp_path / "mixed.parquet", rows + [row()])], ReaderConfig())
+        files = TaskFiles([parquet(tmp_path / "mixed.parquet", [*rows, row()])], ReaderConfig())
     assert len(files) == 2
     found = {problem.row: problem.kind for problem in files.problems.problems}
     assert found == dict(enumerate(BAD_ROWS, start=1)) | {8: "unreadable image", 9: "box"}

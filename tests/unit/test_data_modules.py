@@ -1,0 +1,193 @@
+"""DataModules under a real Trainer: exact resume, batches that stay the objects they were, ranks, bad configs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cv_lightning.data.demonstrations import DemonstrationConfig
+from cv_lightning.data.digits import DigitsConfig
+from cv_lightning.data.export import write_digits_parquet, write_digits_sft_json
+from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader, TaskDataModule
+from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.data.sources import DigitDemonstrations
+from cv_lightning.sandbox import Sandbox
+from cv_lightning.types import Group, Iteration
+
+
+class Recorder(pl.LightningModule):
+    """Keeps the ids that it was given, and takes a step that changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.automatic_optimization = False
+        self.seen: list[list[str]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if isinstance(batch, Iteration):
+            self.seen.append([task.id for task in batch.tasks])
+            assert batch.groups, "what the callback hung on the batch is gone"
+        else:
+            self.seen.append([conversation.task.id for conversation in batch.conversations])
+        self.optimizers().step()
+
+    def validation_step(self, batch: Iteration, batch_idx: int) -> None:
+        self.seen.append([task.id for task in batch.tasks])
+
+    def test_step(self, batch: Iteration, batch_idx: int) -> None:
+        self.seen.append([task.id for task in batch.tasks])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class HangGroups(pl.Callback):
+    """Does what a rollout does to its batch."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if isinstance(batch, Iteration):
+            batch.groups = [Group(task=task, trajectories=[]) for task in batch.tasks]
+
+
+def trainer(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[HangGroups(), *callbacks],
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    )
+
+
+def fit(folder: Path, data: pl.LightningDataModule, resume: Path | None = None) -> list[list[str]]:
+    """Batches that a run saw; it leaves a checkpoint after every step in `folder`."""
+    module = Recorder()
+    keep_all = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(folder, keep_all).fit(module, data, ckpt_path=resume, weights_only=False)
+    return module.seen
+
+
+def task_data(**changes: Any) -> TaskDataModule:
+    return TaskDataModule(**{"num_iterations": 6, "tasks_per_iteration": 8, **changes})
+
+
+def sft_data(**changes: Any) -> SFTDataModule:
+    sizes = {"num_steps": 6, "conversations_per_step": 4, "warm_up_conversations_per_step": 6, "warm_up_share": 0.34}
+    return SFTDataModule(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize("make", [task_data, sft_data])
+def test_a_resumed_run_sees_what_an_unbroken_one_does(tmp_path: Path, make: Any) -> None:
+    whole = fit(tmp_path / "whole", make())
+    assert len(whole) == 6
+    assert fit(tmp_path / "rest", make(), tmp_path / "whole" / "step=2.ckpt") == whole[2:]
+    assert fit(tmp_path / "last", make(), tmp_path / "rest" / "step=5.ckpt") == whole[5:]
+
+
+def test_resume_within_an_epoch_of_a_file(tmp_path: Path) -> None:
+    write_digits_parquet(tmp_path / "digits.parquet", DigitsConfig(), "train", 10)
+    files = {"train_files": [str(tmp_path / "digits.parquet")], "tasks_per_iteration": 4, "seed": 3}
+    whole = fit(tmp_path / "whole", task_data(**files))
+    assert fit(tmp_path / "rest", task_data(**files), tmp_path / "whole" / "step=3.ckpt") == whole[3:]
+    first_epoch = [name for step in whole for name in step][:10]
+    assert sorted(first_epoch) == sorted(f"digits:{at}" for at in range(10))
+
+
+def test_an_iteration_balances_kinds_and_oversamples() -> None:
+    data = task_data(oversample=1.5)
+    batch = next(iter(data.train_dataloader()))
+    assert isinstance(batch, Iteration)
+    assert sorted(Counter(task.metadata["kind"] for task in batch.tasks).values()) == [3, 3, 3, 3]
+
+
+def test_sft_begins_with_a_warm_up_and_runs_its_calls() -> None:
+    data = sft_data(demonstrations=DemonstrationConfig(tool_share=1.0), conversations_per_step=8)
+    batches = list(data.train_dataloader())
+    data.teardown("fit")
+    assert all(isinstance(batch, DemonstrationBatch) for batch in batches)
+    assert [len(batch.conversations) for batch in batches] == [6, 6, 8, 8, 8, 8]
+    assert all(len(c.turns) == 1 for batch in batches[:2] for c in batch.conversations)
+    turns = [turn for batch in batches[2:] for c in batch.conversations for turn in c.turns]
+    shown = [turn.result_image for turn in turns if turn.call is not None]
+    assert len(shown) > 20
+    assert all(image is not None for image in shown)
+
+
+def test_sft_from_a_file(tmp_path: Path) -> None:
+    with Sandbox() as sandbox:
+        source = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(), sandbox.run_sync)
+        write_digits_sft_json(tmp_path / "sft.json", source, 5)
+    data = sft_data(train_files=[str(tmp_path / "sft.json")], reader=ReaderConfig(prompt="own"))
+    seen = [c.task.id for batch in data.train_dataloader() for c in batch.conversations]
+    assert Counter(seen).keys() == {f"sft:{at}" for at in range(5)}
+
+
+def test_evaluations_have_the_asked_tasks_in_batches(tmp_path: Path) -> None:
+    module = Recorder()
+    data = task_data(val_tasks={"turned": 3}, test_tasks={"upright": 5, "small": 2}, tasks_per_eval_batch=4)
+    trainer(tmp_path).validate(module, data, verbose=False)
+    trainer(tmp_path).test(module, data, verbose=False)
+    assert [len(batch) for batch in module.seen] == [3, 4, 3]
+    assert sum("small" in name for batch in module.seen for name in batch) == 2
+    assert all("held_out" in name for batch in module.seen for name in batch)
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "test_dataloader"])
+def test_ranks_share_every_batch_without_gap_or_overlap(loader: str) -> None:
+    def batches(rank: int, world_size: int) -> list[list[str]]:
+        data = task_data(test_tasks={"upright": 5, "small": 4}, tasks_per_eval_batch=4)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        return [[task.id for task in batch.tasks] for batch in getattr(data, loader)()]
+
+    whole, ranks = batches(0, 1), [batches(rank, 2) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole]
+
+
+def test_tasks_that_ranks_cannot_share_name_the_flag() -> None:
+    data = task_data(tasks_per_iteration=5)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2)
+    with pytest.raises(ValueError, match="--data.tasks_per_iteration 5"):
+        data.train_dataloader()
+
+
+def test_no_validation_where_no_tasks_are_asked_for() -> None:
+    assert task_data().val_dataloader() == []
+    with pytest.raises(ValueError, match="test_tasks"):
+        task_data(test_tasks={"upright": 0}).test_dataloader()
+
+
+def test_a_loader_starts_anew_after_its_end() -> None:
+    loader = StepLoader(lambda step: step, 3)
+    assert list(loader) == list(loader) == [0, 1, 2]
+    loader.load_state_dict({"next": 3})
+    assert list(loader) == [0, 1, 2]
+    loader.load_state_dict({"next": 1})
+    assert list(loader) == [1, 2]
+    assert list(loader) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "flag"),
+    [
+        (task_data, {"num_iterations": 0}, "--data.num_iterations"),
+        (task_data, {"oversample": 0.5}, "--data.oversample"),
+        (task_data, {"val_tasks": {"tilted": 2}}, "val_tasks"),
+        (task_data, {"tasks_per_eval_batch": -1}, "--data.tasks_per_eval_batch"),
+        (sft_data, {"warm_up_share": 2.0}, "--data.warm_up_share"),
+        (sft_data, {"num_steps": 0}, "--data.num_steps"),
+    ],
+)
+def test_arguments_that_cannot_be_name_their_flag(make: Any, arguments: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        make(**arguments)
