@@ -43,7 +43,11 @@ def main(args: list[str] | None = None) -> int:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    checkpoint = jsonargparse.auto_cli(TinyCheckpoint, as_positional=False, args=args)
+    try:
+        checkpoint = jsonargparse.auto_cli(TinyCheckpoint, as_positional=False, args=args, prog="cv_lightning tiny")
+    except ValueError as error:  # a config's own cross-check; it names the flag
+        print(error, file=sys.stderr)
+        return 2
     parameters = write(checkpoint)
-    print(f"{parameters / 1e6:.2f} M parameters in {checkpoint.out}", file=sys.stdout)
+    print(f"{parameters / 1e6:.2f} M parameters in {checkpoint.out}")
     return 0

@@ -157,7 +157,7 @@ def test_ranks_share_every_batch_without_gap_or_overlap(loader: str) -> None:
 def test_tasks_that_ranks_cannot_share_name_the_flag() -> None:
     data = task_data(tasks_per_iteration=5)
     data.trainer = SimpleNamespace(global_rank=0, world_size=2)
-    with pytest.raises(ValueError, match="--data.tasks_per_iteration 5"):
+    with pytest.raises(ValueError, match=r"--data\.tasks_per_iteration 5"):
         data.train_dataloader()
 
 

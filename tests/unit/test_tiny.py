@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template
 from cv_lightning.commands.tiny import TinyCheckpoint, main, write
@@ -42,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def processor(folder: Path):
+def processor(folder: Path) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(folder)
 
 
@@ -58,7 +64,7 @@ def test_the_real_architecture_has_two_and_a_half_million_parameters(folder: Pat
 
 
 @pytest.mark.parametrize("side", [64, 96, 384])
-def test_the_model_reads_a_square_image_as_nine_tokens(folder: Path, processor, side: int) -> None:
+def test_the_model_reads_a_square_image_as_nine_tokens(folder: Path, processor: ProcessorMixin, side: int) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "What number is written?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     batch = processor(text=[text], images=[Image.new("RGB", (side, side), "white")], return_tensors="pt")
@@ -76,7 +82,7 @@ def test_few_images_need_a_second_resize() -> None:
     assert all(model_size(*model_size(w, h, limits), limits) == model_size(w, h, limits) for w, h in sizes)
 
 
-def test_calls_take_few_tokens_and_digits_stand_alone(processor) -> None:
+def test_calls_take_few_tokens_and_digits_stand_alone(processor: ProcessorMixin) -> None:
     tokenizer = processor.tokenizer
     for text, most in ((ROTATE, 13), (CROP, 24)):
         pieces = [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
@@ -85,7 +91,7 @@ def test_calls_take_few_tokens_and_digits_stand_alone(processor) -> None:
         assert all(len(piece) == 1 for piece in pieces if re.search(r"\d", piece))
 
 
-def test_markup_is_single_tokens_that_decoding_keeps(processor) -> None:
+def test_markup_is_single_tokens_that_decoding_keeps(processor: ProcessorMixin) -> None:
     tokenizer = processor.tokenizer
     for token in (*CONTROL_TOKENS, *MARKUP_TOKENS, "<|im_end|>", "<|endoftext|>"):
         assert len(tokenizer(token)["input_ids"]) == 1, token
@@ -133,6 +139,12 @@ def test_the_command_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "made" / "model.safetensors").is_file()
     assert "M parameters" in capsys.readouterr().out
     assert AutoProcessor.from_pretrained(tmp_path / "made").chat_template == chat_template()
+
+
+def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path / "none"), "--digits.cell=70"]) == 2
+    assert "--cell 70" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
