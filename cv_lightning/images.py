@@ -117,6 +117,28 @@ def to_model_image(image: Image.Image, limits: ImageLimits) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
+def is_usable_size(width: int, height: int) -> bool:
+    """True if a picture has pixels and is less than `MAX_ASPECT` times as long as wide (the reference's output check)."""
+    return width > 0 and height > 0 and max(width, height) < MAX_ASPECT * min(width, height)
+
+
+def fit_to_pixels(width: int, height: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int] | None:
+    """Size of a picture fitted to a number of pixels as the reference does (golden/images); None without pixels.
+
+    Growing comes first and rounds each side up, shrinking cuts each side to a whole number of at least 1, so that a
+    long strip may still break the limits. Runs that compare with the reference use it; `model_size` keeps the limits.
+    """
+    if width < 1 or height < 1:
+        return None
+    if width * height < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        width, height = math.ceil(width * scale), math.ceil(height * scale)
+    if width * height > max_pixels:
+        scale = math.sqrt(max_pixels / (width * height))
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))
+    return width, height
+
+
 # ------------------------------------------------------------------------------------------------ affine maps
 def compose(outer: Affine, inner: Affine) -> Affine:
     """The map that applies `inner` first, then `outer`."""

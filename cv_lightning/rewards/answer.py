@@ -1,0 +1,224 @@
+"""Rule stage of answer scoring: what was answered, and whether it says the same as the ground truth.
+
+Pure functions of text, exact on golden/answers but for its questionable cases, where they return what is sensible.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from cv_lightning.rewards.markup import (
+    ANSWER_OPEN,
+    RESPONSE_CLOSE,
+    RESPONSE_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    answer_spans,
+    cut_spans,
+)
+
+TOLERANCE = 1e-4
+"""Largest absolute difference of two numbers that are the same."""
+MAX_ANSWER_CHARS = 300
+"""A longer answer is compared as a text only: nothing is picked out of it."""
+MAX_UNTAGGED_LINES = 500
+"""Of a text without an answer tag that has so many lines nothing is extracted (the reference's limit)."""
+
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
+_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
+_NUMBER = re.compile(rf"[+-]?{_UNSIGNED}\Z")
+_FRACTION = re.compile(r"([+-]?)(?:(\d{1,15}) )?(\d{1,15}) ?/ ?(\d{1,15})\Z")
+_LATEX_FRACTION = re.compile(r"([+-]?)\\[dt]?frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}\Z")
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?\Z")
+# A token of digits in running text. What clings to Latin letters (H2O), dots (1.2.3), colons or another number is none.
+_TOKEN = re.compile(rf"(?<![A-Za-z\d.:/,^_])[+-]?{_UNSIGNED}(?: ?/ ?\d+)?(?![\d:])(?!\.\d)")
+_JOINT = re.compile(r"\s*(?:,|;|/|\||&|-|or|and|to|)\s*\Z", re.IGNORECASE)
+_LONE_CHOICE = re.compile(r"[\W_]*([A-Z])[\W_]*\Z", re.IGNORECASE)
+_LEADING_CHOICE = re.compile(r"[^\w]*([A-Z])(?:[):.\],*]|\s*[(\-:=])", re.IGNORECASE)
+_NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)(?: is|:| is:)? *[(*\[]*([A-Z])\b(?![-'])", re.IGNORECASE)
+_LETTER = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
+_ARTICLE = re.compile(r"\bA(?= (?!or |and )[a-z])|\bI\b")
+
+
+class AnswerScore(NamedTuple):
+    """Verdict on an answer."""
+
+    value: float
+    """In [0, 1]; correct above 0.5."""
+    answer: str | None
+    """What was answered."""
+    scored_by: Literal["rule", "judge"] = "rule"
+
+
+# ------------------------------------------------------------------------------------------------ extraction
+def extract_answer(text: str | None) -> str | None:
+    """Answer of a whole response, as leniently as the reference reads it (golden/answers, extract_answer).
+
+    The last answer in tags that is not empty; else what follows an unclosed tag; else the last line of a text
+    without tags and without an unfinished thought. Training scores `markup.final_answer` instead.
+    """
+    if text is None or not text.strip():
+        return None
+    text = cut_spans(text, RESPONSE_OPEN, RESPONSE_CLOSE, mark="")
+    closed = [answer.strip() for answer in answer_spans(text)]
+    if closed:
+        return next((answer for answer in reversed(closed) if answer), "")
+    if ANSWER_OPEN in text:
+        return text[text.rfind(ANSWER_OPEN) + len(ANSWER_OPEN) :].strip()
+    lines = text.strip().split("\n")
+    if not text.strip() or len(lines) >= MAX_UNTAGGED_LINES or text.count(THINK_OPEN) > text.count(THINK_CLOSE):
+        return None
+    return lines[-1].strip()
+
+
+# ------------------------------------------------------------------------------------------------ equivalence
+def are_answers_equivalent(prediction: object, ground_truth: object) -> bool:
+    """True if an answer says the same as the ground truth, by rule.
+
+    A ground truth of one letter is a choice: the answer must name this letter and no other. One that is a number is
+    compared by value (thousands, fractions, percent and currency read) within `TOLERANCE`, with the number that a short
+    answer names; of several it is the last, but a list of numbers offers options and is refused. Anything else is
+    compared as text, regardless of case, width, spacing and closing punctuation.
+
+    Args:
+        prediction: the answer; anything but a text is wrong.
+        ground_truth: the right answer; anything but a text is never met.
+    """
+    if not isinstance(prediction, str) or not isinstance(ground_truth, str):
+        return False
+    said, truth = normalise(prediction), normalise(ground_truth)
+    if said.casefold() == truth.casefold():
+        return True
+    if not said or not truth or len(said) > MAX_ANSWER_CHARS + len(truth):
+        return False
+    if len(truth) == 1 and truth.isascii() and truth.isalpha():
+        return read_choice(said) == truth.upper()
+    if _CLOCK.match(truth):
+        return _clock(said) == _clock(truth)
+    wanted = read_number(truth)
+    if wanted is None:
+        return False
+    named = read_number(said) or _number_in(said)
+    return named is not None and _same_number(named, wanted)
+
+
+def normalise(text: str) -> str:
+    r"""Text without what carries no meaning in an answer: width, spacing, emphasis, `\boxed`, a final full stop."""
+    text = unicodedata.normalize("NFKC", text[: 20 * MAX_ANSWER_CHARS]).replace("\u2212", "-").replace("\u2044", "/")
+    text = " ".join(text.split())
+    if text.startswith("\\boxed{") and text.endswith("}"):
+        text = text[7:-1]
+    text = text.strip("*`\"' ").strip()
+    if text.startswith("$") and text.endswith("$"):
+        text = text.strip("$").strip()
+    return text.rstrip(".!") if re.search(r"[^\d.][.!]\Z", text) else text
+
+
+class Number(NamedTuple):
+    """A number as it was written."""
+
+    value: float
+    is_percent: bool
+
+
+def read_number(text: str) -> Number | None:
+    r"""The number that a whole text is: 12, 1,234, -.5, 2/4, 1 1/2, \frac{1}{2}, $5, 50%; None if it is none."""
+    text = text.strip().lstrip("$€£¥").strip()
+    percent = text.endswith("%")
+    text = text.rstrip("%").strip()
+    for pattern in (_FRACTION, _LATEX_FRACTION):
+        if match := pattern.match(text):
+            *head, numerator, denominator = match.groups()
+            whole = float(head[1] or 0) if len(head) > 1 else 0.0
+            if float(denominator) == 0:
+                return None
+            value = whole + float(numerator) / float(denominator)
+            return Number(-value if head[0] == "-" else value, percent)
+    if len(text) > 40 or not _NUMBER.match(text):
+        return None
+    return Number(float(text.replace(",", "")), percent)
+
+
+def read_choice(text: str) -> str | None:
+    """The one option letter that an answer names, in upper case; None if none or several."""
+    if match := _LONE_CHOICE.match(text):
+        return match.group(1).upper()
+    letters = {letter for letter in _LETTER.findall(_ARTICLE.sub(" ", text)) if letter <= "J"}
+    if match := _LEADING_CHOICE.match(text):
+        rest = text[match.end() :].strip(" ),;:/&|")
+        another = re.match(r"(?:or |and )?[(\[]?([A-J])(?![\w'])", rest)
+        return None if another and another.group(1) != match.group(1).upper() else match.group(1).upper()
+    if named := {letter.upper() for letter in _NAMED_CHOICE.findall(text)}:
+        return named.pop() if len(named | letters) == 1 else None
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _number_in(text: str) -> Number | None:
+    """The last number of a running text, the first of "5 of the 12"; None where several are offered as options."""
+    text = re.sub(rf"\b{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,? (?=\d{{4}}\b)", "", text, flags=re.IGNORECASE)
+    tokens = list(_TOKEN.finditer(text))
+    if not tokens:
+        return None
+    for one, other in pairwise(tokens):
+        between = text[one.end() : other.start()]
+        if _JOINT.match(between) and one.group() != other.group():
+            return None
+    chosen = tokens[-1]
+    if len(tokens) == 2 and re.fullmatch(r" (?:out )?of(?: the| all)? ", text[tokens[0].end() : chosen.start()]):
+        chosen = tokens[0]
+    number = read_number(chosen.group())
+    percent = text[chosen.end() :].lstrip().startswith("%")
+    return None if number is None else Number(number.value, percent)
+
+
+def _same_number(one: Number, other: Number) -> bool:
+    if abs(one.value - other.value) <= TOLERANCE:
+        return True
+    if one.is_percent == other.is_percent:
+        return False
+    scaled = [n.value / 100 if n.is_percent else n.value for n in (one, other)]
+    return abs(scaled[0] - scaled[1]) <= TOLERANCE
+
+
+def _clock(text: str) -> tuple[int, ...] | None:
+    match = _CLOCK.match(text)
+    return tuple(int(part or 0) for part in match.groups()) if match else None
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+def is_copied(answer: str, question: str) -> bool:
+    """True if an answer repeats the whole question (20 characters or more), which names every option that it lists."""
+    asked = normalise(question).casefold()
+    return len(asked) >= 20 and asked in normalise(answer).casefold()
+
+
+def rule_score(answer: str | None, ground_truth: str, question: str = "", *, mathematics: bool = False) -> AnswerScore:
+    """Score an answer by rule.
+
+    Args:
+        answer: from `markup.final_answer`; None, an empty one or a copy of the question is wrong.
+        ground_truth: the right answer.
+        question: the bare question.
+        mathematics: let `math-verify` decide what the rules refuse (needs the package).
+    """
+    if not answer or is_copied(answer, question):
+        return AnswerScore(0.0, answer)
+    correct = are_answers_equivalent(answer, ground_truth)
+    if not correct and mathematics and len(answer) <= MAX_ANSWER_CHARS:
+        correct = _math_equivalent(answer, ground_truth)
+    return AnswerScore(float(correct), answer)
+
+
+def _math_equivalent(answer: str, ground_truth: str) -> bool:
+    """Symbolic equality by math-verify; its own time limits use signals and are left to the length limit."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ImportError(
+            "RewardConfig.mathematics needs the package math-verify: pip install math-verify, or set it to false"
+        ) from error
+    said, truth = (parse(f"${text}$", parsing_timeout=None) for text in (answer, ground_truth))
+    return bool(said and truth and verify(truth, said, timeout_seconds=None))

@@ -1,0 +1,165 @@
+"""What the reward is made of, as typed config. No heavy imports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cv_lightning.rewards.geometry import CropCredit
+from cv_lightning.rewards.process import NecessityOver, Penalties, Rules
+from cv_lightning.rewards.terms import RewardTerm
+
+Credit = Literal["net", "ran", "steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A model behind an OpenAI-compatible endpoint that compares answers where the rules say no."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """Endpoint; requests go to `<base_url>/chat/completions`."""
+    model: str = "judge"
+    """Name under which the endpoint serves the model."""
+    api_key_env: str = "JUDGE_API_KEY"
+    """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
+    task_types: dict[str, str] = field(default_factory=dict)
+    """Prompt by data source: `general`, `ocr`, `mathematics` or a file name of `prompt_folder` without its ending."""
+    default_task_type: str = "general"
+    """Prompt for data sources that `task_types` does not name."""
+    prompt_folder: str | None = None
+    """Folder of `<task type>.txt` files that stand in for the shipped prompts of the same name."""
+    max_parallel: int = 64
+    """Requests under way at once."""
+    requests_per_s: float = 0.0
+    """Rate limit; 0: none."""
+    timeout_s: float = 30.0
+    """Most seconds that one request may take as a whole, however slowly its bytes drip."""
+    max_attempts: int = 4
+    """Tries per verdict, the first one included."""
+    max_backoff_s: float = 20.0
+    """Longest wait between tries; a server's Retry-After is honoured up to this."""
+    breaker_failures: int = 16
+    """Failures in a row after which nothing is sent for `breaker_pause_s`."""
+    breaker_pause_s: float = 10.0
+    """How long the circuit stays open before one request tries again."""
+    logprobs: bool = True
+    """Read the verdict from the first tokens' probabilities where the server offers them."""
+    max_tokens: int = 16
+    """Tokens that the judge may answer with."""
+    temperature: float = 0.0
+    """Sampling temperature of the judge."""
+    cache_folder: str | None = None
+    """Folder of the disk cache of verdicts; None: verdicts are kept in memory only."""
+    cache_megabytes: int = 512
+    """Size limit of the disk cache."""
+    max_failed_frac: float = 0.1
+    """The run stops when more than this share of the last `failure_window` verdicts failed."""
+    failure_window: int = 200
+    """Verdicts that `max_failed_frac` is taken over; it is first looked at when a quarter of them are in."""
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"reward.judge.base_url {self.base_url!r} must begin with http:// or https://")
+        for name in (
+            "max_parallel",
+            "max_attempts",
+            "breaker_failures",
+            "max_tokens",
+            "cache_megabytes",
+            "failure_window",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("timeout_s", "max_backoff_s", "breaker_pause_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be above 0 seconds")
+        if self.requests_per_s < 0 or not 0 <= self.max_failed_frac <= 1 or self.temperature < 0:
+            raise ValueError(
+                f"reward.judge: requests_per_s ({self.requests_per_s}) and temperature ({self.temperature}) must be 0 or "
+                f"more, and max_failed_frac ({self.max_failed_frac}) a share between 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Weights of the components and the choices between formulas.
+
+    total = sum of weight x component, the penalties usage, spurious and reasoning subtracted. The defaults pay for what
+    the answer was given on; configs/reward has the recipes of the paper and of the released code.
+    """
+
+    accuracy: float = 1.0
+    """Weight of the right answer."""
+    format: float = 0.1
+    """Weight of a well-formed response."""
+    mandatory: float = 1.0
+    """Weight of the wanted operations that were used (alpha)."""
+    necessity: float = 0.0
+    """Weight of being right by the tool where the group is wrong without (beta)."""
+    exact: float = 0.1
+    """Weight of having used exactly the wanted core operations."""
+    emerge: float = 0.2
+    """Weight of being right with an operation outside the core."""
+    usage: float = 0.5
+    """Weight of the penalty on calls beyond the needed ones (gamma)."""
+    spurious: float = 0.5
+    """Weight of the penalty on turning what needs no turn (gamma)."""
+    reasoning: float = 0.0
+    """Weight of the paper's penalty on being right with a crop that misses; only with `penalties: binary`."""
+    credit: Credit = "net"
+    """What counts as used. `net`: what the image that the answer was given on is of the source image; `ran`: everything
+    that ran (released code); `steps`: everything that ran, exactness in order (paper)."""
+    crop_credit: CropCredit = "iou"
+    """Worth of a crop: `iou` with the ground-truth box, or `coverage`: full where it shows the box and little else."""
+    crop_frame: Literal["source", "call"] = "source"
+    """Where a crop is compared: mapped to the source image, or (`credit: ran` only) in the frame of the picture that
+    each call worked on, as the released code does."""
+    gate: bool = True
+    """Where a crop is wanted and mandatory is below 0.1, multiply accuracy by mandatory."""
+    penalties: Penalties = "linear"
+    """`linear` counts calls and operations (released code), `binary` is 0 or 1 each (paper)."""
+    necessity_over: NecessityOver = "any_tool"
+    """Who used the tool: anybody who called it (released code), or who used an operation outside the core (paper)."""
+    format_by: Literal["turn", "response"] = "turn"
+    """Every turn must be well-formed, or only the response as a whole (released code)."""
+    mathematics: bool = False
+    """Compare answers symbolically, too (needs the package math-verify)."""
+    judge: JudgeConfig | None = None
+    """Ask this judge where the rules say no; None: rules only."""
+    terms: list[RewardTerm] = field(default_factory=list)
+    """Further components: classes by `class_path`, see docs/rewards.md."""
+
+    def __post_init__(self) -> None:
+        if self.crop_frame == "call" and self.credit != "ran":
+            raise ValueError(
+                f"reward.crop_frame 'call' needs reward.credit 'ran', not {self.credit!r}: "
+                "other credit maps every image to its source"
+            )
+        if self.reasoning and self.penalties != "binary":
+            raise ValueError("reward.reasoning is paid by reward.penalties 'binary' only; set that or reasoning to 0")
+        names = [term.name for term in self.terms]
+        taken = sorted({name for name in names if name in COMPONENTS or names.count(name) > 1 or name == "total"})
+        if taken:
+            raise ValueError(f"reward.terms: the names {taken} are taken; give every term a name of its own")
+
+    @property
+    def rules(self) -> Rules:
+        """The choices that `process` needs."""
+        return Rules(gate=self.gate, penalties=self.penalties, necessity_over=self.necessity_over)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Signed weight of every component: penalties negative, further terms included."""
+        signed = {name: getattr(self, name) * (-1.0 if name in PENALTIES else 1.0) for name in COMPONENTS}
+        return signed | {term.name: term.weight for term in self.terms}
+
+    def total(self, components: Mapping[str, float]) -> float:
+        """Weighted sum of components."""
+        weights = self.weights
+        return math.fsum(weights[name] * value for name, value in components.items())
+
+
+PENALTIES = ("usage", "spurious", "reasoning")
+COMPONENTS = ("accuracy", "format", "mandatory", "necessity", "exact", "emerge", *PENALTIES)

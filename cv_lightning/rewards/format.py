@@ -1,0 +1,69 @@
+"""Format of a response: thoughts, then one answer and nothing after it. Pure functions of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cv_lightning.rewards.markup import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    CALL_CLOSE,
+    CALL_OPEN,
+    CUT,
+    RESPONSE_CLOSE,
+    RESPONSE_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    call_blocks,
+    cut_spans,
+)
+
+
+def check_format(text: str | None) -> float:
+    """1.0 if a whole response is well-formed, else 0.0 (golden/format; its questionable cases are refused).
+
+    Well-formed: at least one thought, thoughts neither nested nor crossed, every call closed, exactly one answer,
+    outside thoughts and without tags inside, nothing behind it. Tool responses are cut out first. Opening an answer in
+    a thought is refused.
+    """
+    if text is None:
+        return 0.0
+    text = cut_spans(text.replace(CUT, ""), RESPONSE_OPEN, RESPONSE_CLOSE, mark="")
+    spoken = _spoken(text)
+    if spoken is None or spoken.count(ANSWER_OPEN) != 1 or spoken.count(ANSWER_CLOSE) != 1:
+        return 0.0
+    before, _, after = spoken.partition(ANSWER_OPEN)
+    inside, closed, behind = after.partition(ANSWER_CLOSE)
+    well_formed = closed and not behind.strip() and CUT not in inside and CALL_OPEN not in inside
+    return float(bool(well_formed) and before.count(CALL_OPEN) == before.count(CALL_CLOSE))
+
+
+def check_turns(turns: Sequence[str]) -> float:
+    """1.0 if every assistant turn is well-formed: a thought and closed calls each, the last one an answer; else 0.0.
+
+    Stricter than `check_format` of the joined text: a turn without a thought cannot hide behind another's.
+    """
+    if not turns or check_format(turns[-1]) == 0:
+        return 0.0
+    for text in turns[:-1]:
+        spoken = _spoken(text.replace(CUT, ""))
+        if spoken is None or ANSWER_OPEN in spoken or ANSWER_CLOSE in spoken:
+            return 0.0
+        blocks = call_blocks(spoken)
+        if blocks.unclosed or not blocks.bodies or CALL_CLOSE in blocks.rest:
+            return 0.0
+    return 1.0
+
+
+def _spoken(text: str) -> str | None:
+    """Text with a `CUT` for every thought; None without a thought, or where they are nested, crossed or answer."""
+    pieces: list[str] = []
+    position = 0
+    while (start := text.find(THINK_OPEN, position)) >= 0:
+        end = text.find(THINK_CLOSE, start)
+        if end < 0 or text.find(THINK_OPEN, start + 1, end) >= 0 or text.find(ANSWER_OPEN, start, end) >= 0:
+            return None
+        pieces += [text[position:start], CUT]
+        position = end + len(THINK_CLOSE)
+    pieces.append(text[position:])
+    return None if len(pieces) == 1 or THINK_CLOSE in "".join(pieces) else "".join(pieces)

@@ -1,0 +1,102 @@
+"""Boxes of the reward: what a crop shows of the source image, and what it is worth. Pure functions.
+
+Boxes are (x1, y1, x2, y2) in pixels of the task's first image as given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from cv_lightning.images import area, intersection, iou, map_box
+from cv_lightning.types import Box, TrajectoryImage
+
+CropCredit = Literal["iou", "coverage"]
+MIN_COVERED = 0.9
+"""Least share of the ground-truth box that a crop must show for full credit by coverage."""
+MAX_AREA_RATIO = 6.0
+"""Largest area of a crop with full credit by coverage, in areas of the ground-truth box."""
+MAX_LOOSE_CREDIT = 0.5
+"""Most that a crop without full credit by coverage earns."""
+WHOLE_FRAME = 0.98
+"""A crop that shows this share of its source image is none."""
+MAX_FRAME_SHARE = 0.5
+"""A crop of more than this share of its source image has full credit by coverage only if it is 1.5 boxes or less."""
+
+
+class Frame(NamedTuple):
+    """Size in pixels of the image that boxes refer to."""
+
+    width: int
+    height: int
+
+    @property
+    def area(self) -> float:
+        """Square pixels."""
+        return float(self.width * self.height)
+
+    def clip(self, box: Box) -> Box:
+        """Part of a box inside the frame."""
+        x1, y1, x2, y2 = box
+        return max(0.0, x1), max(0.0, y1), min(float(self.width), x2), min(float(self.height), y2)
+
+    def is_cropped_to(self, box: Box) -> bool:
+        """True if a box shows a part of the frame, neither all of it nor nothing."""
+        return 0 < area(box) < WHOLE_FRAME * self.area
+
+
+def parse_box(value: object) -> Box | None:
+    """Box of four finite numbers (numeric text counts), x1 < x2 and y1 < y2; None for anything else."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 4:
+        return None
+    try:
+        x1, y1, x2, y2 = (float(edge) for edge in value)
+    except (TypeError, ValueError):
+        return None
+    if not all(math.isfinite(edge) for edge in (x1, y1, x2, y2)) or x1 >= x2 or y1 >= y2:
+        return None
+    return x1, y1, x2, y2
+
+
+def source_extent(image: TrajectoryImage, frame: Frame) -> Box | None:
+    """Part of the source image that an image shows; None where the map between them is unknown.
+
+    A picture turned by no right angle is taken for its bounding box.
+
+    Args:
+        image: any image of a trajectory.
+        frame: size of its source image.
+    """
+    if image.to_source is None:
+        return None
+    width, height = image.original.size
+    return frame.clip(map_box(image.to_source, (0.0, 0.0, float(width), float(height))))
+
+
+def best_iou(boxes: Iterable[object], truth: object) -> float:
+    """Largest intersection over union of any readable box with the ground-truth box, in [0, 1]; 0 if that is none."""
+    wanted = parse_box(truth)
+    if wanted is None:
+        return 0.0
+    return max((iou(box, wanted) for box in map(parse_box, boxes) if box is not None), default=0.0)
+
+
+def crop_credit(box: Box, truth: Box, frame: Frame, kind: CropCredit) -> float:
+    """What a crop is worth, in [0, 1].
+
+    Args:
+        box: part of the source image that is shown.
+        truth: ground-truth box.
+        frame: size of the source image.
+        kind: `iou` (paper and reference); `coverage`: 1 for a crop that shows `MIN_COVERED` of the box within
+            `MAX_AREA_RATIO` times its area, else at most `MAX_LOOSE_CREDIT`. Coverage suits policies that crop on a
+            grid: reading needs the whole box, not a tight one.
+    """
+    overlap = iou(box, truth)
+    if kind == "iou":
+        return overlap
+    shown, wanted = area(box), area(truth)
+    covers = intersection(box, truth) >= MIN_COVERED * wanted
+    small = shown <= MAX_AREA_RATIO * wanted and (shown <= MAX_FRAME_SHARE * frame.area or shown <= 1.5 * wanted)
+    return 1.0 if covers and small else min(MAX_LOOSE_CREDIT, overlap)

@@ -1,0 +1,133 @@
+"""The tags of a response: thoughts, calls, tool responses, answers. Pure functions of text, linear in its length.
+
+Agent and reward read a turn with these same functions, so what ends a trajectory is what gets scored.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
+CUT = "\0"
+"""Stands where something was cut out; an answer with a cut in it is none."""
+
+
+class CallBlocks(NamedTuple):
+    """Call blocks of a text."""
+
+    bodies: list[str]
+    """What stands in the closed blocks, in order."""
+    rest: str
+    """The text with a `CUT` for every block."""
+    unclosed: bool
+    """An opening tag without an end follows; `rest` stops there."""
+
+
+def without_thoughts(text: str) -> str:
+    """Text with a `CUT` for every thought.
+
+    What precedes a stray first closing tag belongs to a thought too (a template may have opened it); an unclosed
+    thought swallows the rest.
+    """
+    first_open, first_close = text.find(THINK_OPEN), text.find(THINK_CLOSE)
+    if first_close >= 0 and (first_open < 0 or first_close < first_open):
+        text = CUT + text[first_close + len(THINK_CLOSE) :]
+    return cut_spans(text, THINK_OPEN, THINK_CLOSE, unclosed=True)
+
+
+def cut_spans(text: str, opening: str, closing: str, *, unclosed: bool = False, mark: str = CUT) -> str:
+    """Text with `mark` for every span from an opening to the next closing tag, tags included.
+
+    Args:
+        text: any text.
+        opening: tag.
+        closing: tag.
+        unclosed: a span without an end goes on to the end of the text; else it stays.
+        mark: what stands in for a span.
+    """
+    pieces: list[str] = []
+    position = 0
+    while (start := text.find(opening, position)) >= 0:
+        end = text.find(closing, start + len(opening))
+        if end < 0:
+            if unclosed:
+                return "".join([*pieces, text[position:start], mark])
+            break
+        pieces += [text[position:start], mark]
+        position = end + len(closing)
+    return "".join([*pieces, text[position:]])
+
+
+def call_blocks(text: str) -> CallBlocks:
+    """Find the closed call blocks.
+
+    An end tag inside a JSON string does not end a block, as long as the next end tag makes it valid JSON.
+    """
+    bodies: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while (start := text.find(CALL_OPEN, position)) >= 0:
+        body = start + len(CALL_OPEN)
+        end = text.find(CALL_CLOSE, body)
+        if end < 0:
+            return CallBlocks(bodies, "".join([*rest, text[position:start]]), True)
+        end = _end_outside_string(text, body, end)
+        rest += [text[position:start], CUT]
+        bodies.append(text[body:end])
+        position = end + len(CALL_CLOSE)
+    return CallBlocks(bodies, "".join([*rest, text[position:]]), False)
+
+
+def _end_outside_string(text: str, body: int, end: int) -> int:
+    further = text.find(CALL_CLOSE, end + 1)
+    if further < 0 or text.find(CALL_OPEN, body, further) >= 0 or load_call(text[body:end]) is not None:
+        return end
+    return further if load_call(text[body:further]) is not None else end
+
+
+def load_call(block: str) -> Any:  # noqa: ANN401 - any JSON value
+    """JSON value of a block; None where it is none. Raw control characters inside strings are accepted."""
+    try:
+        return json.loads(block.strip(), strict=False, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+
+
+def answer_spans(text: str) -> list[str]:
+    """Contents of the closed answers, in order; of nested opening tags the innermost counts."""
+    found: list[str] = []
+    position = 0
+    while (start := text.find(ANSWER_OPEN, position)) >= 0:
+        end = text.find(ANSWER_CLOSE, start)
+        if end < 0:
+            break
+        inner = text[start:end]
+        found.append(inner[inner.rfind(ANSWER_OPEN) + len(ANSWER_OPEN) :])
+        position = end + len(ANSWER_CLOSE)
+    return found
+
+
+def final_answer(text: str) -> str | None:
+    """The last well-formed answer of an assistant turn, stripped; None where there is none.
+
+    Answers in thoughts, calls and tool responses do not count, and neither does one that has any of these in it.
+    """
+    spoken = call_blocks(without_thoughts(text.replace(CUT, ""))).rest
+    spoken = cut_spans(spoken, RESPONSE_OPEN, RESPONSE_CLOSE, unclosed=True)
+    whole = [answer for answer in answer_spans(spoken) if CUT not in answer]
+    return whole[-1].strip() if whole else None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is out of range")
+    return value

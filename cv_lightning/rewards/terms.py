@@ -1,0 +1,62 @@
+"""Reward components of a user's own: subclass `RewardTerm`, or name a function in a `FunctionTerm`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from cv_lightning.types import Trajectory
+
+
+class RewardTerm(ABC):
+    """One further component of the reward.
+
+    Example:
+        >>> class Brevity(RewardTerm):
+        ...     def value(self, trajectory, score):
+        ...         return 1.0 if sum(turn.num_tokens for turn in trajectory.turns) < 200 else 0.0
+    """
+
+    def __init__(self, name: str, weight: float) -> None:
+        """
+        Args:
+            name: key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
+            weight: factor in the total; negative for a penalty.
+        """
+        if not name or not name.replace("_", "").isalnum() or not math.isfinite(weight):
+            raise ValueError(f"reward.terms: name {name!r} must be letters, digits and _, weight {weight} finite")
+        self.name = name
+        self.weight = weight
+
+    @abstractmethod
+    def value(self, trajectory: Trajectory, score: float) -> float:
+        """Unweighted value of the component.
+
+        Args:
+            trajectory: finished and scoreable; read it, change nothing.
+            score: answer score in [0, 1].
+        """
+
+
+class FunctionTerm(RewardTerm):
+    """A component that a function `(trajectory, score) -> float` computes."""
+
+    def __init__(self, name: str, weight: float, function: str) -> None:
+        """
+        Args:
+            name: key of the component.
+            weight: factor in the total.
+            function: where the function is: `package.module.function`.
+        """
+        super().__init__(name, weight)
+        module, _, attribute = function.rpartition(".")
+        try:
+            self.function: Callable[[Trajectory, float], float] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"reward.terms: {function!r} of term {name!r} cannot be imported: {error}") from error
+
+    def value(self, trajectory: Trajectory, score: float) -> float:
+        """What the function returns."""
+        return float(self.function(trajectory, score))

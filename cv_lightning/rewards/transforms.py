@@ -1,0 +1,248 @@
+"""Which image operations a task wants, and which a trajectory used: from the trace by default, or from code text.
+
+Labels: rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical and crop are *core*; anything else that
+changes a picture (contrast_up, grayscale, resize, ...) is optional. Pure functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cv_lightning.images import compose, dihedral_affine, is_upright
+from cv_lightning.rewards.geometry import Frame, source_extent
+from cv_lightning.types import (
+    IDENTITY,
+    Affine,
+    Box,
+    EndState,
+    SandboxResult,
+    Task,
+    ToolStatus,
+    Trajectory,
+    TrajectoryImage,
+    Turn,
+)
+
+ORIENTATION = frozenset({"rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical"})
+TURNED = "turned"
+"""Net orientation that has no name of its own: a transposition, a free angle."""
+CORE = ORIENTATION | {"crop", TURNED}
+QUARTER_TURNS = frozenset({"rotate_90", "rotate_270"})
+_TURNING = ("rotate", "flip", "transpose", "transverse", TURNED)
+NEUTRAL = frozenset(
+    {"", "copy", "convert", "identity", "load", "open", "new", "array", "fromarray", "asarray", "split"}
+)
+"""Labels of operations that change nothing a reader could use."""
+
+
+# ------------------------------------------------------------------------------------------------ what is wanted
+def expected_operations(required: object) -> frozenset[str]:
+    """Operations that a task wants: the inverse of everything that was done to its image.
+
+    `rotate_n` becomes the rotation by 360 - n where that is 90, 180 or 270, and is left out otherwise; flips are
+    their own inverse; every other name stands for itself (design.md, "Reward"; golden/reward `expected_ops`).
+
+    Args:
+        required: names as a list, a mapping (names with the value None or False are absent), JSON text of either, one
+            name, or None.
+    """
+    wanted = set()
+    for name in _names(required):
+        if name.startswith("rotate_"):
+            inverse = _inverse_rotation(name)
+            wanted |= {inverse} if inverse else set()
+        elif name:
+            wanted.add(name)
+    return frozenset(wanted)
+
+
+def _names(required: object) -> list[str]:
+    if isinstance(required, str):
+        try:
+            decoded = json.loads(required)
+        except ValueError:
+            decoded = None
+        return _names(decoded) if isinstance(decoded, list | dict) else [required.strip()]
+    if isinstance(required, Mapping):
+        return [str(name).strip() for name, value in required.items() if value is not None and value is not False]
+    if isinstance(required, Iterable):
+        return [str(name).strip() for name in required if name is not None]
+    return []
+
+
+def _inverse_rotation(name: str) -> str | None:
+    try:
+        angle = (360 - int(name.removeprefix("rotate_"))) % 360
+    except ValueError:
+        return None
+    return f"rotate_{angle}" if angle in (90, 180, 270) else None
+
+
+def to_upright(required: Iterable[str], size: tuple[int, int]) -> Affine:
+    """Map from pixels of the image as given to pixels of the upright picture it was made from.
+
+    Args:
+        required: transforms in the order in which they were applied; others than turns and flips are passed over.
+        size: (width, height) of the image as given.
+    """
+    names = [name for name in required if name in ORIENTATION]
+    if sum(name in QUARTER_TURNS for name in names) % 2:
+        size = (size[1], size[0])
+    total = IDENTITY
+    for name in names:
+        total = compose(total, dihedral_affine(name, *size))
+        size = (size[1], size[0]) if name in QUARTER_TURNS else size
+    return total
+
+
+def orientation_label(affine: Affine) -> str:
+    """Name of what a map does to the orientation: `identity`, a core operation, or `TURNED` for anything else."""
+    for name in ("identity", *sorted(ORIENTATION)):
+        like = dihedral_affine(name, 1, 1)
+        if _sign_pattern(affine) == _sign_pattern(like):
+            return name
+    return TURNED
+
+
+def _sign_pattern(affine: Affine) -> tuple[int, ...]:
+    scale = max(abs(affine.a), abs(affine.b), abs(affine.d), abs(affine.e))
+    return tuple(
+        0 if abs(v) <= 1e-6 * scale else (1 if v > 0 else -1) for v in (affine.a, affine.b, affine.d, affine.e)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what was used
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What a trajectory gets credit and blame for."""
+
+    labels: frozenset[str] = frozenset()
+    """U: operations that count as used."""
+    boxes: tuple[Box, ...] = ()
+    """Crops that count, in the frame of the ground-truth box."""
+    turned: frozenset[str] = frozenset()
+    """Orientation operations that ran at all, thrown away or not: blame, never credit."""
+    ordered: bool | None = None
+    """True if exactly the wanted operations ran, each once, in order; None where order is not looked at."""
+
+
+def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
+    """Credit for what the answer was given on: the net geometry of the last image that the model saw.
+
+    Nothing is credited to a trajectory that did not answer. A picture that is upright on balance has all the wanted
+    turns, however they were composed (two flips for a half turn); one that is not has at most its net turn.
+    Optional operations count where that image descends from their result.
+    """
+    turned = turned_labels(trajectory)
+    if not trajectory.images or trajectory.end_state is not EndState.ANSWERED:
+        return Use(turned=turned)
+    image = trajectory.last_image_seen
+    labels = set(_optional_labels(_ancestry(trajectory)))
+    if image.source != 0 or image.to_source is None or image.parent is None:
+        return Use(labels=frozenset(labels), turned=turned)
+    labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
+    frame = Frame(*trajectory.task.images[0].size)
+    box = source_extent(image, frame)
+    if box is None or not frame.is_cropped_to(box):
+        return Use(labels=frozenset(labels), turned=turned)
+    return Use(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
+
+
+def _net_orientation(task: Task, image: TrajectoryImage, wanted: frozenset[str]) -> frozenset[str]:
+    assert image.to_source is not None
+    if wanted and is_upright(image.to_source, to_upright(task.required_transforms, task.images[0].size)):
+        return wanted
+    label = orientation_label(image.to_source)
+    return frozenset() if label == "identity" else frozenset({label})
+
+
+def ran_use(trajectory: Trajectory, *, in_source: bool) -> Use:
+    """Credit for everything that ran, as a set over the whole trajectory: the reference's rule, on what really ran.
+
+    Args:
+        trajectory: finished; whether it answered does not matter.
+        in_source: map crops to the source image; else leave them in the frame of the picture that each call worked
+            on, as the reference does (hazard 43).
+    """
+    labels: set[str] = set()
+    boxes: list[Box] = []
+    for turn, result in _successes(trajectory):
+        labels |= _labels_of(result)
+        box = _call_box(trajectory, turn, result, in_source)
+        boxes += [box] if box is not None else []
+    return Use(labels=frozenset(labels), boxes=tuple(boxes), turned=turned_labels(trajectory))
+
+
+def step_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
+    """Credit step by step (paper, section "must-use"): each wanted operation on its first correct use, crops in source.
+
+    Each step is the net effect of one call whose image the model saw. `ordered` holds where the calls did the wanted
+    operations once each, the last transform undone first and the crop at the end, and no call failed.
+    """
+    use = ran_use(trajectory, in_source=True)
+    steps: list[str] = []
+    for _, result in _successes(trajectory):
+        core = sorted(result.effect.core if result.effect else (), key=lambda label: label == "crop")
+        steps += core or [TURNED]
+    inverses = [expected_operations([name]) for name in reversed(trajectory.task.required_transforms) if name != "crop"]
+    order = [next(iter(labels)) for labels in inverses if labels]
+    order += ["crop"] if "crop" in expected else []
+    failed = any(turn.result is not None and turn.result.status is not ToolStatus.OK for turn in trajectory.turns)
+    return Use(
+        labels=use.labels, boxes=use.boxes, turned=use.turned, ordered=bool(order) and steps == order and not failed
+    )
+
+
+def turned_labels(trajectory: Trajectory) -> frozenset[str]:
+    """Orientation operations that ran in any call, by name or by net effect, whatever became of their result."""
+    ran = {op.name for op in trajectory.operations}
+    ran |= {
+        label for turn in trajectory.turns if turn.result and turn.result.effect for label in turn.result.effect.core
+    }
+    return frozenset(name if name in ORIENTATION else TURNED for name in ran if name.startswith(_TURNING))
+
+
+def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, SandboxResult]]:
+    """Calls whose image the model saw."""
+    for turn in trajectory.turns:
+        if turn.result is not None and turn.result.status is ToolStatus.OK and turn.image_index is not None:
+            yield turn, turn.result
+
+
+def _labels_of(result: SandboxResult) -> set[str]:
+    core = set(result.effect.core) if result.effect is not None else set()
+    return core | _optional_labels([result])
+
+
+def _optional_labels(results: Iterable[SandboxResult]) -> set[str]:
+    return {op.name for result in results for op in result.operations if op.used and not _is_no_option(op.name)}
+
+
+def _is_no_option(name: str) -> bool:
+    return name in NEUTRAL or name in CORE or name.startswith(_TURNING)
+
+
+def _ancestry(trajectory: Trajectory) -> list[SandboxResult]:
+    """Results of the calls that the last image came from."""
+    made_by = {turn.image_index: turn.result for turn in trajectory.turns if turn.image_index is not None}
+    found: list[SandboxResult] = []
+    index: int | None = len(trajectory.images) - 1
+    while index is not None:
+        result = made_by.get(index)
+        found += [result] if result is not None else []
+        index = trajectory.images[index].parent
+    return found
+
+
+def _call_box(trajectory: Trajectory, turn: Turn, result: SandboxResult, in_source: bool) -> Box | None:
+    if not in_source:
+        return result.effect.crop_box if result.effect is not None else None
+    assert turn.image_index is not None
+    image = trajectory.images[turn.image_index]
+    if image.source != 0:
+        return None
+    frame = Frame(*trajectory.task.images[0].size)
+    box = source_extent(image, frame)
+    return box if box is not None and frame.is_cropped_to(box) else None

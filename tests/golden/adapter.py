@@ -1,0 +1,119 @@
+"""Feeds golden cases to the project's functions; `compare.py` says what `call` returns by topic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:  # compare.py lies outside the project, which need not be installed
+    sys.path.insert(0, str(ROOT))
+
+Case = dict[str, Any]
+
+
+def call(topic: str, case: Case) -> Any:  # noqa: ANN401 - each topic has its own shape
+    """What the project returns for one case of a topic."""
+    return TOPICS[topic](case)
+
+
+def answers(case: Case) -> str | bool | None:
+    """Extraction and equivalence of answers."""
+    from cv_lightning.rewards.answer import are_answers_equivalent, extract_answer
+
+    given = case["input"]
+    if case["fn"] == "extract_answer":
+        return extract_answer(given["text"])
+    return are_answers_equivalent(given["prediction"], given["ground_truth"])
+
+
+def response_format(case: Case) -> float:
+    """Format of a response."""
+    from cv_lightning.rewards.format import check_format
+
+    return check_format(case["input"]["text"])
+
+
+def toolcalls(case: Case) -> dict[str, Any]:
+    """Calls of a turn."""
+    from cv_lightning.agent.protocol import parse_tool_calls
+
+    found = parse_tool_calls(case["input"]["text"])
+    return {"calls": [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in found]}
+
+
+def images(case: Case) -> dict[str, Any]:
+    """Size rules of tool outputs."""
+    from cv_lightning.images import fit_to_pixels, is_usable_size
+
+    given = case["input"]
+    size = given["width"], given["height"]
+    resized = fit_to_pixels(*size, min_pixels=given["min_pixels"], max_pixels=given["max_pixels"])
+    return {"valid": is_usable_size(*size), "resized": list(resized) if resized else None}
+
+
+def reward(case: Case) -> dict[str, Any]:
+    """Components and totals of a group."""
+    from cv_lightning.rewards.config import RewardConfig
+    from cv_lightning.rewards.geometry import best_iou
+    from cv_lightning.rewards.process import Attempt, group_components
+    from cv_lightning.rewards.transforms import expected_operations
+
+    given, params = case["input"], case["input"]["params"]
+    config = RewardConfig(
+        format=params["format_weight"],
+        mandatory=params["alpha"],
+        necessity=params["beta"],
+        emerge=params["emerge_weight"],
+        usage=params["gamma"],
+        spurious=params["gamma"],
+    )
+    expected = expected_operations(given["required_transforms"])
+    attempts = [
+        Attempt(
+            score=float(rollout["score"]),
+            used=frozenset(rollout["used"]),
+            crop_credit=best_iou(rollout["crop_boxes"], given["gt_bbox"]),
+            executions=rollout["exec_ok"] + rollout["exec_error"],
+            format=rollout["format_reward"],
+        )
+        for rollout in given["rollouts"]
+    ]
+    rollouts = [
+        {
+            "acc": components["accuracy"],
+            "mandatory": components["mandatory"],
+            "usage_penalty": components["usage"],
+            "spurious_penalty": components["spurious"],
+            "r_total": config.total(components),
+        }
+        for components in group_components(expected, attempts, config.rules)
+    ]
+    return {"expected_ops": sorted(expected), "rollouts": rollouts}
+
+
+def losses(case: Case) -> Any:  # noqa: ANN401 - nested lists or dicts of numbers
+    """Advantages, losses and KL penalties."""
+    from cv_lightning.rl.golden import golden_losses
+
+    return golden_losses(case)
+
+
+def transforms(case: Case) -> dict[str, Any]:
+    """Net effect of a snippet that is really run."""
+    from cv_lightning.sandbox.golden import golden_transforms
+
+    return golden_transforms(case)
+
+
+TOPICS = {
+    "answers": answers,
+    "format": response_format,
+    "toolcalls": toolcalls,
+    "images": images,
+    "reward": reward,
+    "losses": losses,
+    "transforms": transforms,
+}
