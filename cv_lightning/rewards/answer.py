@@ -5,6 +5,7 @@ Pure functions of text, exact on golden/answers but for its questionable cases, 
 
 from __future__ import annotations
 
+import importlib
 import re
 import unicodedata
 from itertools import pairwise
@@ -215,10 +216,10 @@ def rule_score(answer: str | None, ground_truth: str, question: str = "", *, mat
 def _math_equivalent(answer: str, ground_truth: str) -> bool:
     """Symbolic equality by math-verify; its own time limits use signals and are left to the length limit."""
     try:
-        from math_verify import parse, verify
+        symbolic = importlib.import_module("math_verify")
     except ImportError as error:
         raise ImportError(
             "RewardConfig.mathematics needs the package math-verify: pip install math-verify, or set it to false"
         ) from error
-    said, truth = (parse(f"${text}$", parsing_timeout=None) for text in (answer, ground_truth))
-    return bool(said and truth and verify(truth, said, timeout_seconds=None))
+    said, truth = (symbolic.parse(f"${text}$", parsing_timeout=None) for text in (answer, ground_truth))
+    return bool(said and truth and symbolic.verify(truth, said, timeout_seconds=None))

@@ -36,6 +36,8 @@ class JudgeConfig:
     """Rate limit; 0: none."""
     timeout_s: float = 30.0
     """Most seconds that one request may take as a whole, however slowly its bytes drip."""
+    give_up_s: float = 120.0
+    """Most seconds that a verdict may take with all its tries and pauses; after that the trajectory is unscored."""
     max_attempts: int = 4
     """Tries per verdict, the first one included."""
     max_backoff_s: float = 20.0
@@ -62,6 +64,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"reward.judge.base_url {self.base_url!r} must begin with http:// or https://")
+        if "@" in self.base_url.split("//", 1)[1].split("/", 1)[0]:
+            raise ValueError("reward.judge.base_url must not hold a user or password; put the key into api_key_env")
         for name in (
             "max_parallel",
             "max_attempts",
@@ -72,13 +76,13 @@ class JudgeConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("timeout_s", "max_backoff_s", "breaker_pause_s"):
+        for name in ("timeout_s", "give_up_s", "max_backoff_s", "breaker_pause_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be above 0 seconds")
         if self.requests_per_s < 0 or not 0 <= self.max_failed_frac <= 1 or self.temperature < 0:
             raise ValueError(
-                f"reward.judge: requests_per_s ({self.requests_per_s}) and temperature ({self.temperature}) must be 0 or "
-                f"more, and max_failed_frac ({self.max_failed_frac}) a share between 0 and 1"
+                f"reward.judge: requests_per_s ({self.requests_per_s}) and temperature ({self.temperature}) must be 0 "
+                f"or more, and max_failed_frac ({self.max_failed_frac}) a share between 0 and 1"
             )
 
 

@@ -56,10 +56,9 @@ class RewardModule:
                 value = await self.judge.verdict(task.question, task.ground_truth, score.answer, task.data_source)
             except JudgeError as error:
                 trajectory.end_state, trajectory.error = EndState.ERROR_JUDGE, str(error)
-                self._failures.append(True)
-                self._last_failure = str(error)
                 return
-            self._failures.append(False)
+            if trajectory.end_state.is_error:
+                return  # the rollout has given up waiting
             score = AnswerScore(value, score.answer, "judge")
         self._verdicts[id(trajectory)] = trajectory, score
 
@@ -84,6 +83,7 @@ class RewardModule:
         for trajectory in group.trajectories:
             _, score = self._verdicts.pop(id(trajectory), (None, None))
             trajectory.reward = None
+            self._count_verdict(trajectory, score)
             if trajectory.end_state.is_error:
                 continue
             score = score if score is not None else self._rule(trajectory)
@@ -135,6 +135,13 @@ class RewardModule:
         frame = Frame(*task.images[0].size)
         return max(crop_credit(box, truth, frame, self.config.crop_credit) for box in use.boxes)
 
+    def _count_verdict(self, trajectory: Trajectory, score: AnswerScore | None) -> None:
+        if trajectory.end_state is EndState.ERROR_JUDGE:
+            self._failures.append(True)
+            self._last_failure = trajectory.error
+        elif score is not None and score.scored_by == "judge":
+            self._failures.append(False)
+
     def _check_failures(self) -> None:
         judge = self.config.judge
         if judge is None or len(self._failures) < max(1, judge.failure_window // 4):
@@ -142,9 +149,9 @@ class RewardModule:
         share = fmean(self._failures)
         if share > judge.max_failed_frac:
             raise JudgeError(
-                f"{share:.0%} of the last {len(self._failures)} verdicts failed, more than reward.judge.max_failed_frac "
-                f"({judge.max_failed_frac:.0%}) allows; the last: {self._last_failure}. Is {judge.base_url} up and does "
-                f"it serve {judge.model!r}? `python -m cv_lightning judge` asks it one question"
+                f"{share:.0%} of the last {len(self._failures)} verdicts failed, more than "
+                f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {self._last_failure}. "
+                f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it one question"
             )
 
     # ------------------------------------------------------------------ numbers
@@ -153,8 +160,9 @@ class RewardModule:
 
         Returns:
             `reward/<name>` for every component and `total`, `reward/answer_accuracy` before the gate, the same by data
-            source (`reward_by_source/<source>/<name>`) and by required transform (`reward_by_transform/<transform>/<name>`,
-            `none` for tasks that want nothing), and `judge/<name>` with a judge.
+            source (`reward_by_source/<source>/<name>`) and by required transform
+            (`reward_by_transform/<transform>/<name>`, `none` for tasks that want nothing), `judge/<name>` with a
+            judge.
         """
         found = _means("reward", (t for group in groups for t in group.trajectories))
         by_source: dict[str, list[Trajectory]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cv_lightning.images import compose, dihedral_affine, is_upright
 from cv_lightning.rewards.geometry import Frame, source_extent
@@ -190,9 +190,7 @@ def step_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
     order = [next(iter(labels)) for labels in inverses if labels]
     order += ["crop"] if "crop" in expected else []
     failed = any(turn.result is not None and turn.result.status is not ToolStatus.OK for turn in trajectory.turns)
-    return Use(
-        labels=use.labels, boxes=use.boxes, turned=use.turned, ordered=bool(order) and steps == order and not failed
-    )
+    return replace(use, ordered=bool(order) and steps == order and not failed)
 
 
 def turned_labels(trajectory: Trajectory) -> frozenset[str]:

@@ -1,0 +1,319 @@
+"""The judge's client: one verdict per question, however the endpoint behaves.
+
+Runs on one event loop at a time and never blocks it. A verdict is a number or a `JudgeError`, never a guess.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+import tenacity
+from aiolimiter import AsyncLimiter
+
+from cv_lightning.rewards.config import JudgeConfig
+from cv_lightning.rewards.judge.breaker import CircuitBreaker
+from cv_lightning.rewards.judge.cache import VerdictCache, cache_key
+from cv_lightning.rewards.judge.prompts import load_prompt
+from cv_lightning.rewards.judge.verdict import Verdict, read_verdict
+from cv_lightning.types import JudgeError
+
+MAX_BODY_BYTES = 1 << 20
+"""A verdict with its probabilities takes a few kB; a server that sends more than this is broken."""
+RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 529})
+
+
+class TransientFailureError(Exception):
+    """A try failed in a way that another may not."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        """Keep what the server asked for.
+
+        Args:
+            message: what happened.
+            retry_after_s: how long the server wants to be left alone.
+        """
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(slots=True)
+class JudgeCounters:
+    """What happened since the counters were last read."""
+
+    verdicts: int = 0
+    cached: int = 0
+    shared: int = 0
+    """Verdicts that joined a request already under way for the same question."""
+    failed: int = 0
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    """Of successful requests."""
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What belongs to one event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    http: httpx.AsyncClient
+    slots: asyncio.Semaphore
+    limiter: AsyncLimiter | None
+    breaker: CircuitBreaker
+    flying: dict[str, asyncio.Task[float]] = field(default_factory=dict)
+
+
+class Judge:
+    """Asks for verdicts: cached, deduplicated, limited in number and rate, retried, paused while the server is down."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        """Read the prompts and open the cache; nothing is sent yet.
+
+        Args:
+            config: endpoint and limits.
+
+        Raises:
+            ValueError: a task type has no prompt.
+        """
+        self.config = config
+        types = {config.default_task_type, *config.task_types.values()}
+        self._prompts = {name: load_prompt(name, config.prompt_folder) for name in sorted(types)}
+        self._cache = VerdictCache(config.cache_folder, config.cache_megabytes)
+        self._key = os.environ.get(config.api_key_env, "")
+        self._logprobs = config.logprobs
+        self._connection: _Connection | None = None
+        self.counters = JudgeCounters()
+
+    # ------------------------------------------------------------------ verdicts
+    async def verdict(self, question: str, ground_truth: str, answer: str, data_source: str = "unknown") -> float:
+        """Whether an answer says the same as the ground truth.
+
+        Args:
+            question: the bare question.
+            ground_truth: the right answer.
+            answer: the given answer.
+            data_source: picks the prompt.
+
+        Returns:
+            In [0, 1]; right above 0.5.
+
+        Raises:
+            JudgeError: no verdict within the tries and the time of the config.
+        """
+        config = self.config
+        prompt = self._prompts[config.task_types.get(data_source, config.default_task_type)]
+        key = cache_key([config.model, prompt.version, config.temperature, question, ground_truth, answer])
+        self.counters.verdicts += 1
+        connection = self._connected()
+        task = connection.flying.get(key)
+        if task is None:
+            work = self._find(connection, key, prompt.fill(question, ground_truth, answer))
+            task = connection.loop.create_task(work)
+            connection.flying[key] = task
+            task.add_done_callback(lambda done: _forget(connection, key, done))
+        else:
+            self.counters.shared += 1
+        try:
+            return await asyncio.shield(task)
+        except JudgeError:
+            self.counters.failed += 1
+            raise
+
+    async def _find(self, connection: _Connection, key: str, prompt: str) -> float:
+        known = await self._cache.get(key)
+        if known is not None:
+            self.counters.cached += 1
+            return known
+        try:
+            async with asyncio.timeout(self.config.give_up_s):
+                verdict = await self._ask(connection, prompt)
+        except TimeoutError as error:
+            raise JudgeError(f"no verdict from {self.config.base_url} within {self.config.give_up_s:g} s") from error
+        await self._cache.put(key, verdict.value)
+        return verdict.value
+
+    async def _ask(self, connection: _Connection, prompt: str) -> Verdict:
+        """One verdict with as many tries as the config allows."""
+        tries = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.config.max_attempts),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception_type(TransientFailureError),
+            reraise=True,
+        )
+        try:
+            async for attempt in tries:
+                with attempt:
+                    self.counters.retries += attempt.retry_state.attempt_number > 1
+                    async with self._admitted(connection):
+                        return await self._try_once(connection, prompt)
+        except TransientFailureError as error:
+            message = f"{self.config.base_url} gave no verdict in {self.config.max_attempts} tries; the last: {error}"
+            raise JudgeError(message) from error
+        raise AssertionError("tenacity either returns or raises")
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Seconds until the next try: what the server asked for, else exponential with full jitter."""
+        outcome = state.outcome.exception() if state.outcome is not None else None
+        asked = outcome.retry_after_s if isinstance(outcome, TransientFailureError) else None
+        if asked is not None:
+            return min(asked, self.config.max_backoff_s)
+        jittered = tenacity.wait_random_exponential(multiplier=0.5, max=self.config.max_backoff_s)
+        return float(jittered(state))
+
+    @asynccontextmanager
+    async def _admitted(self, connection: _Connection) -> AsyncIterator[None]:
+        async with connection.slots, connection.breaker.admitted():
+            if connection.limiter is not None:
+                await connection.limiter.acquire()
+            yield
+
+    async def _try_once(self, connection: _Connection, prompt: str) -> Verdict:
+        self.counters.requests += 1
+        begun = connection.loop.time()
+        try:
+            async with asyncio.timeout(self.config.timeout_s):  # of the whole answer: a slow drip resets read time-outs
+                status, headers, body = await self._post(connection.http, prompt)
+        except (httpx.HTTPError, TimeoutError) as error:
+            connection.breaker.failed()
+            raise TransientFailureError(f"{type(error).__name__}: {error}"[:200]) from error
+        if status != 200:
+            self._refuse(connection, status, headers, body)
+        connection.breaker.succeeded()
+        try:
+            verdict = read_verdict(json.loads(body))
+        except (ValueError, RecursionError):
+            verdict = None
+        if verdict is None:
+            raise TransientFailureError(f"no verdict in {self._shown(body)!r}")
+        self.counters.latencies_s.append(connection.loop.time() - begun)
+        self.counters.prompt_tokens += verdict.prompt_tokens
+        self.counters.completion_tokens += verdict.completion_tokens
+        return verdict
+
+    async def _post(self, http: httpx.AsyncClient, prompt: str) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body of one request; raises what httpx raises."""
+        request: dict[str, object] = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": self.config.max_tokens,
+            "temperature": self.config.temperature,
+        }
+        if self._logprobs:
+            request |= {"logprobs": True, "top_logprobs": 5}
+        async with http.stream("POST", "chat/completions", json=request) as response:
+            body = bytearray()
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise httpx.DecodingError(f"more than {MAX_BODY_BYTES} bytes", request=response.request)
+        return response.status_code, response.headers, bytes(body)
+
+    def _refuse(self, connection: _Connection, status: int, headers: httpx.Headers, body: bytes) -> None:
+        """Raise what an answer other than 200 means."""
+        said = f"HTTP {status}: {self._shown(body)}"
+        if status == 400 and self._logprobs and b"logprob" in body.lower():
+            self._logprobs = False  # this server has none; the text of the verdict does as well
+            raise TransientFailureError(said, 0.0)
+        if status not in RETRIED_STATUS:
+            raise JudgeError(f"{self.config.base_url} refuses the request: {said}")
+        if status >= 500:
+            connection.breaker.failed()
+        raise TransientFailureError(said, _retry_after(headers.get("retry-after")))
+
+    def _shown(self, body: bytes) -> str:
+        """Begin of a body for an error message; an echoed key is blotted out."""
+        text = body[:2000].decode(errors="replace")
+        return (text.replace(self._key, "***") if self._key else text)[:160]
+
+    # ------------------------------------------------------------------ life cycle
+    def _connected(self) -> _Connection:
+        """The connection of the running loop, made on first use."""
+        loop = asyncio.get_running_loop()
+        if self._connection is None or self._connection.loop is not loop:
+            config = self.config
+            rate, parallel = config.requests_per_s, config.max_parallel
+            self._connection = _Connection(
+                loop=loop,
+                http=httpx.AsyncClient(
+                    base_url=config.base_url,
+                    headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                    timeout=config.timeout_s,
+                    limits=httpx.Limits(
+                        max_connections=config.max_parallel, max_keepalive_connections=config.max_parallel
+                    ),
+                    trust_env=False,
+                ),
+                slots=asyncio.Semaphore(parallel),
+                limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate) if rate else None,
+                breaker=CircuitBreaker(config.breaker_failures, config.breaker_pause_s),
+            )
+        return self._connection
+
+    def metrics(self) -> dict[str, float]:
+        """Figures since the last call: counts, shares, seconds, tokens."""
+        found, self.counters = self.counters, JudgeCounters()
+        values = {
+            name: float(getattr(found, name))
+            for name in ("verdicts", "failed", "requests", "retries", "prompt_tokens", "completion_tokens")
+        }
+        values["cached_frac"] = found.cached / max(1, found.verdicts)
+        values["shared_frac"] = found.shared / max(1, found.verdicts)
+        if found.latencies_s:
+            values["latency_mean_s"] = sum(found.latencies_s) / len(found.latencies_s)
+            values["latency_max_s"] = max(found.latencies_s)
+        return values
+
+    def close(self) -> None:
+        """Close connections and cache; safe whether or not the loop still runs, but not to be called on it."""
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.loop.is_running():
+            asyncio.run_coroutine_threadsafe(_shut(connection), connection.loop).result(timeout=10)
+        self._cache.close()
+
+
+async def _shut(connection: _Connection) -> None:
+    tasks = list(connection.flying.values())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await connection.http.aclose()
+
+
+def _forget(connection: _Connection, key: str, task: asyncio.Task[float]) -> None:
+    connection.flying.pop(key, None)
+    if not task.cancelled():
+        task.exception()  # marks it as seen even where every caller was cancelled
+
+
+def _is_local(url: str) -> bool:
+    """True for an endpoint on this machine, which no proxy of the environment can reach."""
+    return httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header: a number or a date; None if there is none to be read."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    except ValueError:
+        pass  # not a number: a date
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
