@@ -28,9 +28,8 @@ class RewardModule:
     """
 
     def __init__(self, config: RewardConfig | None = None) -> None:
-        """
-        Args:
-            config: weights and formulas; a judge in it is connected to on first use.
+        """Args:
+        config: weights and formulas; a judge in it is connected to on first use.
         """
         self.config = config or RewardConfig()
         self.judge: Judge | None = None
@@ -151,7 +150,7 @@ class RewardModule:
             raise JudgeError(
                 f"{share:.0%} of the last {len(self._failures)} verdicts failed, more than "
                 f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {self._last_failure}. "
-                f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it one question"
+                f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it once"
             )
 
     # ------------------------------------------------------------------ numbers

@@ -20,10 +20,9 @@ class RewardTerm(ABC):
     """
 
     def __init__(self, name: str, weight: float) -> None:
-        """
-        Args:
-            name: key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
-            weight: factor in the total; negative for a penalty.
+        """Args:
+        name: key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
+        weight: factor in the total; negative for a penalty.
         """
         if not name or not name.replace("_", "").isalnum() or not math.isfinite(weight):
             raise ValueError(f"reward.terms: name {name!r} must be letters, digits and _, weight {weight} finite")
@@ -44,11 +43,10 @@ class FunctionTerm(RewardTerm):
     """A component that a function `(trajectory, score) -> float` computes."""
 
     def __init__(self, name: str, weight: float, function: str) -> None:
-        """
-        Args:
-            name: key of the component.
-            weight: factor in the total.
-            function: where the function is: `package.module.function`.
+        """Args:
+        name: key of the component.
+        weight: factor in the total.
+        function: where the function is: `package.module.function`.
         """
         super().__init__(name, weight)
         module, _, attribute = function.rpartition(".")

@@ -249,10 +249,8 @@ class Judge:
                     base_url=config.base_url,
                     headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
                     timeout=config.timeout_s,
-                    limits=httpx.Limits(
-                        max_connections=config.max_parallel, max_keepalive_connections=config.max_parallel
-                    ),
-                    trust_env=False,
+                    limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
+                    trust_env=not _is_local(config.base_url),
                 ),
                 slots=asyncio.Semaphore(parallel),
                 limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate) if rate else None,
