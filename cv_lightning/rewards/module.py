@@ -12,7 +12,7 @@ from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.format import check_format, check_turns
 from cv_lightning.rewards.geometry import Frame, best_iou, crop_credit, parse_box
 from cv_lightning.rewards.markup import final_answer
-from cv_lightning.rewards.process import CORRECT_ABOVE, Attempt, group_components
+from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, Attempt, group_components
 from cv_lightning.rewards.transforms import Use, expected_operations, net_use, ran_use, step_use
 from cv_lightning.types import EndState, Group, JudgeError, RewardBreakdown, Task, Trajectory
 
@@ -106,10 +106,13 @@ class RewardModule:
         texts = [turn.text for turn in trajectory.turns]
         by_turn = self.config.format_by == "turn"
         answered = trajectory.end_state is EndState.ANSWERED
+        worth = self._crop_worth(trajectory.task, use)
+        # a crop that misses is no crop: by labels alone it would be paid for exactness (hazard 25)
+        missed = self.config.credit == "net" and "crop" in expected and worth < GATE
         return Attempt(
             score=score.value,
-            used=use.labels,
-            crop_credit=self._crop_worth(trajectory.task, use),
+            used=use.labels - {"crop"} if missed else use.labels,
+            crop_credit=worth,
             executions=trajectory.num_tool_calls,
             format=(check_turns(texts) if by_turn else check_format("".join(texts))) if answered else 0.0,
             turned=use.turned,
