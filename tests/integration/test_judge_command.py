@@ -1,0 +1,48 @@
+"""`python -m cv_lightning judge` and the check that `doctor` makes, against a real server."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from judge_server import JudgeServer, completion, respond
+
+from cv_lightning.commands.judge import check_endpoint, main
+from cv_lightning.rewards import JudgeConfig
+
+
+def test_one_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--question", "Which sign?", "--ground-truth", "STOP", "--answer=stop sign", "--as-json", "true"]
+    with JudgeServer() as server:
+        assert main([*asked, "--judge.base-url", server.url]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rule": False, "judge": True, "score": 1.0}
+
+
+def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with JudgeServer() as server:
+        url = server.url
+    asked = ["--ground_truth", "a", "--answer", "b", "--judge.base_url", url, "--judge.max_attempts", "1"]
+    assert main(asked) == 1
+    assert url in capsys.readouterr().err
+
+
+def test_wrong_flags_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--ground_truth", "a"]) == 2
+    assert "--answer" in capsys.readouterr().err
+
+
+def test_check_tells_a_judge_from_a_yes_sayer() -> None:
+    async def honest(number: int, writer: object, prompt: str) -> bool:
+        await respond(writer, completion("1" if "four" in prompt else "0"))  # type: ignore[arg-type]
+        return True
+
+    async def yes(number: int, writer: object, prompt: str) -> bool:
+        await respond(writer, completion("1"))  # type: ignore[arg-type]
+        return True
+
+    with JudgeServer(honest) as server:
+        assert check_endpoint(JudgeConfig(base_url=server.url)).ok
+    with JudgeServer(yes) as server:
+        report = check_endpoint(JudgeConfig(base_url=server.url))
+    assert not report.ok
+    assert "'seven' with 1.00" in report.message
