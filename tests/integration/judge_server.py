@@ -87,8 +87,8 @@ class JudgeServer:
                     await self._answer(head, body, writer)
                 finally:
                     self._parallel -= 1
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client went away, or a behaviour cut the line
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # the client went away, a behaviour cut the line, or the server stops
         finally:
             writer.close()
 
