@@ -120,6 +120,8 @@ class RewardConfig:
     crop_frame: Literal["source", "call"] = "source"
     """Where a crop is compared: mapped to the source image, or (`credit: ran` only) in the frame of the picture that
     each call worked on, as the released code does."""
+    evidence: Literal["trace", "code"] = "trace"
+    """What tells which operations ran: the sandbox's trace, or (`credit: ran` only) a reading of the calls' code."""
     gate: bool = True
     """Where a crop is wanted and mandatory is below 0.1, multiply accuracy by mandatory."""
     penalties: Penalties = "linear"
@@ -141,6 +143,8 @@ class RewardConfig:
                 f"reward.crop_frame 'call' needs reward.credit 'ran', not {self.credit!r}: "
                 "other credit maps every image to its source"
             )
+        if self.evidence == "code" and (self.credit != "ran" or self.crop_frame != "call"):
+            raise ValueError("reward.evidence 'code' knows no images: it needs credit 'ran' and crop_frame 'call'")
         if self.reasoning and self.penalties != "binary":
             raise ValueError("reward.reasoning is paid by reward.penalties 'binary' only; set that or reasoning to 0")
         names = [term.name for term in self.terms]

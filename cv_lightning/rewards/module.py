@@ -124,7 +124,8 @@ class RewardModule:
             case "net":
                 return net_use(trajectory, expected)
             case "ran":
-                return ran_use(trajectory, in_source=self.config.crop_frame == "source")
+                in_source, by_code = self.config.crop_frame == "source", self.config.evidence == "code"
+                return ran_use(trajectory, in_source=in_source, by_code=by_code)
             case "steps":
                 return step_use(trajectory, expected)
 

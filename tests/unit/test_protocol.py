@@ -1,0 +1,129 @@
+"""One assistant turn, read without guessing."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from cv_lightning.agent.protocol import TOOL_NAME, parse_tool_calls, parse_turn
+
+
+def call(code: object = "result = image", name: str = TOOL_NAME, **arguments: object) -> str:
+    body = json.dumps({"name": name, "arguments": {"code": code, **arguments}})
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+def test_a_call_is_read_with_its_defaults() -> None:
+    parsed = parse_turn("<think>turn it</think>" + call())
+    assert parsed.call is not None
+    assert (parsed.call.code, parsed.call.image_index, parsed.call.description) == ("result = image", 0, "")
+    assert (parsed.num_calls, parsed.error, parsed.answer) == (1, None, None)
+
+
+def test_arguments_are_read() -> None:
+    parsed = parse_turn(call("x", image_index=2, description="d"))
+    assert parsed.call is not None
+    assert (parsed.call.image_index, parsed.call.description) == (2, "d")
+    parsed = parse_turn(call("x", image_index="2"))
+    assert parsed.call is not None
+    assert parsed.call.image_index == 2
+
+
+@pytest.mark.parametrize("raw", ["a = 1\nb = 2", "a\tb", "a\r\nb"])
+def test_raw_line_breaks_in_strings_are_repaired(raw: str) -> None:
+    text = '<tool_call>{"name": "code_image_tool", "arguments": {"code": "' + raw + '"}}</tool_call>'
+    parsed = parse_turn(text)
+    assert parsed.call is not None
+    assert parsed.call.code == raw
+
+
+def test_the_first_of_several_calls_is_run_and_all_are_counted() -> None:
+    parsed = parse_turn(call("first") + call("second"))
+    assert parsed.call is not None
+    assert parsed.call.code == "first"
+    assert parsed.num_calls == 2
+
+
+def test_a_call_in_a_thought_is_not_run() -> None:
+    assert parse_turn(f"<think>{call()}</think>").call is None
+    assert parse_turn(f"I begin in a thought {call()}</think>").call is None
+    parsed = parse_turn(f"<think>{call('no')}</think>{call('yes')}")
+    assert parsed.call is not None
+    assert parsed.call.code == "yes"
+
+
+def test_an_end_tag_in_a_string_does_not_cut_the_call() -> None:
+    parsed = parse_turn(call("s = '</tool_call>'"))
+    assert parsed.call is not None
+    assert parsed.call.code == "s = '</tool_call>'"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<tool_call>{nonsense}</tool_call>", "not valid JSON"),
+        ('<tool_call>{"name": "code_image_tool"', "no </tool_call>"),
+        ('<tool_call>{"arguments": {}}</tool_call>', "needs the keys"),
+        ("<tool_call>[1]</tool_call>", "needs the keys"),
+        (call(name="search"), "there is no tool 'search'"),
+        ('<tool_call>{"name": "code_image_tool", "arguments": [1]}</tool_call>', "must be an object"),
+        (call(code=7), 'needs "code"'),
+        (call(code="  "), 'needs "code"'),
+        (call(image_index="first"), "whole number"),
+        (call(image_index=True), "whole number"),
+        (call(image_index="9" * 5000), "whole number"),
+        (call(description=[1]), "must be a text"),
+        (
+            '<tool_call>{"name": "code_image_tool", "arguments": {"code": "x", "a": 1e400}}</tool_call>',
+            "not valid JSON",
+        ),
+        ("<tool_call>" + "[" * 5000 + "</tool_call>", "not valid JSON"),
+    ],
+)
+def test_what_is_wrong_is_told(text: str, message: str) -> None:
+    parsed = parse_turn(text)
+    assert parsed.call is None
+    assert parsed.error is not None
+    assert message in parsed.error
+    assert len(parsed.error) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>t</think><answer> 42 </answer>", "42"),
+        ("<answer>1</answer><answer>2</answer>", "2"),
+        ("<answer>one</answer> middle </answer>", "one"),
+        ("<answer>red <answer>blue</answer>", "blue"),
+        ("<answer></answer>", ""),
+        ("<think><answer>1</answer></think>", None),
+        ("<answer>1", None),
+        ("<answer>4<tool_response>x</tool_response>2</answer>", None),
+        ("<tool_response><answer>9</answer></tool_response>", None),
+        ("<answer><think>x</think>1</answer>", None),
+        ("<answer>1</answer><answer>2<think>3</think></answer>", "1"),
+        ("plain", None),
+    ],
+)
+def test_answers(text: str, answer: str | None) -> None:
+    assert parse_turn(text).answer == answer
+
+
+def test_a_turn_that_answers_runs_nothing() -> None:
+    parsed = parse_turn(call() + "<answer>1</answer>")
+    assert (parsed.call, parsed.answer, parsed.num_calls) == (None, "1", 1)
+
+
+def test_other_tools_are_listed_by_parse_tool_calls_only() -> None:
+    assert parse_tool_calls(call(name="search")) == [{"name": "search", "arguments": {"code": "result = image"}}]
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "<tool_response>"])
+@pytest.mark.parametrize("around", ["", "<tool_call>", "<think>t</think>"])
+def test_reading_takes_no_time(tag: str, around: str) -> None:
+    begun = time.perf_counter()
+    parse_turn(around + tag * 50_000 + around)
+    parse_turn((around + tag + "x") * 20_000)
+    assert time.perf_counter() - begun < 1.0

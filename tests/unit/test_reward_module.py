@@ -1,0 +1,269 @@
+"""The reward module: composition, provenance, what stays unscored, numbers, recipes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonargparse
+import pytest
+from PIL import Image
+from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
+
+from cv_lightning.images import dihedral_affine, map_box
+from cv_lightning.rewards import FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
+from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, to_upright
+from cv_lightning.types import Box, EndState, Trajectory
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "reward"
+
+
+def recipe(name: str) -> RewardConfig:
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--reward", type=RewardConfig)
+    return parser.instantiate(parser.parse_args([f"--reward={CONFIGS / name}.yaml"])).reward
+
+
+def total(trajectory: Trajectory, config: RewardConfig | None = None) -> float:
+    RewardModule(config).score_group(group(trajectory))
+    assert trajectory.reward is not None
+    return trajectory.reward.total
+
+
+def in_picture(name: str, box: Box) -> Box:
+    """A box of the picture as given, as the picture turned by `name` shows it."""
+    inverse = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}.get(name, name)
+    size = (HEIGHT, WIDTH) if name in ("rotate_90", "rotate_270") else (WIDTH, HEIGHT)
+    return map_box(dihedral_affine(inverse, *size), box)
+
+
+# ------------------------------------------------------------------------------------------------ geometry
+@pytest.mark.parametrize("name", sorted(ORIENTATION))
+def test_a_crop_on_the_turned_picture_gets_the_iou_it_deserves(name: str) -> None:
+    wanted = task({"rotate_90": "rotate_270", "rotate_270": "rotate_90"}.get(name, name), "crop")
+    right = Recorder(wanted).call(name).call(in_picture(name, BOX)).answer()
+    assert total(right) == pytest.approx(2.2)
+    assert right.reward is not None
+    assert right.reward.components["mandatory"] == pytest.approx(1.0)
+    one_call = Recorder(wanted).call(name, in_picture(name, BOX)).answer()
+    assert total(one_call) == pytest.approx(2.2)
+
+
+def test_without_provenance_the_same_crop_would_lose() -> None:
+    wanted = task("rotate_180", "crop")
+    trajectory = Recorder(wanted).call("rotate_180").call(in_picture("rotate_180", BOX)).answer()
+    frameless = RewardConfig(credit="ran", crop_frame="call")
+    total(trajectory, frameless)
+    assert trajectory.reward is not None
+    assert trajectory.reward.components["mandatory"] == pytest.approx(0.5)  # the turn alone
+    total(trajectory, RewardConfig(credit="ran"))
+    assert trajectory.reward.components["mandatory"] == pytest.approx(1.0)
+
+
+def test_crops_of_crops_and_loose_crops() -> None:
+    twice = Recorder(task("crop")).call((20.0, 10.0, 300.0, 250.0)).call((20.0, 20.0, 180.0, 140.0)).answer()
+    assert total(twice) == pytest.approx(2.2)
+    half = Recorder(task("crop")).call((40.0, 30.0, 360.0, 150.0)).answer()
+    total(half)
+    assert half.reward is not None
+    assert half.reward.components["mandatory"] == pytest.approx(0.5)
+    total(half, RewardConfig(crop_credit="coverage"))
+    assert half.reward.components["mandatory"] == 1.0
+
+
+def test_a_grid_cell_is_worth_its_coverage() -> None:
+    small = task("crop", box=(64.0, 64.0, 96.0, 96.0))
+    trajectory = Recorder(small).call((60.0, 60.0, 124.0, 124.0)).answer()
+    total(trajectory)
+    assert trajectory.reward is not None
+    assert trajectory.reward.components["mandatory"] == pytest.approx(0.25)
+    total(trajectory, RewardConfig(crop_credit="coverage"))
+    assert trajectory.reward.components["mandatory"] == 1.0
+
+
+def test_two_flips_undo_a_half_turn_and_the_reverse() -> None:
+    assert total(
+        Recorder(task("rotate_180", box=None)).call("flip_horizontal", "flip_vertical").answer()
+    ) == pytest.approx(2.2)
+    both = task("flip_horizontal", "flip_vertical", box=None)
+    assert total(Recorder(both).call("rotate_180").answer()) == pytest.approx(2.2)
+    partly = Recorder(both).call("flip_vertical").answer()
+    total(partly)
+    assert partly.reward is not None
+    assert partly.reward.components["mandatory"] == 0.5
+
+
+@pytest.mark.parametrize("required", [("rotate_90", "flip_vertical"), ("flip_vertical", "rotate_90")])
+def test_the_order_of_transforms_matters(required: tuple[str, ...]) -> None:
+    """Undone in the right order a picture is upright; in the wrong one it is turned by a half."""
+    undo = {"rotate_90": "rotate_270", "flip_vertical": "flip_vertical"}
+    right = [undo[name] for name in reversed(required)]
+    assert total(Recorder(task(*required, box=None)).call(*right).answer()) == pytest.approx(2.2)
+    assert total(Recorder(task(*required, box=None)).call(*reversed(right)).answer()) < 1.7
+
+
+def test_to_upright_puts_the_pixels_back() -> None:
+    upright = Image.new("RGB", (7, 5))
+    upright.putpixel((1, 2), (255, 0, 0))
+    given = upright.transpose(Image.Transpose.ROTATE_90).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    x, y = next((x, y) for x in range(5) for y in range(7) if given.getpixel((x, y)) == (255, 0, 0))
+    back = to_upright(["rotate_90", "flip_vertical"], given.size)
+    assert map_box(back, (x, y, x + 1, y + 1)) == (1, 2, 2, 3)
+
+
+def test_a_wanted_crop_without_a_box_is_not_wanted() -> None:
+    trajectory = Recorder(task("crop", box=None)).answer()
+    assert total(trajectory) == pytest.approx(1.1)
+
+
+def test_expected_operations_of_odd_columns() -> None:
+    assert expected_operations({"rotate_90": None, "flip_vertical": True}) == {"flip_vertical"}
+    assert expected_operations('["rotate_90", "crop"]') == {"rotate_270", "crop"}
+    assert expected_operations(["rotate_45", "rotate_left", "rotate_360"]) == frozenset()
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+@pytest.mark.parametrize("end", [state for state in EndState if state.is_error])
+def test_failures_of_the_infrastructure_stay_unscored(end: EndState) -> None:
+    lost, good = Recorder(task(box=None)).answer(end=end), Recorder(task(box=None)).answer()
+    RewardModule().score_group(group(lost, good))
+    assert lost.reward is None
+    assert good.reward is not None
+
+
+def test_unscored_trajectories_do_not_count_in_the_group() -> None:
+    """Necessity: of the two without the tool the correct one was lost, so the tool looks necessary."""
+    subject = task(box=None)
+    members = [
+        Recorder(subject).call("contrast_up").answer(),
+        Recorder(subject).answer("7"),
+        Recorder(subject).answer(end=EndState.ERROR_SANDBOX),
+    ]
+    RewardModule(RewardConfig(necessity=0.5)).score_group(group(*members))
+    assert members[0].reward is not None
+    assert members[0].reward.components["necessity"] == 1.0
+
+
+def test_metrics_are_means_by_source_and_transform() -> None:
+    module, turned = RewardModule(), task("rotate_90", box=None)
+    groups = [
+        group(Recorder(turned).call("rotate_270").answer(), Recorder(turned).answer()),
+        group(Recorder(task(box=None)).answer("7"), Recorder(task(box=None)).answer(end=EndState.ERROR_ENGINE)),
+    ]
+    for each in groups:
+        module.score_group(each)
+    found = module.metrics(groups)
+    assert found["reward/accuracy"] == pytest.approx(2 / 3)
+    assert found["reward/mandatory"] == pytest.approx(1 / 3)
+    assert found["reward/total"] == pytest.approx((2.2 + 1.1 + 0.1) / 3)
+    assert found["reward_by_transform/rotate_90/mandatory"] == 0.5
+    assert found["reward_by_transform/none/accuracy"] == 0.0
+    assert found["reward_by_source/digits/accuracy"] == found["reward/accuracy"]
+    assert module.metrics([]) == {}
+
+
+def num_turns(trajectory: Trajectory, score: float) -> float:
+    """A component of a user's own."""
+    return len(trajectory.turns) * score
+
+
+class Brevity(RewardTerm):
+    """Another."""
+
+    def value(self, trajectory: Trajectory, score: float) -> float:
+        return float(len(trajectory.turns) == 1)
+
+
+def test_further_terms_are_paid_and_logged() -> None:
+    terms = [Brevity("brief", 0.5), FunctionTerm("turns", -0.1, f"{__name__}.num_turns")]
+    trajectory = Recorder(task(box=None)).answer()
+    assert total(trajectory, RewardConfig(terms=terms)) == pytest.approx(1.1 + 0.5 - 0.1)
+    assert trajectory.reward is not None
+    assert trajectory.reward.components["turns"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop_frame": "call"}, "reward.credit"),
+        ({"reasoning": 0.5}, "reward.penalties"),
+        ({"evidence": "code"}, "crop_frame"),
+        ({"terms": [FunctionTerm("accuracy", 1.0, "math.hypot")]}, "taken"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": "localhost"}, "http"),
+        ({"base_url": "http://me:secret@h/v1"}, "api_key_env"),
+        ({"timeout_s": 0}, "above 0"),
+    ],
+)
+def test_judge_configs_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        JudgeConfig(**changes)  # type: ignore[arg-type]
+    assert "secret" not in str(caught.value)
+
+
+def test_a_function_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no_such.*'x'"):
+        FunctionTerm("x", 1.0, "math.no_such")
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_recipes_load_and_score(name: str) -> None:
+    trajectory = Recorder(task("rotate_90", "crop")).call("rotate_270").call(in_picture("rotate_270", BOX)).answer()
+    expected = {"accuracy": 1.0, "paper": 2.2, "reference": None}
+    value = total(trajectory, recipe(name))
+    assert expected[name] is None or value == pytest.approx(expected[name])
+
+
+def test_accuracy_pays_the_outcome_only() -> None:
+    config = recipe("accuracy")
+    assert total(Recorder(task("crop")).answer(), config) == 1.0
+    assert total(Recorder(task("crop")).call(BOX).answer("7"), config) == 0.0
+
+
+def test_reference_pays_labels_the_default_does_not() -> None:
+    there_and_back = Recorder(task("rotate_90", box=None)).call("rotate_270").call("rotate_90").answer()
+    assert total(there_and_back, recipe("reference")) == pytest.approx(2.1)
+    assert total(there_and_back) == pytest.approx(1.1)
+    by_code = RewardConfig(credit="ran", crop_frame="call", evidence="code")
+    code = Recorder(task("rotate_90", box=None)).call("rotate_180", code="result = image.rotate(270)").answer()
+    assert total(code, by_code) > total(code, RewardConfig(credit="ran"))
+
+
+def test_paper_pays_order_and_binary_penalties() -> None:
+    config, wanted = recipe("paper"), task("rotate_90", "crop")
+    crop = in_picture("rotate_270", BOX)
+    wrong_order = Recorder(wanted).call(BOX).call("rotate_270").answer()
+    failed_once = Recorder(wanted).call("rotate_270").call(crop)
+    failed_once.fail()
+    assert total(wrong_order, config) == pytest.approx(2.1)
+    assert total(failed_once.answer(), config) == pytest.approx(2.1)  # three calls are still within |S_req| + 1
+    many = Recorder(wanted).call("rotate_270")
+    for _ in range(6):
+        many.call(crop, on=1)
+    assert total(many.answer(), config) == pytest.approx(2.1 - 0.5)
+    assert total(Recorder(task("crop")).answer(), config) == pytest.approx(1.1 - 0.5)  # right without looking
+    assert total(Recorder(task(box=None)).call("rotate_90", "rotate_90").answer(), config) == pytest.approx(1.1 - 0.5)
+    twice = Recorder(wanted).call((0.0, 0.0, 200.0, 150.0)).call("rotate_270", on=0).call(crop).answer()
+    total(twice, config)
+    assert twice.reward is not None
+    assert twice.reward.components["mandatory"] == pytest.approx(1.0)  # the improvements add up to the best IoU
+
+
+def test_importing_rewards_is_light() -> None:
+    heavy = "{'torch', 'lightning', 'vllm', 'httpx', 'transformers', 'numpy'}"
+    code = f"import sys, cv_lightning.rewards; print(sorted({heavy} & set(sys.modules)))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parents[1], check=True
+    )
+    assert ran.stdout.strip() == "[]"
