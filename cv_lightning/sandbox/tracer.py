@@ -1,0 +1,417 @@
+"""Tells which image operations really ran, with which arguments, and what became of the pixels.
+
+Runs in the child. Library functions are wrapped once, in the fork server; every wrapper records the outermost call
+only. A Pillow image carries its origin as an attribute, an array by its memory: a view's address and strides
+say exactly which part of which array it is, turned how. What the tracer says is a claim: model code shares its
+process and can forge it, so the parent compares pixels before it believes a map.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+
+from cv_lightning.images import compose
+from cv_lightning.sandbox.geometry import PLAIN, Size, describe
+from cv_lightning.sandbox.wire import MAX_CLAIMS, MAX_OPERATIONS, RawOperation, Trace
+from cv_lightning.types import IDENTITY, Affine
+
+ORIGIN = "_cvl_origin"
+PIL_METHODS = (
+    "rotate transpose crop resize transform filter convert thumbnail reduce point quantize paste alpha_composite putalpha "
+    "copy effect_spread"
+).split()
+SILENT = {"copy", "convert"}
+"""Followed, but not worth reporting where they leave a picture as it is."""
+IN_PLACE = {"Image.thumbnail", "Image.paste", "Image.alpha_composite", "Image.putalpha"}
+PIL_OPS = (
+    "mirror flip fit pad contain cover scale expand crop autocontrast equalize grayscale invert posterize solarize colorize"
+).split()
+ENHANCERS = ("Contrast", "Brightness", "Sharpness", "Color")
+CV2_GEOMETRY = ("rotate", "flip", "transpose", "resize", "pyrUp", "pyrDown", "warpAffine")
+CV2_IN_PLACE = {"cv2.rectangle", "cv2.line", "cv2.circle", "cv2.putText", "cv2.polylines", "cv2.fillPoly"}
+CV2_NAMES = {
+    "rotate": ("src", "code"),
+    "flip": ("src", "code"),
+    "resize": ("src", "size", "dst", "fx", "fy", "interpolation"),
+    "warpAffine": ("src", "matrix", "size", "dst", "flags"),
+    "GaussianBlur": ("src", "ksize", "sigma"),
+    "medianBlur": ("src", "ksize"),
+    "cvtColor": ("src", "code"),
+    "Canny": ("src", "low", "high"),
+}
+CV2_KEYWORDS = {"rotateCode": "code", "flipCode": "code", "dsize": "size", "M": "matrix", "sigmaX": "sigma"}
+SKIMAGE = {
+    "transform": ("rotate", "resize", "rescale"),
+    "exposure": ("equalize_hist", "equalize_adapthist", "rescale_intensity", "adjust_gamma", "adjust_log", "adjust_sigmoid"),
+    "filters": ("gaussian", "median", "unsharp_mask", "sobel"),
+    "color": ("rgb2gray",),
+    "restoration": ("denoise_bilateral", "denoise_nl_means", "denoise_tv_chambolle"),
+    "util": ("invert",),
+}
+
+
+class Origin(NamedTuple):
+    """Where an image or array comes from: its map to the input and the operations on the way."""
+
+    to_input: Affine | None
+    lineage: frozenset[int]
+    direct: bool = True
+    """False once a step had to be guessed."""
+
+
+NOWHERE = Origin(None, frozenset(), False)
+
+
+class _Array(NamedTuple):
+    array: Any
+    start: int
+    end: int
+    origin: Origin
+
+
+@dataclass
+class Tracer:
+    """State of one snippet's trace."""
+
+    active: bool = False
+    depth: int = 0
+    operations: list[tuple[str, str, dict[str, Any], Size | None, Size | None]] = field(default_factory=list)
+    arrays: list[_Array] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+
+    # -------------------------------------------------------------------------------------------- origins
+    def origin_of(self, thing: Any) -> Origin | None:
+        """Origin of an image or array, as far as known."""
+        if isinstance(thing, Image.Image):
+            found = thing.__dict__.get(ORIGIN)
+            return found if isinstance(found, Origin) else None
+        if isinstance(thing, np.ndarray):
+            return self._array_origin(thing)
+        return None
+
+    def _array_origin(self, view: np.ndarray[Any, Any]) -> Origin | None:
+        if view.ndim < 2 or not view.size:
+            return None
+        address = view.__array_interface__["data"][0]
+        shared = [known for known in self.arrays if known.start <= address < known.end]
+        if not shared:
+            return None
+        # Views made by traced calls (np.rot90) carry operations; whoever shares their memory may have come from them.
+        lineage = frozenset().union(*(known.origin.lineage for known in shared))
+        for known in reversed(shared):
+            if known.array is view:
+                return known.origin
+        for known in reversed(shared):
+            if known.array.flags.c_contiguous:
+                step, base = _view_map(known, view, address), known.origin.to_input
+                if step is None or base is None:
+                    return Origin(None, lineage, False)
+                return Origin(compose(base, step), lineage, known.origin.direct)
+        return Origin(None, lineage, False)
+
+    def set_origin(self, thing: Any, origin: Origin) -> None:
+        """Remember where an image or array came from."""
+        if isinstance(thing, Image.Image):
+            thing.__dict__[ORIGIN] = origin
+        elif isinstance(thing, np.ndarray) and thing.ndim >= 2 and thing.size and len(self.arrays) < 256:
+            low, high = _extent(thing)
+            self.arrays.append(_Array(thing, low, high, origin))
+        if len(self.origins) < 512:
+            self.origins.append(origin)
+
+    def guess(self) -> Origin:
+        """Origin of something that came out of untraced code: the last known one, unproven."""
+        if not self.arrays and not self.origins:
+            return NOWHERE
+        last = self.arrays[-1].origin if self.arrays else self.origins[-1]
+        return last._replace(direct=False)
+
+    # -------------------------------------------------------------------------------------------- recording
+    def record(self, call: str, arguments: dict[str, Any], source: Any, result: Any) -> None:
+        """Take down a call that ran, and pass the origin of `source` on to `result`."""
+        size, output = size_of(source), size_of(result)
+        if size is None or output is None:
+            return
+        before = self.origin_of(source)
+        if before is None:
+            before = self.guess()
+        try:
+            name, step = describe(call, arguments, size, output)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError):
+            name, step = call.rsplit(".", 1)[-1].lower()[:32], None
+        lineage = before.lineage
+        if name not in SILENT and len(self.operations) < MAX_OPERATIONS:
+            lineage = lineage | {len(self.operations)}
+            self.operations.append((name, call, arguments, size, output))
+        known = before.to_input is not None and step is not None
+        to_input = compose(before.to_input, step) if before.to_input is not None and step is not None else None
+        self.set_origin(result, Origin(to_input, lineage, before.direct and known))
+
+    def finish(self, result: Any) -> Trace:
+        """The trace of a snippet whose result this is."""
+        origin = self.origin_of(result) or self.guess()
+        claims: list[Affine] = [] if origin.to_input is None else [origin.to_input]
+        for other in reversed(self.origins):
+            if other.to_input is not None and other.to_input not in claims and len(claims) < MAX_CLAIMS:
+                claims.append(other.to_input)
+        operations = tuple(
+            RawOperation(name, call, plain_arguments(arguments), size, output, i in origin.lineage)
+            for i, (name, call, arguments, size, output) in enumerate(self.operations)
+        )
+        return Trace(operations, tuple(claims), origin.direct and origin.to_input is not None)
+
+
+TRACER = Tracer()
+"""The one trace of this process: a child runs one snippet."""
+
+
+def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    low = array.__array_interface__["data"][0]
+    span = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    return low + sum(s for s in span if s < 0), low + sum(s for s in span if s > 0) + array.itemsize
+
+
+def _view_map(known: _Array, view: np.ndarray[Any, Any], address: int) -> Affine | None:
+    """Map from a view to the array whose memory it shows, from address and strides alone."""
+    base = known.array
+    row, column = base.strides[:2]
+    if row == 0 or column == 0:
+        return None
+    offset = address - base.__array_interface__["data"][0]
+    rows: list[tuple[int, int]] = []
+    for stride, length in zip(view.strides[:2], view.shape[:2], strict=True):
+        if length == 1 or stride == 0:
+            rows.append((1, 0) if not rows else (0, 1))
+        elif abs(stride) >= abs(row) and stride % row == 0:
+            rows.append((stride // row, 0))
+        elif stride % column == 0:
+            rows.append((0, stride // column))
+        else:
+            return None
+    top, rest = divmod(offset, row)
+    left = rest // column
+    (yy, yx), (xy, xx) = rows
+    if abs(yy * xx - yx * xy) < 1:
+        return None
+    # The view's pixel (i, j) is the base's (left + i*xx + j*yx, top + i*xy + j*yy); edges lie half a pixel outside.
+    shift_x = left + 0.5 - 0.5 * (xx + yx)
+    shift_y = top + 0.5 - 0.5 * (xy + yy)
+    return Affine(xx, yx, shift_x, xy, yy, shift_y)
+
+
+def size_of(thing: Any) -> Size | None:
+    """Width and height of an image or array, None for anything else."""
+    if isinstance(thing, Image.Image):
+        return thing.size
+    if isinstance(thing, np.ndarray) and thing.ndim >= 2:
+        return int(thing.shape[1]), int(thing.shape[0])
+    return None
+
+
+def plain_arguments(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Arguments as plain values: arrays and images as their shape, the rest cut."""
+    return tuple((key[:24], plain(value)) for key, value in list(arguments.items())[:8])
+
+
+def plain(value: Any) -> Any:
+    """A value as numbers, texts and tuples of them."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value if not isinstance(value, str) else value[:60]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return "array " + "x".join(map(str, value.shape))
+    if isinstance(value, Image.Image):
+        return f"image {value.width}x{value.height}"
+    if isinstance(value, tuple | list):
+        return tuple(plain(item) for item in value[:16])
+    return type(value).__name__
+
+
+# ------------------------------------------------------------------------------------------------ wrapping
+def _wrap(function: Callable[..., Any], note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> Callable[..., Any]:
+    """Call `function`; if it is an outermost call of traced code, call `note(result, args, kwargs)` after it."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if not TRACER.active or TRACER.depth:
+            return function(*args, **kwargs)
+        TRACER.depth += 1
+        try:
+            result = function(*args, **kwargs)
+            note(result, args, kwargs)
+            return result
+        finally:
+            TRACER.depth -= 1
+
+    return traced
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    extra = arguments.pop("kwargs", None)
+    return {**arguments, **extra} if isinstance(extra, dict) else arguments
+
+
+def _filter_name(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def _wrap_pil_method(name: str) -> None:
+    original = getattr(Image.Image, name)
+    signature, call = inspect.signature(original), f"Image.{name}"
+
+    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = _bound(signature, args, kwargs)
+        source = arguments.pop("self")
+        if name == "filter":
+            arguments = _filter_arguments(arguments["filter"])
+        if call in IN_PLACE:
+            result = source
+        if name == "transform" and "size" in arguments:
+            arguments["data"] = arguments.get("data")
+        TRACER.record(call, arguments, source, result)
+
+    if name == "thumbnail":
+        setattr(Image.Image, name, _thumbnail(original))
+    else:
+        setattr(Image.Image, name, _wrap(original, note))
+
+
+def _filter_arguments(kind: Any) -> dict[str, Any]:
+    values = {k: v for k, v in getattr(kind, "__dict__", {}).items() if not k.startswith("_")}
+    return {"filter": _filter_name(kind), **values}
+
+
+def _thumbnail(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`thumbnail` works in place: the size before is gone afterwards."""
+
+    @functools.wraps(original)
+    def traced(self: Image.Image, *args: Any, **kwargs: Any) -> None:
+        if not TRACER.active or TRACER.depth:
+            return original(self, *args, **kwargs)
+        before = Image.new("1", self.size)
+        before.__dict__[ORIGIN] = TRACER.origin_of(self) or TRACER.guess()
+        TRACER.depth += 1
+        try:
+            original(self, *args, **kwargs)
+            TRACER.record("Image.thumbnail", {"size": self.size}, before, self)
+        finally:
+            TRACER.depth -= 1
+        return None
+
+    return traced
+
+
+def _wrap_module_function(module: Any, name: str, call: str, names: tuple[str, ...] | None = None) -> None:
+    original = getattr(module, name, None)
+    if original is None:
+        return
+    signature = None if names is not None else inspect.signature(original)
+
+    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if signature is not None:
+            arguments = _bound(signature, args, kwargs)
+            source = arguments.pop(next(iter(arguments)))
+        else:
+            arguments = _cv2_arguments(names or (), args, kwargs)
+            source = args[0] if args else kwargs.get("src")
+            arguments.pop("src", None)
+            arguments.pop("dst", None)
+        out = result[1] if isinstance(result, tuple) and len(result) == 2 else result
+        if call in CV2_IN_PLACE:
+            out = source
+        if name == "cvtColor" and isinstance(out, np.ndarray) and out.ndim == 2:
+            TRACER.record("cv2.cvtColor", {**arguments, "gray": True}, source, out)
+            return
+        TRACER.record(call, arguments, source, out)
+
+    setattr(module, name, _wrap(original, note))
+
+
+def _cv2_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    arguments = dict(zip([*names, *(f"arg{i}" for i in range(len(names), 8))], args, strict=False))
+    arguments.update({CV2_KEYWORDS.get(key, key): value for key, value in kwargs.items()})
+    if "matrix" in arguments:
+        arguments["matrix"] = tuple(float(v) for v in np.asarray(arguments["matrix"]).ravel()[:6])
+    return arguments
+
+
+def _wrap_enhancer(name: str) -> None:
+    kind = getattr(ImageEnhance, name)
+    original = kind.enhance
+
+    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        factor = args[1] if len(args) > 1 else kwargs.get("factor")
+        TRACER.record(f"ImageEnhance.{name}", {"factor": factor}, args[0].image, result)
+
+    kind.enhance = _wrap(original, note)
+
+
+def _wrap_conversions() -> None:
+    """Images become arrays and arrays images: origins pass on, nothing is reported."""
+
+    def to_array(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = args[0] if args else kwargs.get("object", kwargs.get("a"))
+        origin = TRACER.origin_of(source)
+        if isinstance(result, np.ndarray) and origin is not None and size_of(result) == size_of(source):
+            TRACER.set_origin(result, origin)
+
+    for name in ("array", "asarray", "ascontiguousarray", "copy", "clip"):
+        setattr(np, name, _wrap(getattr(np, name), to_array))
+
+    def to_image(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = args[0] if args else kwargs.get("obj")
+        origin = TRACER.origin_of(source)
+        TRACER.set_origin(result, origin if origin is not None else TRACER.guess())
+
+    Image.fromarray = _wrap(Image.fromarray, to_image)
+
+    def drawing(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = args[0] if args else kwargs.get("im")
+        TRACER.record("ImageDraw.Draw", {}, source, source)
+
+    ImageDraw.Draw = _wrap(ImageDraw.Draw, drawing)
+
+
+def install(modules: Iterable[str] = ()) -> None:
+    """Wrap the libraries of this process. Once, in the fork server, before any snippet."""
+    for name in PIL_METHODS:
+        _wrap_pil_method(name)
+    for name in PIL_OPS:
+        _wrap_module_function(ImageOps, name, f"ImageOps.{name}")
+    for name in ENHANCERS:
+        _wrap_enhancer(name)
+    _wrap_conversions()
+    for name in ("rot90", "flip", "fliplr", "flipud"):
+        _wrap_module_function(np, name, f"numpy.{name}")
+    cv2 = sys.modules.get("cv2")
+    if cv2 is not None:
+        plain_calls = [call.split(".")[1] for call in PLAIN if call.startswith("cv2.")]
+        for name in (*CV2_GEOMETRY, *plain_calls):
+            _wrap_module_function(cv2, name, f"cv2.{name}", CV2_NAMES.get(name, ("src",)))
+    for part, names in SKIMAGE.items():
+        module = sys.modules.get(f"skimage.{part}")
+        for name in names if module is not None else ():
+            _wrap_module_function(module, name, f"skimage.{part}.{name}")
+
+
+def begin(image: Image.Image) -> None:
+    """Start tracing: `image` is the input."""
+    TRACER.operations.clear()
+    TRACER.arrays.clear()
+    TRACER.origins.clear()
+    TRACER.set_origin(image, Origin(IDENTITY, frozenset()))
+    TRACER.depth = 0
+    TRACER.active = True
+
+
+assert ImageFilter  # imported for its classes to exist in the fork server
