@@ -22,6 +22,8 @@ MIN_CORRELATION = 0.35
 """Below this a prediction explains nothing; filters and tone changes of the same frame lie far above."""
 MARGIN = 0.02
 """By this much another turn or flip must be better before the claim is dropped."""
+NEGATIVE = 0.97
+"""What a negative of the prediction counts: on smooth pictures a half turn looks like one."""
 DIHEDRAL = ("identity", "rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical", "transpose", "transverse")
 _LINEAR = {
     (1, 0, 0, 1): (),
@@ -84,9 +86,28 @@ class Comparison:
         self.grid = min(GRID, result.width), min(GRID, result.height)
         self.actual = _grey(result, self.grid)
         self._levels: dict[int, Image.Image] = {0: image}
+        # Single pixels, at whole steps so that each one's centre is known.
+        step = result.width // self.grid[0], result.height // self.grid[1]
+        self._points = Affine(step[0], 0, step[0] // 2 + 0.5 - step[0] / 2, 0, step[1], step[1] // 2 + 0.5 - step[1] / 2)
+        moved = result.transform(self.grid, Image.Transform.AFFINE, self._points, Image.Resampling.NEAREST)
+        self._pixels = np.asarray(moved, np.float32)
 
     def score(self, to_input: Affine) -> float:
-        """Correlation in [0, 1] of the result with its prediction; sign is ignored (a negative stays a picture)."""
+        """Agreement in [0, 1] of the result with its prediction, pixel by pixel or in the mean of small areas."""
+        return max(self._pixel_score(to_input), self._area_score(to_input))
+
+    def _pixel_score(self, to_input: Affine) -> float:
+        data = compose(to_input, self._points)
+        inside = _inside(data, self.grid, self.image.size)
+        if inside.sum() < 4:
+            return 0.0
+        moved = self.image.transform(self.grid, Image.Transform.AFFINE, data, Image.Resampling.NEAREST)
+        predicted = np.asarray(moved, np.float32)[inside]
+        actual = self._pixels[inside]
+        return max(_correlation(predicted, actual), _correlation(predicted.mean(-1), actual.mean(-1)))
+
+    def _area_score(self, to_input: Affine) -> float:
+        """Correlation of area means; sign is ignored (a negative stays a picture)."""
         columns, rows = self.grid
         cell = self.result.width / columns, self.result.height / rows
         step = max(abs(to_input.a), abs(to_input.b), abs(to_input.d), abs(to_input.e)) * max(cell)
@@ -129,7 +150,8 @@ def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     if norm < 1e-3 * a.size:
         # Nothing to see in one of them: agreement is neither shown nor refuted where both are flat.
         return 1.0 if float(np.abs(a).max()) < 2 and float(np.abs(b).max()) < 2 else 0.0
-    return abs(float((a * b).sum())) / norm
+    value = float((a * b).sum()) / norm
+    return value if value >= 0 else -NEGATIVE * value
 
 
 def believed(claims: Sequence[Affine], image: Image.Image, result: Image.Image) -> Affine | None:
