@@ -1,4 +1,196 @@
-from typing import Any
-START_CASES: tuple[Any, ...] = ()
-def run_cases(sandbox: Any, cases: Any) -> list[Any]:
-    return []
+"""Runs hostile, faulty and harmless snippets and judges whether each was contained.
+
+The packaged cases stand in cases.json beside this file; other files of the same format (a list under `cases`, each with
+name, category, code, expect) are judged by the same rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from cv_lightning.types import DataError, SandboxResult, ToolStatus
+
+if TYPE_CHECKING:
+    from cv_lightning.sandbox.sandbox import Sandbox
+
+PORT = 39871
+SECRET_NAME, SECRET = "SBX_SECRET_TOKEN", "s3cr3t"
+CANARY = "/tmp/sbx_secret.png"
+SLACK_S = 0.5
+"""A timeout must come within its limit and this."""
+_FAILED = (ToolStatus.ERROR, ToolStatus.KILLED)
+_ERRORS = ("error", "killed_or_error", "error_or_timeout", "killed_or_error_or_ok", "ok_or_error", "any")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One snippet and what must come of it."""
+
+    name: str
+    category: str
+    code: str
+    expect: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseResult:
+    """How a case ended."""
+
+    name: str
+    ok: bool
+    got: str
+
+
+def load_cases(path: str | Path) -> list[Case]:
+    """Cases of a file.
+
+    Raises:
+        DataError: no such file, no JSON, or a case without name, code and expect.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["cases"]
+        return [Case(name=r["name"], category=r.get("category", ""), code=r["code"], expect=r["expect"]) for r in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a corpus of cases with name, code and expect ({error!r})") from error
+
+
+PACKAGED = Path(__file__).with_name("cases.json")
+START_NAMES = ("file_read", "file_write", "socket_udp", "fork", "execve", "kill_parent", "ptrace_parent", "memory", "benign")
+START_CASES = tuple(case for case in load_cases(PACKAGED) if case.name in START_NAMES)
+"""The quick subset that runs at every start."""
+
+
+def test_image() -> Image.Image:
+    """512x512 RGB, every pixel different from its neighbours."""
+    y, x = np.mgrid[0:512, 0:512]
+    return Image.fromarray(np.stack([x % 256, y % 256, (x * 7 + y * 13) % 256], axis=-1).astype(np.uint8))
+
+
+class Listener:
+    """Counts what reaches 127.0.0.1:39871 by TCP."""
+
+    def __init__(self) -> None:
+        self.reached = 0
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # in use: then somebody else's listener is what a snippet would reach
+            self._socket.bind(("127.0.0.1", PORT))
+            self._socket.listen()
+            threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                connection, _ = self._socket.accept()
+                self.reached += 1
+                connection.close()
+
+    def close(self) -> None:
+        """Stop listening."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def surroundings() -> Iterator[Listener]:
+    """What the cases may try to reach: a secret in the environment, a readable picture, a listener."""
+    before = os.environ.get(SECRET_NAME)
+    os.environ[SECRET_NAME] = SECRET
+    with contextlib.suppress(OSError):  # another user's file serves as well
+        Image.new("RGB", (8, 8), (200, 10, 10)).save(CANARY)
+        os.chmod(CANARY, 0o644)
+    listener = Listener()
+    try:
+        yield listener
+    finally:
+        listener.close()
+        os.environ.pop(SECRET_NAME) if before is None else os.environ.update({SECRET_NAME: before})
+        with contextlib.suppress(OSError):
+            os.unlink(CANARY)
+
+
+def run_cases(sandbox: Sandbox, cases: Iterable[Case]) -> list[CaseResult]:
+    """Run cases one after the other, a harmless job after each."""
+    with surroundings() as listener:
+        return [_run_case(sandbox, case, listener) for case in cases]
+
+
+def _run_case(sandbox: Sandbox, case: Case, listener: Listener) -> CaseResult:
+    image = test_image()
+    before = image.tobytes()
+    for part in case.expect.split(";"):
+        if part.startswith("no_side_effect:"):
+            with contextlib.suppress(OSError):
+                os.unlink(part.split(":", 1)[1])
+    reached, begun = listener.reached, time.monotonic()
+    result = sandbox.run_sync(image, case.code, owner="self-test")
+    seconds = time.monotonic() - begun
+    faults = [fault for part in case.expect.split(";") if (fault := _fault(sandbox, part, case, result, seconds, listener.reached - reached))]
+    if SECRET in result.error:
+        faults.append("the secret is in the text")
+    if image.tobytes() != before:
+        faults.append("the caller's image has changed")
+    after = sandbox.run_sync(image, "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)")
+    if after.image is None or after.image.tobytes() != image.rotate(90).tobytes():
+        faults.append(f"the next job failed: {after.status} {after.error[:80]}")
+    got = f"{result.status} {result.error_kind} {result.error[:160]}".strip()
+    return CaseResult(name=case.name, ok=not faults, got="; ".join([*faults, got]))
+
+
+def _fault(sandbox: Sandbox, part: str, case: Case, result: SandboxResult, seconds: float, reached: int) -> str:
+    """Why one part of an expectation is not met; empty if it is."""
+    kind, _, detail = part.strip().partition(":")
+    if kind == "timeout":
+        limit = sandbox.config.timeout_s + SLACK_S
+        return "" if result.status is ToolStatus.TIMEOUT and seconds <= limit else f"no timeout within {limit} s ({seconds:.2f} s)"
+    if kind == "ok_image":
+        if result.status is not ToolStatus.OK:
+            return "no image"
+        if "same twice" in detail:
+            again = sandbox.run_sync(test_image(), case.code)
+            same = again.image is not None and result.image is not None and again.image.tobytes() == result.image.tobytes()
+            return "" if same else "another result the second time"
+        return ""
+    if kind == "no_side_effect":
+        return f"{detail} exists" if os.path.exists(detail) else ""
+    if kind == "no_connect":
+        return "the listener was reached" if reached else ""
+    if kind in _ERRORS:
+        return _status_fault(kind, detail, result)
+    return "" if kind in ("no_leak", "no_attach", "parent_alive", "bounded_stdout") else f"unknown expectation {kind}"
+
+
+def _status_fault(kind: str, detail: str, result: SandboxResult) -> str:
+    if result.status in (ToolStatus.LOST, ToolStatus.REFUSED):
+        return f"it did not run: {result.status}"
+    if kind == "any" or result.status in _FAILED:
+        word = detail if kind == "error" and detail.endswith("Error") else ""
+        if word == "MemoryError" and result.error_kind in ("too_large", "SIGKILL"):
+            word = ""
+        return "" if word in result.error or result.status is ToolStatus.KILLED else f"the error does not name {word}"
+    allowed = {"error_or_timeout": ToolStatus.TIMEOUT, "killed_or_error_or_ok": ToolStatus.OK, "ok_or_error": ToolStatus.OK}
+    return "" if allowed.get(kind) is result.status else f"{result.status} where {kind} was expected"
+
+
+def report(sandbox: Sandbox, results: Iterable[CaseResult]) -> dict[str, Any]:
+    """JSON form: layers, passed, failed, cases."""
+    rows = list(results)
+    return {
+        "layers": sandbox.layers,
+        "passed": sum(row.ok for row in rows),
+        "failed": sum(not row.ok for row in rows),
+        "cases": [{"name": row.name, "ok": row.ok, "got": row.got} for row in rows],
+    }
