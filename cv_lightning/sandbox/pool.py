@@ -34,7 +34,7 @@ WATCHDOG_S = 2.0
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
 _ROOT = str(Path(__file__).resolve().parents[2])
-_BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from cv_lightning.sandbox.zygote import main; main(sys.argv[1:])"
+_BOOT = "import sys; sys.path += [p for p in sys.argv.pop(1).split(':') if p not in sys.path]; from cv_lightning.sandbox.zygote import main; main(sys.argv[1:])"
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -276,7 +276,7 @@ class Pool:
         settings = f"{config.memory_mb}:{config.cpu_s}:{config.max_result_pixels}:{off}:{int(config.namespaces)}"
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _BOOT, _ROOT, str(theirs.fileno()), settings],
+                [sys.executable, "-I", "-c", _BOOT, _search_path(), str(theirs.fileno()), settings],
                 pass_fds=[theirs.fileno()],
                 env=_ENVIRONMENT,
                 cwd="/",
@@ -411,6 +411,12 @@ class Pool:
         self._in_flight.clear()
         self._selector.close()
         os.close(self._wake)
+
+
+def _search_path() -> str:
+    """The project and the packages that this process sees; -I drops PYTHONPATH, which may name them."""
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    return ":".join([*packages, _ROOT])
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

@@ -72,7 +72,9 @@ class Sandbox:
                 raise SandboxError(
                     f"the sandbox lacks {', '.join(missing)} ({self.layers}); mend the host or set sandbox.allow_unsafe=true"
                 )
-            failed = [case for case in run_cases(self, START_CASES) if not case.ok]
+            # With layers switched off for a measurement the hostile cases would really hit.
+            cases = () if self.config.disabled_layers or missing else START_CASES
+            failed = [case for case in run_cases(self, cases) if not case.ok]
             if failed and not self.config.allow_unsafe:
                 raise SandboxError("the sandbox's self-test failed: " + "; ".join(f"{case.name}: {case.got}" for case in failed))
         except BaseException:
