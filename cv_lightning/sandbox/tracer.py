@@ -354,6 +354,8 @@ def _wrap_enhancer(name: str) -> None:
         TRACER.record(f"ImageEnhance.{name}", {"factor": factor}, args[0].image, result)
 
     kind.enhance = _wrap(original, note)
+    # Making an enhancer converts and filters the picture for itself: that is no operation of the snippet.
+    kind.__init__ = _wrap(kind.__init__, lambda result, args, kwargs: None)
 
 
 def _wrap_conversions() -> None:
