@@ -1,0 +1,94 @@
+"""`python -m cv_lightning VERB`: a dispatcher that imports what a verb needs once the verb is known."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """One command."""
+
+    target: str
+    """`module:function`; the function takes the arguments as a list and returns an exit code, or something else for 0."""
+    help: str
+    """One line."""
+    lightning: bool = False
+    """LightningCLI's own subcommand: the verb is part of its arguments."""
+
+
+VERBS = {
+    "fit": Verb("cv_lightning.cli:main", "train: SFT or GRPO, as the config says", lightning=True),
+    "validate": Verb("cv_lightning.cli:main", "evaluate on the validation tasks", lightning=True),
+    "test": Verb("cv_lightning.cli:main", "evaluate on the held-out tasks and store the trajectories", lightning=True),
+    "predict": Verb("cv_lightning.cli:main", "LightningCLI's predict", lightning=True),
+    "doctor": Verb("cv_lightning.commands.doctor:main", "show what works on this machine, and what would add the rest"),
+    "sandbox": Verb("cv_lightning.commands.sandbox:main", "test the sandbox, or run one snippet in it"),
+    "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
+    "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
+    "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
+    "quickstart-summary": Verb("cv_lightning.commands.summary:main", "summarise a quickstart run: tables, summary.json"),
+}
+USAGE = "usage: python -m cv_lightning VERB [options]"
+
+
+def available() -> dict[str, Verb]:
+    """The verbs whose module exists; nothing is imported but the package that holds it."""
+    return {name: verb for name, verb in VERBS.items() if importlib.util.find_spec(verb.target.split(":")[0])}
+
+
+def main(argv: list[str]) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Returns:
+        The exit code; 2 if there is no such verb.
+    """
+    verbs = available()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help(verbs))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from cv_lightning import __version__
+
+        sys.stdout.write(f"cv_lightning {__version__}\n")
+        return 0
+    if argv[0] not in verbs:
+        sys.stderr.write(_no_such_verb(argv[0], verbs))
+        return 2
+    verb = verbs[argv[0]]
+    if verb.lightning:
+        from cv_lightning.environment import prepare_environment
+
+        prepare_environment()
+    module, function = verb.target.split(":")
+    result = getattr(importlib.import_module(module), function)(argv if verb.lightning else argv[1:])
+    return result if isinstance(result, int) else 0
+
+
+def run() -> None:
+    """Entry of the installed script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _help(verbs: dict[str, Verb]) -> str:
+    width = max(map(len, verbs))
+    lines = [USAGE, "", "Train and evaluate vision-language models that think with images by writing code.", "", "verbs:"]
+    lines += [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
+    lines += ["", "options of a verb: python -m cv_lightning VERB --help"]
+    return "\n".join(lines) + "\n"
+
+
+def _no_such_verb(given: str, verbs: dict[str, Verb]) -> str:
+    close = difflib.get_close_matches(given, verbs, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"verbs: {', '.join(verbs)}"
+    return f"{USAGE}\nno verb '{given}'; {hint}\n"
+
+
+if __name__ == "__main__":
+    run()
