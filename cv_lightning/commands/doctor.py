@@ -1,0 +1,272 @@
+"""`python -m cv_lightning doctor`: what works on this machine, and the one command that would add what does not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from cv_lightning.environment import extensions_folder, prepare_environment
+
+Status = Literal["ok", "absent", "failed"]
+DISTRIBUTION = "cv-lightning"
+MIN_MEMORY_GB, MIN_DISK_GB = 4.0, 2.0
+"""Below these a run of the embedded task may be killed, or cannot store its trajectories."""
+PREFIX = "doctor:"
+"""Marks a probe's answer among whatever libraries print."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One row of the table."""
+
+    name: str
+    status: Status
+    detail: str
+    """Version, figures, or what went wrong."""
+    fix: str = ""
+    """One command that adds or mends the part; empty where nothing is to do."""
+    required: bool = False
+    """Training cannot work without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """An import tried in a process of its own, so that a crash or a hang is a row and not the end."""
+
+    name: str
+    code: str
+    """Python that sets `found`, one line of text."""
+    fix: str
+    required: bool = False
+
+
+PROBES = (
+    Probe(
+        "torch",
+        "import torch; n = torch.cuda.device_count(); found = torch.__version__ + (', ' + ', '.join("
+        "torch.cuda.get_device_name(i) for i in range(n)) if n else f', CPU, {torch.get_num_threads()} threads')",
+        "bash scripts/install.sh --force",
+        required=True,
+    ),
+    Probe(
+        "lightning",
+        "import lightning.pytorch.cli, lightning, jsonargparse;"
+        "found = f'{lightning.__version__}, jsonargparse {jsonargparse.__version__}'",
+        "bash scripts/install.sh --force",
+        required=True,
+    ),
+    Probe(
+        "torchvision",
+        "import torchvision; from transformers import Qwen3VLProcessor; import transformers;"
+        "found = f'{torchvision.__version__}, with the processors of transformers {transformers.__version__}'",
+        "python scripts/mend_torchvision.py",
+        required=True,
+    ),
+    Probe(
+        "vllm",
+        "import vllm; from vllm import LLM; from vllm.platforms import current_platform;"
+        "found = f'{vllm.__version__}, platform {current_platform.device_type}'",
+        "bash scripts/install.sh --force",
+    ),
+    Probe(
+        "deepspeed",
+        "import accelerate, deepspeed; from deepspeed.accelerator import get_accelerator;"
+        "found = f'{deepspeed.__version__}, accelerator {get_accelerator().device_name()}'",
+        "bash scripts/install.sh --force",
+    ),
+)
+
+
+def import_probe(probe: Probe, timeout_s: float) -> Check:
+    """Run one probe."""
+    code = f"{probe.code}\nprint({PREFIX!r} + found)"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        detail = f"no answer after {timeout_s:g} s; a busy machine may need a larger --timeout-s"
+        return Check(name=probe.name, status="failed", detail=detail, fix=probe.fix, required=probe.required)
+    answers = [line.removeprefix(PREFIX) for line in done.stdout.splitlines() if line.startswith(PREFIX)]
+    if done.returncode == 0 and answers:
+        return Check(name=probe.name, status="ok", detail=answers[-1], required=probe.required)
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    detail = said[-1].strip() if said else f"ended with code {done.returncode} and no message"
+    absent = f"No module named '{probe.name}'" in done.stderr
+    status: Status = "absent" if absent else "failed"
+    return Check(name=probe.name, status=status, detail=detail, fix=probe.fix, required=probe.required)
+
+
+def check_versions(distribution: str = DISTRIBUTION) -> Check:
+    """Installed versions against the project's pins."""
+    from packaging.requirements import Requirement
+
+    fix = "bash scripts/install.sh --force"
+    try:
+        stated = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name="versions", status="absent", detail=f"{distribution} itself is not installed", fix=fix)
+    wrong, checked = [], 0
+    for requirement in map(Requirement, stated):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        checked += 1
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "none"
+        if version == "none" or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name}{requirement.specifier} (here: {version})")
+    if wrong:
+        return Check(name="versions", status="failed", detail="wanted " + ", ".join(wrong), fix=fix)
+    return Check(name="versions", status="ok", detail=f"python {sys.version.split()[0]}, {checked} requirements met")
+
+
+def check_op(on_gpu: bool) -> Check:
+    """DeepSpeed's shared-memory op, which the first distributed start on a CPU would compile."""
+    name = "deepspeed op"
+    if on_gpu:
+        return Check(name=name, status="ok", detail="not needed with a GPU")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions_folder() or "~/.cache/torch_extensions")
+    built = sorted(folder.expanduser().glob("**/deepspeed_shm_comm*.so"))
+    if built:
+        return Check(name=name, status="ok", detail=f"built ahead in {built[0].parent}")
+    detail = f"not built in {folder}; the first ZeRO start compiles it (about 20 s)"
+    return Check(name=name, status="absent", detail=detail, fix="bash scripts/install.sh --force")
+
+
+def check_flash_attention(on_gpu: bool) -> Check:
+    """flash-attn, where a GPU could use it."""
+    try:
+        version = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    name = "flash-attn"
+    if version:
+        return Check(name=name, status="ok", detail=version)
+    if not on_gpu:
+        return Check(name=name, status="ok", detail="needs a GPU; packed SDPA is used")
+    fix = "pip install --no-build-isolation flash-attn"
+    return Check(name=name, status="absent", detail="packed SDPA is used, which is slower", fix=fix)
+
+
+def check_sandbox() -> list[Check]:
+    """Start the sandbox: a row for itself, one for each isolation layer."""
+    from cv_lightning.sandbox import Sandbox, SandboxConfig
+    from cv_lightning.types import CVLightningError
+
+    try:
+        with Sandbox(SandboxConfig()) as sandbox:
+            layers = sandbox.layers
+    except (CVLightningError, OSError) as error:
+        fix = "python -m cv_lightning sandbox --self-test"
+        return [Check(name="sandbox", status="failed", detail=str(error), fix=fix, required=True)]
+    active = sum(state.startswith("active") for state in layers.values())
+    rows = [Check(name="sandbox", status="ok", detail=f"{active} of {len(layers)} layers active", required=True)]
+    for layer, state in layers.items():
+        status: Status = "absent" if state.startswith("unavailable") else "ok"
+        rows.append(Check(name=f"  {layer}", status=status, detail=state))
+    return rows
+
+
+def check_judge() -> Check:
+    """The judge's endpoint, if CVL_JUDGE_URL (and CVL_JUDGE_MODEL) name one."""
+    url = os.environ.get("CVL_JUDGE_URL", "")
+    if not url:
+        detail = "none configured (CVL_JUDGE_URL, CVL_JUDGE_MODEL); answers are judged by rule"
+        return Check(name="judge", status="ok", detail=detail)
+    from cv_lightning.commands.judge import check_endpoint
+    from cv_lightning.rewards.config import JudgeConfig
+
+    try:
+        config = JudgeConfig(base_url=url, timeout_s=10.0)
+        found = check_endpoint(replace(config, model=os.environ.get("CVL_JUDGE_MODEL", config.model)))
+    except ValueError as error:  # the config's own check of the address
+        return Check(name="judge", status="failed", detail=str(error), fix="unset CVL_JUDGE_URL")
+    fix = "" if found.ok else "bash scripts/serve_judge.sh"
+    return Check(name="judge", status="ok" if found.ok else "failed", detail=found.message, fix=fix)
+
+
+def check_space() -> list[Check]:
+    """Memory that is free now, and disk under the working folder."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(Path.cwd())
+    rows = []
+    for name, free, total, least in (
+        ("memory", memory.available / 1e9, memory.total / 1e9, MIN_MEMORY_GB),
+        ("disk", disk.free / 1e9, disk.total / 1e9, MIN_DISK_GB),
+    ):
+        enough = free >= least
+        detail = f"{free:.1f} of {total:.1f} GB free" + ("" if enough else f"; a run needs about {least:g}")
+        rows.append(Check(name=name, status="ok" if enough else "failed", detail=detail))
+    return rows
+
+
+def examine(timeout_s: float) -> list[Check]:
+    """All checks.
+
+    Args:
+        timeout_s: most seconds that one import may take.
+    """
+    on_gpu = shutil.which("nvidia-smi") is not None and Path("/dev/nvidiactl").exists()
+    # Two at once: an import of vLLM or torch keeps a core busy, and small machines have two.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        imported = list(pool.map(lambda probe: import_probe(probe, timeout_s), PROBES))
+    rest: list[Callable[[], list[Check]]] = [
+        lambda: [check_op(on_gpu), check_flash_attention(on_gpu)],
+        check_sandbox,
+        lambda: [check_judge()],
+        check_space,
+    ]
+    return [check_versions(), *imported, *(check for part in rest for check in part())]
+
+
+def can_train(checks: list[Check]) -> bool:
+    """True if no required part is missing."""
+    return all(check.status == "ok" for check in checks if check.required)
+
+
+def main(argv: list[str]) -> int:
+    """Entry. Exit code 0: training works; 1: it could not."""
+    parser = argparse.ArgumentParser(prog="python -m cv_lightning doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="most seconds that one import may take")
+    options = parser.parse_args(argv)
+    prepare_environment()
+    checks = examine(options.timeout_s)
+    if options.json:
+        sys.stdout.write(
+            json.dumps({"can_train": can_train(checks), "checks": [asdict(c) for c in checks]}, indent=1) + "\n"
+        )
+    else:
+        show(checks)
+    return 0 if can_train(checks) else 1
+
+
+def show(checks: list[Check]) -> None:
+    """Print the table and, under it, what is to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "", "", box=None, show_header=False, pad_edge=False)
+    colours = {"ok": "green", "absent": "yellow", "failed": "red"}
+    for check in checks:
+        table.add_row(check.name, Text(check.status, colours[check.status]), Text(check.detail))
+    console = Console()
+    console.print(table)
+    for check in checks:
+        if check.fix and check.status != "ok":
+            console.print(Text(f"{check.name.strip()}: {check.fix}"))
+    verdict = "training works here" if can_train(checks) else "training cannot work here yet"
+    console.print(verdict, style="bold")

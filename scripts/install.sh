@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Install everything into .venv (or into the environment that is active) and show what works. Safe to run again.
+#
+#   bash scripts/install.sh [--force] [--cpu | --gpu] [--no-doctor]
+#
+# --force      install again although nothing has changed
+# --cpu/--gpu  the stack to install; by default what the machine has
+# --no-doctor  leave out the closing table
+# PYTHON       the interpreter that makes .venv (3.11 or later)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TORCH_CPU=2.13.0
+TORCH_GPU=2.14.0
+TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+force=0 stack=auto doctor=1
+for argument in "$@"; do
+  case $argument in
+    --force) force=1 ;;
+    --cpu) stack=cpu ;;
+    --gpu) stack=gpu ;;
+    --no-doctor) doctor=0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "install.sh: no option $argument (see --help)" >&2; exit 2 ;;
+  esac
+done
+say() { printf '[install %3ds] %s\n' "$SECONDS" "$*"; }
+fail() { printf 'install.sh: %s\n' "$*" >&2; exit 1; }
+
+# ---------------------------------------------------------------------------------------------- environment, stack
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "Python 3.11 or later is needed; name one with PYTHON=/path/to/python3.11 bash scripts/install.sh"
+}
+if [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/python ]]; then
+  environment=$VIRTUAL_ENV
+elif [[ -n ${CONDA_PREFIX:-} && -x $CONDA_PREFIX/bin/python && ${CONDA_DEFAULT_ENV:-base} != base ]]; then
+  environment=$CONDA_PREFIX
+else
+  environment=$PWD/.venv
+fi
+if [[ ! -x $environment/bin/python ]]; then
+  made_by=$(find_python)
+  say "making $environment with $("$made_by" --version)"
+  "$made_by" -m venv "$environment"
+fi
+python=$environment/bin/python
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  fail "$environment has $("$python" --version); Python 3.11 or later is needed (deactivate it, or remove the folder)"
+if [[ $stack == auto ]]; then
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then stack=gpu; else stack=cpu; fi
+fi
+export TORCH_EXTENSIONS_DIR=$environment/torch_extensions
+export PATH=$environment/bin:$PATH
+
+# ------------------------------------------------------------------------------------------------ nothing to do?
+stamp=$environment/.cv_lightning_installed
+wanted="$stack $PWD $("$python" --version) $(cat pyproject.toml scripts/install.sh scripts/mend_torchvision.py | sha256sum | cut -c1-64)"
+if [[ $force == 0 && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+  say "$environment is up to date (--force installs again)"
+  exit 0
+fi
+rm -f "$stamp"
+say "installing the $stack stack into $environment"
+
+# -------------------------------------------------------------------------------------------------------- packages
+log=$environment/install.log
+: >"$log"
+# pip's whole output goes to the log; an error shows its last lines.
+try_pip() { "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$log" 2>&1; }
+pip_install() {
+  try_pip "$@" && return
+  grep -v 'is ignored: it is\|^Looking in\|already satisfied' "$log" | tail -n 25 >&2
+  fail "pip install $* failed; the whole output is in $log$(caps)"
+}
+caps() { # a cap that a machine puts on pip is the usual reason for a pin that cannot be met
+  local found
+  found=$("$python" -m pip config list 2>/dev/null | grep -i "constraint" || true)
+  if [[ -n ${PIP_CONSTRAINT:-}$found ]]; then echo "; pip is capped on this machine: ${PIP_CONSTRAINT:-$found}"; fi
+}
+
+say "pip's tools for packages built here"
+pip_install "setuptools>=77.0.3,<81" wheel ninja "packaging>=24" py-cpuinfo
+if [[ $stack == cpu ]]; then
+  say "torch $TORCH_CPU, CPU build"
+  try_pip "torch==$TORCH_CPU+cpu" ||
+    try_pip "torch==$TORCH_CPU+cpu" --extra-index-url "$TORCH_CPU_INDEX" ||
+    pip_install "torch==$TORCH_CPU" # systems whose only build is a CPU build name it without +cpu
+  core=cpu
+else
+  say "torch $TORCH_GPU"
+  pip_install "torch==$TORCH_GPU"
+  core=gpu-core
+fi
+# Both builds look at the torch that is installed; DeepSpeed's operators are built below or when first used.
+say "DeepSpeed"
+DS_BUILD_OPS=0 pip_install --no-build-isolation "$(grep -o 'deepspeed==[0-9.]*' pyproject.toml)"
+say "everything else (about two minutes)"
+extra_index=()
+if [[ $stack == cpu ]] && ! "$python" -m pip download --no-deps -q -d "$(mktemp -d)" "torch==$TORCH_CPU+cpu" >/dev/null 2>&1; then
+  extra_index=(--extra-index-url "$TORCH_CPU_INDEX")
+fi
+pip_install -e ".[$core,dev]" "${extra_index[@]}"
+
+# ---------------------------------------------------------------------------------------------------------- mending
+if [[ $stack == cpu ]]; then
+  say "removing torchaudio and torchcodec: CUDA builds that do not load beside a CPU torch; nothing here needs sound"
+  "$python" -m pip uninstall --disable-pip-version-check -y torchaudio torchcodec >>"$log" 2>&1
+  "$python" scripts/mend_torchvision.py
+  say "DeepSpeed's shared-memory operator, built ahead"
+  rm -rf "$TORCH_EXTENSIONS_DIR"
+  if ! "$python" - >>"$log" 2>&1 <<'BUILD'; then
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+ShareMemCommBuilder().load(verbose=False)
+BUILD
+    rm -rf "$TORCH_EXTENSIONS_DIR"
+    say "it could not be built (is g++ installed? see $log); ZeRO on several CPU ranks falls back to gloo or builds it later"
+  fi
+else
+  say "flash-attn, if a wheel fits"
+  if ! try_pip --no-build-isolation --only-binary flash-attn "flash-attn>=2.8.3"; then
+    say "no flash-attn wheel for this torch: packed SDPA attention is used instead"
+    say "(to compile it: pip install --no-build-isolation flash-attn; takes an hour and a CUDA toolkit)"
+  fi
+fi
+
+if [[ $doctor == 1 ]]; then
+  say "what works here:"
+  "$python" -m cv_lightning doctor || fail "training could not work here; the lines above say what is missing"
+fi
+echo "$wanted" >"$stamp"
+say "done; activate with: source $environment/bin/activate"

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Everything that is checked: lint, types, import rules, unit tests, one smoke run, integration tests.
+#
+#   bash scripts/test.sh [--full] [--no-install]
+#
+# --full        the slow tests too
+# --no-install  use the environment as it is
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+full=0 install=1
+for argument in "$@"; do
+  case $argument in
+    --full) full=1 ;;
+    --no-install) install=0 ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "test.sh: no option $argument (see --help)" >&2; exit 2 ;;
+  esac
+done
+if [[ $install == 1 ]]; then
+  bash scripts/install.sh || exit 1
+fi
+environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}
+[[ -x $environment/bin/python ]] || environment=$PWD/.venv
+export PATH=$environment/bin:$PATH
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two test processes' worth of threads on two cores only get in each other's way
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+
+stages=0 failed_stages=()
+stage() { # stage NAME COMMAND...: run, time, remember; later stages run all the same
+  local name=$1 begun=$SECONDS code=0
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || code=$?
+  stages=$((stages + 1))
+  timings+=("$(printf '%-14s %4d s  %s' "$name" $((SECONDS - begun)) "$([[ $code == 0 ]] && echo ok || echo "FAILED ($code)")")")
+  [[ $code == 0 ]] || failed_stages+=("$name")
+}
+timings=()
+slow=()
+[[ $full == 0 ]] || slow=(--run-slow)
+
+stage "ruff check" ruff check .
+stage "ruff format" ruff format --check .
+stage "mypy" mypy
+stage "import rules" lint-imports --config setup.cfg --no-logo
+stage "unit" pytest tests/unit tests/golden "${slow[@]}" -q --junitxml "$results/unit.xml"
+stage "smoke" bash scripts/quickstart.sh --smoke
+stage "integration" pytest tests/integration "${slow[@]}" -q --junitxml "$results/integration.xml"
+
+printf '\n'
+printf '%s\n' "${timings[@]}"
+# The closing line counts every test, and each of the other stages as one.
+python - "$results" "$stages" "${failed_stages[@]}" <<'COUNT'
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+folder, stages, *failed_stages = sys.argv[1:]
+suites = [suite for path in Path(folder).glob("*.xml") for suite in ElementTree.parse(path).iter("testsuite")]
+total, bad, skipped = (sum(int(s.get(k, 0)) for s in suites for k in keys) for keys in (("tests",), ("failures", "errors"), ("skipped",)))
+plain_bad = len(set(failed_stages) - {"unit", "integration"})
+plain = int(stages) - 2
+if not bad and {"unit", "integration"} & set(failed_stages):
+    bad = 1  # a test run that ended without saying which test failed
+print(f"{total - bad - skipped + plain - plain_bad} passed, {bad + plain_bad} failed, {skipped} skipped")
+COUNT
+[[ ${#failed_stages[@]} == 0 ]]
