@@ -13,7 +13,7 @@ class Verb(NamedTuple):
     """One command."""
 
     target: str
-    """`module:function`, called with the list of arguments; what it returns is the exit code if it is an int, else 0."""
+    """`module:function`, called with the list of arguments; an int that it returns is the exit code."""
     help: str
     """One line."""
     lightning: bool = False

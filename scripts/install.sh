@@ -102,11 +102,7 @@ fi
 say "DeepSpeed"
 DS_BUILD_OPS=0 pip_install --no-build-isolation "$(grep -o 'deepspeed==[0-9.]*' pyproject.toml)"
 say "everything else (about two minutes)"
-extra_index=()
-if [[ $stack == cpu ]] && ! "$python" -m pip download --no-deps -q -d "$(mktemp -d)" "torch==$TORCH_CPU+cpu" >/dev/null 2>&1; then
-  extra_index=(--extra-index-url "$TORCH_CPU_INDEX")
-fi
-pip_install -e ".[$core,dev]" "${extra_index[@]}"
+pip_install -e ".[$core,dev]"
 
 # ---------------------------------------------------------------------------------------------------------- mending
 if [[ $stack == cpu ]]; then
