@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Install everything into .venv (or into the environment that is active) and show what works. Safe to run again.
 #
-#   bash scripts/install.sh [--force] [--cpu | --gpu] [--no-doctor]
+#   bash scripts/install.sh [--force | --check] [--cpu | --gpu] [--no-doctor]
 #
 # --force      install again although nothing has changed
+# --check      change nothing; exit code 1 if there is something to install
 # --cpu/--gpu  the stack to install; by default what the machine has
 # --no-doctor  leave out the closing table
 # PYTHON       the interpreter that makes .venv (3.11 or later)
@@ -13,14 +14,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH_CPU=2.13.0
 TORCH_GPU=2.14.0
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-force=0 stack=auto doctor=1
+force=0 check=0 stack=auto doctor=1
 for argument in "$@"; do
   case $argument in
     --force) force=1 ;;
+    --check) check=1 ;;
     --cpu) stack=cpu ;;
     --gpu) stack=gpu ;;
     --no-doctor) doctor=0 ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "install.sh: no option $argument (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -46,6 +48,10 @@ else
   environment=$PWD/.venv
 fi
 if [[ ! -x $environment/bin/python ]]; then
+  if [[ $check == 1 ]]; then
+    say "$environment does not exist yet"
+    exit 1
+  fi
   made_by=$(find_python)
   say "making $environment with $("$made_by" --version)"
   "$made_by" -m venv "$environment"
@@ -65,6 +71,11 @@ wanted="$stack $PWD $("$python" --version) $(cat pyproject.toml scripts/install.
 if [[ $force == 0 && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
   say "$environment is up to date (--force installs again)"
   exit 0
+fi
+if [[ $check == 1 ]]; then
+  say "$environment is not up to date; $stamp should say:"
+  echo "$wanted"
+  exit 1
 fi
 rm -f "$stamp"
 say "installing the $stack stack into $environment"

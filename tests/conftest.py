@@ -1,15 +1,42 @@
-"""Fixtures that several tests share."""
+"""Fixtures and switches that several tests share."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from typing import TYPE_CHECKING
 
 import pytest
 
-from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.environment import prepare_environment
+
+# Before anything imports torch or vLLM.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_environment()
+
+if TYPE_CHECKING:
+    from cv_lightning.agent.dialogue import DialogueEncoder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run (gpu) or was not asked to (slow)."""
+    if not config.getoption("--run-slow"):
+        _skip(items, "slow", "takes minutes; --run-slow runs it")
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "needs a CUDA device")
+
+
+def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(mark):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +52,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def encoder(tiny_checkpoint: Path) -> DialogueEncoder:
     """Dialogue encoder of the tiny checkpoint."""
+    from cv_lightning.agent.dialogue import DialogueEncoder
     from cv_lightning.model.loading import image_limits, load_processor
 
     processor = load_processor(str(tiny_checkpoint))

@@ -1,0 +1,104 @@
+"""doctor: rows for what works, what is absent and what breaks; the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cv_lightning.commands import doctor
+from cv_lightning.commands.doctor import Check, Probe, can_train, check_judge, check_op, check_versions, import_probe
+
+
+def test_a_working_import_gives_its_answer() -> None:
+    probe = Probe("json", "import json; print('noise'); found = json.__name__ + ' 1.0'", "pip install json")
+    check = import_probe(probe, timeout_s=30)
+    assert (check.status, check.detail, check.fix) == ("ok", "json 1.0", "")
+
+
+def test_an_absent_package_has_the_command_that_adds_it() -> None:
+    probe = Probe("no_such_package", "import no_such_package; found = ''", "pip install it", required=True)
+    check = import_probe(probe, timeout_s=30)
+    assert (check.status, check.fix, check.required) == ("absent", "pip install it", True)
+    assert "no_such_package" in check.detail
+
+
+def test_a_package_that_breaks_says_why() -> None:
+    probe = Probe("broken", "raise RuntimeError('operator torchvision::nms does not exist')", "mend it")
+    check = import_probe(probe, timeout_s=30)
+    assert check.status == "failed"
+    assert "nms does not exist" in check.detail
+
+
+def test_a_crash_is_a_row() -> None:
+    check = import_probe(Probe("crash", "import os; os.abort()", "mend it"), timeout_s=30)
+    assert check.status == "failed"
+    assert check.detail
+
+
+def test_a_hang_is_cut_off() -> None:
+    check = import_probe(Probe("hang", "import time; time.sleep(60)", "mend it"), timeout_s=1)
+    assert check.status == "failed"
+    assert "1 s" in check.detail
+
+
+def test_only_required_parts_decide() -> None:
+    fine = Check(name="torch", status="ok", detail="", required=True)
+    extra = Check(name="vllm", status="failed", detail="")
+    assert can_train([fine, extra])
+    assert not can_train([replace(fine, status="absent"), extra])
+
+
+def test_versions_of_a_package_that_is_not_installed() -> None:
+    check = check_versions("no-such-distribution")
+    assert (check.status, check.fix) == ("absent", "bash scripts/install.sh --force")
+
+
+def test_versions_that_do_not_meet_the_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "made_up-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    needs = ("pytest>=999", "pip", "no-such-distribution==1", "torch<0; extra == 'gpu'")
+    metadata.write_text(
+        "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n" + "".join(f"Requires-Dist: {n}\n" for n in needs)
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = check_versions("made-up")
+    assert check.status == "failed"
+    assert "pytest>=999" in check.detail and "no-such-distribution==1 (here: none)" in check.detail
+    assert "pip " not in check.detail and "torch" not in check.detail
+
+
+def test_the_operator_is_found_where_it_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert check_op(on_gpu=False).status == "absent"
+    built = tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
+    built.parent.mkdir()
+    built.touch()
+    assert check_op(on_gpu=False).status == "ok"
+
+
+def test_a_judge_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CVL_JUDGE_URL", raising=False)
+    assert check_judge().status == "ok"
+    monkeypatch.setenv("CVL_JUDGE_URL", "http://127.0.0.1:9/v1")  # the discard port: nobody listens
+    check = check_judge()
+    assert (check.status, check.fix) == ("failed", "bash scripts/serve_judge.sh")
+
+
+def test_json_and_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real checks with two light imports: the sandbox starts, and a required part that is absent gives code 1."""
+    monkeypatch.setattr(doctor, "prepare_environment", lambda: None)
+    light = Probe("sys", "import sys; found = sys.version.split()[0]", "none", required=True)
+    monkeypatch.setattr(doctor, "PROBES", (light,))
+    assert doctor.main(["--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    rows = {check["name"]: check for check in said["checks"]}
+    assert said["can_train"] and rows["sys"]["detail"] == sys.version.split()[0]
+    assert rows["sandbox"]["status"] == "ok" and rows["memory"]["detail"]
+    absent = Probe("absent", "import no_such_package; found = ''", "pip install it", required=True)
+    monkeypatch.setattr(doctor, "PROBES", (light, absent))
+    assert doctor.main([]) == 1
+    assert "absent: pip install it" in capsys.readouterr().out

@@ -1,0 +1,111 @@
+"""The install script: what it says without installing; the mend of torchvision on a package that fails like it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = ("pyproject.toml", "scripts/install.sh", "scripts/mend_torchvision.py")
+FAILING_INIT = """
+import torch
+from .extension import _has_ops
+torch.library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The install script with what it reads, and an environment without pip."""
+    for name in FILES:
+        (tmp_path / "project" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "project" / name)
+    venv.create(tmp_path / "environment", with_pip=False)
+    return tmp_path / "project"
+
+
+def install(project: Path, *arguments: str, active: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    if active:
+        environment["VIRTUAL_ENV"] = str(project.parent / "environment")
+    command = ["bash", str(project / "scripts/install.sh"), "--cpu", "--no-doctor", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_an_unknown_option_is_refused(project: Path) -> None:
+    done = install(project, "--fast")
+    assert done.returncode == 2
+    assert "--fast" in done.stderr
+
+
+def test_without_an_active_environment_it_is_dot_venv(project: Path) -> None:
+    done = install(project, "--check", active=False)
+    assert done.returncode == 1
+    assert f"{project}/.venv does not exist yet" in done.stdout
+    assert not (project / ".venv").exists()
+
+
+def test_nothing_is_done_while_nothing_changes(project: Path) -> None:
+    stamp = project.parent / "environment/.cv_lightning_installed"
+    before = install(project, "--check")
+    assert before.returncode == 1
+    stamp.write_text(before.stdout.splitlines()[-1] + "\n")
+    again = install(project)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "up to date" in again.stdout
+    with (project / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert install(project, "--check").returncode == 1
+
+
+def test_a_failing_pip_ends_the_install_with_its_log(project: Path) -> None:
+    done = install(project)
+    assert done.returncode == 1
+    log = project.parent / "environment/install.log"
+    assert "No module named pip" in done.stderr
+    assert str(log) in done.stderr
+    assert not (project.parent / "environment/.cv_lightning_installed").exists()
+
+
+def mend(packages: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(ROOT / "scripts/mend_torchvision.py")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def made_up_torchvision(packages: Path, init: str) -> Path:
+    package = packages / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(init)
+    (package / "extension.py").write_text("import torch\n\n\ndef _has_ops():\n    return False\n")
+    return package / "extension.py"
+
+
+def test_mending_declares_the_missing_operators_once(tmp_path: Path) -> None:
+    extension = made_up_torchvision(tmp_path, FAILING_INIT)
+    first = mend(tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "mended" in first.stdout
+    mended = extension.read_text()
+    second = mend(tmp_path)
+    assert (second.returncode, second.stdout, extension.read_text()) == (0, "", mended)
+
+
+def test_a_torchvision_that_imports_is_left_alone(tmp_path: Path) -> None:
+    extension = made_up_torchvision(tmp_path, "")
+    before = extension.read_text()
+    assert mend(tmp_path).returncode == 0
+    assert extension.read_text() == before
+
+
+def test_another_failure_is_reported(tmp_path: Path) -> None:
+    made_up_torchvision(tmp_path, "raise ImportError('something else')")
+    done = mend(tmp_path)
+    assert done.returncode == 1
+    assert "still cannot be imported" in done.stderr
