@@ -34,11 +34,10 @@ def prepare_environment() -> None:
         defaults["TORCH_EXTENSIONS_DIR"] = str(folder)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # DeepSpeed and vLLM look for ninja on PATH, which lacks the environment's programs if it is not activated.
+    # As if activated: the environment's ninja must come first, for another version of it builds everything anew.
     programs = str(Path(sys.prefix, "bin"))
-    path = os.environ.get("PATH", "").split(os.pathsep)
-    if programs not in path:
-        os.environ["PATH"] = os.pathsep.join([*filter(None, path), programs])
+    path = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry not in ("", programs)]
+    os.environ["PATH"] = os.pathsep.join([programs, *path])
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         remove_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 

@@ -85,13 +85,13 @@ def test_environment_keeps_what_the_user_set() -> None:
     assert done.stdout.split() == ["INFO", "false", "0", "/tmp/elsewhere"]
 
 
-def test_environment_finds_programs_without_activation() -> None:
+def test_environment_puts_its_programs_first_without_activation() -> None:
     code = (
         "import os; from cv_lightning.environment import prepare_environment as p; p(); p(); print(os.environ['PATH'])"
     )
     given = {**os.environ, "PATH": "/usr/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().split(":") == ["/usr/bin", str(Path(sys.prefix, "bin"))]
+    assert done.stdout.strip().split(":") == [str(Path(sys.prefix, "bin")), "/usr/bin"]
 
 
 def old_lock(folder: Path, age_s: float = 60.0) -> Path:
