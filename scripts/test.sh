@@ -41,8 +41,8 @@ timings=()
 slow=()
 [[ $full == 0 ]] || slow=(--run-slow)
 
-stage "ruff check" ruff check .
-stage "ruff format" ruff format --check .
+stage "ruff check" ruff check --output-format concise .
+stage "ruff format" ruff format --check --output-format concise .
 stage "mypy" mypy
 stage "import rules" lint-imports --config setup.cfg --no-logo
 stage "unit" pytest tests/unit tests/golden "${slow[@]}" -q --junitxml "$results/unit.xml"
