@@ -69,7 +69,10 @@ def main(argv: list[str]) -> int:
 
         prepare_environment()
     module, function = verb.target.split(":")
-    result = getattr(importlib.import_module(module), function)(argv if verb.lightning else argv[1:])
+    arguments: list[str] | None = argv[1:]
+    if verb.lightning:  # Lightning reads the command line itself, and warns if it is given a second one
+        arguments = None if argv == sys.argv[1:] else argv
+    result = getattr(importlib.import_module(module), function)(arguments)
     return result if isinstance(result, int) else 0
 
 

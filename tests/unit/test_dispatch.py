@@ -138,3 +138,10 @@ def test_preparing_is_repeatable() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def test_lightning_gets_one_command_line() -> None:
+    arguments = [sys.executable, "-m", "cv_lightning", "fit", "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "--trainer.max_epochs" in done.stdout
+    assert "args parameter" not in done.stderr
