@@ -194,7 +194,7 @@ def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
         for thought, code in calls
         for index in (0, 1)
     ]
-    views = {digits.model_side, digits.original_side, digits.cell}
+    views = {digits.model_side, digits.original_side, digits.crop_side}
     seen = (digits.model_side, digits.model_side)
     sizes = [size_statement(i, (side, side), seen, digits.coordinates) for side in sorted(views) for i in range(3)]
     given = [f"user\n{digits.question}", digits.question, "user\n", "assistant\n", "\n", "Error: ", answer_text("")]
@@ -205,7 +205,6 @@ def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
 
 
 def _cells(digits: DigitsConfig) -> Iterator[tuple[int, int, int, int]]:
-    """Every cell of a large original, those on the cue too."""
-    step = digits.cell
-    edges = range(0, digits.original_side, step)
-    return ((x, y, x + step, y + step) for x in edges for y in edges)
+    """The crop of every cell of a large original, those on the cue too."""
+    columns = digits.original_side // digits.cell
+    return (digits.crop_box(column, row) for column in range(columns) for row in range(columns))

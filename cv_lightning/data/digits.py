@@ -2,8 +2,8 @@
 
 The digits are scikit-learn's `load_digits` (1797 real 8x8 scans). They are split into training and held-out digits
 before anything is composed. A scene is a framed card with two digits and, at the bottom, a bar and a block that
-tell which way is up. For the small kinds the card is one cell in a large picture: scaled down to what the model sees
-it cannot be read, so the model has to crop the original.
+tell which way is up. For the small kinds the card lies in one cell of a large picture; of what the model sees of that,
+a digit is a few pixels wide (five by default, half of that with `card_share` 0.5), so it has to crop the original.
 
 Glyphs and crop cells are aligned with the model's vision tokens up to a jitter of a pixel; without that a model
 of two million parameters does not learn to read within minutes.
@@ -69,7 +69,10 @@ class DigitsConfig:
     original_side: int = 384
     """Side in pixels of the large original of the small kinds."""
     cell: int = 64
-    """Grid step of the cards on a large original: a crop of one cell shows exactly one card."""
+    """Grid step of the cards on a large original."""
+    card_share: float = 1.0
+    """Share of its cell's side that a card with its margin takes up, in the middle; a crop of that part shows exactly
+    the card. At 1 a reader who were taught to could guess at the digits without a crop, at 0.5 hardly."""
     jitter_px: int = 1
     """A card is moved by at most so many pixels each way."""
     train_digits: int = 1400
@@ -89,14 +92,28 @@ class DigitsConfig:
                 f"--original_side {self.original_side} must be a multiple of --cell {self.cell} and at least twice "
                 f"--model_side {self.model_side}, or the number would stay legible without a crop"
             )
-        if self.model_side < LAYOUT // 2 or self.cell < LAYOUT // 2:
-            raise ValueError(f"--model_side {self.model_side} and --cell {self.cell} must be at least {LAYOUT // 2}")
+        if not 0 < self.card_share <= 1 or self.model_side < LAYOUT // 2 or self.crop_side < LAYOUT // 3:
+            raise ValueError(
+                f"--model_side {self.model_side} must be at least {LAYOUT // 2}, and --card_share {self.card_share}, at "
+                f"most 1, of --cell {self.cell} at least {LAYOUT // 3} pixels, or the digits lose their strokes"
+            )
         if self.cell > BLOCK[1] * self.original_side // LAYOUT:
             raise ValueError(f"--cell {self.cell} leaves no room above the cue of an original of {self.original_side}")
-        room = self.cell // LAYOUT + 1
+        room = self.crop_side // LAYOUT + 1
         if not 0 <= self.jitter_px <= room:
             raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {room}: a card fills its cell")
         check_kind_shares("kind_shares", self.kind_shares)
+
+    @property
+    def crop_side(self) -> int:
+        """Side in pixels of the crop that shows one card."""
+        return round(self.cell * self.card_share)
+
+    def crop_box(self, column: int, row: int) -> tuple[int, int, int, int]:
+        """The crop that shows the card of a cell of the grid: left, top, right, bottom."""
+        margin = (self.cell - self.crop_side) // 2
+        left, top = column * self.cell + margin, row * self.cell + margin
+        return left, top, left + self.crop_side, top + self.crop_side
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -185,8 +202,8 @@ def _compose(
     side = config.model_side
     if small:
         columns, rows = config.grid
-        left, top, side = rng.randrange(columns) * config.cell, rng.randrange(rows) * config.cell, config.cell
-        cell = (left, top, left + side, top + side)
+        cell = config.crop_box(rng.randrange(columns), rng.randrange(rows))
+        left, top, side = cell[0], cell[1], config.crop_side
     left += rng.randint(-config.jitter_px, config.jitter_px)
     top += rng.randint(-config.jitter_px, config.jitter_px)
     scale = side / LAYOUT

@@ -157,7 +157,7 @@ class EvalSummary:
         return {key: _json(value) for key, value in asdict(self).items()}
 
 
-def _json(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _json(value: Any) -> Any:
     if isinstance(value, Rate):
         return {name: _json(item) for name, item in value._asdict().items()}
     if isinstance(value, dict):
@@ -166,14 +166,42 @@ def _json(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 class Outcome(NamedTuple):
-    """What one trajectory contributes."""
+    """What one trajectory contributes; no reference to it is kept, so millions can be summarised."""
 
-    task: TaskRecord
-    trajectory: TrajectoryRecord
+    task_id: str
+    sample: int
+    kind: str
+    needs_tool: bool
+    end_state: EndState
     correct: bool | None
     """None: unscored."""
     must_use: bool
+    """False for tasks that need no tool."""
     spurious: bool
+    """An orientation operation ran though none was needed."""
+    num_turns: int
+    num_sampled_tokens: int
+    num_calls: int
+    num_calls_ok: int
+    """Calls that returned an image."""
+
+
+def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
+    """Judge one trajectory."""
+    return Outcome(
+        task_id=task.id,
+        sample=trajectory.sample,
+        kind=task.kind,
+        needs_tool=task.needs_tool,
+        end_state=trajectory.end_state,
+        correct=trajectory.reward.correct if trajectory.reward else None,
+        must_use=task.needs_tool and must_use(task, trajectory),
+        spurious=not task.needs_tool and turned_image(trajectory),
+        num_turns=len(trajectory.turns),
+        num_sampled_tokens=trajectory.num_sampled_tokens,
+        num_calls=trajectory.num_tool_calls,
+        num_calls_ok=sum(turn.result is not None and turn.result.status is ToolStatus.OK for turn in trajectory.turns),
+    )
 
 
 def outcomes(groups: Iterable[Group | GroupRecord]) -> list[Outcome]:
@@ -181,11 +209,7 @@ def outcomes(groups: Iterable[Group | GroupRecord]) -> list[Outcome]:
     found = []
     for group in groups:
         record = to_record(group) if isinstance(group, Group) else group
-        for trajectory in record.trajectories:
-            correct = trajectory.reward.correct if trajectory.reward else None
-            used = record.task.needs_tool and must_use(record.task, trajectory)
-            turned = not record.task.needs_tool and turned_image(trajectory)
-            found.append(Outcome(record.task, trajectory, correct, used, turned))
+        found += [judge(record.task, trajectory) for trajectory in record.trajectories]
     return found
 
 
@@ -196,15 +220,15 @@ def summarise(groups: Iterable[Group | GroupRecord]) -> EvalSummary:
         groups: live groups or records, scored; one task may have several trajectories.
     """
     everything = outcomes(groups)
-    valid = [outcome for outcome in everything if not outcome.trajectory.end_state.is_error]
-    needing = [outcome for outcome in valid if outcome.task.needs_tool]
-    upright = [outcome for outcome in valid if not outcome.task.needs_tool]
+    valid = [outcome for outcome in everything if not outcome.end_state.is_error]
+    needing = [outcome for outcome in valid if outcome.needs_tool]
+    upright = [outcome for outcome in valid if not outcome.needs_tool]
     kinds: dict[str, list[Outcome]] = {}
     for outcome in valid:
-        kinds.setdefault(outcome.task.kind, []).append(outcome)
-    states = Counter(outcome.trajectory.end_state.value for outcome in everything)
+        kinds.setdefault(outcome.kind, []).append(outcome)
+    states = Counter(outcome.end_state.value for outcome in everything)
     return EvalSummary(
-        num_tasks=len({outcome.task.id for outcome in everything}),
+        num_tasks=len({outcome.task_id for outcome in everything}),
         num_trajectories=len(everything),
         num_errors=len(everything) - len(valid),
         num_unscored=sum(outcome.correct is None for outcome in valid),
@@ -215,36 +239,33 @@ def summarise(groups: Iterable[Group | GroupRecord]) -> EvalSummary:
         accuracy_all=_rate(valid, lambda o: o.correct),
         by_kind={kind: _kind_summary(found) for kind, found in kinds.items()},
         tool_success=_tool_success(valid),
-        tool_calls_mean=_mean(o.trajectory.num_tool_calls for o in valid),
-        turns_mean=_mean(len(o.trajectory.turns) for o in valid),
-        tokens_mean=_mean(o.trajectory.num_sampled_tokens for o in valid),
+        tool_calls_mean=_mean(o.num_calls for o in valid),
+        turns_mean=_mean(o.num_turns for o in valid),
+        tokens_mean=_mean(o.num_sampled_tokens for o in valid),
         end_states={state: count / len(everything) for state, count in states.most_common()},
     )
 
 
 def _kind_summary(found: list[Outcome]) -> KindSummary:
-    needing = [outcome for outcome in found if outcome.task.needs_tool]
-    upright = [outcome for outcome in found if not outcome.task.needs_tool]
     return KindSummary(
         n=len(found),
         accuracy=_rate(found, lambda o: o.correct),
-        must_use=_rate(needing, lambda o: o.must_use),
-        spurious=_rate(upright, lambda o: o.spurious),
-        turns=_mean(len(o.trajectory.turns) for o in found),
+        must_use=_rate([outcome for outcome in found if outcome.needs_tool], lambda o: o.must_use),
+        spurious=_rate([outcome for outcome in found if not outcome.needs_tool], lambda o: o.spurious),
+        turns=_mean(o.num_turns for o in found),
     )
 
 
 def _rate(found: list[Outcome], value: Callable[[Outcome], bool | None]) -> Rate:
-    pairs = [(float(hit), outcome.task.id) for outcome in found if (hit := value(outcome)) is not None]
+    pairs = [(float(hit), outcome.task_id) for outcome in found if (hit := value(outcome)) is not None]
     return rate([hit for hit, _ in pairs], [task for _, task in pairs])
 
 
 def _tool_success(found: list[Outcome]) -> Rate:
     calls = [
-        (float(turn.result.status is ToolStatus.OK), outcome.task.id)
+        (float(index < outcome.num_calls_ok), outcome.task_id)
         for outcome in found
-        for turn in outcome.trajectory.turns
-        if turn.result
+        for index in range(outcome.num_calls)
     ]
     return rate([hit for hit, _ in calls], [task for _, task in calls])
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cv_lightning.trajectory import GroupRecord, read_groups
 from cv_lightning.types import DataError
 
 EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>tool|notool)")
@@ -22,12 +21,11 @@ EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>
 
 @dataclass(slots=True, kw_only=True)
 class Store:
-    """One trajectory store of a run, read."""
+    """One trajectory store of a run."""
 
     name: str
-    """Path below the run: `rl`, `eval/sft_greedy_tool`, ..."""
-    groups: list[GroupRecord]
-    num_bad_lines: int = 0
+    """Path below the run: `rl`, `eval/sft_greedy_tool`, ...; `.` for the run's own folder."""
+    path: Path
 
     @property
     def is_evaluation(self) -> bool:
@@ -39,7 +37,9 @@ class Store:
         """Name for people: `SFT, greedy, tool off`; other names as they stand."""
         match = EVALUATION_NAME.fullmatch(self.name.removeprefix("eval/"))
         if match is None:
-            return {"rl": "RL training"}.get(self.name, self.name.removeprefix("eval/").replace("_", " "))
+            return {"rl": "RL training", ".": "training"}.get(
+                self.name, self.name.removeprefix("eval/").replace("_", " ")
+            )
         stage = match["stage"].upper() if len(match["stage"]) <= 3 else match["stage"].replace("_", " ").capitalize()
         return f"{stage}, {match['mode']}" + (", tool off" if match["tool"] == "notool" else "")
 
@@ -71,16 +71,18 @@ class Run:
 
 
 def find_stores(folder: Path) -> list[Path]:
-    """Stores of a run: the folder itself, or those below it; evaluations in order of name, SFT before RL."""
+    """Stores of a run: evaluations first, SFT before RL, greedy before sampled, with the tool before without."""
     found = [path.parent for path in folder.glob("**/trajectories") if path.is_dir()]
-    order = {"base": 0, "sft": 1, "rl": 2}
+    return sorted(found, key=lambda path: _order(str(path.relative_to(folder))))
 
-    def key(path: Path) -> tuple[bool, int, str]:
-        name = str(path.relative_to(folder))
-        stage = name.removeprefix("eval/").split("_")[0]
-        return not name.startswith("eval/"), order.get(stage, 3), name
 
-    return sorted(found, key=key)
+def _order(name: str) -> tuple[int, ...] | tuple[int, str]:
+    match = EVALUATION_NAME.fullmatch(name.removeprefix("eval/"))
+    if match is None:
+        return (2 if name.startswith("eval/") else 3, name)
+    stages = ("base", "sft", "rl")
+    stage = stages.index(match["stage"]) if match["stage"] in stages else len(stages)
+    return (1, int(match["mode"] == "sampled"), stage, int(match["tool"] == "notool"))
 
 
 def load_run(folder: str | Path) -> Run:
@@ -92,12 +94,7 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder; give the folder that fit or test wrote (runs/...)")
-    stores = []
-    for path in find_stores(folder):
-        reader = read_groups(path)
-        groups = list(reader)
-        name = str(path.relative_to(folder)) if path != folder else folder.name
-        stores.append(Store(name=name, groups=groups, num_bad_lines=len(reader.bad_lines)))
+    stores = [Store(name=str(path.relative_to(folder)), path=path) for path in find_stores(folder)]
     curves = {}
     for path in sorted(folder.glob("**/metrics.csv")):
         stage = str(path.parent.relative_to(folder)) if path.parent != folder else "run"

@@ -36,6 +36,11 @@ class Frame(NamedTuple):
         """Square pixels."""
         return float(self.width * self.height)
 
+    @property
+    def box(self) -> Box:
+        """The whole frame."""
+        return 0.0, 0.0, float(self.width), float(self.height)
+
     def clip(self, box: Box) -> Box:
         """Part of a box inside the frame."""
         x1, y1, x2, y2 = box
@@ -72,6 +77,12 @@ def source_extent(image: TrajectoryImage, frame: Frame) -> Box | None:
         return None
     width, height = image.original.size
     return frame.clip(map_box(image.to_source, (0.0, 0.0, float(width), float(height))))
+
+
+def density(image: TrajectoryImage, box: Box) -> float:
+    """Pixels that the model sees for each pixel of the part of the source that an image shows; infinite for none."""
+    shown = area(box)
+    return image.model_image.width * image.model_image.height / shown if shown else math.inf
 
 
 def best_iou(boxes: Iterable[object], truth: object) -> float:

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cv_lightning.images import compose, dihedral_affine, is_upright
-from cv_lightning.rewards.geometry import Frame, source_extent
+from cv_lightning.rewards.geometry import Frame, density, source_extent
 from cv_lightning.rewards.static import read_code
 from cv_lightning.types import (
     IDENTITY,
     Affine,
     Box,
     EndState,
+    Operation,
     SandboxResult,
     Task,
     ToolStatus,
@@ -31,11 +32,42 @@ TURNED = "turned"
 """Net orientation that has no name of its own: a transposition, a free angle."""
 CORE = ORIENTATION | {"crop", TURNED}
 QUARTER_TURNS = frozenset({"rotate_90", "rotate_270"})
-_TURNING = ("rotate", "flip", "transpose", "transverse", TURNED)
-NEUTRAL = frozenset(
-    {"", "copy", "convert", "identity", "load", "open", "new", "array", "fromarray", "asarray", "split"}
+_TURNING = ("rotate", "flip", "transpose", "transverse", "reverse", TURNED)
+OPTIONAL = frozenset(
+    [
+        "autocontrast",
+        "brightness_down",
+        "brightness_up",
+        "color_down",
+        "color_up",
+        "colorize",
+        "contrast_down",
+        "contrast_up",
+        "convolve",
+        "draw",
+        "edge_detect",
+        "equalize",
+        "filter",
+        "gaussian_blur",
+        "grayscale",
+        "invert",
+        "median_blur",
+        "morphology",
+        "posterize",
+        "resize",
+        "sharpen",
+        "sharpness",
+        "sharpness_down",
+        "sharpness_up",
+        "smooth",
+        "solarize",
+        "threshold",
+        "tone",
+    ]
 )
-"""Labels of operations that change nothing a reader could use."""
+"""Operations outside the core that may help to see; a name that is not here earns nothing (hazard 24)."""
+MIN_DENSITY = 0.6
+"""Least pixels that the model must see of a piece of the source, as a share of what the first view shows of it."""
 
 
 # ------------------------------------------------------------------------------------------------ what is wanted
@@ -134,6 +166,7 @@ def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
 
     Nothing is credited to a trajectory that did not answer. A picture that is upright on balance has all the wanted
     turns, however they were composed (two flips for a half turn); one that is not has at most its net turn.
+    A picture that shows its piece of the source more coarsely than the first view helps nobody and earns nothing.
     Optional operations count where that image descends from their result.
     """
     turned = turned_labels(trajectory)
@@ -143,10 +176,12 @@ def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
     labels = set(_optional_labels(_ancestry(trajectory)))
     if image.source != 0 or image.to_source is None or image.parent is None:
         return Use(labels=frozenset(labels), turned=turned)
-    labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
     frame = Frame(*trajectory.task.images[0].size)
     box = source_extent(image, frame)
-    if box is None or not frame.is_cropped_to(box):
+    if box is None or density(image, box) < MIN_DENSITY * density(trajectory.images[0], frame.box):
+        return Use(labels=frozenset(labels), turned=turned)
+    labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
+    if not frame.is_cropped_to(box):
         return Use(labels=frozenset(labels), turned=turned)
     return Use(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
 
@@ -223,11 +258,13 @@ def _labels_of(result: SandboxResult) -> set[str]:
 
 
 def _optional_labels(results: Iterable[SandboxResult]) -> set[str]:
-    return {op.name for result in results for op in result.operations if op.used and not _is_no_option(op.name)}
+    return {op.name for result in results for op in result.operations if op.used and _may_help(op)}
 
 
-def _is_no_option(name: str) -> bool:
-    return name in NEUTRAL or name in CORE or name.startswith(_TURNING)
+def _may_help(op: Operation) -> bool:
+    """True for an optional operation that changes something: no factor of 1, no resize to the same size."""
+    idle = op.arguments.get("factor") == 1 or (op.name == "resize" and op.input_size == op.output_size is not None)
+    return op.name in OPTIONAL and not idle
 
 
 def _ancestry(trajectory: Trajectory) -> list[SandboxResult]:

@@ -180,12 +180,12 @@ def encode_line(group: GroupRecord) -> bytes:
     try:
         text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
     except ValueError:
-        text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
+        text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
     # a lone surrogate cannot be UTF-8; its backslash form is what JSON calls it
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _plain(value: object) -> Any:  # noqa: ANN401 - json's hook
+def _plain(value: object) -> Any:
     """NumPy values as JSON values, anything else by name."""
     if isinstance(value, np.generic):
         return value.item()
@@ -194,13 +194,14 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - json's hook
     return repr(value)
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def finite(value: Any) -> Any:
+    """The JSON value with every NaN and infinity, which strict JSON lacks, as None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, np.generic | np.ndarray):
-        return _finite(_plain(value))
+        return finite(_plain(value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

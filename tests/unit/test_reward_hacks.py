@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
 
+from cv_lightning.images import compose
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.types import EndState, RewardBreakdown, Task, ToolStatus, Trajectory
+from cv_lightning.types import (
+    Affine,
+    EndState,
+    Operation,
+    RewardBreakdown,
+    Task,
+    ToolStatus,
+    Trajectory,
+    TrajectoryImage,
+)
 
 WHOLE = (0.0, 0.0, float(WIDTH), float(HEIGHT))
 CONFIGS = [RewardConfig(), RewardConfig(crop_credit="coverage")]
@@ -144,6 +155,30 @@ def test_a_box_in_the_description_earns_nothing() -> None:
     recorder = Recorder(small()).call()
     recorder.turns[0].tool_call = None
     assert process_of(score(recorder.answer("42 [40, 30, 200, 150] crop"))) == 0
+
+
+def test_a_picture_shrunk_to_nothing_earns_nothing() -> None:
+    trajectory = Recorder(task("rotate_90", "crop")).call("rotate_270").answer()
+    last = trajectory.images[-1]
+    dot = last.original.resize((20, 20))
+    scale = Affine(last.original.width / 20, 0, 0, 0, last.original.height / 20, 0)
+    assert last.to_source is not None
+    shrunk = TrajectoryImage(original=dot, model_image=dot, parent=1, to_source=compose(last.to_source, scale))
+    assert process_of(score(trajectory)) == pytest.approx(0.5)
+    trajectory.images.append(shrunk)
+    assert process_of(score(trajectory)) == 0
+
+
+def test_operations_that_change_nothing_earn_nothing() -> None:
+    for idle in (
+        Operation(name="contrast_up", call="ImageEnhance.Contrast", arguments={"factor": 1.0}),
+        Operation(name="resize", call="Image.resize", input_size=(4, 4), output_size=(4, 4)),
+        Operation(name="a_name_of_its_own", call="x"),
+    ):
+        recorder = Recorder(task(box=None)).call()
+        assert recorder.turns[0].result is not None
+        recorder.turns[0].result = replace(recorder.turns[0].result, operations=(idle,))
+        assert score(recorder.answer()).components["emerge"] == 0
 
 
 def test_neutral_operations_and_unknown_names_are_no_optional_tool() -> None:

@@ -1,0 +1,38 @@
+"""`python -m cv_lightning report RUN`: one self-contained page, RUN/report.html."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cv_lightning.evaluation.report import ReportConfig, write_report
+from cv_lightning.types import CVLightningError
+
+
+def report(
+    run: Path, out: Path | None = None, max_trajectories: int = 600, max_image_mb: float = 16.0, thumbnail_px: int = 384
+) -> None:
+    """Write a page that shows what a run did: results, curves, and trajectories with their images.
+
+    Args:
+        run: the run's folder.
+        out: the page; by default report.html in the run.
+        max_trajectories: embedded at most, a stratified sample beyond; the page says how many of how many.
+        max_image_mb: pictures embedded at most; the page links to the files of the others.
+        thumbnail_px: longest side of an embedded picture.
+    """
+    config = ReportConfig(max_trajectories=max_trajectories, max_image_mb=max_image_mb, thumbnail_px=thumbnail_px)
+    page = write_report(run, config, out)
+    print(f"{page.resolve().as_uri()}  ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    import jsonargparse
+
+    try:
+        jsonargparse.auto_cli(report, args=args, prog="cv_lightning report")
+    except (CVLightningError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,257 @@
+// Curves and interval charts, drawn at the width they get.
+const DASHES = ["", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3"];
+let smoothing = 0.6;
+
+/** Round tick values between two numbers. */
+function ticks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const found = [];
+  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step) found.push(Math.abs(value) < step * 1e-9 ? 0 : value);
+  return found;
+}
+
+/** Tick labels with as many digits as tell neighbours apart. */
+function tickLabels(values) {
+  const step = values.length > 1 ? values[1] - values[0] : Math.abs(values[0]) || 1;
+  const most = Math.max(...values.map(Math.abs));
+  if (most >= 1e6 || most < 0.001) return values.map(short);
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (/^[25]$/.test(String(step).replace(/[0.]/g, "")) || !String(step).includes("25") ? 0 : 1));
+  return values.map((value) => value.toFixed(Math.min(digits, 8)));
+}
+
+/** Exponential mean without the bias of its start. */
+function smooth(values) {
+  let sum = 0;
+  let weight = 0;
+  return values.map((value) => {
+    sum = smoothing * sum + value;
+    weight = smoothing * weight + 1;
+    return sum / weight;
+  });
+}
+
+/** Calls `paint` once the element has a width, and whenever that changes (not when painting changed its height). */
+function whenWidthChanges(node, paint) {
+  let width = 0;
+  new ResizeObserver(() => {
+    if (node.clientWidth === width) return;
+    width = node.clientWidth;
+    requestAnimationFrame(paint);
+  }).observe(node);
+}
+
+const line = (xs, ys, x, y) => xs.map((value, i) => `${i ? "L" : "M"}${x(value).toFixed(1)} ${y(ys[i]).toFixed(1)}`).join("");
+
+function sentence(chart) {
+  return chart.series.map((s) => `${s.name}: from ${short(s.y[0])} to ${short(s.y.at(-1))}, lowest ${short(Math.min(...s.y))}, highest ${short(Math.max(...s.y))}`).join("; ");
+}
+
+/** One chart with its caption, legend and read-out. */
+function chartFigure(chart, height) {
+  const several = chart.series.length > 1;
+  const hidden = new Set();
+  const plot = make("svg:svg", { class: "plot", role: "img", tabindex: 0, "aria-label": `${chart.title || "chart"}. ${sentence(chart)}` });
+  const tip = make("div", { class: "tip", hidden: true });
+  const last = chart.series[0];
+  const caption = several ? null : make("figcaption", {}, make("b", { text: chart.title }), make("span", { text: short(last.y.at(-1)) }));
+  const figure = make("figure", {}, caption, plot, tip);
+  const state = { plot, tip, chart, hidden, height, at: null };
+  if (several) figure.append(legend(chart, state));
+  const moved = (event) => {
+    const box = plot.getBoundingClientRect();
+    state.at = state.inverse ? state.inverse(event.clientX - box.left) : null;
+    draw(state);
+  };
+  plot.addEventListener("pointermove", moved);
+  plot.addEventListener("pointerdown", moved);
+  for (const name of ["pointerleave", "blur"]) plot.addEventListener(name, () => { state.at = null; draw(state); });
+  plot.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const xs = last.x;
+    const now = state.at === null ? (step > 0 ? -1 : xs.length) : nearest(xs, state.at);
+    state.at = xs[Math.max(0, Math.min(xs.length - 1, now + step))];
+    draw(state);
+  });
+  whenWidthChanges(plot, () => draw(state));
+  figure.redraw = () => draw(state);
+  return figure;
+}
+
+function legend(chart, state) {
+  return make("ul", { class: "legend" }, chart.series.map((series, i) => make("li", {}, make("button", {
+    type: "button", "aria-pressed": "true",
+    on: { click: (event) => {
+      const shown = state.hidden.delete(i) || !state.hidden.add(i);
+      event.currentTarget.setAttribute("aria-pressed", String(shown));
+      draw(state);
+    } },
+  }, make("svg:svg", { viewBox: "0 0 24 8", "aria-hidden": "true" }, make("svg:line", { class: `s${i}`, x1: 0, x2: 24, y1: 4, y2: 4, "stroke-dasharray": DASHES[i] || null })),
+  make("span", { text: series.name })))));
+}
+
+const nearest = (xs, at) => xs.reduce((best, x, i) => (Math.abs(x - at) < Math.abs(xs[best] - at) ? i : best), 0);
+
+function draw(state) {
+  const { plot, chart, hidden, height } = state;
+  const width = plot.clientWidth;
+  if (!width) return;
+  const shown = chart.series.map((series, i) => ({ ...series, i })).filter((series) => !hidden.has(series.i));
+  const xs = chart.series.flatMap((series) => series.x);
+  const ys = shown.flatMap((series) => series.y);
+  let [low, high] = ys.length ? [Math.min(...ys), Math.max(...ys)] : [0, 1];
+  if (low >= 0 && low < 0.4 * high) low = 0;
+  if (high === low) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+  const yTicks = ticks(low, high, height > 180 ? 5 : 3);
+  const yLabels = tickLabels(yTicks);
+  const left = 12 + 6.4 * Math.max(...yLabels.map((label) => label.length));
+  const [first, final] = [Math.min(...xs), Math.max(...xs)];
+  const x = (value) => left + ((value - first) / (final - first || 1)) * (width - left - 8);
+  const y = (value) => height - 20 - ((value - low) / (high - low)) * (height - 28);
+  state.inverse = (px) => first + ((px - left) / (width - left - 8)) * (final - first);
+  plot.setAttribute("height", height);
+  plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  plot.replaceChildren(
+    ...yTicks.flatMap((value, i) => [
+      make("svg:line", { class: "grid", x1: left, x2: width - 8, y1: y(value), y2: y(value) }),
+      make("svg:text", { x: left - 6, y: y(value) + 4, "text-anchor": "end", text: yLabels[i] }),
+    ]),
+    ...ticks(first, final, Math.max(2, Math.floor(width / 110))).map((value) => make("svg:text", { x: x(value), y: height - 4, "text-anchor": "middle", text: short(value) })),
+    ...shown.flatMap((series) => curvePaths(series, x, y, chart.series.length > 1)),
+    ...(state.at === null ? [] : [make("svg:line", { class: "cross", x1: x(state.at), x2: x(state.at), y1: 4, y2: height - 20 })]),
+  );
+  readout(state, shown, x, width);
+}
+
+function curvePaths(series, x, y, several) {
+  const style = { "stroke-dasharray": (several && DASHES[series.i]) || null };
+  if (series.x.length === 1) return [make("svg:circle", { class: `full s${series.i}`, cx: x(series.x[0]), cy: y(series.y[0]), r: 3 })];
+  if (series.y.length < 8 || smoothing === 0) return [make("svg:path", { class: `s${series.i}`, d: line(series.x, series.y, x, y), ...style })];
+  return [
+    make("svg:path", { class: `raw s${series.i}`, d: line(series.x, series.y, x, y) }),
+    make("svg:path", { class: `s${series.i}`, d: line(series.x, smooth(series.y), x, y), ...style }),
+  ];
+}
+
+function readout(state, shown, x, width) {
+  state.tip.hidden = state.at === null;
+  if (state.at === null || !shown.length) return;
+  const rows = shown.map((series) => {
+    const i = nearest(series.x, state.at);
+    return { name: series.name, value: series.y[i], step: series.x[i] };
+  });
+  state.tip.replaceChildren(
+    make("b", { text: `step ${short(rows[0].step)}` }),
+    ...rows.map((row) => make("div", {}, make("span", { text: row.name }), make("span", { text: short(row.value) }))),
+  );
+  const right = x(state.at) > width / 2;
+  state.tip.style.left = right ? "auto" : `${x(state.at) + 12}px`;
+  state.tip.style.right = right ? `${width - x(state.at) + 12}px` : "auto";
+}
+
+// ------------------------------------------------------------------ learning curves
+function showStage(stage) {
+  for (const tab of byId("stages").children) {
+    const chosen = tab.dataset.stage === stage;
+    tab.setAttribute("aria-selected", String(chosen));
+    tab.tabIndex = chosen ? 0 : -1;
+  }
+  byId("charts").replaceChildren(...data.curves[stage].map((group) => {
+    const big = group.charts.filter((chart) => chart.series.length > 1);
+    const small = group.charts.filter((chart) => chart.series.length === 1);
+    return make("div", { class: "chart-group" }, make("h3", { text: group.title }),
+      big.map((chart) => chartFigure({ ...chart, title: group.title }, 260)),
+      small.length ? make("div", { class: "chart-grid" }, small.map((chart) => chartFigure({ ...chart, title: chart.title || chart.series[0].name }, 130))) : null,
+      group.note ? make("p", { class: "note", text: group.note }) : null);
+  }));
+}
+
+function startCurves() {
+  const stages = Object.keys(data.curves);
+  if (!stages.length) return;
+  byId("stages").append(...stages.map((stage) => make("button", {
+    type: "button", role: "tab", "data-stage": stage, "aria-controls": "charts", text: stage.length <= 3 ? stage.toUpperCase() : stage,
+    on: {
+      click: () => showStage(stage),
+      keydown: (event) => {
+        const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+        if (!step) return;
+        const next = stages[(stages.indexOf(stage) + step + stages.length) % stages.length];
+        showStage(next);
+        [...byId("stages").children].find((tab) => tab.dataset.stage === next).focus();
+      },
+    },
+  })));
+  byId("smoothing").addEventListener("input", (event) => {
+    smoothing = Number(event.target.value);
+    for (const figure of byId("charts").querySelectorAll("figure")) figure.redraw();
+  });
+  showStage(stages.includes("rl") ? "rl" : stages[0]);
+}
+
+// ------------------------------------------------------------------ intervals by kind
+function intervalChart(rows, title, order) {
+  const plot = make("svg:svg", { class: "plot", role: "img", "aria-label": `${title}. ${rows.map((r) => `${words(r.kind)}, ${r.label}: ${short(r.rate[0])}, 95 % ${short(r.rate[1])} to ${short(r.rate[2])}`).join("; ")}` });
+  const kinds = [...new Set(rows.map((row) => row.kind))];
+  const paint = () => {
+    const width = plot.clientWidth;
+    if (!width) return;
+    const left = Math.min(150, 20 + 6.3 * Math.max(...rows.map((row) => row.label.length)));
+    const x = (value) => left + value * (width - left - 46);
+    const nodes = [];
+    let top = 4;
+    for (const kind of kinds) {
+      nodes.push(make("svg:text", { class: "kind", x: 0, y: top + 12, text: words(kind) }));
+      top += 19;
+      for (const row of rows.filter((candidate) => candidate.kind === kind)) {
+        const [value, low, high, n] = row.rate;
+        const tone = `s${order.indexOf(row.stage) % 8}`;
+        const middle = top + 7;
+        nodes.push(
+          make("svg:text", { x: 10, y: middle + 4, text: row.label }),
+          make("svg:line", { class: "grid", x1: x(0), x2: x(1), y1: middle, y2: middle }),
+          make("svg:line", { class: tone, "stroke-width": 2, x1: x(low), x2: x(high), y1: middle, y2: middle }),
+          make("svg:circle", { class: `${row.off ? "hollow" : "full"} ${tone}`, cx: x(value), cy: middle, r: 4.5 }, make("svg:title", { text: `${row.label}: ${short(value)} (${short(low)} to ${short(high)}), n = ${n}` })),
+          make("svg:text", { x: width, y: middle + 4, "text-anchor": "end", text: value.toFixed(2) }),
+        );
+        top += 18;
+      }
+      top += 8;
+    }
+    for (const value of [0, 0.25, 0.5, 0.75, 1]) nodes.push(make("svg:text", { x: x(value), y: top + 8, "text-anchor": "middle", text: value }));
+    plot.setAttribute("height", top + 14);
+    plot.setAttribute("viewBox", `0 0 ${width} ${top + 14}`);
+    plot.replaceChildren(...nodes);
+  };
+  whenWidthChanges(plot, paint);
+  return make("div", {}, make("h4", { text: title }), plot);
+}
+
+function startIntervals() {
+  const place = byId("intervals");
+  if (!place) return;
+  const modes = [...new Set(data.intervals.map((row) => row.mode))];
+  const order = [...new Set(data.intervals.map((row) => row.stage))].reverse(); // the last stage gets the first colour
+  const show = (mode) => {
+    const rows = data.intervals.filter((row) => row.mode === mode).map((row) => ({ ...row, label: mode ? row.label.replace(`, ${mode}`, "") : row.label }));
+    const of = (metric) => rows.filter((row) => row.metric === metric);
+    place.replaceChildren(
+      of("accuracy").length ? intervalChart(of("accuracy"), "Accuracy", order) : "",
+      of("must_use").length ? intervalChart(of("must_use"), "Must-use", order) : "",
+    );
+  };
+  if (modes.length > 1) {
+    const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Decoding" }, modes.map((mode) => make("button", {
+      type: "button", text: mode || "other", "aria-pressed": String(mode === modes[0]),
+      on: { click: (event) => {
+        for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab === event.currentTarget));
+        show(mode);
+      } },
+    })));
+    place.before(make("div", { class: "controls" }, tabs));
+  }
+  show(modes[0]);
+}

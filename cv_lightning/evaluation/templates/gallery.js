@@ -1,0 +1,179 @@
+// The gallery: filters, tiles, and what a link to this page remembers.
+const PAGE = 24;
+const OPERATORS = { min: (value, bound) => value >= bound, max: (value, bound) => value <= bound };
+const all = data.trajectories.map((trajectory, index) => {
+  const group = data.groups[trajectory.group];
+  const used = trajectory.turns.filter((turn) => turn.result);
+  return {
+    index, trajectory, group, task: group.task, store: data.stores[group.store],
+    used: used.length > 0,
+    failed: used.some((turn) => turn.result.status !== "ok") || trajectory.turns.some((turn) => turn.parseError),
+    operations: used.flatMap((turn) => turn.result.operations.map((op) => op.name)),
+    text: null,
+  };
+});
+let found = [];
+let shown = 0;
+
+/** Everything searchable of a trajectory, made when first searched. */
+function haystack(item) {
+  item.text ??= [
+    item.task.id, item.task.question, item.task.truth, item.trajectory.answer ?? "", item.trajectory.error,
+    ...item.trajectory.turns.flatMap((turn) => [turn.text, turn.call?.code ?? "", turn.response, turn.parseError ?? ""]),
+    ...item.operations,
+  ].join("\n").toLowerCase();
+  return item.text;
+}
+
+const verdictText = (trajectory) => (trajectory.correct === null ? "unscored" : trajectory.correct ? "right" : "wrong");
+
+function verdictChip(trajectory) {
+  const tone = { right: "good", wrong: "bad", unscored: "note" }[verdictText(trajectory)];
+  const mark = { right: "✓", wrong: "✗", unscored: "?" }[verdictText(trajectory)];
+  return make("span", { class: `chip ${tone}`, text: `${mark} ${verdictText(trajectory)}` });
+}
+
+function toolChip(trajectory) {
+  if (trajectory.must === true) return make("span", { class: "chip good", text: "tool as needed" });
+  if (trajectory.must === false) return make("span", { class: "chip", text: "not as needed" });
+  return trajectory.spurious ? make("span", { class: "chip bad", text: "needless turning" }) : null;
+}
+
+function imageAlt(item, index) {
+  const image = item.trajectory.images[index];
+  if (image.parent === null) return `Image ${index}: the task's own, ${sizeText(image.size)} pixels`;
+  const turn = item.trajectory.turns.find((candidate) => candidate.image === index);
+  const made = turn?.result?.operations.map((op) => words(op.name)).join(", ") || "code";
+  return `Image ${index}: made by ${made} from image ${image.parent}, ${sizeText(image.size)} pixels`;
+}
+
+function tile(item) {
+  const { trajectory, task, store, group } = item;
+  const strip = trajectory.images.slice(0, 4).flatMap((image, i) => [
+    i ? make("span", { class: "then", "aria-hidden": "true", text: "→" }) : null,
+    embedded(image.file) ? picture(image, imageAlt(item, i)) : make("span", { class: "pic blank" }),
+  ]);
+  if (trajectory.images.length > 4) strip.push(make("span", { class: "then", text: `+${trajectory.images.length - 4}` }));
+  const reward = trajectory.reward === null ? "" : `reward ${short(trajectory.reward)}`;
+  return make("li", {}, make("button", { type: "button", class: "tile", "data-index": item.index, on: { click: () => openViewer(item.index) } },
+    make("span", { class: "strip" }, strip),
+    make("span", { class: "verdict" }, verdictChip(trajectory), make("b", { text: trajectory.answer ?? "no answer" }), make("span", { class: "q", text: `truth ${task.truth}` }), toolChip(trajectory)),
+    make("span", { class: "ops" }, item.operations.length ? item.operations.map((name) => make("span", { class: "chip", text: words(name) })) : make("span", { class: "q", text: item.used ? "no operation ran" : "no tool call" }),
+      item.failed ? make("span", { class: "chip note", text: "a call failed" }) : null),
+    make("span", { class: "meta" }, make("span", { text: `${store.label}${group.iteration ? ` ${group.iteration}` : ""} · ${words(task.kind)}` }), make("span", { text: reward }))));
+}
+
+// ------------------------------------------------------------------ filters
+const CONTROLS = ["search", "store", "outcome", "tool", "kind", "transform", "end", "iter-min", "iter-max", "component", "comp-min", "comp-max", "sort"];
+const control = (name) => byId(`f-${name}`);
+
+function options(name, values, first, label = words) {
+  control(name).replaceChildren(make("option", { value: "", text: first }), ...values.map((value) => make("option", { value, text: label(value) })));
+}
+
+const TOOL_TESTS = {
+  must: (item) => item.trajectory.must === true,
+  missed: (item) => item.trajectory.must === false,
+  used: (item) => item.used,
+  unused: (item) => !item.used,
+  failed: (item) => item.failed,
+  spurious: (item) => item.trajectory.spurious,
+};
+
+function tests() {
+  const value = Object.fromEntries(CONTROLS.map((name) => [name, control(name).value.trim()]));
+  const list = [];
+  const when = (name, test) => { if (value[name] !== "") list.push(test); };
+  when("store", (item) => String(item.group.store) === value.store);
+  when("outcome", (item) => verdictText(item.trajectory) === value.outcome);
+  when("tool", TOOL_TESTS[value.tool]);
+  when("kind", (item) => item.task.kind === value.kind);
+  when("transform", (item) => (value.transform === "none" ? !item.task.transforms.length : item.task.transforms.includes(value.transform)));
+  when("end", (item) => item.trajectory.end === value.end);
+  for (const side of ["min", "max"]) {
+    when(`iter-${side}`, (item) => OPERATORS[side](item.group.iteration, Number(value[`iter-${side}`])));
+    when(`comp-${side}`, (item) => {
+      const number = value.component ? item.trajectory.components[value.component] : item.trajectory.reward;
+      return number !== null && number !== undefined && OPERATORS[side](number, Number(value[`comp-${side}`]));
+    });
+  }
+  const terms = value.search.toLowerCase().split(/\s+/).filter(Boolean);
+  if (terms.length) list.push((item) => terms.every((term) => haystack(item).includes(term)));
+  return { list, sort: value.sort };
+}
+
+/** Questions that most sets share come first, kinds in turn, so that before and after stand side by side. */
+function togetherOrder() {
+  const tasks = new Map();
+  for (const item of all) {
+    const entry = tasks.get(item.task.id) ?? { stores: new Set(), kind: item.task.kind, items: [] };
+    entry.stores.add(item.group.store);
+    entry.items.push(item);
+    tasks.set(item.task.id, entry);
+  }
+  const seen = {};
+  const ranked = [...tasks.values()].sort((a, b) => b.stores.size - a.stores.size);
+  for (const entry of ranked) entry.turn = seen[`${entry.stores.size}/${entry.kind}`] = (seen[`${entry.stores.size}/${entry.kind}`] ?? -1) + 1;
+  ranked.sort((a, b) => b.stores.size - a.stores.size || a.turn - b.turn || b.kind.length - a.kind.length);
+  return new Map(ranked.flatMap((entry) => entry.items).map((item, place) => [item, place]));
+}
+let together = null;
+
+const SORT_KEYS = {
+  together: (item) => (together ??= togetherOrder()).get(item),
+  reward: (item) => item.trajectory.reward ?? -Infinity,
+  advantage: (item) => item.trajectory.advantage ?? -Infinity,
+  turns: (item) => item.trajectory.turns.length,
+  tokens: (item) => item.trajectory.tokens[1],
+};
+
+function applyFilters() {
+  const { list, sort } = tests();
+  found = all.filter((item) => list.every((test) => test(item)));
+  if (sort !== "run") {
+    const sign = sort.startsWith("-") ? -1 : 1;
+    const key = SORT_KEYS[sort.replace("-", "")];
+    found = found.toSorted((a, b) => sign * (key(a) - key(b)));
+  }
+  byId("count").textContent = `${found.length} of ${all.length} trajectories`;
+  shown = 0;
+  byId("cards").replaceChildren();
+  if (!found.length) byId("cards").append(make("li", { class: "empty", text: "Nothing matches these filters." }));
+  showMore();
+}
+
+function showMore() {
+  const next = found.slice(shown, shown + PAGE);
+  byId("cards").append(...next.map(tile));
+  shown += next.length;
+  byId("more").hidden = shown >= found.length;
+  byId("more").textContent = `Show ${Math.min(PAGE, found.length - shown)} more`;
+}
+
+function remember(extra = {}) {
+  const state = new URLSearchParams(CONTROLS.filter((name) => control(name).value && !(name === "sort" && control(name).value === "together")).map((name) => [name, control(name).value]));
+  for (const [name, value] of Object.entries(extra)) state.set(name, value);
+  history.replaceState(null, "", state.size ? `#${state}` : "#trajectories");
+}
+
+function startGallery() {
+  if (!byId("filters")) return;
+  const unique = (values) => [...new Set(values)].sort();
+  options("store", data.stores.map((_, i) => i), "all", (i) => `${data.stores[i].label} (${data.stores[i].shown} of ${data.stores[i].total})`);
+  options("kind", unique(all.map((item) => item.task.kind)), "all");
+  options("transform", [...unique(all.flatMap((item) => item.task.transforms)), "none"], "any");
+  options("end", unique(all.map((item) => item.trajectory.end)), "any");
+  options("component", unique(all.flatMap((item) => Object.keys(item.trajectory.components))), "total");
+  const state = new URLSearchParams(location.hash.slice(1));
+  for (const name of CONTROLS) if (state.has(name)) control(name).value = state.get(name);
+  let timer = 0;
+  byId("filters").addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => { applyFilters(); remember(); }, 120);
+  });
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+  byId("filters").addEventListener("reset", () => setTimeout(() => { applyFilters(); remember(); }));
+  byId("more").addEventListener("click", showMore);
+  applyFilters();
+  if (state.has("t") && all[Number(state.get("t"))]) openViewer(Number(state.get("t")));
+}
