@@ -72,6 +72,11 @@ class PackedBatch:
         """N."""
         return self.targets.numel()
 
+    @property
+    def num_trained(self) -> int:
+        """Rows with any loss position."""
+        return int(torch.unique(self.row_index).numel())
+
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on a device; itself where it is there already."""
         if self.input_ids.device == device:

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import LogProbs, packed_logprobs
-from cv_lightning.model.packing import PackedBatch
+from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
+from cv_lightning.model.vision import VisionCache, process_images
+from cv_lightning.rl.microbatch import split_by_tokens
+from cv_lightning.types import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -100,14 +104,51 @@ class PolicyModule(pl.LightningModule):
         assert self.policy is not None
         config = self.optimizer_config
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        matrices = [p for p in trainable if _num_dimensions(p) > 1]
+        vectors = [p for p in trainable if _num_dimensions(p) <= 1]
         groups = [
-            {"params": [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable if getattr(p, "ds_shape", p.shape).__len__() <= 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
         total = config.total_steps or max(0, self.trainer.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    # ------------------------------------------------------------------ trajectories as packed rows
+    def train_rows(self, trajectories: Sequence[Trajectory]) -> list[TrainRow]:
+        """Trajectories as training reads them; each image is processed once, whoever shows it."""
+        cache = VisionCache(self.processor)
+        cache.get([image.model_image for trajectory in trajectories for image in trajectory.images])
+        return [
+            TrainRow(
+                token_ids=trajectory.token_ids,
+                loss_mask=trajectory.loss_mask,
+                vision=cache.get([image.model_image for image in trajectory.images]),
+                engine_logprobs=trajectory.logprobs,
+                advantage=trajectory.advantage or 0.0,
+            )
+            for trajectory in trajectories
+        ]
+
+    def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
+        """Packed rows within the token budget; at least one, and equally many on every rank.
+
+        What a rank lacks is filled up with dummies that carry no loss: under ZeRO-3 every forward and backward is
+        collective, and a rank with fewer would hang the others (traps T32, T33). Call it on all ranks.
+        """
+        assert self.policy is not None
+        chunks = split_by_tokens(rows, [len(row.token_ids) for row in rows], self.max_tokens_per_row)
+        wanted = max(1, int(self.reduce_max(len(chunks))))
+        chunks += [[self._dummy_row()]] * (wanted - len(chunks))
+        return [pack_rows(chunk, self.policy.config) for chunk in chunks]
+
+    def _dummy_row(self) -> TrainRow:
+        """The smallest row with an image: the vision tower has to run on every rank, too."""
+        image = self.encoder.model_image(Image.new("RGB", (self.encoder.limits.factor, self.encoder.limits.factor)))
+        pads = [self.encoder.image_pad_id] * self.encoder.num_image_tokens(image.size)
+        ids = [self.encoder.end_id, *pads, self.encoder.end_id]
+        return TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[process_images(self.processor, [image])])
 
     # ------------------------------------------------------------------ one optimizer step
     def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False, model: PreTrainedModel | None = None) -> LogProbs:
@@ -163,6 +204,14 @@ class PolicyModule(pl.LightningModule):
         assert isinstance(total, torch.Tensor)
         return total.sum(0).tolist()
 
+    def reduce_max(self, value: float) -> float:
+        """Maximum over ranks."""
+        if self.trainer.world_size == 1:
+            return value
+        values = self.all_gather(torch.tensor(value, dtype=torch.float64, device=self.device))
+        assert isinstance(values, torch.Tensor)
+        return float(values.max())
+
     # ------------------------------------------------------------------ checkpoints
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep our own iteration counter: `global_step` counts optimizer steps (trap T51)."""
@@ -177,6 +226,11 @@ class PolicyModule(pl.LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Rolled out and scored by `RolloutCallback`."""
+
+
+def _num_dimensions(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, which under ZeRO-3 is flat and sharded."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _deepspeed_engine(trainer: pl.Trainer) -> Any:

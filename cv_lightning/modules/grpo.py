@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from cv_lightning.model.loading import PolicyConfig, load_policy
+from cv_lightning.model.logprobs import LogProbs
 from cv_lightning.model.packing import PackedBatch
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
-from cv_lightning.rl.collector import is_trainable
-from cv_lightning.rl.losses import PolicyLossConfig, policy_loss
+from cv_lightning.rl.collector import carries_signal, is_trainable
+from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
 from cv_lightning.types import Group, Iteration, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+REFERENCE = "reference."
+"""Prefix of the reference policy's parameters, which no checkpoint holds."""
 
 
 class GRPOModule(PolicyModule):
     """Group-relative policy optimisation over packed trajectories.
 
     One batch is one RL iteration. It takes `num_minibatches` optimizer steps, always (trap T51): each on an equal
-    share of the groups, normalised by the token count of all ranks.
+    share of the groups that carry signal, normalised by the token count of all ranks.
     """
 
     def __init__(
@@ -64,43 +70,121 @@ class GRPOModule(PolicyModule):
         """Load the policy and, for training with a KL penalty, the frozen reference (design decision 15)."""
         super().configure_model()
         if self.loss.kl_weight > 0 and self.reference is None and self.trainer.training:
-            from dataclasses import replace
-
             self.reference = load_policy(replace(self.policy_config, path=self.reference_path))
-            self.reference.requires_grad_(False).eval()
+            self.reference.requires_grad_(False)
 
     def training_step(self, batch: Iteration, batch_idx: int) -> None:
         """All optimizer steps of one iteration."""
         start = time.perf_counter()
+        signal = [group for group in batch.groups if carries_signal(group)]
         minibatches = [
-            [t for group in batch.groups[i :: self.num_minibatches] for t in group.trajectories if is_trainable(t)]
-            for i in range(self.num_minibatches)
+            self.pack_micro_batches(self.train_rows(_trainable(signal[first :: self.num_minibatches])))
+            for first in range(self.num_minibatches)
         ]
-        packed = [self.pack_micro_batches(self.train_rows(trajectories)) for trajectories in minibatches]
-        self._attach_reference([p for micro_batches in packed for p in micro_batches])
-        if self.old_logprobs == "trainer" and self.num_minibatches > 1:
-            self._attach_old([p for micro_batches in packed for p in micro_batches])
-        totals: dict[str, float] = {}
-        for index, micro_batches in enumerate(packed):
-            self._step(micro_batches, totals, first=index == 0)
+        self._attach_fixed([micro_batch for micro_batches in minibatches for micro_batch in micro_batches])
+        totals: defaultdict[str, float] = defaultdict(float)
+        parity = 0.0
+        for number, micro_batches in enumerate(minibatches):
+            gap = self._optimize(micro_batches, totals)
+            parity = gap if number == 0 else parity  # later ones meet weights that the engine does not have
         self.iteration += 1
-        self._log_update(totals, batch.groups, time.perf_counter() - start)
+        self._log_update(totals, parity, time.perf_counter() - start)
+
+    # ------------------------------------------------------------------ log-probabilities that stay fixed
+    @torch.no_grad()
+    def _attach_fixed(self, micro_batches: Sequence[PackedBatch]) -> None:
+        """Log-probabilities of the reference and, where asked for, of the policy before its first step."""
+        for micro_batch in micro_batches:
+            if self.reference is not None:
+                micro_batch.reference_logprobs = self._logprobs(micro_batch, model=self.reference).logprobs
+            if self.old_logprobs == "trainer" and self.num_minibatches > 1:
+                micro_batch.old_logprobs = self._logprobs(micro_batch).logprobs
+
+    def _logprobs(
+        self, micro_batch: PackedBatch, *, with_entropy: bool = False, model: PreTrainedModel | None = None
+    ) -> LogProbs:
+        return self.logprobs(micro_batch, temperature=self.temperature, with_entropy=with_entropy, model=model)
 
     # ------------------------------------------------------------------ one mini-batch
-    def _step(self, micro_batches: list[PackedBatch], totals: dict[str, float], first: bool) -> None:
-        """One optimizer step; adds its metric sums to `totals`."""
-        counts = [float(sum(p.num_loss_tokens for p in micro_batches)), float(sum(p.num_rows for p in micro_batches))]
-        num_tokens, num_rows = self.reduce_sum(counts)
+    def _optimize(self, micro_batches: list[PackedBatch], totals: defaultdict[str, float]) -> float:
+        """One optimizer step; adds its mean metrics to `totals`.
 
-        def loss(batch: PackedBatch) -> torch.Tensor:
-            computed = self.logprobs(batch, temperature=self.temperature, with_entropy=True)
-            value, metrics = policy_loss(computed, batch, self.loss, num_tokens=max(num_tokens, 1.0), num_rows=max(num_rows, 1.0))
-            if first and batch.num_loss_tokens:
-                gap = (computed.logprobs.detach().float() - batch.engine_logprobs.to(self.device)).abs()
-                totals["parity_max"] = max(totals.get("parity_max", 0.0), float(gap.max()))
-            for name, number in metrics.items():
-                totals[name] = totals.get(name, 0.0) + number / self.num_minibatches
+        Returns:
+            Largest difference between engine and trainer log-probabilities that it met on this rank.
+        """
+        counts = [float(sum(m.num_loss_tokens for m in micro_batches)), float(sum(m.num_trained for m in micro_batches))]
+        num_tokens, num_rows = self.reduce_sum(counts)
+        gaps, shares = [0.0], []
+
+        def loss(micro_batch: PackedBatch) -> torch.Tensor:
+            computed = self._logprobs(micro_batch, with_entropy=True)
+            inputs = self._loss_inputs(micro_batch, computed, max(num_tokens, 1.0), max(num_rows, 1.0))
+            value, metrics = policy_loss(inputs, self.loss)
+            shares.append(metrics)
+            if micro_batch.num_loss_tokens:
+                gap = (computed.logprobs.detach() - micro_batch.engine_logprobs.to(self.device)).abs()
+                gaps.append(float(gap.max()))
             return value
 
         norm = self.accumulate_and_step(micro_batches, loss)
-        totals["grad_norm"] = totals.get("grad_norm", 0.0) + norm / self.num_minibatches
+        for metrics in shares:
+            for name, share in metrics.items():
+                totals[name] += float(share) / self.num_minibatches
+        totals["grad_norm"] += norm / self.num_minibatches / self.trainer.world_size
+        totals["tokens"] += counts[0]
+        totals["trajectories"] += counts[1]
+        return max(gaps)
+
+    def _loss_inputs(
+        self, micro_batch: PackedBatch, computed: LogProbs, num_tokens: float, num_rows: float
+    ) -> LossInputs:
+        device = self.device
+        engine = micro_batch.engine_logprobs.to(device)
+        old: torch.Tensor = engine
+        if self.old_logprobs == "trainer":
+            before = micro_batch.old_logprobs
+            old = computed.logprobs.detach() if before is None else before.to(device)
+        reference = micro_batch.reference_logprobs
+        return LossInputs(
+            logprobs=computed.logprobs,
+            old=old,
+            advantages=micro_batch.advantages.to(device),
+            row_index=micro_batch.row_index.to(device),
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            engine=engine if self.old_logprobs == "trainer" else None,
+            reference=None if reference is None else reference.to(device),
+            entropy=computed.entropy,
+        )
+
+    def _log_update(self, totals: dict[str, float], parity: float, seconds: float) -> None:
+        """Log one iteration's update; sums over ranks."""
+        names = sorted(totals)
+        sums = dict(zip(names, self.reduce_sum([totals[name] for name in names]), strict=True))
+        tokens = sums.pop("tokens")
+        metrics = {f"policy/{name}": value for name, value in sums.items()}
+        metrics |= {
+            "policy/parity_max": self.reduce_max(parity),
+            "policy/lr": self.optimizers().param_groups[0]["lr"],
+            "policy/tokens_per_s": tokens / seconds,
+            "time/update_s": seconds,
+            "iteration": float(self.iteration),
+        }
+        self.log_dict(metrics)
+
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the reference out: it is loaded from its own folder."""
+        super().on_save_checkpoint(checkpoint)
+        state = checkpoint.get("state_dict", {})
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(REFERENCE)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference that was loaded."""
+        super().on_load_checkpoint(checkpoint)
+        own = self.state_dict()
+        checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(REFERENCE)}
+
+
+def _trainable(groups: Sequence[Group]) -> list[Trajectory]:
+    return [t for group in groups for t in group.trajectories if is_trainable(t)]

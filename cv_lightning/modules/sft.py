@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
@@ -9,10 +11,9 @@ from cv_lightning.agent.prompt import PromptConfig, split_marks, text_part, tool
 from cv_lightning.data.demonstrations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.model.loading import PolicyConfig
-from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
+from cv_lightning.model.packing import PackedBatch, TrainRow
 from cv_lightning.model.vision import VisionCache
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
-from cv_lightning.rl.microbatch import split_by_tokens
 
 
 class SFTModule(PolicyModule):
@@ -34,55 +35,62 @@ class SFTModule(PolicyModule):
         """
         super().__init__(policy, optimizer, max_tokens_per_row)
         self.prompt = prompt or PromptConfig()
-        self.vision_cache: VisionCache | None = None
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """One optimizer step on one batch of conversations; the loss is a mean over all ranks' tokens."""
-        rows = [self.train_row(conversation) for conversation in batch.conversations]
-        packed = [self.pack(chunk) for chunk in split_by_tokens([len(r.token_ids) for r in rows], self.max_tokens_per_row, rows)]
-        num_loss, num_all = self.reduce_sum([sum(sum(r.loss_mask) for r in rows), sum(len(r.token_ids) for r in rows)])
-        total = 0.0
+        start = time.perf_counter()
+        rows = self.conversation_rows(batch.conversations)
+        micro_batches = self.pack_micro_batches(rows)
+        counts = [float(sum(sum(row.loss_mask) for row in rows)), float(sum(len(row.token_ids) for row in rows))]
+        num_learned, num_tokens = self.reduce_sum(counts)
+        rate = self.optimizers().param_groups[0]["lr"]
+        losses: list[torch.Tensor] = []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
-            nonlocal total
-            value = -self.logprobs(micro_batch).logprobs.sum() / num_loss
-            total += float(value.detach())
-            return value
+            share = -self.logprobs(micro_batch).logprobs.sum() / max(num_learned, 1.0)
+            losses.append(share.detach())
+            return share
 
-        norm = self.accumulate_and_step(packed, loss)
+        norm = self.accumulate_and_step(micro_batches, loss)
         self.iteration += 1
-        (mean,) = self.reduce_sum([total])
-        rate = self.optimizers().param_groups[0]["lr"]
-        metrics = {"sft/loss": mean, "sft/grad_norm": norm, "sft/tokens": num_all, "sft/lr": rate, "iteration": float(self.iteration)}
-        self.log_dict(metrics, prog_bar=False)
-
-    def train_row(self, conversation: Conversation) -> TrainRow:
-        """A conversation as training reads it."""
-        dialogue = encode_conversation(self.encoder, conversation, self.prompt)
-        if self.vision_cache is None:
-            self.vision_cache = VisionCache(self.processor)
-        return TrainRow(
-            token_ids=dialogue.token_ids, loss_mask=dialogue.loss_mask, vision=self.vision_cache.get(dialogue.images)
+        (mean,) = self.reduce_sum([float(torch.stack(losses).sum())])
+        seconds = time.perf_counter() - start
+        self.log_dict(
+            {
+                "sft/loss": mean,
+                "sft/grad_norm": norm,
+                "sft/lr": rate,
+                "sft/tokens": num_tokens,
+                "sft/tokens_per_s": num_tokens / seconds,
+                "time/update_s": seconds,
+                "iteration": float(self.iteration),
+            }
         )
 
-    def pack(self, rows: list[TrainRow]) -> PackedBatch:
-        """Pack rows into one micro-batch."""
-        assert self.policy is not None
-        return pack_rows(rows, self.policy.config)
+    def conversation_rows(self, conversations: list[Conversation]) -> list[TrainRow]:
+        """Conversations as training reads them."""
+        dialogues = [encode_conversation(self.encoder, conversation, self.prompt) for conversation in conversations]
+        cache = VisionCache(self.processor)
+        cache.get([image for dialogue in dialogues for image in dialogue.images])
+        return [TrainRow(token_ids=d.token_ids, loss_mask=d.loss_mask, vision=cache.get(d.images)) for d in dialogues]
 
 
 def encode_conversation(encoder: DialogueEncoder, conversation: Conversation, prompt: PromptConfig) -> Dialogue:
-    """Tokens and mask of a demonstration, with the same boundaries as the agent's own (trap T2)."""
+    """Tokens and mask of a demonstration, with the same boundaries as the agent's own (trap T2).
+
+    What the tool answered is told in the agent's words where the conversation brings none of its own.
+    """
     task = conversation.task
-    seen = [encoder.model_image(image) for image in task.images]
-    dialogue = encoder.start(task, seen, prompt, tool=True)
+    dialogue = encoder.start(task, [encoder.model_image(image) for image in task.images], prompt, tool=True)
     for turn in conversation.turns:
         ids = encoder.assistant_ids(turn.text)
         dialogue.append_sampled(ids, [0.0] * len(ids), learn=turn.learn)
         if turn.result_image is not None:
             view = encoder.model_image(turn.result_image)
             text = tool_ok_text(prompt, len(dialogue.images), turn.result_image.size, view.size)
-            dialogue.append_given(encoder.tool_ids(split_marks(text)), [view])
-        elif turn.call is not None and turn is not conversation.turns[-1]:
-            dialogue.append_given(encoder.tool_ids([text_part(prompt.tool_error.format(error=turn.response_text))]))
+            parts = [{"type": "image"}, text_part(turn.response_text)] if turn.response_text else split_marks(text)
+            dialogue.append_given(encoder.tool_ids(parts), [view])
+        elif turn is not conversation.turns[-1]:
+            text = turn.response_text or prompt.tool_error.format(error="")
+            dialogue.append_given(encoder.tool_ids([text_part(text)]))
     return dialogue
