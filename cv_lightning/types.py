@@ -198,15 +198,17 @@ class EndState(StrEnum):
     """More malformed tool calls than the agent forgives."""
     MAX_IMAGES = "max_images"
     STOPPED = "stopped"
-    """Cut by the early stop of a rollout's long tail."""
+    """Cut by the rollout's deadline or the early stop of its long tail: no outcome, so never scored as a wrong answer."""
+    ERROR_TASK = "error:task"
+    """The task's prompt cannot be built: image marks that differ from its images, an image that cannot be shown."""
     ERROR_ENGINE = "error:engine"
     ERROR_SANDBOX = "error:sandbox"
     ERROR_JUDGE = "error:judge"
 
     @property
     def is_error(self) -> bool:
-        """True if infrastructure failed: the trajectory is masked out of its group, never scored."""
-        return self.value.startswith("error:")
+        """True if there is no outcome: infrastructure failed or the rollout was cut. Masked out of its group, never scored."""
+        return self.value.startswith("error:") or self is EndState.STOPPED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,11 @@ from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template, task_messages
 from cv_lightning.images import ImageLimits, to_model_image
+from cv_lightning.model.tokens import END_OF_TURN, IMAGE_PAD
 from cv_lightning.types import CheckpointError, EngineError, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-END_OF_TURN = "<|im_end|>"
-IMAGE_PAD = "<|image_pad|>"
 
 
 class DialogueEncoder:

@@ -70,7 +70,7 @@ class Request:
     top_p: float
     seed: int
     banned_ids: Sequence[int]
-    """Ids that must not be sampled: -100 is added to their logits, and trainers do the same (trap T6)."""
+    """Ids that must not be sampled: `LOGIT_BAN` is added to their logits, and the trainer does the same (trap T6)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +117,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine's memory and processes."""
 
-
-LOGIT_BAN = -100.0
-"""Added to the logits of banned ids, by engine and trainer alike."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from cv_lightning.engine.base import LOGIT_BAN, Completion, EngineConfig, Request
+from cv_lightning.engine.base import Completion, EngineConfig, Request
+from cv_lightning.model.tokens import END_OF_TURN, LOGIT_BAN
 from cv_lightning.model.vision import process_images
 from cv_lightning.types import EngineError
 
@@ -37,7 +38,7 @@ class TransformersEngine:
         self.weight_version = -1
         self.queue: list[Request] = []
         tokenizer = processor.tokenizer
-        self.pad_id, self.end_id = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.pad_id, self.end_id = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.image_id = model.config.image_token_id
         self.merge = model.config.vision_config.spatial_merge_size
 

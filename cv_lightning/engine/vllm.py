@@ -13,7 +13,8 @@ import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
-from cv_lightning.engine.base import LOGIT_BAN, Completion, EngineConfig, Request
+from cv_lightning.engine.base import Completion, EngineConfig, Request
+from cv_lightning.model.tokens import LOGIT_BAN
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:

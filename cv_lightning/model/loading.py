@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cv_lightning.images import ImageLimits
+from cv_lightning.model.tokens import vision_token_ids
 from cv_lightning.types import CheckpointError
 
+__all__ = ["FAMILIES", "PolicyConfig", "image_limits", "load_policy", "load_processor", "vision_token_ids"]
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 """Model types whose image and position handling this project knows."""
-VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,6 @@ def image_limits(processor: ProcessorMixin) -> ImageLimits:
         min_pixels=image_processor.size["shortest_edge"],
         max_pixels=image_processor.size["longest_edge"],
     )
-
-
-def vision_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that only images may put into a sequence; banned in sampling and in log-probabilities (trap T6)."""
-    vocabulary = tokenizer.get_vocab()
-    return [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
 
 
 def load_policy(config: PolicyConfig) -> PreTrainedModel:

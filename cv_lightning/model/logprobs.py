@@ -9,12 +9,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from cv_lightning.model.packing import PackedBatch
+from cv_lightning.model.tokens import LOGIT_BAN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LOGIT_BAN = -100.0
-"""Added to the logits of banned ids; the engine adds the same."""
 
 
 class LogProbs(NamedTuple):

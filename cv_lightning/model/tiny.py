@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cv_lightning.model.tokens import END_OF_TURN, IMAGE_PAD, PADDING, VIDEO_PAD, VISION_END, VISION_START
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLProcessor
 
-END_OF_TURN = "<|im_end|>"
-PADDING = "<|endoftext|>"
 CONTROL_TOKENS = (
     "<|im_start|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
+    VISION_START,
+    VISION_END,
     "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    IMAGE_PAD,
+    VIDEO_PAD,
 )
 """Left out when a completion is decoded for people, as in Qwen's own tokenizers."""
 MARKUP_TOKENS = (
@@ -190,7 +190,7 @@ def _tokenizer(config: TinyModelConfig, corpus: Iterable[str], chat_template: st
         clean_up_tokenization_spaces=False,
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in MARKUP_TOKENS])
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    tokenizer.image_token, tokenizer.video_token = IMAGE_PAD, VIDEO_PAD
     tokenizer.chat_template = chat_template
     return tokenizer
 
@@ -255,9 +255,9 @@ def _model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -
     return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=token_ids["<|image_pad|>"],
-        video_token_id=token_ids["<|video_pad|>"],
-        vision_start_token_id=token_ids["<|vision_start|>"],
-        vision_end_token_id=token_ids["<|vision_end|>"],
+        image_token_id=token_ids[IMAGE_PAD],
+        video_token_id=token_ids[VIDEO_PAD],
+        vision_start_token_id=token_ids[VISION_START],
+        vision_end_token_id=token_ids[VISION_END],
         tie_word_embeddings=False,
     )

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from cv_lightning.images import to_model_image
 from cv_lightning.model.attention import NAME, use_attention
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
-from cv_lightning.model.logprobs import LOGIT_BAN, packed_logprobs
+from cv_lightning.model.logprobs import packed_logprobs
 from cv_lightning.model.packing import TrainRow, pack_rows, rope_positions
+from cv_lightning.model.tokens import LOGIT_BAN
 from cv_lightning.model.vision import VisionCache, process_images
 from cv_lightning.types import CheckpointError, DataError
 
