@@ -1,143 +1,177 @@
 """The policy loss on flat tokens. Pure torch; nothing here knows of models, batches or ranks.
 
-All inputs are `[N]`: the sampled tokens of a micro-batch. Normalisers are *global* counts over micro-batches and
-ranks, fixed before the first micro-batch, so that k micro-batches give the gradient of one.
+Normalisers are *global* counts over micro-batches and ranks, fixed before the first micro-batch, so that k
+micro-batches give the gradient of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from cv_lightning.rl.aggregation import row_means, token_weights
+from cv_lightning.rl.kl import kl_penalty
+from cv_lightning.rl.loss_config import PolicyLossConfig
+from cv_lightning.rl.surrogates import MAX_LOG_RATIO, SURROGATES, Tokens, token_ratio
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
-    """Clipping, aggregation, KL and entropy."""
+__all__ = ["LossInputs", "PolicyLossConfig", "importance_weights", "policy_loss"]
 
-    clip_low: float = 0.2
-    """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.28
-    """The ratio is clipped above 1 + clip_high (clip-higher, DAPO)."""
-    clip_dual: float = 10.0
-    """For negative advantages the loss is bounded by this times the advantage (dual clip)."""
-    aggregation: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
-    """`token_mean`: every token of the mini-batch weighs the same. `seq_mean_token_mean`: every trajectory does; what
-    the released recipe really optimises with its micro-batch of 1 (reference.md item 35)."""
-    kl_weight: float = 0.0
-    """Weight of the KL penalty to the reference policy; 0: no reference is loaded. The recipe: 0.001."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the penalty (Schulman 2020); k3 is the recipe's."""
-    entropy_weight: float = 0.0
-    """Weight of the entropy bonus; the recipe: 0."""
-    importance_cap: float = 2.0
-    """Cap of the truncated importance weight from the engine, with `old_logprobs: trainer`."""
+
+@dataclass(slots=True, kw_only=True)
+class LossInputs:
+    """The flat sampled tokens of one micro-batch; N may be 0, where a rank has fewer micro-batches than another."""
+
+    logprobs: Tensor
+    """[N] of the policy, with gradient."""
+    old: Tensor
+    """[N] what the ratio is taken against: the engine's, or the trainer's before the first step."""
+    advantages: Tensor
+    """[N]"""
+    row_index: Tensor
+    """[N] integers: which trajectory each token belongs to. Trajectories are never split over micro-batches."""
+    num_tokens: float
+    """Sampled tokens of the whole mini-batch, over micro-batches and ranks."""
+    num_rows: float
+    """Trajectories with a sampled token, same scope."""
+    engine: Tensor | None = None
+    """[N] engine log-probabilities, where `old` is the trainer's. Not where `old` is the engine's: the mismatch would
+    be corrected twice (trap T53)."""
+    reference: Tensor | None = None
+    """[N] of the reference policy."""
+    entropy: Tensor | None = None
+    """[N] nats, of the policy's distributions; with gradient where `entropy_weight` is above 0."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_low < 1 or self.clip_high < 0 or self.clip_dual <= 1:
-            raise ValueError("model.loss: 0 <= clip_low < 1, clip_high >= 0 and clip_dual > 1 must hold")
-        if self.kl_weight < 0 or self.entropy_weight < 0 or self.importance_cap <= 0:
-            raise ValueError("model.loss: kl_weight and entropy_weight must be at least 0, importance_cap above 0")
+        size = self.logprobs.shape
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and (value.dim() != 1 or value.shape != size):
+                raise ValueError(
+                    f"{field.name} has shape {list(value.shape)}; one entry per sampled token: {list(size)}"
+                )
+        if len(self.logprobs) and not (self.num_tokens > 0 and self.num_rows > 0):
+            raise ValueError(
+                f"num_tokens ({self.num_tokens}) and num_rows ({self.num_rows}) count the whole mini-batch, "
+                f"which has at least the {len(self.logprobs)} tokens here"
+            )
 
 
-def clipped_surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """PPO's clipped loss with clip-higher and dual clip, per token.
-
-    Args:
-        logprobs: [N] of the policy, with gradient.
-        old: [N] of the policy that sampled.
-        advantages: [N]
-        config: the clips.
-
-    Returns:
-        Loss per token [N], and the indicator of each clip [N].
-    """
-    log_ratio = (logprobs - old).clamp(-20.0, 20.0)
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    upper = torch.maximum(plain, clipped)
-    bound = -advantages * config.clip_dual
-    negative = advantages < 0
-    loss = torch.where(negative, torch.minimum(upper, bound), upper)
-    marks = {"clip_frac": (clipped > plain).float(), "clip_dual_frac": ((upper > bound) & negative).float()}
-    return loss, marks
-
-
-def kl_penalty(logprobs: Tensor, reference: Tensor, kind: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference), [N]: k1 = p - r, k2 = (p - r)^2 / 2, k3 = e^(r - p) - (r - p) - 1.
-
-    k3 is clamped to [-10, 10] after its exponent to +-20, as the reference does; its gradient is 0 out there
-    (reference.md item 33).
-    """
-    if kind == "k1":
-        return logprobs - reference
-    if kind == "k2":
-        return 0.5 * (logprobs - reference).square()
-    gap = (reference - logprobs).clamp(-20.0, 20.0)
-    return (gap.exp() - gap - 1).clamp(-10.0, 10.0)
-
-
-def token_weights(row_index: Tensor, num_tokens: float, num_rows: float, config: PolicyLossConfig) -> Tensor:
-    """Weight of every token in the global loss, [N]; they sum to 1 over all micro-batches and ranks.
-
-    Args:
-        row_index: [N] which trajectory each token belongs to; a trajectory is never split.
-        num_tokens: sampled tokens of the mini-batch, over all ranks.
-        num_rows: trajectories with any sampled token, over all ranks.
-        config: the aggregation.
-    """
-    if config.aggregation == "token_mean":
-        return torch.full(row_index.shape, 1.0 / num_tokens, device=row_index.device)
-    lengths = torch.bincount(row_index, minlength=1).clamp(min=1)
-    return 1.0 / (lengths[row_index] * num_rows)
-
-
-def policy_loss(
-    logprobs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    config: PolicyLossConfig,
-    *,
-    engine: Tensor | None = None,
-    reference: Tensor | None = None,
-    entropy: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's share of the global loss, and of its metrics.
 
+    Shares add up over micro-batches and ranks. A token whose `old` or `engine` log-probability is NaN or infinite has
+    no weight and is counted in `nonfinite_frac`; the normalisers stay as they are. A NaN of the policy's own is not
+    hidden. With N = 0 the loss is 0 and still has a graph, and the metrics have the same names.
+
     Args:
-        logprobs: [N] of the policy, with gradient.
-        old: [N] that the ratio is taken against.
-        advantages: [N]
-        weights: [N] of `token_weights`.
-        config: the recipe.
-        engine: [N] of the engine, where `old` is the trainer's: the loss is multiplied by the importance weight
-            exp(old - engine), truncated at `importance_cap`. Never together with `old` from the engine (trap T53).
-        reference: [N] of the reference policy, for the KL penalty.
-        entropy: [N] of the distributions, for the bonus and the metric.
+        inputs: the tokens.
+        config: what to optimise.
 
     Returns:
-        Scalar loss, and metric shares that add up over micro-batches and ranks.
+        Scalar loss, and detached scalar metric shares. `loss` and `surrogate_loss` are weighted as `aggregation` says,
+        all others are means over tokens: `clip_frac`, `clip_dual_frac`, `ratio_mean` (before any clip), `approx_kl`
+        (old minus policy), `nonfinite_frac`; with `engine` `importance_weight_mean` (before truncation),
+        `importance_capped_frac`, `importance_masked_frac`, `engine_gap_mean` (absolute, nats); with `reference`
+        `kl_to_reference`; with `entropy` `entropy`.
+
+    Raises:
+        ValueError: an input is missing that the config reads.
     """
-    per_token, marks = clipped_surrogate(logprobs, old, advantages, config)
-    metrics: dict[str, Tensor] = {**marks, "ratio_mean": (logprobs.detach() - old).clamp(-20, 20).exp()}
-    if engine is not None:
-        raw = (old - engine).clamp(-20.0, 20.0).exp()
-        metrics["importance_weight_mean"] = raw
-        per_token = per_token * raw.clamp(max=config.importance_cap)
-    metrics["loss"] = per_token.detach()
-    metrics["approx_kl"] = (old - logprobs).detach()
-    if reference is not None:
-        penalty = kl_penalty(logprobs, reference, config.kl)
+    _check_inputs(inputs, config)
+    tokens = _finite_tokens(inputs)
+    surrogate = SURROGATES[config.policy](tokens, config.clips)
+    metrics = {
+        "clip_frac": surrogate.clipped,
+        "clip_dual_frac": surrogate.capped,
+        "ratio_mean": surrogate.ratio,
+        "approx_kl": tokens.old - tokens.logprobs.detach(),
+    }
+    per_token = surrogate.loss
+    if inputs.engine is not None:
+        factor, marks = importance_weights(tokens.old, _aligned(inputs.engine, tokens), tokens, config)
+        per_token = per_token * factor
+        metrics |= marks
+    surrogate_loss = per_token.detach()
+    if inputs.reference is not None:
+        penalty = kl_penalty(tokens.logprobs, inputs.reference.to(per_token.dtype), config.kl)
         metrics["kl_to_reference"] = penalty.detach()
-        per_token = per_token + config.kl_weight * penalty
-    if entropy is not None:
-        metrics["entropy"] = entropy.detach()
-        if config.entropy_weight:
-            per_token = per_token - config.entropy_weight * entropy
-    loss = (per_token * weights).sum()
-    return loss, {name: float((value * weights).sum()) for name, value in metrics.items()}
+        if config.kl_weight > 0 and config.kl_in == "loss":
+            per_token = per_token + config.kl_weight * (
+                penalty * token_ratio(tokens) if config.kl_importance else penalty
+            )
+    if inputs.entropy is not None:
+        metrics["entropy"] = inputs.entropy.detach()
+        if config.entropy_weight > 0:
+            per_token = per_token - config.entropy_weight * inputs.entropy
+    weights = token_weights(tokens.row_index, inputs.num_tokens, inputs.num_rows, config).to(per_token.dtype)
+    weights = weights * tokens.keep
+    loss = (per_token * weights).sum() if len(weights) else inputs.logprobs.sum() * 0.0
+    count = max(inputs.num_tokens, 1e-9)  # 0 only where no rank has a token
+    shares = {name: (value.to(weights.dtype) * tokens.keep).sum() / count for name, value in metrics.items()}
+    shares["nonfinite_frac"] = (~tokens.keep).sum() / count
+    return loss, {"loss": loss.detach(), "surrogate_loss": (surrogate_loss * weights).sum(), **shares}
+
+
+def importance_weights(
+    old: Tensor, engine: Tensor, tokens: Tokens, config: PolicyLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weight of every token for the gap between the engine that sampled and the trainer's `old`.
+
+    Args:
+        old: [N] of the trainer, before the first step.
+        engine: [N] of the engine.
+        tokens: rows, and which tokens are kept.
+        config: cap of the token weight, band of the sequence mask.
+
+    Returns:
+        Weights [N], and metrics [N]: the raw ratio, what was truncated, what was masked, the absolute gap.
+    """
+    gap = old - engine
+    raw = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    weight, capped, masked = torch.ones_like(raw), torch.zeros_like(tokens.keep), torch.zeros_like(tokens.keep)
+    if config.importance_cap is not None:
+        weight, capped = raw.clamp(max=config.importance_cap), raw > config.importance_cap
+    if config.importance_band is not None:
+        # The mean of log-ratios, not their sum: a product over a long sequence leaves any band (trap T19).
+        low, high = config.importance_band
+        sequence = row_means(gap, tokens.row_index, tokens.keep).exp()
+        masked = (sequence < low) | (sequence > high)
+        weight = weight.masked_fill(masked, 0.0)
+    return weight, {
+        "importance_weight_mean": raw,
+        "importance_capped_frac": capped,
+        "importance_masked_frac": masked,
+        "engine_gap_mean": gap.abs(),
+    }
+
+
+def _check_inputs(inputs: LossInputs, config: PolicyLossConfig) -> None:
+    if config.kl_weight > 0 and config.kl_in == "loss" and inputs.reference is None:
+        raise ValueError("model.loss.kl_weight is above 0 but no log-probabilities of a reference policy were given")
+    if config.entropy_weight > 0:
+        if inputs.entropy is None:
+            raise ValueError("model.loss.entropy_weight is above 0 but no entropy was given")
+        if inputs.logprobs.requires_grad and not inputs.entropy.requires_grad:
+            raise ValueError("model.loss.entropy_weight is above 0 but the entropy carries no gradient")
+
+
+def _finite_tokens(inputs: LossInputs) -> Tokens:
+    """The tokens in at least float32; where `old` or `engine` is no number, `old` is the policy's and `keep` False."""
+    dtype = torch.promote_types(inputs.logprobs.dtype, torch.float32)
+    logprobs = inputs.logprobs.to(dtype)
+    keep = inputs.old.isfinite()
+    if inputs.engine is not None:
+        keep = keep & inputs.engine.isfinite()
+    return Tokens(
+        logprobs=logprobs,
+        old=torch.where(keep, inputs.old.to(dtype), logprobs.detach()),
+        advantages=inputs.advantages.to(dtype),
+        row_index=inputs.row_index.long(),
+        keep=keep,
+    )
+
+
+def _aligned(engine: Tensor, tokens: Tokens) -> Tensor:
+    return torch.where(tokens.keep, engine.to(tokens.old.dtype), tokens.old)
