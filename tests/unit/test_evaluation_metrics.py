@@ -16,11 +16,11 @@ from cv_lightning.evaluation.metrics import crop_fits, must_use, outcomes, summa
 from cv_lightning.evaluation.statistics import bootstrap, rate, wilson
 from cv_lightning.images import compose, dihedral_affine
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord, to_record
-from cv_lightning.types import IDENTITY, Affine, Effect, EndState, Operation, SandboxResult, ToolStatus, Turn
+from cv_lightning.types import IDENTITY, Affine, Box, Effect, EndState, Operation, SandboxResult, ToolStatus, Turn
 
 
 def record(
-    required: tuple[str, ...], steps: list[str | tuple[int, int, int, int]], box=(100, 40, 160, 70)
+    required: tuple[str, ...], steps: list[str | tuple[int, int, int, int]], box: Box = (100, 40, 160, 70)
 ) -> GroupRecord:
     """A group of one trajectory that did `steps` (names of turns, crop boxes) to a 300x200 image."""
     found = to_record(group(digit_task(0, "upright"), 1, Policy(needless=0, error=0)))
@@ -160,7 +160,7 @@ def test_summary_of_known_outcomes() -> None:
         "upright": 1,
         "turned": 2,
         "small": 2,
-        "turned_small": 3,
+        "turned_and_small": 3,
     }
     assert summary.end_states == {"answered": 1.0}
     lazy = summarise([group(digit_task(index, "turned"), 1, replace(perfect, turn=0)) for index in range(20)])

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
+from cv_lightning.data import digits
+from cv_lightning.data.digits import DigitsConfig, Kind
 from cv_lightning.images import compose, dihedral_affine, map_box
+from cv_lightning.rewards import RewardConfig, RewardModule
+from cv_lightning.rl.advantages import AdvantageConfig
+from cv_lightning.rl.collector import assign_advantages
 from cv_lightning.types import (
     IDENTITY,
     Affine,
-    Box,
     Effect,
     EndState,
     Group,
     Operation,
-    RewardBreakdown,
     SandboxResult,
     Task,
     ToolCall,
@@ -29,56 +31,15 @@ from cv_lightning.types import (
     Turn,
 )
 
-DIGITS = load_digits()
-TURNS = {
-    "rotate_90": Image.Transpose.ROTATE_90,
-    "rotate_180": Image.Transpose.ROTATE_180,
-    "rotate_270": Image.Transpose.ROTATE_270,
-    "flip_horizontal": Image.Transpose.FLIP_LEFT_RIGHT,
-    "flip_vertical": Image.Transpose.FLIP_TOP_BOTTOM,
-}
+KINDS = digits.KINDS
+TURNS = digits.TRANSFORMS
+QUICKSTART = RewardConfig(emerge=0.0)
 INVERSE = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}
-KINDS = ("upright", "turned", "small", "turned_small")
 
 
-def digit_task(index: int, kind: str, *, seed: int = 0) -> Task:
-    """A number of two digits on a card with an upright cue; small kinds on a large original."""
-    rng = random.Random(f"{seed}/{index}/{kind}")
-    side = 384 if "small" in kind else 96
-    image = Image.new("RGB", (side, side), "white")
-    scale = side // 96
-    image.paste("black", (6 * scale, 88 * scale, 90 * scale, 93 * scale))
-    pair = [rng.randrange(len(DIGITS.target)) for _ in range(2)]
-    x, y = (rng.randrange(300), rng.randrange(250)) if "small" in kind else (12, 20)
-    for place, which in enumerate(pair):
-        digit = Image.fromarray((255 - DIGITS.images[which] * 255 / 16).astype(np.uint8)).resize((28, 28))
-        image.paste(digit.convert("RGB"), (x + 30 * place, y))
-    box: Box = (float(x), float(y), float(x + 58), float(y + 28))
-    required: tuple[str, ...] = ()
-    if "turned" in kind:
-        name = rng.choice(sorted(TURNS))
-        box = _turn_box(name, box, image.size)
-        image = image.transpose(TURNS[name])
-        required += (name,)
-    if "small" in kind:
-        required += ("crop",)
-    return Task(
-        id=f"digits-{kind}-{index}",
-        question="What number is written?",
-        images=(image,),
-        ground_truth="".join(str(DIGITS.target[which]) for which in pair),
-        data_source="digits",
-        required_transforms=required,
-        box=box,
-        metadata={"kind": kind},
-    )
-
-
-def _turn_box(name: str, box: Box, size: tuple[int, int]) -> Box:
-    back = dihedral_affine(name, *size)
-    corners = [(back.a, back.b, back.c), (back.d, back.e, back.f)]
-    inverse = np.linalg.inv(np.array([*corners, (0, 0, 1)], float))
-    return map_box(Affine(*inverse[:2].ravel()), box)
+def digit_task(index: int, kind: Kind, *, seed: int = 0) -> Task:
+    """A held-out scene of the embedded task."""
+    return digits.digit_task(DigitsConfig(seed=seed), "held_out", index, kind)
 
 
 @dataclass
@@ -110,30 +71,37 @@ def rollout(task: Task, sample: int, policy: Policy, rng: random.Random) -> Traj
         _orient(trajectory, rng.choice(sorted(TURNS)), rng)
     if "crop" in task.required_transforms and rng.random() < policy.crop:
         _crop(trajectory, rng)
-    saw = all(rng.random() < policy.read for _ in range(1)) and len(trajectory.images) > len(task.required_transforms)
+    saw = rng.random() < policy.read and len(trajectory.images) > len(task.required_transforms)
     answer = task.ground_truth if saw else f"{rng.randrange(100):02d}"
-    trajectory.turns.append(Turn(text=f"<answer>{answer}</answer>", num_tokens=6, generate_s=0.01))
+    trajectory.turns.append(Turn(text=f"<think>read</think><answer>{answer}</answer>", num_tokens=6, generate_s=0.01))
     trajectory.end_state = EndState.ANSWERED
     for turn in trajectory.turns:
         trajectory.token_ids += [7] * (turn.num_tokens + 20)
         trajectory.loss_mask += [False] * 20 + [True] * turn.num_tokens
         trajectory.logprobs += [0.0] * 20 + [-rng.random() for _ in range(turn.num_tokens)]
-    correct = answer == task.ground_truth
-    components = {"accuracy": float(correct), "format": 1.0, "mandatory": rng.random(), "usage": 0.0, "spurious": 0.0}
-    total = components["accuracy"] + 0.1 + components["mandatory"]
-    trajectory.reward = RewardBreakdown(components=components, total=total, correct=correct, answer=answer)
     trajectory.total_s = 0.1
     return trajectory
 
 
-def group(task: Task, size: int = 1, policy: Policy | None = None, *, iteration: int = 0, seed: int = 0) -> Group:
-    """A group with standardised advantages."""
+def group(
+    task: Task,
+    size: int = 1,
+    policy: Policy | None = None,
+    *,
+    iteration: int = 0,
+    seed: int = 0,
+    reward: RewardConfig = QUICKSTART,
+) -> Group:
+    """A group, scored by the real reward module, with advantages."""
     rng = random.Random(f"{seed}/{task.id}/{iteration}")
-    found = [rollout(task, sample, policy or Policy(), rng) for sample in range(size)]
-    rewards = np.array([trajectory.reward.total for trajectory in found if trajectory.reward])
-    for trajectory, reward in zip(found, rewards, strict=True):
-        trajectory.advantage = float((reward - rewards.mean()) / (rewards.std() + 1e-4))
-    return Group(task=task, trajectories=found, iteration=iteration)
+    found = Group(
+        task=task,
+        trajectories=[rollout(task, sample, policy or Policy(), rng) for sample in range(size)],
+        iteration=iteration,
+    )
+    RewardModule(reward).score_group(found)
+    assign_advantages(found, AdvantageConfig())
+    return found
 
 
 def _image(image: Image.Image, parent: int | None, to_source: Affine) -> TrajectoryImage:
