@@ -22,6 +22,14 @@ from cv_lightning.types import CVLightningError
 DEFAULT_FOLDER = "runs/default"
 
 
+class ShortErrorParser(LightningArgumentParser):
+    """A parser whose errors are not buried under a usage text of a hundred lines."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """One line."""
+        (file or sys.stdout).write(f"usage: {self.prog.replace(' [options]', '')} [options]\n")
+
+
 class CVLightningCLI(LightningCLI):
     """LightningCLI with our defaults: a run folder, a CSV logger in it, our progress bar, our run record."""
 
@@ -72,6 +80,8 @@ def main(args: ArgsType = None) -> CVLightningCLI:
             save_config_callback=RunRecord,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
+            parser_class=ShortErrorParser,
+            parser_kwargs={"prog": "python -m cv_lightning"},
             args=args,
         )
     except CVLightningError as error:

@@ -41,7 +41,7 @@ class EvaluationConfig:
     """One way to evaluate; `test` runs each over the same tasks."""
 
     name: str = "greedy"
-    """Folder under `<run>/eval/` and prefix of its metrics."""
+    """Folder under `<run>/eval/` (after `eval_prefix`) and prefix of its metrics."""
     temperature: float = 0.0
     """0: greedy."""
     tool: bool = True
@@ -76,7 +76,7 @@ class RolloutCallback(pl.Callback):
         num_samples: int = 8,
         evaluations: list[EvaluationConfig] | None = None,
         parity_tolerance: float = 1e-4,
-        eval_folder: str = "eval",
+        eval_prefix: str = "",
     ) -> None:
         """
         Args:
@@ -91,7 +91,7 @@ class RolloutCallback(pl.Callback):
             evaluations: what `validate` and `test` run; one greedy pass with the tool by default.
             parity_tolerance: largest difference between engine and trainer log-probabilities that the start-up
                 self-test accepts in float32; 0 turns the test off.
-            eval_folder: where evaluations go, under the run's folder.
+            eval_prefix: put before the names of the evaluations: `sft_` gives `<run>/eval/sft_greedy`.
         """
         self.agent = agent or AgentConfig()
         self.engine_config = engine or EngineConfig()
@@ -103,7 +103,7 @@ class RolloutCallback(pl.Callback):
         self.num_samples = num_samples
         self.evaluations = evaluations or [EvaluationConfig()]
         self.parity_tolerance = parity_tolerance
-        self.eval_folder = eval_folder
+        self.eval_prefix = eval_prefix
         self.parts: _Parts | None = None
         self.parity_checked = False
         self.eval_groups: dict[str, list[Group]] = {}
@@ -234,7 +234,7 @@ class RolloutCallback(pl.Callback):
             agent = _replace_tool(self.agent, evaluation.tool)
             with RunProgress.rollout_of(trainer, f"evaluate {evaluation.name}") as show:
                 groups = self._collector(module, agent).collect(batch.tasks, evaluation.num_samples, sampling, 0, show)
-            writer = self._writer(trainer, evaluation.name, self._eval_path(trainer, evaluation.name))
+            writer = self._writer(trainer, f"eval/{evaluation.name}", self._eval_path(trainer, evaluation.name))
             for group in groups:
                 writer.write_group(group, module.iteration)
             self.eval_groups[evaluation.name] += groups
@@ -250,7 +250,7 @@ class RolloutCallback(pl.Callback):
         self.eval_groups = {}
 
     def _eval_path(self, trainer: pl.Trainer, name: str) -> Path:
-        return Path(trainer.default_root_dir) / self.eval_folder / name
+        return Path(trainer.default_root_dir) / "eval" / f"{self.eval_prefix}{name}"
 
     # ------------------------------------------------------------------ parts
     def _ready(self, pl_module: pl.LightningModule) -> _Parts:

@@ -1,0 +1,158 @@
+"""`python -m cv_lightning quickstart`: from a random tiny model to one that learned to use the tool, and the report.
+
+Every stage is a command of its own, shown before it runs; `timing.json` remembers what is finished, so that an
+interrupted quickstart goes on with the stage that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONFIGS = Path("configs/quickstart")
+SMOKE_SFT = ["--data.init_args.num_steps", "6"]
+SMOKE_RL = ["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "4"]
+SMOKE_TEST = ["--data.init_args.test_tasks", '{"upright": 2, "turned": 2, "small": 2, "turned_and_small": 2}']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of the quickstart."""
+
+    name: str
+    """Key in `timing.json`."""
+    title: str
+    arguments: list[str]
+    """After `python -m cv_lightning`."""
+    writes: list[Path] = field(default_factory=list)
+    """Removed before the stage runs: what a cut-off try may have left."""
+    always: bool = False
+    """Run although it ran before."""
+
+
+def stages(run: Path, *, seed: int, smoke: bool, ablation: bool) -> list[Stage]:
+    """The stages of a quickstart, in order.
+
+    Args:
+        run: the run's folder.
+        seed: of weights, training scenes and samples; the held-out scenes are the same for all seeds.
+        smoke: a few steps of each.
+        ablation: also train with accuracy and format only.
+    """
+    rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
+    digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
+    tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
+    found = [
+        Stage(name="tiny", title="a tiny Qwen3-VL with random weights", arguments=tiny, writes=[run / "tiny"]),
+        _fit("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
+        _test("sft", run, seed, smoke),
+        _fit("rl", "GRPO with the process reward", run, "sft/model", [*digits, *rl], config="grpo"),
+        _test("rl", run, seed, smoke),
+    ]
+    if ablation:
+        reward = ["--trainer.callbacks.init_args.reward", f"{CONFIGS}/reward_accuracy.yaml"]
+        title = "the same GRPO with accuracy and format only"
+        found.append(_fit("rl_accuracy", title, run, "sft/model", [*digits, *rl, *reward], config="grpo"))
+        found.append(_test("rl_accuracy", run, seed, smoke))
+    summary = ["quickstart-summary", str(run)]
+    found.append(Stage(name="summary", title="what it learned", arguments=summary, always=True))
+    found.append(Stage(name="report", title="the report", arguments=["report", str(run)], always=True))
+    return found
+
+
+def _fit(name: str, title: str, run: Path, start: str, extra: list[str], config: str = "sft") -> Stage:
+    arguments = ["fit", "--config", f"{CONFIGS}/{config}.yaml", "--trainer.default_root_dir", f"{run}/{name}"]
+    arguments += ["--model.init_args.policy.path", f"{run}/{start}", *extra]
+    return Stage(name=name, title=title, arguments=arguments, writes=[run / name])
+
+
+def _test(stage: str, run: Path, seed: int, smoke: bool) -> Stage:
+    arguments = ["test", "--config", f"{CONFIGS}/eval.yaml", "--trainer.default_root_dir", str(run)]
+    arguments += ["--model.init_args.policy.path", f"{run}/{stage}/model"]
+    arguments += ["--trainer.callbacks.init_args.eval_prefix", f"{stage}_"]
+    arguments += ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_TEST if smoke else [])]
+    names = [f"{stage}_{mode}_{tool}" for mode in ("greedy", "sampled") for tool in ("tool", "notool")]
+    writes = [run / "eval" / name for name in names]
+    title = f"test of {stage} on held-out digits, with and without the tool"
+    return Stage(name=f"{stage}_eval", title=title, arguments=arguments, writes=writes)
+
+
+class Timing:
+    """`timing.json` of a run: seconds by finished stage, and the seed."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "timing.json"
+        self.values: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def set(self, name: str, value: float) -> None:
+        """Remember a value; on disk at once, whole or not at all."""
+        self.values[name] = value
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.values, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+
+def run_stages(run: Path, wanted: list[Stage], timing: Timing) -> int:
+    """Run what is not finished yet.
+
+    Returns:
+        Exit code of the first stage that failed; 0 if none did.
+    """
+    for number, stage in enumerate(wanted, 1):
+        heading = f"[{number}/{len(wanted)}] {stage.title}"
+        if stage.name in timing.values and not stage.always:
+            _say(f"\n{heading}: done before, in {timing.values[stage.name]:.0f} s")
+            continue
+        for path in stage.writes:
+            shutil.rmtree(path, ignore_errors=True)
+        _say(f"\n{heading}\n$ python -m cv_lightning {shlex.join(stage.arguments)}")
+        begun = time.perf_counter()
+        code = subprocess.run([sys.executable, "-m", "cv_lightning", *stage.arguments]).returncode
+        if code:
+            _say(f"{stage.name} failed (exit code {code}); the lines above say why. The same command goes on from here.")
+            return code
+        timing.set(stage.name, round(time.perf_counter() - begun, 2))
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--seed", type=int, default=0, help="another model, other scenes, other samples (default 0)")
+    parser.add_argument("--smoke", action="store_true", help="every stage once, small; no learning claimed")
+    parser.add_argument("--ablation", action="store_true", help="also RL with accuracy and format only, shown beside it")
+    parser.add_argument("--out", type=Path, help="default runs/quickstart-seedN, with --smoke runs/quickstart-smoke")
+    parser.add_argument("--force", action="store_true", help="start anew; else finished stages are kept")
+    given = parser.parse_args(args)
+    if not CONFIGS.is_dir():
+        parser.error(f"{CONFIGS} is not here; run it in the project's folder")
+    run: Path = given.out or Path("runs", "quickstart-smoke" if given.smoke else f"quickstart-seed{given.seed}")
+    if given.force:
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    timing = Timing(run)
+    if timing.values.get("seed", given.seed) != given.seed:
+        parser.error(f"{run} was made with --seed {timing.values['seed']:.0f}; choose another --out, or --force")
+    timing.set("seed", given.seed)
+    wanted = stages(run, seed=given.seed, smoke=given.smoke, ablation=given.ablation)
+    try:
+        code = run_stages(run, wanted, timing)
+    except KeyboardInterrupt:
+        _say("\nstopped; the same command goes on with the stage that was cut off")
+        return 130
+    if code == 0:
+        _say(f"\nopen {(run / 'report.html').resolve()} in a browser; figures: {run / 'summary.json'}")
+    return code
