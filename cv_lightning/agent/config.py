@@ -32,7 +32,8 @@ class AgentConfig:
     deadline_s: float = 1800.0
     """A rollout's wall-clock limit in seconds; what is unfinished then ends as `stopped`."""
     tool_deadline_s: float = 60.0
-    """With the engine idle, how long to wait for any tool before its trajectories count as lost."""
+    """A tool call without an answer for so long is given up and its trajectory counts as lost, not as wrong. Counted from
+    the last answer to a call handed over before it, so that calls waiting behind slow ones are not late."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """The words."""
 

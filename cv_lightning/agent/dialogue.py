@@ -61,10 +61,17 @@ class DialogueEncoder:
         """Ids of a prompt, generation prompt included, one pad per image."""
         return self._ids(self.render(messages, generation_prompt=True))
 
-    def tool_ids(self, content: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Ids that follow a finished assistant turn: separator, tool message, generation prompt."""
+    def tool_ids(self, content: Sequence[dict[str, str]], after: Sequence[int] = ()) -> tuple[int, ...]:
+        """Ids that follow a finished assistant turn: separator, tool message, generation prompt.
+
+        Args:
+            content: parts of the tool message.
+            after: the ids before it. Where the turn ended by another token than the end of turn (a model may stop at
+                its end of text), the end of turn is put first, so that the conversation stays the template's.
+        """
         rendered = self.render([{"role": "tool", "content": list(content)}], generation_prompt=True)
-        return self._ids("\n" + rendered)
+        missing = () if not len(after) or after[-1] == self.end_id else (self.end_id,)
+        return missing + self._ids("\n" + rendered)
 
     def assistant_ids(self, text: str) -> tuple[int, ...]:
         """Ids of an assistant turn as demonstrations teach it, end of turn included."""
@@ -84,18 +91,26 @@ class DialogueEncoder:
         return to_model_image(image, self.limits)
 
     def start(self, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool) -> Dialogue:
-        """A dialogue that holds the prompt of a task.
+        """A dialogue that holds the prompt of a task; see `open`."""
+        dialogue = Dialogue(encoder=self)
+        self.open(dialogue, task, images, config, tool)
+        return dialogue
+
+    def open(self, dialogue: Dialogue, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool) -> None:
+        """Put the prompt of a task into an empty dialogue.
 
         Args:
+            dialogue: to begin.
             task: the question.
             images: `task.images` as the model sees them.
             config: the words.
             tool: whether the tool is offered.
+
+        Raises:
+            DataError: the number of image marks in the task's messages differs from the number of its images.
         """
         sizes = [(full.size, seen.size) for full, seen in zip(task.images, images, strict=True)]
-        dialogue = Dialogue(encoder=self)
         dialogue.append_given(self.prompt_ids(task_messages(task, sizes, config, tool)), images)
-        return dialogue
 
 
 @dataclass(slots=True)

@@ -8,28 +8,27 @@ the background thread and hand results back by a queue.
 from __future__ import annotations
 
 import hashlib
+import logging
 import queue
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
-
-from PIL import Image
 
 from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
-from cv_lightning.agent.prompt import split_marks, text_part, tool_ok_text
+from cv_lightning.agent.prompt import cut_middle, response_parts, tool_ok_text
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
+from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
 from cv_lightning.engine.base import Completion, Engine, Request, SamplingConfig
-from cv_lightning.images import compose, content_hash
+from cv_lightning.images import content_hash
 from cv_lightning.types import (
-    IDENTITY,
+    DataError,
     EndState,
-    ImageError,
-    SandboxResult,
+    EngineError,
+    JudgeError,
     Task,
     ToolCall,
     ToolStatus,
@@ -38,15 +37,15 @@ from cv_lightning.types import (
     Turn,
 )
 
+__all__ = ["CodeRunner", "Job", "Rollout", "RolloutProgress", "Score", "cut_middle", "jobs_of"]
+
+logger = logging.getLogger(__name__)
+
 Score = Callable[[Trajectory], Awaitable[None]]
 """Judges a finished trajectory while others still run."""
 
-
-class CodeRunner(Protocol):
-    """What the loop asks of a sandbox."""
-
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
-        """Run a snippet on an image."""
+POLL_S = 0.5
+"""With nothing else to do the loop looks at its deadlines this often, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,16 @@ class _Run:
         return f"{self.job.task.id}/{self.job.sample}/{self.order}"
 
 
+@dataclass(slots=True)
+class _Call:
+    """A tool call under way."""
+
+    run: _Run
+    future: Future[ToolOutcome]
+    since: float
+    """When it was handed over, or a call handed over before it last came back: the queue before it moves."""
+
+
 @dataclass
 class Rollout:
     """Runs jobs to trajectories. One object serves many rollouts; it owns none of its parts."""
@@ -116,7 +125,11 @@ class Rollout:
             progress: called after every engine step.
 
         Returns:
-            Trajectories; a failed part is an end state of its trajectory, not an exception.
+            As many trajectories as jobs; a failed part is an end state of its trajectory, not an exception.
+
+        Raises:
+            EngineError: the engine itself failed in a step. Like any other exception, Ctrl-C included, it leaves no
+                request in the engine and no snippet in the sandbox.
         """
         return _Pass(self, jobs, sampling, progress).run()
 
@@ -133,13 +146,14 @@ class _Pass:
     ) -> None:
         self.owner, self.sampling = owner, sampling
         self.engine, self.encoder, self.config = owner.engine, owner.encoder, owner.config
-        self.results: queue.SimpleQueue[tuple[_Run, SandboxResult]] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[tuple[_Call, ToolOutcome]] = queue.SimpleQueue()
         self.waiting = deque(enumerate(jobs))
         self.generating: dict[str, _Run] = {}
-        self.in_sandbox: dict[str, tuple[_Run, Future[SandboxResult]]] = {}
+        self.in_sandbox: dict[str, _Call] = {}
         self.scoring: list[tuple[Trajectory, Future[None]]] = []
         self.done: dict[int, Trajectory] = {}
-        self.seen_images: dict[int, tuple[list[TrajectoryImage], list[str]]] = {}
+        self.shown: dict[int, tuple[list[TrajectoryImage], list[str]]] = {}
+        """By identity of the task: its images as the model sees them, and their hashes."""
         self.state = RolloutProgress(total=len(jobs))
         self.report = progress
         self.started = time.perf_counter()
@@ -148,109 +162,171 @@ class _Pass:
     def run(self) -> list[Trajectory]:
         try:
             while len(self.done) < self.state.total:
-                if time.perf_counter() - self.started > self.config.deadline_s:
+                if self._elapsed() > self.config.deadline_s:
                     self._stop_all()
                     break
                 self._admit_jobs()
                 self._admit_tool_results()
-                if self.engine.has_unfinished():
-                    for completion in self.engine.step():
-                        self._finish_turn(self.generating.pop(completion.id), completion)
+                self._step()
                 self._show()
+            self._show()
+            self._await_scores()
         except BaseException:
             self._abort()
             raise
-        self._await_scores()
-        return [self.done[order] for order in sorted(self.done)]
+        return [self.done[order] for order in range(self.state.total)]
 
     def _admit_jobs(self) -> None:
         while self.waiting and len(self.generating) + len(self.in_sandbox) < self.owner.window:
-            order, job = self.waiting.popleft()
-            self._start(order, job)
+            self._start(*self.waiting.popleft())
+
+    def _step(self) -> None:
+        if self.engine.has_unfinished():
+            for completion in self.engine.step():
+                self._finish_turn(self.generating.pop(completion.id), completion)
+        elif self.generating:
+            for run in list(self.generating.values()):
+                self._end(run, EndState.ERROR_ENGINE, "the engine forgot this request")
+            self.generating.clear()
 
     def _admit_tool_results(self) -> None:
         """Hand finished tool calls back; wait for one only where the engine has nothing to do."""
-        if self.config.deterministic:
-            if self.in_sandbox and not self.engine.has_unfinished():
-                arrived = [self._next_result(self.config.tool_deadline_s) for _ in range(len(self.in_sandbox))]
-                for run, result in sorted((r for r in arrived if r is not None), key=lambda pair: pair[0].order):
-                    self._continue(run, result)
-            return
         while self.in_sandbox:
-            item = self._next_result(0.0 if self.engine.has_unfinished() else self.config.tool_deadline_s)
-            if item is None:
+            busy = self.engine.has_unfinished()
+            if self.config.deterministic and busy:
                 return
-            self._continue(*item)
+            arrived = [self._next_result(0.0 if busy else self._patience())]
+            if self.config.deterministic:  # all, so that their order is the jobs' and not their speed's
+                while self.in_sandbox and self._elapsed() <= self.config.deadline_s:
+                    arrived.append(self._next_result(self._patience()))
+            for run, outcome in sorted((pair for pair in arrived if pair is not None), key=lambda pair: pair[0].order):
+                self._continue(run, outcome)
+            if arrived[-1] is None:
+                return
 
-    def _next_result(self, timeout: float) -> tuple[_Run, SandboxResult] | None:
+    def _patience(self) -> float:
+        """Seconds that the loop may block on the queue."""
+        return max(0.0, min(POLL_S, self.config.tool_deadline_s, self.config.deadline_s - self._elapsed()))
+
+    def _next_result(self, timeout: float) -> tuple[_Run, ToolOutcome] | None:
+        """The next tool call that came back, or one that is given up; None if there is neither within `timeout` s."""
         try:
-            item = self.results.get(timeout=timeout) if timeout > 0 else self.results.get_nowait()
+            call, outcome = self.results.get(timeout=timeout) if timeout > 0 else self.results.get_nowait()
         except queue.Empty:
-            if timeout > 0:
-                for run, future in list(self.in_sandbox.values()):
-                    future.cancel()
-                    self._end(run, EndState.ERROR_SANDBOX, f"no answer from the sandbox within {timeout:.0f} s")
-                self.in_sandbox.clear()
-            return None
-        return item if self.in_sandbox.pop(item[0].id, None) is not None else None
+            return self._late_call()
+        if self.in_sandbox.get(call.run.id) is not call:
+            return None  # given up meanwhile
+        del self.in_sandbox[call.run.id]
+        now = time.perf_counter()
+        for other in self.in_sandbox.values():  # in the order of their hand-over
+            if other.run.turn_started >= call.run.turn_started:
+                other.since = now
+        return call.run, outcome
+
+    def _late_call(self) -> tuple[_Run, ToolOutcome] | None:
+        """Give up the first call that is past its deadline; the others go on waiting."""
+        limit = self.config.tool_deadline_s
+        for call in self.in_sandbox.values():
+            if time.perf_counter() - call.since > limit and not call.future.done():
+                call.future.cancel()
+                del self.in_sandbox[call.run.id]
+                return call.run, lost(f"no answer from the sandbox within {limit:g} s (agent.tool_deadline_s)")
+        return None
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.started
 
     def _show(self) -> None:
         if self.report is not None:
-            self.state.elapsed_s = time.perf_counter() - self.started
+            self.state.elapsed_s = self._elapsed()
             self.report(self.state)
 
     def _await_scores(self) -> None:
+        end = time.perf_counter() + self.config.deadline_s
         for trajectory, future in self.scoring:
             try:
-                future.result(timeout=self.config.deadline_s)
-            except TimeoutError:
-                trajectory.end_state, trajectory.error = EndState.ERROR_JUDGE, "no verdict before the rollout's deadline"
+                future.result(timeout=max(0.0, end - time.perf_counter()))
+            except (TimeoutError, JudgeError) as error:
+                trajectory.end_state = EndState.ERROR_JUDGE
+                trajectory.error = str(error) or f"no verdict within {self.config.deadline_s:g} s (agent.deadline_s)"
+                future.cancel()
 
     def _stop_all(self) -> None:
+        """End everything that is under way or waiting as `stopped`: unfinished, not wrong."""
         self.engine.abort(list(self.generating))
-        for run in list(self.generating.values()) + [run for run, _ in self.in_sandbox.values()]:
-            self._end(run, EndState.STOPPED)
+        reason = f"agent.deadline_s ({self.config.deadline_s:g} s) was over"
+        for call in self.in_sandbox.values():
+            call.future.cancel()
+        for run in [*self.generating.values(), *(call.run for call in self.in_sandbox.values())]:
+            self._end(run, EndState.STOPPED, reason)
         for order, job in self.waiting:
-            run = self._new_run(order, job)
-            self._end(run, EndState.STOPPED)
+            self._end(self._new_run(order, job), EndState.STOPPED, reason)
+        self.generating.clear()
+        self.in_sandbox.clear()
+        self.waiting.clear()
 
     def _abort(self) -> None:
         """Leave nothing behind in engine and sandbox after an exception or Ctrl-C."""
-        self.engine.abort(list(self.generating))
-        for _, future in [*self.in_sandbox.values(), *self.scoring]:
+        futures: list[Future[ToolOutcome] | Future[None]] = [call.future for call in self.in_sandbox.values()]
+        for future in [*futures, *(future for _, future in self.scoring)]:
             future.cancel()
+        try:
+            self.engine.abort(list(self.generating))
+        except Exception:  # an engine that broke in its step may not answer; the first exception is the one to show
+            logger.exception("the engine could not forget its requests")
 
     # ------------------------------------------------------------------ one trajectory
     def _start(self, order: int, job: Job) -> None:
         run = self._new_run(order, job)
-        if run.trajectory.num_prompt_tokens > self.config.max_prompt_tokens:
-            return self._end(run, EndState.OVER_LENGTH, f"prompt of {run.trajectory.num_prompt_tokens} tokens")
+        try:
+            self._open(run)
+        except DataError as error:
+            return self._end(run, EndState.ERROR_TASK, str(error))
+        trajectory, config = run.trajectory, self.config
+        if trajectory.num_prompt_tokens > config.max_prompt_tokens:
+            tokens = f"a prompt of {trajectory.num_prompt_tokens} tokens, agent.max_prompt_tokens is {config.max_prompt_tokens}"
+            return self._end(run, EndState.OVER_LENGTH, tokens)
+        if len(trajectory.images) > config.max_images:
+            images = f"the task has {len(trajectory.images)} images, agent.max_images is {config.max_images}"
+            return self._end(run, EndState.MAX_IMAGES, images)
         self._generate(run)
 
     def _new_run(self, order: int, job: Job) -> _Run:
-        if id(job.task) not in self.seen_images:
-            views = [
-                TrajectoryImage(original=image, model_image=self.encoder.model_image(image), source=i, to_source=IDENTITY)
-                for i, image in enumerate(job.task.images)
-            ]
-            self.seen_images[id(job.task)] = views, [content_hash(view.model_image) for view in views]
-        views, hashes = self.seen_images[id(job.task)]
-        dialogue = self.encoder.start(
-            job.task, [view.model_image for view in views], self.config.prompt, self.config.tool
-        )
+        """A trajectory of which nothing has happened yet."""
+        dialogue = Dialogue(encoder=self.encoder)
         trajectory = Trajectory(
             task=job.task,
             sample=job.sample,
             token_ids=dialogue.token_ids,
             loss_mask=dialogue.loss_mask,
             logprobs=dialogue.logprobs,
-            num_prompt_tokens=len(dialogue.token_ids),
-            images=list(views),
+            num_prompt_tokens=0,
             weight_version=self.engine.weight_version,
         )
-        return _Run(order, job, dialogue, trajectory, list(hashes), started=time.perf_counter())
+        return _Run(order, job, dialogue, trajectory, [], started=time.perf_counter())
+
+    def _open(self, run: _Run) -> None:
+        """Build the prompt.
+
+        Raises:
+            DataError: it cannot be built.
+        """
+        task = run.job.task
+        if id(task) not in self.shown:
+            views = [
+                TrajectoryImage(original=image, model_image=self.encoder.model_image(image), source=index)
+                for index, image in enumerate(task.images)
+            ]
+            self.shown[id(task)] = views, [content_hash(view.model_image) for view in views]
+        views, hashes = self.shown[id(task)]
+        seen = [view.model_image for view in views]
+        self.encoder.open(run.dialogue, task, seen, self.config.prompt, self.config.tool)
+        run.trajectory.images += views
+        run.hashes += hashes
+        run.trajectory.num_prompt_tokens = len(run.dialogue.token_ids)
 
     def _generate(self, run: _Run) -> None:
+        """Ask the engine for the next turn."""
         length = len(run.dialogue.token_ids)
         budget = min(
             self.config.max_turn_tokens,
@@ -259,30 +335,41 @@ class _Pass:
         )
         if budget < 1:
             return self._end(run, EndState.OVER_LENGTH, f"no room for another turn after {length} tokens")
-        seed = f"{self.sampling.seed}|{run.job.task.id}|{run.job.sample}|{len(run.trajectory.turns)}|{self.engine.weight_version}"
         run.turn_started = time.perf_counter()
-        self.generating[run.id] = run
-        self.engine.add_request(
-            Request(
-                id=run.id,
-                prompt_ids=run.dialogue.engine_ids,
-                images=run.dialogue.images,
-                image_hashes=run.hashes,
-                max_tokens=budget,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
-                seed=int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "big"),
-                banned_ids=self.owner.banned_ids,
-            )
+        # Copies: the engine may look at a request again, and the dialogue grows on.
+        request = Request(
+            id=run.id,
+            prompt_ids=tuple(run.dialogue.engine_ids),
+            images=tuple(run.dialogue.images),
+            image_hashes=tuple(run.hashes),
+            max_tokens=budget,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=self._seed(run),
+            banned_ids=self.owner.banned_ids,
         )
+        self.generating[run.id] = run
+        try:
+            self.engine.add_request(request)
+        except EngineError as error:
+            del self.generating[run.id]
+            self._end(run, EndState.ERROR_ENGINE, str(error))
+
+    def _seed(self, run: _Run) -> int:
+        """Of one request: a function of run seed, task, sample, turn and policy version, and of nothing else."""
+        parts = (self.sampling.seed, run.job.task.id, run.job.sample, len(run.trajectory.turns), self.engine.weight_version)
+        digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=4)
+        return int.from_bytes(digest.digest(), "big")
 
     def _finish_turn(self, run: _Run, completion: Completion) -> None:
+        """Take a finished turn into the trajectory and do what it asks for."""
         if completion.prompt_ids is not None and completion.prompt_ids != run.dialogue.token_ids:
             message = f"the engine expanded {len(completion.prompt_ids)} ids, training {len(run.dialogue.token_ids)}"
             return self._end(run, EndState.ERROR_ENGINE, message)
-        if self.encoder.image_pad_id in completion.token_ids:
-            return self._end(run, EndState.ERROR_ENGINE, "an image token was sampled although it is banned")
-        run.dialogue.append_sampled(completion.token_ids, completion.logprobs)
+        try:
+            run.dialogue.append_sampled(completion.token_ids, completion.logprobs)
+        except EngineError as error:
+            return self._end(run, EndState.ERROR_ENGINE, str(error))
         turn = Turn(text=self.encoder.decode(completion.token_ids), num_tokens=len(completion.token_ids))
         turn.generate_s = time.perf_counter() - run.turn_started
         run.trajectory.turns.append(turn)
@@ -311,72 +398,55 @@ class _Pass:
         run.turn_started = time.perf_counter()
         self.state.tool_calls += 1
         if not 0 <= parsed.call.image_index < len(run.trajectory.images):
-            return self._continue(run, _no_such_image(parsed.call, len(run.trajectory.images)))
+            return self._continue(run, no_such_image(parsed.call, len(run.trajectory.images)))
         self._to_sandbox(run, parsed.call)
 
     def _to_sandbox(self, run: _Run, call: ToolCall) -> None:
         image = run.trajectory.images[call.image_index].original
-        future = self.owner.background.submit(self.owner.sandbox.run(image, call.code, owner=run.id))
-        self.in_sandbox[run.id] = run, future
+        work = run_tool(self.owner.sandbox, self.encoder, image, call.code, run.id)
+        under_way = _Call(run, self.owner.background.submit(work), since=run.turn_started)
+        self.in_sandbox[run.id] = under_way
 
-        def hand_back(finished: Future[SandboxResult]) -> None:
-            if finished.cancelled():
-                return
-            error = finished.exception()
-            lost = SandboxResult(status=ToolStatus.LOST, error=str(error), error_kind=type(error).__name__)
-            self.results.put((run, finished.result() if error is None else lost))
+        def hand_back(finished: Future[ToolOutcome]) -> None:
+            error = "the background thread was closed" if finished.cancelled() else finished.exception()
+            self.results.put((under_way, finished.result() if error is None else lost(error)))
 
-        future.add_done_callback(hand_back)
+        under_way.future.add_done_callback(hand_back)
 
-    def _continue(self, run: _Run, result: SandboxResult) -> None:
+    def _continue(self, run: _Run, outcome: ToolOutcome) -> None:
         """Take a tool's result into the trajectory and go on."""
-        turn = run.trajectory.turns[-1]
-        turn.tool_s = time.perf_counter() - run.turn_started
+        turn, result, prompt = run.trajectory.turns[-1], outcome.result, self.config.prompt
+        turn.tool_s = outcome.elapsed_s
         turn.result = result
         if result.status is ToolStatus.LOST:
             return self._end(run, EndState.ERROR_SANDBOX, result.error)
-        if result.image is None:
-            return self._respond(run, turn, self.config.prompt.tool_error.format(error=result.error))
+        if result.image is None or outcome.model_image is None:
+            return self._respond(run, turn, prompt.tool_error.format(error=result.error or outcome.not_shown))
         if len(run.trajectory.images) >= self.config.max_images:
-            return self._end(run, EndState.MAX_IMAGES)
+            return self._end(run, EndState.MAX_IMAGES, f"agent.max_images is {self.config.max_images}")
         assert turn.tool_call is not None
-        try:
-            view = self._derived_image(run.trajectory, turn.tool_call.image_index, result)
-        except ImageError as error:
-            return self._respond(run, turn, self.config.prompt.tool_error.format(error=error))
-        sizes = view.original.size, view.model_image.size
-        self._respond(run, turn, tool_ok_text(self.config.prompt, len(run.trajectory.images), *sizes), view)
+        view = derived_image(run.trajectory.images, turn.tool_call.image_index, outcome)
+        text = tool_ok_text(prompt, len(run.trajectory.images), view.original.size, view.model_image.size)
+        self._respond(run, turn, text, view, outcome.image_hash)
 
-    def _derived_image(self, trajectory: Trajectory, parent_index: int, result: SandboxResult) -> TrajectoryImage:
-        assert result.image is not None
-        parent = trajectory.images[parent_index]
-        to_input = result.effect.to_input if result.effect is not None else None
-        known = parent.to_source is not None and to_input is not None
-        return TrajectoryImage(
-            original=result.image,
-            model_image=self.encoder.model_image(result.image),
-            source=parent.source,
-            parent=parent_index,
-            to_source=compose(parent.to_source, to_input) if known else None,  # type: ignore[arg-type]
-        )
-
-    def _respond(self, run: _Run, turn: Turn, text: str, view: TrajectoryImage | None = None) -> None:
+    def _respond(
+        self, run: _Run, turn: Turn, text: str, view: TrajectoryImage | None = None, image_hash: str = ""
+    ) -> None:
         """Append a tool response (text and image together, or neither) and ask for the next turn."""
-        text = cut_middle(text.strip() + run.text_suffix, self.config.max_tool_text_chars)
+        parts, shown = response_parts(text + run.text_suffix, view is not None, self.config.max_tool_text_chars)
         run.text_suffix = ""
-        # Only our own mark stands for an image; one in a snippet's error text is text.
-        parts = split_marks(text) if view is not None else [text_part(text)]
-        ids = self.encoder.tool_ids(parts)
+        ids = self.encoder.tool_ids(parts, after=run.dialogue.engine_ids)
         num_image_tokens = self.encoder.num_image_tokens(view.model_image.size) if view is not None else 0
-        length = len(run.dialogue.token_ids) + len(ids) + num_image_tokens
-        if length - run.trajectory.num_prompt_tokens >= self.config.max_response_tokens or length >= self.engine.max_model_len - 1:
+        length = len(run.dialogue.token_ids) + len(ids) + num_image_tokens - (view is not None)
+        response = length - run.trajectory.num_prompt_tokens
+        if response >= self.config.max_response_tokens or length >= self.engine.max_model_len - 1:
             return self._end(run, EndState.OVER_LENGTH, f"no room for the tool's response after {length} tokens")
         run.dialogue.append_given(ids, [view.model_image] if view is not None else [])
-        turn.response_text = text
+        turn.response_text = shown
         if view is not None:
             turn.image_index = len(run.trajectory.images)
             run.trajectory.images.append(view)
-            run.hashes.append(content_hash(view.model_image))
+            run.hashes.append(image_hash)
         self._generate(run)
 
     def _end(self, run: _Run, state: EndState, error: str = "") -> None:
@@ -387,23 +457,6 @@ class _Pass:
         self.state.finished += 1
         if self.owner.score is not None and not state.is_error:
             self.scoring.append((run.trajectory, self.owner.background.submit(self.owner.score(run.trajectory))))
-
-
-def _no_such_image(call: ToolCall, num_images: int) -> SandboxResult:
-    return SandboxResult(
-        status=ToolStatus.REFUSED,
-        error=f"image_index {call.image_index} does not exist; there are {num_images} images, numbered from 0",
-        error_kind="image_index",
-    )
-
-
-def cut_middle(text: str, limit: int) -> str:
-    """At most `limit` characters; the middle of a longer text is replaced by a mark."""
-    if len(text) <= limit:
-        return text
-    mark = " ... "
-    head = (limit - len(mark)) // 2
-    return text[:head] + mark + text[len(text) - (limit - len(mark) - head) :]
 
 
 def jobs_of(tasks: Iterable[Task], num_samples: int) -> list[Job]:

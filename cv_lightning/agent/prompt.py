@@ -5,12 +5,14 @@ The texts are files in `prompts/`, each overridable by config; here they are onl
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from cv_lightning.types import Message, Task
+from cv_lightning.types import DataError, Message, Task
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
 TEMPLATE_FILE = Path(__file__).parent / "templates" / "qwen.jinja"
@@ -42,6 +44,24 @@ class PromptConfig:
     state_size: bool = True
     """Say each image's size in the prompt and in tool responses (the reference does not)."""
 
+    def __post_init__(self) -> None:
+        fields = {"question": ("images", "question"), "tool_ok": ("size", "index"), "tool_error": ("error",)}
+        fields |= {"parse_error": ("error",), "one_call": ("count",)}
+        for name, known in fields.items():
+            try:
+                getattr(self, name).format(**dict.fromkeys(known, ""))
+            except (KeyError, IndexError, ValueError) as error:
+                places = ", ".join(f"{{{field}}}" for field in known)
+                raise ValueError(
+                    f"prompt.{name} {getattr(self, name)!r}: only {places} can be filled in ({error!r}); write {{{{ and }}}} for braces"
+                ) from error
+        if self.tool_ok.count(IMAGE_MARK) != 1:
+            raise ValueError(f"prompt.tool_ok {self.tool_ok!r} must hold {IMAGE_MARK} exactly once, where the new image stands")
+        for name in ("system", "system_without_tool"):
+            given = getattr(self, name)
+            if re.fullmatch(r"\S+\.(md|txt)", given) and not os.path.isfile(given):
+                raise ValueError(f"prompt.{name}: there is no file {given}")
+
     def system_text(self, tool: bool) -> str | None:
         """The system message, or None for none."""
         given, file = (self.system, "system.md") if tool else (self.system_without_tool, "system_without_tool.md")
@@ -49,8 +69,7 @@ class PromptConfig:
             return None
         if given == "default":
             return _read(PROMPT_FOLDER / file)
-        path = Path(given)
-        return _read(path) if len(given) < 1024 and "\n" not in given and path.is_file() else given
+        return _read(Path(given)) if os.path.isfile(given) else given
 
 
 @cache
@@ -98,7 +117,41 @@ def split_marks(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def task_messages(task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]]], config: PromptConfig, tool: bool) -> list[dict[str, Any]]:
+def response_parts(text: str, with_image: bool, limit: int) -> tuple[list[dict[str, str]], str]:
+    """Content parts of a tool response, and the text that the model reads in it.
+
+    Only our own mark stands for an image, and only where there is one; anything in a snippet's error text that looks
+    like a mark or a tag of the protocol is broken up.
+
+    Args:
+        text: holds one `<image>` mark where `with_image`.
+        with_image: whether the response shows an image.
+        limit: characters of text, the mark not counted; what is above is cut out of the middle.
+    """
+    if not with_image:
+        harmless = re.sub(r"<(image|/?tool_response)>", r"< \1>", text.strip())
+        parts = [text_part(cut_middle(harmless, limit))]
+        return parts, parts[0]["text"]
+    before, after = text.strip().split(IMAGE_MARK, 1)
+    before = cut_middle(before, limit)
+    pieces = split_marks(before + IMAGE_MARK + cut_middle(after, limit - len(before)))
+    return pieces, "".join(part.get("text", IMAGE_MARK) for part in pieces)
+
+
+def cut_middle(text: str, limit: int) -> str:
+    """At most `limit` characters; the middle of a longer text is replaced by a mark."""
+    mark = " ... "
+    if len(text) <= limit:
+        return text
+    if limit <= len(mark):
+        return text[: max(0, limit)]
+    head = (limit - len(mark)) // 2
+    return text[:head] + mark + text[len(text) - (limit - len(mark) - head) :]
+
+
+def task_messages(
+    task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]]], config: PromptConfig, tool: bool
+) -> list[dict[str, Any]]:
     """Chat messages of a task, with content parts; exactly one image part per task image.
 
     Args:
@@ -108,7 +161,7 @@ def task_messages(task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]
         tool: False leaves the tool out.
 
     Raises:
-        ValueError: the number of image marks differs from the number of images.
+        DataError: the number of image marks differs from the number of images.
     """
     messages = list(task.messages)
     if not messages:
@@ -119,7 +172,7 @@ def task_messages(task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]
         messages.insert(0, Message(role="system", content=system))
     num_marks = sum(message.content.count(IMAGE_MARK) for message in messages)
     if num_marks != len(task.images):
-        raise ValueError(f"task {task.id}: {num_marks} <image> marks in its prompt but {len(task.images)} images")
+        raise DataError(f"task {task.id}: {num_marks} <image> marks in its prompt but {len(task.images)} images")
     rendered = [{"role": m.role, "content": split_marks(m.content)} for m in messages]
     if config.state_size:
         lines = [size_statement(i, full, seen, config.coordinates) for i, (full, seen) in enumerate(sizes)]
