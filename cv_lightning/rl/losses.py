@@ -14,7 +14,7 @@ from torch import Tensor
 from cv_lightning.rl.aggregation import row_means, token_weights
 from cv_lightning.rl.kl import kl_penalty
 from cv_lightning.rl.loss_config import PolicyLossConfig
-from cv_lightning.rl.surrogates import MAX_LOG_RATIO, SURROGATES, Tokens, token_ratio
+from cv_lightning.rl.surrogates import MAX_LOG_RATIO, SURROGATES, Tokens, token_log_ratio
 
 __all__ = ["LossInputs", "PolicyLossConfig", "importance_weights", "policy_loss"]
 
@@ -86,7 +86,7 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, d
         "clip_frac": surrogate.clipped,
         "clip_dual_frac": surrogate.capped,
         "ratio_mean": surrogate.ratio,
-        "approx_kl": tokens.old - tokens.logprobs.detach(),
+        "approx_kl": -surrogate.log_ratio,
     }
     per_token = surrogate.loss
     if inputs.engine is not None:
@@ -94,17 +94,9 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, d
         per_token = per_token * factor
         metrics |= marks
     surrogate_loss = per_token.detach()
-    if inputs.reference is not None:
-        penalty = kl_penalty(tokens.logprobs, inputs.reference.to(per_token.dtype), config.kl)
-        metrics["kl_to_reference"] = penalty.detach()
-        if config.kl_weight > 0 and config.kl_in == "loss":
-            per_token = per_token + config.kl_weight * (
-                penalty * token_ratio(tokens) if config.kl_importance else penalty
-            )
-    if inputs.entropy is not None:
-        metrics["entropy"] = inputs.entropy.detach()
-        if config.entropy_weight > 0:
-            per_token = per_token - config.entropy_weight * inputs.entropy
+    terms, marks = _regularisers(tokens, inputs, config)
+    per_token = per_token + terms
+    metrics |= marks
     weights = token_weights(tokens.row_index, inputs.num_tokens, inputs.num_rows, config).to(per_token.dtype)
     weights = weights * tokens.keep
     loss = (per_token * weights).sum() if len(weights) else inputs.logprobs.sum() * 0.0
@@ -145,6 +137,26 @@ def importance_weights(
         "importance_masked_frac": masked,
         "engine_gap_mean": gap.abs(),
     }
+
+
+def _regularisers(
+    tokens: Tokens, inputs: LossInputs, config: PolicyLossConfig
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """What KL and entropy add to the loss of each token, and their metrics [N]."""
+    terms: Tensor | float = 0.0
+    metrics = {}
+    if inputs.reference is not None:
+        penalty = kl_penalty(tokens.logprobs, inputs.reference.to(tokens.logprobs.dtype), config.kl)
+        metrics["kl_to_reference"] = penalty.detach()
+        if config.kl_importance:
+            penalty = penalty * token_log_ratio(tokens).exp()
+        if config.kl_weight > 0 and config.kl_in == "loss":
+            terms = terms + config.kl_weight * penalty
+    if inputs.entropy is not None:
+        metrics["entropy"] = inputs.entropy.detach()
+        if config.entropy_weight > 0:
+            terms = terms - config.entropy_weight * inputs.entropy
+    return terms, metrics
 
 
 def _check_inputs(inputs: LossInputs, config: PolicyLossConfig) -> None:

@@ -44,21 +44,23 @@ class Surrogate:
     """With gradient."""
     ratio: Tensor
     """Policy over old, before any clip; detached. GSPO: of the token's sequence."""
+    log_ratio: Tensor
+    """Policy minus old of the token itself, clamped where the ratio is made of it; detached."""
     clipped: Tensor
     """Bool: the trust region bounds this token."""
     capped: Tensor
     """Bool: the dual clip or the ratio's cap bounds it."""
 
 
-def token_ratio(tokens: Tokens) -> Tensor:
-    """Policy over old per token, [N], with gradient."""
-    return (tokens.logprobs - tokens.old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+def token_log_ratio(tokens: Tokens) -> Tensor:
+    """Policy minus old per token, clamped, [N], with gradient."""
+    return (tokens.logprobs - tokens.old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def ppo_clip(tokens: Tokens, clips: Clips) -> Surrogate:
     """max(-A r, -A clip(r, 1 - low, 1 + high)), at most cap |A| where A < 0 (1707.06347, 2503.14476, 1912.09729)."""
-    ratio = token_ratio(tokens)
-    return _clipped(ratio, tokens.advantages, clips)
+    log_ratio = token_log_ratio(tokens)
+    return _clipped(log_ratio.exp(), log_ratio, tokens.advantages, clips)
 
 
 def gspo(tokens: Tokens, clips: Clips) -> Surrogate:
@@ -67,18 +69,21 @@ def gspo(tokens: Tokens, clips: Clips) -> Surrogate:
     The mean is over the kept tokens of a row; each token's gradient flows through its own log-probability alone, which
     with one advantage a row is GSPO's gradient.
     """
-    sequence = row_means((tokens.logprobs - tokens.old).detach(), tokens.row_index, tokens.keep)
-    log_ratio = tokens.logprobs - tokens.logprobs.detach() + sequence
-    return _clipped(log_ratio.clamp(max=MAX_LOG_SEQUENCE_RATIO).exp(), tokens.advantages, clips)
+    log_ratio = (tokens.logprobs - tokens.old).detach()
+    mean = row_means(log_ratio, tokens.row_index, tokens.keep)
+    ratio = (tokens.logprobs - tokens.logprobs.detach() + mean).clamp(max=MAX_LOG_SEQUENCE_RATIO).exp()
+    return _clipped(ratio, log_ratio, tokens.advantages, clips)
 
 
 def cispo(tokens: Tokens, clips: Clips) -> Surrogate:
     """-A sg(clip(r, 1 - low, 1 + high)) log p: the ratio is bounded, the gradient never dropped (2506.13585)."""
-    ratio = token_ratio(tokens).detach()
+    log_ratio = token_log_ratio(tokens).detach()
+    ratio = log_ratio.exp()
     weight = ratio.clamp(1 - clips.low, 1 + clips.high)
     return Surrogate(
         loss=-tokens.advantages * weight * _unit(tokens.logprobs),
         ratio=ratio,
+        log_ratio=log_ratio,
         clipped=weight != ratio,
         capped=torch.zeros_like(tokens.keep),
     )
@@ -91,7 +96,8 @@ def dppo(tokens: Tokens, clips: Clips) -> Surrogate:
     down and it has fallen by more than `low`. Unlike a clip of the ratio this neither stops rare tokens, whose ratio
     is large at any step, nor lets likely tokens lose half their probability.
     """
-    ratio = token_ratio(tokens).detach()
+    log_ratio = token_log_ratio(tokens).detach()
+    ratio = log_ratio.exp()
     moved = tokens.logprobs.detach().exp() - tokens.old.exp()
     up, down = tokens.advantages > 0, tokens.advantages < 0
     outside = (up & (moved > clips.high)) | (down & (moved < -clips.low))
@@ -99,6 +105,7 @@ def dppo(tokens: Tokens, clips: Clips) -> Surrogate:
     return Surrogate(
         loss=-tokens.advantages * weight * _unit(tokens.logprobs),
         ratio=ratio,
+        log_ratio=log_ratio,
         clipped=outside,
         capped=(ratio > clips.cap) & ~outside,
     )
@@ -117,7 +124,7 @@ def _unit(logprobs: Tensor) -> Tensor:
     return 1.0 + (logprobs - logprobs.detach())
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, clips: Clips) -> Surrogate:
+def _clipped(ratio: Tensor, log_ratio: Tensor, advantages: Tensor, clips: Clips) -> Surrogate:
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clips.low, 1 + clips.high)
     upper = torch.maximum(plain, bounded)
@@ -127,6 +134,7 @@ def _clipped(ratio: Tensor, advantages: Tensor, clips: Clips) -> Surrogate:
     return Surrogate(
         loss=torch.minimum(upper, cap),
         ratio=ratio.detach(),
+        log_ratio=log_ratio.detach(),
         clipped=bounded.detach() > plain.detach(),
         capped=upper.detach() > cap,
     )

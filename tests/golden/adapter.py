@@ -94,9 +94,12 @@ def reward(case: Case) -> dict[str, Any]:
     return {"expected_ops": sorted(expected), "rollouts": rollouts}
 
 
-def losses(case: Case) -> Any:  # noqa: ANN401 - nested lists or dicts of numbers
+def losses(case: Case) -> Any:
     """Advantages, losses and KL penalties."""
-    from cv_lightning.rl.golden import golden_losses
+    folder = str(Path(__file__).parent)
+    if folder not in sys.path:  # compare.py loads this file alone, not as part of a package
+        sys.path.insert(0, folder)
+    from losses_adapter import golden_losses
 
     return golden_losses(case)
 
