@@ -88,15 +88,25 @@ def main(args: ArgsType = None) -> CVLightningCLI:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
+UNHELPFUL = ("litlogger", "TPU available", "GPU available")
+"""Parts of Lightning's messages that tell a user nothing; the run record names the devices."""
+
+
 def _quiet_libraries() -> None:
-    """Silence warnings of libraries that a user can do nothing about."""
+    """Silence messages and warnings of libraries that a user can do nothing about."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "matplotlib", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(part in str(record.msg) for part in UNHELPFUL)
+    )
     for pattern in (
         ".*does not have many workers.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*logging directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
+        "Total length of `list` across ranks is zero.*",  # no validation was asked for
+        "`torch.distributed.reduce_op` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", pattern)

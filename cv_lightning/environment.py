@@ -10,12 +10,13 @@ from pathlib import Path
 
 ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Weights reach the engine in this process, so it must run here; the rest keeps it quiet and offline."""
-CPU_BUILD = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+CPU_BUILD = {"DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """GiB of key-value cache; no pinning, because trainer, engine and sandbox share the cores."""
 LOCK_SETTLE_S = 5.0
 """A lock younger than this may belong to another host that shares the folder and just opens a finished build."""

