@@ -60,7 +60,9 @@ class CVLightningCLI(LightningCLI):
         """Refuse a checkpoint path that does not exist before anything is built."""
         path = self._get(self.config, "ckpt_path")
         if isinstance(path, str) and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
-            raise CVLightningError(f"--ckpt_path {path}: no such file or folder; give a checkpoint of this run, or leave it out")
+            raise CVLightningError(
+                f"--ckpt_path {path}: no such file or folder; give a checkpoint of this run, or leave it out"
+            )
 
 
 def main(args: ArgsType = None) -> CVLightningCLI:
@@ -88,7 +90,7 @@ def main(args: ArgsType = None) -> CVLightningCLI:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-UNHELPFUL = ("litlogger", "TPU available", "GPU available")
+UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")
 """Parts of Lightning's messages that tell a user nothing; the run record names the devices."""
 
 

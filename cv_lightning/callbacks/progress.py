@@ -11,7 +11,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cv_lightning.agent.loop import RolloutProgress
 
@@ -26,6 +34,8 @@ HEADLINE = {
     "time/update_s": "update s",
 }
 """Metrics worth a place on the line, and their short names."""
+LINE_EVERY_S = 30.0
+"""Without a terminal, seconds between two lines about a rollout."""
 
 
 class RunProgress(ProgressBar):
@@ -61,7 +71,9 @@ class RunProgress(ProgressBar):
         """Open the bar of the run."""
         self._open("fit", self.total_train_batches if self.total_train_batches != float("inf") else None)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Advance."""
         self._advance("fit", batch_idx + 1, self.total_train_batches, headline(trainer))
 
@@ -74,10 +86,16 @@ class RunProgress(ProgressBar):
         self._open("test", None)
 
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Advance."""
-        self._advance("test", batch_idx + 1, self.total_test_batches_current_dataloader, "")
+        self._advance("test", batch_idx + 1, trainer.num_test_batches[dataloader_idx], "")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close."""
@@ -91,29 +109,47 @@ class RunProgress(ProgressBar):
     @classmethod
     @contextmanager
     def rollout_of(cls, trainer: pl.Trainer, title: str) -> Iterator[Callable[[RolloutProgress], None] | None]:
-        """A bar for one rollout on the trainer's progress bar; yields what the agent loop reports to."""
+        """Show one rollout on the trainer's progress bar; yields what the agent loop reports to.
+
+        A bar of its own on a terminal; elsewhere a line every half minute of a long one.
+        """
         bar = trainer.progress_bar_callback
-        live = bar.live if isinstance(bar, cls) and bar.enabled else None
-        if live is None:
+        if not isinstance(bar, cls) or not bar.enabled:
             yield None
-            return
-        task = live.add_task(title, total=None, note="")
+        elif bar.live is None:
+            yield bar._lines_of(title)
+        else:
+            live = bar.live
+            task = live.add_task(title, total=None, note="")
+            try:
+                yield lambda state: live.update(task, total=state.total, completed=state.finished, note=_speed(state))
+            finally:
+                live.remove_task(task)
+
+    def _lines_of(self, title: str) -> Callable[[RolloutProgress], None]:
+        shown = time.perf_counter()
 
         def show(state: RolloutProgress) -> None:
-            seconds = max(state.elapsed_s, 1e-9)
-            note = f"{state.tokens / seconds:,.0f} tokens/s  {state.tool_calls / seconds:,.0f} tool calls/s"
-            live.update(task, total=state.total, completed=state.finished, note=note)
+            nonlocal shown
+            if time.perf_counter() - shown > LINE_EVERY_S:
+                shown = time.perf_counter()
+                text = f"  {title}: {state.finished}/{state.total} trajectories, {_speed(state)}"
+                self.console.print(text, highlight=False, soft_wrap=True)
 
-        try:
-            yield show
-        finally:
-            live.remove_task(task)
+        return show
 
     # ------------------------------------------------------------------ drawing
     def _open(self, title: str, total: float | None) -> None:
         self.started = time.perf_counter()
         if self.enabled and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.live = Progress(*columns, console=self.console, refresh_per_second=4)
             self.live.start()
             self.bar = self.live.add_task(title, total=total, note="")
@@ -129,6 +165,11 @@ class RunProgress(ProgressBar):
         if self.live is not None:
             self.live.stop()
         self.live = self.bar = None
+
+
+def _speed(state: RolloutProgress) -> str:
+    seconds = max(state.elapsed_s, 1e-9)
+    return f"{state.tokens / seconds:,.0f} tokens/s  {state.tool_calls / seconds:,.0f} tool calls/s"
 
 
 def headline(trainer: pl.Trainer) -> str:

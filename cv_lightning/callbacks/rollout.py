@@ -158,7 +158,9 @@ class RolloutCallback(pl.Callback):
             parts.engine.close()
 
     # ------------------------------------------------------------------ training
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Sync weights, roll out, score, store; hang the groups on the batch."""
         if not isinstance(batch, Iteration):
             return
@@ -177,7 +179,11 @@ class RolloutCallback(pl.Callback):
         for group in batch.groups:
             writer.write_group(group, module.iteration)
         metrics = rollout_metrics(batch.groups, elapsed) | parts.rewards.metrics(batch.groups) | _curves(batch.groups)
-        metrics |= {"time/sync_s": synced - start, "time/rollout_s": elapsed, "time/store_s": time.perf_counter() - begun - elapsed}
+        metrics |= {
+            "time/sync_s": synced - start,
+            "time/rollout_s": elapsed,
+            "time/store_s": time.perf_counter() - begun - elapsed,
+        }
         module.log_dict({k: float(v) for k, v in metrics.items()}, sync_dist=trainer.world_size > 1)
 
     def sync(self, module: PolicyModule, version: int) -> None:
@@ -188,7 +194,9 @@ class RolloutCallback(pl.Callback):
     def _parity(self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration) -> None:
         tasks = batch.tasks[:4]
         groups = self._collector(module, self.agent).collect(tasks, 2, self.sampling, module.iteration)
-        report = check_parity(module, [t for g in groups for t in g.trajectories], self.sampling.temperature, self.parity_tolerance)
+        report = check_parity(
+            module, [t for g in groups for t in g.trajectories], self.sampling.temperature, self.parity_tolerance
+        )
         self.parity_checked = True
         logger.info("engine and trainer agree: max |difference| of log-probabilities %.1e over %d tokens", *report)
 
@@ -305,4 +313,3 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1))
     os.replace(temporary, path)
-

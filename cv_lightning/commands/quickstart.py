@@ -117,7 +117,9 @@ def run_stages(run: Path, wanted: list[Stage], timing: Timing) -> int:
         begun = time.perf_counter()
         code = subprocess.run([sys.executable, "-m", "cv_lightning", *stage.arguments]).returncode
         if code:
-            _say(f"{stage.name} failed (exit code {code}); the lines above say why. The same command goes on from here.")
+            _say(
+                f"{stage.name} failed (exit code {code}); the lines above say why. The same command goes on from here."
+            )
             return code
         timing.set(stage.name, round(time.perf_counter() - begun, 2))
     return 0
@@ -133,7 +135,9 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=0, help="another model, other scenes, other samples (default 0)")
     parser.add_argument("--smoke", action="store_true", help="every stage once, small; no learning claimed")
-    parser.add_argument("--ablation", action="store_true", help="also RL with accuracy and format only, shown beside it")
+    parser.add_argument(
+        "--ablation", action="store_true", help="also RL with accuracy and format only, shown beside it"
+    )
     parser.add_argument("--out", type=Path, help="default runs/quickstart-seedN, with --smoke runs/quickstart-smoke")
     parser.add_argument("--force", action="store_true", help="start anew; else finished stages are kept")
     given = parser.parse_args(args)

@@ -65,7 +65,9 @@ class PolicyModule(pl.LightningModule):
     `validation_step` and `test_step` do nothing: evaluation is a rollout, which `RolloutCallback` makes.
     """
 
-    def __init__(self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384) -> None:
+    def __init__(
+        self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384
+    ) -> None:
         """
         Args:
             policy: which model, and how it is loaded.
@@ -151,7 +153,14 @@ class PolicyModule(pl.LightningModule):
         return TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[process_images(self.processor, [image])])
 
     # ------------------------------------------------------------------ one optimizer step
-    def logprobs(self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False, model: PreTrainedModel | None = None) -> LogProbs:
+    def logprobs(
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        model: PreTrainedModel | None = None,
+    ) -> LogProbs:
         """Log-probabilities at the loss positions of a packed row, as the engine computes them.
 
         Args:

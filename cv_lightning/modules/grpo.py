@@ -112,7 +112,10 @@ class GRPOModule(PolicyModule):
         Returns:
             Largest difference between engine and trainer log-probabilities that it met on this rank.
         """
-        counts = [float(sum(m.num_loss_tokens for m in micro_batches)), float(sum(m.num_trained for m in micro_batches))]
+        counts = [
+            float(sum(m.num_loss_tokens for m in micro_batches)),
+            float(sum(m.num_trained for m in micro_batches)),
+        ]
         num_tokens, num_rows = self.reduce_sum(counts)
         gaps, shares = [0.0], []
 

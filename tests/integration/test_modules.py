@@ -79,7 +79,9 @@ def parameters(module: PolicyModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
 
 
-def grpo_after_one_iteration(path: Path, made: list[Group] | None = None, **arguments: object) -> tuple[GRPOModule, pl.Trainer]:
+def grpo_after_one_iteration(
+    path: Path, made: list[Group] | None = None, **arguments: object
+) -> tuple[GRPOModule, pl.Trainer]:
     module = GRPOModule(policy(path), **({"optimizer": SGD_LIKE, "num_minibatches": 1} | arguments))  # type: ignore[arg-type]
     chosen = groups(module, 3) if made is None else made
 
@@ -110,7 +112,8 @@ def test_many_micro_batches_take_the_step_of_one(tiny_checkpoint: Path) -> None:
 def test_groups_without_signal_change_nothing_but_the_counters(tiny_checkpoint: Path) -> None:
     module = GRPOModule(policy(tiny_checkpoint))
     still = [
-        replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories]) for group in groups(module, 2)
+        replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories])
+        for group in groups(module, 2)
     ]
     trained, trainer = grpo_after_one_iteration(tiny_checkpoint, still, num_minibatches=2)
     module.trainer = trainer
@@ -129,7 +132,9 @@ def test_ratio_against_the_trainers_own_logprobs_starts_at_one(tiny_checkpoint: 
         optimizer=OptimizerConfig(lr=1e-12, weight_decay=0.0),
     )
     assert float(trainer.callback_metrics["policy/ratio_mean"]) == pytest.approx(1.0, abs=1e-5)
-    assert float(trainer.callback_metrics["policy/parity_max"]) > 0.1  # the made-up engine log-probabilities are no match
+    assert (
+        float(trainer.callback_metrics["policy/parity_max"]) > 0.1
+    )  # the made-up engine log-probabilities are no match
 
 
 def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -150,7 +155,9 @@ def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: 
     assert saved["iteration"] == 2 and not any(name.startswith("reference.") for name in saved["state_dict"])
 
     resumed = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, loss=loss, num_minibatches=2)
-    again = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    again = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     again.fit(resumed, train_dataloaders=StepLoader(build, 2), ckpt_path=str(tmp_path / "run.ckpt"))
     assert torch.equal(parameters(resumed), parameters(module)) and resumed.iteration == 2
 
