@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
+from functools import cache
 from typing import TYPE_CHECKING
 
 from cv_lightning.engine.base import Completion, Engine, EngineConfig, Request, SamplingConfig
+from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["Completion", "Engine", "EngineConfig", "Request", "SamplingConfig", "build_engine", "engine_kind"]
+__all__ = ["Completion", "Engine", "EngineConfig", "Request", "SamplingConfig", "build_engine", "engine_kind", "vllm_imports"]
+
+
+logger = logging.getLogger(__name__)
 
 
 def engine_kind(config: EngineConfig) -> str:
-    """`vllm` or `transformers`: what `auto` means on this machine."""
+    """`vllm` or `transformers`: what `auto` means on this machine. Imports vLLM for `auto`."""
     if config.kind != "auto":
         return config.kind
-    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    return "vllm" if vllm_imports() else "transformers"
+
+
+@cache
+def vllm_imports() -> bool:
+    """True if vLLM is installed and can be imported; an installed one that cannot is logged with the reason."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    try:
+        importlib.import_module("cv_lightning.engine.vllm")
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch or CUDA fails in many ways
+        logger.warning("vLLM is installed but cannot be imported (%s); generating with transformers, which is slower", error)
+        return False
+    return True
 
 
 def build_engine(
@@ -32,9 +52,17 @@ def build_engine(
         seed: engine seed.
         model: the policy itself, which the transformers engine generates with.
         processor: its processor.
+
+    Raises:
+        EngineError: vLLM is asked for but cannot be imported, or the engine cannot be built.
     """
     if engine_kind(config) == "vllm":
-        from cv_lightning.engine.vllm import VLLMEngine
+        try:
+            from cv_lightning.engine.vllm import VLLMEngine
+        except ImportError as error:
+            raise EngineError(
+                f"engine.kind is vllm, which cannot be imported ({error}); install the extra cpu or gpu, or set engine.kind to transformers"
+            ) from error
 
         return VLLMEngine(path, config, dtype=dtype, seed=seed)
     from cv_lightning.engine.hf import TransformersEngine

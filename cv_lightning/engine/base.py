@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from PIL import Image
 
+from cv_lightning.types import EngineError
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,7 +21,7 @@ class EngineConfig:
     kind: Literal["auto", "vllm", "transformers"] = "auto"
     """`vllm`; `transformers` (generate on the policy itself); `auto`: vLLM wherever it imports."""
     max_model_len: int = 32768
-    """Longest sequence in tokens, images expanded: prompt + response."""
+    """Longest sequence in tokens, images expanded: prompt and response."""
     max_num_seqs: int = 128
     """Requests decoded at once."""
     max_images: int = 16
@@ -83,7 +85,7 @@ class Completion:
     logprobs: list[float]
     """Log-probability of each sampled id under the distribution it was drawn from."""
     stopped: bool
-    """True: ended by the end of turn; False: cut at `max_tokens`."""
+    """True: ended by the end of turn (or another end token of the checkpoint); False: cut at `max_tokens`."""
     prompt_ids: list[int] | None
     """The prompt as the engine expanded it, where the engine tells."""
 
@@ -99,7 +101,8 @@ class Engine(Protocol):
         """Queue a request.
 
         Raises:
-            EngineError: longer than `max_model_len`.
+            EngineError: with its images expanded and its `max_tokens`, longer than `max_model_len`; too many images; or
+                refused by the library behind.
         """
 
     def step(self) -> list[Completion]:
@@ -109,11 +112,67 @@ class Engine(Protocol):
         """True while any request is queued or running."""
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forget requests."""
+        """Forget requests; unknown ids are ignored."""
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take over the policy's weights (Hugging Face names, whole tensors) and drop every cache."""
+        """Take over the policy's weights (Hugging Face names, whole tensors) and drop every cache that depends on them.
+
+        The iterable is exhausted, as collectives under ZeRO-3 need it.
+
+        Raises:
+            EngineError: a request is unfinished, a parameter of the engine got no tensor (trap T38), or a tensor fits none.
+        """
 
     def close(self) -> None:
         """Free the engine's memory and processes."""
 
+
+def check_length(request: Request, factor: int, max_model_len: int, max_images: int) -> None:
+    """Refuse what no engine can take, before the library behind it stops the whole batch (trap T29).
+
+    Args:
+        request: to be queued.
+        factor: pixels a side of one image token.
+        max_model_len: of the engine.
+        max_images: of the engine.
+
+    Raises:
+        EngineError: says by how much it is too long, and which setting to change.
+    """
+    features = sum((image.width // factor) * (image.height // factor) for image in request.images)
+    length = len(request.prompt_ids) - len(request.images) + features
+    if request.max_tokens < 1 or length + request.max_tokens > max_model_len:
+        raise EngineError(
+            f"request {request.id}: {length} tokens of prompt and {request.max_tokens} to sample do not fit into "
+            f"engine.max_model_len {max_model_len}"
+        )
+    if len(request.images) > max_images:
+        raise EngineError(f"request {request.id}: {len(request.images)} images, engine.max_images is {max_images}")
+
+
+def check_idle(engine: Engine) -> None:
+    """Refuse new weights in the middle of a request: half of its tokens would come from another policy.
+
+    Raises:
+        EngineError: a request is unfinished.
+    """
+    if engine.has_unfinished():
+        raise EngineError("weights cannot change while requests are unfinished; finish or abort them first")
+
+
+def check_weights(missing: Iterable[str]) -> None:
+    """Refuse an update that left parameters of the engine as they were (trap T38).
+
+    Args:
+        missing: names of parameters that got no tensor.
+
+    Raises:
+        EngineError: there are any; names the first of them.
+    """
+    names = sorted(missing)
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise EngineError(
+            f"the update brought no weights for {len(names)} of the engine's parameters: {shown}. The policy is another "
+            "model than policy.path, or its parameter names do not map to the engine's"
+        )

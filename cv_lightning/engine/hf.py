@@ -6,14 +6,14 @@ end; requests that arrive meanwhile wait. Slow next to vLLM, the same distributi
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from cv_lightning.engine.base import Completion, EngineConfig, Request
+from cv_lightning.engine.base import Completion, EngineConfig, Request, check_idle, check_length, check_weights
 from cv_lightning.model.tokens import END_OF_TURN, LOGIT_BAN
 from cv_lightning.model.vision import process_images
 from cv_lightning.types import EngineError
@@ -28,24 +28,32 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, config: EngineConfig) -> None:
         """
         Args:
-            model: the policy; it must hold whole tensors (no ZeRO-3).
+            model: the policy; it must hold whole tensors.
             processor: its processor.
-            config: `max_model_len` and `max_num_seqs` are used.
+            config: `max_model_len`, `max_num_seqs` and `max_images` are used.
+
+        Raises:
+            EngineError: the policy's parameters are sharded.
         """
+        _require_whole(model)
         self.model, self.processor = model, processor
         self.max_model_len = config.max_model_len
         self.max_num_seqs = config.max_num_seqs
+        self.max_images = config.max_images
         self.weight_version = -1
         self.queue: list[Request] = []
         tokenizer = processor.tokenizer
-        self.pad_id, self.end_id = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self.image_id = model.config.image_token_id
-        self.merge = model.config.vision_config.spatial_merge_size
+        self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.stop_ids = [self.end_id, *_as_list(model.generation_config.eos_token_id)]
+        self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.image_id: int = model.config.image_token_id
+        vision = model.config.vision_config
+        self.merge: int = vision.spatial_merge_size
+        self.factor: int = vision.patch_size * vision.spatial_merge_size
 
     def add_request(self, request: Request) -> None:
         """Queue a request; see `Engine`."""
-        if len(request.prompt_ids) + request.max_tokens > self.max_model_len:
-            raise EngineError(f"request {request.id}: more than {self.max_model_len} tokens")
+        check_length(request, self.factor, self.max_model_len, self.max_images)
         self.queue.append(request)
 
     def step(self) -> list[Completion]:
@@ -54,9 +62,10 @@ class TransformersEngine:
             return []
         settings = _settings(self.queue[0])
         batch = [request for request in self.queue if _settings(request) == settings][: self.max_num_seqs]
+        completions = self._generate(batch)
         taken = {request.id for request in batch}
         self.queue = [request for request in self.queue if request.id not in taken]
-        return self._generate(batch)
+        return completions
 
     def has_unfinished(self) -> bool:
         """True while any request is queued."""
@@ -66,85 +75,141 @@ class TransformersEngine:
         """Forget requests."""
         self.queue = [request for request in self.queue if request.id not in set(ids)]
 
+    @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Only the version changes: the engine samples from the policy itself."""
-        del named_tensors
+        """Take over weights; the policy's own tensors need no copy. See `Engine`."""
+        check_idle(self)
+        _require_whole(self.model)
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        covered = set()
+        for name, tensor in named_tensors:
+            parameter = own.get(name)
+            if parameter is None or parameter.shape != tensor.shape:
+                known = "no such parameter" if parameter is None else f"its shape is {tuple(parameter.shape)}"
+                raise EngineError(f"weight {name} of shape {tuple(tensor.shape)} does not fit the engine's model: {known}")
+            if tensor.data_ptr() != parameter.data_ptr():
+                parameter.copy_(tensor)
+            covered.add(id(parameter))
+        check_weights(name for name, parameter in self.model.named_parameters() if id(parameter) not in covered)
         self.weight_version = version
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Forget all requests; the policy belongs to the trainer."""
+        self.queue.clear()
 
     @torch.no_grad()
     def _generate(self, batch: list[Request]) -> list[Completion]:
+        device = self.model.device
+        rows, visual = self._expand(batch)
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        longest = max(request.max_tokens for request in batch)
+        sampler = _Sampler(batch, longest)
+        with _generating(self.model, self.stop_ids, self.pad_id):
+            sequences = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                mm_token_type_ids=(ids == self.image_id).long() * mask,
+                **visual,
+                max_new_tokens=longest,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        tokens = sequences[:, width:].tolist()
+        logprobs = torch.stack(sampler.logprobs, 1).tolist()
+        return [self._completion(*parts) for parts in zip(batch, rows, tokens, logprobs, strict=True)]
+
+    def _expand(self, batch: list[Request]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+        """Prompts with one pad per image feature, and the images of all of them."""
         rows, images = [], []
         for request in batch:
             vision = process_images(self.processor, request.images) if request.images else None
             counts = iter([] if vision is None else (vision.grid_thw.prod(-1) // self.merge**2).tolist())
             rows.append([i for t in request.prompt_ids for i in ([t] * next(counts) if t == self.image_id else [t])])
             images += [] if vision is None else [vision]
-        width = max(map(len, rows))
+        if not images:
+            return rows, {}
         device = self.model.device
-        ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        visual = {}
-        if images:
-            visual["pixel_values"] = torch.cat([v.pixel_values for v in images]).to(device, self.model.dtype)
-            visual["image_grid_thw"] = torch.cat([v.grid_thw for v in images]).to(device)
-        first = batch[0]
-        torch.manual_seed(_batch_seed(batch))
-        sampled = first.temperature > 0
-        was_training = self.model.training
-        self.model.eval()
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            mm_token_type_ids=(ids == self.image_id).long(),
-            **visual,
-            max_new_tokens=max(request.max_tokens for request in batch),
-            do_sample=sampled,
-            temperature=first.temperature if sampled else None,
-            top_p=first.top_p if sampled else None,
-            top_k=0 if sampled else None,
-            logits_processor=LogitsProcessorList([_Ban(first.banned_ids)]),
-            eos_token_id=self.end_id,
-            pad_token_id=self.pad_id,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-        self.model.train(was_training)
-        tokens = output.sequences[:, width:]
-        scores = torch.log_softmax(torch.stack(output.scores, 1).float(), -1)
-        logprobs = scores.gather(-1, tokens[..., None])[..., 0].tolist()
-        pairs = zip(batch, rows, tokens.tolist(), logprobs, strict=True)
-        return [self._completion(request, row, ids, lps) for request, row, ids, lps in pairs]
+        pixels = torch.cat([v.pixel_values for v in images]).to(device, self.model.dtype)
+        return rows, {"pixel_values": pixels, "image_grid_thw": torch.cat([v.grid_thw for v in images]).to(device)}
 
     def _completion(self, request: Request, prompt: list[int], ids: list[int], logprobs: list[float]) -> Completion:
-        length = ids.index(self.end_id) + 1 if self.end_id in ids else len(ids)
-        length = min(length, request.max_tokens)
+        ends = [index for index, token in enumerate(ids) if token in self.stop_ids]
+        length = min(ends[0] + 1 if ends else len(ids), request.max_tokens)
         return Completion(
             id=request.id,
             token_ids=ids[:length],
             logprobs=logprobs[:length],
-            stopped=ids[length - 1] == self.end_id,
+            stopped=ids[length - 1] in self.stop_ids,
             prompt_ids=prompt,
         )
 
 
-class _Ban(LogitsProcessor):
-    """Adds the ban to the logits, before temperature, as vLLM's logit_bias does."""
+class _Sampler(LogitsProcessor):
+    """Draws every row's token with the row's own generator, so that batch mates change nothing, and notes its log-probability.
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = list(ids)
+    `generate` is left no choice: all other scores become minus infinity. Keeping the scores instead would take
+    steps x rows x vocabulary of memory.
+    """
+
+    def __init__(self, batch: Sequence[Request], num_steps: int) -> None:
+        first = batch[0]
+        self.temperature, self.top_p, self.banned = first.temperature, first.top_p, list(first.banned_ids)
+        seeds = [torch.Generator().manual_seed(request.seed) for request in batch]
+        self.uniforms = torch.stack([torch.rand(num_steps, generator=g, dtype=torch.float64) for g in seeds])
+        self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores[:, self.ids] += LOGIT_BAN
-        return scores
+        """Replace `scores`, [rows, vocabulary], by 0 at the drawn tokens and minus infinity elsewhere."""
+        logits = scores.float()
+        logits[:, self.banned] += LOGIT_BAN
+        logprobs = torch.log_softmax(logits / (self.temperature or 1.0), -1)
+        if self.top_p < 1:
+            logprobs = torch.log_softmax(_nucleus(logprobs, self.top_p), -1)
+        if self.temperature:
+            cumulative = logprobs.double().exp().cumsum(-1)
+            point = self.uniforms[:, len(self.logprobs), None].to(scores.device) * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, point, right=True).clamp_(max=scores.shape[-1] - 1)
+        else:
+            chosen = logits.argmax(-1, keepdim=True)
+        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0])
+        forced = torch.full_like(scores, float("-inf"))
+        return forced.scatter_(-1, chosen, 0.0)  # type: ignore[return-value]
+
+
+def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Minus infinity outside the smallest set of most likely tokens that holds `top_p`."""
+    ordered, order = logprobs.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    outside = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(-1, order, before >= top_p)
+    return logprobs.masked_fill(outside, float("-inf"))
+
+
+@contextmanager
+def _generating(model: PreTrainedModel, stop_ids: list[int], pad_id: int) -> Iterator[None]:
+    """Evaluation mode, and none of the checkpoint's own sampling settings (Qwen's penalise repetition)."""
+    training, config = model.training, model.generation_config
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = config
+        model.train(training)
+
+
+def _require_whole(model: PreTrainedModel) -> None:
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id") or not parameter.numel()]
+    if sharded:
+        raise EngineError(
+            f"the transformers engine needs whole parameters, but {len(sharded)} are sharded ({sharded[0]}, ...); "
+            "use engine.kind vllm, or ZeRO stage 2 or below"
+        )
 
 
 def _settings(request: Request) -> tuple[float, float, tuple[int, ...]]:
     return request.temperature, request.top_p, tuple(request.banned_ids)
 
 
-def _batch_seed(batch: Sequence[Request]) -> int:
-    digest = hashlib.blake2b(repr([request.seed for request in batch]).encode(), digest_size=6)
-    return int.from_bytes(digest.digest(), "big")
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -6,15 +6,15 @@ The only file that imports vllm. See traps T5, T16, T18, T22-T30 for what each a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
-from cv_lightning.engine.base import Completion, EngineConfig, Request
-from cv_lightning.model.tokens import LOGIT_BAN
+from cv_lightning.engine.base import Completion, EngineConfig, Request, check_idle, check_length, check_weights
+from cv_lightning.model.tokens import END_OF_TURN, LOGIT_BAN
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
@@ -52,16 +52,21 @@ class VLLMEngine:
             disable_log_stats=True,
         )
         self.engine = self.llm.llm_engine
-        self.max_model_len = config.max_model_len
+        self.max_model_len, self.max_images = config.max_model_len, config.max_images
         self.weight_version = -1
+        vision = self.llm.model_config.hf_config.vision_config
+        self.factor: int = vision.patch_size * vision.spatial_merge_size
+        self.end_id: int = self.llm.get_tokenizer().convert_tokens_to_ids(END_OF_TURN)
 
     def add_request(self, request: Request) -> None:
         """Queue a request; see `Engine`."""
+        check_length(request, self.factor, self.max_model_len, self.max_images)
         params = SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
+            stop_token_ids=[self.end_id],
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -86,13 +91,17 @@ class VLLMEngine:
         return self.engine.has_unfinished_requests()
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forget requests."""
+        """Forget requests; unknown ids are ignored."""
         self.engine.abort_request(list(ids))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Load whole tensors by Hugging Face name and drop every cache that depends on weights (T23, T25)."""
-        # The iterator is handed over as it is: under ZeRO-3 it gathers one tensor at a time.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        check_idle(self)
+        try:
+            (missing,) = self.llm.collective_rpc(_reload, args=(iter(named_tensors),))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise EngineError(f"vLLM cannot take the policy's weights: {error}") from error
+        check_weights(missing)
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.engine.reset_encoder_cache()
@@ -105,6 +114,62 @@ class VLLMEngine:
             with contextlib.suppress(AttributeError):
                 core.engine_core.shutdown()
             del self.engine, self.llm
+
+
+def _reload(worker: Any, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+    """Reload the weights of vLLM's worker; runs inside it.
+
+    Args:
+        worker: vLLM's.
+        named_tensors: handed on as it is: under ZeRO-3 it gathers bucket by bucket.
+
+    Returns:
+        Names, after vLLM's mapping, of parameters that got no tensor.
+    """
+    model = worker.model_runner.get_model()
+    expected = _checkpoint_names(model)
+    given: set[str] = set()
+
+    def noted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors:
+            given.add(model.hf_to_vllm_mapper.map_name(name) or name)
+            yield name, tensor
+
+    worker.reload_weights(weights_iterator=noted())
+    _repack_tied_head(model)
+    return sorted(expected - given)
+
+
+def _checkpoint_names(model: Any) -> set[str]:
+    """The names, after vLLM's mapping, whose tensors fill all parameters: fused ones count by their parts.
+
+    `load_weights` names a fused parameter as loaded when only one of its parts came.
+    """
+    tied = {"lm_head"} if _tied_head(model) is not None else set()
+    names: set[str] = set()
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        fused = next((part for part in parts if part in model.packed_modules_mapping), None)
+        if fused is None:
+            names |= {name} if not tied & set(parts) else set()
+            continue
+        at = parts.index(fused)
+        names |= {".".join([*parts[:at], shard, *parts[at + 1 :]]) for shard in model.packed_modules_mapping[fused]}
+    return names
+
+
+def _tied_head(model: Any) -> Any:
+    """The output head where it shares the word embeddings, else None."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return None
+    return getattr(model.language_model, "lm_head", None)
+
+
+def _repack_tied_head(model: Any) -> None:
+    """The CPU build packs the head's weights after loading; a tied head gets none, so its pack would stay the old one."""
+    head = _tied_head(model)
+    if head is not None and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _completion(output: RequestOutput) -> Completion:

@@ -1,0 +1,107 @@
+"""Requests with images for a real engine, and what the trainer says of what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
+from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.engine.base import Completion, Engine, Request
+from cv_lightning.images import content_hash
+from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.model.logprobs import packed_logprobs
+from cv_lightning.model.packing import TrainRow, pack_rows
+from cv_lightning.model.tokens import vision_token_ids
+from cv_lightning.model.vision import VisionCache
+from cv_lightning.types import Task
+
+WORDS = PromptConfig(system="none")
+SHAPES = [[(96, 96)], [(64, 96), (128, 64)], [(96, 96), (96, 64), (64, 160)], [(200, 90)]]
+"""Sizes of the images of every prompt."""
+
+
+@dataclass
+class Policy:
+    """A trainer's side: model, processor, encoder."""
+
+    path: Path
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    encoder: DialogueEncoder
+    banned: list[int]
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        processor = load_processor(str(path))
+        model = load_policy(PolicyConfig(path=str(path), dtype="float32"))
+        encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+        return cls(path, model, processor, encoder, vision_token_ids(processor.tokenizer))
+
+    @torch.no_grad()
+    def perturb(self, seed: int, scale: float = 0.05) -> None:
+        """Change every parameter, so that every path of a sync shows."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+    def dialogue(self, sizes: Sequence[tuple[int, int]], seed: int = 0) -> Dialogue:
+        """A prompt with noisy images of these sizes."""
+        torch.manual_seed(seed)
+        images = [Image.fromarray(torch.randint(0, 256, (h, w, 3), dtype=torch.uint8).numpy()) for w, h in sizes]
+        task = Task(id="t", question="Read it.", images=tuple(images), ground_truth="1")
+        return self.encoder.start(task, [self.encoder.model_image(image) for image in images], WORDS, tool=False)
+
+    @torch.no_grad()
+    def logprobs(self, dialogue: Dialogue, done: Completion, temperature: float = 1.0) -> torch.Tensor:
+        """The trainer's log-probabilities of the sampled tokens. Shape [tokens]."""
+        row = TrainRow(
+            token_ids=[*dialogue.token_ids, *done.token_ids],
+            loss_mask=[False] * len(dialogue.token_ids) + [True] * len(done.token_ids),
+            vision=VisionCache(self.processor).get(dialogue.images),
+        )
+        batch = pack_rows([row], self.model.config)
+        return packed_logprobs(self.model, batch, temperature=temperature, banned_ids=self.banned).logprobs
+
+
+def request_of(
+    dialogue: Dialogue, banned: Sequence[int], *, name: str = "r", tokens: int = 12, temperature: float = 1.0, seed: int = 0
+) -> Request:
+    """The next turn of a dialogue."""
+    return Request(
+        id=name,
+        prompt_ids=tuple(dialogue.engine_ids),
+        images=tuple(dialogue.images),
+        image_hashes=tuple(content_hash(image) for image in dialogue.images),
+        max_tokens=tokens,
+        temperature=temperature,
+        top_p=1.0,
+        seed=seed,
+        banned_ids=banned,
+    )
+
+
+def finish(engine: Engine, requests: Sequence[Request]) -> dict[str, Completion]:
+    """Run requests to their end."""
+    for request in requests:
+        engine.add_request(request)
+    done: dict[str, Completion] = {}
+    while engine.has_unfinished():
+        done |= {completion.id: completion for completion in engine.step()}
+    return done
+
+
+def worst_gap(policy: Policy, engine: Engine, temperature: float = 1.0) -> float:
+    """Largest difference between the engine's log-probabilities and the trainer's, over prompts with 1 to 3 images."""
+    dialogues = {f"p{i}": policy.dialogue(sizes, seed=i) for i, sizes in enumerate(SHAPES)}
+    requests = [request_of(d, policy.banned, name=n, temperature=temperature, seed=7) for n, d in dialogues.items()]
+    gaps = []
+    for name, done in finish(engine, requests).items():
+        assert done.prompt_ids == dialogues[name].token_ids
+        gaps.append((policy.logprobs(dialogues[name], done, temperature) - torch.tensor(done.logprobs)).abs().max())
+    return float(torch.stack(gaps).max())
