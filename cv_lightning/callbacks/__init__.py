@@ -1,0 +1,1 @@
+"""What happens around training: rollouts, weight sync, self-tests, progress, export, the run record."""

@@ -13,13 +13,13 @@ from cv_lightning.modules.base import PolicyModule
 
 
 class ExportCallback(pl.Callback):
-    """`<run>/<folder>` holds safetensors, config, processor and our chat template: what `policy.path` takes."""
+    """`<run>/<folder>` holds safetensors, config, processor and our chat template: what `policy.path` takes.
+
+    Args:
+        folder: under the run's folder.
+    """
 
     def __init__(self, folder: str = "model") -> None:
-        """
-        Args:
-            folder: under the run's folder.
-        """
         self.folder = folder
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -53,8 +53,8 @@ def check_parity(
     if failed:
         raise ParityError(
             f"engine and trainer disagree: |difference| of log-probabilities max {worst:.2e}, mean "
-            f"{float(differences.mean()):.2e} over {len(differences)} tokens (tolerance {tolerance:.0e} in float32). Weights "
-            "not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
+            f"{float(differences.mean()):.2e} over {len(differences)} tokens (tolerance {tolerance:.0e} in float32). "
+            "Weights not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
             "callbacks: RolloutCallback.parity_tolerance switches the test off (0); training would be off-policy."
         )
     return ParityReport(worst, len(differences))

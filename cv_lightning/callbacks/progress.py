@@ -42,13 +42,12 @@ class RunProgress(ProgressBar):
     """Lightning's progress bar for iterations that contain a rollout.
 
     On a terminal: two live bars. Elsewhere (a log file, CI): one line every `every` batches.
+
+    Args:
+        every: batches between two lines where there is no terminal.
     """
 
     def __init__(self, every: int = 1) -> None:
-        """
-        Args:
-            every: batches between two lines where there is no terminal.
-        """
         super().__init__()
         self.every = every
         self.enabled = True

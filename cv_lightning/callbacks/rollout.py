@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
@@ -24,7 +27,7 @@ from cv_lightning.callbacks.parity import check_parity
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.evaluation.metrics import summarise
+from cv_lightning.evaluation.metrics import Outcome, outcomes, summarise, summarise_outcomes
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
@@ -34,6 +37,7 @@ from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import Group, Iteration
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +62,27 @@ class _Parts:
     sandbox: Sandbox
     rewards: RewardModule
     background: Background
-    writers: dict[str, TrajectoryWriter] = field(default_factory=dict)
+    writer: TrajectoryWriter | None = None
+    """Of training; opened by the first rollout."""
 
 
 class RolloutCallback(pl.Callback):
-    """Makes the trajectories that GRPO trains on, and those that evaluations count."""
+    """Makes the trajectories that GRPO trains on, and those that evaluations count.
+
+    Args:
+        agent: limits and words of the agent.
+        engine: the engine inside this process.
+        sampling: temperature, top_p and run seed of training rollouts.
+        reward: components and weights.
+        advantage: how rewards of a group become advantages.
+        sandbox: where model code runs.
+        store: which trajectories are kept on disk.
+        num_samples: trajectories per task in training.
+        evaluations: what `validate` and `test` run; one greedy pass with the tool by default.
+        parity_tolerance: largest difference between engine and trainer log-probabilities that the start-up
+            self-test accepts in float32; 0 turns the test off.
+        eval_prefix: put before the names of the evaluations: `sft_` gives `<run>/eval/sft_greedy`.
+    """
 
     def __init__(
         self,
@@ -78,21 +98,6 @@ class RolloutCallback(pl.Callback):
         parity_tolerance: float = 1e-4,
         eval_prefix: str = "",
     ) -> None:
-        """
-        Args:
-            agent: limits and words of the agent.
-            engine: the engine inside this process.
-            sampling: temperature, top_p and run seed of training rollouts.
-            reward: components and weights.
-            advantage: how rewards of a group become advantages.
-            sandbox: where model code runs.
-            store: which trajectories are kept on disk.
-            num_samples: trajectories per task in training.
-            evaluations: what `validate` and `test` run; one greedy pass with the tool by default.
-            parity_tolerance: largest difference between engine and trainer log-probabilities that the start-up
-                self-test accepts in float32; 0 turns the test off.
-            eval_prefix: put before the names of the evaluations: `sft_` gives `<run>/eval/sft_greedy`.
-        """
         self.agent = agent or AgentConfig()
         self.engine_config = engine or EngineConfig()
         self.sampling = sampling or SamplingConfig()
@@ -106,11 +111,11 @@ class RolloutCallback(pl.Callback):
         self.eval_prefix = eval_prefix
         self.parts: _Parts | None = None
         self.parity_checked = False
-        self.eval_groups: dict[str, list[Group]] = {}
+        self.outcomes: dict[str, list[Outcome]] = {}
         if self.engine_config.max_images < self.agent.max_images:
             raise ValueError(
-                f"engine.max_images ({self.engine_config.max_images}) is below agent.max_images ({self.agent.max_images}): "
-                "the engine would refuse what the agent allows"
+                f"engine.max_images ({self.engine_config.max_images}) is below agent.max_images "
+                f"({self.agent.max_images}): the engine would refuse what the agent allows"
             )
 
     # ------------------------------------------------------------------ life cycle
@@ -149,8 +154,8 @@ class RolloutCallback(pl.Callback):
         if self.parts is None:
             return
         parts, self.parts = self.parts, None
-        for writer in parts.writers.values():
-            writer.close()
+        if parts.writer is not None:
+            parts.writer.close()
         parts.background.close()
         parts.rewards.close()
         parts.sandbox.close()
@@ -175,9 +180,10 @@ class RolloutCallback(pl.Callback):
             collector = self._collector(module, self.agent)
             batch.groups = collector.collect(batch.tasks, self.num_samples, self.sampling, module.iteration, show)
         elapsed = time.perf_counter() - begun
-        writer = self._writer(trainer, "train", Path(trainer.default_root_dir))
+        if parts.writer is None:
+            parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
         for group in batch.groups:
-            writer.write_group(group, module.iteration)
+            parts.writer.write_group(group, module.iteration)
         metrics = rollout_metrics(batch.groups, elapsed) | parts.rewards.metrics(batch.groups) | _curves(batch.groups)
         metrics |= {
             "time/sync_s": synced - start,
@@ -201,6 +207,14 @@ class RolloutCallback(pl.Callback):
         logger.info("engine and trainer agree: max |difference| of log-probabilities %.1e over %d tokens", *report)
 
     # ------------------------------------------------------------------ evaluation
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the engine the weights under test."""
+        self._start_evaluation(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the engine the weights under test."""
+        self._start_evaluation(trainer, pl_module)
+
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -213,14 +227,6 @@ class RolloutCallback(pl.Callback):
         """Run every evaluation setting over the batch's tasks."""
         self._evaluate_batch(trainer, pl_module, batch)
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the engine the weights under test."""
-        self._start_evaluation(pl_module)
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the engine the weights under test."""
-        self._start_evaluation(pl_module)
-
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Summarise, log and write `metrics.json` per setting."""
         self._finish_evaluation(trainer, pl_module)
@@ -229,36 +235,44 @@ class RolloutCallback(pl.Callback):
         """Summarise, log and write `metrics.json` per setting."""
         self._finish_evaluation(trainer, pl_module)
 
-    def _start_evaluation(self, pl_module: pl.LightningModule) -> None:
+    def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sync weights, and clear what an earlier run of the same evaluation left in its folder."""
         module = _policy_module(pl_module)
         self._ready(module)
-        self.eval_groups = {evaluation.name: [] for evaluation in self.evaluations}
+        self.outcomes = {evaluation.name: [] for evaluation in self.evaluations}
+        for evaluation in self.evaluations:
+            if trainer.is_global_zero:
+                shutil.rmtree(self._eval_folder(trainer, module, evaluation), ignore_errors=True)
+        trainer.strategy.barrier("evaluation")
         self.sync(module, version=module.iteration)
 
     def _evaluate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         module = _policy_module(pl_module)
         for evaluation in self.evaluations:
-            sampling = SamplingConfig(temperature=evaluation.temperature, top_p=1.0, seed=self.sampling.seed)
-            agent = _replace_tool(self.agent, evaluation.tool)
+            sampling = SamplingConfig(temperature=evaluation.temperature, seed=self.sampling.seed)
+            collector = self._collector(module, replace(self.agent, tool=evaluation.tool))
             with RunProgress.rollout_of(trainer, f"evaluate {evaluation.name}") as show:
-                groups = self._collector(module, agent).collect(batch.tasks, evaluation.num_samples, sampling, 0, show)
-            writer = self._writer(trainer, f"eval/{evaluation.name}", self._eval_path(trainer, evaluation.name))
-            for group in groups:
-                writer.write_group(group, module.iteration)
-            self.eval_groups[evaluation.name] += groups
+                groups = collector.collect(batch.tasks, evaluation.num_samples, sampling, 0, show)
+            folder = self._eval_folder(trainer, module, evaluation)
+            # Whatever the store's sampling in training: from an evaluation anybody must be able to recount its table.
+            with TrajectoryWriter(folder, replace(self.store, share=1.0), rank=trainer.global_rank) as writer:
+                for group in groups:
+                    writer.write_group(group, module.iteration)
+            self.outcomes[evaluation.name] += outcomes(groups)
 
     def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, groups in self.eval_groups.items():
-            summary = summarise(groups)
-            values = {f"{name}/{key}": value for key, value in summary.scalars().items()}
-            pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
-            if trainer.is_global_zero and groups:
-                folder = self._eval_path(trainer, name)
-                _write_json(folder / "metrics.json", summary.to_json())
-        self.eval_groups = {}
+        module = _policy_module(pl_module)
+        for evaluation in self.evaluations:
+            summary = summarise_outcomes(gather_lists(self.outcomes[evaluation.name]))
+            values = {f"{evaluation.name}/{key}": value for key, value in summary.scalars().items()}
+            module.log_dict(values, sync_dist=True)  # the same on all ranks
+            if trainer.is_global_zero:
+                write_json(self._eval_folder(trainer, module, evaluation) / "metrics.json", summary.to_json())
 
-    def _eval_path(self, trainer: pl.Trainer, name: str) -> Path:
-        return Path(trainer.default_root_dir) / "eval" / f"{self.eval_prefix}{name}"
+    def _eval_folder(self, trainer: pl.Trainer, module: PolicyModule, evaluation: EvaluationConfig) -> Path:
+        """`eval/<prefix><name>`; a validation in the midst of training names its iteration, too."""
+        when = f"iteration{module.iteration:06d}_" if trainer.state.fn is TrainerFn.FITTING else ""
+        return Path(trainer.default_root_dir) / "eval" / f"{self.eval_prefix}{when}{evaluation.name}"
 
     # ------------------------------------------------------------------ parts
     def _ready(self, pl_module: pl.LightningModule) -> _Parts:
@@ -286,12 +300,6 @@ class RolloutCallback(pl.Callback):
         )
         return Collector(rollout, parts.rewards, self.advantage)
 
-    def _writer(self, trainer: pl.Trainer, key: str, folder: Path) -> TrajectoryWriter:
-        assert self.parts is not None
-        if key not in self.parts.writers:
-            self.parts.writers[key] = TrajectoryWriter(folder, self.store, rank=trainer.global_rank)
-        return self.parts.writers[key]
-
 
 def _policy_module(module: pl.LightningModule) -> PolicyModule:
     if not isinstance(module, PolicyModule):
@@ -299,16 +307,22 @@ def _policy_module(module: pl.LightningModule) -> PolicyModule:
     return module
 
 
-def _replace_tool(agent: AgentConfig, tool: bool) -> AgentConfig:
-    return agent if agent.tool == tool else replace(agent, tool=tool)
-
-
 def _curves(groups: Sequence[Group]) -> dict[str, float]:
     """Tool use while training, in the words of the evaluation."""
     return {f"rollout/{key}": value for key, value in summarise(list(groups)).scalars().items()}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def gather_lists(items: list[T]) -> list[T]:
+    """The lists of all ranks, one after another."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return items
+    everything: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everything, items)
+    return [item for part in everything for item in part]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1))

@@ -94,8 +94,8 @@ class DigitsConfig:
             )
         if not 0 < self.card_share <= 1 or self.model_side < LAYOUT // 2 or self.crop_side < LAYOUT // 3:
             raise ValueError(
-                f"--model_side {self.model_side} must be at least {LAYOUT // 2}, and --card_share {self.card_share}, at "
-                f"most 1, of --cell {self.cell} at least {LAYOUT // 3} pixels, or the digits lose their strokes"
+                f"--model_side {self.model_side} must be at least {LAYOUT // 2}, and --card_share {self.card_share}, "
+                f"at most 1, of --cell {self.cell} at least {LAYOUT // 3} pixels, or the digits lose their strokes"
             )
         if self.cell > BLOCK[1] * self.original_side // LAYOUT:
             raise ValueError(f"--cell {self.cell} leaves no room above the cue of an original of {self.original_side}")

@@ -37,27 +37,27 @@ Batch = TypeVar("Batch")
 
 
 class DemonstrationBatch:
-    """One Lightning batch of SFT: the conversations of one optimizer step on this rank."""
+    """One Lightning batch of SFT: the conversations of one optimizer step on this rank.
+
+    Args:
+        index: number of the step, from 0.
+        conversations: this rank's.
+    """
 
     def __init__(self, index: int, conversations: list[Conversation]) -> None:
-        """
-        Args:
-            index: number of the step, from 0.
-            conversations: this rank's.
-        """
         self.index = index
         self.conversations = conversations
 
 
 class StepLoader(Generic[Batch]):
-    """A sized loader whose n-th batch is `build(n)`; a checkpoint keeps the number of the next one."""
+    """A sized loader whose n-th batch is `build(n)`; a checkpoint keeps the number of the next one.
+
+    Args:
+        build: makes the batch of a step, the same for the same number.
+        num_steps: batches in an epoch.
+    """
 
     def __init__(self, build: Callable[[int], Batch], num_steps: int) -> None:
-        """
-        Args:
-            build: makes the batch of a step, the same for the same number.
-            num_steps: batches in an epoch.
-        """
         self.build = build
         self.num_steps = num_steps
         self._next = 0
@@ -85,7 +85,16 @@ class StepLoader(Generic[Batch]):
 
 
 class EvaluationDataModule(pl.LightningDataModule):
-    """Held-out tasks for `validate` and `test`: of files where they are given, else digits."""
+    """Held-out tasks for `validate` and `test`: of files where they are given, else digits.
+
+    Args:
+        digits: the embedded scenes.
+        reader: how files are read.
+        eval_files: Parquet files that `validate` and `test` go through instead of digits.
+        val_tasks: held-out scenes of each kind in a validation; none: no validation.
+        test_tasks: held-out scenes of each kind in a test.
+        tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+    """
 
     def __init__(
         self,
@@ -96,15 +105,6 @@ class EvaluationDataModule(pl.LightningDataModule):
         test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 0,
     ) -> None:
-        """
-        Args:
-            digits: the embedded scenes.
-            reader: how files are read.
-            eval_files: Parquet files that `validate` and `test` go through instead of digits.
-            val_tasks: held-out scenes of each kind in a validation; none: no validation.
-            test_tasks: held-out scenes of each kind in a test.
-            tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
-        """
         super().__init__()
         if tasks_per_eval_batch < 0:
             raise ValueError(f"--data.tasks_per_eval_batch {tasks_per_eval_batch}: a number of tasks, or 0 for all")
@@ -148,7 +148,21 @@ class EvaluationDataModule(pl.LightningDataModule):
 
 
 class TaskDataModule(EvaluationDataModule):
-    """Tasks for RL, an `Iteration` a batch, and for evaluation."""
+    """Tasks for RL, an `Iteration` a batch, and for evaluation.
+
+    Args:
+        digits: the embedded scenes.
+        reader: how files are read.
+        train_files: Parquet files to train on instead of digits.
+        eval_files: Parquet files that `validate` and `test` go through instead of digits.
+        num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
+        tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
+        oversample: so many times the tasks come in a batch, for dynamic sampling.
+        val_tasks: held-out scenes of each kind in a validation; none: no validation.
+        test_tasks: held-out scenes of each kind in a test.
+        tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+        seed: order of the rows of files (scenes have their own seed).
+    """
 
     def __init__(
         self,
@@ -164,20 +178,6 @@ class TaskDataModule(EvaluationDataModule):
         tasks_per_eval_batch: int = 0,
         seed: int = 0,
     ) -> None:
-        """
-        Args:
-            digits: the embedded scenes.
-            reader: how files are read.
-            train_files: Parquet files to train on instead of digits.
-            eval_files: Parquet files that `validate` and `test` go through instead of digits.
-            num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
-            tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
-            oversample: so many times the tasks come in a batch, for dynamic sampling.
-            val_tasks: held-out scenes of each kind in a validation; none: no validation.
-            test_tasks: held-out scenes of each kind in a test.
-            tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
-            seed: order of the rows of files (scenes have their own seed).
-        """
         super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
         if num_iterations < 1 or tasks_per_iteration < 1 or oversample < 1:
             raise ValueError(
@@ -204,7 +204,24 @@ class TaskDataModule(EvaluationDataModule):
 
 
 class SFTDataModule(EvaluationDataModule):
-    """Conversations for SFT, and the tasks of an evaluation."""
+    """Conversations for SFT, and the tasks of an evaluation.
+
+    Args:
+        digits: the embedded scenes.
+        demonstrations: in which scenes the tool is used.
+        reader: how files are read.
+        sandbox: runs the snippets of the demonstrations.
+        train_files: JSON files of conversations to train on instead of digits; they have no warm-up.
+        eval_files: Parquet files that `validate` and `test` go through instead of digits.
+        num_steps: optimizer steps of the whole run; set `trainer.max_epochs: 1`.
+        conversations_per_step: of all ranks; a multiple of their number.
+        warm_up_share: share of the steps, at the start, that show single turns only.
+        warm_up_conversations_per_step: of all ranks, in the warm-up.
+        val_tasks: held-out scenes of each kind in a validation; none: no validation.
+        test_tasks: held-out scenes of each kind in a test.
+        tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+        seed: order of the rows of files (scenes have their own seed).
+    """
 
     def __init__(
         self,
@@ -223,23 +240,6 @@ class SFTDataModule(EvaluationDataModule):
         tasks_per_eval_batch: int = 0,
         seed: int = 0,
     ) -> None:
-        """
-        Args:
-            digits: the embedded scenes.
-            demonstrations: in which scenes the tool is used.
-            reader: how files are read.
-            sandbox: runs the snippets of the demonstrations.
-            train_files: JSON files of conversations to train on instead of digits; they have no warm-up.
-            eval_files: Parquet files that `validate` and `test` go through instead of digits.
-            num_steps: optimizer steps of the whole run; set `trainer.max_epochs: 1`.
-            conversations_per_step: of all ranks; a multiple of their number.
-            warm_up_share: share of the steps, at the start, that show single turns only.
-            warm_up_conversations_per_step: of all ranks, in the warm-up.
-            val_tasks: held-out scenes of each kind in a validation; none: no validation.
-            test_tasks: held-out scenes of each kind in a test.
-            tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
-            seed: order of the rows of files (scenes have their own seed).
-        """
         super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
         if min(num_steps, conversations_per_step, warm_up_conversations_per_step) < 1 or not 0 <= warm_up_share <= 1:
             raise ValueError(

@@ -46,17 +46,16 @@ class TaskFiles:
     """The usable rows of Parquet files, by position.
 
     `problems` lists the rows that were skipped. Only one row group is in memory at a time.
+
+    Args:
+        files: paths of Parquet files.
+        config: frame of boxes, prompt and folder of images.
+
+    Raises:
+        DataError: a file is missing or no Parquet, or no row of all files can be used.
     """
 
     def __init__(self, files: Sequence[str], config: ReaderConfig) -> None:
-        """
-        Args:
-            files: paths of Parquet files.
-            config: frame of boxes, prompt and folder of images.
-
-        Raises:
-            DataError: a file is missing or no Parquet, or no row of all files can be used.
-        """
         self.config = config
         self.problems = RowProblems()
         self.paths = expand_files(files, "--data train_files/eval_files")

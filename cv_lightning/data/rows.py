@@ -17,14 +17,14 @@ LISTED_ROWS = 20
 
 
 class RowError(DataError):
-    """A row cannot be used; `kind` groups equal problems."""
+    """A row cannot be used; `kind` groups equal problems.
+
+    Args:
+        kind: short name, the same for every row with this problem.
+        message: what is wrong in this row, at which key, and what to do.
+    """
 
     def __init__(self, kind: str, message: str) -> None:
-        """
-        Args:
-            kind: short name, the same for every row with this problem.
-            message: what is wrong in this row, at which key, and what to do.
-        """
         super().__init__(message)
         self.kind = kind
 

@@ -28,17 +28,16 @@ class ConversationFiles:
     """The usable conversations of JSON files, by position.
 
     `problems` lists the items that were skipped. Texts are in memory, images are read when a conversation is.
+
+    Args:
+        files: paths of JSON files.
+        config: prompt and folder of images.
+
+    Raises:
+        DataError: a file is missing or no JSON list, or no item of all files can be used.
     """
 
     def __init__(self, files: Sequence[str], config: ReaderConfig) -> None:
-        """
-        Args:
-            files: paths of JSON files.
-            config: prompt and folder of images.
-
-        Raises:
-            DataError: a file is missing or no JSON list, or no item of all files can be used.
-        """
         self.config = config
         self.problems = RowProblems()
         self._items: list[tuple[Path, int, Mapping[str, Any]]] = []

@@ -88,15 +88,15 @@ class DigitTasks:
 
 
 class DigitDemonstrations:
-    """Conversations about training scenes."""
+    """Conversations about training scenes.
+
+    Args:
+        digits: looks, shares and seed of the scenes.
+        config: in which scenes the tool is used.
+        execute: runs the snippets of the demonstrations.
+    """
 
     def __init__(self, digits: DigitsConfig, config: DemonstrationConfig, execute: Execute) -> None:
-        """
-        Args:
-            digits: looks, shares and seed of the scenes.
-            config: in which scenes the tool is used.
-            execute: runs the snippets of the demonstrations.
-        """
         self.digits = digits
         self.config = config
         self.execute = execute
@@ -118,17 +118,17 @@ class DigitDemonstrations:
 
 
 class HeldOutScenes:
-    """So many scenes of each kind made of held-out digits, kinds in turn so that every stretch has all of them."""
+    """So many scenes of each kind made of held-out digits, kinds in turn so that every stretch has all of them.
+
+    Args:
+        config: looks and seed.
+        counts: number of scenes of each kind.
+
+    Raises:
+        ValueError: a kind that does not exist, or a negative number.
+    """
 
     def __init__(self, config: DigitsConfig, counts: Mapping[str, int]) -> None:
-        """
-        Args:
-            config: looks and seed.
-            counts: number of scenes of each kind.
-
-        Raises:
-            ValueError: a kind that does not exist, or a negative number.
-        """
         if set(counts) - set(KINDS) or min(counts.values(), default=0) < 0:
             raise ValueError(f"--data.val_tasks/test_tasks {dict(counts)}: not negative, and of {', '.join(KINDS)}")
         self.config = config
@@ -151,14 +151,14 @@ class HeldOutScenes:
 
 # ------------------------------------------------------------------------------------------------ files
 class RowTasks:
-    """Tasks of files, epoch after epoch."""
+    """Tasks of files, epoch after epoch.
+
+    Args:
+        rows: usable rows.
+        seed: of the order.
+    """
 
     def __init__(self, rows: Rows[Task], seed: int) -> None:
-        """
-        Args:
-            rows: usable rows.
-            seed: of the order.
-        """
         self.rows = rows
         self.seed = seed
 
@@ -169,14 +169,14 @@ class RowTasks:
 
 
 class RowConversations:
-    """Conversations of files, epoch after epoch."""
+    """Conversations of files, epoch after epoch.
+
+    Args:
+        rows: usable rows.
+        seed: of the order.
+    """
 
     def __init__(self, rows: Rows[Conversation], seed: int) -> None:
-        """
-        Args:
-            rows: usable rows.
-            seed: of the order.
-        """
         self.rows = rows
         self.seed = seed
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -219,7 +219,11 @@ def summarise(groups: Iterable[Group | GroupRecord]) -> EvalSummary:
     Args:
         groups: live groups or records, scored; one task may have several trajectories.
     """
-    everything = outcomes(groups)
+    return summarise_outcomes(outcomes(groups))
+
+
+def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
+    """Compute every figure from what the trajectories contributed, whichever rank rolled them out."""
     valid = [outcome for outcome in everything if not outcome.end_state.is_error]
     needing = [outcome for outcome in valid if outcome.needs_tool]
     upright = [outcome for outcome in valid if not outcome.needs_tool]

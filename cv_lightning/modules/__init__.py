@@ -1,0 +1,1 @@
+"""The LightningModules: SFT and GRPO on one shared base."""

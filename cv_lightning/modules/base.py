@@ -36,7 +36,8 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "hold_linear"] = "constant"
-    """After the warm-up: `constant`; `cosine` to 0; `hold_linear`: hold for half of the steps, then straight to `final_share`."""
+    """After the warm-up: `constant`; `cosine` to 0; `hold_linear`: hold for half of the steps, then straight to
+    `final_share`."""
     total_steps: int = 0
     """Optimizer steps of the whole run, for the schedules that end. 0: `trainer.max_steps`."""
     final_share: float = 0.05
@@ -63,17 +64,16 @@ class PolicyModule(pl.LightningModule):
     """A Qwen-VL policy under manual optimisation.
 
     `validation_step` and `test_step` do nothing: evaluation is a rollout, which `RolloutCallback` makes.
+
+    Args:
+        policy: which model, and how it is loaded.
+        optimizer: AdamW and schedule.
+        max_tokens_per_row: token budget of one packed row, which is one micro-batch.
     """
 
     def __init__(
         self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384
     ) -> None:
-        """
-        Args:
-            policy: which model, and how it is loaded.
-            optimizer: AdamW and schedule.
-            max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-        """
         super().__init__()
         self.automatic_optimization = False
         self.policy_config = policy

@@ -30,6 +30,18 @@ class GRPOModule(PolicyModule):
 
     One batch is one RL iteration. It takes `num_minibatches` optimizer steps, always (trap T51): each on an equal
     share of the groups that carry signal, normalised by the token count of all ranks.
+
+    Args:
+        policy: which model, and how it is loaded.
+        optimizer: AdamW and schedule.
+        max_tokens_per_row: token budget of one packed row, which is one micro-batch.
+        loss: clipping, aggregation, KL and entropy.
+        num_minibatches: optimizer steps per iteration.
+        temperature: of the rollouts, for the log-probabilities; the same as `sampling.temperature`.
+        old_logprobs: what the ratio is taken against: the engine's log-probabilities, or one pass of the
+            trainer's before the first step, times a truncated importance weight to the engine (T53).
+        reference_path: Hugging Face folder of the reference policy; by default `policy.path`. Loaded only
+            where the KL weight is above 0.
     """
 
     def __init__(
@@ -43,19 +55,6 @@ class GRPOModule(PolicyModule):
         old_logprobs: Literal["engine", "trainer"] = "engine",
         reference_path: str | None = None,
     ) -> None:
-        """
-        Args:
-            policy: which model, and how it is loaded.
-            optimizer: AdamW and schedule.
-            max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-            loss: clipping, aggregation, KL and entropy.
-            num_minibatches: optimizer steps per iteration.
-            temperature: of the rollouts, for the log-probabilities; the same as `sampling.temperature`.
-            old_logprobs: what the ratio is taken against: the engine's log-probabilities, or one pass of the
-                trainer's before the first step, times a truncated importance weight to the engine (T53).
-            reference_path: Hugging Face folder of the reference policy; by default `policy.path`. Loaded only
-                where the KL weight is above 0.
-        """
         super().__init__(policy, optimizer, max_tokens_per_row)
         if num_minibatches < 1 or temperature <= 0:
             raise ValueError("model.num_minibatches must be at least 1 and model.temperature above 0")

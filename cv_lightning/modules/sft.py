@@ -17,7 +17,14 @@ from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 
 
 class SFTModule(PolicyModule):
-    """Cross-entropy on the assistant's tokens; everything else is context."""
+    """Cross-entropy on the assistant's tokens; everything else is context.
+
+    Args:
+        policy: which model, and how it is loaded.
+        optimizer: AdamW and schedule.
+        max_tokens_per_row: token budget of one packed row, which is one micro-batch.
+        prompt: the words around the question; use the agent's own, or RL starts off-distribution (trap T2).
+    """
 
     def __init__(
         self,
@@ -26,13 +33,6 @@ class SFTModule(PolicyModule):
         max_tokens_per_row: int = 16384,
         prompt: PromptConfig | None = None,
     ) -> None:
-        """
-        Args:
-            policy: which model, and how it is loaded.
-            optimizer: AdamW and schedule.
-            max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-            prompt: the words around the question; use the agent's own, or RL starts off-distribution (trap T2).
-        """
         super().__init__(policy, optimizer, max_tokens_per_row)
         self.prompt = prompt or PromptConfig()
 
