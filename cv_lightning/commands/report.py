@@ -10,7 +10,7 @@ from cv_lightning.types import CVLightningError
 
 
 def report(
-    run: Path, out: Path | None = None, max_trajectories: int = 600, max_image_mb: float = 16.0, thumbnail_px: int = 384
+    run: Path, out: Path | None = None, max_trajectories: int = 600, max_image_mb: float = 8.0, thumbnail_px: int = 384
 ) -> None:
     """Write a page that shows what a run did: results, curves, and trajectories with their images.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from cv_lightning.evaluation.ablation import FULL, REDUCED, needless_while_sampling
+from cv_lightning.evaluation.runs import stage_label, stage_order
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.evaluation.summary import Evaluations, kind_order, write_summary
 from cv_lightning.types import CVLightningError
@@ -21,9 +24,11 @@ ROWS = (
 )
 KIND_ROWS = (("accuracy", "tool", "accuracy"), ("  tool off", "notool", "accuracy"), ("must-use", "tool", "must_use"))
 CAPTION = (
-    "accuracy and must-use over the tasks that need the tool, with 95 % intervals; must-use: answered on an upright "
+    "accuracy and must-use over the tasks that need the tool, 95 % intervals below; must-use: answered on an upright "
     "image after a fitting crop; needless turning: share of upright tasks"
 )
+LABEL_WIDTH = 20
+"""Leaves four columns of figures within 80."""
 
 
 def quickstart_summary(run: Path, seed: int | None = None) -> None:
@@ -37,6 +42,8 @@ def quickstart_summary(run: Path, seed: int | None = None) -> None:
     console = Console()
     for table in tables(found):
         console.print(table)
+    for line in _ablation_lines(run):
+        console.print(line, highlight=False)
     parity = "not logged" if result["parity_max"] is None else f"{result['parity_max']:.1e}"
     minutes = "time unknown" if result["minutes"] is None else f"{result['minutes']:.1f} minutes"
     console.print(f"seed {result['seed']}, {minutes}, largest engine-versus-trainer difference {parity}")
@@ -44,42 +51,51 @@ def quickstart_summary(run: Path, seed: int | None = None) -> None:
 
 
 def tables(found: Evaluations) -> list[Table]:
-    """The table of stages and the table by kind."""
-    return [_stages(found), _kinds(found)]
+    """Stages and kinds, before and after; then the stages that were trained otherwise, if there are any."""
+    stages = sorted({stage for stage, _, _ in found}, key=stage_order)
+    main, others = [s for s in stages if s != REDUCED], [s for s in stages if s == REDUCED]
+    result = [_stages(found, main, "Held-out tasks, before and after"), _kinds(found, main)]
+    if others:
+        result.append(_stages(found, [FULL, *others], "With and without process reward"))
+    return result
 
 
-def _columns(found: Evaluations) -> list[tuple[str, str]]:
-    order = ("sft", "rl")
-    stages = sorted({stage for stage, _, _ in found}, key=lambda s: (order.index(s) if s in order else len(order), s))
+def _columns(found: Evaluations, stages: Iterable[str]) -> list[tuple[str, str]]:
     modes = [mode for mode in ("greedy", "sampled") if any(key[1] == mode for key in found)]
     return [(stage, mode) for mode in modes for stage in stages]
 
 
-def _table(found: Evaluations, title: str, *headings: str) -> Table:
+def _table(columns: list[tuple[str, str]], title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in headings:
-        table.add_column(heading)
-    for stage, mode in _columns(found):
-        table.add_column(f"{stage.upper() if len(stage) < 4 else stage}\n{mode}", justify="right")
+        table.add_column(heading, max_width=LABEL_WIDTH)
+    for stage, mode in columns:
+        table.add_column(f"{_short_label(stage)}\n{mode}", justify="right", no_wrap=True)
     return table
 
 
-def _stages(found: Evaluations) -> Table:
-    table = _table(found, "Held-out tasks, before and after", "")
+def _short_label(stage: str) -> str:
+    return "no process" if stage == REDUCED else stage_label(stage)
+
+
+def _stages(found: Evaluations, stages: list[str], title: str) -> Table:
+    columns = _columns(found, stages)
+    table = _table(columns, title, "")
     table.caption = CAPTION
     for label, tool, name in ROWS:
-        evaluations = [found.get((stage, mode, tool)) for stage, mode in _columns(found)]
+        evaluations = [found.get((stage, mode, tool)) for stage, mode in columns]
         table.add_row(label, *(_cell(getattr(evaluation, name)) if evaluation else "-" for evaluation in evaluations))
     return table
 
 
-def _kinds(found: Evaluations) -> Table:
-    table = _table(found, "By kind of task", "kind", "")
+def _kinds(found: Evaluations, stages: list[str]) -> Table:
+    columns = _columns(found, stages)
+    table = _table(columns, "By kind of task", "kind", "")
     kinds = dict.fromkeys(kind for evaluation in found.values() for kind in evaluation.by_kind)
     for kind in sorted(kinds, key=kind_order):
         for row, (label, tool, name) in enumerate(KIND_ROWS):
             cells, counts = [], []
-            for stage, mode in _columns(found):
+            for stage, mode in columns:
                 evaluation = found.get((stage, mode, tool))
                 figures = evaluation.by_kind.get(kind) if evaluation else None
                 cells.append(_short(getattr(figures, name)) if figures else "-")
@@ -89,6 +105,15 @@ def _kinds(found: Evaluations) -> Table:
                 table.add_row(heading, label, *cells)
         table.add_section()
     return table
+
+
+def _ablation_lines(run: Path) -> list[str]:
+    """Needless turns while sampling, with the process reward and without; empty where there is no ablation."""
+    return [
+        f"needless turns on upright tasks while sampling, {entry.label}: {100 * entry.mean:.1f} % "
+        f"(mean of iterations {entry.first}-{entry.last}, {entry.num_iterations} logged)"
+        for entry in needless_while_sampling(run)
+    ]
 
 
 def _cell(rate: Rate) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cv_lightning.evaluation.runs import Curve
+from cv_lightning.evaluation.runs import Curve, stage_label
 
 MAX_POINTS = 400
 """Points of a curve on the page; longer ones are averaged in equal stretches."""
@@ -17,59 +18,104 @@ MAX_SERIES = 8
 
 @dataclass(frozen=True, slots=True)
 class ChartRule:
-    """Metrics that belong to one heading."""
+    """Metrics that belong under one heading."""
 
     title: str
     pattern: str
+    """Of their names; its group `series`, if it has one, is what the legend calls them."""
     shared: bool = False
     """One chart with one axis; else one small chart a metric."""
     note: str = ""
+    folded: bool = False
+    """Drawn when a reader opens it."""
 
 
 RULES = (
-    ChartRule(
-        "Reward components",
-        r"^reward/(?!.*(_frac|_s|judge))",
-        shared=True,
-        note="Mean over the iteration's trajectories; each component unweighted, `total` is their weighted sum.",
-    ),
+    ChartRule("Loss", r"^sft/(?P<series>loss)$", shared=True, note="Mean over the tokens that are learnt."),
     ChartRule(
         "Accuracy and tool use",
-        r"(accuracy(_all|_upright)?|must_use|spurious|tool_used_frac)$",
+        r"^rollout/(?P<series>accuracy|accuracy_upright|must_use|spurious|tool_used_frac)$",
         shared=True,
-        note="While sampling for training. must_use: answered on an upright image after a fitting crop; "
-        "spurious: an upright image was turned.",
+        note="While sampling for training. accuracy and must_use: tasks that need the tool; accuracy_upright: those "
+        "that need none; spurious: share of those in which the picture was turned.",
     ),
-    ChartRule("Lengths", r"(turns|tokens|tool_calls|length|images|parse_errors)\w*_(mean|max)$|(^|/)tokens$"),
-    ChartRule("How trajectories end", r"end_\w+_frac$"),
-    ChartRule("Policy update", r"entropy|(^|/|_)kl(_|$)|ratio|clip|parity|mismatch|loss|grad|(^|/)lr"),
-    ChartRule("Times and speed", r"^time/|_s$|_per_s$|seconds"),
+    ChartRule(
+        "Reward",
+        r"^reward/(?P<series>\w+)$",
+        shared=True,
+        note="Mean over the iteration's trajectories: each component unweighted; total is their weighted sum.",
+    ),
+    ChartRule(
+        "Accuracy by kind of task",
+        r"^reward[/_]by_source/(?:digits/)?(?P<series>.*)/answer_accuracy$",
+        shared=True,
+        note="Right answers while sampling for training.",
+    ),
+    ChartRule("Policy update", r"^(policy|sft)/"),
+    ChartRule("Rollouts", r"^rollout/(?!end_|.*_per_s$)"),
+    ChartRule("How trajectories end", r"^rollout/end_"),
+    ChartRule("Times and speed", r"^(time|engine)/|_per_s$", folded=True),
+    ChartRule("Reward by source and by transform", r"^reward[/_]by_", folded=True),
+    ChartRule("Further metrics", r"", folded=True),
 )
+COMPARED = ("rollout/must_use", "rollout/accuracy", "rollout/spurious", "rollout/turns_mean")
+"""What the runs with and without process reward are compared by."""
 
 
-def chart_groups(curves: list[Curve]) -> list[dict[str, Any]]:
+def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """Sort curves under headings, thin them, and give them as JSON values for the page's script."""
     left = list(curves)
     groups = []
-    for rule in (*RULES, ChartRule("Further metrics", "")):
+    for rule in RULES:
         found = [curve for curve in left if re.search(rule.pattern, curve.name)]
         left = [curve for curve in left if curve not in found]
-        if not found:
-            continue
-        together = found[:MAX_SERIES] if rule.shared else []
-        charts = [_chart("", together)] if together else []
-        charts += [_chart(curve.name, [curve]) for curve in found if curve not in together]
-        groups.append({"title": rule.title, "note": rule.note, "charts": charts})
+        if found:
+            groups.append(_group(rule, found))
     return groups
 
 
-def _chart(title: str, curves: list[Curve]) -> dict[str, Any]:
-    return {"title": title, "series": [_series(curve) for curve in curves]}
+def _group(rule: ChartRule, found: list[Curve]) -> dict[str, Any]:
+    """Charts of one heading; curves that never move are told in its note instead."""
+    names = {curve.name: _series_name(rule, curve) for curve in found}
+    still = [curve for curve in found if len(curve.values) > 1 and len(set(curve.values)) == 1]
+    moving = [curve for curve in found if curve not in still]
+    charts = []
+    if rule.shared and moving:
+        together, moving = moving[:MAX_SERIES], moving[MAX_SERIES:]
+        charts.append(_chart("", together, [names[curve.name] for curve in together], big=True))
+    charts += [_chart(curve.name, [curve], [curve.name]) for curve in moving]
+    constant = ", ".join(f"{names[curve.name]} {curve.values[0]:.4g}" for curve in still)
+    note = " ".join(part for part in (rule.note, f"Constant: {constant}." if constant else "") if part)
+    return {"title": rule.title, "note": note, "charts": charts, "folded": rule.folded}
 
 
-def _series(curve: Curve) -> dict[str, Any]:
+def _series_name(rule: ChartRule, curve: Curve) -> str:
+    match = re.search(rule.pattern, curve.name)
+    return match["series"] if match and "series" in match.groupdict() else curve.name
+
+
+def compared_charts(curves: dict[str, list[Curve]], stages: Sequence[str]) -> list[dict[str, Any]]:
+    """One chart for each of `COMPARED`, with a line for each stage that logged it."""
+    charts = []
+    for name in COMPARED:
+        found = [(stage, curve) for stage in stages for curve in curves.get(stage, []) if curve.name == name]
+        if found:
+            labels = [stage_label(stage) for stage, _ in found]
+            charts.append(_chart(name.partition("/")[2], [curve for _, curve in found], labels))
+    return charts
+
+
+def _chart(title: str, curves: list[Curve], names: list[str], *, big: bool = False) -> dict[str, Any]:
+    return {
+        "title": title,
+        "big": big,
+        "series": [_series(curve, name) for curve, name in zip(curves, names, strict=True)],
+    }
+
+
+def _series(curve: Curve, name: str) -> dict[str, Any]:
     steps, values = thin(curve.steps, curve.values, MAX_POINTS)
-    return {"name": curve.name, "x": steps, "y": [_significant(value) for value in values], "n": len(curve.values)}
+    return {"name": name, "x": steps, "y": [_significant(value) for value in values], "n": len(curve.values)}
 
 
 def thin(steps: list[float], values: list[float], most: int) -> tuple[list[float], list[float]]:
@@ -79,6 +125,22 @@ def thin(steps: list[float], values: list[float], most: int) -> tuple[list[float
     width = math.ceil(len(steps) / most)
     stretches = [slice(start, start + width) for start in range(0, len(steps), width)]
     return [_mean(steps[part]) for part in stretches], [_mean(values[part]) for part in stretches]
+
+
+def mean_between(curves: Sequence[Curve], name: str, first: float, last: float) -> tuple[float, int]:
+    """Mean of a metric over the iterations from `first` to `last`, both included, and how many logged it.
+
+    Returns:
+        (NaN, 0) where none did.
+    """
+    values = [
+        value
+        for curve in curves
+        if curve.name == name
+        for step, value in zip(curve.steps, curve.values, strict=True)
+        if first <= step <= last
+    ]
+    return (_mean(values), len(values)) if values else (math.nan, 0)
 
 
 def _mean(values: list[float]) -> float:

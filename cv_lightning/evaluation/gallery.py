@@ -182,8 +182,8 @@ class Gallery:
         }
 
     def _image(self, image: ImageRecord) -> dict[str, Any]:
-        self._embed(image)
-        return {
+        self._embed(image.file, image)
+        data = {
             "file": image.file,
             "size": image.size,
             "model": image.model_size,
@@ -191,20 +191,26 @@ class Gallery:
             "source": image.source,
             "toSource": image.to_source,
         }
+        if 2 * image.model_size[0] <= image.size[0] and self.images.get(image.file):
+            # what cannot be read at the size that the model saw is what the crop was for
+            data["seen"] = f"{image.file}@{image.model_size[0]}x{image.model_size[1]}"
+            self._embed(data["seen"], image, image.model_size)
+        return data
 
-    def _embed(self, image: ImageRecord) -> None:
-        if image.file in self.images or not image.file:
+    def _embed(self, key: str, image: ImageRecord, size: tuple[int, int] | None = None) -> None:
+        if key in self.images or not image.file:
             return
         if self.num_image_bytes >= self.max_image_bytes:
-            self.num_images_left_out += 1
+            self.num_images_left_out += size is None
             return
         try:
-            data = thumbnail(image.load(), self.thumbnail_px)
+            pixels = image.load()
         except DataError as error:
             LOG.warning("%s", error)
             return
-        self.images[image.file] = data
-        self.num_image_bytes += len(data)
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC) if size else pixels
+        self.images[key] = thumbnail(pixels, self.thumbnail_px)
+        self.num_image_bytes += len(self.images[key])
 
 
 def _turn(turn: Turn) -> dict[str, Any]:

@@ -9,25 +9,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from cv_lightning import __version__
-from cv_lightning.evaluation.curves import chart_groups
+from cv_lightning.evaluation import content
+from cv_lightning.evaluation.ablation import FULL, REDUCED
+from cv_lightning.evaluation.content import Evaluated
+from cv_lightning.evaluation.curves import chart_groups, compared_charts
 from cv_lightning.evaluation.gallery import Gallery, GroupSampler, relative_folder
-from cv_lightning.evaluation.metrics import EvalSummary, summarise
-from cv_lightning.evaluation.runs import EVALUATION_NAME, Run, Store, load_run, parity_max
+from cv_lightning.evaluation.metrics import summarise
+from cv_lightning.evaluation.runs import Run, load_run, stage_label
 from cv_lightning.evaluation.statistics import Rate
+from cv_lightning.evaluation.training import training_story
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import finite
 
 LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
+NONE = "\N{EN DASH}"
+"""Stands where nothing was measured, and between the ends of an interval."""
 SCRIPTS = ("dom.js", "charts.js", "gallery.js", "viewer.js")
 """Parts of the page's one script, in order."""
 
@@ -38,7 +42,7 @@ class ReportConfig:
 
     max_trajectories: int = 600
     """Trajectories in the gallery, over all stores; a stratified sample beyond. The page says how many of how many."""
-    max_image_mb: float = 16.0
+    max_image_mb: float = 8.0
     """Pictures embedded, in MB; the page links to the files of the others."""
     thumbnail_px: int = 384
     """Longest side of an embedded picture."""
@@ -46,23 +50,9 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.max_trajectories < 0 or self.max_image_mb < 0 or self.thumbnail_px < 16:
             raise ValueError(
-                "--max_trajectories and --max_image_mb must not be negative and --thumbnail_px must be at least 16, got "
+                "--max_trajectories and --max_image_mb must not be negative and --thumbnail_px at least 16, got "
                 f"{self.max_trajectories}, {self.max_image_mb}, {self.thumbnail_px}"
             )
-
-
-@dataclass(slots=True)
-class Evaluated:
-    """One evaluation of the run, for the tables."""
-
-    store: Store
-    figures: EvalSummary
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """(stage, mode, tool) of a quickstart evaluation; the store's name otherwise."""
-        match = EVALUATION_NAME.fullmatch(self.store.name.removeprefix("eval/"))
-        return (match["stage"], match["mode"], match["tool"]) if match else (self.store.name, "", "tool")
 
 
 def write_report(folder: str | Path, config: ReportConfig | None = None, out: str | Path | None = None) -> Path:
@@ -95,12 +85,19 @@ def render_report(run: Run, config: ReportConfig, page: Path) -> str:
     evaluated, bad_lines = _read_stores(run, config, gallery, page)
     style = (TEMPLATES / "report.css").read_text()
     script = '"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS)
+    ablation = content.ablation(run, evaluated)
+    num_total = sum(store["total"] for store in gallery.stores)
     data = {
         "stores": gallery.stores,
         "groups": gallery.groups,
         "trajectories": gallery.trajectories,
-        "curves": {stage: chart_groups(curves) for stage, curves in run.curves.items()},
-        "intervals": _interval_rows(evaluated),
+        "curves": [
+            {"stage": stage, "label": stage_label(stage), "groups": chart_groups(curves)}
+            for stage, curves in run.curves.items()
+        ],
+        "compared": compared_charts(run.curves, (FULL, REDUCED)) if ablation else [],
+        "intervals": content.interval_rows(evaluated),
+        "examples": content.examples(gallery),
     }
     return (
         _environment()
@@ -115,12 +112,16 @@ def render_report(run: Run, config: ReportConfig, page: Path) -> str:
             data=finite(data),
             images=gallery.images,
             gallery=gallery,
+            lead=content.lead(run, num_total, len(evaluated)),
             evaluated=evaluated,
-            headlines=_headlines(evaluated),
-            facts=_facts(run),
-            settings=_settings(run),
+            headlines=content.headlines(evaluated),
+            comparison=content.comparison(evaluated, ("base", "sft", "rl")),
+            ablation=ablation,
+            story=training_story(run.configs),
+            facts=content.facts(run),
+            settings=content.settings(run),
             num_shown=len(gallery.trajectories),
-            num_total=sum(store["total"] for store in gallery.stores),
+            num_total=num_total,
             bad_lines=bad_lines,
         )
     )
@@ -164,15 +165,17 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["rate"] = _rate
-    environment.filters["share"] = lambda value: "–" if value != value else f"{value:.3f}"
-    environment.filters["mean"] = lambda value: "–" if value != value else f"{value:.2f}"
+    environment.filters["count"] = "{:,}".format
+    environment.filters["share"] = lambda value: NONE if value != value else f"{value:.3f}"
+    environment.filters["mean"] = lambda value: NONE if value != value else f"{value:.2f}"
     return environment
 
 
-def _rate(value: Rate) -> Markup:
-    if value.n == 0:
-        return Markup('<span class="none">–</span>')
-    return Markup('<b>{:.3f}</b> <span class="range">{:.3f}–{:.3f}</span>').format(value.value, value.low, value.high)
+def _rate(value: Rate | None) -> Markup:
+    if value is None or value.n == 0:
+        return Markup('<span class="none">{}</span>').format(NONE)
+    interval = f"{value.low:.3f}{NONE}{value.high:.3f}"
+    return Markup('<b>{:.3f}</b> <span class="range">{}</span>').format(value.value, interval)
 
 
 def _policy(style: str, script: str) -> str:
@@ -182,93 +185,3 @@ def _policy(style: str, script: str) -> str:
         f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-# ------------------------------------------------------------------------------------------------ content
-def _headlines(evaluated: list[Evaluated]) -> list[dict[str, Any]]:
-    """Before and after: the greedy (else sampled) figures of SFT and of RL, where both were evaluated."""
-    by_key = {entry.key: entry.figures for entry in evaluated}
-    for mode in ("greedy", "sampled"):
-        before, after = by_key.get(("sft", mode, "tool")), by_key.get(("rl", mode, "tool"))
-        if before and after:
-            off = by_key.get(("rl", mode, "notool"))
-            tasks = f"{after.accuracy.n} held-out tasks that need the tool, {mode}"
-            return [
-                {
-                    "title": "Uses the tool as needed",
-                    "before": before.must_use,
-                    "after": after.must_use,
-                    "note": f"must-use: answered on an upright image after a fitting crop; {tasks}",
-                },
-                {
-                    "title": "Accuracy",
-                    "before": before.accuracy,
-                    "after": after.accuracy,
-                    "note": f"{tasks}" + (f"; with the tool switched off {off.accuracy.value:.3f}" if off else ""),
-                },
-                {
-                    "title": "Turns upright images for nothing",
-                    "before": before.spurious,
-                    "after": after.spurious,
-                    "note": f"share of {after.spurious.n} upright tasks, {mode}",
-                },
-            ]
-    return []
-
-
-def _interval_rows(evaluated: list[Evaluated]) -> list[dict[str, Any]]:
-    """By kind and evaluation: the numbers of the interval charts."""
-    rows = []
-    for entry in evaluated:
-        stage, mode, tool = entry.key
-        for kind, figures in entry.figures.by_kind.items():
-            for name in ("accuracy", "must_use"):
-                found: Rate = getattr(figures, name)
-                if found.n and (name == "accuracy" or tool == "tool"):
-                    rows.append(
-                        {
-                            "metric": name,
-                            "kind": kind,
-                            "label": entry.store.label,
-                            "stage": stage,
-                            "mode": mode,
-                            "off": tool == "notool",
-                            "rate": found,
-                        }
-                    )
-    return rows
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """What the run was, in a line each."""
-    facts = []
-    if run.timing:
-        parts = [f"{name} {seconds / 60:.1f} min" for name, seconds in run.timing.items() if name != "seed"]
-        facts.append(("time", ", ".join(parts)))
-    for curves in run.curves.values():
-        if (parity := parity_max(curves)) is not None:
-            facts.append(("engine versus trainer, largest difference of log-probabilities", f"{parity:.1e}"))
-    record = next(iter(run.records.values()), {})
-    for name in ("commit", "started", "python", "devices"):
-        if record.get(name):
-            value = record[name]
-            facts.append((name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    if isinstance(record.get("versions"), dict):
-        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in record["versions"].items())))
-    return facts
-
-
-SETTING = re.compile(
-    r"^\s*(tool_share|direct_turned|direct_small|needless_share|warm_up_\w+|temperature|num_samples|lr|seed_everything"
-    r"|total_seconds|max_seconds|kl_weight|num_minibatches|weights):\s*(\S.*)$"
-)
-
-
-def _settings(run: Run) -> list[tuple[str, str, str]]:
-    """(config file, key, value) of the settings a reader asks for first; the whole files stand below them."""
-    found = []
-    for path, text in run.configs.items():
-        for line in text.splitlines():
-            if (match := SETTING.match(line)) and match[2] not in ("null", "{}"):
-                found.append((path, match[1], match[2]))
-    return list(dict.fromkeys(found))

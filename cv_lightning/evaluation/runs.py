@@ -1,7 +1,8 @@
 """What lies in a run folder: evaluations, training trajectories, metric curves, timings, configs.
 
-Layout: `RUN/eval/<name>/` and `RUN/rl/` are trajectory stores; `RUN/<stage>/metrics.csv` is what Lightning's
-CSVLogger wrote; `RUN/timing.json` holds seconds per stage. Every part may be missing.
+Layout: `RUN/eval/<name>/`, `RUN/rl/` and `RUN/rl_accuracy/` are trajectory stores; `RUN/<stage>/metrics.csv` is what
+Lightning's CSVLogger wrote, `RUN/<stage>/fit_config.yaml` the resolved config; `RUN/timing.json` holds seconds per
+stage. Every part may be missing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,21 @@ from typing import Any
 from cv_lightning.types import DataError
 
 EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>tool|notool)")
+STAGES = {"base": "before training", "sft": "SFT", "rl": "RL", "rl_accuracy": "RL, accuracy reward only"}
+"""Stages that a run may have, in order, and what people call them."""
+NOT_SECONDS = ("seed", "ranks")
+"""What `timing.json` holds besides seconds."""
+
+
+def stage_label(stage: str) -> str:
+    """Name of a stage for people."""
+    return STAGES.get(stage, stage.replace("_", " "))
+
+
+def stage_order(stage: str) -> tuple[int, str]:
+    """Sort key of stages: the known ones as they follow each other, then the others by name."""
+    known = list(STAGES)
+    return (known.index(stage) if stage in known else len(known), stage)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,14 +50,15 @@ class Store:
 
     @property
     def label(self) -> str:
-        """Name for people: `SFT, greedy, tool off`; other names as they stand."""
+        """Name for people: `SFT, greedy, tool off`; `RL training`."""
         match = EVALUATION_NAME.fullmatch(self.name.removeprefix("eval/"))
-        if match is None:
-            return {"rl": "RL training", ".": "training"}.get(
-                self.name, self.name.removeprefix("eval/").replace("_", " ")
-            )
-        stage = match["stage"].upper() if len(match["stage"]) <= 3 else match["stage"].replace("_", " ").capitalize()
-        return f"{stage}, {match['mode']}" + (", tool off" if match["tool"] == "notool" else "")
+        if match is not None:
+            off = ", tool off" if match["tool"] == "notool" else ""
+            return f"{stage_label(match['stage'])}, {match['mode']}{off}"
+        if self.is_evaluation:
+            return stage_label(self.name.removeprefix("eval/"))
+        stage, _, rest = stage_label(self.name).partition(",")
+        return "training" if self.name == "." else f"{stage} training" + (f",{rest}" if rest else "")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,7 +80,7 @@ class Run:
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     """By stage (`sft`, `rl`, ...)."""
     timing: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage."""
+    """Seconds by stage, `seed` and `ranks`."""
     configs: dict[str, str] = field(default_factory=dict)
     """Text of every resolved config, by path below the run."""
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -76,13 +93,11 @@ def find_stores(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: _order(str(path.relative_to(folder))))
 
 
-def _order(name: str) -> tuple[int, ...] | tuple[int, str]:
+def _order(name: str) -> tuple[object, ...]:
     match = EVALUATION_NAME.fullmatch(name.removeprefix("eval/"))
     if match is None:
-        return (2 if name.startswith("eval/") else 3, name)
-    stages = ("base", "sft", "rl")
-    stage = stages.index(match["stage"]) if match["stage"] in stages else len(stages)
-    return (1, int(match["mode"] == "sampled"), stage, int(match["tool"] == "notool"))
+        return (2 if name.startswith("eval/") else 3, *stage_order(name))
+    return (1, match["mode"] == "sampled", *stage_order(match["stage"]), match["tool"] == "notool")
 
 
 def load_run(folder: str | Path) -> Run:
@@ -96,10 +111,10 @@ def load_run(folder: str | Path) -> Run:
         raise DataError(f"{folder}: no such run folder; give the folder that fit or test wrote (runs/...)")
     stores = [Store(name=str(path.relative_to(folder)), path=path) for path in find_stores(folder)]
     curves = {}
-    for path in sorted(folder.glob("**/metrics.csv")):
-        stage = str(path.parent.relative_to(folder)) if path.parent != folder else "run"
-        if found := read_curves(path):
-            curves[stage] = found
+    files = {str(path.parent.relative_to(folder)): path for path in folder.glob("**/metrics.csv")}
+    for stage in sorted(files, key=stage_order):
+        if found := read_curves(files[stage]):
+            curves["run" if stage == "." else stage] = found
     if not stores and not curves:
         raise DataError(f"{folder}: holds no run: neither trajectories/*.jsonl nor metrics.csv, here or below")
     return Run(
@@ -113,9 +128,10 @@ def load_run(folder: str | Path) -> Run:
 
 
 def read_timing(folder: Path) -> dict[str, float]:
-    """Seconds by stage from `timing.json`; empty where there is none."""
+    """Numbers of `timing.json`: seconds by stage, and `NOT_SECONDS`; empty where there is none."""
     path = folder / "timing.json"
-    return _read_json(path) if path.is_file() else {}
+    found = _read_json(path) if path.is_file() else {}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -134,16 +150,17 @@ def read_curves(path: Path) -> list[Curve]:
 
     The horizontal axis is the column `iteration` where a row has it, else `step`.
     """
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # the last cell of a row without its newline may be half a number
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
     curves: dict[str, Curve] = {}
     for number, row in enumerate(rows):
         step = _cell(row.get("iteration"))
         step = _cell(row.get("step")) if step is None else step
-        for name, text in row.items():
+        for name, cell in row.items():
             if name in (None, "step", "epoch", "iteration"):
                 continue
-            value = _cell(text)
+            value = _cell(cell)
             if value is not None:
                 curve = curves.setdefault(name, Curve(name=name, steps=[], values=[]))
                 curve.steps.append(float(number) if step is None else step)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
-from cv_lightning.evaluation.runs import EVALUATION_NAME, parity_max, read_curves, read_timing
+from cv_lightning.evaluation.runs import EVALUATION_NAME, parity_max, read_curves, read_timing, stage_order
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import DataError
 
 STAGES = ("sft", "rl")
+TIMED = ("sft", "sft_eval", "rl", "rl_eval")
+"""Keys of `timing.json` that add up to `minutes`."""
 MODES = {"sampled": "_sampled", "greedy": ""}
 """Decoding and the suffix of its key in the summary."""
 Evaluations = dict[tuple[str, str, str], EvalSummary]
@@ -51,22 +53,29 @@ def summary(run: Path, found: Evaluations, seed: int | None = None) -> dict[str,
         seed: of the run; by default the one in `timing.json`, else the number in a folder name like `...-seed3`.
 
     Returns:
-        seed, minutes (SFT, RL and their evaluations), parity_max, then `<stage>_sampled` and `<stage>` (greedy) for
-        SFT, RL and any further stage that was evaluated; a figure that was not measured is None.
+        seed, minutes (SFT, RL and their evaluations; None unless each was timed), parity_max, then `<stage>_sampled`
+        and `<stage>` (greedy) for SFT, RL and any further stage that was evaluated; a figure that was not measured is
+        None.
     """
     timing = read_timing(run)
     curves = read_curves(path) if (path := run / "rl" / "metrics.csv").is_file() else []
-    seconds = [timing[name] for name in (*STAGES, "eval") if name in timing]
     result: dict[str, Any] = {
         "seed": _seed(run, timing, seed),
-        "minutes": round(math.fsum(seconds) / 60, 2) if seconds else None,
+        "minutes": training_minutes(timing),
         "parity_max": parity_max(curves),
     }
-    others = sorted({stage for stage, _, _ in found} - set(STAGES))
+    others = sorted({stage for stage, _, _ in found} - set(STAGES), key=stage_order)
     for stage in (*STAGES, *others):
         for mode, suffix in MODES.items():
             result[stage + suffix] = stage_figures(found, stage, mode)
     return result
+
+
+def training_minutes(timing: dict[str, float]) -> float | None:
+    """Minutes of SFT, RL and their evaluations; None unless each of them was timed."""
+    if not all(name in timing for name in TIMED):
+        return None
+    return round(math.fsum(timing[name] for name in TIMED) / 60, 2)
 
 
 def stage_figures(found: Evaluations, stage: str, mode: str) -> dict[str, Any] | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from trajectory_samples import KINDS, Policy, digit_task, group
 
@@ -22,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 AFTER_SFT = {"greedy": Policy(0.1, 0.05, 0.0, 0.0, 0.9), "sampled": Policy(0.5, 0.4, 0.14, 0.08, 0.85)}
 AFTER_RL = {"greedy": Policy(0.99, 0.98, 0.0, 0.0, 0.9), "sampled": Policy(0.95, 0.95, 0.01, 0.01, 0.85)}
 TOOL_OFF = Policy(0, 0, 0, 0, 0.85)
-ACCURACY_ONLY = RewardConfig(mandatory=0, exact=0, emerge=0, usage=0, spurious=0, gate=False)
+WITHOUT_PROCESS = {"greedy": Policy(0.97, 0.95, 0.0, 0.0, 0.9), "sampled": Policy(0.9, 0.9, 0.06, 0.01, 0.85)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +42,17 @@ class Size:
 def write_run(folder: Path, size: Size | None = None) -> Path:
     """Write everything that a quickstart leaves in its folder, but the weights."""
     size = size or Size()
-    stages = {"sft": AFTER_SFT, "rl": AFTER_RL} | ({"rl_accuracy": AFTER_RL} if size.ablation else {})
+    stages = {"sft": AFTER_SFT, "rl": AFTER_RL} | ({"rl_accuracy": WITHOUT_PROCESS} if size.ablation else {})
     for stage, modes in stages.items():
         for mode, policy in modes.items():
             _evaluate(folder / "eval" / f"{stage}_{mode}_tool", policy, size)
             _evaluate(folder / "eval" / f"{stage}_{mode}_notool", TOOL_OFF, size)
     _sft(folder / "sft")
-    _rl(folder / "rl", size, needless=0.02)
+    _rl(folder / "rl", size, "reward", needless=0.02)
     timing: dict[str, float] = {"seed": 0, "ranks": 1, "install": 252.1, "tiny": 6.0, "sft": 250.0, "sft_eval": 61.5}
     timing |= {"rl": 400.0, "rl_eval": 68.5}
     if size.ablation:
-        _rl(folder / "rl_accuracy", size, RewardConfig(mandatory=0, exact=0, usage=0, spurious=0, gate=False), 0.2)
+        _rl(folder / "rl_accuracy", size, "reward_accuracy", needless=0.2)
         timing |= {"rl_accuracy": 395.0, "rl_accuracy_eval": 70.0}
     (folder / "timing.json").write_text(json.dumps(timing))
     return folder
@@ -73,13 +74,15 @@ def _sft(folder: Path) -> None:
         values = {"sft/loss": loss, "sft/grad_norm": 1 + rng.random(), "sft/tokens": 8000.0, "sft/lr": 1e-3}
         logger.log_metrics(values | {"iteration": step + 1.0, "epoch": 0}, step)
     logger.save()
-    shutil.copy(CONFIGS / "sft.yaml", folder / "fit_config.yaml")
+    (folder / "fit_config.yaml").write_text(yaml.safe_dump(resolved("sft")))
     record = {"command": ["python", "fit"], "commit": "0123abcd", "python": "3.11", "versions": {"torch": "2.13.0"}}
     (folder / "fit_run.json").write_text(json.dumps(record))
 
 
-def _rl(folder: Path, size: Size, reward: RewardConfig | None = None, needless: float = 0.05) -> None:
+def _rl(folder: Path, size: Size, recipe: str, needless: float) -> None:
     logger = CSVLogger(folder, name="", version="")
+    weights = resolved(recipe)
+    reward = RewardConfig(**weights)
     module = RewardModule(reward)
     rng = random.Random(1)
     with TrajectoryWriter(folder, StoreConfig(share=0.3)) as writer:
@@ -94,11 +97,27 @@ def _rl(folder: Path, size: Size, reward: RewardConfig | None = None, needless: 
             values |= {"time/sync_s": 0.1, "time/rollout_s": 2.0, "time/update_s": 1.5}
             logger.log_metrics(values | {"iteration": iteration + 1.0, "epoch": 0}, iteration)
     logger.save()
-    shutil.copy(CONFIGS / "grpo.yaml", folder / "fit_config.yaml")
+    config = resolved("grpo")
+    config["trainer"]["callbacks"][0]["init_args"]["reward"] = weights
+    (folder / "fit_config.yaml").write_text(yaml.safe_dump(config))
 
 
-def _iteration(iteration: int, size: Size, reward: RewardConfig | None, needless: float) -> list[Group]:
+def resolved(name: str) -> Any:
+    """A shipped config with the files that it names in their places, as a run saves it."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        is_file = isinstance(value, str) and value.endswith(".yaml") and (CONFIGS / value).is_file()
+        return yaml.safe_load((CONFIGS / value).read_text()) if is_file else value
+
+    return walk(walk(f"{name}.yaml"))
+
+
+def _iteration(iteration: int, size: Size, reward: RewardConfig, needless: float) -> list[Group]:
     done = min(1.0, 1.5 * iteration / size.iterations)
     policy = Policy(0.4 + 0.55 * done, 0.35 + 0.6 * done, needless * (1 - done), 0.1 * (1 - done), 0.6 + 0.3 * done)
     tasks = [digit_task(1000 + size.tasks * iteration + i, KINDS[i % len(KINDS)]) for i in range(size.tasks)]
-    return [group(task, size.samples, policy, iteration=iteration, reward=reward or RewardConfig()) for task in tasks]
+    return [group(task, size.samples, policy, iteration=iteration, reward=reward) for task in tasks]

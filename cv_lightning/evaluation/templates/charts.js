@@ -49,15 +49,18 @@ function sentence(chart) {
 }
 
 /** One chart with its caption, legend and read-out. */
-function chartFigure(chart, height) {
+function chartFigure(chart, height, axis) {
   const several = chart.series.length > 1;
+  const captioned = !several || chart.captioned;
   const hidden = new Set();
   const plot = make("svg:svg", { class: "plot", role: "img", tabindex: 0, "aria-label": `${chart.title || "chart"}. ${sentence(chart)}` });
   const tip = make("div", { class: "tip", hidden: true });
   const last = chart.series[0];
-  const caption = several ? null : make("figcaption", {}, make("b", { text: chart.title }), make("span", { text: short(last.y.at(-1)) }));
+  const caption = captioned && chart.title
+    ? make("figcaption", {}, make("b", { text: chart.title }), several ? null : make("span", { text: short(last.y.at(-1)) }))
+    : null;
   const figure = make("figure", {}, caption, plot, tip);
-  const state = { plot, tip, chart, hidden, height, at: null };
+  const state = { plot, tip, chart, hidden, height, axis, at: null };
   if (several) figure.append(legend(chart, state));
   const moved = (event) => {
     const box = plot.getBoundingClientRect();
@@ -109,9 +112,9 @@ function draw(state) {
   const yLabels = tickLabels(yTicks);
   const left = 12 + 6.4 * Math.max(...yLabels.map((label) => label.length));
   const [first, final] = [Math.min(...xs), Math.max(...xs)];
-  const x = (value) => left + ((value - first) / (final - first || 1)) * (width - left - 8);
+  const x = (value) => left + ((value - first) / (final - first || 1)) * (width - left - 14);
   const y = (value) => height - 20 - ((value - low) / (high - low)) * (height - 28);
-  state.inverse = (px) => first + ((px - left) / (width - left - 8)) * (final - first);
+  state.inverse = (px) => first + ((px - left) / (width - left - 14)) * (final - first);
   plot.setAttribute("height", height);
   plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
   plot.replaceChildren(
@@ -144,7 +147,7 @@ function readout(state, shown, x, width) {
     return { name: series.name, value: series.y[i], step: series.x[i] };
   });
   state.tip.replaceChildren(
-    make("b", { text: `step ${short(rows[0].step)}` }),
+    make("b", { text: `${state.axis} ${short(rows[0].step)}` }),
     ...rows.map((row) => make("div", {}, make("span", { text: row.name }), make("span", { text: short(row.value) }))),
   );
   const right = x(state.at) > width / 2;
@@ -153,43 +156,63 @@ function readout(state, shown, x, width) {
 }
 
 // ------------------------------------------------------------------ learning curves
+/** A heading, its large charts, a grid of small ones and a note; a folded one is drawn when it is opened. */
+function curveGroup(group, axis) {
+  const draws = () => {
+    const big = group.charts.filter((chart) => chart.big);
+    const small = group.charts.filter((chart) => !chart.big);
+    return [
+      ...big.map((chart) => chartFigure(chart, 260, axis)),
+      small.length ? make("div", { class: "chart-grid" }, small.map((chart) => chartFigure(chart, 130, axis))) : null,
+      group.note ? make("p", { class: "note", text: group.note }) : null,
+    ].filter(Boolean);
+  };
+  if (!group.folded) {
+    const heading = make("h3", { text: `${group.title} ` }, make("small", { text: `by ${axis}` }));
+    return make("div", { class: "chart-group" }, heading, draws());
+  }
+  const count = `${group.charts.length} chart${group.charts.length === 1 ? "" : "s"}`;
+  const details = make("details", { class: "chart-group" }, make("summary", { text: `${group.title} (${count})` }));
+  details.addEventListener("toggle", () => details.append(...draws()), { once: true });
+  return details;
+}
+
 function showStage(stage) {
   for (const tab of byId("stages").children) {
     const chosen = tab.dataset.stage === stage;
     tab.setAttribute("aria-selected", String(chosen));
     tab.tabIndex = chosen ? 0 : -1;
   }
-  byId("charts").replaceChildren(...data.curves[stage].map((group) => {
-    const big = group.charts.filter((chart) => chart.series.length > 1);
-    const small = group.charts.filter((chart) => chart.series.length === 1);
-    return make("div", { class: "chart-group" }, make("h3", { text: group.title }),
-      big.map((chart) => chartFigure({ ...chart, title: group.title }, 260)),
-      small.length ? make("div", { class: "chart-grid" }, small.map((chart) => chartFigure({ ...chart, title: chart.title || chart.series[0].name }, 130))) : null,
-      group.note ? make("p", { class: "note", text: group.note }) : null);
-  }));
+  const { groups } = data.curves.find((entry) => entry.stage === stage);
+  byId("charts").replaceChildren(...groups.map((group) => curveGroup(group, axisOf(stage))));
 }
 
+const axisOf = (stage) => (stage === "sft" ? "step" : "iteration");
+
 function startCurves() {
-  const stages = Object.keys(data.curves);
+  const stages = data.curves.map((entry) => entry.stage);
   if (!stages.length) return;
-  byId("stages").append(...stages.map((stage) => make("button", {
-    type: "button", role: "tab", "data-stage": stage, "aria-controls": "charts", text: stage.length <= 3 ? stage.toUpperCase() : stage,
-    on: {
-      click: () => showStage(stage),
-      keydown: (event) => {
-        const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-        if (!step) return;
-        const next = stages[(stages.indexOf(stage) + step + stages.length) % stages.length];
-        showStage(next);
-        [...byId("stages").children].find((tab) => tab.dataset.stage === next).focus();
-      },
-    },
+  const go = (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    const next = stages[(stages.indexOf(event.target.dataset.stage) + step + stages.length) % stages.length];
+    showStage(next);
+    [...byId("stages").children].find((tab) => tab.dataset.stage === next).focus();
+  };
+  byId("stages").append(...data.curves.map(({ stage, label }) => make("button", {
+    type: "button", role: "tab", "data-stage": stage, "aria-controls": "charts", text: label,
+    on: { click: () => showStage(stage), keydown: go },
   })));
   byId("smoothing").addEventListener("input", (event) => {
     smoothing = Number(event.target.value);
-    for (const figure of byId("charts").querySelectorAll("figure")) figure.redraw();
+    for (const figure of document.querySelectorAll("#charts figure, #compared figure")) figure.redraw();
   });
   showStage(stages.includes("rl") ? "rl" : stages[0]);
+}
+
+/** The runs with and without process reward in the same charts. */
+function startCompared() {
+  byId("compared")?.append(...data.compared.map((chart) => chartFigure({ ...chart, title: words(chart.title), captioned: true }, 190, "iteration")));
 }
 
 // ------------------------------------------------------------------ intervals by kind

@@ -37,7 +37,7 @@ function operationLine(operation) {
     operation.used ? null : make("span", { class: "chip note", text: "result not used" }));
 }
 
-function toolPart(item, turn) {
+function toolPart(item, turn, brief = false) {
   const { result, call } = turn;
   const nodes = [];
   if (call) {
@@ -49,17 +49,27 @@ function toolPart(item, turn) {
     nodes.push(make("p", { class: "label", text: "What really ran" }),
       result.operations.length ? make("ul", { class: "ran" }, result.operations.map(operationLine)) : make("p", { class: "note", text: "no image operation" }),
       make("p", { class: "note" }, make("span", { class: `chip ${good ? "good" : "bad"}`, text: result.status }), result.error ? ` ${result.error}` : "",
-        result.core.length ? ` net effect: ${result.core.map(words).join(", ")}.` : "", ` ${(1000 * result.seconds).toFixed(1)} ms${result.tier ? `, ${result.tier}` : ""}`));
+        result.core.length ? ` net effect: ${result.core.map(words).join(", ")}.` : "",
+        brief ? null : ` ${(1000 * result.seconds).toFixed(1)} ms${result.tier ? `, ${result.tier}` : ""}`));
   }
   if (turn.image !== null && item.trajectory.images[turn.image]) nodes.push(make("div", { class: "tool-out" }, imageFigure(item, turn.image)));
-  if (turn.response && turn.response !== result?.error) nodes.push(make("p", { class: "label", text: "The model was told" }), make("p", { class: "said", text: turn.response }));
+  if (!brief && turn.response && turn.response !== result?.error) nodes.push(make("p", { class: "label", text: "The model was told" }), make("p", { class: "said", text: turn.response }));
   return nodes;
 }
 
 function imageFigure(item, index) {
   const image = item.trajectory.images[index];
-  const seen = image.model[0] === image.size[0] && image.model[1] === image.size[1] ? "" : `, seen at ${sizeText(image.model)}`;
-  return make("figure", {}, linkedPicture(image, imageAlt(item, index), item.store.folder), make("figcaption", { text: `image ${index}: ${sizeText(image.size)}${seen}` }));
+  const same = image.model[0] === image.size[0] && image.model[1] === image.size[1];
+  const caption = `image ${index}: ${sizeText(image.size)}${same ? "" : `, seen at ${sizeText(image.model)}`}`;
+  const whole = make("figure", {}, linkedPicture(image, imageAlt(item, index), item.store.folder), make("figcaption", { text: caption }));
+  return [whole, seenFigure(image)];
+}
+
+/** A picture that the model saw much smaller than it is, at that size and enlarged without smoothing. */
+function seenFigure(image) {
+  if (!image.seen || !embedded(image.seen)) return null;
+  const small = picture({ file: image.seen, size: image.model }, `The same as the model saw it, ${sizeText(image.model)} pixels`);
+  return make("figure", { class: "seen" }, small, make("figcaption", { text: `what the model saw: ${sizeText(image.model)}` }));
 }
 
 function turnPanel(item, turn, number) {
@@ -100,9 +110,11 @@ function sourcePanel(item) {
   const overlay = make("svg:svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true" },
     marks.flatMap((mark) => ["under", mark.tone].map((tone) => make("svg:polygon", { class: tone, points: mark.points.map((point) => point.join(",")).join(" ") }))));
   const alt = `The task's image, ${sizeText(image.size)} pixels${marks.length ? `, marked: ${marks.map((mark) => mark.text).join(", ")}` : ""}`;
+  const first = trajectory.images.find((candidate) => candidate.parent === null);
   return make("div", { class: "panel" }, make("h3", { text: `Source image, ${sizeText(image.size)}` }),
     embedded(image.file) ? make("div", { class: "source" }, picture(image, alt), overlay) : linkedPicture(image, alt, store.folder),
-    make("ul", { class: "keys" }, marks.map((mark) => make("li", {}, make("svg:svg", { viewBox: "0 0 26 8", "aria-hidden": "true" }, make("svg:line", { class: mark.tone, x1: 0, x2: 26, y1: 4, y2: 4 })), mark.text))));
+    make("ul", { class: "keys" }, marks.map((mark) => make("li", {}, make("svg:svg", { viewBox: "0 0 26 8", "aria-hidden": "true" }, make("svg:line", { class: mark.tone, x1: 0, x2: 26, y1: 4, y2: 4 })), mark.text))),
+    first ? seenFigure(first) : null);
 }
 
 function bar(value, most) {
@@ -158,6 +170,32 @@ function column(item) {
     make("div", { class: "chain" }, trajectory.images.map((image, i) => (embedded(image.file) ? picture(image, imageAlt(item, i)) : null))),
     make("ol", {}, trajectory.turns.map((turn) => make("li", {}, turn.call ? make("code", { text: turn.call.code }) : spoken(turn), turn.result && turn.result.status !== "ok" ? make("p", { class: "note", text: turn.result.error }) : null))),
     make("button", { type: "button", class: "quiet", text: "Open", "aria-label": `Open sample ${trajectory.sample}`, on: { click: () => showTrajectory(item.index) } }));
+}
+
+// ------------------------------------------------------------------ before and after
+/** One trajectory in short, for the page itself: what was said, the code, what ran, the image, turn by turn. */
+function exampleColumn(item, title) {
+  const { trajectory } = item;
+  const turns = trajectory.turns.map((turn, i) => make("li", {},
+    make("div", { class: "turn-head" }, make("b", { text: `Turn ${i + 1}` }), make("span", { text: `${turn.tokens} tokens` })),
+    spoken(turn), toolPart(item, turn, true)));
+  const open = { type: "button", class: "quiet", text: "Open in full", "aria-label": `${title}: open in full` };
+  return make("div", { class: "example" },
+    make("h4", { text: title }),
+    make("p", { class: "verdict" }, verdictChip(trajectory), make("b", { text: trajectory.answer ?? "no answer" }),
+      make("span", { class: "q", text: `truth ${item.task.truth}` }), toolChip(trajectory)),
+    make("ol", { class: "turns" }, turns),
+    make("button", { ...open, on: { click: () => openViewer(item.index) } }));
+}
+
+function startExamples() {
+  byId("example-list")?.append(...data.examples.map((example) => {
+    const [before, after] = [all[example.before], all[example.after]];
+    const done = after.task.transforms.map(words).join(", ") || "nothing";
+    return make("article", { class: "card" },
+      make("h3", { text: `${words(example.kind)} ` }, make("small", { text: `“${after.task.question}” Done to the image: ${done}.` })),
+      make("div", { class: "example-grid" }, sourcePanel(after), exampleColumn(before, "After SFT"), exampleColumn(after, "After RL")));
+  }));
 }
 
 // ------------------------------------------------------------------ the dialog
@@ -219,4 +257,6 @@ viewer.addEventListener("keydown", (event) => {
 
 startIntervals();
 startCurves();
+startCompared();
+startExamples();
 startGallery();
