@@ -11,6 +11,7 @@ of two million parameters does not learn to read within minutes.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,6 +76,9 @@ class DigitsConfig:
     the card. At 1 a reader who were taught to could guess at the digits without a crop, at 0.5 hardly."""
     jitter_px: int = 1
     """A card is moved by at most so many pixels each way."""
+    augment: bool = True
+    """Training scans are turned, sheared, scaled and moved a little at random, so that handwriting never seen is read
+    better. Held-out scans are shown as they are."""
     train_digits: int = 1400
     """The first so many of the 1797 digits make up training scenes, the others held-out ones."""
     kind_shares: dict[str, float] = field(default_factory=_equal_shares)
@@ -154,7 +158,7 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
     rng = random.Random(f"{config.seed}/{split}/{kind}/{index}")
     first, last = (0, config.train_digits) if split == "train" else (config.train_digits, NUM_DIGITS)
     digits = (rng.randrange(first, last), rng.randrange(first, last))
-    pixels, upright_box, cell = _compose(config, is_small(kind), digits, rng)
+    pixels, upright_box, cell = _compose(config, is_small(kind), digits, rng, config.augment and split == "train")
     image, box, transform = Image.fromarray(pixels), upright_box, None
     if is_turned(kind):
         transform = rng.choice(tuple(TRANSFORMS))
@@ -193,7 +197,7 @@ def is_turned(kind: str) -> bool:
 
 
 def _compose(
-    config: DigitsConfig, small: bool, digits: tuple[int, int], rng: random.Random
+    config: DigitsConfig, small: bool, digits: tuple[int, int], rng: random.Random, augment: bool
 ) -> tuple[Pixels, Box, tuple[int, int, int, int] | None]:
     """Upright scene [side, side], box of its card, and the cell to crop (None if the card is large)."""
     pixels = _background(config.original_side if small else config.model_side).copy()
@@ -215,7 +219,8 @@ def _compose(
     width = round(GLYPH_SIDE * scale)
     for digit, (glyph_x, glyph_y) in zip(digits, GLYPHS, strict=True):
         x, y = round(left + glyph_x * scale), round(top + glyph_y * scale)
-        pixels[y : y + width, x : x + width] = _glyph(digit, width)
+        glyph = _glyph(digit, width)
+        pixels[y : y + width, x : x + width] = _distorted(glyph, rng) if augment else glyph
     return pixels, (float(x1), float(y1), float(x2), float(y2)), cell
 
 
@@ -233,6 +238,22 @@ def _background(side: int) -> Pixels:
 def _glyph(digit: int, side: int) -> Pixels:
     """Scan enlarged to `side` pixels, dark on white."""
     return np.asarray(Image.fromarray(_scans()[0][digit]).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _distorted(glyph: Pixels, rng: random.Random) -> Pixels:
+    """The glyph turned by up to 10 degrees, sheared and scaled by up to 12 %, and moved by up to 6 % of its side."""
+    side = glyph.shape[0]
+    angle, shear = math.radians(rng.uniform(-10, 10)), rng.uniform(-0.12, 0.12)
+    across, down = rng.uniform(0.9, 1.12), rng.uniform(0.9, 1.12)
+    a, b = math.cos(angle) * across, (shear - math.sin(angle)) * across
+    d, e = math.sin(angle) * down, (math.cos(angle) + shear * math.sin(angle)) * down
+    middle = side / 2
+    c = middle - a * middle - b * middle + rng.uniform(-0.06, 0.06) * side
+    f = middle - d * middle - e * middle + rng.uniform(-0.06, 0.06) * side
+    moved = Image.fromarray(glyph).transform(
+        (side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR, fillcolor=255
+    )
+    return np.asarray(moved)
 
 
 @lru_cache(maxsize=1)
