@@ -114,6 +114,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.val_tasks = val_tasks or {}
         self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
         self.tasks_per_eval_batch = tasks_per_eval_batch
+        self.num_train_batches = 0
         for counts in (self.val_tasks, self.test_tasks):
             HeldOutScenes(self.digits, counts)
 
@@ -185,7 +186,7 @@ class TaskDataModule(EvaluationDataModule):
                 f"--data.oversample {oversample} must be at least 1"
             )
         self.train_files = train_files or []
-        self.num_iterations = num_iterations
+        self.num_iterations = self.num_train_batches = num_iterations
         self.tasks_per_iteration = tasks_per_iteration
         self.oversample = oversample
         self.seed = seed
@@ -250,7 +251,7 @@ class SFTDataModule(EvaluationDataModule):
         self.demonstrations = demonstrations or DemonstrationConfig()
         self.sandbox_config = sandbox or SandboxConfig()
         self.train_files = train_files or []
-        self.num_steps = num_steps
+        self.num_steps = self.num_train_batches = num_steps
         self.conversations_per_step = conversations_per_step
         self.warm_up_share = warm_up_share
         self.warm_up_conversations_per_step = warm_up_conversations_per_step

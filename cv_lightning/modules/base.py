@@ -39,7 +39,7 @@ class OptimizerConfig:
     """After the warm-up: `constant`; `cosine` to 0; `hold_linear`: hold for half of the steps, then straight to
     `final_share`."""
     total_steps: int = 0
-    """Optimizer steps of the whole run, for the schedules that end. 0: `trainer.max_steps`."""
+    """Optimizer steps of the whole run, for the schedules that end. 0: what `trainer.max_steps` or the data say."""
     final_share: float = 0.05
     """Share of the peak that `hold_linear` ends at."""
     gradient_clip: float = 1.0
@@ -84,6 +84,8 @@ class PolicyModule(pl.LightningModule):
         self.vision_ids: tuple[int, ...] = tuple(vision_token_ids(self.processor.tokenizer))
         self.policy: PreTrainedModel | None = None
         self.iteration = 0
+        self.steps_per_batch = 1
+        """Optimizer steps that one training batch takes."""
         self._zero3: Any = None
 
     # ------------------------------------------------------------------ building
@@ -113,9 +115,27 @@ class PolicyModule(pl.LightningModule):
             {"params": vectors, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-        total = config.total_steps or max(0, self.trainer.max_steps)
+        total = config.total_steps or self._planned_steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _planned_steps(self) -> int:
+        """Optimizer steps of the run.
+
+        Not `trainer.estimated_stepping_batches`: that builds the loaders too early and forgets a resumed one's place.
+
+        Raises:
+            ValueError: the schedule ends, but nothing says when.
+        """
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        batches = getattr(self.trainer.datamodule, "num_train_batches", 0) * (self.trainer.max_epochs or 1)
+        if not batches and self.optimizer_config.schedule != "constant":
+            raise ValueError(
+                f"model.optimizer.schedule {self.optimizer_config.schedule} needs to know where it ends: set "
+                "model.optimizer.total_steps or trainer.max_steps"
+            )
+        return batches * self.steps_per_batch
 
     # ------------------------------------------------------------------ trajectories as packed rows
     def train_rows(self, trajectories: Sequence[Trajectory]) -> list[TrainRow]:

@@ -59,7 +59,7 @@ class GRPOModule(PolicyModule):
         if num_minibatches < 1 or temperature <= 0:
             raise ValueError("model.num_minibatches must be at least 1 and model.temperature above 0")
         self.loss = loss or PolicyLossConfig()
-        self.num_minibatches = num_minibatches
+        self.num_minibatches = self.steps_per_batch = num_minibatches
         self.temperature = temperature
         self.old_logprobs = old_logprobs
         self.reference_path = reference_path or policy.path
