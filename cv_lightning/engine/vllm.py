@@ -6,6 +6,7 @@ The only file that imports vllm. See traps T5, T16, T18, T22-T30 for what each a
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ class VLLMEngine:
             dtype: `float32`, `bfloat16` or `float16`, the trainer's.
             seed: engine seed; requests carry their own.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        launched = _join_launched_ranks()
         on_cpu = not torch.cuda.is_available()
         self.llm = LLM(
             model=path,
@@ -48,7 +49,7 @@ class VLLMEngine:
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=1,
-            distributed_executor_backend="external_launcher" if distributed else None,
+            distributed_executor_backend="external_launcher" if launched else None,
             disable_log_stats=True,
         )
         self.engine = self.llm.llm_engine
@@ -114,6 +115,19 @@ class VLLMEngine:
             with contextlib.suppress(AttributeError):
                 core.engine_core.shutdown()
             del self.engine, self.llm
+
+
+def _join_launched_ranks() -> bool:
+    """True if this process is one of several ranks, whose numbers vLLM then reads from the environment.
+
+    An earlier engine of a single process leaves `torch.distributed` initialised too, with one rank.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return False
+    os.environ.setdefault("RANK", str(distributed.get_rank()))
+    os.environ.setdefault("WORLD_SIZE", str(distributed.get_world_size()))
+    return True
 
 
 def _reload(worker: Any, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
