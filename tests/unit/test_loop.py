@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
+import psutil
 import pytest
 from PIL import Image
 
 from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Job, Rollout, cut_middle, jobs_of
+from cv_lightning.agent.loop import Job, Rollout, RolloutProgress, cut_middle, jobs_of
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.engine.base import Completion, Request, SamplingConfig
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.types import EndState, SandboxResult, Task, ToolStatus, Trajectory
+from cv_lightning.types import EndState, EngineError, Message, SandboxResult, Task, ToolStatus, Trajectory
 
 TURN = '<think>turned</think><tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image.rotate(90, expand=True)", "image_index": 0}}\n</tool_call>'
 ANSWER = "<think>read</think><answer>42</answer>"
@@ -74,6 +77,17 @@ def background() -> Iterator[Background]:
 
 def task(name: str = "t0", size: tuple[int, int] = (96, 64)) -> Task:
     return Task(id=name, question="What number is written?", images=(Image.new("RGB", size, "white"),), ground_truth="42")
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def roll(
@@ -178,22 +192,210 @@ def test_every_limit_is_an_end_state(encoder, background, sandbox, config, scrip
 
 
 def test_no_trajectory_waits_for_a_slow_tool(encoder, background):
+    """By the order of events, without a clock: the slow tool returns only once all others have finished."""
+    others_finished = asyncio.Event()
+    finished: list[str] = []
+
     class Slow:
         async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
-            await asyncio.sleep(0.3 if owner.startswith("slow") else 0.0)
+            if owner.startswith("slow"):
+                await others_finished.wait()
             return SandboxResult(status=ToolStatus.OK, image=image)
-
-    finished: list[str] = []
 
     async def score(trajectory: Trajectory) -> None:
         finished.append(trajectory.task.id)
+        if len(finished) == 4:
+            others_finished.set()
 
     engine = ScriptedEngine(encoder, lambda _, turn: (TURN, TURN, ANSWER)[turn])
-    rollout = Rollout(engine, Slow(), encoder, background, AgentConfig(), banned_ids=(), score=score)
+    config = AgentConfig(deadline_s=10)
+    rollout = Rollout(engine, Slow(), encoder, background, config, banned_ids=(), score=score)
     jobs = jobs_of([task("slow"), task("quick-a"), task("quick-b")], 2)
     trajectories = rollout.run(jobs, SamplingConfig())
     assert [t.task.id for t in trajectories] == ["slow", "slow", "quick-a", "quick-a", "quick-b", "quick-b"]
+    assert {t.end_state for t in trajectories} == {EndState.ANSWERED}
     assert set(finished[:4]) == {"quick-a", "quick-b"}
+
+
+class Hanging:
+    """Runs one snippet at a time, `seconds` each; those of `owner` never end."""
+
+    def __init__(self, owner: str = "none", seconds: float = 0.0) -> None:
+        self.owner, self.seconds = owner, seconds
+        self.turn = asyncio.Lock()
+        self.cancelled: list[str] = []
+
+    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        try:
+            if owner.startswith(self.owner):
+                await asyncio.Event().wait()
+            async with self.turn:
+                await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled.append(owner)
+            raise
+        return SandboxResult(status=ToolStatus.OK, image=image)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_call_that_never_returns_costs_its_own_trajectory_only(encoder, background, deterministic):
+    hanging = Hanging("hung")
+    jobs = [Job(task(name), 0) for name in ("a", "hung", "b")]
+    config = AgentConfig(tool_deadline_s=0.2, deterministic=deterministic)
+    trajectories, _ = roll(encoder, background, hanging, lambda _, turn: (TURN, ANSWER)[turn], jobs, config)
+    states = [t.end_state for t in trajectories]
+    assert states == [EndState.ANSWERED, EndState.ERROR_SANDBOX, EndState.ANSWERED]
+    assert "tool_deadline_s" in trajectories[1].error
+    wait_until(lambda: [owner.split("/")[0] for owner in hanging.cancelled] == ["hung"])
+
+
+def test_calls_that_queue_behind_slow_ones_are_not_late(encoder, background):
+    jobs = [Job(task(f"t{i}"), 0) for i in range(8)]
+    config = AgentConfig(tool_deadline_s=0.3)  # all eight together take 0.8 s, one at a time
+    trajectories, _ = roll(encoder, background, Hanging(seconds=0.1), lambda _, turn: (TURN, ANSWER)[turn], jobs, config)
+    assert {t.end_state for t in trajectories} == {EndState.ANSWERED}
+
+
+def test_the_deadline_stops_every_trajectory_and_loses_none(encoder, background):
+    """Under way in the sandbox, arrived in the queue but not taken up, and still waiting for a place."""
+    hanging = Hanging("hung")
+    scored: list[str] = []
+
+    async def score(trajectory: Trajectory) -> None:
+        scored.append(trajectory.task.id)
+
+    class Dawdling(ScriptedEngine):
+        def step(self) -> list[Completion]:
+            time.sleep(0.15)  # results of the quick tool arrive meanwhile
+            return super().step()
+
+    engine = Dawdling(encoder, lambda _, turn: (TURN, ANSWER)[min(turn, 1)])
+    config = AgentConfig(deadline_s=0.4)
+    rollout = Rollout(engine, hanging, encoder, background, config, banned_ids=(), score=score, window=4)
+    jobs = [Job(task(name), 0) for name in ("hung", "a", "b", "c", "waiting-1", "waiting-2")]
+    shown: list[int] = []
+    trajectories = rollout.run(jobs, SamplingConfig(), lambda state: shown.append(state.finished))
+    assert [t.task.id for t in trajectories] == [job.task.id for job in jobs]
+    stopped = [t for t in trajectories if t.end_state is EndState.STOPPED]
+    assert {"hung", "waiting-1", "waiting-2"} <= {t.task.id for t in stopped}
+    assert all(t.end_state.is_error for t in stopped)  # no outcome: masked, and nobody judges it
+    assert not set(scored) & {t.task.id for t in stopped}
+    assert not engine.has_unfinished() and shown[-1] == len(jobs)
+    wait_until(lambda: "hung/0/0" in hanging.cancelled)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError("broken")])
+def test_an_exception_leaves_no_request_and_no_snippet(encoder, background, error):
+    hanging = Hanging("hung")
+
+    class Interrupted(ScriptedEngine):
+        def step(self) -> list[Completion]:
+            if len(self.requests) >= 3 and not self.pending[0].id.startswith("hung"):
+                raise error
+            return super().step()
+
+    engine = Interrupted(encoder, lambda *_: TURN)
+    rollout = Rollout(engine, hanging, encoder, background, AgentConfig(), banned_ids=())
+    with pytest.raises(BaseException) as caught:
+        rollout.run([Job(task(name), 0) for name in ("hung", "a", "b")], SamplingConfig())
+    assert caught.type is (error if isinstance(error, type) else type(error))
+    assert not engine.has_unfinished()
+    wait_until(lambda: hanging.cancelled == ["hung/0/0"])
+
+
+def test_ctrl_c_leaves_no_child(encoder, background, sandbox):
+    before = children()
+    endless = TURN.replace("result = image.rotate(90, expand=True)", "while True: image = image.rotate(1)")
+
+    def interrupt(_: RolloutProgress) -> None:
+        if len(children()) > len(before):
+            raise KeyboardInterrupt
+
+    engine = ScriptedEngine(encoder, lambda *_: endless)
+    rollout = Rollout(engine, sandbox, encoder, background, AgentConfig(), banned_ids=())
+    with pytest.raises(KeyboardInterrupt):
+        rollout.run([Job(task(), 0)], SamplingConfig(), interrupt)
+    wait_until(lambda: len(children()) <= len(before))
+
+
+def test_a_prompt_that_cannot_be_built_ends_its_trajectory_with_the_reason(encoder, background, sandbox):
+    marks = Task(id="m", question="q", images=task().images, ground_truth="1", messages=(Message(role="user", content="no mark"),))
+    strip = task("strip", size=(3000, 2))
+    jobs = [Job(t, 0) for t in (marks, strip, task("fine"))]
+    trajectories, engine = roll(encoder, background, sandbox, lambda *_: ANSWER, jobs)
+    assert [t.end_state for t in trajectories] == [EndState.ERROR_TASK, EndState.ERROR_TASK, EndState.ANSWERED]
+    assert "task m: 0 <image> marks in its prompt but 1 images" in trajectories[0].error
+    assert "3000x2" in trajectories[1].error
+    assert [r.id.split("/")[0] for r in engine.requests] == ["fine"]
+
+
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        (AgentConfig(max_prompt_tokens=2), {}),
+        (AgentConfig(), {"max_model_len": 30}),
+        (AgentConfig(max_images=1), {}),
+    ],
+)
+def test_what_the_engine_cannot_take_never_reaches_it(encoder, background, sandbox, config, limits):
+    image = task().images[0]
+    two = Task(id="two", question="q", images=(image, image), ground_truth="1")
+    (trajectory,), engine = roll(encoder, background, sandbox, lambda *_: ANSWER, [Job(two, 0)], config, **limits)
+    assert trajectory.end_state in (EndState.OVER_LENGTH, EndState.MAX_IMAGES)
+    assert engine.requests == [] and trajectory.error
+
+
+def test_a_request_that_the_engine_refuses_or_forgets_costs_one_trajectory(encoder, background, sandbox):
+    class Fussy(ScriptedEngine):
+        def add_request(self, request: Request) -> None:
+            if request.id.startswith("refused"):
+                raise EngineError("too long for me")
+            if not request.id.startswith("forgotten"):
+                super().add_request(request)
+
+    rollout = Rollout(Fussy(encoder, lambda *_: ANSWER), sandbox, encoder, background, AgentConfig(), banned_ids=())
+    refused, forgotten, fine = rollout.run([Job(task(n), 0) for n in ("refused", "forgotten", "fine")], SamplingConfig())
+    assert (refused.end_state, refused.error) == (EndState.ERROR_ENGINE, "too long for me")
+    assert forgotten.end_state is EndState.ERROR_ENGINE and "forgot" in forgotten.error
+    assert fine.end_state is EndState.ANSWERED
+
+
+def test_two_calls_in_a_turn_run_the_first_and_the_model_is_told(encoder, background, sandbox):
+    call = TURN.split("</think>")[1]
+    script = [TURN + call.replace("rotate(90", "rotate(180"), ANSWER]
+    (trajectory,), engine = roll(encoder, background, sandbox, lambda _, turn: script[turn])
+    assert [op.name for op in trajectory.operations] == ["rotate_90"]
+    told = encoder.tokenizer.decode(engine.requests[1].prompt_ids)
+    assert "Only the first of your 2 calls was run" in told and told.count("<|image_pad|>") == 2
+
+
+def test_a_turn_that_ends_by_another_token_keeps_the_template(encoder, background, sandbox):
+    class EndsText(ScriptedEngine):
+        def step(self) -> list[Completion]:
+            (done,) = super().step()
+            ids = [*done.token_ids[:-1], encoder.tokenizer.pad_token_id]
+            return [replace(done, token_ids=ids)]
+
+    engine = EndsText(encoder, lambda _, turn: (TURN, ANSWER)[turn])
+    rollout = Rollout(engine, sandbox, encoder, background, AgentConfig(), banned_ids=())
+    (trajectory,) = rollout.run([Job(task(), 0)], SamplingConfig())
+    assert trajectory.end_state is EndState.ANSWERED
+    where = trajectory.token_ids.index(encoder.tokenizer.pad_token_id)
+    assert trajectory.token_ids[where + 1] == encoder.end_id
+    assert trajectory.loss_mask[where : where + 2] == [True, False]
+
+
+def test_a_response_cut_short_keeps_its_image(encoder, background, sandbox):
+    config = AgentConfig(max_tool_text_chars=20, prompt=PromptConfig(tool_ok="a long word before it <image> and a longer one after"))
+    (trajectory,), _ = roll(encoder, background, sandbox, lambda _, turn: (TURN, ANSWER)[turn], config=config)
+    assert trajectory.end_state is EndState.ANSWERED and len(trajectory.images) == 2
+    assert len(trajectory.turns[0].response_text.replace("<image>", "")) <= 20
+
+
+@pytest.mark.parametrize("words", [{"tool_ok": "no mark"}, {"tool_ok": "<image><image>"}, {"tool_error": "{reason}"}, {"system": "nowhere.md"}])
+def test_words_that_cannot_be_used_are_refused_by_name(words):
+    with pytest.raises(ValueError, match=f"prompt.{next(iter(words))}"):
+        PromptConfig(**words)
 
 
 def test_a_lost_sandbox_is_no_wrong_answer(encoder, background):
