@@ -43,7 +43,7 @@ def row_means(values: Tensor, row_index: Tensor, keep: Tensor) -> Tensor:
     """For every token, the mean of `values` over the kept tokens of its row; 0 in a row that keeps none.
 
     Args:
-        values: [N], finite where kept.
+        values: [N]; anything where not kept.
         row_index: [N]
         keep: [N] bool.
 

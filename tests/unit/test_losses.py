@@ -15,7 +15,12 @@ from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
 
 LENGTHS = [5, 1, 0, 8, 3]
 """Tokens of each trajectory; one has none."""
-POLICIES = {"ppo_clip": (0.2, 0.28, 3.0), "gspo": (0.05, 0.08, 1.3), "cispo": (0.9, 0.5, None), "dppo": (0.1, 0.1, 1.5)}
+POLICIES = {
+    "ppo_clip": (0.2, 0.28, 3.0),
+    "gspo": (0.05, 0.08, 1.3),
+    "cispo": (0.9, 0.5, None),
+    "dppo": (0.12, 0.07, 1.5),
+}
 AGGREGATIONS = {"token_mean": None, "seq_mean_token_mean": None, "seq_mean_token_sum": None, "constant_length": 7}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cv_lightning.rl.aggregation import token_weights
+from cv_lightning.rl.aggregation import row_means, token_weights
 from cv_lightning.rl.kl import kl_penalty, rewards_with_kl
 from cv_lightning.rl.loss_config import PUBLISHED_CLIPS
 from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
@@ -64,6 +64,8 @@ def test_cispo_keeps_the_gradient_that_ppo_drops() -> None:
     assert gradient(inputs, PolicyLossConfig(policy="cispo")) == [-0.3, 1.0, -5.0]
     assert gradient(inputs, PolicyLossConfig(policy="cispo", clip_low=0.2, clip_high=1.0)) == [-0.8, 1.0, -2.0]
     assert gradient(inputs, PolicyLossConfig(policy="ppo_clip"))[2] == 0.0
+    marks = policy_loss(inputs, PolicyLossConfig(policy="cispo", clip_low=0.2, clip_high=9.0))[1]
+    assert marks["clip_frac"].item() == pytest.approx(1 / 3)
 
 
 def test_dppo_bounds_the_probability_not_the_ratio() -> None:
@@ -76,6 +78,16 @@ def test_dppo_bounds_the_probability_not_the_ratio() -> None:
     assert gradient(likely, PolicyLossConfig())[0] == 0.82
     assert policy_loss(likely, config)[1]["clip_frac"].item() == pytest.approx(1 / 3)
     assert policy_loss(rare, config)[1]["clip_dual_frac"].item() == pytest.approx(1 / 2)
+    # Probability 0.01 -> 0.3, ratio 30: outside the trust region, so that the cap bounds nothing.
+    far = tokens([30.0], [1], old=math.log(0.01))
+    marks = policy_loss(far, config)[1]
+    assert (marks["clip_frac"].item(), marks["clip_dual_frac"].item()) == (1.0, 0.0)
+
+
+def test_dppo_has_a_bound_for_each_direction() -> None:
+    moved = tokens([1.4, 1.4, 0.6, 0.6], [1, -1, -1, 1], old=math.log(0.5))  # 0.2 up and 0.2 down
+    assert gradient(moved, PolicyLossConfig(policy="dppo", clip_low=0.3, clip_high=0.1)) == [0.0, 1.4, 0.6, -0.6]
+    assert gradient(moved, PolicyLossConfig(policy="dppo", clip_low=0.1, clip_high=0.3)) == [-1.4, 1.4, 0.0, -0.6]
 
 
 @pytest.mark.parametrize("policy", sorted(PUBLISHED_CLIPS))
@@ -135,6 +147,20 @@ def test_k3_is_clamped_as_in_the_reference() -> None:
     value.sum().backward()
     assert value.tolist() == pytest.approx([10.0, 10.0, math.exp(-0.5) - 0.5])
     assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.0, 0.0, 1 - math.exp(-0.5)])
+
+
+def test_k3_of_policies_worlds_apart_is_finite() -> None:
+    logprobs = torch.tensor([-200.0], requires_grad=True)  # e^199 is infinite in float32
+    value = kl_penalty(logprobs, torch.tensor([-1.0]), "k3")
+    value.sum().backward()
+    assert value.item() == 10.0
+    assert logprobs.grad is not None and logprobs.grad.item() == 0.0
+
+
+def test_row_means_leave_out_what_is_not_kept() -> None:
+    values = torch.tensor([1.0, 3.0, math.nan, 8.0, math.inf])
+    found = row_means(values, torch.tensor([0, 0, 0, 2, 3]), torch.tensor([True, True, False, True, False]))
+    assert found.tolist() == [2.0, 2.0, 2.0, 8.0, 0.0]
 
 
 def test_kl_in_the_reward() -> None:
