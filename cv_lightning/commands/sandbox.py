@@ -56,7 +56,14 @@ def _run(sandbox: Sandbox, options: argparse.Namespace) -> int:
         "tier": result.tier,
         "elapsed_ms": round(1000 * result.elapsed_s, 2),
         "operations": [
-            {"name": op.name, "call": op.call, "arguments": op.arguments, "input": op.input_size, "output": op.output_size, "used": op.used}
+            {
+                "name": op.name,
+                "call": op.call,
+                "arguments": op.arguments,
+                "input": op.input_size,
+                "output": op.output_size,
+                "used": op.used,
+            }
             for op in result.operations
         ],
         "core": result.effect.core if result.effect else (),

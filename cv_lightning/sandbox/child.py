@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import builtins
-import linecache
+import gc
 import math
 import mmap
 import os
 import random
+import socket
 import sys
-import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,23 @@ import PIL
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from cv_lightning.sandbox import tracer
-from cv_lightning.sandbox.wire import HEADER, MAGIC, MAX_TEXT, STATUS_ERROR, STATUS_OK, Trace, pack_trace
+from cv_lightning.sandbox.wire import (
+    FLAG_REFERENCE,
+    HEADER,
+    JOB,
+    MAGIC,
+    MAX_TEXT,
+    PIXEL,
+    STATUS_ERROR,
+    STATUS_OK,
+    Trace,
+    pack_trace,
+)
 
 FILE = "<code>"
+INPUT_FD, OUTPUT_FD, CONTROL_FD = 3, 4, 5
+PIECE = 1 << 18
+"""Bytes that an encoder hands to the kernel at once."""
 ASPECT_LIMIT = 200
 HINTS = {
     "FileNotFoundError": "files cannot be read; the picture is in `image`",
@@ -70,10 +84,14 @@ def namespace(image: Image.Image, code: str = "") -> dict[str, Any]:
     return scope
 
 
-def load_input(fd: int, width: int, height: int) -> tuple[Image.Image, mmap.mmap]:
-    """The input picture from its sealed memfd, and the mapped bytes."""
-    mapped = mmap.mmap(fd, width * height * 3, mmap.MAP_PRIVATE, mmap.PROT_READ)
-    return Image.frombuffer("RGB", (width, height), mapped, "raw", "RGB", 0, 1), mapped
+def load_input(fd: int, width: int, height: int) -> Image.Image:
+    """The input picture, straight on the pages of its sealed memfd.
+
+    The mapping is private: what the snippet draws on is copied page by page, and nobody else ever sees it.
+    """
+    mapped = mmap.mmap(fd, width * height * PIXEL, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    # What Image.frombuffer does for modes of four bytes; it lacks RGB only because nobody else stores it so.
+    return Image.new("RGB", (0, 0))._new(Image.core.map_buffer(mapped, (width, height), "raw", 0, ("RGB", 0, 1)))
 
 
 def seed_everything(seed: bytes) -> None:
@@ -87,20 +105,33 @@ def seed_everything(seed: bytes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the result
-def pick_result(scope: dict[str, Any], image: Image.Image, original: mmap.mmap, reference: bool) -> Any:
-    """What the snippet hands back: `result`, `output`, else a rebound name, else the picture if it was drawn on."""
+def pick_result(scope: dict[str, Any], image: Image.Image, reference: bool) -> Any:
+    """What the snippet hands back: `result`, `output`, else a rebound name, else the picture if it was drawn on.
+
+    As the reference does it, the first of `result`, `output`, `img`, `image` that is a Pillow image counts, untouched
+    or not, so that `image = image.rotate(90)` gives the picture unturned; an array is refused.
+    """
+    if reference:
+        found = [scope[name] for name in ("result", "output", "img", "image") if scope.get(name) is not None]
+        if found and not isinstance(found[0], Image.Image):
+            raise ResultError("not_an_image", f"the result is not an image but {type(found[0]).__name__}")
+        return found[0] if found else image
     for name in ("result", "output"):
         if scope.get(name) is not None:
             return scope[name]
-    names = ("img", "image") if reference else ("processed_image", "image", "img")
-    if reference:
-        return next((scope[name] for name in names if isinstance(scope.get(name), Image.Image)), None)
-    for name in names:
+    for name in ("processed_image", "image", "img"):
         if scope.get(name) is not image and scope.get(name) is not None:
             return scope[name]
-    if image.tobytes() != original[:]:
+    if was_drawn_on(image):
         return image
-    raise ResultError("no_result", "no result: put the new image into `result`, for example `result = image.crop((0, 0, 100, 100))`")
+    raise ResultError(
+        "no_result", "no result: put the new image into `result`, for example `result = image.crop((0, 0, 100, 100))`"
+    )
+
+
+def was_drawn_on(image: Image.Image) -> bool:
+    """True if the input picture no longer shows what its memfd holds."""
+    return image.tobytes("raw", "RGBX") != os.pread(INPUT_FD, PIXEL * image.width * image.height, 0)
 
 
 def _array_to_image(array: np.ndarray[Any, Any]) -> Image.Image:
@@ -108,10 +139,14 @@ def _array_to_image(array: np.ndarray[Any, Any]) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ResultError("wrong_mode", f"the result is an array of shape {shape}, not an image of height x width (x 3)")
+        raise ResultError(
+            "wrong_mode", f"the result is an array of shape {shape}, not an image of height x width (x 3)"
+        )
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise ResultError("nan", "the result has NaN or infinite values; use np.nan_to_num and values from 0 to 255")
+            raise ResultError(
+                "nan", "the result has NaN or infinite values; use np.nan_to_num and values from 0 to 255"
+            )
         array = array * 255.0 if array.size and array.max() <= 1.0 else array
     elif array.dtype == bool:
         array = array * np.uint8(255)
@@ -134,7 +169,10 @@ def checked_result(result: Any, max_pixels: int) -> Image.Image:
         result = _array_to_image(result)
     kind = type(result)
     if not isinstance(result, Image.Image) or not kind.__module__.startswith("PIL."):
-        raise ResultError("not_an_image", f"the result is not an image but {kind.__name__}; `result` must be a PIL image or a uint8 array")
+        raise ResultError(
+            "not_an_image",
+            f"the result is not an image but {kind.__name__}; `result` must be a PIL image or a uint8 array",
+        )
     check_size(*result.size, max_pixels)
     image = to_rgb(result)
     if origin is not None:
@@ -145,11 +183,18 @@ def checked_result(result: Any, max_pixels: int) -> Image.Image:
 def check_size(width: int, height: int, max_pixels: int) -> None:
     """Refuse sizes that nobody can look at."""
     if width < 1 or height < 1:
-        raise ResultError("zero_size", f"the result has no pixels ({width}x{height}); check the crop box (left, upper, right, lower)")
+        raise ResultError(
+            "zero_size", f"the result has no pixels ({width}x{height}); check the crop box (left, upper, right, lower)"
+        )
     if width * height > max_pixels:
-        raise ResultError("too_large", f"the result is too large: {width}x{height}, at most {max_pixels} pixels; crop or resize")
+        raise ResultError(
+            "too_large", f"the result is too large: {width}x{height}, at most {max_pixels} pixels; crop or resize"
+        )
     if max(width, height) >= ASPECT_LIMIT * min(width, height):
-        raise ResultError("aspect", f"the result of {width}x{height} is {ASPECT_LIMIT} times longer than wide or more; crop a wider part")
+        raise ResultError(
+            "aspect",
+            f"the result of {width}x{height} is {ASPECT_LIMIT} times longer than wide or more; crop a wider part",
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -168,10 +213,16 @@ def describe_error(error: BaseException, job: ChildJob) -> tuple[str, str]:
     if isinstance(error, ResultError):
         return error.kind, str(error)
     if isinstance(error, MemoryError) or "Insufficient memory" in str(error) or "DecompressionBomb" in name:
-        name, message = "MemoryError", f"too large: more than {job.memory_mb} MB of memory; crop or resize to a smaller size"
+        name, message = (
+            "MemoryError",
+            f"too large: more than {job.memory_mb} MB of memory; crop or resize to a smaller size",
+        )
         return "memory", f"{name}{_line(error, job.code)}: {message}"
     if isinstance(error, SystemExit | KeyboardInterrupt):
-        return "no_result", f"no result: the code ended by {name}{_line(error, job.code)}; put the new image into `result`"
+        return (
+            "no_result",
+            f"no result: the code ended by {name}{_line(error, job.code)}; put the new image into `result`",
+        )
     if isinstance(error, SyntaxError):
         at = f" (line {error.lineno})" if error.filename == FILE and error.lineno else ""
         return name, f"{name}{at}: {error.msg}. Hint: {HINTS['SyntaxError']}"
@@ -182,20 +233,18 @@ def describe_error(error: BaseException, job: ChildJob) -> tuple[str, str]:
 
 def _line(error: BaseException, code: str) -> str:
     """` (line 3: `x = y`)` of the deepest frame that is the snippet's own."""
-    numbers = [frame.f_lineno for frame, _ in _frames(error) if frame.f_code.co_filename == FILE]
+    number, step = 0, error.__traceback__
+    # One pass without a list: a runaway recursion leaves millions of frames.
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == FILE:
+            number = step.tb_lineno
+        step = step.tb_next
     lines = code.splitlines()
-    if not numbers or not 0 < numbers[-1] <= len(lines):
-        return ""
-    at = [lineno for frame, lineno in _frames(error) if frame.f_code.co_filename == FILE][-1]
-    return f" (line {at}: `{lines[at - 1].strip()[:80]}`)" if 0 < at <= len(lines) else ""
-
-
-def _frames(error: BaseException) -> list[tuple[Any, int]]:
-    return list(traceback.walk_tb(error.__traceback__))
+    return f" (line {number}: `{lines[number - 1].strip()[:80]}`)" if 0 < number <= len(lines) else ""
 
 
 # ------------------------------------------------------------------------------------------------ running
-def run_snippet(job: ChildJob, image: Image.Image, original: mmap.mmap) -> tuple[Image.Image, Trace]:
+def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
     """Run model code on an image; the result as RGB, and its trace. Raises whatever the code raises."""
     scope = namespace(image, job.code)
     seed_everything(job.seed)
@@ -203,25 +252,22 @@ def run_snippet(job: ChildJob, image: Image.Image, original: mmap.mmap) -> tuple
     try:
         exec(compile(job.code, FILE, "exec", dont_inherit=True), scope)
         tracer.TRACER.active = False
-        result = checked_result(pick_result(scope, image, original, job.reference), job.max_pixels)
+        result = checked_result(pick_result(scope, image, job.reference), job.max_pixels)
         return result, tracer.TRACER.finish(result)
     finally:
         tracer.TRACER.active = False
 
 
 def write_result(fd: int, image: Image.Image, trace: Trace) -> None:
-    """Pixels in pieces straight from Pillow's memory, then the trace; the header last."""
+    """Pixels straight from Pillow's memory, then the trace; the header last."""
     image.load()
-    encoder = Image._getencoder("RGB", "raw", ("RGB",))
+    encoder = Image._getencoder("RGB", "raw", ("RGBX",))
     encoder.setimage(image.im, (0, 0, *image.size))
-    at, done = HEADER.size, 0
-    while not done:
-        _, done, data = encoder.encode(1 << 18)
-        if done < 0:
-            raise OSError(f"encoder error {done}")
-        os.pwrite(fd, data, at)
-        at += len(data)
-    packed = pack_trace(trace)
+    os.lseek(fd, HEADER.size, os.SEEK_SET)
+    failed = encoder.encode_to_file(fd, PIECE)
+    if failed < 0:
+        raise OSError(f"the result could not be written (encoder error {failed})")
+    at, packed = HEADER.size + PIXEL * image.width * image.height, pack_trace(trace)
     os.pwrite(fd, packed, at)
     os.pwrite(fd, HEADER.pack(MAGIC, STATUS_OK, *image.size, at - HEADER.size, len(packed), 0), 0)
 
@@ -233,19 +279,56 @@ def write_error(fd: int, kind: str, text: str) -> None:
     os.pwrite(fd, HEADER.pack(MAGIC, STATUS_ERROR, 0, 0, 0, 0, len(data)), 0)
 
 
-def run_job(job: ChildJob, input_fd: int, output_fd: int) -> None:
+def run_job(job: ChildJob) -> None:
     """Everything a sealed child does. Never returns to the fork server's code."""
     try:
-        image, original = load_input(input_fd, job.width, job.height)
-        result, trace = run_snippet(job, image, original)
-        write_result(output_fd, result, trace)
+        result, trace = run_snippet(job, load_input(INPUT_FD, job.width, job.height))
+        write_result(OUTPUT_FD, result, trace)
     except BaseException as error:  # model code may raise anything, SystemExit and its own BaseException included
         try:
             kind, text = describe_error(error, job)
         except BaseException as worse:  # an exception whose str() raises
             kind, text = "error", f"{type(error).__name__}: cannot be shown ({type(worse).__name__})"
-        write_error(output_fd, kind, text)
+        write_error(OUTPUT_FD, kind, text)
     os._exit(0)
 
 
-linecache.clearcache()
+# ------------------------------------------------------------------------------------------------ before the job
+def keep_only(fd: int) -> int:
+    """Close all descriptors but stdio and `fd`, which gets the number `CONTROL_FD`; 3 and 4 become free."""
+    os.dup2(fd, CONTROL_FD)
+    os.closerange(3, CONTROL_FD)
+    os.closerange(CONTROL_FD + 1, 1 << 16)
+    return CONTROL_FD
+
+
+def rehearse() -> None:
+    """Go once through what every snippet needs, so that its pages are this process's own before the clock runs.
+
+    Done in the fork server too: spare children and those forked on demand then start from the same state.
+    """
+    image = Image.frombytes("RGB", (8, 8), bytes(192))
+    job = ChildJob("result = image.crop((1, 1, 5, 5)).rotate(90)\n", 8, 8, 64, 1, bytes(16), False)
+    result, trace = run_snippet(job, image)
+    pack_trace(trace)
+    cv2 = sys.modules.get("cv2")
+    if cv2 is not None:
+        cv2.flip(np.asarray(result), 1)
+
+
+def wait_for_job(fd: int, memory_mb: int) -> ChildJob:
+    """Block until the fork server hands over a job; its memfds get the numbers `INPUT_FD` and `OUTPUT_FD`."""
+    control = socket.socket(fileno=fd)
+    packet, fds, _, _ = socket.recv_fds(control, 1 << 17, 2)
+    control.close()
+    if fds != [INPUT_FD, OUTPUT_FD]:  # nobody will ask any more
+        os._exit(0)
+    gc.enable()
+    return unpack_job(packet, memory_mb)
+
+
+def unpack_job(packet: bytes, memory_mb: int) -> ChildJob:
+    """A job as the parent packed it."""
+    _, _, _, width, height, flags, max_pixels, seed = JOB.unpack_from(packet)
+    code = packet[JOB.size :].decode("utf-8", "replace")
+    return ChildJob(code, width, height, max_pixels, memory_mb, seed, bool(flags & FLAG_REFERENCE))

@@ -64,4 +64,6 @@ class SandboxConfig:
                 raise ValueError(f"sandbox.{name}={getattr(self, name)} must not be negative")
         unknown = set(self.disabled_layers) - {"landlock", "seccomp", "rlimits", "uid"}
         if unknown:
-            raise ValueError(f"sandbox.disabled_layers={sorted(unknown)}: only landlock, seccomp, rlimits, uid can be left out")
+            raise ValueError(
+                f"sandbox.disabled_layers={sorted(unknown)}: only landlock, seccomp, rlimits, uid can be left out"
+            )

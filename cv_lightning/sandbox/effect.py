@@ -22,9 +22,20 @@ MIN_CORRELATION = 0.35
 """Below this a prediction explains nothing; filters and tone changes of the same frame lie far above."""
 MARGIN = 0.02
 """By this much another turn or flip must be better before the claim is dropped."""
+PROVEN = 1.0 - MARGIN
+"""Above this no rival can be better by the margin."""
 NEGATIVE = 0.97
 """What a negative of the prediction counts: on smooth pictures a half turn looks like one."""
-DIHEDRAL = ("identity", "rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical", "transpose", "transverse")
+DIHEDRAL = (
+    "identity",
+    "rotate_90",
+    "rotate_180",
+    "rotate_270",
+    "flip_horizontal",
+    "flip_vertical",
+    "transpose",
+    "transverse",
+)
 _LINEAR = {
     (1, 0, 0, 1): (),
     (0, -1, 1, 0): ("rotate_90",),
@@ -40,7 +51,11 @@ _LINEAR = {
 
 def turn(name: str, width: int, height: int) -> Affine:
     """The map of one of the eight symmetries of a frame."""
-    return matrix_of(name, (width, height)) if name in ("transpose", "transverse") else dihedral_affine(name, width, height)
+    return (
+        matrix_of(name, (width, height))
+        if name in ("transpose", "transverse")
+        else dihedral_affine(name, width, height)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -56,7 +71,9 @@ def effect_of(to_input: Affine | None, size: tuple[int, int], output: tuple[int,
         return Effect(to_input=None)
     width, height = size
     scale = max(abs(v) for v in (to_input.a, to_input.b, to_input.d, to_input.e))
-    signs = tuple(int(np.sign(v)) if abs(v) > 1e-6 * scale else 0 for v in (to_input.a, to_input.b, to_input.d, to_input.e))
+    signs = tuple(
+        int(np.sign(v)) if abs(v) > 1e-6 * scale else 0 for v in (to_input.a, to_input.b, to_input.d, to_input.e)
+    )
     turned = _LINEAR.get(signs)  # type: ignore[call-overload]
     core = set(turned or ())
     box = map_box(to_input, (0.0, 0.0, float(output[0]), float(output[1])))
@@ -84,17 +101,28 @@ class Comparison:
     def __init__(self, image: Image.Image, result: Image.Image) -> None:
         self.image, self.result = image, result
         self.grid = min(GRID, result.width), min(GRID, result.height)
-        self.actual = _grey(result, self.grid)
+        self._actual: np.ndarray[Any, Any] | None = None
         self._levels: dict[int, Image.Image] = {0: image}
         # Single pixels, at whole steps so that each one's centre is known.
         step = result.width // self.grid[0], result.height // self.grid[1]
-        self._points = Affine(step[0], 0, step[0] // 2 + 0.5 - step[0] / 2, 0, step[1], step[1] // 2 + 0.5 - step[1] / 2)
+        self._points = Affine(
+            step[0], 0, step[0] // 2 + 0.5 - step[0] / 2, 0, step[1], step[1] // 2 + 0.5 - step[1] / 2
+        )
         moved = result.transform(self.grid, Image.Transform.AFFINE, self._points, Image.Resampling.NEAREST)
         self._pixels = np.asarray(moved, np.float32)
 
     def score(self, to_input: Affine) -> float:
         """Agreement in [0, 1] of the result with its prediction, pixel by pixel or in the mean of small areas."""
-        return max(self._pixel_score(to_input), self._area_score(to_input))
+        pixels = self._pixel_score(to_input)
+        # Means of areas touch every pixel; they are not needed where single pixels agree.
+        return pixels if pixels > PROVEN else max(pixels, self._area_score(to_input))
+
+    @property
+    def actual(self) -> np.ndarray[Any, Any]:
+        """Grey means of the cells of the result."""
+        if self._actual is None:
+            self._actual = _grey(self.result, self.grid)
+        return self._actual
 
     def _pixel_score(self, to_input: Affine) -> float:
         data = compose(to_input, self._points)
@@ -170,6 +198,8 @@ def believed(claims: Sequence[Affine], image: Image.Image, result: Image.Image) 
         score = comparison.score(claim)
         if score < MIN_CORRELATION:
             continue
+        if score > PROVEN:
+            return claim
         best, other = score, claim
         for rival in _rivals(claim, result.size):
             value = comparison.score(rival)
@@ -207,5 +237,3 @@ def _frame_turns(size: tuple[int, int], output: tuple[int, int]) -> list[Affine]
         back = Affine(turned[0] / output[0], 0, 0, 0, turned[1] / output[1], 0)
         maps.append(compose(turn(name, *size), back))
     return maps
-
-

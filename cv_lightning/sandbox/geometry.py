@@ -108,9 +108,7 @@ def matrix_of(name: str, size: Size) -> Affine:
 
 def scaling(output: Size, box: tuple[float, float, float, float]) -> Affine:
     """The map of a resize of `box` to `output`."""
-    return Affine(
-        (box[2] - box[0]) / output[0], 0.0, float(box[0]), 0.0, (box[3] - box[1]) / output[1], float(box[1])
-    )
+    return Affine((box[2] - box[0]) / output[0], 0.0, float(box[0]), 0.0, (box[3] - box[1]) / output[1], float(box[1]))
 
 
 def _rotate(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
@@ -274,7 +272,11 @@ def describe(call: str, arguments: Mapping[str, Any], size: Size, output: Size) 
         return name, matrix_of(name, size)
     if call in ("ImageOps.expand", "ImageOps.crop"):
         left, top = _border(arguments, size, output)
-        return ("pad", Affine(1, 0, -left, 0, 1, -top)) if call == "ImageOps.expand" else ("crop", Affine(1, 0, left, 0, 1, top))
+        return (
+            ("pad", Affine(1, 0, -left, 0, 1, -top))
+            if call == "ImageOps.expand"
+            else ("crop", Affine(1, 0, left, 0, 1, top))
+        )
     if call == "cv2.rotate":
         name = CV2_ROTATIONS[int(arguments["code"])]
         return name, matrix_of(name, size)
@@ -286,7 +288,17 @@ def describe(call: str, arguments: Mapping[str, Any], size: Size, output: Size) 
         return "transpose", matrix_of("transpose", size)
     if call.startswith("numpy."):
         return _array_turn(call, arguments, size)
-    if call in ("cv2.resize", "cv2.pyrUp", "cv2.pyrDown", "skimage.transform.resize", "skimage.transform.rescale",
-                "Image.thumbnail", "Image.reduce", "ImageOps.contain", "ImageOps.cover", "ImageOps.scale"):
+    if call in (
+        "cv2.resize",
+        "cv2.pyrUp",
+        "cv2.pyrDown",
+        "skimage.transform.resize",
+        "skimage.transform.rescale",
+        "Image.thumbnail",
+        "Image.reduce",
+        "ImageOps.contain",
+        "ImageOps.cover",
+        "ImageOps.scale",
+    ):
         return "resize", scaling(output, (0, 0, *size))
     return call.rsplit(".", 1)[-1].lower()[:32], IDENTITY if size == output else None

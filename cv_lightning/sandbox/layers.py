@@ -12,7 +12,7 @@ import os
 import resource
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 SANDBOX_UID = 59_871
 """Dedicated user id of the children where the fork server starts as root."""
@@ -26,6 +26,8 @@ ALLOWED_SYSCALLS = (
     "arch_prctl fadvise64 ftruncate getdents64"
 ).split()
 OPENING_SYSCALLS = ("open", "openat")
+WORKER_SYSCALLS = ("recvmsg", "sendto")
+"""What a warm worker, in which no model code runs, needs on top for its one socket."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -116,11 +118,11 @@ class _Program(ctypes.Structure):
 class SeccompFilter:
     """A compiled allow-list; what is not on it fails with EPERM. Built once, installed in every child by one call."""
 
-    def __init__(self, *, allow_open: bool, allowed: Iterable[str] = ALLOWED_SYSCALLS) -> None:
+    def __init__(self, *, allow_open: bool, extra: Sequence[str] = ()) -> None:
         import pyseccomp
 
         rules = pyseccomp.SyscallFilter(defaction=pyseccomp.ERRNO(errno.EPERM))
-        names: Sequence[str] = [*allowed, *(OPENING_SYSCALLS if allow_open else ())]
+        names = [*ALLOWED_SYSCALLS, *extra, *(OPENING_SYSCALLS if allow_open else ())]
         for name in names:
             try:
                 rules.add_rule(pyseccomp.ALLOW, name)
@@ -142,23 +144,23 @@ class SeccompFilter:
         return prctl(PR_SET_SECCOMP, 2, ctypes.byref(self._program)) == 0
 
 
-def build_filter(enabled: bool, *, allow_open: bool) -> tuple[SeccompFilter | None, str]:
-    """The filter and its report."""
+def build_filter(enabled: bool, *, allow_open: bool, extra: Sequence[str] = ()) -> tuple[SeccompFilter | None, str]:
+    """The filter (with `extra` system calls allowed) and its report."""
     if not enabled:
         return None, "off"
     try:
-        return SeccompFilter(allow_open=allow_open), "active" if allow_open else "active (open denied)"
+        return SeccompFilter(allow_open=allow_open, extra=extra), "active" if allow_open else "active (open denied)"
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"unavailable ({error})"
 
 
 # ------------------------------------------------------------------------------------------------ resources
-def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int, file_bytes: int) -> None:
+def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int | None, file_bytes: int) -> None:
     """Hard limits on a child: memory, CPU time, file size (also that of a memfd), open files, no core, no processes."""
     limits = {
         resource.RLIMIT_AS: library_bytes + memory_bytes,
         resource.RLIMIT_DATA: memory_bytes + library_bytes // 4,
-        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_CPU: resource.RLIM_INFINITY if cpu_s is None else cpu_s,
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,

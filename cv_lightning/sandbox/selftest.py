@@ -67,7 +67,17 @@ def load_cases(path: str | Path) -> list[Case]:
 
 
 PACKAGED = Path(__file__).with_name("cases.json")
-START_NAMES = ("file_read", "file_write", "socket_udp", "fork", "execve", "kill_parent", "ptrace_parent", "memory", "benign")
+START_NAMES = (
+    "file_read",
+    "file_write",
+    "socket_udp",
+    "fork",
+    "execve",
+    "kill_parent",
+    "ptrace_parent",
+    "memory",
+    "benign",
+)
 START_CASES = tuple(case for case in load_cases(PACKAGED) if case.name in START_NAMES)
 """The quick subset that runs at every start."""
 
@@ -138,12 +148,18 @@ def _run_case(sandbox: Sandbox, case: Case, listener: Listener) -> CaseResult:
     reached, begun = listener.reached, time.monotonic()
     result = sandbox.run_sync(image, case.code, owner="self-test")
     seconds = time.monotonic() - begun
-    faults = [fault for part in case.expect.split(";") if (fault := _fault(sandbox, part, case, result, seconds, listener.reached - reached))]
+    faults = [
+        fault
+        for part in case.expect.split(";")
+        if (fault := _fault(sandbox, part, case, result, seconds, listener.reached - reached))
+    ]
     if SECRET in result.error:
         faults.append("the secret is in the text")
     if image.tobytes() != before:
         faults.append("the caller's image has changed")
-    after = sandbox.run_sync(image, "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)")
+    after = sandbox.run_sync(
+        image, "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)"
+    )
     if after.image is None or after.image.tobytes() != image.rotate(90).tobytes():
         faults.append(f"the next job failed: {after.status} {after.error[:80]}")
     if len(faults) == 1 and seconds <= sandbox.config.timeout_s + SLACK_S and _other_limit(case, result):
@@ -159,13 +175,19 @@ def _fault(sandbox: Sandbox, part: str, case: Case, result: SandboxResult, secon
     kind, _, detail = part.strip().partition(":")
     if kind == "timeout":
         limit = sandbox.config.timeout_s + SLACK_S
-        return "" if result.status is ToolStatus.TIMEOUT and seconds <= limit else f"no timeout within {limit} s ({seconds:.2f} s)"
+        return (
+            ""
+            if result.status is ToolStatus.TIMEOUT and seconds <= limit
+            else f"no timeout within {limit} s ({seconds:.2f} s)"
+        )
     if kind == "ok_image":
         if result.status is not ToolStatus.OK:
             return "no image"
         if "same twice" in detail:
             again = sandbox.run_sync(test_image(), case.code)
-            same = again.image is not None and result.image is not None and again.image.tobytes() == result.image.tobytes()
+            same = (
+                again.image is not None and result.image is not None and again.image.tobytes() == result.image.tobytes()
+            )
             return "" if same else "another result the second time"
         return ""
     if kind == "no_side_effect":
@@ -192,7 +214,11 @@ def _status_fault(kind: str, detail: str, result: SandboxResult) -> str:
         if word == "MemoryError" and result.error_kind in ("too_large", "SIGKILL"):
             word = ""
         return "" if word in result.error or result.status is ToolStatus.KILLED else f"the error does not name {word}"
-    allowed = {"error_or_timeout": ToolStatus.TIMEOUT, "killed_or_error_or_ok": ToolStatus.OK, "ok_or_error": ToolStatus.OK}
+    allowed = {
+        "error_or_timeout": ToolStatus.TIMEOUT,
+        "killed_or_error_or_ok": ToolStatus.OK,
+        "ok_or_error": ToolStatus.OK,
+    }
     return "" if allowed.get(kind) is result.status else f"{result.status} where {kind} was expected"
 
 

@@ -50,7 +50,14 @@ CV2_NAMES = {
 CV2_KEYWORDS = {"rotateCode": "code", "flipCode": "code", "dsize": "size", "M": "matrix", "sigmaX": "sigma"}
 SKIMAGE = {
     "transform": ("rotate", "resize", "rescale"),
-    "exposure": ("equalize_hist", "equalize_adapthist", "rescale_intensity", "adjust_gamma", "adjust_log", "adjust_sigmoid"),
+    "exposure": (
+        "equalize_hist",
+        "equalize_adapthist",
+        "rescale_intensity",
+        "adjust_gamma",
+        "adjust_log",
+        "adjust_sigmoid",
+    ),
     "filters": ("gaussian", "median", "unsharp_mask", "sobel"),
     "color": ("rgb2gray",),
     "restoration": ("denoise_bilateral", "denoise_nl_means", "denoise_tv_chambolle"),
@@ -237,7 +244,9 @@ def plain(value: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ wrapping
-def _wrap(function: Callable[..., Any], note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> Callable[..., Any]:
+def _wrap(
+    function: Callable[..., Any], note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+) -> Callable[..., Any]:
     """Call `function`; if it is an outermost call of traced code, call `note(result, args, kwargs)` after it."""
 
     @functools.wraps(function)

@@ -15,7 +15,11 @@ from cv_lightning.types import Affine
 RUN, CANCEL = 1, 2
 JOB = struct.Struct("<BQdIIIQ16s")
 """kind, job id, wall limit in s, width, height, flags, most pixels of the result, seed."""
-FLAG_REFERENCE = 1
+FLAG_REFERENCE, FLAG_PLAN = 1, 2
+PIXEL = 4
+"""Bytes of a pixel on the wire: Pillow's own layout of RGB, so that nothing is packed or unpacked."""
+KIND_NOT_PLAN = "not_plan"
+"""Error kind of a worker that could not execute a plan; a child has to run it."""
 REPLY = struct.Struct("<BQIidd")
 """kind (RUN), job id, 1 if killed at the deadline, wait status, elapsed s, CPU s."""
 HEADER = struct.Struct("<8sIIIQII")
@@ -83,7 +87,11 @@ def _pack_size(size: tuple[int, int] | None) -> bytes:
 
 def pack_trace(trace: Trace) -> bytes:
     """The bytes of a trace; operations beyond `MAX_OPERATIONS` are dropped, arguments cut."""
-    parts = [struct.pack("<BBB", min(len(trace.operations), MAX_OPERATIONS), min(len(trace.claims), MAX_CLAIMS), trace.direct)]
+    parts = [
+        struct.pack(
+            "<BBB", min(len(trace.operations), MAX_OPERATIONS), min(len(trace.claims), MAX_CLAIMS), trace.direct
+        )
+    ]
     parts += [struct.pack("<6d", *claim) for claim in trace.claims[:MAX_CLAIMS]]
     for op in trace.operations[:MAX_OPERATIONS]:
         arguments = op.arguments[:8]
@@ -91,7 +99,11 @@ def pack_trace(trace: Trace) -> bytes:
         parts += [_pack_size(op.input_size), _pack_size(op.output_size)]
         parts += [_pack_text(key, 24) + _pack_value(value) for key, value in arguments]
     data = b"".join(parts)
-    return data if len(data) <= MAX_TRACE else pack_trace(Trace(trace.operations[: len(trace.operations) // 2], trace.claims))
+    return (
+        data
+        if len(data) <= MAX_TRACE
+        else pack_trace(Trace(trace.operations[: len(trace.operations) // 2], trace.claims))
+    )
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -166,6 +178,16 @@ def unpack_trace(data: bytes) -> Trace:
 def clean_text(text: str, limit: int) -> str:
     """Text without control characters and marks of the chat format, cut to `limit` characters."""
     kept = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: 4 * limit])
-    for mark in ("<|", "|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<image>", "<answer>", "</answer>"):
+    for mark in (
+        "<|",
+        "|>",
+        "<tool_call>",
+        "</tool_call>",
+        "<tool_response>",
+        "</tool_response>",
+        "<image>",
+        "<answer>",
+        "</answer>",
+    ):
         kept = kept.replace(mark, " ")
     return kept[:limit]

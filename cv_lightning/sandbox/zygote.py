@@ -1,15 +1,17 @@
-"""The fork server: loads the libraries once, seals itself, then forks one child per snippet.
+"""The fork server: loads the libraries once, then forks one fresh sealed child per snippet.
 
 Started by exec with a clean environment and /dev/null as stdio. It runs no model code and trusts its socket, which
-only the parent holds. Children are watched by pidfd; deadlines are kept here, with RLIMIT_CPU behind them.
+only the parent holds. One spare child waits, forked and limited but clean, so that the next snippet need not wait for a
+fork; a child that has run model code never runs anything else. Plans (checked operations, no model code) go to a warm
+worker instead. Children are watched by pidfd; deadlines are kept here, with RLIMIT_CPU behind them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import heapq
+import importlib
 import os
 import select
 import signal
@@ -17,18 +19,20 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from cv_lightning.sandbox import layers
-from cv_lightning.sandbox.wire import CANCEL, FLAG_REFERENCE, HEADER, JOB, MAX_TEXT, MAX_TRACE, REPLY, RUN
+from cv_lightning.sandbox.wire import CANCEL, FLAG_PLAN, HEADER, JOB, MAX_TEXT, MAX_TRACE, PIXEL, REPLY, RUN
 
-INPUT_FD, OUTPUT_FD = 3, 4
-MODULES = (
+BASIC_MODULES = (
     "math random json re collections itertools functools statistics fractions decimal unicodedata colorsys io base64 "
     "PIL.Image PIL.ImageChops PIL.ImageColor PIL.ImageDraw PIL.ImageEnhance PIL.ImageFilter PIL.ImageFont PIL.ImageOps "
-    "PIL.ImageStat PIL.ImageMath numpy cv2 scipy.ndimage skimage skimage.transform skimage.filters skimage.exposure "
-    "skimage.color skimage.morphology skimage.restoration skimage.util skimage.measure skimage.segmentation skimage.feature"
+    "PIL.ImageStat PIL.ImageMath numpy cv2"
 ).split()
+SCIENCE_MODULES = "transform filters exposure color morphology restoration util measure segmentation feature".split()
+"""Parts of scikit-image. They and SciPy treble the cost of a fork: only servers for code that names them load them."""
+MAX_IDLE_WORKERS = 2
+WORKER_JOBS = 2000
+"""A warm worker is replaced after this many plans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,45 +44,51 @@ class Settings:
     max_pixels: int
     disabled: frozenset[str]
     namespaces: bool
+    science: bool
 
     @classmethod
     def parse(cls, text: str) -> Settings:
-        """Read `memory_mb:cpu_s:max_pixels:disabled,..:namespaces`."""
-        memory, cpu, pixels, disabled, namespaces = text.split(":")
-        return cls(int(memory), int(cpu), int(pixels), frozenset(disabled.split(",")), namespaces == "1")
+        """Read `memory_mb:cpu_s:max_pixels:disabled,..:namespaces:science`."""
+        memory, cpu, pixels, disabled, namespaces, science = text.split(":")
+        off = frozenset(disabled.split(","))
+        return cls(int(memory), int(cpu), int(pixels), off, namespaces == "1", science == "1")
 
 
 @dataclass(slots=True)
 class _Child:
-    job: int
+    """A spare (no job yet), a child with its one job, or a worker."""
+
     pid: int
     pidfd: int
-    started: float
-    deadline: float
+    control: socket.socket
+    is_worker: bool
+    job: int = 0
+    started: float = 0.0
+    deadline: float = 0.0
     timed_out: bool = False
+    served: int = 0
 
 
-def load_libraries() -> None:
-    """Import everything that snippets may use: a child imports nothing from scratch."""
-    import importlib
+def load_libraries(*, science: bool) -> None:
+    """Import everything that snippets may use: a child imports nothing from scratch.
 
-    for name in MODULES:
-        with contextlib.suppress(ImportError):  # scikit-image and SciPy are optional
-            importlib.import_module(name)
+    scikit-image binds its functions late; they are bound here, by name, because its own switch for that
+    (EAGER_IMPORT) drags in scikit-learn and pandas and doubles the cost of every fork.
+    """
+    for name in BASIC_MODULES:
+        importlib.import_module(name)
     from PIL import Image
 
     Image.init()
     Image.MAX_IMAGE_PIXELS = None
-    cv2 = sys.modules.get("cv2")
-    if cv2 is not None:
-        cv2.setNumThreads(1)
-    # First calls of lazily bound functions are slow; make them here, once.
-    import numpy as np
-
-    warm = np.zeros((8, 8, 3), np.uint8)
-    if cv2 is not None:
-        cv2.GaussianBlur(warm, (3, 3), 1)
-    Image.fromarray(warm).resize((4, 4)).rotate(30).tobytes()
+    cv2 = sys.modules["cv2"]
+    cv2.setNumThreads(1)
+    for part in SCIENCE_MODULES if science else ():
+        with contextlib.suppress(ImportError):
+            importlib.import_module("scipy.ndimage")
+            module = importlib.import_module(f"skimage.{part}")
+            for name in getattr(module, "__all__", ()):
+                getattr(module, name)
 
 
 class ForkServer:
@@ -88,91 +98,154 @@ class ForkServer:
         self.control, self.settings = control, settings
         self.report: dict[str, str] = {"clean_exec": "active"}
         self.filter: layers.SeccompFilter | None = None
+        self.worker_filter: layers.SeccompFilter | None = None
         self.library_bytes = 0
         self.pid = os.getpid()
         self.children: dict[int, _Child] = {}
         self.by_job: dict[int, _Child] = {}
+        self.by_control: dict[int, _Child] = {}
+        self.spare: _Child | None = None
+        self.idle_workers: list[_Child] = []
         self.deadlines: list[tuple[float, int]] = []
         self.poll = select.epoll()
 
     # ---------------------------------------------------------------------------------------- start
     def prepare(self) -> None:
         """Load, wrap and seal, in the order in which each step still can be done."""
-        off = self.settings.disabled
-        load_libraries()
-        from cv_lightning.sandbox import child, tracer
+        load_libraries(science=self.settings.science)
+        from cv_lightning.sandbox import child, tracer, worker
 
         tracer.install()
-        assert child.FILE
+        child.rehearse()
+        assert worker.serve
         self.library_bytes = layers.virtual_bytes()
-        landlock_off = "landlock" in off
-        # Both filters are built before Landlock closes the folders that their library looks for itself in.
-        seccomp_on = "seccomp" not in off
-        open_filter, open_report = layers.build_filter(seccomp_on, allow_open=True)
-        closed_filter, closed_report = layers.build_filter(seccomp_on, allow_open=False)
+        self._isolate(self.settings.disabled)
+        gc.collect()
+        gc.freeze()
+        # A collection in a child would write to (and so copy) every page that was frozen here.
+        gc.disable()
+
+    def _isolate(self, off: frozenset[str]) -> None:
+        # The filters are built before Landlock closes the folders that their library looks for itself in.
+        filters = {allow: layers.build_filter("seccomp" not in off, allow_open=allow) for allow in (True, False)}
+        self.worker_filter, _ = layers.build_filter(
+            "seccomp" not in off, allow_open=False, extra=layers.WORKER_SYSCALLS
+        )
         self.report["namespaces"] = layers.enter_namespaces(self.settings.namespaces)
         self.report["uid"] = layers.drop_privileges("uid" not in off)
         layers.prctl(layers.PR_SET_DUMPABLE, 0)
         done = layers.prctl(layers.PR_SET_NO_NEW_PRIVS, 1) == 0
         self.report["no_new_privs"] = "active" if done else "unavailable"
-        self.report["landlock"] = layers.restrict_files(not landlock_off)
+        self.report["landlock"] = layers.restrict_files("landlock" not in off)
         active = self.report["landlock"].startswith("active")
         # Without Landlock no file may be opened at all: everything was imported before.
-        self.filter, self.report["seccomp"] = (open_filter, open_report) if active else (closed_filter, closed_report)
+        self.filter, self.report["seccomp"] = filters[active]
         sealed = active or self.filter is not None
         self.report["files"] = "active" + ("" if active else " (open denied)") if sealed else "unavailable"
         self.report["rlimits"] = "off" if "rlimits" in off else "active"
         self.report["pdeathsig"] = "active"
-        gc.collect()
-        gc.freeze()
 
     def serve(self) -> None:
         """Answer jobs until the parent hangs up."""
         self.control.send("\n".join(f"{name}={state}" for name, state in self.report.items()).encode())
         self.poll.register(self.control.fileno(), select.EPOLLIN)
         while True:
-            wait = max(0.0, self.deadlines[0][0] - time.monotonic()) if self.deadlines else -1
-            for fd, _ in self.poll.poll(wait):
-                if fd != self.control.fileno():
+            events = self.poll.poll(self._patience())
+            for fd, _ in events:
+                if fd == self.control.fileno():
+                    if not self._receive():
+                        return
+                elif fd in self.children:
                     self._reap(self.children[fd])
-                elif not self._receive():
-                    return
+                elif fd in self.by_control:
+                    self._worker_spoke(self.by_control[fd])
             self._kill_late()
+            if not events and self.spare is None:
+                self.spare = self._fork(is_worker=False)
+
+    def _patience(self) -> float:
+        """Seconds to wait for an event; none while a spare is wanted, which is made as soon as nothing else is up."""
+        if self.spare is None:
+            return 0.0
+        return max(0.0, self.deadlines[0][0] - time.monotonic()) if self.deadlines else -1
 
     # ---------------------------------------------------------------------------------------- jobs
     def _receive(self) -> bool:
         packet, fds, _, _ = socket.recv_fds(self.control, 1 << 17, 2)
         if not packet:
             return False
-        kind, job, wall, width, height, flags, max_pixels, seed = JOB.unpack_from(packet)
+        kind, job, wall, _, _, flags, _, _ = JOB.unpack_from(packet)
         if kind == CANCEL:
             if job in self.by_job:
                 os.kill(self.by_job[job].pid, signal.SIGKILL)
             return True
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self._child(packet[JOB.size :], fds, (width, height, flags, max_pixels), seed)
-            finally:
-                os._exit(98)
-        started = time.monotonic()
+        child = self._hand_over(packet, fds, is_worker=bool(flags & FLAG_PLAN))
         for fd in fds:
             os.close(fd)
-        running = _Child(job, pid, os.pidfd_open(pid), started, started + wall)
-        self.children[running.pidfd] = self.by_job[job] = running
-        heapq.heappush(self.deadlines, (running.deadline, job))
-        self.poll.register(running.pidfd, select.EPOLLIN)
+        child.job, child.started, child.timed_out = job, time.monotonic(), False
+        child.deadline = child.started + wall
+        self.by_job[job] = child
+        heapq.heappush(self.deadlines, (child.deadline, job))
         return True
 
+    def _hand_over(self, packet: bytes, fds: list[int], *, is_worker: bool) -> _Child:
+        """Give a job to a child that waits, else to a new one; one that has died meanwhile is passed over."""
+        while True:
+            if is_worker:
+                child = self.idle_workers.pop() if self.idle_workers else self._fork(is_worker=True)
+            else:
+                child, self.spare = self.spare or self._fork(is_worker=False), None
+            with contextlib.suppress(OSError):
+                socket.send_fds(child.control, [packet], fds)
+                if not is_worker:
+                    child.control.close()
+                return child
+
+    def _worker_spoke(self, worker: _Child) -> None:
+        """A plan is done: answer, and keep the worker. Its death is seen by its pidfd."""
+        try:
+            done = worker.control.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:  # the event was for a dead worker whose descriptor this one got
+            return
+        except OSError:
+            done = b""
+        if not done or not worker.job:
+            self._forget_control(worker)
+            return
+        worker.served += 1
+        elapsed = time.monotonic() - worker.started
+        self._answer(worker, 0, elapsed, elapsed)
+        if len(self.idle_workers) < MAX_IDLE_WORKERS and worker.served < WORKER_JOBS:
+            self.idle_workers.append(worker)
+        else:
+            os.kill(worker.pid, signal.SIGKILL)
+
+    def _answer(self, child: _Child, status: int, elapsed: float, cpu: float) -> None:
+        late = child.timed_out or (os.WIFSIGNALED(status) and cpu > self.settings.cpu_s - 0.1)
+        del self.by_job[child.job]
+        self.control.send(REPLY.pack(RUN, child.job, int(late), status, elapsed, cpu))
+        child.job = 0
+
     def _reap(self, child: _Child) -> None:
-        _, status, usage = os.wait4(child.pid, 0)
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if not pid:  # the event was for a dead child whose descriptor this one got
+            return
         self.poll.unregister(child.pidfd)
         os.close(child.pidfd)
-        del self.children[child.pidfd], self.by_job[child.job]
-        cpu = usage.ru_utime + usage.ru_stime
-        late = child.timed_out or (os.WIFSIGNALED(status) and cpu > self.settings.cpu_s - 0.1)
-        elapsed = time.monotonic() - child.started
-        self.control.send(REPLY.pack(RUN, child.job, int(late), status, elapsed, cpu))
+        del self.children[child.pidfd]
+        self._forget_control(child)
+        child.control.close()
+        if child is self.spare:
+            self.spare = None
+        if child in self.idle_workers:
+            self.idle_workers.remove(child)
+        if child.job:
+            self._answer(child, status, time.monotonic() - child.started, usage.ru_utime + usage.ru_stime)
+
+    def _forget_control(self, child: _Child) -> None:
+        if child.is_worker and child.control.fileno() in self.by_control:
+            self.poll.unregister(child.control.fileno())
+            del self.by_control[child.control.fileno()]
 
     def _kill_late(self) -> None:
         now = time.monotonic()
@@ -183,47 +256,60 @@ class ForkServer:
                 os.kill(self.by_job[job].pid, signal.SIGKILL)
 
     # ---------------------------------------------------------------------------------------- the child
-    def _child(self, code: bytes, fds: list[int], numbers: tuple[int, int, int, int], seed: bytes) -> None:
-        """Between fork and model code: keep two descriptors, take on the limits, seal."""
-        from cv_lightning.sandbox.child import ChildJob, run_job
+    def _fork(self, *, is_worker: bool) -> _Child:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._child(theirs.fileno(), is_worker)
+            finally:
+                os._exit(98)
+        theirs.close()
+        child = _Child(pid, os.pidfd_open(pid), ours, is_worker)
+        self.children[child.pidfd] = child
+        self.poll.register(child.pidfd, select.EPOLLIN)
+        if is_worker:
+            self.by_control[ours.fileno()] = child
+            self.poll.register(ours.fileno(), select.EPOLLIN)
+        return child
 
-        width, height, flags, max_pixels = numbers
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in fds]
-        os.dup2(high[0], INPUT_FD)
-        os.dup2(high[1], OUTPUT_FD)
-        os.closerange(OUTPUT_FD + 1, 1 << 16)
-        self._seal(max_pixels)
-        job = ChildJob(
-            code.decode("utf-8", "replace"),
-            width,
-            height,
-            max_pixels,
-            self.settings.memory_mb,
-            seed,
-            bool(flags & FLAG_REFERENCE),
-        )
-        run_job(job, INPUT_FD, OUTPUT_FD)
+    def _child(self, control: int, is_worker: bool) -> None:
+        """Between fork and work: keep one descriptor, take on the limits, touch what will be needed, wait, seal."""
+        from cv_lightning.sandbox import child, worker
 
-    def _seal(self, max_pixels: int) -> None:
+        fd = child.keep_only(control)
+        self._limit(is_worker)
+        if is_worker:
+            plans = socket.socket(fileno=fd)
+            if self.worker_filter is not None and not self.worker_filter.install():
+                os._exit(97)
+            worker.serve(plans)
+            os._exit(0)
+        child.rehearse()
+        job = child.wait_for_job(fd, self.settings.memory_mb)
+        if self.filter is not None and not self.filter.install():
+            os._exit(97)
+        child.run_job(job)
+
+    def _limit(self, is_worker: bool) -> None:
         if self.report["rlimits"] == "active":
             layers.limit_resources(
                 memory_bytes=self.settings.memory_mb << 20,
                 library_bytes=self.library_bytes,
-                cpu_s=self.settings.cpu_s,
-                file_bytes=HEADER.size + 3 * max_pixels + MAX_TRACE + MAX_TEXT,
+                # A worker lives on; its plans are priced beforehand and its deadlines are kept by the fork server.
+                cpu_s=None if is_worker else self.settings.cpu_s,
+                file_bytes=HEADER.size + PIXEL * self.settings.max_pixels + MAX_TRACE + MAX_TEXT,
             )
         layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.pid:
             os._exit(1)
-        if self.filter is not None and not self.filter.install():
-            os._exit(97)
 
 
 def main(arguments: list[str]) -> None:
     """Entry: descriptor of the control socket, and the settings."""
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    server: Any = ForkServer(socket.socket(fileno=int(arguments[0])), Settings.parse(arguments[1]))
+    server = ForkServer(socket.socket(fileno=int(arguments[0])), Settings.parse(arguments[1]))
     server.prepare()
     # A change of user clears it.
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -84,7 +84,11 @@ def general(image: Image.Image, number: int) -> dict[str, float]:
     """The general tier beside the floor, a thread of the caller and a warm pool of processes."""
     figures: dict[str, float] = {}
     context = get_context("spawn")
-    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=2)) as sandbox, context.Pool(2) as pool, ThreadPoolExecutor(2) as threads:
+    with (
+        Sandbox(SandboxConfig(plan_tier=False, num_zygotes=2)) as sandbox,
+        context.Pool(2) as pool,
+        ThreadPoolExecutor(2) as threads,
+    ):
         for name, code in (("crop", CROP), ("rotate", ROTATE)):
             floor = pool.apply(_floor_loop, ((code, number),))[1]
             ours = timed(lambda code=code: sandbox.run_sync(image, code), number)
@@ -106,13 +110,18 @@ def general(image: Image.Image, number: int) -> dict[str, float]:
                 f"{name}_warm_pool_ms": statistics.median(warm),
             }
         figures["overrun_p99_ms"] = overrun(image)
-    figures["throughput_over_floor"] = min(figures["crop_throughput_over_floor"], figures["rotate_throughput_over_floor"])
+    figures["throughput_over_floor"] = min(
+        figures["crop_throughput_over_floor"], figures["rotate_throughput_over_floor"]
+    )
     return figures
 
 
 def overrun(image: Image.Image) -> float:
     """Milliseconds past the deadline, p99, while other jobs load every core."""
-    with Sandbox(SandboxConfig(plan_tier=False, timeout_s=0.3, num_zygotes=2)) as sandbox, ThreadPoolExecutor(4) as threads:
+    with (
+        Sandbox(SandboxConfig(plan_tier=False, timeout_s=0.3, num_zygotes=2)) as sandbox,
+        ThreadPoolExecutor(4) as threads,
+    ):
         results = list(threads.map(lambda _: sandbox.run_sync(image, "while True: pass"), range(24)))
     late = [1000 * (result.elapsed_s - 0.3) for result in results if result.status is ToolStatus.TIMEOUT]
     return quantile(late, 0.99)
@@ -123,7 +132,10 @@ def layers_cost(image: Image.Image, number: int) -> float:
     off = SandboxConfig(plan_tier=False, allow_unsafe=True, disabled_layers=("landlock", "seccomp", "rlimits", "uid"))
     bare, sealed = Sandbox(off), Sandbox(SandboxConfig(plan_tier=False))
     with sealed, bare:
-        pairs = [(timed(lambda: sealed.run_sync(image, ROTATE), 1)[0], timed(lambda: bare.run_sync(image, ROTATE), 1)[0]) for _ in range(number)]
+        pairs = [
+            (timed(lambda: sealed.run_sync(image, ROTATE), 1)[0], timed(lambda: bare.run_sync(image, ROTATE), 1)[0])
+            for _ in range(number)
+        ]
     return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
 
 
@@ -133,7 +145,10 @@ def plans(image: Image.Image, number: int) -> dict[str, float]:
     crop = timed(lambda: plan.run(image, CROP, config), number)
     rotate = timed(lambda: plan.run(image, ROTATE, config), number)
     bare = timed(lambda: OPERATIONS[ROTATE](image), number)
-    return {"plan_crop_ms": statistics.median(crop), "plan_rotate_over_op": statistics.median(rotate) / statistics.median(bare)}
+    return {
+        "plan_crop_ms": statistics.median(crop),
+        "plan_rotate_over_op": statistics.median(rotate) / statistics.median(bare),
+    }
 
 
 def main() -> None:
@@ -144,7 +159,11 @@ def main() -> None:
     parser.add_argument("--snippets", help="golden/transforms file for plan_share")
     options = parser.parse_args()
     image = make_image()
-    figures = plans(image, options.number) | general(image, options.number) | {"layers_cost": layers_cost(image, options.number)}
+    figures = (
+        plans(image, options.number)
+        | general(image, options.number)
+        | {"layers_cost": layers_cost(image, options.number)}
+    )
     if options.snippets:
         cases = [case["code"] for case in json.loads(Path(options.snippets).read_text())["cases"] if case["code"]]
         taken = [plan.run(Image.new("RGB", (400, 300)), code, SandboxConfig()) is not None for code in cases]

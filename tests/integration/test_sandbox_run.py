@@ -70,7 +70,9 @@ def test_plan_equals_child(sandbox: Sandbox) -> None:
         child = sandbox.run_sync(NOISE, code)
         assert child.image is not None and planned.image is not None, (code, child.error)
         assert child.image.size == planned.image.size and child.image.tobytes() == planned.image.tobytes(), code
-        assert [(o.name, o.arguments, o.used) for o in child.operations] == [(o.name, o.arguments, o.used) for o in planned.operations], code
+        assert [(o.name, o.arguments, o.used) for o in child.operations] == [
+            (o.name, o.arguments, o.used) for o in planned.operations
+        ], code
     assert taken > 100
 
 
@@ -103,7 +105,9 @@ def test_no_job_is_lost_when_fork_servers_die(number: int) -> None:
         killer.start()
 
         async def run() -> list[ToolStatus]:
-            results = await asyncio.gather(*(sandbox.run(NOISE, f"time = {i}\nresult = image", owner=str(i % 7)) for i in range(number)))
+            results = await asyncio.gather(
+                *(sandbox.run(NOISE, f"time = {i}\nresult = image", owner=str(i % 7)) for i in range(number))
+            )
             return [result.status for result in results]
 
         statuses = asyncio.run(run())

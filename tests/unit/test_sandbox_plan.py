@@ -42,7 +42,11 @@ def test_a_forged_claim_is_not_believed(picture: Image.Image) -> None:
 
 
 def test_trace_survives_its_form_and_damage_is_refused() -> None:
-    trace = Trace((RawOperation("crop", "Image.crop", (("box", (1, 2, 3.5, None)),), (9, 9), (2, 2), True),), (Affine(1, 0, 0, 0, 1, 0),), True)
+    trace = Trace(
+        (RawOperation("crop", "Image.crop", (("box", (1, 2, 3.5, None)),), (9, 9), (2, 2), True),),
+        (Affine(1, 0, 0, 0, 1, 0),),
+        True,
+    )
     data = pack_trace(trace)
     assert unpack_trace(data) == trace
     for cut in range(len(data)):

@@ -1,0 +1,108 @@
+"""What a child left, checked and decoded: every byte of it is untrusted."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+from dataclasses import replace
+
+from PIL import Image
+
+from cv_lightning.images import is_usable_size
+from cv_lightning.sandbox.config import SandboxConfig
+from cv_lightning.sandbox.effect import believed, effect_of
+from cv_lightning.sandbox.plan import told_operations
+from cv_lightning.sandbox.pool import Outcome
+from cv_lightning.sandbox.wire import (
+    HEADER,
+    MAGIC,
+    MAX_TEXT,
+    MAX_TRACE,
+    PIXEL,
+    STATUS_ERROR,
+    STATUS_OK,
+    Trace,
+    WireError,
+    clean_text,
+    unpack_trace,
+)
+from cv_lightning.types import SandboxResult, ToolStatus
+
+NOT_SEALED = (97 << 8, 98 << 8)
+"""Wait statuses of a child that could not be sealed, and of one that failed before model code ran."""
+
+
+def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *, is_plan: bool) -> SandboxResult:
+    """The result of a job; closes its output.
+
+    Args:
+        image: the input, RGB.
+        outcome: how the child ended.
+        config: limits.
+        is_plan: written by a worker, in which no model code runs, so that its map needs no proof.
+    """
+    tier = "plan" if is_plan else "process"
+    if outcome.output_fd < 0:
+        text = "the sandbox failed: the job was lost twice, or its queue is full (sandbox.max_queue)"
+        return SandboxResult(status=ToolStatus.LOST, error=text, error_kind="lost", tier=tier)
+    try:
+        result = _without_output(outcome, config) or _read(image, outcome.output_fd, config, is_plan)
+    except WireError as error:
+        text = f"the code ended without a usable result ({clean_text(str(error), 80)}); put the new image into `result`"
+        result = SandboxResult(status=ToolStatus.KILLED, error=text, error_kind="invalid_output")
+    finally:
+        os.close(outcome.output_fd)
+    return replace(result, tier=tier, elapsed_s=outcome.elapsed_s)
+
+
+def _without_output(outcome: Outcome, config: SandboxConfig) -> SandboxResult | None:
+    """The result of a child that did not end by itself, whatever it wrote."""
+    if outcome.late:
+        limits = f"limit {config.timeout_s:g} s, {config.cpu_s} s of CPU time"
+        text = f"TimeoutError: the code ran too long ({limits}); do less"
+        return SandboxResult(status=ToolStatus.TIMEOUT, error_kind="timeout", error=text)
+    if os.WIFSIGNALED(outcome.wait_status):
+        number = os.WTERMSIG(outcome.wait_status)
+        name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
+        text = f"the code crashed its process ({name}) or broke a limit; try another way"
+        return SandboxResult(status=ToolStatus.KILLED, error_kind=name, error=text)
+    if outcome.wait_status in NOT_SEALED:
+        return SandboxResult(status=ToolStatus.LOST, error="a child could not be sealed", error_kind="lost")
+    if os.fstat(outcome.output_fd).st_size < HEADER.size:
+        text = "no result: the code ended its process; put the new image into `result`"
+        return SandboxResult(status=ToolStatus.ERROR, error_kind="no_result", error=text)
+    return None
+
+
+def _read(image: Image.Image, fd: int, config: SandboxConfig, is_plan: bool) -> SandboxResult:
+    total = os.fstat(fd).st_size
+    magic, status, width, height, num_pixels, num_trace, num_text = HEADER.unpack(os.pread(fd, HEADER.size, 0))
+    if magic != MAGIC:
+        raise WireError("damaged output")
+    if status == STATUS_ERROR and num_text <= MAX_TEXT and HEADER.size + num_text <= total:
+        kind, _, text = os.pread(fd, num_text, HEADER.size).decode("utf-8", "replace").partition("\0")
+        text = clean_text(text or kind, config.max_error_chars) or "the code failed"
+        return SandboxResult(status=ToolStatus.ERROR, error=text, error_kind=clean_text(kind, 40) or "error")
+    fits = is_usable_size(width, height) and width * height <= config.max_result_pixels
+    sizes = fits and num_pixels == PIXEL * width * height and total == HEADER.size + num_pixels + num_trace
+    if status != STATUS_OK or num_text or num_trace > MAX_TRACE or not sizes:
+        raise WireError("impossible sizes")
+    with mmap.mmap(fd, total, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
+        trace = unpack_trace(mapped[HEADER.size + num_pixels :])
+        with memoryview(mapped) as view, view[HEADER.size : HEADER.size + num_pixels] as pixels:
+            result = Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX")
+    return _explained(image, result, trace, is_plan)
+
+
+def _explained(image: Image.Image, result: Image.Image, trace: Trace, is_plan: bool) -> SandboxResult:
+    if is_plan:
+        to_input = trace.claims[0] if trace.claims else None
+    else:
+        to_input = believed(trace.claims, image, result)
+    return SandboxResult(
+        status=ToolStatus.OK,
+        image=result,
+        operations=told_operations(trace),
+        effect=effect_of(to_input, image.size, result.size),
+    )
