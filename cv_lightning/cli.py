@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -23,7 +24,10 @@ DEFAULT_FOLDER = "runs/default"
 
 
 class ShortErrorParser(LightningArgumentParser):
-    """A parser whose errors are not buried under a usage text of a hundred lines."""
+    """A parser whose errors are not buried under a usage text of a hundred lines, and that wants whole names."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"allow_abbrev": False} | kwargs))
 
     def print_usage(self, file: Any = None) -> None:
         """One line."""
@@ -56,6 +60,22 @@ class CVLightningCLI(LightningCLI):
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; a value that one of them refuses is a message, not a traceback.
+
+        Raises:
+            CVLightningError: what the constructor said; JSONARGPARSE_DEBUG=true shows where.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, CVLightningError) as error:
+            if os.environ.get("JSONARGPARSE_DEBUG"):
+                raise
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise CVLightningError(str(cause)) from error
+
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint path that does not exist before anything is built."""
         path = self._get(self.config, "ckpt_path")
@@ -87,7 +107,7 @@ def main(args: ArgsType = None) -> CVLightningCLI:
             args=args,
         )
     except CVLightningError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"error: {error}")
 
 
 UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")

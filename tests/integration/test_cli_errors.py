@@ -1,0 +1,187 @@
+"""What the command line says to input that cannot be: the file, row or key, and what to do; nothing heavy is built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from cv_lightning.cli import main
+from cv_lightning.data.digits import DigitsConfig, digit_task
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Everything that a refused command printed."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    captured = capsys.readouterr()
+    text = captured.out + captured.err + (stopped.value.code if isinstance(stopped.value.code, str) else "")
+    assert stopped.value.code not in (0, None)
+    assert "Traceback" not in text and len(text) < 3000
+    return text
+
+
+def grpo(checkpoint: Path, folder: Path, *more: str) -> list[str]:
+    """A `fit` command that must not get as far as training."""
+    return [
+        "fit",
+        "--config",
+        str(CONFIGS / "grpo.yaml"),
+        "--trainer.default_root_dir",
+        str(folder),
+        "--model.init_args.policy.path",
+        str(checkpoint),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--data.init_args.num_iteration", "3", "num_iteration"),
+        ("--model.init_args.optimizer.learning_rate", "1", "learning_rate"),
+        ("--trainer.callbacks.init_args.agent.max_turn", "1", "max_turn"),
+        ("--trainer.max_epoch", "1", "max_epoch"),
+    ],
+)
+def test_an_unknown_key_is_named(
+    flag: str, value: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(grpo(tmp_path, tmp_path, flag, value), capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--model.init_args.loss.clip_low", "2", "clip_low"),
+        ("--data.init_args.test_tasks", '{"sideways": 3}', "sideways"),
+        ("--trainer.callbacks.init_args.agent.max_turns", "0", "max_turns"),
+        ("--model.init_args.optimizer.lr", "-1", "lr"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_flag(
+    flag: str, value: str, said: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(grpo(tiny_checkpoint, tmp_path, flag, value), capsys)
+
+
+def test_an_unknown_key_in_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {"max_epochz": 3}}))
+    assert "max_epochz" in refused(grpo(tmp_path, tmp_path, "--config", str(tmp_path / "more.yaml")), capsys)
+
+
+def test_a_checkpoint_path_that_does_not_exist(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = refused(grpo(tiny_checkpoint, tmp_path, "--ckpt_path", "runs/nowhere.ckpt"), capsys)
+    assert "--ckpt_path runs/nowhere.ckpt" in text and "no such file" in text
+
+
+def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "runs/no_model: no such folder" in refused(grpo(Path("runs/no_model"), tmp_path), capsys)
+
+
+def test_a_model_folder_without_a_processor(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "bare")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "bare" / name).unlink(missing_ok=True)
+    text = refused(grpo(tmp_path / "bare", tmp_path), capsys)
+    assert "bare" in text and "no processor" in text and "copy it from the base model" in text
+
+
+def rows(count: int) -> pd.DataFrame:
+    """Rows of an RL file as CodeVision publishes them."""
+    made = []
+    for index in range(count):
+        task = digit_task(DigitsConfig(), "train", index, "small")
+        assert task.box is not None
+        buffer = _png(task.images[0])
+        made.append(
+            {
+                "data_source": "digits",
+                "prompt": [{"role": "user", "content": f"<image>{task.question}"}],
+                "images": [{"bytes": buffer}],
+                "reward_model": {"ground_truth": task.ground_truth},
+                "extra_info": {"index": index, "transform": ["crop"], "bbox": list(task.box)},
+            }
+        )
+    return pd.DataFrame(made)
+
+
+def _png(image: object) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")  # type: ignore[attr-defined]
+    return buffer.getvalue()
+
+
+def spoil(frame: pd.DataFrame) -> dict[str, int]:
+    """One row of each kind that cannot be used; returns its index by reason."""
+    frame.at[0, "images"] = [{"bytes": b"no picture"}]
+    frame.at[1, "prompt"] = [{"role": "user", "content": "no mark"}]
+    frame.at[2, "extra_info"] = {"index": 2, "transform": ["rotate_sideways"], "bbox": None}
+    frame.at[3, "extra_info"] = {"index": 3, "transform": ["crop"], "bbox": [0.0, 0.0, 9999.0, 9999.0]}
+    return {"image": 0, "mark": 1, "rotate_sideways": 2, "box": 3}
+
+
+def test_all_rows_bad_stops_with_each_reason(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = rows(4)
+    reasons = spoil(frame)
+    frame.to_parquet(tmp_path / "bad.parquet")
+    files = json.dumps([str(tmp_path / "bad.parquet")])
+    command = grpo(tiny_checkpoint, tmp_path, "--data.init_args.train_files", files)
+    command += ["--trainer.callbacks.init_args.engine.kind", "transformers"]
+    text = refused(command, capsys)
+    assert "bad.parquet" in text
+    for reason in reasons:
+        assert reason in text
+
+
+def test_a_missing_column_is_named(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows(2).drop(columns=["prompt"]).to_parquet(tmp_path / "cut.parquet")
+    files = json.dumps([str(tmp_path / "cut.parquet")])
+    command = grpo(tiny_checkpoint, tmp_path, "--data.init_args.train_files", files)
+    command += ["--trainer.callbacks.init_args.engine.kind", "transformers"]
+    text = refused(command, capsys)
+    assert "cut.parquet" in text and "prompt" in text
+
+
+def test_bad_rows_are_skipped_counted_and_listed(
+    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frame = rows(12)
+    spoil(frame)
+    frame.to_parquet(tmp_path / "some.parquet")
+    command = grpo(
+        tiny_checkpoint,
+        tmp_path / "run",
+        "--data.init_args.train_files",
+        json.dumps([str(tmp_path / "some.parquet")]),
+        "--data.init_args.num_iterations",
+        "1",
+        "--data.init_args.tasks_per_iteration",
+        "2",
+        "--trainer.callbacks.init_args.engine.kind",
+        "transformers",
+        "--trainer.callbacks.init_args.num_samples",
+        "2",
+        "--trainer.callbacks.init_args.store.share",
+        "1.0",
+    )
+    with caplog.at_level("WARNING"):
+        main(command)
+    said = caplog.text
+    assert "4 of 12" in said and all(str(index) in said for index in range(4))
+    assert (tmp_path / "run" / "metrics.csv").is_file()
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -1,0 +1,125 @@
+"""The newcomer's command, small: every stage really runs, and what it leaves is what the README says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+
+
+def quickstart(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cv_lightning", "quickstart", "--smoke", "--out", str(out), *flags]
+    return subprocess.run(command, cwd=ROOT, env=SETTINGS, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a smoke run with the ablation."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    done = quickstart(folder, "--ablation", "--seed", "3")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "report.html" in done.stdout
+    return folder
+
+
+def test_every_stage_left_its_result(run: Path) -> None:
+    timing = json.loads((run / "timing.json").read_text())
+    stages = {"tiny", "sft", "sft_eval", "rl", "rl_eval", "rl_accuracy", "rl_accuracy_eval", "summary", "report"}
+    assert set(timing) == stages | {"seed"} and timing["seed"] == 3
+    for stage in ("sft", "rl", "rl_accuracy"):
+        assert (run / stage / "model" / "model.safetensors").is_file()
+        assert (run / stage / "fit_config.yaml").is_file()
+        assert json.loads((run / stage / "fit_run.json").read_text())["versions"]["transformers"]
+
+
+def test_summary_has_the_promised_figures(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seed"] == 3 and summary["minutes"] > 0
+    assert 0 <= summary["parity_max"] < 1e-4
+    figures = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
+    for stage in ("sft_sampled", "sft", "rl_sampled", "rl", "rl_accuracy", "rl_accuracy_sampled"):
+        assert set(summary[stage]) == figures
+        assert set(summary[stage]["by_kind"]) == {"upright", "turned", "small", "turned_and_small"}
+
+
+def test_evaluations_store_every_trajectory(run: Path) -> None:
+    for stage in ("sft", "rl", "rl_accuracy"):
+        for mode in ("greedy", "sampled"):
+            for tool in ("tool", "notool"):
+                folder = run / "eval" / f"{stage}_{mode}_{tool}"
+                lines = [line for path in folder.glob("trajectories/*.jsonl") for line in path.read_text().splitlines()]
+                assert len(lines) == 8, folder
+                assert json.loads((folder / "metrics.json").read_text())["num_trajectories"] == 8
+
+
+def test_training_logged_its_metrics(run: Path) -> None:
+    rows = list(csv.DictReader((run / "rl" / "metrics.csv").open()))
+    assert [float(row["iteration"]) for row in rows] == [1.0, 2.0]
+    for name in ("reward/total", "reward/accuracy", "reward/mandatory", "rollout/must_use", "policy/parity_max"):
+        assert rows[0][name] != "", name
+    assert all(float(row["policy/parity_max"]) < 1e-4 for row in rows)
+    sft = list(csv.DictReader((run / "sft" / "metrics.csv").open()))
+    assert len(sft) == 6 and float(sft[-1]["sft/loss"]) < float(sft[0]["sft/loss"])
+
+
+def test_the_report_stands_alone(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "<html" in page and len(page) > 20_000
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_finished_stages_are_not_run_again(run: Path) -> None:
+    before = (run / "rl" / "metrics.csv").stat().st_mtime
+    done = quickstart(run, "--ablation", "--seed", "3")
+    assert done.returncode == 0 and "done before" in done.stdout
+    assert (run / "rl" / "metrics.csv").stat().st_mtime == before
+    other = quickstart(run, "--seed", "4")
+    assert other.returncode == 2 and "--seed 3" in other.stderr
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C
+@pytest.fixture
+def training(run: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A GRPO run that is in the midst of its rollouts."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
+    command += [
+        "--trainer.default_root_dir",
+        str(tmp_path / "run"),
+        "--model.init_args.policy.path",
+        str(run / "sft/model"),
+    ]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=SETTINGS, stdout=out, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while "engine and trainer agree" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.2)
+    yield process, log
+    process.kill()
+    process.wait()
+
+
+def test_ctrl_c_in_a_rollout_ends_cleanly(training: tuple[subprocess.Popen[str], Path]) -> None:
+    process, log = training
+    time.sleep(1.0)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children  # the sandbox's fork servers at least
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert process.returncode in (1, 130)
+    assert "Traceback" not in log.read_text()
