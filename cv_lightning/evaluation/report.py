@@ -32,7 +32,7 @@ LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 NONE = "\N{EN DASH}"
 """Stands where nothing was measured, and between the ends of an interval."""
-SCRIPTS = ("dom.js", "charts.js", "gallery.js", "viewer.js")
+SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "examples.js")
 """Parts of the page's one script, in order."""
 
 

@@ -72,8 +72,8 @@ def _sft(config: dict[str, Any]) -> list[str]:
         parts = ", ".join(f"{kind.replace('_', ' ')} {part:g}" for kind, part in kinds.items())
         sentences.append(
             f"Warm-up: the first {_percent(warm_up)} of the steps ({round(steps * warm_up)}) show clean single turns "
-            f"only, {data['warm_up_conversations_per_step']} a step ({parts} parts): an upright task is answered rightly; "
-            "of any other the first call is shown, without its result."
+            f"only, {data['warm_up_conversations_per_step']} a step ({parts} parts): an upright task is "
+            "answered rightly; of any other the first call is shown, without its result."
         )
     else:
         sentences.append("No warm-up on single turns.")

@@ -239,7 +239,7 @@ def test_five_thousand_trajectories_open_within_a_second(browser: Browser, tmp_p
         for index in range(625):
             writer.write_group(group(digit_task(index, KINDS[index % 4]), 8, iteration=index // 8), index // 8)
     page = write_report(tmp_path / "run", ReportConfig(max_trajectories=5000))
-    assert "holds 5000 of 5000 trajectories" in page.read_text()
+    assert "holds 5,000 of 5,000 trajectories" in page.read_text()
     seconds = min(browser.open(page.as_uri()), browser.open(page.as_uri() + "#outcome=wrong"))
     assert visible_cards(browser) == 24
     assert seconds < 1.0, seconds

@@ -7,9 +7,9 @@ function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough);
-  const found = [];
-  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step) found.push(Math.abs(value) < step * 1e-9 ? 0 : value);
-  return found;
+  const first = Math.ceil(low / step - 1e-9);
+  const last = Math.floor(high / step + 1e-6);
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
 /** Tick labels with as many digits as tell neighbours apart. */
@@ -17,7 +17,9 @@ function tickLabels(values) {
   const step = values.length > 1 ? values[1] - values[0] : Math.abs(values[0]) || 1;
   const most = Math.max(...values.map(Math.abs));
   if (most >= 1e6 || most < 0.001) return values.map(short);
-  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (/^[25]$/.test(String(step).replace(/[0.]/g, "")) || !String(step).includes("25") ? 0 : 1));
+  const power = Math.floor(Math.log10(step) + 1e-9);
+  const isQuarter = Math.abs(step / 10 ** power - 2.5) < 1e-6;
+  const digits = Math.max(0, (isQuarter ? 1 : 0) - power);
   return values.map((value) => value.toFixed(Math.min(digits, 8)));
 }
 
@@ -42,10 +44,15 @@ function whenWidthChanges(node, paint) {
   }).observe(node);
 }
 
-const line = (xs, ys, x, y) => xs.map((value, i) => `${i ? "L" : "M"}${x(value).toFixed(1)} ${y(ys[i]).toFixed(1)}`).join("");
+function line(xs, ys, x, y) {
+  return xs.map((value, i) => `${i ? "L" : "M"}${x(value).toFixed(1)} ${y(ys[i]).toFixed(1)}`).join("");
+}
 
 function sentence(chart) {
-  return chart.series.map((s) => `${s.name}: from ${short(s.y[0])} to ${short(s.y.at(-1))}, lowest ${short(Math.min(...s.y))}, highest ${short(Math.max(...s.y))}`).join("; ");
+  return chart.series.map(({ name, y }) => {
+    const range = `lowest ${short(Math.min(...y))}, highest ${short(Math.max(...y))}`;
+    return `${name}: from ${short(y[0])} to ${short(y.at(-1))}, ${range}`;
+  }).join("; ");
 }
 
 /** One chart with its caption, legend and read-out. */
@@ -53,12 +60,12 @@ function chartFigure(chart, height, axis) {
   const several = chart.series.length > 1;
   const captioned = !several || chart.captioned;
   const hidden = new Set();
-  const plot = make("svg:svg", { class: "plot", role: "img", tabindex: 0, "aria-label": `${chart.title || "chart"}. ${sentence(chart)}` });
+  const label = `${chart.title || "chart"}. ${sentence(chart)}`;
+  const plot = make("svg:svg", { class: "plot", role: "img", tabindex: 0, "aria-label": label });
   const tip = make("div", { class: "tip", hidden: true });
   const last = chart.series[0];
-  const caption = captioned && chart.title
-    ? make("figcaption", {}, make("b", { text: chart.title }), several ? null : make("span", { text: short(last.y.at(-1)) }))
-    : null;
+  const now = several ? null : make("span", { text: short(last.y.at(-1)) });
+  const caption = captioned && chart.title ? make("figcaption", {}, make("b", { text: chart.title }), now) : null;
   const figure = make("figure", {}, caption, plot, tip);
   const state = { plot, tip, chart, hidden, height, axis, at: null };
   if (several) figure.append(legend(chart, state));
@@ -84,16 +91,21 @@ function chartFigure(chart, height, axis) {
   return figure;
 }
 
+/** What each line is; a press hides it. */
 function legend(chart, state) {
-  return make("ul", { class: "legend" }, chart.series.map((series, i) => make("li", {}, make("button", {
-    type: "button", "aria-pressed": "true",
-    on: { click: (event) => {
-      const shown = state.hidden.delete(i) || !state.hidden.add(i);
-      event.currentTarget.setAttribute("aria-pressed", String(shown));
+  const entry = (series, i) => {
+    const toggle = (event) => {
+      const isShown = state.hidden.delete(i) || !state.hidden.add(i);
+      event.currentTarget.setAttribute("aria-pressed", String(isShown));
       draw(state);
-    } },
-  }, make("svg:svg", { viewBox: "0 0 24 8", "aria-hidden": "true" }, make("svg:line", { class: `s${i}`, x1: 0, x2: 24, y1: 4, y2: 4, "stroke-dasharray": DASHES[i] || null })),
-  make("span", { text: series.name })))));
+    };
+    const style = { class: `s${i}`, "stroke-dasharray": DASHES[i] || null };
+    const sample = make("svg:line", { ...style, x1: 0, x2: 24, y1: 4, y2: 4 });
+    return make("li", {}, make("button", { type: "button", "aria-pressed": "true", on: { click: toggle } },
+      make("svg:svg", { viewBox: "0 0 24 8", "aria-hidden": "true" }, sample),
+      make("span", { text: series.name })));
+  };
+  return put("ul", "legend", chart.series.map(entry));
 }
 
 const nearest = (xs, at) => xs.reduce((best, x, i) => (Math.abs(x - at) < Math.abs(xs[best] - at) ? i : best), 0);
@@ -122,20 +134,27 @@ function draw(state) {
       make("svg:line", { class: "grid", x1: left, x2: width - 8, y1: y(value), y2: y(value) }),
       make("svg:text", { x: left - 6, y: y(value) + 4, "text-anchor": "end", text: yLabels[i] }),
     ]),
-    ...ticks(first, final, Math.max(2, Math.floor(width / 110))).map((value) => make("svg:text", { x: x(value), y: height - 4, "text-anchor": "middle", text: short(value) })),
+    ...ticks(first, final, Math.max(2, Math.floor(width / 110))).map((value) =>
+      make("svg:text", { x: x(value), y: height - 4, "text-anchor": "middle", text: short(value) })),
     ...shown.flatMap((series) => curvePaths(series, x, y, chart.series.length > 1)),
-    ...(state.at === null ? [] : [make("svg:line", { class: "cross", x1: x(state.at), x2: x(state.at), y1: 4, y2: height - 20 })]),
+    ...(state.at === null ? [] : [crossLine(x(state.at), height)]),
   );
   readout(state, shown, x, width);
 }
 
+const crossLine = (x, height) => make("svg:line", { class: "cross", x1: x, x2: x, y1: 4, y2: height - 20 });
+
 function curvePaths(series, x, y, several) {
+  const tone = `s${series.i}`;
   const style = { "stroke-dasharray": (several && DASHES[series.i]) || null };
-  if (series.x.length === 1) return [make("svg:circle", { class: `full s${series.i}`, cx: x(series.x[0]), cy: y(series.y[0]), r: 3 })];
-  if (series.y.length < 8 || smoothing === 0) return [make("svg:path", { class: `s${series.i}`, d: line(series.x, series.y, x, y), ...style })];
+  const raw = line(series.x, series.y, x, y);
+  if (series.x.length === 1) {
+    return [make("svg:circle", { class: `full ${tone}`, cx: x(series.x[0]), cy: y(series.y[0]), r: 3 })];
+  }
+  if (series.y.length < 8 || smoothing === 0) return [make("svg:path", { class: tone, d: raw, ...style })];
   return [
-    make("svg:path", { class: `raw s${series.i}`, d: line(series.x, series.y, x, y) }),
-    make("svg:path", { class: `s${series.i}`, d: line(series.x, smooth(series.y), x, y), ...style }),
+    make("svg:path", { class: `raw ${tone}`, d: raw }),
+    make("svg:path", { class: tone, d: line(series.x, smooth(series.y), x, y), ...style }),
   ];
 }
 
@@ -212,69 +231,6 @@ function startCurves() {
 
 /** The runs with and without process reward in the same charts. */
 function startCompared() {
-  byId("compared")?.append(...data.compared.map((chart) => chartFigure({ ...chart, title: words(chart.title), captioned: true }, 190, "iteration")));
-}
-
-// ------------------------------------------------------------------ intervals by kind
-function intervalChart(rows, title, order) {
-  const plot = make("svg:svg", { class: "plot", role: "img", "aria-label": `${title}. ${rows.map((r) => `${words(r.kind)}, ${r.label}: ${short(r.rate[0])}, 95 % ${short(r.rate[1])} to ${short(r.rate[2])}`).join("; ")}` });
-  const kinds = [...new Set(rows.map((row) => row.kind))];
-  const paint = () => {
-    const width = plot.clientWidth;
-    if (!width) return;
-    const left = Math.min(150, 20 + 6.3 * Math.max(...rows.map((row) => row.label.length)));
-    const x = (value) => left + value * (width - left - 46);
-    const nodes = [];
-    let top = 4;
-    for (const kind of kinds) {
-      nodes.push(make("svg:text", { class: "kind", x: 0, y: top + 12, text: words(kind) }));
-      top += 19;
-      for (const row of rows.filter((candidate) => candidate.kind === kind)) {
-        const [value, low, high, n] = row.rate;
-        const tone = `s${order.indexOf(row.stage) % 8}`;
-        const middle = top + 7;
-        nodes.push(
-          make("svg:text", { x: 10, y: middle + 4, text: row.label }),
-          make("svg:line", { class: "grid", x1: x(0), x2: x(1), y1: middle, y2: middle }),
-          make("svg:line", { class: tone, "stroke-width": 2, x1: x(low), x2: x(high), y1: middle, y2: middle }),
-          make("svg:circle", { class: `${row.off ? "hollow" : "full"} ${tone}`, cx: x(value), cy: middle, r: 4.5 }, make("svg:title", { text: `${row.label}: ${short(value)} (${short(low)} to ${short(high)}), n = ${n}` })),
-          make("svg:text", { x: width, y: middle + 4, "text-anchor": "end", text: value.toFixed(2) }),
-        );
-        top += 18;
-      }
-      top += 8;
-    }
-    for (const value of [0, 0.25, 0.5, 0.75, 1]) nodes.push(make("svg:text", { x: x(value), y: top + 8, "text-anchor": "middle", text: value }));
-    plot.setAttribute("height", top + 14);
-    plot.setAttribute("viewBox", `0 0 ${width} ${top + 14}`);
-    plot.replaceChildren(...nodes);
-  };
-  whenWidthChanges(plot, paint);
-  return make("div", {}, make("h4", { text: title }), plot);
-}
-
-function startIntervals() {
-  const place = byId("intervals");
-  if (!place) return;
-  const modes = [...new Set(data.intervals.map((row) => row.mode))];
-  const order = [...new Set(data.intervals.map((row) => row.stage))].reverse(); // the last stage gets the first colour
-  const show = (mode) => {
-    const rows = data.intervals.filter((row) => row.mode === mode).map((row) => ({ ...row, label: mode ? row.label.replace(`, ${mode}`, "") : row.label }));
-    const of = (metric) => rows.filter((row) => row.metric === metric);
-    place.replaceChildren(
-      of("accuracy").length ? intervalChart(of("accuracy"), "Accuracy", order) : "",
-      of("must_use").length ? intervalChart(of("must_use"), "Must-use", order) : "",
-    );
-  };
-  if (modes.length > 1) {
-    const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Decoding" }, modes.map((mode) => make("button", {
-      type: "button", text: mode || "other", "aria-pressed": String(mode === modes[0]),
-      on: { click: (event) => {
-        for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab === event.currentTarget));
-        show(mode);
-      } },
-    })));
-    place.before(make("div", { class: "controls" }, tabs));
-  }
-  show(modes[0]);
+  byId("compared")?.append(...data.compared.map((chart) =>
+    chartFigure({ ...chart, title: words(chart.title), captioned: true }, 190, "iteration")));
 }

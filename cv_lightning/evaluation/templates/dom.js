@@ -17,6 +17,9 @@ function make(tag, props = {}, ...children) {
   return node;
 }
 
+/** An element with a class and nothing else to say about itself. */
+const put = (tag, name, ...children) => make(tag, { class: name }, ...children);
+
 const words = (text) => String(text).replaceAll("_", " ");
 const sizeText = (size) => (size ? `${size[0]}×${size[1]}` : "?");
 
@@ -55,7 +58,8 @@ function picture(image, alt) {
 function linkedPicture(image, alt, folder) {
   const link = folder === null || !image.file ? null : `${encodeURI(folder)}/images/${encodeURIComponent(image.file)}`;
   if (!embedded(image.file)) {
-    return make("p", { class: "note", text: "Picture not embedded. " }, link && make("a", { href: link, target: "_blank", text: "Open its file" }));
+    const file = link && make("a", { href: link, target: "_blank", text: "Open its file" });
+    return put("p", "note", "Picture not embedded. ", file);
   }
   const node = picture(image, alt);
   return link ? make("a", { href: link, target: "_blank", title: "open the whole picture" }, node) : node;

@@ -19,7 +19,7 @@ let shown = 0;
 function haystack(item) {
   item.text ??= [
     item.task.id, item.task.question, item.task.truth, item.trajectory.answer ?? "", item.trajectory.error,
-    ...item.trajectory.turns.flatMap((turn) => [turn.text, turn.call?.code ?? "", turn.response, turn.parseError ?? ""]),
+    ...item.trajectory.turns.flatMap((turn) => [turn.text, turn.call?.code, turn.response, turn.parseError]),
     ...item.operations,
   ].join("\n").toLowerCase();
   return item.text;
@@ -47,28 +47,47 @@ function imageAlt(item, index) {
   return `Image ${index}: made by ${made} from image ${image.parent}, ${sizeText(image.size)} pixels`;
 }
 
+/** The first images in a row, with arrows between them. */
+function strip(item) {
+  const { images } = item.trajectory;
+  const pictures = images.slice(0, 4).flatMap((image, i) => [
+    i ? make("span", { class: "then", "aria-hidden": "true", text: "→" }) : null,
+    embedded(image.file) ? picture(image, imageAlt(item, i)) : put("span", "pic blank"),
+  ]);
+  return put("span", "strip", pictures, images.length > 4 ? put("span", "then", `+${images.length - 4}`) : null);
+}
+
+function operationChips(item) {
+  if (item.operations.length) return item.operations.map((name) => put("span", "chip", words(name)));
+  return [put("span", "q", item.used ? "no operation ran" : "no tool call")];
+}
+
 function tile(item) {
   const { trajectory, task, store, group } = item;
-  const strip = trajectory.images.slice(0, 4).flatMap((image, i) => [
-    i ? make("span", { class: "then", "aria-hidden": "true", text: "→" }) : null,
-    embedded(image.file) ? picture(image, imageAlt(item, i)) : make("span", { class: "pic blank" }),
-  ]);
-  if (trajectory.images.length > 4) strip.push(make("span", { class: "then", text: `+${trajectory.images.length - 4}` }));
   const reward = trajectory.reward === null ? "" : `reward ${short(trajectory.reward)}`;
-  return make("li", {}, make("button", { type: "button", class: "tile", "data-index": item.index, on: { click: () => openViewer(item.index) } },
-    make("span", { class: "strip" }, strip),
-    make("span", { class: "verdict" }, verdictChip(trajectory), make("b", { text: trajectory.answer ?? "no answer" }), make("span", { class: "q", text: `truth ${task.truth}` }), toolChip(trajectory)),
-    make("span", { class: "ops" }, item.operations.length ? item.operations.map((name) => make("span", { class: "chip", text: words(name) })) : make("span", { class: "q", text: item.used ? "no operation ran" : "no tool call" }),
-      item.failed ? make("span", { class: "chip note", text: "a call failed" }) : null),
-    make("span", { class: "meta" }, make("span", { text: `${store.label}${group.iteration ? ` ${group.iteration}` : ""} · ${words(task.kind)}` }), make("span", { text: reward }))));
+  const place = `${store.label}${group.iteration ? ` ${group.iteration}` : ""} · ${words(task.kind)}`;
+  const open = { type: "button", class: "tile", "data-index": item.index, on: { click: () => openViewer(item.index) } };
+  return make("li", {}, make("button", open,
+    strip(item),
+    put("span", "verdict",
+      verdictChip(trajectory),
+      make("b", { text: trajectory.answer ?? "no answer" }),
+      put("span", "q", `truth ${task.truth}`),
+      toolChip(trajectory)),
+    put("span", "ops", operationChips(item), item.failed ? put("span", "chip note", "a call failed") : null),
+    put("span", "meta", make("span", { text: place }), make("span", { text: reward }))));
 }
 
 // ------------------------------------------------------------------ filters
-const CONTROLS = ["search", "store", "outcome", "tool", "kind", "transform", "end", "iter-min", "iter-max", "component", "comp-min", "comp-max", "sort"];
+const CONTROLS = [
+  "search", "store", "outcome", "tool", "kind", "transform", "end", "iter-min", "iter-max", "component", "comp-min",
+  "comp-max", "sort",
+];
 const control = (name) => byId(`f-${name}`);
 
 function options(name, values, first, label = words) {
-  control(name).replaceChildren(make("option", { value: "", text: first }), ...values.map((value) => make("option", { value, text: label(value) })));
+  const entries = values.map((value) => make("option", { value, text: label(value) }));
+  control(name).replaceChildren(make("option", { value: "", text: first }), ...entries);
 }
 
 const TOOL_TESTS = {
@@ -88,7 +107,8 @@ function tests() {
   when("outcome", (item) => verdictText(item.trajectory) === value.outcome);
   when("tool", TOOL_TESTS[value.tool]);
   when("kind", (item) => item.task.kind === value.kind);
-  when("transform", (item) => (value.transform === "none" ? !item.task.transforms.length : item.task.transforms.includes(value.transform)));
+  when("transform", ({ task }) =>
+    (value.transform === "none" ? !task.transforms.length : task.transforms.includes(value.transform)));
   when("end", (item) => item.trajectory.end === value.end);
   for (const side of ["min", "max"]) {
     when(`iter-${side}`, (item) => OPERATORS[side](item.group.iteration, Number(value[`iter-${side}`])));
@@ -113,7 +133,10 @@ function togetherOrder() {
   }
   const seen = {};
   const ranked = [...tasks.values()].sort((a, b) => b.stores.size - a.stores.size);
-  for (const entry of ranked) entry.turn = seen[`${entry.stores.size}/${entry.kind}`] = (seen[`${entry.stores.size}/${entry.kind}`] ?? -1) + 1;
+  for (const entry of ranked) {
+    const key = `${entry.stores.size}/${entry.kind}`;
+    entry.turn = seen[key] = (seen[key] ?? -1) + 1;
+  }
   ranked.sort((a, b) => b.stores.size - a.stores.size || a.turn - b.turn || b.kind.length - a.kind.length);
   return new Map(ranked.flatMap((entry) => entry.items).map((item, place) => [item, place]));
 }
@@ -151,7 +174,8 @@ function showMore() {
 }
 
 function remember(extra = {}) {
-  const state = new URLSearchParams(CONTROLS.filter((name) => control(name).value && !(name === "sort" && control(name).value === "together")).map((name) => [name, control(name).value]));
+  const values = CONTROLS.map((name) => [name, control(name).value]);
+  const state = new URLSearchParams(values.filter(([name, value]) => value && `${name}=${value}` !== "sort=together"));
   for (const [name, value] of Object.entries(extra)) state.set(name, value);
   history.replaceState(null, "", state.size ? `#${state}` : "#trajectories");
 }
@@ -159,7 +183,8 @@ function remember(extra = {}) {
 function startGallery() {
   if (!byId("filters")) return;
   const unique = (values) => [...new Set(values)].sort();
-  options("store", data.stores.map((_, i) => i), "all", (i) => `${data.stores[i].label} (${data.stores[i].shown} of ${data.stores[i].total})`);
+  const storeText = ({ label, shown: some, total }) => `${label} (${some} of ${total})`;
+  options("store", [...data.stores.keys()], "all", (i) => storeText(data.stores[i]));
   options("kind", unique(all.map((item) => item.task.kind)), "all");
   options("transform", [...unique(all.flatMap((item) => item.task.transforms)), "none"], "any");
   options("end", unique(all.map((item) => item.trajectory.end)), "any");

@@ -1,0 +1,37 @@
+// The same tasks before and after, on the page itself; then everything starts.
+
+/** One trajectory in short: what was said, the code, what ran, the image, turn by turn. */
+function exampleColumn(item, title) {
+  const turns = item.trajectory.turns.map((turn, i) => make("li", {},
+    put("div", "turn-head", make("b", { text: `Turn ${i + 1}` }), make("span", { text: `${turn.tokens} tokens` })),
+    spoken(turn),
+    toolPart(item, turn, true)));
+  const open = { type: "button", class: "quiet", text: "Open in full", "aria-label": `${title}: open in full` };
+  return put("div", "example",
+    make("h4", { text: title }),
+    answerLine(item),
+    put("ol", "turns", turns),
+    make("button", { ...open, on: { click: () => openViewer(item.index) } }));
+}
+
+function exampleCard(example) {
+  const [before, after] = [all[example.before], all[example.after]];
+  const done = after.task.transforms.map(words).join(", ") || "nothing";
+  const about = make("small", { text: `“${after.task.question}” Done to the image: ${done}.` });
+  return put("article", "card",
+    make("h3", { text: `${words(example.kind)} ` }, about),
+    put("div", "example-grid",
+      sourcePanel(after),
+      exampleColumn(before, "After SFT"),
+      exampleColumn(after, "After RL")));
+}
+
+function startExamples() {
+  byId("example-list")?.append(...data.examples.map(exampleCard));
+}
+
+startIntervals();
+startCurves();
+startCompared();
+startExamples();
+startGallery();
