@@ -40,8 +40,7 @@ def group_advantages(rewards: Sequence[float], config: AdvantageConfig) -> NDArr
     """One advantage per reward of one group.
 
     A group of equal rewards has advantages of exactly 0, whatever the mean rounds to (the reference gives -0.19 for
-    eight rewards of 2.1 in float32; reference.md item 29), and so has a group of one. For `reinforce_pp_baseline` this
-    is the part before the division by the batch's deviation.
+    eight rewards of 2.1 in float32; reference.md item 29), and so has a group of one.
 
     Args:
         rewards: of the scored trajectories of one group; may be empty.
@@ -51,20 +50,31 @@ def group_advantages(rewards: Sequence[float], config: AdvantageConfig) -> NDArr
         float64 [len(rewards)].
 
     Raises:
-        ValueError: a reward is NaN or infinite: an unscored trajectory is to be left out, not scored NaN.
+        ValueError: a reward is NaN or infinite (an unscored trajectory is to be left out, not scored NaN), or the
+            method needs the other groups too.
     """
+    if config.needs_batch:
+        raise ValueError(f"advantage.method {config.method} needs all groups of an iteration: batch_advantages")
+    return _scaled(_centred(rewards), config)
+
+
+def _centred(rewards: Sequence[float]) -> NDArray[np.float64]:
+    """Rewards less their mean; exactly 0 where all are equal."""
     values = np.asarray(rewards, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"rewards must be finite; leave unscored trajectories out of their group: {values.tolist()}")
     if values.size < 2 or values.max() == values.min():
         return np.zeros_like(values)
-    centred = values - values.mean()
-    scale = 1.0
-    if config.method == "grpo":
-        scale = 1.0 / (float(values.std(ddof=1)) + config.epsilon)
-    elif config.method == "rloo":
-        scale = values.size / (values.size - 1)
-    return np.asarray(centred * scale, dtype=np.float64)
+    return np.asarray(values - values.mean(), dtype=np.float64)
+
+
+def _scaled(centred: NDArray[np.float64], config: AdvantageConfig) -> NDArray[np.float64]:
+    """What the method makes of the centred rewards of one group."""
+    if config.method == "rloo" and centred.size > 1:
+        return centred * (centred.size / (centred.size - 1))
+    if config.method == "grpo" and centred.any():
+        return centred / (float(centred.std(ddof=1)) + config.epsilon)
+    return centred
 
 
 def batch_advantages(
@@ -86,9 +96,9 @@ def batch_advantages(
     Returns:
         One float64 array per group.
     """
-    groups = [group_advantages(group, config) for group in rewards]
+    groups = [_centred(group) for group in rewards]
     if not config.needs_batch:
-        return groups
+        return [_scaled(group, config) for group in groups]
     moments = [float(sum(g.size for g in groups)), float(sum((g**2).sum() for g in groups))]
     count, squares = reduce_sum(moments) if reduce_sum is not None else moments
     deviation = (squares / max(count - 1, 1)) ** 0.5

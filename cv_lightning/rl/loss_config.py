@@ -74,7 +74,7 @@ class PolicyLossConfig:
     truncated importance sampling). Null: no weight. Never applied with `old_logprobs: engine`."""
     importance_band: tuple[float, float] | None = None
     """With `old_logprobs: trainer`: a trajectory whose geometric-mean importance ratio lies outside is masked, e.g.
-    [0.99, 1.01]. Null: none is."""
+    [0.99, 1.01]; its tokens still count in the normalisers. Null: none is."""
 
     def __post_init__(self) -> None:
         _check_clips(self)

@@ -165,7 +165,7 @@ def _check_inputs(inputs: LossInputs, config: PolicyLossConfig) -> None:
     if config.entropy_weight > 0:
         if inputs.entropy is None:
             raise ValueError("model.loss.entropy_weight is above 0 but no entropy was given")
-        if inputs.logprobs.requires_grad and not inputs.entropy.requires_grad:
+        if len(inputs.logprobs) and inputs.logprobs.requires_grad and not inputs.entropy.requires_grad:
             raise ValueError("model.loss.entropy_weight is above 0 but the entropy carries no gradient")
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages, group_advantages
 
-METHODS = ["grpo", "grpo_no_std", "rloo", "reinforce_pp_baseline"]
+GROUP_METHODS = ["grpo", "grpo_no_std", "rloo"]
+METHODS = [*GROUP_METHODS, "reinforce_pp_baseline"]
 
 
 def expected(rewards: list[float], method: str, epsilon: float = 1e-6) -> list[float]:
@@ -26,7 +27,7 @@ def expected(rewards: list[float], method: str, epsilon: float = 1e-6) -> list[f
     return out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", GROUP_METHODS)
 @pytest.mark.parametrize("size", [2, 3, 8, 16])
 def test_group_advantages_agree(method: Any, size: int) -> None:
     rng = np.random.default_rng(size)
@@ -35,6 +36,8 @@ def test_group_advantages_agree(method: Any, size: int) -> None:
             found = group_advantages(rewards.tolist(), AdvantageConfig(method=method))
             np.testing.assert_allclose(found, expected(rewards.tolist(), method), rtol=1e-11, atol=1e-12)
             assert abs(found.sum()) < 1e-8
+            both = batch_advantages([[1.0], rewards.tolist()], AdvantageConfig(method=method))
+            assert both[0].tolist() == [0.0] and both[1].tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,7 +45,6 @@ def test_group_advantages_agree(method: Any, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 10])
 def test_equal_rewards_have_exactly_zero_advantage(method: Any, value: float, size: int) -> None:
     config = AdvantageConfig(method=method)
-    assert group_advantages([value] * size, config).tolist() == [0.0] * size
     groups = batch_advantages([[value] * size, [0.0, 1.0]], config)
     assert groups[0].tolist() == [0.0] * size and groups[1].tolist() != [0.0, 0.0]
 
@@ -50,7 +52,6 @@ def test_equal_rewards_have_exactly_zero_advantage(method: Any, value: float, si
 @pytest.mark.parametrize("method", METHODS)
 def test_empty_groups_and_batches(method: Any) -> None:
     config = AdvantageConfig(method=method)
-    assert group_advantages([], config).shape == (0,)
     assert batch_advantages([], config) == []
     assert [g.tolist() for g in batch_advantages([[], [1.0]], config)] == [[], [0.0]]
 
@@ -59,8 +60,8 @@ def test_empty_groups_and_batches(method: Any) -> None:
 def test_advantages_do_not_depend_on_a_shift(method: Any) -> None:
     rewards = [0.0, 0.1, 1.1, 2.1]
     config = AdvantageConfig(method=method)
-    shifted = group_advantages([r + 64.0 for r in rewards], config)
-    np.testing.assert_allclose(shifted, group_advantages(rewards, config), rtol=1e-9)
+    (shifted,), (plain,) = (batch_advantages([[r + shift for r in rewards]], config) for shift in (64.0, 0.0))
+    np.testing.assert_allclose(shifted, plain, rtol=1e-9)
 
 
 def test_reinforce_pp_divides_by_the_deviation_of_the_batch() -> None:
@@ -94,6 +95,16 @@ def test_ranks_agree_with_one_rank(method: Any) -> None:
     found = [a for share in shares for a in batch_advantages(share, config, lambda moments: totals)]
     for one, other in zip(found, batch_advantages(groups, config), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_no_half_of_a_method() -> None:
+    with pytest.raises(ValueError, match="reinforce_pp_baseline"):
+        group_advantages([0.0, 1.0], AdvantageConfig(method="reinforce_pp_baseline"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 8])
+def test_a_group_alone_of_equal_rewards(size: int) -> None:
+    assert group_advantages([2.1] * size, AdvantageConfig()).tolist() == [0.0] * size
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

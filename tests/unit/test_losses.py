@@ -147,6 +147,23 @@ def test_sequence_mask_and_cap_combine(cap: float | None, band: tuple[float, flo
     assert metrics["importance_capped_frac"].item() == pytest.approx((raw > cap).mean() if cap else 0.0)
 
 
+def test_metrics_are_means_over_tokens() -> None:
+    rows = make_rows(np.random.default_rng(8), LENGTHS)
+    options = options_of("ppo_clip", "seq_mean_token_sum", corrected=True, importance_cap=1.5, kl_weight=0.2)
+    _, metrics = policy_loss(inputs_of(rows, corrected=True), config_of(options))
+    p, o, e, f = (np.concatenate([getattr(r, n) for r in rows]) for n in ("logprobs", "old", "engine", "reference"))
+    expected = {
+        "surrogate_loss": objective(rows, rows, {**options, "kl_weight": 0.0}),
+        "ratio_mean": np.exp(p - o).mean(),
+        "approx_kl": (o - p).mean(),
+        "engine_gap_mean": np.abs(o - e).mean(),
+        "kl_to_reference": (np.exp(f - p) - (f - p) - 1).mean(),
+        "nonfinite_frac": 0.0,
+    }
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value, rel=1e-12), name
+
+
 def test_no_correction_where_old_is_the_engine() -> None:
     rows = make_rows(np.random.default_rng(5), LENGTHS)
     with_cap = policy_loss(inputs_of(rows), PolicyLossConfig(importance_cap=1.01, importance_band=(0.999, 1.001)))
