@@ -10,10 +10,15 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from cv_lightning.types import IDENTITY, Affine, Box, ImageError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 MAX_ASPECT = 200.0
 """Longest over shortest side; Qwen-VL's own limit."""
@@ -65,15 +70,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        wide = image.convert("F")
-        low, high = wide.getextrema()
-        top = 65535.0 if high > 255 else 255.0
-        scale = 255.0 / top if image.mode != "F" or high > 1 else 255.0
-        return wide.point(lambda v: v * scale if low >= 0 else v).convert("L").convert("RGB")
+        return _wide_to_rgb(np.nan_to_num(np.asarray(image.convert("F"))), is_float=image.mode == "F")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _wide_to_rgb(values: npt.NDArray[np.float32], *, is_float: bool) -> Image.Image:
+    """16-bit values divided by 257, float values of 0 to 1 times 255, others as they are; cut to 0 to 255."""
+    highest = values.max(initial=0.0)
+    scale = 255 / 65535 if highest > 255 else 255.0 if is_float and highest <= 1 else 1.0
+    return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
 def content_hash(image: Image.Image) -> str:

@@ -30,7 +30,7 @@ class RunRecord(SaveConfigCallback):
         (folder / f"{stage}_config.yaml").write_text(text)
         (folder / f"{stage}_run.json").write_text(json.dumps(describe_run(), indent=1))
         for logger in trainer.loggers:
-            update = getattr(getattr(logger.experiment, "config", None), "update", None)
+            update = getattr(getattr(getattr(logger, "experiment", None), "config", None), "update", None)
             if update is not None:
                 update(yaml.safe_load(text) | {"run": describe_run()}, allow_val_change=True)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
 
 from cv_lightning.agent.dialogue import DialogueEncoder
@@ -99,11 +101,11 @@ class PolicyModule(pl.LightningModule):
         """Under ZeRO-3 transformers shards while loading, as long as an `HfDeepSpeedConfig` is alive."""
         config = getattr(self.trainer.strategy, "config", None)
         if isinstance(config, dict) and config.get("zero_optimization", {}).get("stage") == 3:
-            from transformers.integrations import HfDeepSpeedConfig
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
             self._zero3 = HfDeepSpeedConfig(config)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the policy's trainable parameters; decay on matrices only."""
         assert self.policy is not None
         config = self.optimizer_config
@@ -129,7 +131,9 @@ class PolicyModule(pl.LightningModule):
         """
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        batches = getattr(self.trainer.datamodule, "num_train_batches", 0) * (self.trainer.max_epochs or 1)
+        batches = getattr(getattr(self.trainer, "datamodule", None), "num_train_batches", 0) * (
+            self.trainer.max_epochs or 1
+        )
         if not batches and self.optimizer_config.schedule != "constant":
             raise ValueError(
                 f"model.optimizer.schedule {self.optimizer_config.schedule} needs to know where it ends: set "
@@ -204,7 +208,7 @@ class PolicyModule(pl.LightningModule):
         Returns:
             The gradient norm before clipping (0.0 where DeepSpeed clips by itself).
         """
-        optimizer = self.optimizers(use_pl_optimizer=True)
+        optimizer = self.single_optimizer
         engine = _deepspeed_engine(self.trainer)
         for index, micro_batch in enumerate(micro_batches):
             if engine is not None:
@@ -224,6 +228,18 @@ class PolicyModule(pl.LightningModule):
         assert scheduler is not None and not isinstance(scheduler, list)
         scheduler.step()
         return norm
+
+    @property
+    def single_optimizer(self) -> LightningOptimizer:
+        """The one optimizer, as Lightning counts its steps."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        return float(self.single_optimizer.param_groups[0]["lr"])
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks."""

@@ -167,7 +167,7 @@ class GRPOModule(PolicyModule):
         metrics = {f"policy/{name}": value for name, value in sums.items()}
         metrics |= {
             "policy/parity_max": self.reduce_max(parity),
-            "policy/lr": self.optimizers().param_groups[0]["lr"],
+            "policy/lr": self.learning_rate,
             "policy/tokens_per_s": tokens / seconds,
             "time/update_s": seconds,
             "iteration": float(self.iteration),

@@ -43,7 +43,7 @@ class SFTModule(PolicyModule):
         micro_batches = self.pack_micro_batches(rows)
         counts = [float(sum(sum(row.loss_mask) for row in rows)), float(sum(len(row.token_ids) for row in rows))]
         num_learned, num_tokens = self.reduce_sum(counts)
-        rate = self.optimizers().param_groups[0]["lr"]
+        rate = self.learning_rate
         losses: list[torch.Tensor] = []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
