@@ -91,6 +91,7 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     from cv_lightning.model.attention import NAME, attention_name, use_attention
+    from cv_lightning.model.patches import use_linear_patches
 
     attention = attention_name(config.attention)
     try:
@@ -106,6 +107,7 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}")
     use_attention(model, attention)
+    use_linear_patches(model)
     if config.freeze_vision:
         for name, parameter in model.named_parameters():
             if ".visual." in name and (config.freeze_projector or ".merger" not in name and "_merger" not in name):

@@ -76,11 +76,12 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     images = {}
     if batch.pixel_values is not None and batch.image_grid_thw is not None and batch.image_index is not None:
         features = model.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
-        order = batch.image_index.tolist()
-        features.pooler_output = [features.pooler_output[i] for i in order]
-        deep = getattr(features, "deepstack_features", None)
-        if deep is not None:
-            features.deepstack_features = [[level[i] for i in order] for level in deep]
+        if batch.image_index.numel() != batch.image_grid_thw.shape[0]:  # else every image is shown once, in order
+            order = batch.image_index.tolist()
+            features.pooler_output = [features.pooler_output[i] for i in order]
+            deep = getattr(features, "deepstack_features", None)
+            if deep is not None:
+                features.deepstack_features = [[level[i] for i in order] for level in deep]
         images["mm_encoder_outputs"] = {"image": features}
     output = model.model(
         input_ids=batch.input_ids,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from cv_lightning.model.vision import VisionInputs
@@ -93,45 +95,70 @@ def pack_rows(rows: Sequence[TrainRow], config: PretrainedConfig) -> PackedBatch
         config: of the model: image token, merge size, patch size.
 
     Raises:
-        DataError: a row's image tokens and image features differ in number, or its lists in length.
+        DataError: a row's image tokens and image features differ in number or order, or its lists in length.
     """
-    merge = config.vision_config.spatial_merge_size
-    ids, kinds, positions, loss_positions, row_index, engine, advantages = [], [], [], [], [], [], []
+    pad, merge = config.image_token_id, config.vision_config.spatial_merge_size
     distinct: dict[int, int] = {}
     images: list[VisionInputs] = []
     order: list[int] = []
+    parts = []
     offset = 0
     for number, row in enumerate(rows):
-        _check_row(number, row, config.image_token_id, merge)
-        ids += row.token_ids
-        kinds += [int(token == config.image_token_id) for token in row.token_ids]
-        positions.append(rope_positions(row.token_ids, [v.grid_thw[0] for v in row.vision], config.image_token_id, merge))
-        learned = [i for i, mask in enumerate(row.loss_mask) if mask and i > 0]
-        loss_positions += [offset + i - 1 for i in learned]
-        row_index += [number] * len(learned)
-        engine += [row.engine_logprobs[i] for i in learned] if row.engine_logprobs is not None else [0.0] * len(learned)
-        advantages += [row.advantage] * len(learned)
+        parts.append(_pack_row(number, row, offset, pad, merge))
+        offset += len(row.token_ids)
         for vision in row.vision:
             if id(vision) not in distinct:
                 distinct[id(vision)] = len(images)
                 images.append(vision)
             order.append(distinct[id(vision)])
-        offset += len(row.token_ids)
-    input_ids = torch.tensor([ids])
-    where = torch.tensor(loss_positions, dtype=torch.long)
+    packed = {f.name: np.concatenate([getattr(part, f.name) for part in parts], -1) for f in fields(_PackedRow)}
+    input_ids = torch.from_numpy(packed["token_ids"])[None]
+    where = torch.from_numpy(packed["loss_positions"])
     return PackedBatch(
         input_ids=input_ids,
-        position_ids=torch.cat(positions, -1)[:, None],
-        mm_token_type_ids=torch.tensor([kinds]),
+        position_ids=torch.from_numpy(packed["positions"])[:, None],
+        mm_token_type_ids=(input_ids == pad).long(),
         pixel_values=torch.cat([v.pixel_values for v in images]) if images else None,
         image_grid_thw=torch.cat([v.grid_thw for v in images]) if images else None,
         image_index=torch.tensor(order) if images else None,
         loss_positions=where,
         targets=input_ids[0, where + 1],
-        row_index=torch.tensor(row_index, dtype=torch.long),
-        engine_logprobs=torch.tensor(engine, dtype=torch.float32),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
+        row_index=torch.from_numpy(packed["row_index"]),
+        engine_logprobs=torch.from_numpy(packed["engine_logprobs"]),
+        advantages=torch.from_numpy(packed["advantages"]),
         num_rows=len(rows),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedRow:
+    """One row's share of a packed batch, as arrays."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    loss_positions: np.ndarray
+    row_index: np.ndarray
+    engine_logprobs: np.ndarray
+    advantages: np.ndarray
+
+
+def _pack_row(number: int, row: TrainRow, offset: int, pad: int, merge: int) -> _PackedRow:
+    _check_lengths(number, row)
+    token_ids = np.array(row.token_ids, dtype=np.int64)
+    shapes = [_merged_shape(v.grid_thw[0], merge) for v in row.vision]
+    is_image = token_ids == pad
+    features, tokens = sum(height * width for height, width in shapes), int(is_image.sum())
+    if features != tokens:
+        raise DataError(f"row {number}: {tokens} image tokens but {features} image features of {len(row.vision)} images")
+    learned = np.flatnonzero(np.array(row.loss_mask, dtype=bool)[1:])  # position i predicts token i + 1
+    given = np.zeros(len(token_ids)) if row.engine_logprobs is None else np.array(row.engine_logprobs)
+    return _PackedRow(
+        token_ids=token_ids,
+        positions=_positions(is_image, shapes),
+        loss_positions=learned + offset,
+        row_index=np.full(len(learned), number, dtype=np.int64),
+        engine_logprobs=given[learned + 1].astype(np.float32),
+        advantages=np.full(len(learned), row.advantage, dtype=np.float32),
     )
 
 
@@ -153,34 +180,47 @@ def rope_positions(
     Returns:
         [4, tokens], long.
     """
-    pieces: list[torch.Tensor] = []
-    start, next_position = 0, 0
-    remaining = iter(grids)
-    length = len(token_ids)
-    while start < length:
-        if token_ids[start] == image_token_id:
-            _, height, width = (int(v) for v in next(remaining))
-            height, width = height // merge, width // merge
-            rows = torch.arange(height).repeat_interleave(width)
-            columns = torch.arange(width).repeat(height)
-            pieces.append(torch.stack([torch.zeros_like(rows), rows, columns]) + next_position)
-            next_position += max(height, width)
-            start += height * width
-        else:
-            end = start
-            while end < length and token_ids[end] != image_token_id:
-                end += 1
-            pieces.append((torch.arange(end - start) + next_position).expand(3, -1))
-            next_position += end - start
-            start = end
-    return torch.cat([torch.arange(length)[None], torch.cat(pieces, 1)])
+    is_image = np.array(token_ids) == image_token_id
+    return torch.from_numpy(_positions(is_image, [_merged_shape(grid, merge) for grid in grids]))
 
 
-def _check_row(number: int, row: TrainRow, image_token_id: int, merge: int) -> None:
-    lengths = {len(row.token_ids), len(row.loss_mask), len(row.engine_logprobs or row.token_ids)}
+def _merged_shape(grid: torch.Tensor, merge: int) -> tuple[int, int]:
+    """Rows and columns of an image's tokens."""
+    _, height, width = grid.tolist()
+    return height // merge, width // merge
+
+
+def _positions(is_image: np.ndarray, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Positions of one row, see `rope_positions`; long, [4, tokens]."""
+    length = len(is_image)
+    pads = np.flatnonzero(is_image)
+    positions = np.empty((4, length), dtype=np.int64)
+    positions[0] = np.arange(length)
+    start, position, used = 0, 0, 0
+    for height, width in shapes:
+        first = int(pads[used])
+        end = first + height * width
+        used += height * width
+        if int(pads[used - 1]) != end - 1:
+            raise DataError(f"the {height * width} tokens of an image, from token {first} on, are interrupted by text")
+        positions[1:, start:first] = np.arange(position, position + first - start)
+        position += first - start
+        positions[1:, first:end] = _grid(height, width) + position
+        position += max(height, width)
+        start = end
+    positions[1:, start:] = np.arange(position, position + length - start)
+    return positions
+
+
+@lru_cache(maxsize=4096)
+def _grid(height: int, width: int) -> np.ndarray:
+    """Temporal, row and column position of an image's tokens from its first on; [3, height * width]."""
+    rows, columns = np.divmod(np.arange(height * width), width)
+    return np.stack([np.zeros_like(rows), rows, columns])
+
+
+def _check_lengths(number: int, row: TrainRow) -> None:
+    given = row.token_ids if row.engine_logprobs is None else row.engine_logprobs
+    lengths = {len(row.token_ids), len(row.loss_mask), len(given)}
     if len(lengths) != 1 or not row.token_ids:
         raise DataError(f"row {number}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must agree")
-    features = sum(int(v.grid_thw.prod()) // merge**2 for v in row.vision)
-    tokens = row.token_ids.count(image_token_id)
-    if features != tokens:
-        raise DataError(f"row {number}: {tokens} image tokens but {features} image features of {len(row.vision)} images")
