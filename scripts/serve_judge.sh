@@ -6,7 +6,7 @@
 set -euo pipefail
 
 model=Qwen/Qwen3-30B-A3B-Instruct-2507
-name=judge
+name=
 tp=1
 port=8000
 host=127.0.0.1
@@ -17,7 +17,7 @@ python=${PYTHON:-python}
 usage() {
   sed -n '2,5s/^# \{0,1\}//p' "$0"
   echo "  --model M    Hugging Face name or folder          (default $model)"
-  echo "  --name N     name under which it is served        (default $name; reward.judge.model)"
+  echo "  --name N     name under which it is served        (default the model's; reward.judge.model)"
   echo "  --tp N       tensor-parallel size                 (default $tp)"
   echo "  --port P     port                                 (default $port)"
   echo "  --host H     address to listen on                 (default $host)"
@@ -40,6 +40,8 @@ while [ $# -gt 0 ]; do
     *) echo "unknown argument $1" >&2; usage >&2; exit 2 ;;
   esac
 done
+
+name=${name:-$model} # verdicts are cached by this name: one name, one model
 
 if [ -n "${JUDGE_API_KEY:-}" ]; then
   export VLLM_API_KEY=$JUDGE_API_KEY # by the environment: an argument could be read in the process list

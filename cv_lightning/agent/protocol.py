@@ -87,7 +87,7 @@ def read_call(block: str) -> tuple[ToolCall | None, str | None]:
     return ToolCall(name=TOOL_NAME, code=code, image_index=index, description=description), None
 
 
-def _decoded(arguments: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _decoded(arguments: Any) -> Any:
     """Arguments given as JSON text of an object are that object."""
     if isinstance(arguments, str):
         inner = load_call(arguments)

@@ -5,9 +5,9 @@ Pure functions of text, exact on golden/answers but for its questionable cases, 
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -30,12 +30,14 @@ MAX_UNTAGGED_LINES = 500
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
+_SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_VULGAR_AFTER_DIGIT = re.compile("(\\d)([\u00bc-\u00be\u2150-\u215e])")
 _NUMBER = re.compile(rf"[+-]?{_UNSIGNED}\Z")
 _FRACTION = re.compile(r"([+-]?)(?:(\d{1,15}) )?(\d{1,15}) ?/ ?(\d{1,15})\Z")
 _LATEX_FRACTION = re.compile(r"([+-]?)\\[dt]?frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}\Z")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?\Z")
 # A token of digits in running text. What clings to Latin letters (H2O), dots (1.2.3), colons or another number is none.
-_TOKEN = re.compile(rf"(?<![A-Za-z\d.:/,^_])[+-]?{_UNSIGNED}(?: ?/ ?\d+)?(?![\d:])(?!\.\d)")
+_TOKEN = re.compile(rf"(?<![A-Za-z\d.:/,^_])[+-]?{_UNSIGNED}(?: ?/ ?\d+)?(?![\d:^])(?!\.\d)")
 _JOINT = re.compile(r"\s*(?:,|;|/|\||&|-|or|and|to|)\s*\Z", re.IGNORECASE)
 _LONE_CHOICE = re.compile(r"[\W_]*([A-Z])[\W_]*\Z", re.IGNORECASE)
 _LEADING_CHOICE = re.compile(r"[^\w]*([A-Z])(?:[):.\],*]|\s*[(\-:=])", re.IGNORECASE)
@@ -108,7 +110,10 @@ def are_answers_equivalent(prediction: object, ground_truth: object) -> bool:
 
 def normalise(text: str) -> str:
     r"""Text without what carries no meaning in an answer: width, spacing, emphasis, `\boxed`, a final full stop."""
-    text = unicodedata.normalize("NFKC", text[: 20 * MAX_ANSWER_CHARS]).replace("\u2212", "-").replace("\u2044", "/")
+    text = text[: 20 * MAX_ANSWER_CHARS]
+    # NFKC alone makes 52 of a squared 5 and 11/2 of one and a half
+    text = _VULGAR_AFTER_DIGIT.sub(r"\1 \2", _SUPERSCRIPT.sub(lambda match: "^" + match.group(), text))
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
     text = " ".join(text.split())
     if text.startswith("\\boxed{") and text.endswith("}"):
         text = text[7:-1]
@@ -196,30 +201,25 @@ def is_copied(answer: str, question: str) -> bool:
     return len(asked) >= 20 and asked in normalise(answer).casefold()
 
 
-def rule_score(answer: str | None, ground_truth: str, question: str = "", *, mathematics: bool = False) -> AnswerScore:
+def rule_score(
+    answer: str | None,
+    ground_truth: str,
+    question: str = "",
+    *,
+    symbolic: Callable[[str, str], bool] | None = None,
+) -> AnswerScore:
     """Score an answer by rule.
 
     Args:
         answer: from `markup.final_answer`; None, an empty one or a copy of the question is wrong.
         ground_truth: the right answer.
         question: the bare question.
-        mathematics: let `math-verify` decide what the rules refuse (needs the package).
+        symbolic: decides on what the rules refuse, given normalised answer and ground truth: a
+            `symbolic.SymbolicComparer`.
     """
     if not answer or is_copied(answer, question):
         return AnswerScore(0.0, answer)
     correct = are_answers_equivalent(answer, ground_truth)
-    if not correct and mathematics and len(answer) <= MAX_ANSWER_CHARS:
-        correct = _math_equivalent(answer, ground_truth)
+    if not correct and symbolic is not None and len(answer) <= MAX_ANSWER_CHARS:
+        correct = symbolic(normalise(answer), normalise(ground_truth))
     return AnswerScore(float(correct), answer)
-
-
-def _math_equivalent(answer: str, ground_truth: str) -> bool:
-    """Symbolic equality by math-verify; its own time limits use signals and are left to the length limit."""
-    try:
-        symbolic = importlib.import_module("math_verify")
-    except ImportError as error:
-        raise ImportError(
-            "RewardConfig.mathematics needs the package math-verify: pip install math-verify, or set it to false"
-        ) from error
-    said, truth = (symbolic.parse(f"${text}$", parsing_timeout=None) for text in (answer, ground_truth))
-    return bool(said and truth and symbolic.verify(truth, said, timeout_seconds=None))

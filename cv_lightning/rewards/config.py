@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cv_lightning.rewards.geometry import CropCredit
 from cv_lightning.rewards.process import NecessityOver, Penalties, Rules
@@ -20,8 +20,8 @@ class JudgeConfig:
 
     base_url: str = "http://127.0.0.1:8000/v1"
     """Endpoint; requests go to `<base_url>/chat/completions`."""
-    model: str = "judge"
-    """Name under which the endpoint serves the model."""
+    model: str = "Qwen/Qwen3-30B-A3B-Instruct-2507"
+    """Name under which the endpoint serves the model. Verdicts are cached by it: one name, one model."""
     api_key_env: str = "JUDGE_API_KEY"
     """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
     task_types: dict[str, str] = field(default_factory=dict)
@@ -37,9 +37,10 @@ class JudgeConfig:
     timeout_s: float = 30.0
     """Most seconds that one request may take as a whole, however slowly its bytes drip."""
     give_up_s: float = 120.0
-    """Most seconds that a verdict may take with all its tries and pauses; after that the trajectory is unscored."""
+    """Most seconds that a verdict may take with all its tries and pauses once it is its turn; after that the trajectory
+    is unscored. A server that has been down for so long fails waiting questions at once."""
     max_attempts: int = 4
-    """Tries per verdict, the first one included."""
+    """Failed tries per verdict, the first one included. HTTP 429 is no failure: the server asks for a slower pace."""
     max_backoff_s: float = 20.0
     """Longest wait between tries; a server's Retry-After is honoured up to this."""
     breaker_failures: int = 16
@@ -52,6 +53,12 @@ class JudgeConfig:
     """Tokens that the judge may answer with."""
     temperature: float = 0.0
     """Sampling temperature of the judge."""
+    extra_fields: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each request, such as `chat_template_kwargs: {enable_thinking: false}`. No place for keys."""
+    price_per_million_prompt_tokens: float = 0.0
+    """For the metric `judge/cost`; any currency."""
+    price_per_million_completion_tokens: float = 0.0
+    """For the metric `judge/cost`; any currency."""
     cache_folder: str | None = None
     """Folder of the disk cache of verdicts; None: verdicts are kept in memory only."""
     cache_megabytes: int = 512
@@ -65,7 +72,18 @@ class JudgeConfig:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"reward.judge.base_url {self.base_url!r} must begin with http:// or https://")
         if "@" in self.base_url.split("//", 1)[1].split("/", 1)[0]:
-            raise ValueError("reward.judge.base_url must not hold a user or password; put the key into api_key_env")
+            raise ValueError(
+                "reward.judge.base_url must not hold a user or password; name the key's variable in api_key_env"
+            )
+        if "?" in self.base_url or "#" in self.base_url:
+            raise ValueError("reward.judge.base_url must not hold a query; name the key's variable in api_key_env")
+        if not self.api_key_env.isidentifier():
+            # the value is not shown: whoever puts a key here would find it in every log
+            raise ValueError(
+                "reward.judge.api_key_env is no name of an environment variable; never put the key itself there"
+            )
+        if taken := {"model", "messages"} & set(self.extra_fields):
+            raise ValueError(f"reward.judge.extra_fields must not hold {sorted(taken)}: the client fills them")
         for name in (
             "max_parallel",
             "max_attempts",
@@ -79,19 +97,25 @@ class JudgeConfig:
         for name in ("timeout_s", "give_up_s", "max_backoff_s", "breaker_pause_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be above 0 seconds")
-        if self.requests_per_s < 0 or not 0 <= self.max_failed_frac <= 1 or self.temperature < 0:
-            raise ValueError(
-                f"reward.judge: requests_per_s ({self.requests_per_s}) and temperature ({self.temperature}) must be 0 "
-                f"or more, and max_failed_frac ({self.max_failed_frac}) a share between 0 and 1"
-            )
+        for name in (
+            "requests_per_s",
+            "temperature",
+            "price_per_million_prompt_tokens",
+            "price_per_million_completion_tokens",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.max_failed_frac <= 1:
+            raise ValueError(f"reward.judge.max_failed_frac is {self.max_failed_frac}; it is a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """Weights of the components and the choices between formulas.
 
-    total = sum of weight x component, the penalties usage, spurious and reasoning subtracted. The defaults pay for what
-    the answer was given on; configs/reward has the recipes of the paper and of the released code.
+    total = sum of weight x component, the penalties usage, spurious and reasoning subtracted. The defaults are the
+    recipe `default`: they pay for what the answer was given on. configs/reward has those of the paper, of the released
+    code and of the outcome alone.
     """
 
     accuracy: float = 1.0
@@ -104,8 +128,9 @@ class RewardConfig:
     """Weight of being right by the tool where the group is wrong without (beta)."""
     exact: float = 0.1
     """Weight of having used exactly the wanted core operations."""
-    emerge: float = 0.2
-    """Weight of being right with an operation outside the core."""
+    emerge: float = 0.0
+    """Weight of being right with an operation outside the core. It pays for needless operations too, so the default is
+    without; paper and released code have 0.2."""
     usage: float = 0.5
     """Weight of the penalty on calls beyond the needed ones (gamma)."""
     spurious: float = 0.5
@@ -115,7 +140,7 @@ class RewardConfig:
     credit: Credit = "net"
     """What counts as used. `net`: what the image that the answer was given on is of the source image; `ran`: everything
     that ran (released code); `steps`: everything that ran, exactness in order (paper)."""
-    crop_credit: CropCredit = "iou"
+    crop_credit: CropCredit = "coverage"
     """Worth of a crop: `iou` with the ground-truth box, or `coverage`: full where it shows the box and little else."""
     crop_frame: Literal["source", "call"] = "source"
     """Where a crop is compared: mapped to the source image, or (`credit: ran` only) in the frame of the picture that
@@ -148,7 +173,7 @@ class RewardConfig:
         if self.reasoning and self.penalties != "binary":
             raise ValueError("reward.reasoning is paid by reward.penalties 'binary' only; set that or reasoning to 0")
         names = [term.name for term in self.terms]
-        taken = sorted({name for name in names if name in COMPONENTS or names.count(name) > 1 or name == "total"})
+        taken = sorted({name for name in names if name in COMPONENTS + METRICS or names.count(name) > 1})
         if taken:
             raise ValueError(f"reward.terms: the names {taken} are taken; give every term a name of its own")
 
@@ -170,4 +195,6 @@ class RewardConfig:
 
 
 PENALTIES = ("usage", "spurious", "reasoning")
+METRICS = ("total", "answer_accuracy", "judged", "by_source", "by_transform")
+"""Names under `reward/` in the metrics that are no components."""
 COMPONENTS = ("accuracy", "format", "mandatory", "necessity", "exact", "emerge", *PENALTIES)

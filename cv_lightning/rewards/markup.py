@@ -89,7 +89,7 @@ def _end_outside_string(text: str, body: int, end: int) -> int:
     return further if load_call(text[body:further]) is not None else end
 
 
-def load_call(block: str) -> Any:  # noqa: ANN401 - any JSON value
+def load_call(block: str) -> Any:
     """JSON value of a block; None where it is none. Raw control characters inside strings are accepted."""
     try:
         return json.loads(block.strip(), strict=False, parse_constant=_no_constant, parse_float=_finite)

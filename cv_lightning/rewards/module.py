@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -12,7 +15,9 @@ from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.format import check_format, check_turns
 from cv_lightning.rewards.geometry import Frame, best_iou, crop_credit, parse_box
 from cv_lightning.rewards.markup import final_answer
+from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, Attempt, group_components
+from cv_lightning.rewards.symbolic import SymbolicComparer
 from cv_lightning.rewards.transforms import Use, expected_operations, net_use, ran_use, step_use
 from cv_lightning.types import EndState, Group, JudgeError, RewardBreakdown, Task, Trajectory
 
@@ -28,8 +33,13 @@ class RewardModule:
     """
 
     def __init__(self, config: RewardConfig | None = None) -> None:
-        """Args:
-        config: weights and formulas; a judge in it is connected to on first use.
+        """Prepare everything that the config asks for; a judge is connected to on first use.
+
+        Args:
+            config: weights and formulas.
+
+        Raises:
+            ValueError: a judge's prompt is missing, or the package for `mathematics`.
         """
         self.config = config or RewardConfig()
         self.judge: Judge | None = None
@@ -40,6 +50,8 @@ class RewardModule:
             from cv_lightning.rewards.judge import Judge  # httpx and diskcache are not needed without a judge
 
             self.judge = Judge(self.config.judge)
+        self._symbolic = SymbolicComparer() if self.config.mathematics else None
+        self._symbolic_thread = ThreadPoolExecutor(1, thread_name_prefix="symbolic")
 
     # ------------------------------------------------------------------ one answer
     async def score_answer(self, trajectory: Trajectory) -> None:
@@ -47,7 +59,10 @@ class RewardModule:
 
         A judge that cannot answer makes the trajectory's end state `ERROR_JUDGE`; it is then never scored.
         """
-        score = self._rule(trajectory)
+        if self._symbolic is None:
+            score = self._rule(trajectory)
+        else:  # it may take seconds, which the loop does not have
+            score = await asyncio.get_running_loop().run_in_executor(self._symbolic_thread, self._rule, trajectory)
         if self.judge is not None and score.value <= CORRECT_ABOVE and _is_judgeable(trajectory.task, score.answer):
             task = trajectory.task
             assert score.answer is not None
@@ -66,7 +81,7 @@ class RewardModule:
         if trajectory.end_state is EndState.ANSWERED and trajectory.turns:
             answer = final_answer(trajectory.turns[-1].text)
         task = trajectory.task
-        return rule_score(answer, task.ground_truth, task.question, mathematics=self.config.mathematics)
+        return rule_score(answer, task.ground_truth, task.question, symbolic=self._symbolic)
 
     # ------------------------------------------------------------------ one group
     def score_group(self, group: Group) -> None:
@@ -91,7 +106,7 @@ class RewardModule:
         for (trajectory, score), components in zip(
             scored, group_components(expected, attempts, self.config.rules), strict=True
         ):
-            components |= {term.name: term.value(trajectory, score.value) for term in self.config.terms}
+            components |= self._further(trajectory, score.value)
             trajectory.reward = RewardBreakdown(
                 components=components,
                 total=self.config.total(components),
@@ -108,16 +123,26 @@ class RewardModule:
         answered = trajectory.end_state is EndState.ANSWERED
         worth = self._crop_worth(trajectory.task, use)
         # a crop that misses is no crop: by labels alone it would be paid for exactness (hazard 25)
-        missed = self.config.credit == "net" and "crop" in expected and worth < GATE
+        missed = "crop" in expected and worth < GATE
         return Attempt(
             score=score.value,
-            used=use.labels - {"crop"} if missed else use.labels,
+            used=use.labels - {"crop"} if missed and self.config.credit == "net" else use.labels,
             crop_credit=worth,
             executions=trajectory.num_tool_calls,
             format=(check_turns(texts) if by_turn else check_format("".join(texts))) if answered else 0.0,
             turned=use.turned,
-            ordered=use.ordered,
+            ordered=use.ordered if use.ordered is None else use.ordered and not missed,
         )
+
+    def _further(self, trajectory: Trajectory, score: float) -> dict[str, float]:
+        """Components of the user's own."""
+        found = {term.name: float(term.value(trajectory, score)) for term in self.config.terms}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"reward.terms: {name!r} gives {value} for task {trajectory.task.id!r}; it must be finite"
+                )
+        return found
 
     def _use(self, trajectory: Trajectory, expected: frozenset[str]) -> Use:
         match self.config.credit:
@@ -159,32 +184,21 @@ class RewardModule:
 
     # ------------------------------------------------------------------ numbers
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Means over the scored trajectories, components unweighted.
+        """Means over the scored trajectories (`metrics.reward_sums` lists the names), and `judge/<name>` with a judge.
 
-        Returns:
-            `reward/<name>` for every component and `total`, `reward/answer_accuracy` before the gate, the same by data
-            source (`reward_by_source/<source>/<name>`) and by required transform
-            (`reward_by_transform/<transform>/<name>`, `none` for tasks that want nothing), `judge/<name>` with a
-            judge.
+        The judge's counts are those since the last call.
         """
-        found = _means("reward", (t for group in groups for t in group.trajectories))
-        by_source: dict[str, list[Trajectory]] = {}
-        by_transform: dict[str, list[Trajectory]] = {}
-        for group in groups:
-            by_source.setdefault(group.task.data_source, []).extend(group.trajectories)
-            for name in group.task.required_transforms or ("none",):
-                by_transform.setdefault(name, []).extend(group.trajectories)
-        for source, trajectories in by_source.items():
-            found |= _means(f"reward_by_source/{source}", trajectories)
-        for name, trajectories in by_transform.items():
-            found |= _means(f"reward_by_transform/{name}", trajectories)
+        found = means(reward_sums(groups))
         if self.judge is not None:
             found |= {f"judge/{name}": value for name, value in self.judge.metrics().items()}
         return found
 
     def close(self) -> None:
-        """Forget open verdicts and close the judge's connections and cache."""
+        """Forget open verdicts, close the judge's connections and cache, end the process for formulas."""
         self._verdicts.clear()
+        self._symbolic_thread.shutdown(wait=True, cancel_futures=True)
+        if self._symbolic is not None:
+            self._symbolic.close()
         if self.judge is not None:
             self.judge.close()
 
@@ -197,14 +211,3 @@ def wanted_operations(task: Task) -> frozenset[str]:
 
 def _is_judgeable(task: Task, answer: str | None) -> bool:
     return bool(answer) and not is_copied(answer or "", task.question)
-
-
-def _means(prefix: str, trajectories: Iterable[Trajectory]) -> dict[str, float]:
-    rewards = [t.reward for t in trajectories if t.reward is not None]
-    if not rewards:
-        return {}
-    names = rewards[0].components
-    means = {f"{prefix}/{name}": fmean(reward.components[name] for reward in rewards) for name in names}
-    means[f"{prefix}/total"] = fmean(reward.total for reward in rewards)
-    means[f"{prefix}/answer_accuracy"] = fmean(reward.correct for reward in rewards)
-    return means

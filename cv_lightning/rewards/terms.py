@@ -20,9 +20,14 @@ class RewardTerm(ABC):
     """
 
     def __init__(self, name: str, weight: float) -> None:
-        """Args:
-        name: key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
-        weight: factor in the total; negative for a penalty.
+        """Name it.
+
+        Args:
+            name: key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
+            weight: factor in the total; negative for a penalty.
+
+        Raises:
+            ValueError: a name that is no word, or a weight that is not finite.
         """
         if not name or not name.replace("_", "").isalnum() or not math.isfinite(weight):
             raise ValueError(f"reward.terms: name {name!r} must be letters, digits and _, weight {weight} finite")
@@ -43,10 +48,15 @@ class FunctionTerm(RewardTerm):
     """A component that a function `(trajectory, score) -> float` computes."""
 
     def __init__(self, name: str, weight: float, function: str) -> None:
-        """Args:
-        name: key of the component.
-        weight: factor in the total.
-        function: where the function is: `package.module.function`.
+        """Import the function.
+
+        Args:
+            name: key of the component.
+            weight: factor in the total.
+            function: where the function is: `package.module.function`.
+
+        Raises:
+            ValueError: there is no such function.
         """
         super().__init__(name, weight)
         module, _, attribute = function.rpartition(".")

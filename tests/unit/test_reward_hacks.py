@@ -1,28 +1,34 @@
-"""Ways to be paid for nothing. Each earns at most what it earns without the trick, under the default reward."""
+"""Ways to be paid for nothing (`reward_hacks`), under every shipped recipe, and what each component says to them."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from pathlib import Path
 
+import jsonargparse
 import pytest
+from reward_hacks import HACKS, OPEN, WHOLE, small, turned
 from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
 
-from cv_lightning.images import compose
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.types import (
-    Affine,
-    EndState,
-    Operation,
-    RewardBreakdown,
-    Task,
-    ToolStatus,
-    Trajectory,
-    TrajectoryImage,
-)
+from cv_lightning.types import EndState, RewardBreakdown, Trajectory
 
-WHOLE = (0.0, 0.0, float(WIDTH), float(HEIGHT))
-CONFIGS = [RewardConfig(), RewardConfig(crop_credit="coverage")]
+ROOT = Path(__file__).parents[2]
+RECIPES = {
+    "default": "configs/reward/default.yaml",
+    "quickstart": "configs/quickstart/reward.yaml",
+    "quickstart, outcome": "configs/quickstart/reward_accuracy.yaml",
+    "accuracy": "configs/reward/accuracy.yaml",
+    "paper": "configs/reward/paper.yaml",
+    "reference": "configs/reward/reference.yaml",
+}
+CONFIGS = [RewardConfig(), RewardConfig(crop_credit="iou")]
+
+
+def recipe(name: str) -> RewardConfig:
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--reward", type=RewardConfig)
+    return parser.instantiate(parser.parse_args([f"--reward={ROOT / RECIPES[name]}"])).reward
 
 
 def score(trajectory: Trajectory, config: RewardConfig | None = None) -> RewardBreakdown:
@@ -36,14 +42,29 @@ def process_of(reward: RewardBreakdown) -> float:
     return sum(reward.components[name] for name in ("mandatory", "exact", "emerge", "necessity"))
 
 
-def turned() -> Task:
-    return task("rotate_90", box=None)
+# ------------------------------------------------------------------------------------------------ tricks by recipe
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("hack", HACKS)
+def test_a_trick_earns_nothing(hack: str, name: str) -> None:
+    """A recipe that is open to a trick is listed with it, and must really be: the list is the documentation."""
+    config = recipe(name)
+    gain = score(HACKS[hack].trick(), config).total - score(HACKS[hack].honest(), config).total
+    if hack in OPEN.get(name, set()):
+        assert gain > 1e-9, f"{name} is not open to this; take it off the list"
+    else:
+        assert gain <= 1e-9
 
 
-def small() -> Task:
-    return task("crop")
+def test_the_docs_tell_which_recipes_are_open_to_what() -> None:
+    text = (ROOT / "docs" / "rewards.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    for hack in set().union(*OPEN.values()):
+        for name in ("paper", "reference"):
+            column = 2 if name == "paper" else 3
+            assert (rows[hack].split("|")[column].strip() == "open") == (hack in OPEN[name]), hack
 
 
+# ------------------------------------------------------------------------------------------------ components
 @pytest.mark.parametrize("config", CONFIGS)
 def test_honest_work_is_paid_in_full(config: RewardConfig) -> None:
     assert score(Recorder(turned()).call("rotate_270").answer(), config).total == pytest.approx(2.2)
@@ -53,40 +74,6 @@ def test_honest_work_is_paid_in_full(config: RewardConfig) -> None:
     both = Recorder(task("rotate_180", "crop")).call("rotate_180")
     crop = (WIDTH - 200.0, HEIGHT - 150.0, WIDTH - 40.0, HEIGHT - 30.0)  # the box as the turned picture shows it
     assert score(both.call(crop).answer(), config).total == pytest.approx(2.2)
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "# image.rotate(270) .crop((40,30,200,150))\nresult = image",
-        "s = 'image.rotate(270); image.crop((40, 30, 200, 150))'\nresult = image",
-        "if False:\n    image = image.rotate(270).crop((40, 30, 200, 150))\nresult = image",
-        "def f():\n    return image.rotate(270)\nresult = image",
-    ],
-    ids=["comment", "string", "dead branch", "uncalled function"],
-)
-def test_text_of_code_earns_nothing(code: str) -> None:
-    reward = score(Recorder(task("rotate_90", "crop")).call(code=code).answer())
-    assert process_of(reward) == 0
-    assert reward.components["accuracy"] == 0  # and the answer was not read off the crop
-
-
-def test_results_thrown_away_earn_nothing() -> None:
-    reward = score(Recorder(turned()).call(unused=["rotate_270", "contrast_up"]).answer())
-    assert process_of(reward) == 0
-
-
-@pytest.mark.parametrize("calls", [[("rotate_270", "rotate_90")], [("rotate_270",), ("rotate_90",)]])
-def test_rotating_there_and_back_earns_nothing(calls: list[tuple[str, ...]]) -> None:
-    recorder = Recorder(turned())
-    for steps in calls:
-        recorder.call(*steps)
-    assert process_of(score(recorder.answer())) == 0
-
-
-def test_turning_on_after_the_image_is_right_earns_nothing() -> None:
-    recorder = Recorder(turned()).call("rotate_270").call("rotate_270")
-    assert process_of(score(recorder.answer())) == 0
 
 
 def test_trying_every_orientation_earns_nothing_but_penalties() -> None:
@@ -115,7 +102,7 @@ def test_crops_of_the_whole_image_earn_nothing(config: RewardConfig, box: tuple[
 
 def test_a_nearly_whole_crop_is_worth_little_by_coverage() -> None:
     large = task("crop", box=(20.0, 20.0, 320.0, 240.0))
-    reward = score(Recorder(large).call((0.0, 0.0, 380.0, 290.0)).answer(), CONFIGS[1])
+    reward = score(Recorder(large).call((0.0, 0.0, 380.0, 290.0)).answer(), CONFIGS[0])
     assert reward.components["mandatory"] <= 0.5
 
 
@@ -139,46 +126,8 @@ def test_spraying_crops_earns_nothing_for_the_lucky_one() -> None:
     assert score(in_one_call.answer()).components["mandatory"] == 0
 
 
-@pytest.mark.parametrize("status", [ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.KILLED, ToolStatus.REFUSED])
-def test_calls_that_failed_earn_nothing(status: ToolStatus) -> None:
-    reward = score(
-        Recorder(task("rotate_90", "crop")).fail("rotate_270", "crop", "contrast_up", status=status).answer()
-    )
-    assert process_of(reward) == 0
-
-
 def test_failed_turns_of_an_upright_image_still_cost() -> None:
     assert score(Recorder(task(box=None)).fail("rotate_90").answer()).components["spurious"] == 1
-
-
-def test_a_box_in_the_description_earns_nothing() -> None:
-    recorder = Recorder(small()).call()
-    recorder.turns[0].tool_call = None
-    assert process_of(score(recorder.answer("42 [40, 30, 200, 150] crop"))) == 0
-
-
-def test_a_picture_shrunk_to_nothing_earns_nothing() -> None:
-    trajectory = Recorder(task("rotate_90", "crop")).call("rotate_270").answer()
-    last = trajectory.images[-1]
-    dot = last.original.resize((20, 20))
-    scale = Affine(last.original.width / 20, 0, 0, 0, last.original.height / 20, 0)
-    assert last.to_source is not None
-    shrunk = TrajectoryImage(original=dot, model_image=dot, parent=1, to_source=compose(last.to_source, scale))
-    assert process_of(score(trajectory)) == pytest.approx(0.5)
-    trajectory.images.append(shrunk)
-    assert process_of(score(trajectory)) == 0
-
-
-def test_operations_that_change_nothing_earn_nothing() -> None:
-    for idle in (
-        Operation(name="contrast_up", call="ImageEnhance.Contrast", arguments={"factor": 1.0}),
-        Operation(name="resize", call="Image.resize", input_size=(4, 4), output_size=(4, 4)),
-        Operation(name="a_name_of_its_own", call="x"),
-    ):
-        recorder = Recorder(task(box=None)).call()
-        assert recorder.turns[0].result is not None
-        recorder.turns[0].result = replace(recorder.turns[0].result, operations=(idle,))
-        assert score(recorder.answer()).components["emerge"] == 0
 
 
 def test_neutral_operations_and_unknown_names_are_no_optional_tool() -> None:
@@ -236,13 +185,6 @@ def test_copying_the_prompt_is_wrong() -> None:
 def test_answers_in_or_around_other_tags_are_none(raw: str) -> None:
     reward = score(Recorder(task(box=None)).answer(raw=raw))
     assert not reward.correct
-    assert reward.components["format"] == 0
-
-
-def test_a_call_after_the_answer_earns_nothing() -> None:
-    raw = '<think>t</think><answer>42</answer><tool_call>{"name": "code_image_tool", "arguments": {}}</tool_call>'
-    reward = score(Recorder(turned()).answer(raw=raw))
-    assert process_of(reward) == 0
     assert reward.components["format"] == 0
 
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import diskcache  # type: ignore[import-untyped]
+import diskcache
 
 MEMORY_ENTRIES = 100_000
 """Verdicts kept in memory, about 20 MB."""

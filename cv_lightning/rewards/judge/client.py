@@ -9,8 +9,8 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import random
+from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,7 +20,7 @@ import tenacity
 from aiolimiter import AsyncLimiter
 
 from cv_lightning.rewards.config import JudgeConfig
-from cv_lightning.rewards.judge.breaker import CircuitBreaker
+from cv_lightning.rewards.judge.breaker import CircuitBreaker, OtherSideDownError
 from cv_lightning.rewards.judge.cache import VerdictCache, cache_key
 from cv_lightning.rewards.judge.prompts import load_prompt
 from cv_lightning.rewards.judge.verdict import Verdict, read_verdict
@@ -34,15 +34,29 @@ RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 520, 52
 class TransientFailureError(Exception):
     """A try failed in a way that another may not."""
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, message: str, retry_after_s: float | None = None, *, is_pacing: bool = False) -> None:
         """Keep what the server asked for.
 
         Args:
             message: what happened.
             retry_after_s: how long the server wants to be left alone.
+            is_pacing: the server is well and only asks for fewer requests; such a try is not counted.
         """
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.is_pacing = is_pacing
+
+
+class _EnoughFailures:
+    """Stop condition: so many tries failed; those that the server put off are none."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.failed = limit, 0
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome is not None else None
+        self.failed += not (isinstance(error, TransientFailureError) and error.is_pacing)
+        return self.failed >= self.limit
 
 
 @dataclass(slots=True)
@@ -58,8 +72,8 @@ class JudgeCounters:
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    latencies_s: list[float] = field(default_factory=list)
-    """Of successful requests."""
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+    """Of successful requests, the last ones."""
 
 
 @dataclass(slots=True)
@@ -72,6 +86,13 @@ class _Connection:
     limiter: AsyncLimiter | None
     breaker: CircuitBreaker
     flying: dict[str, asyncio.Task[float]] = field(default_factory=dict)
+    trouble: str = ""
+    """The last failure, for people."""
+
+    async def paced(self) -> None:
+        """Wait for the next request that the rate limit allows."""
+        if self.limiter is not None:
+            await self.limiter.acquire()
 
 
 class Judge:
@@ -91,7 +112,9 @@ class Judge:
         self._prompts = {name: load_prompt(name, config.prompt_folder) for name in sorted(types)}
         self._cache = VerdictCache(config.cache_folder, config.cache_megabytes)
         self._key = os.environ.get(config.api_key_env, "")
-        self._logprobs = config.logprobs
+        self._options: dict[str, object] = {"max_tokens": config.max_tokens, "temperature": config.temperature}
+        if config.logprobs:
+            self._options |= {"logprobs": True, "top_logprobs": 5}
         self._connection: _Connection | None = None
         self.counters = JudgeCounters()
 
@@ -113,7 +136,8 @@ class Judge:
         """
         config = self.config
         prompt = self._prompts[config.task_types.get(data_source, config.default_task_type)]
-        key = cache_key([config.model, prompt.version, config.temperature, question, ground_truth, answer])
+        settings = [config.model, prompt.version, config.temperature, config.extra_fields]
+        key = cache_key([*settings, question, ground_truth, answer])
         self.counters.verdicts += 1
         connection = self._connected()
         task = connection.flying.get(key)
@@ -136,17 +160,23 @@ class Judge:
             self.counters.cached += 1
             return known
         try:
-            async with asyncio.timeout(self.config.give_up_s):
-                verdict = await self._ask(connection, prompt)
+            # The clock starts with the slot: waiting behind other questions is no fault of the server's. The slot is
+            # kept through all tries, or a retry would queue up behind every question that came later.
+            async with connection.slots:
+                await connection.paced()
+                async with asyncio.timeout(self.config.give_up_s):
+                    verdict = await self._ask(connection, prompt)
         except TimeoutError as error:
-            raise JudgeError(f"no verdict from {self.config.base_url} within {self.config.give_up_s:g} s") from error
+            message = f"no verdict from {self.config.base_url} within {self.config.give_up_s:g} s"
+            raise JudgeError(f"{message}; the last trouble: {connection.trouble or 'none'}") from error
         await self._cache.put(key, verdict.value)
         return verdict.value
 
     async def _ask(self, connection: _Connection, prompt: str) -> Verdict:
         """One verdict with as many tries as the config allows."""
+        enough = _EnoughFailures(self.config.max_attempts)
         tries = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.config.max_attempts),
+            stop=enough,
             wait=self._wait,
             retry=tenacity.retry_if_exception_type(TransientFailureError),
             reraise=True,
@@ -154,40 +184,40 @@ class Judge:
         try:
             async for attempt in tries:
                 with attempt:
-                    self.counters.retries += attempt.retry_state.attempt_number > 1
-                    async with self._admitted(connection):
+                    if attempt.retry_state.attempt_number > 1:
+                        self.counters.retries += 1
+                        await connection.paced()
+                    async with connection.breaker.admitted():
                         return await self._try_once(connection, prompt)
         except TransientFailureError as error:
-            message = f"{self.config.base_url} gave no verdict in {self.config.max_attempts} tries; the last: {error}"
+            message = f"{self.config.base_url} gave no verdict in {enough.failed} tries; the last: {error}"
             raise JudgeError(message) from error
+        except OtherSideDownError as error:
+            raise JudgeError(f"{self.config.base_url}: {error}; the last trouble: {connection.trouble}") from error
         raise AssertionError("tenacity either returns or raises")
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Seconds until the next try: what the server asked for, else exponential with full jitter."""
+        """Seconds until the next try: what the server asked for and a little, else exponential with full jitter."""
         outcome = state.outcome.exception() if state.outcome is not None else None
         asked = outcome.retry_after_s if isinstance(outcome, TransientFailureError) else None
         if asked is not None:
-            return min(asked, self.config.max_backoff_s)
+            return min(asked, self.config.max_backoff_s) * random.uniform(1.0, 1.2)
         jittered = tenacity.wait_random_exponential(multiplier=0.5, max=self.config.max_backoff_s)
         return float(jittered(state))
 
-    @asynccontextmanager
-    async def _admitted(self, connection: _Connection) -> AsyncIterator[None]:
-        async with connection.slots, connection.breaker.admitted():
-            if connection.limiter is not None:
-                await connection.limiter.acquire()
-            yield
-
     async def _try_once(self, connection: _Connection, prompt: str) -> Verdict:
         self.counters.requests += 1
-        begun = connection.loop.time()
+        begun, options = connection.loop.time(), self._options
         try:
             async with asyncio.timeout(self.config.timeout_s):  # of the whole answer: a slow drip resets read time-outs
-                status, headers, body = await self._post(connection.http, prompt)
+                status, headers, body = await self._post(connection.http, prompt, options)
         except (httpx.HTTPError, TimeoutError) as error:
             connection.breaker.failed()
-            raise TransientFailureError(f"{type(error).__name__}: {error}"[:200]) from error
+            connection.trouble = f"{type(error).__name__}: {error}"[:200]
+            raise TransientFailureError(connection.trouble) from error
         if status != 200:
+            if status == 400:
+                self._do_without(options, body)
             self._refuse(connection, status, headers, body)
         connection.breaker.succeeded()
         try:
@@ -195,22 +225,19 @@ class Judge:
         except (ValueError, RecursionError):
             verdict = None
         if verdict is None:
-            raise TransientFailureError(f"no verdict in {self._shown(body)!r}")
+            connection.trouble = f"no verdict in {self._shown(body)!r}"
+            raise TransientFailureError(connection.trouble)
         self.counters.latencies_s.append(connection.loop.time() - begun)
         self.counters.prompt_tokens += verdict.prompt_tokens
         self.counters.completion_tokens += verdict.completion_tokens
         return verdict
 
-    async def _post(self, http: httpx.AsyncClient, prompt: str) -> tuple[int, httpx.Headers, bytes]:
+    async def _post(
+        self, http: httpx.AsyncClient, prompt: str, options: dict[str, object]
+    ) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body of one request; raises what httpx raises."""
-        request: dict[str, object] = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": self.config.max_tokens,
-            "temperature": self.config.temperature,
-        }
-        if self._logprobs:
-            request |= {"logprobs": True, "top_logprobs": 5}
+        messages = [{"role": "user", "content": prompt}]
+        request = {"model": self.config.model, "messages": messages, **options, **self.config.extra_fields}
         async with http.stream("POST", "chat/completions", json=request) as response:
             body = bytearray()
             async for chunk in response.aiter_bytes():
@@ -219,17 +246,32 @@ class Judge:
                     raise httpx.DecodingError(f"more than {MAX_BODY_BYTES} bytes", request=response.request)
         return response.status_code, response.headers, bytes(body)
 
+    def _do_without(self, options: dict[str, object], body: bytes) -> None:
+        """Ask again without the options that a server says it does not know; raises if it named any.
+
+        Options are those that this request had: others under way may have found out already.
+        """
+        unknown = {name for name in options if name.encode() in body}
+        if not unknown or "max_completion_tokens" in unknown:
+            return
+        if unknown & {"logprobs", "top_logprobs"}:
+            unknown |= {"logprobs", "top_logprobs"}
+        self._options = {name: value for name, value in self._options.items() if name not in unknown}
+        if "max_tokens" in unknown:
+            self._options["max_completion_tokens"] = self.config.max_tokens  # its name with newer OpenAI models
+        raise TransientFailureError(f"HTTP 400: {self._shown(body)}", 0.0, is_pacing=True)
+
     def _refuse(self, connection: _Connection, status: int, headers: httpx.Headers, body: bytes) -> None:
         """Raise what an answer other than 200 means."""
-        said = f"HTTP {status}: {self._shown(body)}"
-        if status == 400 and self._logprobs and b"logprob" in body.lower():
-            self._logprobs = False  # this server has none; the text of the verdict does as well
-            raise TransientFailureError(said, 0.0)
+        connection.trouble = said = f"HTTP {status}: {self._shown(body)}"
         if status not in RETRIED_STATUS:
             raise JudgeError(f"{self.config.base_url} refuses the request: {said}")
         if status >= 500:
             connection.breaker.failed()
-        raise TransientFailureError(said, _retry_after(headers.get("retry-after")))
+        asked = _retry_after(headers.get("retry-after"))
+        if asked is not None:
+            connection.breaker.quiet(min(asked, self.config.max_backoff_s))
+        raise TransientFailureError(said, asked, is_pacing=status == 429)
 
     def _shown(self, body: bytes) -> str:
         """Begin of a body for an error message; an echoed key is blotted out."""
@@ -254,22 +296,26 @@ class Judge:
                 ),
                 slots=asyncio.Semaphore(parallel),
                 limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate) if rate else None,
-                breaker=CircuitBreaker(config.breaker_failures, config.breaker_pause_s),
+                breaker=CircuitBreaker(config.breaker_failures, config.breaker_pause_s, config.give_up_s),
             )
         return self._connection
 
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call: counts, shares, seconds, tokens."""
+        """Figures since the last call, always the same names: counts, shares, seconds (0 without requests), tokens.
+
+        `cost` is in the currency of the config's prices, 0 where they are 0.
+        """
         found, self.counters = self.counters, JudgeCounters()
-        values = {
-            name: float(getattr(found, name))
-            for name in ("verdicts", "failed", "requests", "retries", "prompt_tokens", "completion_tokens")
-        }
+        names = ("verdicts", "failed", "requests", "retries", "prompt_tokens", "completion_tokens")
+        values = {name: float(getattr(found, name)) for name in names}
         values["cached_frac"] = found.cached / max(1, found.verdicts)
         values["shared_frac"] = found.shared / max(1, found.verdicts)
-        if found.latencies_s:
-            values["latency_mean_s"] = sum(found.latencies_s) / len(found.latencies_s)
-            values["latency_max_s"] = max(found.latencies_s)
+        prices = self.config.price_per_million_prompt_tokens, self.config.price_per_million_completion_tokens
+        values["cost"] = (found.prompt_tokens * prices[0] + found.completion_tokens * prices[1]) / 1e6
+        latencies = sorted(found.latencies_s) or [0.0]
+        values["latency_mean_s"] = sum(latencies) / len(latencies)
+        values["latency_p95_s"] = latencies[math.ceil(0.95 * len(latencies)) - 1]
+        values["latency_max_s"] = latencies[-1]
         return values
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ def _first_token_probability(token: object) -> float | None:
     return mass["1"] / total if min(mass.values()) > 0 and total > 0 else None
 
 
-def _at(value: Any, *path: str | int) -> Any:  # noqa: ANN401 - any JSON value
+def _at(value: Any, *path: str | int) -> Any:
     """Value at a path of keys and indices; None where there is none."""
     for key in path:
         if isinstance(key, str) and isinstance(value, dict):

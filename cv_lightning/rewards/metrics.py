@@ -1,0 +1,61 @@
+"""Means of the reward's components: over everything, by data source and by required transform. Pure functions.
+
+Sums and counts come first and means last, so that several ranks can add theirs up: their batches hold different data
+sources, and a mean of means would weigh a source by rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from cv_lightning.types import Group, RewardBreakdown
+
+Sums = dict[str, tuple[float, int]]
+"""(sum, number of trajectories) by metric name."""
+
+
+def reward_sums(groups: Sequence[Group]) -> Sums:
+    """Sums over the scored trajectories, components unweighted.
+
+    Returns:
+        `reward/<name>` for every component, for `total`, for `answer_accuracy` (before the gate) and for `judged` (the
+        judge's word decided); the same as `reward/by_source/<data source>/<name>` and as
+        `reward/by_transform/<transform>/<name>`, where `none` stands for tasks that want nothing. A trajectory of a
+        task that wants several counts for each.
+    """
+    sums: Sums = {}
+    for group in groups:
+        transforms = dict.fromkeys(group.task.required_transforms) or {"none": None}
+        prefixes = ["reward", f"reward/by_source/{group.task.data_source}"]
+        prefixes += [f"reward/by_transform/{name}" for name in transforms]
+        for trajectory in group.trajectories:
+            if trajectory.reward is None:
+                continue
+            for name, value in _values(trajectory.reward).items():
+                for prefix in prefixes:
+                    total, count = sums.get(f"{prefix}/{name}", (0.0, 0))
+                    sums[f"{prefix}/{name}"] = total + value, count + 1
+    return sums
+
+
+def added(parts: Iterable[Mapping[str, tuple[float, int]]]) -> Sums:
+    """Sums of several batches or ranks as one."""
+    sums: Sums = {}
+    for part in parts:
+        for name, (value, number) in part.items():
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = total + value, count + number
+    return sums
+
+
+def means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Mean by name."""
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+def _values(reward: RewardBreakdown) -> dict[str, float]:
+    return reward.components | {
+        "total": reward.total,
+        "answer_accuracy": float(reward.correct),
+        "judged": float(reward.scored_by == "judge"),
+    }
