@@ -39,7 +39,8 @@ class ImageLimits:
         if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < self.factor**2:
             raise ValueError(
                 f"image limits: 0 < min_pixels ({self.min_pixels}) <= max_pixels ({self.max_pixels}) and "
-                f"max_pixels >= factor^2 ({self.factor**2}) must hold; change --model.init_args.policy.min_pixels/max_pixels"
+                f"max_pixels >= factor^2 ({self.factor**2}) must hold; change --model.init_args.policy.min_pixels "
+                "or max_pixels"
             )
 
 
@@ -126,7 +127,7 @@ def to_model_image(image: Image.Image, limits: ImageLimits) -> Image.Image:
 
 
 def is_usable_size(width: int, height: int) -> bool:
-    """True if a picture has pixels and is less than `MAX_ASPECT` times as long as wide (the reference's output check)."""
+    """True if a picture has pixels and is less than `MAX_ASPECT` times as long as wide (the reference's check)."""
     return width > 0 and height > 0 and max(width, height) < MAX_ASPECT * min(width, height)
 
 

@@ -198,7 +198,7 @@ class EndState(StrEnum):
     """More malformed tool calls than the agent forgives."""
     MAX_IMAGES = "max_images"
     STOPPED = "stopped"
-    """Cut by the rollout's deadline or the early stop of its long tail: no outcome, so never scored as a wrong answer."""
+    """Cut by the rollout's deadline: no outcome, so never scored as a wrong answer."""
     ERROR_TASK = "error:task"
     """The task's prompt cannot be built: image marks that differ from its images, an image that cannot be shown."""
     ERROR_ENGINE = "error:engine"
@@ -207,7 +207,7 @@ class EndState(StrEnum):
 
     @property
     def is_error(self) -> bool:
-        """True if there is no outcome: infrastructure failed or the rollout was cut. Masked out of its group, never scored."""
+        """True if there is no outcome: infrastructure failed, or the rollout was cut. Masked, never scored."""
         return self.value.startswith("error:") or self is EndState.STOPPED
 
 

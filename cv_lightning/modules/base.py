@@ -131,9 +131,8 @@ class PolicyModule(pl.LightningModule):
         """
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        batches = getattr(getattr(self.trainer, "datamodule", None), "num_train_batches", 0) * (
-            self.trainer.max_epochs or 1
-        )
+        per_epoch: int = getattr(getattr(self.trainer, "datamodule", None), "num_train_batches", 0)
+        batches = per_epoch * (self.trainer.max_epochs or 1)
         if not batches and self.optimizer_config.schedule != "constant":
             raise ValueError(
                 f"model.optimizer.schedule {self.optimizer_config.schedule} needs to know where it ends: set "
