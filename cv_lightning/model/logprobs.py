@@ -52,7 +52,9 @@ def packed_logprobs(
     head = model.get_output_embeddings()
 
     def one_chunk(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = (head(states).float() + ban) / temperature
+        logits = head(states).float().add_(ban)  # in place: each copy would be chunk x vocabulary
+        if temperature != 1.0:
+            logits = logits.div_(temperature)
         normaliser = torch.logsumexp(logits, -1)
         chosen = logits.gather(-1, targets[:, None])[:, 0] - normaliser
         if not with_entropy:

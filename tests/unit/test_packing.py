@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from cv_lightning.images import to_model_image
-from cv_lightning.model.attention import NAME, use_attention
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import packed_logprobs
 from cv_lightning.model.packing import TrainRow, pack_rows, rope_positions
@@ -29,6 +31,12 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> PreTrainedModel:
     return load_policy(PolicyConfig(path=str(checkpoint), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint: Path) -> PreTrainedModel:
+    """The same weights as transformers loads and runs them, without anything of ours."""
+    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32", attn_implementation="sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +84,29 @@ def one_by_one(model: PreTrainedModel, row: TrainRow, banned: list[int]) -> torc
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_packed_equals_one_by_one(model, processor, seed):
+def test_packed_equals_one_by_one(model, stock, processor, seed):
     rows = random_rows(model, processor, seed)
     banned = vision_token_ids(processor.tokenizer)
+    weights = [0.5 + number for number in range(len(rows))]  # a loss in which every row counts differently
     batch = pack_rows(rows, model.config)
 
     model.zero_grad()
     packed = packed_logprobs(model, batch, banned_ids=banned, chunk_tokens=7).logprobs
-    packed.sum().backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    loss = (packed * torch.tensor(weights)[batch.row_index]).sum()
+    loss.backward()
 
-    model.zero_grad()
-    use_attention(model, "sdpa")
-    single = torch.cat([one_by_one(model, row, banned) for row in rows])
-    single.sum().backward()
-    use_attention(model, NAME)
-    torch.testing.assert_close(packed, single, atol=1e-5, rtol=1e-5)
+    stock.zero_grad()
+    single = [one_by_one(stock, row, banned) for row in rows]
+    reference = sum(weight * part.sum() for weight, part in zip(weights, single, strict=True))
+    reference.backward()
+    torch.testing.assert_close(packed, torch.cat(single), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, reference, atol=1e-5, rtol=1e-5)
     assert float(packed.detach().std()) > 0.01  # a model that says the same everywhere would agree with anything
-    for name, parameter in model.named_parameters():
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    largest = max(float(parameter.grad.abs().max()) for parameter in stock.parameters() if parameter.grad is not None)
+    for name, parameter in stock.named_parameters():
         if parameter.grad is not None:
-            scale = max(1.0, float(parameter.grad.abs().max()))
-            torch.testing.assert_close(gradients[name] / scale, parameter.grad / scale, atol=2e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(gradients[name] / largest, parameter.grad / largest, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_positions_equal_the_models_own(model, processor):
@@ -134,6 +144,76 @@ def test_processing_a_model_image_resizes_nothing(processor):
         patch = processor.image_processor.patch_size
         assert grid == [1, image.height // patch, image.width // patch]
         assert to_model_image(image, limits).size == image.size
+
+
+def test_rows_of_text_only_and_of_nothing_to_learn(model, stock):
+    text = TrainRow(token_ids=[5, 6, 7, 8], loss_mask=[True, True, False, True])
+    silent = TrainRow(token_ids=[9, 10, 11], loss_mask=[False] * 3)
+    both = packed_logprobs(model, pack_rows([silent, text, silent], model.config)).logprobs
+    torch.testing.assert_close(both, one_by_one(stock, text, []), atol=1e-5, rtol=1e-5)
+    nothing = packed_logprobs(model, pack_rows([silent], model.config)).logprobs
+    assert nothing.shape == (0,)
+    nothing.sum().backward()  # ranks without tokens take part in the backward pass
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that are still alive, and their largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage().data_ptr()) not in self.known:
+                self.known[key] = size = tensor.untyped_storage().nbytes()
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self._freed, key)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.known.pop(key, 0)
+
+
+def test_the_loss_never_holds_the_logits_of_all_tokens(model, monkeypatch):
+    """At the released models' vocabulary; what full logits would take is counted in the same way."""
+    vocabulary, tokens, width = 151_936, 256, model.config.text_config.hidden_size
+    head = torch.nn.Linear(width, vocabulary, bias=False)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
+    monkeypatch.setattr(model.config.get_text_config(), "vocab_size", vocabulary)
+    row = TrainRow(token_ids=[5] * (tokens + 1), loss_mask=[True] * (tokens + 1))
+    batch = pack_rows([row], model.config)
+    states = torch.randn(1, tokens + 1, width, requires_grad=True)
+    monkeypatch.setattr("cv_lightning.model.logprobs.packed_hidden", lambda *_: states)
+    with LiveBytes() as ours:
+        packed_logprobs(model, batch, temperature=0.7, chunk_tokens=16).logprobs.sum().backward()
+    head.weight.grad = None
+    with LiveBytes() as full:
+        logits = head(states[0, :-1]).float() / 0.7
+        torch.log_softmax(logits, -1).gather(-1, batch.targets[:, None]).sum().backward()
+    weight_gradient = 2 * head.weight.nbytes  # of a chunk and of the sum; both sides hold it
+    assert full.peak > 2 * tokens * vocabulary * 4
+    assert ours.peak - weight_gradient <= 0.2 * full.peak
+
+
+def test_the_patch_projection_is_the_convolution(model, stock):
+    ours, theirs = model.model.visual.patch_embed.proj, stock.model.visual.patch_embed.proj
+    assert type(theirs) is torch.nn.Conv3d and type(ours) is not torch.nn.Conv3d
+    patches = torch.randn(10, 3, *ours.kernel_size)
+    torch.testing.assert_close(ours(patches), theirs(patches), atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == set(stock.state_dict())
+
+
+def test_an_image_whose_tokens_are_interrupted_is_refused(model, processor):
+    (image,) = VisionCache(processor).get([to_model_image(Image.new("RGB", (96, 96)), image_limits(processor))])
+    pad = model.config.image_token_id
+    count = int(image.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2
+    ids = [pad] * (count - 1) + [3] + [pad]
+    with pytest.raises(DataError, match="interrupted"):
+        pack_rows([TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[image])], model.config)
 
 
 def test_a_row_whose_images_do_not_fit_its_tokens_is_refused(model):
