@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cv_lightning.evaluation.statistics import Rate, rate
-from cv_lightning.images import area, compose, dihedral_affine, intersection, is_upright, map_box
+from cv_lightning.images import area, compose, dihedral_affine, intersection, is_upright
 from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
 from cv_lightning.types import IDENTITY, Affine, EndState, Group, ToolStatus
 
@@ -62,9 +62,9 @@ def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
         return False
     width, height = task.images[0].size
     for image in trajectory.images:
-        if image.parent is None or image.source != 0 or image.to_source is None:
+        frame = image.source_box
+        if image.parent is None or image.source != 0 or frame is None:
             continue
-        frame = map_box(image.to_source, (0.0, 0.0, float(image.size[0]), float(image.size[1])))
         small = area(frame) < width * height and area(frame) <= MAX_AREA_RATIO * area(task.box)
         if small and intersection(frame, task.box) >= MIN_COVERED * area(task.box):
             return True

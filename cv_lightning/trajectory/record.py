@@ -1,5 +1,9 @@
 """What is stored of a group: typed records, their JSON form, and the adapter from live trajectories.
 
+A line says all that the evaluation's figures are made of: question, ground truth, what was done to the image and the
+ground-truth box in pixels of the given image; of each trajectory the answer and whether it is right, every operation
+that ran, and of every image the map to the source and what it shows of it (`source_box`, in source pixels).
+
 A record holds everything but pixels and (unless asked for) tokens. Metrics, report, notebooks and tables
 read records only; live groups become records by `to_record`, which copies nothing heavy.
 """
@@ -14,7 +18,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from cv_lightning.images import decode_image
+from cv_lightning.images import decode_image, map_box
 from cv_lightning.types import (
     SCHEMA_VERSION,
     Affine,
@@ -53,6 +57,13 @@ class ImageRecord:
     """Maps pixels of the original to pixels of the source image; None: not an affine image of it."""
     folder: Path | None = field(default=None, repr=False, compare=False)
     """The store's `images` folder."""
+
+    @property
+    def source_box(self) -> Box | None:
+        """What it shows of the source image: bounding box in pixels of that; None: not an affine image of it."""
+        if self.to_source is None:
+            return None
+        return map_box(self.to_source, (0.0, 0.0, float(self.size[0]), float(self.size[1])))
 
     @property
     def path(self) -> Path | None:
@@ -257,6 +268,7 @@ def _image_to_json(image: ImageRecord) -> dict[str, Any]:
         "source": image.source,
         "parent": image.parent,
         "to_source": image.to_source,
+        "source_box": image.source_box,
     }
 
 
