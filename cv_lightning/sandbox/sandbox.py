@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -12,6 +13,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 
 from PIL import Image
@@ -131,6 +133,18 @@ class Sandbox:
             counts.update(self._pool.counts)
             counts.update(self._pool.load)
         return counts
+
+    def server_pids(self) -> list[int]:
+        """Processes of the fork servers."""
+        return self._pool.server_pids if self._pool is not None else []
+
+    def child_pids(self) -> list[int]:
+        """Processes under the fork servers: children that run snippets, idle spares, warm workers."""
+        pids: list[int] = []
+        for server in self.server_pids():
+            with contextlib.suppress(OSError):
+                pids += map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split())
+        return pids
 
     # ---------------------------------------------------------------------------------------- running
     async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -30,6 +31,10 @@ SECRET_NAME, SECRET = "SBX_SECRET_TOKEN", "s3cr3t"
 CANARY = "/tmp/sbx_secret.png"
 SLACK_S = 0.5
 """A timeout must come within its limit and this."""
+MAX_GROWTH_KB = 256 << 10
+"""A case may not make this process larger by more."""
+NEXT_JOB = "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)"
+"""Runs after every case: the state must be clean."""
 _FAILED = (ToolStatus.ERROR, ToolStatus.KILLED)
 _ERRORS = ("error", "killed_or_error", "error_or_timeout", "killed_or_error_or_ok", "ok_or_error", "any")
 
@@ -138,6 +143,56 @@ def run_cases(sandbox: Sandbox, cases: Iterable[Case]) -> list[CaseResult]:
         return [_run_case(sandbox, case, listener) for case in cases]
 
 
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """State of the surroundings before a case."""
+
+    reached: int
+    restarts: float
+    tracer: str
+    peak_kb: int
+
+    @classmethod
+    def take(cls, sandbox: Sandbox, listener: Listener) -> _Before:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return cls(listener.reached, sandbox.stats.get("restarts", 0), _tracer(), peak)
+
+    def faults(self, sandbox: Sandbox, result: SandboxResult) -> list[str]:
+        """What no case may do, whatever it expects."""
+        found = {
+            "a fork server died": sandbox.stats.get("restarts", 0) > self.restarts,
+            "the secret is in the text": SECRET in result.error or SECRET in repr(result.operations),
+            "the secret is in the picture": result.image is not None and SECRET.encode() in result.image.tobytes(),
+            "this process is traced": _tracer() != self.tracer,
+            "memory of this process has grown": _peak_kb() > self.peak_kb + MAX_GROWTH_KB,
+            "a process of it lives on": bool(strays(sandbox)),
+        }
+        return [fault for fault, holds in found.items() if holds]
+
+
+def _tracer() -> str:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next((line for line in status.splitlines() if line.startswith("TracerPid:")), "")
+
+
+def _peak_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def strays(sandbox: Sandbox) -> list[int]:
+    """Processes in the sessions of the fork servers that are neither they nor their own children."""
+    servers = set(sandbox.server_pids())
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # pid (name) state ppid group session ...
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parent, session = int(fields[1]), int(fields[3])
+            if session in servers and int(folder.name) not in servers and parent not in servers:
+                found.append(int(folder.name))
+    return found
+
+
 def _run_case(sandbox: Sandbox, case: Case, listener: Listener) -> CaseResult:
     image = test_image()
     before = image.tobytes()
@@ -145,27 +200,22 @@ def _run_case(sandbox: Sandbox, case: Case, listener: Listener) -> CaseResult:
         if part.startswith("no_side_effect:"):
             with contextlib.suppress(OSError):
                 os.unlink(part.split(":", 1)[1])
-    reached, begun = listener.reached, time.monotonic()
+    state, begun = _Before.take(sandbox, listener), time.monotonic()
     result = sandbox.run_sync(image, case.code, owner="self-test")
     seconds = time.monotonic() - begun
-    faults = [
-        fault
-        for part in case.expect.split(";")
-        if (fault := _fault(sandbox, part, case, result, seconds, listener.reached - reached))
-    ]
-    if SECRET in result.error:
-        faults.append("the secret is in the text")
+    reached = listener.reached - state.reached
+    parts = (_fault(sandbox, part, case, result, seconds, reached) for part in case.expect.split(";"))
+    unmet, harm = [fault for fault in parts if fault], state.faults(sandbox, result)
     if image.tobytes() != before:
-        faults.append("the caller's image has changed")
-    after = sandbox.run_sync(
-        image, "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)"
-    )
+        harm.append("the caller's image has changed")
+    after = sandbox.run_sync(image, NEXT_JOB)
     if after.image is None or after.image.tobytes() != image.rotate(90).tobytes():
-        faults.append(f"the next job failed: {after.status} {after.error[:80]}")
-    if len(faults) == 1 and seconds <= sandbox.config.timeout_s + SLACK_S and _other_limit(case, result):
+        harm.append(f"the next job failed: {after.status} {after.error[:80]}")
+    if len(unmet) == 1 and seconds <= sandbox.config.timeout_s + SLACK_S and _other_limit(case, result):
         # Contained all the same: which of the limits strikes first depends on the machine. `got` says so.
-        faults = []
+        unmet = []
         result = replace(result, error=f"(another limit struck first; expected {case.expect}) {result.error}")
+    faults = [*harm, *unmet]
     got = f"{result.status} {result.error_kind} {result.error[:160]}".strip()
     return CaseResult(name=case.name, ok=not faults, got="; ".join([*faults, got]))
 
@@ -181,8 +231,10 @@ def _fault(sandbox: Sandbox, part: str, case: Case, result: SandboxResult, secon
             else f"no timeout within {limit} s ({seconds:.2f} s)"
         )
     if kind == "ok_image":
-        if result.status is not ToolStatus.OK:
-            return "no image"
+        if result.image is None or result.image.mode != "RGB":
+            return "no RGB image"
+        if "info dropped" in detail and result.image.info:
+            return "the result carries metadata"
         if "same twice" in detail:
             again = sandbox.run_sync(test_image(), case.code)
             same = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cv_lightning.sandbox.config import SandboxConfig
+from cv_lightning.sandbox.heap import TUNABLES
 
 if TYPE_CHECKING:
     from cv_lightning.sandbox.pool import Job
@@ -32,9 +33,7 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENCV_FOR_THREADS_NUM": "1",
-    # Large blocks in huge pages: a fresh child touches every page of its pictures for the first time, and one fault for
-    # 2 MB takes a tenth of the time of 512 faults.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": TUNABLES,
 }
 _SEND_TIMEOUT_S = 5.0
 

@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from cv_lightning.sandbox import layers
+from cv_lightning.sandbox import heap, layers
 from cv_lightning.sandbox.wire import CANCEL, FLAG_PLAN, HEADER, JOB, MAX_TEXT, MAX_TRACE, PIXEL, REPLY, RUN
 
 BASIC_MODULES = (
@@ -122,8 +122,9 @@ class ForkServer:
         self._isolate(self.settings.disabled)
         gc.collect()
         gc.freeze()
-        # A collection in a child would write to (and so copy) every page that was frozen here.
+        # Children turn it on again: a collection here would only make pages that they have to copy.
         gc.disable()
+        heap.align_top()
 
     def _isolate(self, off: frozenset[str]) -> None:
         # The filters are built before Landlock closes the folders that their library looks for itself in.
