@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 
+CPU_STEP_TOKENS = 65536
+"""Most tokens that one step of the CPU build processes; its buffers grow with it."""
+
+
 class VLLMEngine:
     """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init (T39, T49)."""
 
@@ -47,6 +51,7 @@ class VLLMEngine:
             skip_mm_profiling=on_cpu,
             mm_processor_cache_gb=config.processor_cache_gb,
             enable_prefix_caching=True,
+            **(_whole_prompts(config) if on_cpu else {}),
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=1,
             distributed_executor_backend="external_launcher" if launched else None,
@@ -184,6 +189,16 @@ def _repack_tied_head(model: Any) -> None:
     head = _tied_head(model)
     if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
+
+
+def _whole_prompts(config: EngineConfig) -> dict[str, Any]:
+    """Arguments under which no prompt is prefilled in pieces, which vLLM's CPU build cannot do for seeded requests.
+
+    After a piece it takes back what the request's generator has drawn, by an offset that CPU generators do not have,
+    and fails. A prompt that finds no room in a step waits for the next; images have the same room as tokens.
+    """
+    room = min(config.max_num_seqs * config.max_model_len, CPU_STEP_TOKENS)
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(room, config.max_model_len)}
 
 
 def _completion(output: RequestOutput) -> Completion:
