@@ -1,0 +1,262 @@
+"""What the report says, from run folders that the real writers made, whole and in parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from report_samples import Size, resolved, write_run
+
+from cv_lightning.commands.report import main as report_main
+from cv_lightning.commands.summary import main as summary_main
+from cv_lightning.evaluation.ablation import needless_while_sampling
+from cv_lightning.evaluation.curves import chart_groups, mean_between, thin
+from cv_lightning.evaluation.report import ReportConfig, write_report
+from cv_lightning.evaluation.runs import Curve, load_run, parity_max, read_curves
+from cv_lightning.evaluation.summary import write_summary
+from cv_lightning.evaluation.training import reward_formula, training_story
+from cv_lightning.types import DataError
+
+FIGURES = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    size = Size(per_kind=5, iterations=28, tasks=4, samples=2, ablation=True)
+    return write_run(tmp_path_factory.mktemp("runs") / "quickstart-seed3", size)
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    text = page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    return json.loads(text)
+
+
+# ------------------------------------------------------------------------------------------------ summary
+def test_the_summary_is_what_the_issue_asks_for(run: Path) -> None:
+    written, _ = write_summary(run)
+    stored = json.loads((run / "summary.json").read_text())
+    assert stored == written
+    stages = {"sft_sampled", "sft", "rl_sampled", "rl"}
+    assert {"seed", "minutes", "parity_max"} | stages <= stored.keys()
+    assert stored.keys() - {"seed", "minutes", "parity_max"} - stages == {"rl_accuracy", "rl_accuracy_sampled"}
+    assert all(stored[stage].keys() == FIGURES for stage in stages)
+    assert stored["seed"] == 0
+    assert stored["minutes"] == round((250.0 + 61.5 + 400.0 + 68.5) / 60, 2)  # without install, tiny and the ablation
+    parities = [float(row) for row in column(run / "rl" / "metrics.csv", "policy/parity_max")]
+    assert stored["parity_max"] == max(parities)
+
+
+def test_a_stage_that_was_not_timed_leaves_the_minutes_open(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "eval" / "sft_greedy_tool", tmp_path / "eval" / "sft_greedy_tool")
+    (tmp_path / "timing.json").write_text('{"sft": 10.0, "rl": 20.0, "sft_eval": 1.0}')
+    written, _ = write_summary(tmp_path, seed=4)
+    assert (written["seed"], written["minutes"], written["parity_max"], written["rl"]) == (4, None, None, None)
+    assert written["sft"]["accuracy_tool_off"] is None
+
+
+def test_the_summary_fits_a_terminal_of_80(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert summary_main([str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert "needless turns on upright tasks while sampling, without process reward" in text
+
+
+def column(path: Path, name: str) -> list[str]:
+    header, *rows = (line.split(",") for line in path.read_text().splitlines())
+    return [row[header.index(name)] for row in rows if row[header.index(name)]]
+
+
+# ------------------------------------------------------------------------------------------------ how it was trained
+def test_the_share_that_sft_showed_is_read_from_its_config() -> None:
+    config = resolved("sft")
+    config["data"]["init_args"]["demonstrations"]["tool_share"] = 0.275
+    config["data"]["init_args"] |= {"num_steps": 400, "warm_up_share": 0.25}
+    ((title, sentences),) = training_story({"sft/fit_config.yaml": yaml.safe_dump(config)})
+    text = " ".join(sentences)
+    assert title == "Supervised fine-tuning"
+    assert "Of the tasks that need the tool, 27.5 % demonstrate it" in text
+    assert "The other 72.5 % are answered at once" in text
+    assert "Warm-up: the first 25 % of the steps (100) show clean single turns only" in text
+    config["data"]["init_args"]["warm_up_share"] = 0.0
+    assert "No warm-up" in " ".join(training_story({"sft/fit_config.yaml": yaml.safe_dump(config)})[0][1])
+
+
+def test_files_of_conversations_have_no_share() -> None:
+    config = {"data": {"init_args": {"train_files": ["a.json"], "num_steps": 3}}}
+    assert training_story({"sft/fit_config.yaml": yaml.safe_dump(config)}) == [
+        ("Supervised fine-tuning", ["Conversations of a.json."])
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1, 2]", "data: null", "data: {init_args: {}}"])
+def test_a_config_that_says_nothing_tells_no_story(text: str) -> None:
+    assert training_story({"sft/fit_config.yaml": text, "rl/fit_config.yaml": text}) == []
+
+
+def test_the_reward_is_told_as_its_formula() -> None:
+    assert reward_formula(resolved("reward_accuracy")) == "accuracy + 0.1 format"
+    formula = reward_formula(resolved("reward") | {"emerge": 0.2, "spurious": 0.5, "usage": 0})
+    assert formula.startswith("accuracy + 0.1 format + mandatory")
+    assert "+ 0.2 emerge" in formula
+    assert formula.endswith("\N{MINUS SIGN} 0.5 spurious")
+
+
+# ------------------------------------------------------------------------------------------------ curves
+def test_curves_of_a_logger_whose_columns_come_late(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    logger.log_metrics({"iteration": 1.0, "rollout/spurious": math.nan, "policy/parity_max": 2e-5}, 0)
+    logger.save()
+    logger.log_metrics({"iteration": 2.0, "rollout/spurious": 0.5, "policy/parity_max": 1e-5, "new": 1.0}, 3)
+    logger.save()
+    path = tmp_path / "metrics.csv"
+    curves = {curve.name: curve for curve in read_curves(path)}
+    assert (curves["rollout/spurious"].steps, curves["rollout/spurious"].values) == ([2.0], [0.5])
+    assert curves["new"].steps == [2.0]
+    assert parity_max(list(curves.values())) == 2e-5
+    path.write_text(path.read_text().rstrip("\n")[:-1])  # a kill within the last row
+    assert [curve.steps for curve in read_curves(path) if curve.name == "policy/parity_max"] == [[1.0]]
+
+
+def test_needless_turns_are_the_mean_of_iterations_6_to_25(run: Path) -> None:
+    found = needless_while_sampling(run)
+    assert [entry.stage for entry in found] == ["rl", "rl_accuracy"]
+    for entry in found:
+        rows = column(run / entry.stage / "metrics.csv", "rollout/spurious")
+        assert len(rows) == 28
+        assert entry.mean == pytest.approx(sum(map(float, rows[5:25])) / 20)
+        assert entry.num_iterations == 20
+    assert found[1].mean > found[0].mean
+
+
+def test_an_iteration_without_upright_tasks_does_not_count() -> None:
+    curve = Curve(name="x", steps=[5.0, 6.0, 25.0, 26.0], values=[9.0, 1.0, 2.0, 9.0])
+    assert mean_between([curve], "x", 6, 25) == (1.5, 2)
+    mean, count = mean_between([curve], "y", 6, 25)
+    assert math.isnan(mean)
+    assert count == 0
+
+
+def test_charts_hold_every_metric_once_and_name_what_never_moves() -> None:
+    names = ["reward/total", "reward/format", "rollout/must_use", "policy/lr", "time/rollout_s", "sft/loss", "strange"]
+    curves = [Curve(name=name, steps=[1.0, 2.0], values=[1.0, 1.0 + ("format" not in name)]) for name in names]
+    groups = chart_groups(curves)
+    drawn = [series["name"] for group in groups for chart in group["charts"] for series in chart["series"]]
+    assert sorted(drawn) == ["loss", "must_use", "policy/lr", "strange", "time/rollout_s", "total"]
+    (reward,) = [group for group in groups if group["title"] == "Reward"]
+    assert reward["note"].endswith("Constant: format 1.")
+
+
+def test_thinning_keeps_the_mean() -> None:
+    steps, values = thin([float(i) for i in range(1000)], [float(i % 7) for i in range(1000)], 100)
+    assert len(steps) == 100
+    assert sum(values) / 100 == pytest.approx(sum(i % 7 for i in range(1000)) / 1000)
+
+
+# ------------------------------------------------------------------------------------------------ the page
+def test_the_page_says_what_the_issue_wants(run: Path) -> None:
+    page = write_report(run)
+    text = page.read_text()
+    share = resolved("sft")["data"]["init_args"]["demonstrations"]["tool_share"]
+    assert f"Of the tasks that need the tool, {100 * share:g} % demonstrate it" in text
+    assert "clean single turns" in text
+    assert "With and without process reward" in text
+    assert "Before and after, with 95 % intervals" in text
+    for entry in needless_while_sampling(run):
+        assert f"<b>{100 * entry.mean:.1f} %</b>" in text
+    assert page.stat().st_size < 15e6
+    outside = [word for word in text.split('"') if word.startswith(("http://", "https://", "//"))]
+    assert set(outside) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_examples_are_the_same_tasks_drawn_without_their_outcome(run: Path) -> None:
+    data = page_data(write_report(run))
+    kinds = [example["kind"] for example in data["examples"]]
+    assert kinds == ["upright", "turned", "small", "turned_and_small"]
+    drawn = []
+    for example in data["examples"]:
+        before, after = (data["trajectories"][example[when]] for when in ("before", "after"))
+        groups = [data["groups"][trajectory["group"]] for trajectory in (before, after)]
+        assert groups[0]["task"]["id"] == groups[1]["task"]["id"]
+        assert [data["stores"][group["store"]]["name"] for group in groups] == [
+            "eval/sft_greedy_tool",
+            "eval/rl_greedy_tool",
+        ]
+        drawn.append(groups[0]["task"]["id"])
+    again = run.parent / "again"
+    shutil.copytree(run, again)
+    for path in again.glob("eval/*/trajectories/*.jsonl"):  # everything right: the same tasks are drawn
+        path.write_text(path.read_text().replace('"correct":false', '"correct":true'))
+    other = page_data(write_report(again))
+    assert drawn == [
+        other["groups"][other["trajectories"][e["after"]]["group"]]["task"]["id"] for e in other["examples"]
+    ]
+
+
+def test_what_the_model_saw_is_shown_where_it_is_much_smaller(run: Path) -> None:
+    data = page_data(write_report(run))
+    for trajectory in data["trajectories"]:
+        kind = data["groups"][trajectory["group"]]["task"]["kind"]
+        assert ("seen" in trajectory["images"][0]) == ("small" in kind)
+
+
+def test_parts_of_a_run_make_a_page_too(run: Path, tmp_path: Path) -> None:
+    for name in ("rl", "sft", "eval"):
+        shutil.copytree(run / name, tmp_path / name / name)
+        assert write_report(tmp_path / name).stat().st_size > 10_000
+    (tmp_path / "sft" / "sft" / "trajectories").mkdir()
+    assert "0 stored trajectories" in write_report(tmp_path / "sft").read_text()
+
+
+def test_a_torn_line_is_told_on_the_page(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "eval" / "rl_greedy_tool", tmp_path / "eval" / "rl_greedy_tool")
+    (path,) = tmp_path.glob("eval/*/trajectories/*.jsonl")
+    path.write_bytes(path.read_bytes()[:-30])
+    assert "1 unreadable line in RL, greedy skipped" in write_report(tmp_path).read_text()
+
+
+def test_the_limit_on_pictures_leaves_links(run: Path, tmp_path: Path) -> None:
+    data_images = write_report(run, ReportConfig(max_image_mb=0.0)).read_text()
+    assert "pictures are not embedded; their files are linked" in data_images
+    assert "data:image/png" not in data_images
+    write_report(run)
+
+
+def test_the_sample_holds_the_same_tasks_of_every_evaluation(run: Path) -> None:
+    data = page_data(write_report(run, ReportConfig(max_trajectories=96)))
+    assert len(data["trajectories"]) <= 96 + len(data["stores"])
+    tasks: dict[str, set[str]] = {}
+    for group in data["groups"]:
+        name = data["stores"][group["store"]]["name"]
+        if name.startswith("eval/"):
+            tasks.setdefault(name, set()).add(group["task"]["id"])
+    assert len(set.intersection(*tasks.values())) >= 2
+
+
+@pytest.mark.parametrize("command", [report_main, summary_main])
+def test_a_folder_that_is_no_run_is_a_message(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([str(tmp_path / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err
+    assert command([str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_report_names_the_flag_that_cannot_be(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_main([str(run), "--thumbnail_px", "3"]) == 1
+    assert "--thumbnail_px" in capsys.readouterr().err
+
+
+def test_a_cut_off_timing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "timing.json").write_text('{"sft": 1')
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "metrics.csv").write_text("step,reward/total\n1,2\n")
+    with pytest.raises(DataError, match=r"timing\.json: not JSON"):
+        load_run(tmp_path)
