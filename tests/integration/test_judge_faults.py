@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -153,6 +155,56 @@ def test_retry_after_is_honoured() -> None:
     assert time.perf_counter() - begun >= 1.0
 
 
+def test_a_slower_pace_is_kept_to_however_often_it_is_asked_for() -> None:
+    """A server that takes four requests at a time and tells the others to come back: nobody runs out of tries."""
+
+    async def misbehave(number: int, writer: asyncio.StreamWriter, prompt: str) -> bool:
+        if server._parallel > 4:
+            await respond(writer, b"{}", "429 Too Many Requests", "Retry-After: 0\r\n")
+            return True
+        await asyncio.sleep(0.05)
+        return False
+
+    with JudgeServer(misbehave) as server:
+        found, _, metrics = ask_all(config_of(server, max_parallel=16, max_attempts=2), pairs(40))
+    assert found == [1.0, 0.0] * 20
+    assert metrics["retries"] > 12
+    assert metrics["failed"] == 0
+
+
+def test_nobody_sends_while_the_server_wants_to_be_left_alone() -> None:
+    moments: list[float] = []
+
+    async def misbehave(number: int, writer: asyncio.StreamWriter, prompt: str) -> bool:
+        moments.append(time.perf_counter())
+        if number == 0:
+            await respond(writer, b"{}", "429 Too Many Requests", "Retry-After: 1\r\n")
+        return number == 0
+
+    with JudgeServer(misbehave) as server:
+        ask_all(config_of(server, max_parallel=1, max_backoff_s=5.0), pairs(6))
+    assert moments[1] - moments[0] > 0.95
+
+
+def test_a_long_queue_behind_a_dead_server_ends_soon_and_says_why() -> None:
+    """300 questions, 4 at a time: without patience of the breaker, 75 time limits one after another."""
+    with JudgeServer() as server:
+        config = config_of(server, max_parallel=4, breaker_failures=4, give_up_s=1.0, max_attempts=3)
+    begun = time.perf_counter()
+    found, pause, metrics = ask_all(config, pairs(300))
+    assert found == [None] * 300
+    assert time.perf_counter() - begun < 15
+    assert metrics["requests"] < 60
+    assert pause < 0.25
+
+
+def test_waiting_for_a_turn_is_no_failure() -> None:
+    """40 questions at a time limit of 1 s each, 2 at a time: 4 s in all, and every one is answered."""
+    with JudgeServer(latency_s=0.2) as server:
+        found, *_ = ask_all(config_of(server, max_parallel=2, give_up_s=1.0, timeout_s=1.0), pairs(40))
+    assert found == [1.0, 0.0] * 20
+
+
 def test_a_refused_request_is_not_repeated_and_the_key_stays_secret(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,17 +225,31 @@ def test_a_refused_request_is_not_repeated_and_the_key_stays_secret(
     assert "sk-very-secret" not in str(caught.value) + caplog.text + repr(config)
 
 
-def test_a_server_without_logprobs_is_asked_without() -> None:
+@pytest.mark.parametrize(
+    ("unknown", "said", "instead"),
+    [
+        ("logprobs", "logprobs are not supported", None),
+        (
+            "max_tokens",
+            "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            "max_completion_tokens",
+        ),
+        ("temperature", "'temperature' does not support 0.0; only the default is supported", None),
+    ],
+)
+def test_a_server_is_asked_without_what_it_does_not_know(unknown: str, said: str, instead: str | None) -> None:
     async def misbehave(number: int, writer: asyncio.StreamWriter, prompt: str) -> bool:
-        if "logprobs" not in server.requests[number]:
+        if unknown not in server.requests[number]:
             return False
-        await respond(writer, b'{"error": "logprobs are not supported"}', "400 Bad Request")
+        await respond(writer, json.dumps({"error": {"message": said}}).encode(), "400 Bad Request")
         return True
 
-    with JudgeServer(misbehave) as server:
-        found, *_ = ask_all(config_of(server, max_parallel=1), pairs(4))
-    assert found == [1.0, 0.0, 1.0, 0.0]
-    assert sum("logprobs" in request for request in server.requests) == 1
+    with JudgeServer(misbehave, latency_s=0.05) as server:  # ten requests are under way before the first is refused
+        found, _, metrics = ask_all(config_of(server, max_parallel=10, max_attempts=1), pairs(20))
+    assert found == [1.0, 0.0] * 10
+    assert metrics["failed"] == 0
+    assert sum(unknown in request for request in server.requests) == 10
+    assert instead is None or server.requests[-1][instead] == 16
 
 
 def test_probabilities_decide() -> None:
@@ -196,12 +262,15 @@ def test_probabilities_decide() -> None:
 
 def test_limits_are_kept_and_identical_questions_asked_once() -> None:
     with JudgeServer(latency_s=0.05) as server:
-        found, _, metrics = ask_all(config_of(server, max_parallel=5), pairs(20) * 3)
+        prices = {"price_per_million_prompt_tokens": 3.0, "price_per_million_completion_tokens": 10.0}
+        found, _, metrics = ask_all(config_of(server, max_parallel=5, **prices), pairs(20) * 3)
     assert found == [1.0, 0.0] * 30
     assert len(server.requests) == 20
     assert server.most_parallel == 5
     assert metrics["shared_frac"] == pytest.approx(2 / 3)
     assert metrics["prompt_tokens"] == 2000
+    assert metrics["cost"] == pytest.approx((2000 * 3 + 20 * 10) / 1e6)
+    assert 0.05 <= metrics["latency_mean_s"] <= metrics["latency_p95_s"] <= metrics["latency_max_s"] < 2
 
 
 def test_the_rate_is_limited() -> None:
@@ -239,15 +308,52 @@ def test_a_server_that_dies_and_comes_back(tmp_path: Path) -> None:
     assert third.requests == []
 
 
+ASK = """
+import asyncio, sys
+from cv_lightning.rewards import JudgeConfig
+from cv_lightning.rewards.judge import Judge
+
+async def main():
+    judge = Judge(JudgeConfig(base_url=sys.argv[1], cache_folder=sys.argv[2], max_parallel=4))
+    pairs = [(f"word {i}", f"word {i} indeed" if i % 2 == 0 else "another") for i in range(40)]
+    verdicts = await asyncio.gather(*(judge.verdict("What stands there?", *pair) for pair in pairs))
+    print(verdicts == [1.0, 0.0] * 20)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_run_is_judged_on_where_it_was(tmp_path: Path) -> None:
+    """Killed without warning while it asks: the next run asks again only what was under way."""
+    root = Path(__file__).parents[2]
+    with JudgeServer(latency_s=0.1) as server:
+        command = [sys.executable, "-c", ASK, server.url, str(tmp_path)]
+        first = subprocess.Popen(command, cwd=root)
+        end = time.monotonic() + 60
+        while len(server.answered) < 16 and time.monotonic() < end:
+            time.sleep(0.01)
+        first.kill()
+        first.wait()
+        before = len(server.answered)
+        assert 16 <= before < 40
+        second = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=True)
+        again = [prompt for prompt in server.answered[before:] if prompt in server.answered[:before]]
+    assert second.stdout.strip() == "True"
+    assert len(again) <= 4  # as many as may be under way; the others came from the disk
+    assert len(set(server.answered)) == 40
+
+
 def test_another_model_or_prompt_has_verdicts_of_its_own(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     template = "<correct_answer>\n{ground_truth}\n</correct_answer><given_answer>\n{answer}\n</given_answer>{question}"
     (prompts / "general.txt").write_text(template)
     with JudgeServer() as server:
-        for changes in ({}, {"model": "other"}, {"prompt_folder": str(prompts)}, {}):
+        thinking = {"extra_fields": {"chat_template_kwargs": {"enable_thinking": False}}}
+        for changes in ({}, {"model": "other"}, {"prompt_folder": str(prompts)}, thinking, {}):
             ask_all(config_of(server, cache_folder=str(tmp_path / "cache"), **changes), pairs(2))
-    assert len(server.requests) == 6
+    assert len(server.requests) == 8
+    assert server.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_memory_is_bounded_under_floods() -> None:

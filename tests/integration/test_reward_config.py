@@ -1,0 +1,166 @@
+"""Reward files on their way through the command line: recipes, components of a user's own, no key in what is saved."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+
+from reward_samples import Recorder, group, task
+
+from cv_lightning.rewards import JudgeConfig, RewardConfig, RewardModule, RewardTerm
+from cv_lightning.types import Trajectory
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs" / "reward").glob("*.yaml")) + sorted(
+    (ROOT / "configs" / "quickstart").glob("reward*")
+)
+
+OWN = '''
+from cv_lightning.rewards import RewardTerm
+from cv_lightning.types import Trajectory
+
+
+def few_turns(trajectory: Trajectory, score: float) -> float:
+    return score / len(trajectory.turns)
+
+
+class Brevity(RewardTerm):
+    """1 for a response of at most so many sampled tokens."""
+
+    def __init__(self, name: str = "brevity", weight: float = 0.2, most_tokens: int = 100) -> None:
+        super().__init__(name, weight)
+        self.most_tokens = most_tokens
+
+    def value(self, trajectory: Trajectory, score: float) -> float:
+        return float(sum(turn.num_tokens for turn in trajectory.turns) <= self.most_tokens)
+'''
+
+REWARD = """
+emerge: 0.1
+terms:
+  - class_path: own_reward.Brevity
+    init_args:
+      weight: 0.3
+      most_tokens: 7
+  - class_path: cv_lightning.rewards.FunctionTerm
+    init_args: {name: few_turns, weight: -0.5, function: own_reward.few_turns}
+"""
+
+
+@pytest.fixture
+def own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reward file that names a module beside it."""
+    (tmp_path / "own_reward.py").write_text(OWN)
+    (tmp_path / "reward.yaml").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "reward.yaml"
+
+
+ROLLOUT = "cv_lightning.callbacks.rollout.RolloutCallback"
+
+
+def trainer_parser() -> Any:
+    """The trainer's arguments as LightningCLI takes them."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    parser = LightningArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults({"trainer.accelerator": "cpu", "trainer.logger": False, "trainer.enable_checkpointing": False})
+    return parser
+
+
+def rollout_callback(parser: Any, arguments: list[str]) -> tuple[Any, Any]:
+    """The rollout callback of the trainer that the arguments make, and the parsed arguments."""
+    given = parser.parse_args(arguments)
+    callbacks = parser.instantiate(given).trainer.callbacks
+    return next(callback for callback in callbacks if type(callback).__name__ == "RolloutCallback"), given
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_callback_takes_every_recipe_as_a_file(path: Path) -> None:
+    flags = [f"--trainer.callbacks+={ROLLOUT}", f"--trainer.callbacks.reward={path}"]
+    callback, _ = rollout_callback(trainer_parser(), [*flags, "--trainer.callbacks.reward.format=0.3"])
+    assert isinstance(callback.reward, RewardConfig)
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--reward", type=RewardConfig)
+    alone = parser.instantiate(parser.parse_args([f"--reward={path}"])).reward
+    assert callback.reward == replace(alone, format=0.3)  # a flag behind the file wins, all else is the file's
+
+
+def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Path) -> None:
+    run = f"trainer:\n  callbacks:\n    - class_path: {ROLLOUT}\n      init_args: {{reward: {own_reward.name}}}\n"
+    (tmp_path / "run.yaml").write_text(run)
+    parser = trainer_parser()
+    callback, given = rollout_callback(parser, [f"--config={tmp_path / 'run.yaml'}"])
+    module = RewardModule(callback.reward)
+    short, long = Recorder(task(box=None)).answer(), Recorder(task(box=None)).call("contrast_up").answer()
+    scored = group(short, long)
+    module.score_group(scored)
+    assert short.reward is not None and long.reward is not None
+    assert short.reward.components["brevity"] == 1.0
+    assert short.reward.total == pytest.approx(1.0 + 0.1 + 0.3 - 0.5)
+    assert long.reward.total == pytest.approx(1.0 + 0.1 + 0.1 - 0.5 / 2)
+    metrics = module.metrics([scored])
+    assert metrics["reward/brevity"] == 0.5
+    assert metrics["reward/by_source/digits/few_turns"] == 0.75
+    module.close()
+    (tmp_path / "saved.yaml").write_text(parser.dump(given))  # what is written beside a run gives the same reward again
+    again, _ = rollout_callback(trainer_parser(), [f"--config={tmp_path / 'saved.yaml'}"])
+    assert again.reward.weights == callback.reward.weights
+    assert again.reward.terms[0].most_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ("[{class_path: own_reward.NotThere}]", "NotThere"),
+        ("[{class_path: own_reward.Brevity, init_args: {weight: much}}]", "weight"),
+        ("[{class_path: own_reward.Brevity, init_args: {name: mandatory}}]", "taken"),
+        ("[{class_path: own_reward.Brevity, init_args: {name: total}}]", "taken"),
+    ],
+)
+def test_a_component_that_cannot_be_is_named(own_reward: Path, terms: str, said: str) -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--reward", type=RewardConfig)
+    with pytest.raises((jsonargparse.ArgumentError, ValueError), match=said):
+        parser.instantiate(parser.parse_args([f"--reward.terms={terms}"]))
+
+
+class Broken(RewardTerm):
+    """Gives no number."""
+
+    def value(self, trajectory: Trajectory, score: float) -> float:
+        return float("nan")
+
+
+def test_a_component_that_is_no_number_stops_the_run() -> None:
+    module = RewardModule(RewardConfig(terms=[Broken("broken", 1.0)]))
+    with pytest.raises(ValueError, match=r"'broken' gives nan for task 't'"):
+        module.score_group(group(Recorder(task(box=None)).answer()))
+
+
+def test_the_key_is_in_no_saved_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    parser = jsonargparse.ArgumentParser(default_env=True)
+    parser.add_argument("--reward", type=RewardConfig)
+    given = parser.parse_args(["--reward.judge.max_parallel=3", "--reward.judge.api_key_env=JUDGE_API_KEY"])
+    module = RewardModule(parser.instantiate(given).reward)
+    assert "max_parallel" in parser.dump(given)
+    assert "sk-very-secret" not in parser.dump(given) + repr(module.config) + repr(module.judge)
+    module.close()
+
+
+@pytest.mark.parametrize("key", ["sk-abc-123", "Bearer x", ""])
+def test_a_key_in_the_place_of_its_name_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key_env") as caught:
+        JudgeConfig(api_key_env=key)
+    assert not key or key not in str(caught.value)
