@@ -107,7 +107,8 @@ def main() -> int:
         f"scoring without judge: {found['score_ms_per_100']:.2f} ms per 100 trajectories (target {TARGET_MS_PER_100:g})"
     )
     print(
-        f"judge of {LATENCY_S * 1000:.0f} ms, 64 parallel, {found['requests']:.0f} requests over {options.rollout_s:g} s: "
+        f"judge of {LATENCY_S * 1000:.0f} ms, 64 parallel, "
+        f"{found['requests']:.0f} requests over {options.rollout_s:g} s: "
         f"{found['added_latencies']:.2f} latencies after the last trajectory (target {TARGET_LATENCIES:g})"
     )
     if options.json:

@@ -14,7 +14,7 @@ if str(ROOT) not in sys.path:  # compare.py lies outside the project, which need
 Case = dict[str, Any]
 
 
-def call(topic: str, case: Case) -> Any:  # noqa: ANN401 - each topic has its own shape
+def call(topic: str, case: Case) -> Any:
     """What the project returns for one case of a topic."""
     return TOPICS[topic](case)
 
@@ -55,21 +55,25 @@ def images(case: Case) -> dict[str, Any]:
 
 
 def reward(case: Case) -> dict[str, Any]:
-    """Components and totals of a group."""
+    """Components and totals of a group, by the recipe `reference` with the case's weights."""
+    import yaml
+
     from cv_lightning.rewards.config import RewardConfig
     from cv_lightning.rewards.geometry import best_iou
     from cv_lightning.rewards.process import Attempt, group_components
     from cv_lightning.rewards.transforms import expected_operations
 
     given, params = case["input"], case["input"]["params"]
-    config = RewardConfig(
-        format=params["format_weight"],
-        mandatory=params["alpha"],
-        necessity=params["beta"],
-        emerge=params["emerge_weight"],
-        usage=params["gamma"],
-        spurious=params["gamma"],
-    )
+    recipe = yaml.safe_load((ROOT / "configs" / "reward" / "reference.yaml").read_text())
+    weights = {
+        "format": params["format_weight"],
+        "mandatory": params["alpha"],
+        "necessity": params["beta"],
+        "emerge": params["emerge_weight"],
+        "usage": params["gamma"],
+        "spurious": params["gamma"],
+    }
+    config = RewardConfig(**(recipe | weights))
     expected = expected_operations(given["required_transforms"])
     attempts = [
         Attempt(

@@ -1,13 +1,14 @@
 """The project agrees with the golden cases: input/output pairs of the reference, of PIL and of autograd.
 
-Questionable cases may differ on purpose. Answers, format and tool calls differ where the reference accepts what is no
-answer or refuses what is one (reference behaviour and reason stand in each case); one reward case differs because a
-mapping's null entry is not wanted; advantages of groups without spread are exactly 0.
+Questionable cases may differ on purpose: docs/rewards.md lists those of answers, format, tool calls and reward, each
+with its reason, and a test holds it to that.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,22 @@ def test_agrees_with_golden_cases(
 ) -> None:
     monkeypatch.chdir(FOLDER.parents[1])
     assert compare.main([str(FOLDER / f"{topic}.public.json")]) == 0, capsys.readouterr().out
+
+
+def test_the_docs_list_every_case_that_differs(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parents[1])
+    spec = importlib.util.spec_from_file_location("golden_adapter", FOLDER / "adapter.py")
+    assert spec is not None and spec.loader is not None
+    adapter = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(adapter)
+    differ = set()
+    for topic in ("answers", "format", "images", "reward", "toolcalls"):
+        for case in json.loads((FOLDER / f"{topic}.public.json").read_text())["cases"]:
+            if not all(agrees for _, agrees, *_ in compare.judge(topic, case, adapter.call)):
+                differ.add(case["id"])
+    text = (FOLDER.parents[1] / "docs" / "rewards.md").read_text()
+    listed = set(re.findall(r"^\| ((?:answers|format|images|reward|toolcalls)-p\d+) ", text, re.MULTILINE))
+    assert listed == differ
 
 
 def test_comparison_notices_a_difference(compare: ModuleType) -> None:

@@ -1,0 +1,118 @@
+"""From code to reward with the real sandbox: what ran is paid, whatever the text says, in the source's coordinates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+
+from reward_samples import BOX, Recorder, group, task
+
+from cv_lightning.images import compose
+from cv_lightning.rewards import RewardConfig, RewardModule
+from cv_lightning.rewards.static import read_code
+from cv_lightning.sandbox import Sandbox
+from cv_lightning.types import Task, ToolCall, Trajectory, TrajectoryImage, Turn
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox() as running:
+        yield running
+
+
+def run(sandbox: Sandbox, subject: Task, *snippets: str, answer: str = "42") -> Trajectory:
+    """Each snippet on the last image, recorded as the agent records it."""
+    recorder = Recorder(subject)
+    for code in snippets:
+        parent = recorder.images[-1]
+        result = sandbox.run_sync(parent.original, code)
+        index = None
+        if result.image is not None:
+            to_input = result.effect.to_input if result.effect is not None else None
+            known = to_input is not None and parent.to_source is not None
+            to_source = compose(parent.to_source, to_input) if known else None  # type: ignore[arg-type]
+            index = len(recorder.images)
+            recorder.images.append(
+                TrajectoryImage(original=result.image, model_image=result.image, parent=index - 1, to_source=to_source)
+            )
+        call = ToolCall(name="code_image_tool", code=code, image_index=len(recorder.images) - 1)
+        text = "<think>t</think><tool_call>{}</tool_call>"
+        recorder.turns.append(Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=index))
+    return recorder.answer(answer)
+
+
+def components(trajectory: Trajectory, config: RewardConfig | None = None) -> dict[str, float]:
+    RewardModule(config).score_group(group(trajectory))
+    assert trajectory.reward is not None
+    return trajectory.reward.components
+
+
+TURN_AND_CROP = {
+    "two calls": ("result = image.rotate(270, expand=True)", "result = image.crop((150, 40, 270, 200))"),
+    "one call": ("t = image.transpose(Image.Transpose.ROTATE_270)\nresult = t.crop((150, 40, 270, 200))",),
+    "arrays": ("result = np.rot90(np.array(image), k=3)", "a = np.array(image)\nresult = a[40:200, 150:270]"),
+    "crop first": (
+        "w, h = image.size\nresult = image.crop((w // 10, h // 10, w // 2, h // 2)).rotate(-90, expand=True)",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TURN_AND_CROP)
+def test_a_crop_on_the_turned_picture_is_paid_in_the_source(sandbox: Sandbox, way: str) -> None:
+    """The picture was turned by 90 degrees; BOX of the source lies at (150, 40, 270, 200) once it is upright."""
+    trajectory = run(sandbox, task("rotate_90", "crop"), *TURN_AND_CROP[way])
+    found = components(trajectory, RewardConfig(crop_credit="iou"))
+    assert (found["mandatory"], found["exact"], found["accuracy"]) == (pytest.approx(1.0), 1.0, 1.0)
+    parity = RewardConfig(credit="ran", crop_frame="call", crop_credit="iou")
+    frameless = components(trajectory, parity)["mandatory"]
+    # a call's own box is in the frame of the picture that it worked on, here the source where there was one call only
+    assert frameless == pytest.approx(1.0) if len(TURN_AND_CROP[way]) == 1 else frameless < 0.8
+
+
+MENTIONS = {
+    "comment": "# image.rotate(270).crop((40, 30, 200, 150))\nresult = image",
+    "string": "s = 'image.rotate(270).crop((40, 30, 200, 150))'\nresult = image",
+    "dead branch": "if 1 > 2:\n    image = image.rotate(270, expand=True)\nresult = image",
+    "uncalled": "def f():\n    return image.rotate(270, expand=True)\nresult = image",
+    "thrown away": "image.rotate(270, expand=True)\nimage.crop((40, 30, 200, 150))\nresult = image",
+    "there and back": "result = image.rotate(270, expand=True).rotate(90, expand=True)",
+    "whole": "w, h = image.size\nresult = image.crop((0, 0, w, h))",
+    "raises": "image = image.rotate(270, expand=True)\nimage = image.crop((40, 30, 200, 150))\nraise ValueError('x')",
+    "enhanced by 1": "result = ImageEnhance.Contrast(image).enhance(1.0)",
+    "own names": "def rotate(i, a):\n    return i\nresult = rotate(image, 270)  # .crop((40, 30, 200, 150))",
+    "a name from outside": "class rotate_270:\n    pass\nrotate_270()\nresult = image",
+}
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper", "released code"])
+@pytest.mark.parametrize("way", MENTIONS)
+def test_what_did_not_happen_is_not_paid(sandbox: Sandbox, way: str, recipe: str) -> None:
+    config = {
+        "default": RewardConfig(),
+        "paper": RewardConfig(credit="steps", penalties="binary", gate=False, emerge=0.2),
+        "released code": RewardConfig(credit="ran", crop_frame="call", emerge=0.2),
+    }[recipe]
+    found = components(run(sandbox, task("rotate_90", "crop"), MENTIONS[way]), config)
+    assert (found["mandatory"], found["exact"], found["emerge"]) == (0, 0, 0)
+
+
+def test_text_and_trace_disagree_where_the_text_lies(sandbox: Sandbox) -> None:
+    """Reading code is an option for comparisons; by default nothing looks at the text."""
+    code = "crop = lambda *_: image\nimage.rotate(270, expand=True)\nresult = image"
+    trajectory = run(sandbox, task("rotate_90", box=None), code)
+    assert read_code(code).labels == {"rotate_270"}
+    by_code = RewardConfig(credit="ran", crop_frame="call", evidence="code")
+    assert components(trajectory, by_code)["mandatory"] == 1.0
+    assert components(trajectory)["mandatory"] == 0.0
+
+
+def test_a_crop_beside_the_box_is_paid_by_its_overlap(sandbox: Sandbox) -> None:
+    x1, y1, x2, y2 = map(int, BOX)
+    code = f"result = image.crop(({x1 + 40}, {y1}, {x2 + 40}, {y2}))"
+    found = components(run(sandbox, task("crop"), code), RewardConfig(crop_credit="iou"))
+    assert found["mandatory"] == pytest.approx(120 / 200, abs=0.02)
