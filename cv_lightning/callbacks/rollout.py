@@ -298,7 +298,7 @@ class RolloutCallback(pl.Callback):
             score=parts.rewards.score_answer if self.reward.judge is not None else None,
             window=2 * self.engine_config.max_num_seqs,
         )
-        return Collector(rollout, parts.rewards, self.advantage)
+        return Collector(rollout, parts.rewards, self.advantage, module.reduce_sum)
 
 
 def _policy_module(module: pl.LightningModule) -> PolicyModule:

@@ -158,7 +158,6 @@ class TaskDataModule(EvaluationDataModule):
         eval_files: Parquet files that `validate` and `test` go through instead of digits.
         num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
         tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
-        oversample: so many times the tasks come in a batch, for dynamic sampling.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
         test_tasks: held-out scenes of each kind in a test.
         tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
@@ -173,34 +172,32 @@ class TaskDataModule(EvaluationDataModule):
         eval_files: list[str] | None = None,
         num_iterations: int = 100,
         tasks_per_iteration: int = 16,
-        oversample: float = 1.0,
         val_tasks: dict[str, int] | None = None,
         test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
-        if num_iterations < 1 or tasks_per_iteration < 1 or oversample < 1:
+        if num_iterations < 1 or tasks_per_iteration < 1:
             raise ValueError(
-                f"--data.num_iterations {num_iterations}, --data.tasks_per_iteration {tasks_per_iteration} and "
-                f"--data.oversample {oversample} must be at least 1"
+                f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
+                "must be at least 1"
             )
         self.train_files = train_files or []
         self.num_iterations = self.num_train_batches = num_iterations
         self.tasks_per_iteration = tasks_per_iteration
-        self.oversample = oversample
         self.seed = seed
 
     def train_dataloader(self) -> StepLoader[Iteration]:
         """One batch an RL iteration: this rank's share of its tasks."""
         rank, world_size = self._rank_and_world()
         _check_divisible("tasks_per_iteration", self.tasks_per_iteration, world_size)
-        count = math.ceil(self.tasks_per_iteration * self.oversample / world_size) * world_size
         source: TaskSource = DigitTasks(self.digits)
         if self.train_files:
             source = RowTasks(TaskFiles(self.train_files, self.reader), self.seed)
         return StepLoader(
-            lambda step: Iteration(step, source.tasks(step, count, rank, world_size)), self.num_iterations
+            lambda step: Iteration(step, source.tasks(step, self.tasks_per_iteration, rank, world_size)),
+            self.num_iterations,
         )
 
 

@@ -59,6 +59,12 @@ class GRPOModule(PolicyModule):
         if num_minibatches < 1 or temperature <= 0:
             raise ValueError("model.num_minibatches must be at least 1 and model.temperature above 0")
         self.loss = loss or PolicyLossConfig()
+        if self.loss.kl_weight and self.loss.kl_in == "reward":
+            raise ValueError("model.loss.kl_in reward is not wired into training yet; set it to loss")
+        if self.loss.importance_band is not None and old_logprobs == "engine":
+            raise ValueError(
+                "model.loss.importance_band masks by the engine's ratio: set model.old_logprobs to trainer"
+            )
         self.num_minibatches = self.steps_per_batch = num_minibatches
         self.temperature = temperature
         self.old_logprobs = old_logprobs
@@ -68,7 +74,7 @@ class GRPOModule(PolicyModule):
     def configure_model(self) -> None:
         """Load the policy and, for training with a KL penalty, the frozen reference (design decision 15)."""
         super().configure_model()
-        if self.loss.kl_weight > 0 and self.reference is None and self.trainer.training:
+        if self.loss.needs_reference and self.reference is None and self.trainer.training:
             self.reference = load_policy(replace(self.policy_config, path=self.reference_path))
             self.reference.requires_grad_(False)
 

@@ -1,0 +1,1 @@
+"""From scored trajectories to a loss: collector, advantages, policy losses, micro-batches."""

@@ -9,7 +9,7 @@ from statistics import fmean
 from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
 from cv_lightning.engine.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
-from cv_lightning.rl.advantages import AdvantageConfig, group_advantages
+from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages
 from cv_lightning.types import EndState, Group, Task, ToolStatus, Trajectory
 
 
@@ -20,6 +20,8 @@ class Collector:
     rollout: Rollout
     rewards: RewardModule
     advantage: AdvantageConfig
+    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None
+    """Sums over ranks, for advantages that need the whole batch; None: one rank."""
 
     def collect(
         self,
@@ -40,19 +42,28 @@ class Collector:
             members = trajectories[index * num_samples : (index + 1) * num_samples]
             group = Group(task=task, trajectories=members, iteration=iteration)
             self.rewards.score_group(group)
-            assign_advantages(group, self.advantage)
             groups.append(group)
+        assign_advantages(groups, self.advantage, self.reduce_sum)
         return groups
 
 
-def assign_advantages(group: Group, config: AdvantageConfig) -> None:
-    """Set `advantage` on the scored trajectories of a group; the unscored ones are left out of its statistics."""
-    scored = [t for t in group.trajectories if t.reward is not None]
-    values = group_advantages([t.reward.total for t in scored if t.reward is not None], config)
-    for trajectory in group.trajectories:
-        trajectory.advantage = None
-    for trajectory, value in zip(scored, values, strict=True):
-        trajectory.advantage = float(value)
+def assign_advantages(
+    groups: Sequence[Group],
+    config: AdvantageConfig,
+    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None,
+) -> None:
+    """Set `advantage` on the scored trajectories; the unscored ones are left out of their group's statistics.
+
+    Call it on every rank, also on one without groups (see `batch_advantages`).
+    """
+    scored = [[(t, t.reward.total) for t in group.trajectories if t.reward is not None] for group in groups]
+    values = batch_advantages([[reward for _, reward in members] for members in scored], config, reduce_sum)
+    for group in groups:
+        for trajectory in group.trajectories:
+            trajectory.advantage = None
+    for members, advantages in zip(scored, values, strict=True):
+        for (trajectory, _), advantage in zip(members, advantages, strict=True):
+            trajectory.advantage = float(advantage)
 
 
 def carries_signal(group: Group) -> bool:
@@ -93,4 +104,3 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
 def is_trainable(trajectory: Trajectory) -> bool:
     """True if the loss should read it: scored, some token sampled, and an advantage other than 0."""
     return bool(trajectory.advantage) and any(trajectory.loss_mask)
-

@@ -104,11 +104,11 @@ def test_resume_within_an_epoch_of_a_file(tmp_path: Path) -> None:
     assert sorted(first_epoch) == sorted(f"digits:{at}" for at in range(10))
 
 
-def test_an_iteration_balances_kinds_and_oversamples() -> None:
-    data = task_data(oversample=1.5)
+def test_an_iteration_balances_kinds() -> None:
+    data = task_data()
     batch = next(iter(data.train_dataloader()))
     assert isinstance(batch, Iteration)
-    assert sorted(Counter(task.metadata["kind"] for task in batch.tasks).values()) == [3, 3, 3, 3]
+    assert sorted(Counter(task.metadata["kind"] for task in batch.tasks).values()) == [2, 2, 2, 2]
 
 
 def test_sft_begins_with_a_warm_up_and_runs_its_calls() -> None:
@@ -181,7 +181,6 @@ def test_a_loader_starts_anew_after_its_end() -> None:
     ("make", "arguments", "flag"),
     [
         (task_data, {"num_iterations": 0}, "--data.num_iterations"),
-        (task_data, {"oversample": 0.5}, "--data.oversample"),
         (task_data, {"val_tasks": {"tilted": 2}}, "val_tasks"),
         (task_data, {"tasks_per_eval_batch": -1}, "--data.tasks_per_eval_batch"),
         (sft_data, {"warm_up_share": 2.0}, "--data.warm_up_share"),
