@@ -3,145 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
-from trajectory_samples import KINDS, Policy, digit_task, group
+from report_samples import Size, write_run
+from trajectory_samples import KINDS, digit_task, group
 
 from cv_lightning.evaluation.report import ReportConfig, write_report
 from cv_lightning.trajectory import TrajectoryWriter
 
-client = pytest.importorskip("websockets.sync.client")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytest.importorskip("websockets.sync.client", reason="no websockets: pip install websockets")
+from report_browser import CHROMIUM, Browser
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 HOSTILE = "</script><img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
 
 
-class Browser:
-    """Just enough of the DevTools protocol."""
-
-    def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
-        assert CHROMIUM is not None
-        self.problems: list[str] = []
-        self.process = subprocess.Popen(
-            [
-                CHROMIUM,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--remote-debugging-port=0",
-                f"--user-data-dir={profile}",
-                f"--window-size={width},{height}",
-                "about:blank",
-            ],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "HOME": str(profile)},
-        )
-        port_file = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 30
-        while not (port_file.is_file() and len(port_file.read_text().splitlines()) == 2):
-            assert time.monotonic() < deadline, "Chromium did not start"
-            time.sleep(0.05)
-        port, path = port_file.read_text().splitlines()
-        self.socket = client.connect(f"ws://127.0.0.1:{port}{path}", max_size=None)
-        self.number = 0
-        self.session: str | None = None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(timeout=10)
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        self.socket.send(json.dumps(message))
-        while True:
-            reply = json.loads(self.socket.recv(timeout=30))
-            self._note(reply)
-            if reply.get("id") == self.number:
-                assert "error" not in reply, reply
-                return reply["result"]
-
-    def _note(self, event: dict[str, Any]) -> None:
-        method, params = event.get("method"), event.get("params", {})
-        if method == "Runtime.exceptionThrown":
-            self.problems.append(json.dumps(params["exceptionDetails"])[:500])
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.problems.append(params["entry"]["text"])
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.problems.append(json.dumps(params["args"])[:500])
-
-    def run(self, expression: str) -> Any:
-        """Value of a JavaScript expression; promises are awaited."""
-        reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
-        return reply["result"].get("value")
-
-    def open(self, url: str) -> float:
-        """Go to the page; returns seconds until its script has run."""
-        start = time.perf_counter()
-        self.call("Page.navigate", url=url)
-        while self.run("document.readyState + location.href.startsWith('about:')") != "completefalse":
-            time.sleep(0.01)
-        return time.perf_counter() - start
-
-    def until(self, expression: str) -> None:
-        deadline = time.monotonic() + 10
-        while not self.run(expression):
-            assert time.monotonic() < deadline, f"never true: {expression}"
-            time.sleep(0.02)
-
-    def press(self, key: str) -> None:
-        code = {"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37}[key]
-        text = {"Enter": "\r"}.get(key)
-        for kind in ("keyDown", "keyUp"):
-            extra = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra)
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("run with späces")
-    for name, policy in {
-        "eval/sft_greedy_tool": Policy(0.1, 0.1),
-        "eval/rl_greedy_tool": Policy(1, 1),
-        "eval/rl_greedy_notool": Policy(0, 0),
-    }.items():
-        with TrajectoryWriter(run / name) as writer:
-            for kind in KINDS:
-                for index in range(12):
-                    writer.write_group(group(digit_task(index, kind), 1, policy), 0)
-    with TrajectoryWriter(run / "rl") as writer:
+    run = tmp_path_factory.mktemp("run with späces") / "quickstart-seed0"
+    write_run(run, Size(per_kind=6, iterations=8, tasks=4, samples=8, ablation=True))
+    with TrajectoryWriter(run / "rl", name="hostile") as writer:
         for iteration in range(1, 7):
             item = group(digit_task(iteration, KINDS[iteration % 4]), 8, iteration=iteration)
             item.trajectories[0].turns[-1].text = f"<answer>{HOSTILE}</answer>"
             assert item.trajectories[0].reward is not None
             item.trajectories[0].reward.answer = HOSTILE
             writer.write_group(item, iteration)
-    (run / "rl" / "metrics.csv").write_text(
-        "step,iteration,reward/total,reward/accuracy,policy/entropy\n"
-        + "".join(f"{i},{i},{i / 40},{i / 60},{1 - i / 50}\n" for i in range(40))
-    )
     return write_report(run)
 
 
@@ -149,6 +42,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser(tmp_path: Path) -> Iterator[Browser]:
     with Browser(tmp_path / "profile") as started:
         yield started
+
+
+def browser_store(page: Path, label: str) -> int:
+    """Number of a set of trajectories in the page."""
+    text = page.read_text().split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    return [store["label"] for store in json.loads(text)["stores"]].index(label)
 
 
 def visible_cards(browser: Browser) -> int:
@@ -166,7 +65,7 @@ def test_the_page_opens_filters_and_shows_a_trajectory(browser: Browser, page: P
         document.getElementById(id).dispatchEvent(new Event('input', { bubbles: true })); };
         set('f-outcome', 'wrong'); set('f-kind', 'turned'); })()"""
     )
-    browser.until("!document.getElementById('count').textContent.startsWith('192')")
+    browser.until("!document.getElementById('count').textContent.startsWith(String(all.length))")
     assert browser.run("[...document.querySelectorAll('.tile')].every((t) => t.textContent.includes('✗ wrong'))")
     assert "kind=turned" in browser.run("location.hash")
 
@@ -180,6 +79,43 @@ def test_the_page_opens_filters_and_shows_a_trajectory(browser: Browser, page: P
     assert browser.problems == []
 
 
+def test_results_and_examples_stand_on_the_page(browser: Browser, page: Path) -> None:
+    browser.open(page.as_uri())
+    assert browser.run("document.querySelectorAll('.headlines li').length") == 3
+    assert browser.run("document.querySelectorAll('#example-list article').length") == 4
+    browser.run("for (const image of document.querySelectorAll('#example-list img')) image.scrollIntoView()")
+    browser.until("[...document.querySelectorAll('#example-list img')].every((i) => i.naturalWidth > 0)")
+    assert browser.run("document.querySelectorAll('#example-list polygon.truth').length") == 4
+    assert browser.run("document.querySelectorAll('#example-list .seen').length") >= 2
+    browser.until("document.querySelectorAll('#compared path').length >= 8")
+    before = browser.run("document.querySelector('#intervals circle title').textContent")
+    browser.run("document.querySelector('#results .tabs button:last-child').click()")
+    browser.until(f"document.querySelector('#intervals circle title')?.textContent !== {json.dumps(before)}")
+    browser.run("document.querySelector('#charts details summary').click()")
+    browser.until("document.querySelectorAll('#charts details[open] svg path').length > 3")
+    assert browser.requests == [page.as_uri()]
+    assert browser.problems == []
+
+
+def test_crops_are_drawn_where_they_were_taken(browser: Browser, page: Path) -> None:
+    """The outline of a crop, in the pixels of the drawn source image, lies around the ground-truth box."""
+    browser.open(page.as_uri())
+    found = browser.run(
+        """(() => { const item = all.find((i) => i.trajectory.must === true && i.task.kind === 'turned_and_small');
+        openViewer(item.index); const box = (node) => { const r = node.getBoundingClientRect();
+        return [r.left, r.top, r.right, r.bottom]; };
+        const source = document.querySelector('#viewer .source');
+        return { truth: box(source.querySelector('.truth')), image: box(source.querySelector('img')),
+        crop: box(source.querySelector('polygon.s1')), box: item.task.box, size: item.task.images[0].size }; })()"""
+    )
+    scale = (found["image"][2] - found["image"][0]) / found["size"][0]
+    for edge in range(4):
+        expected = found["image"][edge % 2] + scale * found["box"][edge]
+        assert found["truth"][edge] == pytest.approx(expected, abs=4)
+        outside = found["crop"][edge] - found["truth"][edge]
+        assert (outside <= 1) if edge < 2 else (outside >= -1)
+
+
 def test_pictures_are_decoded_only_when_looked_at(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     assert browser.run("[...document.querySelectorAll('.tile img')].filter((i) => i.hasAttribute('src')).length") == 0
@@ -188,7 +124,8 @@ def test_pictures_are_decoded_only_when_looked_at(browser: Browser, page: Path) 
 
 
 def test_the_keyboard_reaches_everything(browser: Browser, page: Path) -> None:
-    browser.open(page.as_uri() + "#store=3")
+    training = browser_store(page, "RL training")
+    browser.open(f"{page.as_uri()}#store={training}")
     browser.run("document.querySelector('.tile').focus()")
     browser.press("Enter")
     browser.until("document.getElementById('viewer').open")
@@ -206,9 +143,25 @@ def test_the_keyboard_reaches_everything(browser: Browser, page: Path) -> None:
     assert browser.problems == []
 
 
+def test_tabs_answer_to_arrows_and_focus_shows(browser: Browser, page: Path) -> None:
+    browser.open(page.as_uri())
+    browser.press("Tab")
+    assert browser.run("document.activeElement.className") == "skip"
+    browser.run("document.querySelector('#stages [aria-selected=true]').focus()")
+    browser.press("ArrowRight")
+    browser.until("document.activeElement.dataset.stage === 'rl_accuracy'")
+    assert browser.run("document.activeElement.getAttribute('aria-selected')") == "true"
+    browser.run("document.querySelector('#charts svg.plot').focus()")
+    browser.press("ArrowRight")
+    browser.until("[...document.querySelectorAll('#charts .tip')].some((tip) => !tip.hidden)")
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert browser.problems == []
+
+
 def test_what_a_model_wrote_is_text(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri() + "#search=onerror")
-    assert browser.run("document.getElementById('count').textContent").startswith("6 of")
+    count = browser.run("document.getElementById('count').textContent")
+    assert 1 <= int(count.split()[0]) <= 6
     browser.run("document.querySelector('.tile').click()")
     browser.until("document.getElementById('viewer').open")
     assert "onerror" in browser.run("document.querySelector('#viewer .answer').textContent")
@@ -222,7 +175,9 @@ def test_a_phone_sees_all_of_it(browser: Browser, page: Path) -> None:
     browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
     browser.open(page.as_uri())
     browser.until("document.querySelector('#charts svg path') !== null")
-    assert browser.run("document.documentElement.scrollWidth") <= 390
+    for stage in browser.run("data.curves.map((entry) => entry.stage)"):
+        browser.run(f"showStage({json.dumps(stage)})")
+        assert browser.run("document.documentElement.scrollWidth") <= 390
     browser.run("document.querySelector('.tile').click()")
     browser.until("document.getElementById('viewer').open")
     assert browser.run("document.querySelector('.v-body').scrollWidth") <= 390
@@ -234,6 +189,7 @@ def test_a_phone_sees_all_of_it(browser: Browser, page: Path) -> None:
     assert browser.problems == []
 
 
+@pytest.mark.slow
 def test_five_thousand_trajectories_open_within_a_second(browser: Browser, tmp_path: Path) -> None:
     with TrajectoryWriter(tmp_path / "run" / "rl") as writer:
         for index in range(625):

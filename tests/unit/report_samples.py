@@ -81,6 +81,7 @@ def _sft(folder: Path) -> None:
 
 def _rl(folder: Path, size: Size, recipe: str, needless: float) -> None:
     logger = CSVLogger(folder, name="", version="")
+    assert logger.experiment is not None  # made while the folder is still empty
     weights = resolved(recipe)
     reward = RewardConfig(**weights)
     module = RewardModule(reward)

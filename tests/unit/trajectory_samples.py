@@ -100,7 +100,7 @@ def group(
         iteration=iteration,
     )
     RewardModule(reward).score_group(found)
-    assign_advantages(found, AdvantageConfig())
+    assign_advantages([found], AdvantageConfig())
     return found
 
 
