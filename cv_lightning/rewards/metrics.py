@@ -6,6 +6,7 @@ sources, and a mean of means would weigh a source by rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from cv_lightning.types import Group, RewardBreakdown
@@ -28,13 +29,12 @@ def reward_sums(groups: Sequence[Group]) -> Sums:
         transforms = dict.fromkeys(group.task.required_transforms) or {"none": None}
         prefixes = ["reward", f"reward/by_source/{group.task.data_source}"]
         prefixes += [f"reward/by_transform/{name}" for name in transforms]
-        for trajectory in group.trajectories:
-            if trajectory.reward is None:
-                continue
-            for name, value in _values(trajectory.reward).items():
-                for prefix in prefixes:
-                    total, count = sums.get(f"{prefix}/{name}", (0.0, 0))
-                    sums[f"{prefix}/{name}"] = total + value, count + 1
+        rows = [_values(trajectory.reward) for trajectory in group.trajectories if trajectory.reward is not None]
+        for name in rows[0] if rows else ():
+            value = math.fsum(row[name] for row in rows)
+            for prefix in prefixes:
+                total, count = sums.get(f"{prefix}/{name}", (0.0, 0))
+                sums[f"{prefix}/{name}"] = total + value, count + len(rows)
     return sums
 
 

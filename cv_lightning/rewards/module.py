@@ -7,8 +7,9 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cv_lightning.rewards.answer import AnswerScore, is_copied, rule_score
 from cv_lightning.rewards.config import RewardConfig
@@ -23,6 +24,15 @@ from cv_lightning.types import EndState, Group, JudgeError, RewardBreakdown, Tas
 
 if TYPE_CHECKING:
     from cv_lightning.rewards.judge import Judge
+
+
+class _Early(NamedTuple):
+    """What is known of a trajectory before its group is complete."""
+
+    trajectory: Trajectory
+    """Kept, so that its `id` stays its own."""
+    score: AnswerScore
+    attempt: Attempt
 
 
 class RewardModule:
@@ -43,7 +53,7 @@ class RewardModule:
         """
         self.config = config or RewardConfig()
         self.judge: Judge | None = None
-        self._verdicts: dict[int, tuple[Trajectory, AnswerScore]] = {}
+        self._early: dict[int, _Early] = {}
         self._failures: deque[bool] = deque(maxlen=self.config.judge.failure_window if self.config.judge else 1)
         self._last_failure = ""
         if self.config.judge is not None:
@@ -55,14 +65,16 @@ class RewardModule:
 
     # ------------------------------------------------------------------ one answer
     async def score_answer(self, trajectory: Trajectory) -> None:
-        """Score the answer of a finished trajectory: by rule, then by the judge if the rule says no.
+        """Score a finished trajectory as far as it can be without its group, while others still roll out.
 
-        A judge that cannot answer makes the trajectory's end state `ERROR_JUDGE`; it is then never scored.
+        By rule, then by the judge if the rule says no. A judge that cannot answer makes the trajectory's end state
+        `ERROR_JUDGE`; it is then never scored.
         """
         if self._symbolic is None:
             score = self._rule(trajectory)
         else:  # it may take seconds, which the loop does not have
             score = await asyncio.get_running_loop().run_in_executor(self._symbolic_thread, self._rule, trajectory)
+        attempt = self._attempt(trajectory, wanted_operations(trajectory.task))
         if self.judge is not None and score.value <= CORRECT_ABOVE and _is_judgeable(trajectory.task, score.answer):
             task = trajectory.task
             assert score.answer is not None
@@ -74,7 +86,7 @@ class RewardModule:
             if trajectory.end_state.is_error:
                 return  # the rollout has given up waiting
             score = AnswerScore(value, score.answer, "judge")
-        self._verdicts[id(trajectory)] = trajectory, score
+        self._early[id(trajectory)] = _Early(trajectory, score, attempt)
 
     def _rule(self, trajectory: Trajectory) -> AnswerScore:
         answer = None
@@ -87,25 +99,25 @@ class RewardModule:
     def score_group(self, group: Group) -> None:
         """Set `reward` of every trajectory: None after an error of the infrastructure, else the breakdown.
 
-        The rule stage is applied to trajectories that `score_answer` has not seen. Group statistics are those of the
-        scored trajectories.
+        Trajectories that `score_answer` has not seen are scored by rule. Group statistics are those of the scored
+        trajectories.
 
         Raises:
             JudgeError: more than `judge.max_failed_frac` of the last verdicts failed.
+            ValueError: a component of the user's own is no finite number.
         """
-        expected, attempts, scored = wanted_operations(group.task), [], []
+        expected = wanted_operations(group.task)
+        scored: list[_Early] = []
         for trajectory in group.trajectories:
-            _, score = self._verdicts.pop(id(trajectory), (None, None))
+            early = self._early.pop(id(trajectory), None)
             trajectory.reward = None
-            self._count_verdict(trajectory, score)
-            if trajectory.end_state.is_error:
-                continue
-            score = score if score is not None else self._rule(trajectory)
-            scored.append((trajectory, score))
-            attempts.append(self._attempt(trajectory, score, expected))
-        for (trajectory, score), components in zip(
-            scored, group_components(expected, attempts, self.config.rules), strict=True
-        ):
+            self._count_verdict(trajectory, early)
+            if not trajectory.end_state.is_error:
+                attempt = self._attempt(trajectory, expected) if early is None else early.attempt
+                scored.append(_Early(trajectory, self._rule(trajectory) if early is None else early.score, attempt))
+        attempts = [replace(each.attempt, score=each.score.value) for each in scored]
+        found = group_components(expected, attempts, self.config.rules)
+        for (trajectory, score, _), components in zip(scored, found, strict=True):
             components |= self._further(trajectory, score.value)
             trajectory.reward = RewardBreakdown(
                 components=components,
@@ -116,7 +128,8 @@ class RewardModule:
             )
         self._check_failures()
 
-    def _attempt(self, trajectory: Trajectory, score: AnswerScore, expected: frozenset[str]) -> Attempt:
+    def _attempt(self, trajectory: Trajectory, expected: frozenset[str]) -> Attempt:
+        """What a finished trajectory did; its answer's score is still to come."""
         use = self._use(trajectory, expected)
         texts = [turn.text for turn in trajectory.turns]
         by_turn = self.config.format_by == "turn"
@@ -125,7 +138,6 @@ class RewardModule:
         # a crop that misses is no crop: by labels alone it would be paid for exactness (hazard 25)
         missed = "crop" in expected and worth < GATE
         return Attempt(
-            score=score.value,
             used=use.labels - {"crop"} if missed and self.config.credit == "net" else use.labels,
             crop_credit=worth,
             executions=trajectory.num_tool_calls,
@@ -163,11 +175,11 @@ class RewardModule:
         frame = Frame(*task.images[0].size)
         return max(crop_credit(box, truth, frame, self.config.crop_credit) for box in use.boxes)
 
-    def _count_verdict(self, trajectory: Trajectory, score: AnswerScore | None) -> None:
+    def _count_verdict(self, trajectory: Trajectory, early: _Early | None) -> None:
         if trajectory.end_state is EndState.ERROR_JUDGE:
             self._failures.append(True)
             self._last_failure = trajectory.error
-        elif score is not None and score.scored_by == "judge":
+        elif early is not None and early.score.scored_by == "judge":
             self._failures.append(False)
 
     def _check_failures(self) -> None:
@@ -195,7 +207,7 @@ class RewardModule:
 
     def close(self) -> None:
         """Forget open verdicts, close the judge's connections and cache, end the process for formulas."""
-        self._verdicts.clear()
+        self._early.clear()
         self._symbolic_thread.shutdown(wait=True, cancel_futures=True)
         if self._symbolic is not None:
             self._symbolic.close()

@@ -30,7 +30,7 @@ NecessityOver = Literal["any_tool", "optional_tool"]
 class Attempt:
     """What one scored trajectory of a group did."""
 
-    score: float
+    score: float = 0.0
     """Answer score in [0, 1]."""
     used: frozenset[str] = frozenset()
     """U: labels of the operations that count as used."""
