@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cv_lightning.images import decode_image
 from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.sandbox.config import MAX_CODE_CHARS
 from cv_lightning.sandbox.selftest import PACKAGED, load_cases, report, run_cases
 from cv_lightning.types import CVLightningError
 
@@ -25,7 +26,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--timeout-s", type=float, default=2.0, help="limit of a snippet in seconds")
     parser.add_argument("--allow-unsafe", action="store_true", help="start although a required layer is missing")
     options = parser.parse_args(argv)
-    config = SandboxConfig(timeout_s=options.timeout_s, max_code_chars=20_000, allow_unsafe=options.allow_unsafe)
+    config = SandboxConfig(
+        timeout_s=options.timeout_s, max_code_chars=MAX_CODE_CHARS, allow_unsafe=options.allow_unsafe
+    )
     try:
         with Sandbox(config) as sandbox:
             return _self_test(sandbox, options) if options.self_test else _run(sandbox, options)

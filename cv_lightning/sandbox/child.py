@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import gc
 import math
 import mmap
@@ -33,6 +34,7 @@ from cv_lightning.sandbox.wire import (
 
 FILE = "<code>"
 INPUT_FD, OUTPUT_FD, CONTROL_FD = 3, 4, 5
+MAX_RECURSION = 20_000
 PIECE = 1 << 18
 """Bytes that an encoder hands to the kernel at once."""
 ASPECT_LIMIT = 200
@@ -108,11 +110,12 @@ def seed_everything(seed: bytes) -> None:
 def pick_result(scope: dict[str, Any], image: Image.Image, reference: bool) -> Any:
     """What the snippet hands back: `result`, `output`, else a rebound name, else the picture if it was drawn on.
 
-    As the reference does it, the first of `result`, `output`, `img`, `image` that is a Pillow image counts, untouched
-    or not, so that `image = image.rotate(90)` gives the picture unturned; an array is refused.
+    As the reference does it, the first that is set of `result`, `output`, `processed_image`, `img`, `image` counts,
+    untouched or not, so that `image = image.rotate(90)` gives the picture unturned; an array is refused.
     """
     if reference:
-        found = [scope[name] for name in ("result", "output", "img", "image") if scope.get(name) is not None]
+        names = ("result", "output", "processed_image", "img", "image")
+        found = [scope[name] for name in names if scope.get(name) is not None]
         if found and not isinstance(found[0], Image.Image):
             raise ResultError("not_an_image", f"the result is not an image but {type(found[0]).__name__}")
         return found[0] if found else image
@@ -289,8 +292,10 @@ def run_job(job: ChildJob) -> None:
             kind, text = describe_error(error, job)
         except BaseException as worse:  # an exception whose str() raises
             kind, text = "error", f"{type(error).__name__}: cannot be shown ({type(worse).__name__})"
-        write_error(OUTPUT_FD, kind, text)
-    os._exit(0)
+        with contextlib.suppress(OSError):  # closed by the snippet: then there is no result
+            write_error(OUTPUT_FD, kind, text)
+    finally:
+        os._exit(0)
 
 
 # ------------------------------------------------------------------------------------------------ before the job
@@ -316,9 +321,21 @@ def rehearse() -> None:
         cv2.flip(np.asarray(result), 1)
 
 
-def wait_for_job(fd: int, memory_mb: int) -> ChildJob:
+def cap_recursion() -> None:
+    """Keep snippets from raising the recursion limit without end.
+
+    No protection, only a better error: unwinding millions of frames takes longer than a snippet may.
+    """
+    raise_limit = sys.setrecursionlimit
+
+    def setrecursionlimit(limit: int, /) -> None:
+        raise_limit(min(limit, MAX_RECURSION))
+
+    sys.setrecursionlimit = setrecursionlimit
+
+
+def wait_for_job(control: socket.socket, memory_mb: int) -> ChildJob:
     """Block until the fork server hands over a job; its memfds get the numbers `INPUT_FD` and `OUTPUT_FD`."""
-    control = socket.socket(fileno=fd)
     packet, fds, _, _ = socket.recv_fds(control, 1 << 17, 2)
     control.close()
     if fds != [INPUT_FD, OUTPUT_FD]:  # nobody will ask any more

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 GENERAL_LAYERS = ("clean_exec", "no_new_privs", "rlimits", "pdeathsig", "seccomp", "files")
 """Layers without which no model code runs; `files` is Landlock, or a seccomp filter that denies open()."""
 
+MAX_CODE_CHARS = 32_000
+"""Of up to four bytes each; a packet holds 128 KB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxConfig:
@@ -59,6 +62,10 @@ class SandboxConfig:
         for name in ("timeout_s", "cpu_s", "memory_mb", "max_code_chars", "max_result_pixels", "max_error_chars"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"sandbox.{name}={getattr(self, name)} must be greater than 0")
+        if self.max_code_chars > MAX_CODE_CHARS:
+            raise ValueError(
+                f"sandbox.max_code_chars={self.max_code_chars}: at most {MAX_CODE_CHARS}, sent as one packet"
+            )
         for name in ("num_zygotes", "max_in_flight", "cache_size", "max_queue", "jobs_per_zygote"):
             if getattr(self, name) < 0:
                 raise ValueError(f"sandbox.{name}={getattr(self, name)} must not be negative")

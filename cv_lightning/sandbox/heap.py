@@ -1,9 +1,9 @@
 """Puts the top of the heap where a child's pictures get huge pages.
 
 A fresh child touches every page of its pictures for the first time, and a fault costs microseconds, more so in a
-virtual machine. glibc asks for huge pages where it grows the heap (`TUNABLES`), but the kernel gives one only for a whole,
-untouched block of 2 MB. So the fork server, when all is loaded, moves the heap's top to the start of such blocks, and
-keeps a small free piece below for its own needs, for what it touches there every child would have to copy.
+virtual machine. glibc asks for huge pages where it grows the heap (`TUNABLES`), but the kernel gives one only for a
+whole, untouched block of 2 MB. So the fork server, when all is loaded, moves the heap's top to the start of such
+blocks, and keeps a small free piece below for its own needs, for what it touches there every child would have to copy.
 """
 
 from __future__ import annotations

@@ -18,22 +18,24 @@ SANDBOX_UID = 59_871
 """Dedicated user id of the children where the fork server starts as root."""
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 ALLOWED_SYSCALLS = (
-    "read write readv writev pread64 pwrite64 lseek mmap munmap mremap mprotect madvise brk close fstat newfstatat stat "
-    "lstat statx readlink readlinkat access faccessat faccessat2 fcntl dup futex rt_sigaction rt_sigprocmask "
-    "rt_sigreturn sigaltstack exit exit_group getpid getppid gettid getuid geteuid getgid getegid getrandom clock_gettime "
-    "clock_getres clock_nanosleep nanosleep gettimeofday time sched_yield sched_getaffinity getrusage getcwd uname "
-    "sysinfo restart_syscall poll ppoll select pselect6 set_robust_list rseq times membarrier mincore getrlimit getcpu "
-    "arch_prctl fadvise64 ftruncate getdents64"
+    "read write readv writev pread64 pwrite64 lseek mmap munmap mremap mprotect madvise brk close fstat "
+    "newfstatat stat lstat statx readlink readlinkat access faccessat faccessat2 fcntl dup futex rt_sigaction "
+    "rt_sigprocmask rt_sigreturn sigaltstack exit exit_group getpid getppid gettid getuid geteuid getgid getegid "
+    "getrandom clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time sched_yield "
+    "sched_getaffinity getrusage getcwd uname sysinfo restart_syscall poll ppoll select pselect6 set_robust_list "
+    "rseq times membarrier mincore getrlimit getcpu arch_prctl fadvise64 ftruncate getdents64"
 ).split()
 OPENING_SYSCALLS = ("open", "openat")
-WORKER_SYSCALLS = ("recvmsg", "sendto")
+WAITING_SYSCALLS = ("recvmsg",)
+"""A child is sealed before it gets a job. Its socket is closed when model code starts, and it can make no other."""
+WORKER_SYSCALLS = ("sendto",)
 """What a warm worker, in which no model code runs, needs on top for its one socket."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prctl(option: int, value: int = 0, pointer: object = 0) -> int:
-    """prctl(2); -1 on failure."""
+    """One call of the system; -1 on failure."""
     return int(_libc.prctl(option, value, pointer, 0, 0))
 
 
@@ -50,7 +52,7 @@ def _reachable_by(uid: int, path: str) -> bool:
 
 
 def drop_privileges(enabled: bool) -> str:
-    """Become the sandbox's user if root; where that user cannot reach the interpreter, drop all capabilities instead."""
+    """As root become the sandbox's user; where that one cannot reach the interpreter, drop all capabilities."""
     if os.geteuid() != 0:
         return f"active (uid {os.geteuid()}, not root)"
     if not enabled:
@@ -122,7 +124,7 @@ class SeccompFilter:
         import pyseccomp
 
         rules = pyseccomp.SyscallFilter(defaction=pyseccomp.ERRNO(errno.EPERM))
-        names = [*ALLOWED_SYSCALLS, *extra, *(OPENING_SYSCALLS if allow_open else ())]
+        names = [*ALLOWED_SYSCALLS, *WAITING_SYSCALLS, *extra, *(OPENING_SYSCALLS if allow_open else ())]
         for name in names:
             try:
                 rules.add_rule(pyseccomp.ALLOW, name)

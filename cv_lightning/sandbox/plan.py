@@ -221,7 +221,7 @@ class _Builder:
         return bool(COMPARISONS[type(test.ops[0])](self._number(test.left), self._number(test.comparators[0])))
 
     def _dotted(self, node: ast.expr) -> str:
-        """`ImageOps.mirror` for that, or for a `mirror` that was imported; empty where a value of the snippet is meant."""
+        """`ImageOps.mirror` for that or for an imported `mirror`; empty where a value of the snippet is meant."""
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)

@@ -174,7 +174,7 @@ def output_size(call: str, size: Size, arguments: Mapping[str, Any]) -> Size:
     if needed is not None and needed not in arguments:
         raise NotPlannable(needed)
     width, height = _size_after(call, size, arguments)
-    if not (0 < width and 0 < height and width * height <= MAX_PIXELS):
+    if not (width > 0 and height > 0 and width * height <= MAX_PIXELS):
         raise NotPlannable("size")
     return width, height
 

@@ -29,9 +29,6 @@ from cv_lightning.sandbox.wire import (
 )
 from cv_lightning.types import SandboxResult, ToolStatus
 
-NOT_SEALED = (97 << 8, 98 << 8)
-"""Wait statuses of a child that could not be sealed, and of one that failed before model code ran."""
-
 
 def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *, is_plan: bool) -> SandboxResult:
     """The result of a job; closes its output.
@@ -67,8 +64,6 @@ def _without_output(outcome: Outcome, config: SandboxConfig) -> SandboxResult | 
         name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
         text = f"the code crashed its process ({name}) or broke a limit; try another way"
         return SandboxResult(status=ToolStatus.KILLED, error_kind=name, error=text)
-    if outcome.wait_status in NOT_SEALED:
-        return SandboxResult(status=ToolStatus.LOST, error="a child could not be sealed", error_kind="lost")
     if os.fstat(outcome.output_fd).st_size < HEADER.size:
         text = "no result: the code ended its process; put the new image into `result`"
         return SandboxResult(status=ToolStatus.ERROR, error_kind="no_result", error=text)
@@ -96,10 +91,8 @@ def _read(image: Image.Image, fd: int, config: SandboxConfig, is_plan: bool) -> 
 
 
 def _explained(image: Image.Image, result: Image.Image, trace: Trace, is_plan: bool) -> SandboxResult:
-    if is_plan:
-        to_input = trace.claims[0] if trace.claims else None
-    else:
-        to_input = believed(trace.claims, image, result)
+    claimed = trace.claims[0] if trace.claims else None
+    to_input = claimed if is_plan else believed(trace.claims, image, result)
     return SandboxResult(
         status=ToolStatus.OK,
         image=result,

@@ -85,9 +85,8 @@ class Sandbox:
             missing = [name for name in GENERAL_LAYERS if not self.layers.get(name, "").startswith("active")]
             log.info("sandbox layers: %s", ", ".join(f"{name}: {state}" for name, state in self.layers.items()))
             if missing and not self.config.allow_unsafe:
-                raise SandboxError(
-                    f"the sandbox lacks {', '.join(missing)} ({self.layers}); mend the host or set sandbox.allow_unsafe=true"
-                )
+                lacking = f"the sandbox lacks {', '.join(missing)} ({self.layers})"
+                raise SandboxError(f"{lacking}; mend the host or set sandbox.allow_unsafe=true")
             # With layers switched off for a measurement the hostile cases would really hit.
             cases = () if self.config.disabled_layers or missing else START_CASES
             failed = [case for case in run_cases(self, cases) if not case.ok]
@@ -254,8 +253,8 @@ class Sandbox:
                 "too_long",
                 f"the code has {len(code)} characters, at most {self.config.max_code_chars}; send a shorter snippet",
             )
-        if "\0" in code:
-            return _refused("not_text", "the code holds a null character; send plain Python source")
+        if "\0" in code or not _is_unicode(code):
+            return _refused("not_text", "the code holds null characters or broken Unicode; send plain Python source")
         if not isinstance(image, Image.Image):
             return _refused(
                 "no_image", f"there is no such image ({type(image).__name__}); use the index of an image that was shown"
@@ -294,6 +293,14 @@ class Sandbox:
             ):
                 self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return result
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True
 
 
 def _refused(kind: str, text: str) -> SandboxResult:

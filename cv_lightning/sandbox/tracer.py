@@ -25,14 +25,15 @@ from cv_lightning.types import IDENTITY, Affine
 
 ORIGIN = "_cvl_origin"
 PIL_METHODS = (
-    "rotate transpose crop resize transform filter convert thumbnail reduce point quantize paste alpha_composite putalpha "
-    "copy effect_spread"
+    "rotate transpose crop resize transform filter convert thumbnail reduce point quantize paste alpha_composite "
+    "putalpha copy effect_spread"
 ).split()
 SILENT = {"copy", "convert"}
 """Followed, but not worth reporting where they leave a picture as it is."""
 IN_PLACE = {"Image.thumbnail", "Image.paste", "Image.alpha_composite", "Image.putalpha"}
 PIL_OPS = (
-    "mirror flip fit pad contain cover scale expand crop autocontrast equalize grayscale invert posterize solarize colorize"
+    "mirror flip fit pad contain cover scale expand crop autocontrast equalize grayscale invert posterize "
+    "solarize colorize"
 ).split()
 ENHANCERS = ("Contrast", "Brightness", "Sharpness", "Color")
 CV2_GEOMETRY = ("rotate", "flip", "transpose", "resize", "pyrUp", "pyrDown", "warpAffine")

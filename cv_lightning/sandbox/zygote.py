@@ -31,6 +31,10 @@ BASIC_MODULES = (
 SCIENCE_MODULES = "transform filters exposure color morphology restoration util measure segmentation feature".split()
 """Parts of scikit-image. They and SciPy treble the cost of a fork: only servers for code that names them load them."""
 MAX_IDLE_WORKERS = 2
+NOT_SEALED = 97
+"""Exit status of a child that failed before it got a job."""
+OOM_SCORE = 500
+"""If memory runs out, the kernel takes a child or a fork server before the trainer."""
 WORKER_JOBS = 2000
 """A warm worker is replaced after this many plans."""
 
@@ -116,6 +120,7 @@ class ForkServer:
         from cv_lightning.sandbox import child, tracer, worker
 
         tracer.install()
+        child.cap_recursion()
         child.rehearse()
         assert worker.serve
         self.library_bytes = layers.virtual_bytes()
@@ -127,6 +132,8 @@ class ForkServer:
         heap.align_top()
 
     def _isolate(self, off: frozenset[str]) -> None:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(OOM_SCORE))
         # The filters are built before Landlock closes the folders that their library looks for itself in.
         filters = {allow: layers.build_filter("seccomp" not in off, allow_open=allow) for allow in (True, False)}
         self.worker_filter, _ = layers.build_filter(
@@ -240,6 +247,9 @@ class ForkServer:
             self.spare = None
         if child in self.idle_workers:
             self.idle_workers.remove(child)
+        if not child.job and os.WIFEXITED(status) and os.WEXITSTATUS(status) == NOT_SEALED:
+            # Only before a job does the status say so: model code may exit as it likes. The parent sees the end of file.
+            sys.exit("a child could not be sealed")
         if child.job:
             self._answer(child, status, time.monotonic() - child.started, usage.ru_utime + usage.ru_stime)
 
@@ -264,7 +274,7 @@ class ForkServer:
             try:
                 self._child(theirs.fileno(), is_worker)
             finally:
-                os._exit(98)
+                os._exit(NOT_SEALED)
         theirs.close()
         child = _Child(pid, os.pidfd_open(pid), ours, is_worker)
         self.children[child.pidfd] = child
@@ -275,22 +285,20 @@ class ForkServer:
         return child
 
     def _child(self, control: int, is_worker: bool) -> None:
-        """Between fork and work: keep one descriptor, take on the limits, touch what will be needed, wait, seal."""
+        """Between fork and work: keep one descriptor, take the limits, touch what will be needed, seal, wait."""
         from cv_lightning.sandbox import child, worker
 
-        fd = child.keep_only(control)
+        jobs = socket.socket(fileno=child.keep_only(control))
         self._limit(is_worker)
+        if not is_worker:
+            child.rehearse()
+        seal = self.worker_filter if is_worker else self.filter
+        if seal is not None and not seal.install():
+            os._exit(NOT_SEALED)
         if is_worker:
-            plans = socket.socket(fileno=fd)
-            if self.worker_filter is not None and not self.worker_filter.install():
-                os._exit(97)
-            worker.serve(plans)
+            worker.serve(jobs)
             os._exit(0)
-        child.rehearse()
-        job = child.wait_for_job(fd, self.settings.memory_mb)
-        if self.filter is not None and not self.filter.install():
-            os._exit(97)
-        child.run_job(job)
+        child.run_job(child.wait_for_job(jobs, self.settings.memory_mb))
 
     def _limit(self, is_worker: bool) -> None:
         if self.report["rlimits"] == "active":

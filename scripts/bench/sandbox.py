@@ -1,4 +1,4 @@
-"""Measures the sandbox beside its floor: fork and exit of the same preloaded process, memfd in and out, the bare operation.
+"""Measures the sandbox beside its floor: fork and exit of the same process, memfd in and out, the bare operation.
 
     python scripts/bench/sandbox.py --json FILE
 
@@ -36,8 +36,8 @@ OPERATIONS: dict[str, Callable[[Image.Image], Image.Image]] = {
     ROTATE: lambda image: image.rotate(90, expand=True),
 }
 PLAIN_KINDS = (
-    "rotate_literal transpose_old transpose_new imageops crop_literal crop_variable crop_size crop_resize enhance filter "
-    "tone_and_geometry"
+    "rotate_literal transpose_old transpose_new imageops crop_literal crop_variable crop_size crop_resize enhance "
+    "filter tone_and_geometry"
 ).split()
 SNIPPETS = ROOT / "tests/golden/transforms.public.json"
 BLOCK = 10
@@ -123,9 +123,7 @@ def general(image: Image.Image, number: int) -> Figures:
     return figures | {"throughput_over_floor": min(ratios)}
 
 
-def latency(
-    name: str, code: str, sandbox: Sandbox, image: Image.Image, processes: ProcessPool, number: int
-) -> Figures:
+def latency(name: str, code: str, sandbox: Sandbox, image: Image.Image, processes: ProcessPool, number: int) -> Figures:
     """One call after the other, ours and the floor's in turn."""
     floor: Times = []
     ours: Times = []

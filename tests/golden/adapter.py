@@ -110,7 +110,10 @@ def losses(case: Case) -> Any:
 
 def transforms(case: Case) -> dict[str, Any]:
     """Net effect of a snippet that is really run."""
-    from cv_lightning.sandbox.golden import golden_transforms
+    folder = str(Path(__file__).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    from sandbox_golden import golden_transforms
 
     return golden_transforms(case)
 
