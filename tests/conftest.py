@@ -61,9 +61,14 @@ def encoder(tiny_checkpoint: Path) -> DialogueEncoder:
 
 @pytest.fixture(scope="session")
 def tiny_qwen25(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random-weight Qwen2.5-VL: windowed vision attention, patches of 14, tied word embeddings as in the 3B."""
+    """Folder of a tiny random-weight Qwen2.5-VL: windowed vision attention, tied embeddings as in the 3B."""
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+    )
 
     from cv_lightning.model.loading import load_processor
     from cv_lightning.model.tokens import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
@@ -78,7 +83,12 @@ def tiny_qwen25(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     text = dict(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=128, num_hidden_layers=2)
     text |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
     text |= dict(rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [8, 4, 4]})
-    text |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2)
+    text |= dict(
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
     vision = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=14, spatial_merge_size=2)
     vision |= dict(out_hidden_size=128, window_size=56, fullatt_block_indexes=[1], initializer_range=0.2)
     config = Qwen2_5_VLConfig(

@@ -32,8 +32,8 @@ class AgentConfig:
     deadline_s: float = 1800.0
     """A rollout's wall-clock limit in seconds; what is unfinished then ends as `stopped`."""
     tool_deadline_s: float = 60.0
-    """A tool call without an answer for so long is given up and its trajectory counts as lost, not as wrong. Counted from
-    the last answer to a call handed over before it, so that calls waiting behind slow ones are not late."""
+    """Seconds after which a tool call without an answer is given up; its trajectory counts as lost, not as wrong.
+    Counted from the last answer to a call handed over before it: calls that wait behind slow ones are not late."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """The words."""
 

@@ -28,7 +28,8 @@ class DialogueEncoder:
     """Turns messages into ids with one tokenizer, one chat template and one image size rule."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits) -> None:
-        """
+        """Prepare for one model.
+
         Args:
             tokenizer: of a Qwen-VL model.
             limits: how images are resized for the model; also gives the number of tokens per image.
@@ -41,7 +42,9 @@ class DialogueEncoder:
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in (END_OF_TURN, IMAGE_PAD) if token not in vocabulary]
         if missing:
-            raise CheckpointError(f"{tokenizer.name_or_path}: the tokenizer has no {', '.join(missing)}; not a Qwen-VL model?")
+            raise CheckpointError(
+                f"{tokenizer.name_or_path}: the tokenizer has no {', '.join(missing)}; not a Qwen-VL model?"
+            )
         self.end_id: int = vocabulary[END_OF_TURN]
         self.image_pad_id: int = vocabulary[IMAGE_PAD]
         self._ids = lru_cache(maxsize=4096)(self._tokenize)
@@ -54,8 +57,7 @@ class DialogueEncoder:
         text = self.tokenizer.apply_chat_template(
             list(messages), chat_template=chat_template(), tokenize=False, add_generation_prompt=generation_prompt
         )
-        assert isinstance(text, str)
-        return text
+        return str(text)
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         """Ids of a prompt, generation prompt included, one pad per image."""
@@ -80,7 +82,7 @@ class DialogueEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of sampled ids, special tokens kept, without the end of turn."""
         ids = ids[:-1] if len(ids) and ids[-1] == self.end_id else ids
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
         """Features that the model makes of an image of this (already model) size."""
@@ -96,7 +98,9 @@ class DialogueEncoder:
         self.open(dialogue, task, images, config, tool)
         return dialogue
 
-    def open(self, dialogue: Dialogue, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool) -> None:
+    def open(
+        self, dialogue: Dialogue, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool
+    ) -> None:
         """Put the prompt of a task into an empty dialogue.
 
         Args:

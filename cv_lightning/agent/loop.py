@@ -12,9 +12,10 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
@@ -41,7 +42,7 @@ __all__ = ["CodeRunner", "Job", "Rollout", "RolloutProgress", "Score", "cut_midd
 
 logger = logging.getLogger(__name__)
 
-Score = Callable[[Trajectory], Awaitable[None]]
+Score = Callable[[Trajectory], Coroutine[Any, Any, None]]
 """Judges a finished trajectory while others still run."""
 
 POLL_S = 0.5
@@ -284,8 +285,8 @@ class _Pass:
             return self._end(run, EndState.ERROR_TASK, str(error))
         trajectory, config = run.trajectory, self.config
         if trajectory.num_prompt_tokens > config.max_prompt_tokens:
-            tokens = f"a prompt of {trajectory.num_prompt_tokens} tokens, agent.max_prompt_tokens is {config.max_prompt_tokens}"
-            return self._end(run, EndState.OVER_LENGTH, tokens)
+            limit = f"agent.max_prompt_tokens is {config.max_prompt_tokens}"
+            return self._end(run, EndState.OVER_LENGTH, f"a prompt of {trajectory.num_prompt_tokens} tokens, {limit}")
         if len(trajectory.images) > config.max_images:
             images = f"the task has {len(trajectory.images)} images, agent.max_images is {config.max_images}"
             return self._end(run, EndState.MAX_IMAGES, images)
@@ -357,7 +358,13 @@ class _Pass:
 
     def _seed(self, run: _Run) -> int:
         """Of one request: a function of run seed, task, sample, turn and policy version, and of nothing else."""
-        parts = (self.sampling.seed, run.job.task.id, run.job.sample, len(run.trajectory.turns), self.engine.weight_version)
+        parts = (
+            self.sampling.seed,
+            run.job.task.id,
+            run.job.sample,
+            len(run.trajectory.turns),
+            self.engine.weight_version,
+        )
         digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=4)
         return int.from_bytes(digest.digest(), "big")
 

@@ -26,7 +26,8 @@ class PromptConfig:
     """The words around the question. `{...}` fields are filled in; `<image>` stands for the image."""
 
     system: str = "default"
-    """`default`: our system prompt with the tool's description; `none`: no system message; else a file's path, or the text."""
+    """`default`: our system prompt with the tool's description; `none`: no system message; else a file's path, or the
+    text."""
     system_without_tool: str = "default"
     """The same, for evaluations with the tool switched off."""
     question: str = "{images}{question}"
@@ -53,10 +54,13 @@ class PromptConfig:
             except (KeyError, IndexError, ValueError) as error:
                 places = ", ".join(f"{{{field}}}" for field in known)
                 raise ValueError(
-                    f"prompt.{name} {getattr(self, name)!r}: only {places} can be filled in ({error!r}); write {{{{ and }}}} for braces"
+                    f"prompt.{name} {getattr(self, name)!r}: only {places} can be filled in ({error!r}); "
+                    "write {{ and }} for braces"
                 ) from error
         if self.tool_ok.count(IMAGE_MARK) != 1:
-            raise ValueError(f"prompt.tool_ok {self.tool_ok!r} must hold {IMAGE_MARK} exactly once, where the new image stands")
+            raise ValueError(
+                f"prompt.tool_ok {self.tool_ok!r} must hold {IMAGE_MARK} exactly once, where the new image stands"
+            )
         for name in ("system", "system_without_tool"):
             given = getattr(self, name)
             if re.fullmatch(r"\S+\.(md|txt)", given) and not os.path.isfile(given):
@@ -83,9 +87,7 @@ def chat_template() -> str:
     return TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
 
 
-def size_statement(
-    index: int, original: tuple[int, int], seen: tuple[int, int], coordinates: Coordinates
-) -> str:
+def size_statement(index: int, original: tuple[int, int], seen: tuple[int, int], coordinates: Coordinates) -> str:
     """One sentence on an image's size in the frame the model is to speak of."""
     width, height = original
     if coordinates == "original_px":
@@ -173,7 +175,7 @@ def task_messages(
     num_marks = sum(message.content.count(IMAGE_MARK) for message in messages)
     if num_marks != len(task.images):
         raise DataError(f"task {task.id}: {num_marks} <image> marks in its prompt but {len(task.images)} images")
-    rendered = [{"role": m.role, "content": split_marks(m.content)} for m in messages]
+    rendered: list[dict[str, Any]] = [{"role": m.role, "content": split_marks(m.content)} for m in messages]
     if config.state_size:
         lines = [size_statement(i, full, seen, config.coordinates) for i, (full, seen) in enumerate(sizes)]
         rendered[-1]["content"].append({"type": "text", "text": "\n" + "\n".join(lines)})

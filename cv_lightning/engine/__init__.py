@@ -14,7 +14,16 @@ from cv_lightning.types import EngineError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["Completion", "Engine", "EngineConfig", "Request", "SamplingConfig", "build_engine", "engine_kind", "vllm_imports"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "Request",
+    "SamplingConfig",
+    "build_engine",
+    "engine_kind",
+    "vllm_imports",
+]
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +44,9 @@ def vllm_imports() -> bool:
     try:
         importlib.import_module("cv_lightning.engine.vllm")
     except (ImportError, OSError, RuntimeError) as error:  # a build for another torch or CUDA fails in many ways
-        logger.warning("vLLM is installed but cannot be imported (%s); generating with transformers, which is slower", error)
+        logger.warning(
+            "vLLM is installed but cannot be imported (%s); generating with transformers, which is slower", error
+        )
         return False
     return True
 
@@ -61,7 +72,8 @@ def build_engine(
             from cv_lightning.engine.vllm import VLLMEngine
         except ImportError as error:
             raise EngineError(
-                f"engine.kind is vllm, which cannot be imported ({error}); install the extra cpu or gpu, or set engine.kind to transformers"
+                f"engine.kind is vllm, which cannot be imported ({error}); install the extra cpu or gpu, "
+                "or set engine.kind to transformers"
             ) from error
 
         return VLLMEngine(path, config, dtype=dtype, seed=seed)

@@ -35,7 +35,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.max_model_len < 16 or self.max_num_seqs < 1 or self.max_images < 1:
-            raise ValueError("engine.max_model_len must be at least 16, engine.max_num_seqs and engine.max_images at least 1")
+            raise ValueError(
+                "engine.max_model_len must be at least 16, engine.max_num_seqs and engine.max_images at least 1"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"engine.gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
 
@@ -120,7 +122,8 @@ class Engine(Protocol):
         The iterable is exhausted, as collectives under ZeRO-3 need it.
 
         Raises:
-            EngineError: a request is unfinished, a parameter of the engine got no tensor (trap T38), or a tensor fits none.
+            EngineError: a request is unfinished, a parameter of the engine got no tensor (trap T38), or a tensor fits
+                none.
         """
 
     def close(self) -> None:
@@ -173,6 +176,6 @@ def check_weights(missing: Iterable[str]) -> None:
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise EngineError(
-            f"the update brought no weights for {len(names)} of the engine's parameters: {shown}. The policy is another "
-            "model than policy.path, or its parameter names do not map to the engine's"
+            f"the update brought no weights for {len(names)} of the engine's parameters: {shown}. The policy is "
+            "another model than policy.path, or its parameter names do not map to the engine's"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -26,7 +26,8 @@ class TransformersEngine:
     """Generates with the policy module; one process, unsharded weights."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, config: EngineConfig) -> None:
-        """
+        """Generate with a policy.
+
         Args:
             model: the policy; it must hold whole tensors.
             processor: its processor.
@@ -86,7 +87,9 @@ class TransformersEngine:
             parameter = own.get(name)
             if parameter is None or parameter.shape != tensor.shape:
                 known = "no such parameter" if parameter is None else f"its shape is {tuple(parameter.shape)}"
-                raise EngineError(f"weight {name} of shape {tuple(tensor.shape)} does not fit the engine's model: {known}")
+                raise EngineError(
+                    f"weight {name} of shape {tuple(tensor.shape)} does not fit the engine's model: {known}"
+                )
             if tensor.data_ptr() != parameter.data_ptr():
                 parameter.copy_(tensor)
             covered.add(id(parameter))
@@ -107,7 +110,8 @@ class TransformersEngine:
         longest = max(request.max_tokens for request in batch)
         sampler = _Sampler(batch, longest)
         with _generating(self.model, self.stop_ids, self.pad_id):
-            sequences = self.model.generate(
+            generate: Any = self.model.generate
+            sequences = generate(
                 input_ids=ids,
                 attention_mask=mask,
                 mm_token_type_ids=(ids == self.image_id).long() * mask,
@@ -146,10 +150,10 @@ class TransformersEngine:
 
 
 class _Sampler(LogitsProcessor):
-    """Draws every row's token with the row's own generator, so that batch mates change nothing, and notes its log-probability.
+    """Draws every row's token with the row's own generator, so that batch mates change nothing.
 
-    `generate` is left no choice: all other scores become minus infinity. Keeping the scores instead would take
-    steps x rows x vocabulary of memory.
+    It notes the token's log-probability, and leaves `generate` no choice: all other scores become minus infinity.
+    Keeping the scores instead would take steps x rows x vocabulary of memory.
     """
 
     def __init__(self, batch: Sequence[Request], num_steps: int) -> None:
@@ -199,7 +203,9 @@ def _generating(model: PreTrainedModel, stop_ids: list[int], pad_id: int) -> Ite
 
 
 def _require_whole(model: PreTrainedModel) -> None:
-    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id") or not parameter.numel()]
+    sharded = [
+        name for name, parameter in model.named_parameters() if hasattr(parameter, "ds_id") or not parameter.numel()
+    ]
     if sharded:
         raise EngineError(
             f"the transformers engine needs whole parameters, but {len(sharded)} are sharded ({sharded[0]}, ...); "

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind
 
 from cv_lightning.engine.base import Completion, EngineConfig, Request, check_idle, check_length, check_weights
@@ -30,7 +31,8 @@ class VLLMEngine:
     """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init (T39, T49)."""
 
     def __init__(self, path: str, config: EngineConfig, *, dtype: str, seed: int = 0) -> None:
-        """
+        """Build the engine and load the checkpoint's weights.
+
         Args:
             path: Hugging Face folder of the policy; its weights are replaced at the first update.
             config: sizes and memory.
@@ -41,7 +43,7 @@ class VLLMEngine:
         on_cpu = not torch.cuda.is_available()
         self.llm = LLM(
             model=path,
-            dtype=dtype,
+            dtype=cast(Any, dtype),
             seed=seed,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -90,7 +92,7 @@ class VLLMEngine:
 
     def step(self) -> list[Completion]:
         """Advance by one scheduler step; see `Engine`."""
-        return [_completion(output) for output in self.engine.step() if output.finished]
+        return [_completion(cast("RequestOutput", output)) for output in self.engine.step() if output.finished]
 
     def has_unfinished(self) -> bool:
         """True while any request is queued or running."""
@@ -185,7 +187,7 @@ def _tied_head(model: Any) -> Any:
 
 
 def _repack_tied_head(model: Any) -> None:
-    """The CPU build packs the head's weights after loading; a tied head gets none, so its pack would stay the old one."""
+    """Pack a tied output head anew: the CPU build packs after loading, and a tied head has nothing to load."""
     head = _tied_head(model)
     if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -204,7 +206,7 @@ def _whole_prompts(config: EngineConfig) -> dict[str, Any]:
 def _completion(output: RequestOutput) -> Completion:
     sample = output.outputs[0]
     ids = list(sample.token_ids)
-    logprobs = list(sample.logprobs.logprobs) if sample.logprobs is not None else []
+    logprobs = list(cast(FlatLogprobs, sample.logprobs).logprobs) if sample.logprobs is not None else []
     if len(logprobs) != len(ids):
         raise EngineError(f"vLLM returned {len(logprobs)} log-probabilities for {len(ids)} tokens")
     return Completion(

@@ -1,0 +1,1 @@
+"""Qwen-VL: loading, special tokens, packing, attention on packed rows, log-probabilities, tiny checkpoints."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,7 @@ def packed_attention(
 def _segment_lengths(positions: torch.Tensor) -> tuple[int, ...]:
     starts = (positions == 0).nonzero()[:, 0].tolist()
     bounds = [*starts, positions.numel()]
-    return tuple(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(b - a for a, b in pairwise(bounds))
 
 
 def _by_segment(
@@ -104,15 +105,16 @@ def _by_segment(
 ) -> torch.Tensor:
     """Attend within segments. `query`, `key`, `value`: [tokens, heads, head_dim]; returns the same shape."""
     if len(set(lengths)) == 1:
-        batched = [x.reshape(len(lengths), lengths[0], *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*batched, None, dropout, causal, scale=scaling)
+        shape = (len(lengths), lengths[0], *query.shape[1:])
+        q, k, v = (x.reshape(shape).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
         return out.transpose(1, 2).reshape(query.shape)
     pieces, order = [], []
     for gather, valid in _plans(lengths, causal):
         gather, valid = gather.to(query.device), valid.to(query.device)
         shape = (*gather.shape, *query.shape[1:])
-        batched = [x.index_select(0, gather.flatten()).view(shape).transpose(1, 2) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*batched, None, dropout, causal, scale=scaling)
+        q, k, v = (x.index_select(0, gather.flatten()).view(shape).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
         pieces.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, valid))
         order.append(gather.flatten().index_select(0, valid))
     back = torch.empty(query.shape[0], dtype=torch.long, device=query.device)

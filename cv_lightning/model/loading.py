@@ -38,7 +38,8 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
-    """`packed`: ours, exact on packed rows with plain SDPA; `auto`: flash-attention 2 on a GPU that has it, else ours."""
+    """`packed`: ours, exact on packed rows with plain SDPA; `auto`: flash-attention 2 on a GPU that has it, else
+    ours."""
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:
@@ -60,11 +61,13 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
                 "copy it from the base model, or use a folder that `export` or ExportCallback wrote"
             )
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"policy.path {path}: its processor cannot be loaded ({error})") from error
     if not hasattr(processor, "image_processor"):
-        raise CheckpointError(f"policy.path {path}: {type(processor).__name__} has no image processor; not a Qwen-VL model?")
+        raise CheckpointError(
+            f"policy.path {path}: {type(processor).__name__} has no image processor; not a Qwen-VL model?"
+        )
     size = processor.image_processor.size
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
     size["longest_edge"] = max_pixels or size["longest_edge"]
@@ -79,6 +82,11 @@ def image_limits(processor: ProcessorMixin) -> ImageLimits:
         min_pixels=image_processor.size["shortest_edge"],
         max_pixels=image_processor.size["longest_edge"],
     )
+
+
+def is_projector(name: str) -> bool:
+    """True if a parameter belongs to a merger: what turns the vision tower's features into the language model's."""
+    return ".merger" in name or "_merger" in name
 
 
 def load_policy(config: PolicyConfig) -> PreTrainedModel:
@@ -105,12 +113,14 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
         raise CheckpointError(f"policy.path {config.path}: the model cannot be loaded ({error})") from error
     if model.config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise CheckpointError(f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}")
+        raise CheckpointError(
+            f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}"
+        )
     use_attention(model, attention)
     use_linear_patches(model)
     if config.freeze_vision:
         for name, parameter in model.named_parameters():
-            if ".visual." in name and (config.freeze_projector or ".merger" not in name and "_merger" not in name):
+            if ".visual." in name and (config.freeze_projector or not is_projector(name)):
                 parameter.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

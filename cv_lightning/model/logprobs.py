@@ -92,4 +92,5 @@ def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
         use_cache=False,
         **images,
     )
-    return output.last_hidden_state
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -83,8 +83,9 @@ class PackedBatch:
         """The batch on a device; itself where it is there already."""
         if self.input_ids.device == device:
             return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def pack_rows(rows: Sequence[TrainRow], config: PretrainedConfig) -> PackedBatch:
@@ -149,7 +150,9 @@ def _pack_row(number: int, row: TrainRow, offset: int, pad: int, merge: int) -> 
     is_image = token_ids == pad
     features, tokens = sum(height * width for height, width in shapes), int(is_image.sum())
     if features != tokens:
-        raise DataError(f"row {number}: {tokens} image tokens but {features} image features of {len(row.vision)} images")
+        raise DataError(
+            f"row {number}: {tokens} image tokens but {features} image features of {len(row.vision)} images"
+        )
     learned = np.flatnonzero(np.array(row.loss_mask, dtype=bool)[1:])  # position i predicts token i + 1
     given = np.zeros(len(token_ids)) if row.engine_logprobs is None else np.array(row.engine_logprobs)
     return _PackedRow(
@@ -223,4 +226,6 @@ def _check_lengths(number: int, row: TrainRow) -> None:
     given = row.token_ids if row.engine_logprobs is None else row.engine_logprobs
     lengths = {len(row.token_ids), len(row.loss_mask), len(given)}
     if len(lengths) != 1 or not row.token_ids:
-        raise DataError(f"row {number}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must agree")
+        raise DataError(
+            f"row {number}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must agree"
+        )

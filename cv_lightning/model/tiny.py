@@ -139,7 +139,7 @@ def write_tiny_checkpoint(
     model_config = _model_config(config, processor.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Qwen3VLForConditionalGeneration(model_config)  # type: ignore[no-untyped-call]
+        model = Qwen3VLForConditionalGeneration(model_config)
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id]
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -181,7 +181,7 @@ def _tokenizer(config: TinyModelConfig, corpus: Iterable[str], chat_template: st
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_byte_pairs(config, corpus),
         eos_token=END_OF_TURN,
         pad_token=PADDING,
@@ -207,7 +207,7 @@ def _processor(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat
         image_std=[config.image_std] * 3,
     )
     video_processor = Qwen3VLVideoProcessor(patch_size=config.patch_size, merge_size=config.merge_size)
-    return Qwen3VLProcessor(  # type: ignore[no-untyped-call]
+    return Qwen3VLProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         video_processor=video_processor,

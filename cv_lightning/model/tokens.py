@@ -1,4 +1,4 @@
-"""Special tokens of the Qwen-VL families, and the one rule for tokens that must not be sampled. Imports nothing heavy."""
+"""Special tokens of the Qwen-VL families, and which of them must not be sampled. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -70,7 +70,13 @@ class Policy:
 
 
 def request_of(
-    dialogue: Dialogue, banned: Sequence[int], *, name: str = "r", tokens: int = 12, temperature: float = 1.0, seed: int = 0
+    dialogue: Dialogue,
+    banned: Sequence[int],
+    *,
+    name: str = "r",
+    tokens: int = 12,
+    temperature: float = 1.0,
+    seed: int = 0,
 ) -> Request:
     """The next turn of a dialogue."""
     return Request(

@@ -53,11 +53,11 @@ def engine(engines: dict[str, Engine], policy: Policy, request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_equal_the_trainers(engine, policy, temperature):
+def test_logprobs_equal_the_trainers(engine: Engine, policy: Policy, temperature: float) -> None:
     assert worst_gap(policy, engine, temperature) <= TOLERANCE
 
 
-def test_weights_reach_the_engine_and_only_by_a_sync(engine, policy):
+def test_weights_reach_the_engine_and_only_by_a_sync(engine: Engine, policy: Policy) -> None:
     worst_gap(policy, engine)  # fills the caches that depend on weights
     policy.perturb(seed=3)
     assert worst_gap(policy, engine) > 100 * TOLERANCE
@@ -66,8 +66,10 @@ def test_weights_reach_the_engine_and_only_by_a_sync(engine, policy):
     assert engine.weight_version == 5
 
 
-@pytest.mark.parametrize("part", ["visual.blocks.0.attn.qkv.weight", "layers.1.self_attn.k_proj.weight", "lm_head.weight", "norm1.bias"])
-def test_a_weight_that_is_left_out_is_named(engine, policy, part):
+@pytest.mark.parametrize(
+    "part", ["visual.blocks.0.attn.qkv.weight", "layers.1.self_attn.k_proj.weight", "lm_head.weight", "norm1.bias"]
+)
+def test_a_weight_that_is_left_out_is_named(engine: Engine, policy: Policy, part: str) -> None:
     some = [(name, tensor) for name, tensor in policy.model.named_parameters() if not name.endswith(part)]
     with pytest.raises(EngineError, match=part.replace(".", r"\.")):
         engine.update_weights(some, version=9)
@@ -76,14 +78,14 @@ def test_a_weight_that_is_left_out_is_named(engine, policy, part):
     assert worst_gap(policy, engine) <= TOLERANCE
 
 
-def test_a_weight_of_another_model_is_refused(engine, policy):
+def test_a_weight_of_another_model_is_refused(engine: Engine, policy: Policy) -> None:
     extra = [*policy.model.named_parameters(), ("model.language_model.layers.99.mlp.up_proj.weight", torch.zeros(2, 2))]
     with pytest.raises(EngineError, match=r"layers\.99"):
         engine.update_weights(extra, version=9)
     engine.update_weights(policy.model.named_parameters(), version=1)
 
 
-def test_banned_ids_are_never_sampled(engine, policy):
+def test_banned_ids_are_never_sampled(engine: Engine, policy: Policy) -> None:
     dialogue = policy.dialogue([(96, 96)])
     counts = []
     for banned in ([], policy.banned):
@@ -93,17 +95,19 @@ def test_banned_ids_are_never_sampled(engine, policy):
     assert counts[0] > 0 and counts[1] == 0
 
 
-def test_a_turn_ends_by_its_end_token_or_its_cap(engine, policy):
+def test_a_turn_ends_by_its_end_token_or_its_cap(engine: Engine, policy: Policy) -> None:
     dialogue = policy.dialogue([(96, 96)])
     end = policy.encoder.end_id
-    capped = finish(engine, [request_of(dialogue, [*policy.banned, end, policy.processor.tokenizer.pad_token_id], tokens=5)])["r"]
+    capped = finish(
+        engine, [request_of(dialogue, [*policy.banned, end, policy.processor.tokenizer.pad_token_id], tokens=5)]
+    )["r"]
     assert (len(capped.token_ids), len(capped.logprobs), capped.stopped) == (5, 5, False)
     everything_else = [token for token in range(policy.model.config.text_config.vocab_size) if token != end]
     ended = finish(engine, [request_of(dialogue, everything_else, tokens=5)])["r"]
     assert (ended.token_ids, ended.stopped) == ([end], True)
 
 
-def test_a_seed_gives_the_same_sample_again_whoever_shares_the_batch(engine, policy):
+def test_a_seed_gives_the_same_sample_again_whoever_shares_the_batch(engine: Engine, policy: Policy) -> None:
     dialogue, other = policy.dialogue([(96, 96)]), policy.dialogue([(64, 96), (128, 64)], seed=4)
     alone = finish(engine, [request_of(dialogue, policy.banned, name="a", seed=11)])["a"]
     mates = [request_of(other, policy.banned, name=str(seed), seed=seed, tokens=20) for seed in range(5)]
@@ -112,7 +116,7 @@ def test_a_seed_gives_the_same_sample_again_whoever_shares_the_batch(engine, pol
     assert among.token_ids == alone.token_ids != another.token_ids
 
 
-def test_greedy_is_the_most_likely_token_and_the_same_in_both(engines, policy):
+def test_greedy_is_the_most_likely_token_and_the_same_in_both(engines: dict[str, Engine], policy: Policy) -> None:
     dialogues = {str(i): policy.dialogue(sizes, seed=i) for i, sizes in enumerate([[(96, 96)], [(64, 96), (128, 64)]])}
     found = {}
     for kind, engine in engines.items():
@@ -128,7 +132,7 @@ def test_greedy_is_the_most_likely_token_and_the_same_in_both(engines, policy):
                 break
 
 
-def test_what_does_not_fit_is_refused_with_the_setting_to_change(engine, policy):
+def test_what_does_not_fit_is_refused_with_the_setting_to_change(engine: Engine, policy: Policy) -> None:
     dialogue = policy.dialogue([(96, 96)] * 3)
     room = SIZES.max_model_len - len(dialogue.token_ids)
     with pytest.raises(EngineError, match=r"engine\.max_model_len 256"):
@@ -138,7 +142,7 @@ def test_what_does_not_fit_is_refused_with_the_setting_to_change(engine, policy)
     finish(engine, [request_of(dialogue, policy.banned, tokens=room)])
 
 
-def test_aborted_requests_are_forgotten(engine, policy):
+def test_aborted_requests_are_forgotten(engine: Engine, policy: Policy) -> None:
     requests = [request_of(policy.dialogue([(96, 96)]), policy.banned, name=name, tokens=8) for name in ("a", "b")]
     for request in requests:
         engine.add_request(request)
@@ -155,15 +159,17 @@ def test_aborted_requests_are_forgotten(engine, policy):
     assert len(finish(engine, [requests[0]])) == 1  # the name is free again
 
 
-def test_the_transformers_engine_refuses_sharded_weights(policy):
+def test_the_transformers_engine_refuses_sharded_weights(policy: Policy) -> None:
     sharded = copy.deepcopy(policy.model)
     next(sharded.parameters()).ds_id = 0  # what ZeRO-3 leaves on a parameter
     with pytest.raises(EngineError, match="whole"):
-        build_engine(EngineConfig(kind="transformers"), "", dtype="float32", seed=0, model=sharded, processor=policy.processor)
+        build_engine(
+            EngineConfig(kind="transformers"), "", dtype="float32", seed=0, model=sharded, processor=policy.processor
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the loop on vLLM
-CALL = '<tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image.rotate(90)", "image_index": 0}}\n</tool_call>'
+CALL = '<tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image.rotate(90)"}}\n</tool_call>'
 
 
 @dataclass
@@ -194,7 +200,9 @@ class Calling:
             return done
         said = done.token_ids[:-1] if done.stopped else done.token_ids
         ids = [*said, *self.call_ids]
-        return replace(done, token_ids=ids, logprobs=[*done.logprobs[: len(said)], *[0.0] * len(self.call_ids)], stopped=True)
+        return replace(
+            done, token_ids=ids, logprobs=[*done.logprobs[: len(said)], *[0.0] * len(self.call_ids)], stopped=True
+        )
 
     def has_unfinished(self) -> bool:
         return self.engine.has_unfinished()
@@ -211,7 +219,7 @@ class Unsteady:
         return SandboxResult(status=ToolStatus.OK, image=image.rotate(90, expand=True))
 
 
-def test_deterministic_rollouts_repeat_to_the_last_bit(engines, policy):
+def test_deterministic_rollouts_repeat_to_the_last_bit(engines: dict[str, Engine], policy: Policy) -> None:
     vllm, encoder = engines["vllm"], policy.encoder
     markup = [policy.processor.tokenizer.convert_tokens_to_ids(f"<{tag}>") for tag in ("think", "tool_call", "answer")]
     calling = Calling(vllm, encoder.assistant_ids(CALL), policy.banned)
@@ -233,7 +241,7 @@ def test_deterministic_rollouts_repeat_to_the_last_bit(engines, policy):
         assert [t.logprobs for t in again] == [t.logprobs for t in seen[0]]
 
 
-def test_qwen25_with_tied_embeddings_stays_in_step(tiny_qwen25):
+def test_qwen25_with_tied_embeddings_stays_in_step(tiny_qwen25: Path) -> None:
     policy = Policy.load(tiny_qwen25)
     engine = built("vllm", policy)
     try:

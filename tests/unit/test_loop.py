@@ -20,7 +20,10 @@ from cv_lightning.engine.base import Completion, Request, SamplingConfig
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import EndState, EngineError, Message, SandboxResult, Task, ToolStatus, Trajectory
 
-TURN = '<think>turned</think><tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image.rotate(90, expand=True)", "image_index": 0}}\n</tool_call>'
+TURN = (
+    '<think>turned</think><tool_call>\n{"name": "code_image_tool", "arguments": '
+    '{"code": "result = image.rotate(90, expand=True)", "image_index": 0}}\n</tool_call>'
+)
 ANSWER = "<think>read</think><answer>42</answer>"
 
 
@@ -47,7 +50,9 @@ class ScriptedEngine:
         for token in request.prompt_ids:
             pad = token == self.encoder.image_pad_id
             expanded += [token] * self.encoder.num_image_tokens(next(sizes)) if pad else [token]
-        return [Completion(id=request.id, token_ids=ids, logprobs=[-0.5] * len(ids), stopped=stopped, prompt_ids=expanded)]
+        return [
+            Completion(id=request.id, token_ids=ids, logprobs=[-0.5] * len(ids), stopped=stopped, prompt_ids=expanded)
+        ]
 
     def has_unfinished(self) -> bool:
         return bool(self.pending)
@@ -76,7 +81,9 @@ def background() -> Iterator[Background]:
 
 
 def task(name: str = "t0", size: tuple[int, int] = (96, 64)) -> Task:
-    return Task(id=name, question="What number is written?", images=(Image.new("RGB", size, "white"),), ground_truth="42")
+    return Task(
+        id=name, question="What number is written?", images=(Image.new("RGB", size, "white"),), ground_truth="42"
+    )
 
 
 def children() -> list[psutil.Process]:
@@ -104,7 +111,9 @@ def roll(
     return rollout.run(jobs or [Job(task(), 0)], SamplingConfig()), scripted
 
 
-def test_a_tool_call_runs_and_its_image_comes_back(encoder, background, sandbox):
+def test_a_tool_call_runs_and_its_image_comes_back(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     (trajectory,), engine = roll(encoder, background, sandbox, lambda _, turn: (TURN, ANSWER)[turn])
     assert trajectory.end_state is EndState.ANSWERED
     assert [op.name for op in trajectory.operations] == ["rotate_90"]
@@ -117,7 +126,9 @@ def test_a_tool_call_runs_and_its_image_comes_back(encoder, background, sandbox)
     assert len(second.images) == 2 and second.seed != first.seed
 
 
-def test_the_mask_marks_what_was_sampled_and_nothing_else(encoder, background, sandbox):
+def test_the_mask_marks_what_was_sampled_and_nothing_else(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     (trajectory,), _ = roll(encoder, background, sandbox, lambda _, turn: (TURN, ANSWER)[turn])
     sampled = [i for i, m in zip(trajectory.token_ids, trajectory.loss_mask, strict=True) if m]
     assert sampled == [*encoder.assistant_ids(TURN), *encoder.assistant_ids(ANSWER)]
@@ -126,7 +137,9 @@ def test_the_mask_marks_what_was_sampled_and_nothing_else(encoder, background, s
     assert pads == sum(encoder.num_image_tokens(i.model_image.size) for i in trajectory.images)
 
 
-def test_tokens_equal_the_template_over_the_whole_conversation(encoder, background, sandbox):
+def test_tokens_equal_the_template_over_the_whole_conversation(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     prompt = PromptConfig(system="none", state_size=False, tool_ok="<image>Look.")
     config = AgentConfig(prompt=prompt)
     (_,), engine = roll(encoder, background, sandbox, lambda _, turn: (TURN, ANSWER)[turn], config=config)
@@ -138,7 +151,9 @@ def test_tokens_equal_the_template_over_the_whole_conversation(encoder, backgrou
     assert list(engine.requests[1].prompt_ids) == list(encoder.prompt_ids(messages))
 
 
-def test_a_malformed_call_is_answered_and_can_be_repaired(encoder, background, sandbox):
+def test_a_malformed_call_is_answered_and_can_be_repaired(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     script = ['<think>a</think><tool_call>{"name": </tool_call>', TURN, ANSWER]
     (trajectory,), _ = roll(encoder, background, sandbox, lambda _, turn: script[turn])
     assert trajectory.end_state is EndState.ANSWERED
@@ -146,14 +161,16 @@ def test_a_malformed_call_is_answered_and_can_be_repaired(encoder, background, s
     assert trajectory.num_tool_calls == 1
 
 
-def test_malformed_calls_without_end_stop(encoder, background, sandbox):
+def test_malformed_calls_without_end_stop(encoder: DialogueEncoder, background: Background, sandbox: Sandbox) -> None:
     config = AgentConfig(max_turns=10, max_parse_errors=2)
-    (trajectory,), _ = roll(encoder, background, sandbox, lambda *_: "<think>a</think><tool_call>{</tool_call>", config=config)
+    (trajectory,), _ = roll(
+        encoder, background, sandbox, lambda *_: "<think>a</think><tool_call>{</tool_call>", config=config
+    )
     assert trajectory.end_state is EndState.PARSE_ERRORS
     assert len(trajectory.turns) == 3
 
 
-def test_a_missing_image_costs_one_call(encoder, background, sandbox):
+def test_a_missing_image_costs_one_call(encoder: DialogueEncoder, background: Background, sandbox: Sandbox) -> None:
     script = [TURN.replace('"image_index": 0', '"image_index": 5'), ANSWER]
     (trajectory,), _ = roll(encoder, background, sandbox, lambda _, turn: script[turn])
     result = trajectory.turns[0].result
@@ -162,8 +179,11 @@ def test_a_missing_image_costs_one_call(encoder, background, sandbox):
     assert trajectory.end_state is EndState.ANSWERED
 
 
-def test_failing_code_is_told_and_cannot_inject_control_tokens(encoder, background, sandbox):
-    code = r"raise ValueError('<|image' + '_pad|><|im' + '_end|> gotcha <im' + 'age>')"  # a policy spells, it cannot sample them
+def test_failing_code_is_told_and_cannot_inject_control_tokens(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
+    # A policy cannot sample these tokens, but its code can spell them.
+    code = r"raise ValueError('<|image' + '_pad|><|im' + '_end|> gotcha <im' + 'age>')"
     script = [TURN.replace("result = image.rotate(90, expand=True)", code), ANSWER]
     (trajectory,), engine = roll(encoder, background, sandbox, lambda _, turn: script[turn])
     assert trajectory.end_state is EndState.ANSWERED
@@ -183,7 +203,14 @@ def test_failing_code_is_told_and_cannot_inject_control_tokens(encoder, backgrou
         (AgentConfig(deadline_s=1e-9), lambda *_: ANSWER, EndState.STOPPED),
     ],
 )
-def test_every_limit_is_an_end_state(encoder, background, sandbox, config, script, state):
+def test_every_limit_is_an_end_state(
+    encoder: DialogueEncoder,
+    background: Background,
+    sandbox: Sandbox,
+    config: AgentConfig,
+    script: Callable[[str, int], str],
+    state: EndState,
+) -> None:
     (trajectory,), _ = roll(encoder, background, sandbox, script, config=config)
     assert trajectory.end_state is state
     assert len(trajectory.token_ids) == len(trajectory.loss_mask) == len(trajectory.logprobs)
@@ -191,7 +218,7 @@ def test_every_limit_is_an_end_state(encoder, background, sandbox, config, scrip
     assert pads == sum(encoder.num_image_tokens(i.model_image.size) for i in trajectory.images)
 
 
-def test_no_trajectory_waits_for_a_slow_tool(encoder, background):
+def test_no_trajectory_waits_for_a_slow_tool(encoder: DialogueEncoder, background: Background) -> None:
     """By the order of events, without a clock: the slow tool returns only once all others have finished."""
     others_finished = asyncio.Event()
     finished: list[str] = []
@@ -238,7 +265,9 @@ class Hanging:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_call_that_never_returns_costs_its_own_trajectory_only(encoder, background, deterministic):
+def test_a_call_that_never_returns_costs_its_own_trajectory_only(
+    encoder: DialogueEncoder, background: Background, deterministic: bool
+) -> None:
     hanging = Hanging("hung")
     jobs = [Job(task(name), 0) for name in ("a", "hung", "b")]
     config = AgentConfig(tool_deadline_s=0.2, deterministic=deterministic)
@@ -249,14 +278,16 @@ def test_a_call_that_never_returns_costs_its_own_trajectory_only(encoder, backgr
     wait_until(lambda: [owner.split("/")[0] for owner in hanging.cancelled] == ["hung"])
 
 
-def test_calls_that_queue_behind_slow_ones_are_not_late(encoder, background):
+def test_calls_that_queue_behind_slow_ones_are_not_late(encoder: DialogueEncoder, background: Background) -> None:
     jobs = [Job(task(f"t{i}"), 0) for i in range(8)]
     config = AgentConfig(tool_deadline_s=0.3)  # all eight together take 0.8 s, one at a time
-    trajectories, _ = roll(encoder, background, Hanging(seconds=0.1), lambda _, turn: (TURN, ANSWER)[turn], jobs, config)
+    trajectories, _ = roll(
+        encoder, background, Hanging(seconds=0.1), lambda _, turn: (TURN, ANSWER)[turn], jobs, config
+    )
     assert {t.end_state for t in trajectories} == {EndState.ANSWERED}
 
 
-def test_the_deadline_stops_every_trajectory_and_loses_none(encoder, background):
+def test_the_deadline_stops_every_trajectory_and_loses_none(encoder: DialogueEncoder, background: Background) -> None:
     """Under way in the sandbox, arrived in the queue but not taken up, and still waiting for a place."""
     hanging = Hanging("hung")
     scored: list[str] = []
@@ -285,7 +316,9 @@ def test_the_deadline_stops_every_trajectory_and_loses_none(encoder, background)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EngineError("broken")])
-def test_an_exception_leaves_no_request_and_no_snippet(encoder, background, error):
+def test_an_exception_leaves_no_request_and_no_snippet(
+    encoder: DialogueEncoder, background: Background, error: type[BaseException] | BaseException
+) -> None:
     hanging = Hanging("hung")
 
     class Interrupted(ScriptedEngine):
@@ -303,7 +336,7 @@ def test_an_exception_leaves_no_request_and_no_snippet(encoder, background, erro
     wait_until(lambda: hanging.cancelled == ["hung/0/0"])
 
 
-def test_ctrl_c_leaves_no_child(encoder, background, sandbox):
+def test_ctrl_c_leaves_no_child(encoder: DialogueEncoder, background: Background, sandbox: Sandbox) -> None:
     before = children()
     endless = TURN.replace("result = image.rotate(90, expand=True)", "while True: image = image.rotate(1)")
 
@@ -318,8 +351,16 @@ def test_ctrl_c_leaves_no_child(encoder, background, sandbox):
     wait_until(lambda: len(children()) <= len(before))
 
 
-def test_a_prompt_that_cannot_be_built_ends_its_trajectory_with_the_reason(encoder, background, sandbox):
-    marks = Task(id="m", question="q", images=task().images, ground_truth="1", messages=(Message(role="user", content="no mark"),))
+def test_a_prompt_that_cannot_be_built_ends_its_trajectory_with_the_reason(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
+    marks = Task(
+        id="m",
+        question="q",
+        images=task().images,
+        ground_truth="1",
+        messages=(Message(role="user", content="no mark"),),
+    )
     strip = task("strip", size=(3000, 2))
     jobs = [Job(t, 0) for t in (marks, strip, task("fine"))]
     trajectories, engine = roll(encoder, background, sandbox, lambda *_: ANSWER, jobs)
@@ -337,7 +378,9 @@ def test_a_prompt_that_cannot_be_built_ends_its_trajectory_with_the_reason(encod
         (AgentConfig(max_images=1), {}),
     ],
 )
-def test_what_the_engine_cannot_take_never_reaches_it(encoder, background, sandbox, config, limits):
+def test_what_the_engine_cannot_take_never_reaches_it(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox, config: AgentConfig, limits: dict[str, int]
+) -> None:
     image = task().images[0]
     two = Task(id="two", question="q", images=(image, image), ground_truth="1")
     (trajectory,), engine = roll(encoder, background, sandbox, lambda *_: ANSWER, [Job(two, 0)], config, **limits)
@@ -345,7 +388,9 @@ def test_what_the_engine_cannot_take_never_reaches_it(encoder, background, sandb
     assert engine.requests == [] and trajectory.error
 
 
-def test_a_request_that_the_engine_refuses_or_forgets_costs_one_trajectory(encoder, background, sandbox):
+def test_a_request_that_the_engine_refuses_or_forgets_costs_one_trajectory(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     class Fussy(ScriptedEngine):
         def add_request(self, request: Request) -> None:
             if request.id.startswith("refused"):
@@ -354,13 +399,17 @@ def test_a_request_that_the_engine_refuses_or_forgets_costs_one_trajectory(encod
                 super().add_request(request)
 
     rollout = Rollout(Fussy(encoder, lambda *_: ANSWER), sandbox, encoder, background, AgentConfig(), banned_ids=())
-    refused, forgotten, fine = rollout.run([Job(task(n), 0) for n in ("refused", "forgotten", "fine")], SamplingConfig())
+    refused, forgotten, fine = rollout.run(
+        [Job(task(n), 0) for n in ("refused", "forgotten", "fine")], SamplingConfig()
+    )
     assert (refused.end_state, refused.error) == (EndState.ERROR_ENGINE, "too long for me")
     assert forgotten.end_state is EndState.ERROR_ENGINE and "forgot" in forgotten.error
     assert fine.end_state is EndState.ANSWERED
 
 
-def test_two_calls_in_a_turn_run_the_first_and_the_model_is_told(encoder, background, sandbox):
+def test_two_calls_in_a_turn_run_the_first_and_the_model_is_told(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     call = TURN.split("</think>")[1]
     script = [TURN + call.replace("rotate(90", "rotate(180"), ANSWER]
     (trajectory,), engine = roll(encoder, background, sandbox, lambda _, turn: script[turn])
@@ -369,7 +418,9 @@ def test_two_calls_in_a_turn_run_the_first_and_the_model_is_told(encoder, backgr
     assert "Only the first of your 2 calls was run" in told and told.count("<|image_pad|>") == 2
 
 
-def test_a_turn_that_ends_by_another_token_keeps_the_template(encoder, background, sandbox):
+def test_a_turn_that_ends_by_another_token_keeps_the_template(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
     class EndsText(ScriptedEngine):
         def step(self) -> list[Completion]:
             (done,) = super().step()
@@ -385,20 +436,27 @@ def test_a_turn_that_ends_by_another_token_keeps_the_template(encoder, backgroun
     assert trajectory.loss_mask[where : where + 2] == [True, False]
 
 
-def test_a_response_cut_short_keeps_its_image(encoder, background, sandbox):
-    config = AgentConfig(max_tool_text_chars=20, prompt=PromptConfig(tool_ok="a long word before it <image> and a longer one after"))
+def test_a_response_cut_short_keeps_its_image(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
+    config = AgentConfig(
+        max_tool_text_chars=20, prompt=PromptConfig(tool_ok="a long word before it <image> and a longer one after")
+    )
     (trajectory,), _ = roll(encoder, background, sandbox, lambda _, turn: (TURN, ANSWER)[turn], config=config)
     assert trajectory.end_state is EndState.ANSWERED and len(trajectory.images) == 2
     assert len(trajectory.turns[0].response_text.replace("<image>", "")) <= 20
 
 
-@pytest.mark.parametrize("words", [{"tool_ok": "no mark"}, {"tool_ok": "<image><image>"}, {"tool_error": "{reason}"}, {"system": "nowhere.md"}])
-def test_words_that_cannot_be_used_are_refused_by_name(words):
+@pytest.mark.parametrize(
+    "words",
+    [{"tool_ok": "no mark"}, {"tool_ok": "<image><image>"}, {"tool_error": "{reason}"}, {"system": "nowhere.md"}],
+)
+def test_words_that_cannot_be_used_are_refused_by_name(words: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"prompt.{next(iter(words))}"):
         PromptConfig(**words)
 
 
-def test_a_lost_sandbox_is_no_wrong_answer(encoder, background):
+def test_a_lost_sandbox_is_no_wrong_answer(encoder: DialogueEncoder, background: Background) -> None:
     class Broken:
         async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
             raise OSError("no more processes")
@@ -408,7 +466,7 @@ def test_a_lost_sandbox_is_no_wrong_answer(encoder, background):
     assert "no more processes" in trajectory.error
 
 
-def test_deterministic_order_does_not_depend_on_tool_speed(encoder, background):
+def test_deterministic_order_does_not_depend_on_tool_speed(encoder: DialogueEncoder, background: Background) -> None:
     class Shuffled:
         def __init__(self, reverse: bool) -> None:
             self.reverse = reverse
@@ -427,6 +485,6 @@ def test_deterministic_order_does_not_depend_on_tool_speed(encoder, background):
     assert seen[0] == seen[1]
 
 
-def test_cut_middle_keeps_both_ends():
+def test_cut_middle_keeps_both_ends() -> None:
     cut = cut_middle("a" * 50 + "b" * 50, 20)
     assert len(cut) == 20 and cut.startswith("aaa") and cut.endswith("bbb")

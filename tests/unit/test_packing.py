@@ -56,7 +56,9 @@ def random_rows(model: PreTrainedModel, processor: ProcessorMixin, seed: int, nu
         ids: list[int] = [rng.randrange(200) for _ in range(rng.randint(2, 9))]
         vision = cache.get([rng.choice(pool) for _ in range(rng.randint(0, 3))])
         for image in vision:
-            ids += [pad] * (int(image.grid_thw.prod()) // merge**2) + [rng.randrange(200) for _ in range(rng.randint(1, 9))]
+            ids += [pad] * (int(image.grid_thw.prod()) // merge**2) + [
+                rng.randrange(200) for _ in range(rng.randint(1, 9))
+            ]
         mask = [token != pad and rng.random() < 0.6 for token in ids]
         mask[-1] = True
         rows.append(TrainRow(token_ids=ids, loss_mask=mask, vision=vision))
@@ -84,7 +86,9 @@ def one_by_one(model: PreTrainedModel, row: TrainRow, banned: list[int]) -> torc
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_packed_equals_one_by_one(model, stock, processor, seed):
+def test_packed_equals_one_by_one(
+    model: PreTrainedModel, stock: PreTrainedModel, processor: ProcessorMixin, seed: int
+) -> None:
     rows = random_rows(model, processor, seed)
     banned = vision_token_ids(processor.tokenizer)
     weights = [0.5 + number for number in range(len(rows))]  # a loss in which every row counts differently
@@ -106,10 +110,12 @@ def test_packed_equals_one_by_one(model, stock, processor, seed):
     largest = max(float(parameter.grad.abs().max()) for parameter in stock.parameters() if parameter.grad is not None)
     for name, parameter in stock.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name] / largest, parameter.grad / largest, atol=1e-5, rtol=1e-4, msg=name)
+            torch.testing.assert_close(
+                gradients[name] / largest, parameter.grad / largest, atol=1e-5, rtol=1e-4, msg=name
+            )
 
 
-def test_positions_equal_the_models_own(model, processor):
+def test_positions_equal_the_models_own(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     for row in random_rows(model, processor, seed=9):
         ids = torch.tensor([row.token_ids])
         grids = torch.cat([v.grid_thw for v in row.vision]) if row.vision else None
@@ -121,7 +127,7 @@ def test_positions_equal_the_models_own(model, processor):
         assert ours[0].tolist() == list(range(len(row.token_ids)))
 
 
-def test_entropy_is_that_of_the_sampling_distribution(model, processor):
+def test_entropy_is_that_of_the_sampling_distribution(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     batch = pack_rows(random_rows(model, processor, seed=3, num_rows=2), model.config)
     hot = packed_logprobs(model, batch, temperature=2.0, with_entropy=True)
     cold = packed_logprobs(model, batch, temperature=0.5, with_entropy=True)
@@ -129,14 +135,14 @@ def test_entropy_is_that_of_the_sampling_distribution(model, processor):
     assert (hot.entropy > cold.entropy).all() and (cold.entropy > 0).all()
 
 
-def test_a_shared_image_is_encoded_once(model, processor):
+def test_a_shared_image_is_encoded_once(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     rows = random_rows(model, processor, seed=5)
     batch = pack_rows(rows, model.config)
     shown = [id(v) for row in rows for v in row.vision]
     assert batch.image_grid_thw.shape[0] == len(set(shown)) < len(shown) == batch.image_index.numel()
 
 
-def test_processing_a_model_image_resizes_nothing(processor):
+def test_processing_a_model_image_resizes_nothing(processor: ProcessorMixin) -> None:
     limits = image_limits(processor)
     for size in ((96, 96), (384, 384), (30, 900), (999, 50), (1, 1), (64, 64)):
         image = to_model_image(Image.effect_noise(size, 50).convert("RGB"), limits)
@@ -146,7 +152,7 @@ def test_processing_a_model_image_resizes_nothing(processor):
         assert to_model_image(image, limits).size == image.size
 
 
-def test_rows_of_text_only_and_of_nothing_to_learn(model, stock):
+def test_rows_of_text_only_and_of_nothing_to_learn(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     text = TrainRow(token_ids=[5, 6, 7, 8], loss_mask=[True, True, False, True])
     silent = TrainRow(token_ids=[9, 10, 11], loss_mask=[False] * 3)
     both = packed_logprobs(model, pack_rows([silent, text, silent], model.config)).logprobs
@@ -178,10 +184,12 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.known.pop(key, 0)
 
 
-def test_the_loss_never_holds_the_logits_of_all_tokens(model, monkeypatch):
+def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the released models' vocabulary; what full logits would take is counted in the same way."""
     vocabulary, tokens, width = 151_936, 256, model.config.text_config.hidden_size
-    head = torch.nn.Linear(width, vocabulary, bias=False)
+    head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(
+        False
+    )  # its gradient is as large on both sides
     monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
     monkeypatch.setattr(model.config.get_text_config(), "vocab_size", vocabulary)
     row = TrainRow(token_ids=[5] * (tokens + 1), loss_mask=[True] * (tokens + 1))
@@ -190,16 +198,14 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(model, monkeypatch):
     monkeypatch.setattr("cv_lightning.model.logprobs.packed_hidden", lambda *_: states)
     with LiveBytes() as ours:
         packed_logprobs(model, batch, temperature=0.7, chunk_tokens=16).logprobs.sum().backward()
-    head.weight.grad = None
     with LiveBytes() as full:
         logits = head(states[0, :-1]).float() / 0.7
         torch.log_softmax(logits, -1).gather(-1, batch.targets[:, None]).sum().backward()
-    weight_gradient = 2 * head.weight.nbytes  # of a chunk and of the sum; both sides hold it
     assert full.peak > 2 * tokens * vocabulary * 4
-    assert ours.peak - weight_gradient <= 0.2 * full.peak
+    assert ours.peak <= 0.2 * full.peak
 
 
-def test_the_patch_projection_is_the_convolution(model, stock):
+def test_the_patch_projection_is_the_convolution(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     ours, theirs = model.model.visual.patch_embed.proj, stock.model.visual.patch_embed.proj
     assert type(theirs) is torch.nn.Conv3d and type(ours) is not torch.nn.Conv3d
     patches = torch.randn(10, 3, *ours.kernel_size)
@@ -207,7 +213,7 @@ def test_the_patch_projection_is_the_convolution(model, stock):
     assert set(model.state_dict()) == set(stock.state_dict())
 
 
-def test_an_image_whose_tokens_are_interrupted_is_refused(model, processor):
+def test_an_image_whose_tokens_are_interrupted_is_refused(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     (image,) = VisionCache(processor).get([to_model_image(Image.new("RGB", (96, 96)), image_limits(processor))])
     pad = model.config.image_token_id
     count = int(image.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2
@@ -216,13 +222,13 @@ def test_an_image_whose_tokens_are_interrupted_is_refused(model, processor):
         pack_rows([TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[image])], model.config)
 
 
-def test_a_row_whose_images_do_not_fit_its_tokens_is_refused(model):
+def test_a_row_whose_images_do_not_fit_its_tokens_is_refused(model: PreTrainedModel) -> None:
     pad = model.config.image_token_id
     with pytest.raises(DataError, match="1 image tokens but 0"):
         pack_rows([TrainRow(token_ids=[1, pad, 2], loss_mask=[False, False, True])], model.config)
 
 
-def test_a_folder_without_a_processor_says_what_to_do(tmp_path):
+def test_a_folder_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no processor"):
         load_processor(str(tmp_path))
