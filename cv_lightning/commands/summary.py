@@ -27,8 +27,8 @@ CAPTION = (
     "accuracy and must-use over the tasks that need the tool, 95 % intervals below; must-use: answered on an upright "
     "image after a fitting crop; needless turning: share of upright tasks"
 )
-LABEL_WIDTH = 20
-"""Leaves four columns of figures within 80."""
+LABEL_WIDTH, MAX_COLUMNS = 20, 4
+"""A table of that many columns of figures fits a terminal of 80."""
 
 
 def quickstart_summary(run: Path, seed: int | None = None) -> None:
@@ -53,16 +53,20 @@ def quickstart_summary(run: Path, seed: int | None = None) -> None:
 def tables(found: Evaluations) -> list[Table]:
     """Stages and kinds, before and after; then the stages that were trained otherwise, if there are any."""
     stages = sorted({stage for stage, _, _ in found}, key=stage_order)
-    main, others = [s for s in stages if s != REDUCED], [s for s in stages if s == REDUCED]
-    result = [_stages(found, main, "Held-out tasks, before and after"), _kinds(found, main)]
-    if others:
-        result.append(_stages(found, [FULL, *others], "With and without process reward"))
+    main = [stage for stage in stages if stage != REDUCED]
+    result = [_stages(found, part, "Held-out tasks, before and after") for part in _columns(found, main)]
+    result += [_kinds(found, part) for part in _columns(found, main)]
+    if REDUCED in stages:
+        parts = _columns(found, [FULL, REDUCED])
+        result += [_stages(found, part, "With and without process reward") for part in parts]
     return result
 
 
-def _columns(found: Evaluations, stages: Iterable[str]) -> list[tuple[str, str]]:
+def _columns(found: Evaluations, stages: Iterable[str]) -> list[list[tuple[str, str]]]:
+    """(stage, mode) of the columns, in as many tables as they need."""
     modes = [mode for mode in ("greedy", "sampled") if any(key[1] == mode for key in found)]
-    return [(stage, mode) for mode in modes for stage in stages]
+    columns = [(stage, mode) for mode in modes for stage in stages]
+    return [columns[start : start + MAX_COLUMNS] for start in range(0, len(columns), MAX_COLUMNS)]
 
 
 def _table(columns: list[tuple[str, str]], title: str, *headings: str) -> Table:
@@ -78,8 +82,7 @@ def _short_label(stage: str) -> str:
     return "no process" if stage == REDUCED else stage_label(stage)
 
 
-def _stages(found: Evaluations, stages: list[str], title: str) -> Table:
-    columns = _columns(found, stages)
+def _stages(found: Evaluations, columns: list[tuple[str, str]], title: str) -> Table:
     table = _table(columns, title, "")
     table.caption = CAPTION
     for label, tool, name in ROWS:
@@ -88,8 +91,7 @@ def _stages(found: Evaluations, stages: list[str], title: str) -> Table:
     return table
 
 
-def _kinds(found: Evaluations, stages: list[str]) -> Table:
-    columns = _columns(found, stages)
+def _kinds(found: Evaluations, columns: list[tuple[str, str]]) -> Table:
     table = _table(columns, "By kind of task", "kind", "")
     kinds = dict.fromkeys(kind for evaluation in found.values() for kind in evaluation.by_kind)
     for kind in sorted(kinds, key=kind_order):

@@ -65,19 +65,20 @@ COMPARED = ("rollout/must_use", "rollout/accuracy", "rollout/spurious", "rollout
 def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """Sort curves under headings, thin them, and give them as JSON values for the page's script."""
     left = list(curves)
+    num_rows = max((len(curve.values) for curve in curves), default=0)
     groups = []
     for rule in RULES:
         found = [curve for curve in left if re.search(rule.pattern, curve.name)]
         left = [curve for curve in left if curve not in found]
         if found:
-            groups.append(_group(rule, found))
+            groups.append(_group(rule, found, num_rows))
     return groups
 
 
-def _group(rule: ChartRule, found: list[Curve]) -> dict[str, Any]:
-    """Charts of one heading; curves that never move are told in its note instead."""
+def _group(rule: ChartRule, found: list[Curve], num_rows: int) -> dict[str, Any]:
+    """Charts of one heading; curves of all `num_rows` values that never move are told in its note instead."""
     names = {curve.name: _series_name(rule, curve) for curve in found}
-    still = [curve for curve in found if len(curve.values) > 1 and len(set(curve.values)) == 1]
+    still = [curve for curve in found if 1 < len(curve.values) == num_rows and len(set(curve.values)) == 1]
     moving = [curve for curve in found if curve not in still]
     charts = []
     if rule.shared and moving:

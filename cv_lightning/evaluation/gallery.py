@@ -183,7 +183,7 @@ class Gallery:
 
     def _image(self, image: ImageRecord) -> dict[str, Any]:
         self._embed(image.file, image)
-        data = {
+        data: dict[str, Any] = {
             "file": image.file,
             "size": image.size,
             "model": image.model_size,

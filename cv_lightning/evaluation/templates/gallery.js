@@ -39,6 +39,11 @@ function toolChip(trajectory) {
   return trajectory.spurious ? make("span", { class: "chip bad", text: "needless turning" }) : null;
 }
 
+/** How a trajectory ended that did not end with an answer. */
+function endChip({ end }) {
+  return end === "answered" ? null : put("span", "chip note", `ended: ${words(end)}`);
+}
+
 function imageAlt(item, index) {
   const image = item.trajectory.images[index];
   if (image.parent === null) return `Image ${index}: the task's own, ${sizeText(image.size)} pixels`;
@@ -73,6 +78,7 @@ function tile(item) {
       verdictChip(trajectory),
       make("b", { text: trajectory.answer ?? "no answer" }),
       put("span", "q", `truth ${task.truth}`),
+      endChip(trajectory),
       toolChip(trajectory)),
     put("span", "ops", operationChips(item), item.failed ? put("span", "chip note", "a call failed") : null),
     put("span", "meta", make("span", { text: place }), make("span", { text: reward }))));

@@ -257,6 +257,7 @@ function answerLine({ trajectory, task }) {
     verdictChip(trajectory),
     make("b", { text: trajectory.answer ?? "no answer" }),
     put("span", "q", `truth ${task.truth}`),
+    endChip(trajectory),
     toolChip(trajectory));
 }
 
