@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 REFERENCE = "reference."
 """Prefix of the reference policy's parameters, which no checkpoint holds."""
 
+TOKENS, PACKED_TOKENS = "trained_tokens", "packed_tokens"
+LOSSES = ("loss", "surrogate_loss")
+PER_STEP = (*LOSSES, "grad_norm", "trajectories")
+"""Metrics that are no means over the tokens trained on."""
+
 
 class GRPOModule(PolicyModule):
     """Group-relative policy optimisation over packed trajectories.
 
     One batch is one RL iteration. It takes `num_minibatches` optimizer steps, always (trap T51): each on an equal
-    share of the groups that carry signal, normalised by the token count of all ranks.
+    share of the groups, normalised by the counts of all their scored trajectories over all ranks.
 
     Args:
         policy: which model, and how it is loaded.
@@ -81,19 +86,30 @@ class GRPOModule(PolicyModule):
     def training_step(self, batch: Iteration, batch_idx: int) -> None:
         """All optimizer steps of one iteration."""
         start = time.perf_counter()
-        signal = [group for group in batch.groups if carries_signal(group)]
-        minibatches = [
-            self.pack_micro_batches(self.train_rows(_trainable(signal[first :: self.num_minibatches])))
-            for first in range(self.num_minibatches)
-        ]
+        scored = self._share_out(batch.groups)
+        minibatches = [self.pack_micro_batches(self.train_rows(self._contributing(share))) for share in scored]
         self._attach_fixed([micro_batch for micro_batches in minibatches for micro_batch in micro_batches])
         totals: defaultdict[str, float] = defaultdict(float)
         parity = 0.0
         for number, micro_batches in enumerate(minibatches):
-            gap = self._optimize(micro_batches, totals)
+            gap = self._optimize(micro_batches, scored[number], totals)
             parity = gap if number == 0 else parity  # later ones meet weights that the engine does not have
         self.iteration += 1
         self._log_update(totals, parity, time.perf_counter() - start)
+
+    def _share_out(self, groups: Sequence[Group]) -> list[list[Trajectory]]:
+        """The scored trajectories of each mini-batch: as many groups each, those with signal spread first."""
+        ordered = sorted(groups, key=carries_signal, reverse=True)
+        shares = [ordered[first :: self.num_minibatches] for first in range(self.num_minibatches)]
+        return [[t for group in share for t in group.trajectories if is_trainable(t)] for share in shares]
+
+    def _contributing(self, scored: Sequence[Trajectory]) -> list[Trajectory]:
+        """Those with a gradient: an advantage of 0 has none, unless a KL penalty or an entropy bonus gives it one.
+
+        The others are not computed but count in the normalisers, so that leaving them out changes nothing.
+        """
+        regularised = self.loss.kl_weight > 0 or self.loss.entropy_weight > 0
+        return [t for t in scored if t.advantage or regularised]
 
     # ------------------------------------------------------------------ log-probabilities that stay fixed
     @torch.no_grad()
@@ -111,16 +127,15 @@ class GRPOModule(PolicyModule):
         return self.logprobs(micro_batch, temperature=self.temperature, with_entropy=with_entropy, model=model)
 
     # ------------------------------------------------------------------ one mini-batch
-    def _optimize(self, micro_batches: list[PackedBatch], totals: defaultdict[str, float]) -> float:
-        """One optimizer step; adds its mean metrics to `totals`.
+    def _optimize(
+        self, micro_batches: list[PackedBatch], scored: Sequence[Trajectory], totals: defaultdict[str, float]
+    ) -> float:
+        """One optimizer step; adds its metrics to `totals`: losses as means over steps, the rest as sums over tokens.
 
         Returns:
             Largest difference between engine and trainer log-probabilities that it met on this rank.
         """
-        counts = [
-            float(sum(m.num_loss_tokens for m in micro_batches)),
-            float(sum(m.num_trained for m in micro_batches)),
-        ]
+        counts = [float(sum(sum(t.loss_mask) for t in scored)), float(len(scored))]
         num_tokens, num_rows = self.reduce_sum(counts)
         gaps, shares = [0.0], []
 
@@ -137,10 +152,11 @@ class GRPOModule(PolicyModule):
         norm = self.accumulate_and_step(micro_batches, loss)
         for metrics in shares:
             for name, share in metrics.items():
-                totals[name] += float(share) / self.num_minibatches
+                totals[name] += float(share) * (1 / self.num_minibatches if name in LOSSES else num_tokens)
         totals["grad_norm"] += norm / self.num_minibatches / self.trainer.world_size
-        totals["tokens"] += counts[0]
-        totals["trajectories"] += counts[1]
+        totals["trajectories"] += sum(m.num_trained for m in micro_batches)
+        totals[TOKENS] += sum(m.num_loss_tokens for m in micro_batches)
+        totals[PACKED_TOKENS] += sum(m.input_ids.numel() for m in micro_batches)
         return max(gaps)
 
     def _loss_inputs(
@@ -169,12 +185,14 @@ class GRPOModule(PolicyModule):
         """Log one iteration's update; sums over ranks."""
         names = sorted(totals)
         sums = dict(zip(names, self.reduce_sum([totals[name] for name in names]), strict=True))
-        tokens = sums.pop("tokens")
-        metrics = {f"policy/{name}": value for name, value in sums.items()}
+        tokens, packed_tokens = sums.pop(TOKENS), sums.pop(PACKED_TOKENS)
+        metrics = {
+            f"policy/{name}": value if name in PER_STEP else value / max(tokens, 1.0) for name, value in sums.items()
+        }
         metrics |= {
             "policy/parity_max": self.reduce_max(parity),
             "policy/lr": self.learning_rate,
-            "policy/tokens_per_s": tokens / seconds,
+            "policy/tokens_per_s": packed_tokens / seconds,
             "time/update_s": seconds,
             "iteration": float(self.iteration),
         }
@@ -192,7 +210,3 @@ class GRPOModule(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         own = self.state_dict()
         checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(REFERENCE)}
-
-
-def _trainable(groups: Sequence[Group]) -> list[Trajectory]:
-    return [t for group in groups for t in group.trajectories if is_trainable(t)]

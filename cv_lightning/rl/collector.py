@@ -102,5 +102,5 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
 
 
 def is_trainable(trajectory: Trajectory) -> bool:
-    """True if the loss should read it: scored, some token sampled, and an advantage other than 0."""
-    return bool(trajectory.advantage) and any(trajectory.loss_mask)
+    """True if the loss counts it: scored, and some token sampled."""
+    return trajectory.advantage is not None and any(trajectory.loss_mask)
