@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,25 +79,28 @@ def read_code(code: str | None) -> CodeReading:
         reader = _Reader()
         calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
         called = {function.id for function in calls if isinstance(function, ast.Name)}
-        for steps, node in enumerate(_live_nodes(tree, called)):
-            if steps > MAX_STEPS:
-                break
+        for node in _live_nodes(tree, called)[:MAX_STEPS]:
             _read_node(node, reader)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return CodeReading()
     return CodeReading(frozenset(reader.labels), tuple(reader.boxes))
 
 
-def _live_nodes(node: ast.AST, called: set[str]) -> Iterator[ast.AST]:
+def _live_nodes(tree: ast.AST, called: set[str]) -> list[ast.AST]:
     """Nodes in the order of the text, without dead branches and functions that are not called."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in called:
-        return
-    children: Iterator[ast.AST] = ast.iter_child_nodes(node)
-    if isinstance(node, ast.If | ast.While) and isinstance(node.test, ast.Constant):
-        children = iter(node.body if node.test.value else node.orelse)
-    for child in children:
-        yield from _live_nodes(child, called)
-    yield node
+    found: list[ast.AST] = []
+    stack = [(tree, False)]
+    while stack:
+        node, is_done = stack.pop()
+        if is_done:
+            found.append(node)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name in called:
+            children = list(ast.iter_child_nodes(node))
+            if isinstance(node, ast.If | ast.While) and isinstance(node.test, ast.Constant):
+                children = list(node.body if node.test.value else node.orelse)
+            stack.append((node, True))
+            stack += [(child, False) for child in reversed(children)]
+    return found
 
 
 def _read_node(node: ast.AST, reader: _Reader) -> None:

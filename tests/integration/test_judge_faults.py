@@ -135,7 +135,7 @@ def test_verdicts_survive_a_fault(fault: str) -> None:
     assert found == [1.0, 0.0] * 6
     assert metrics["retries"] >= 1
     assert metrics["failed"] == 0
-    assert pause < 0.25
+    assert pause < 0.5
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "garbage text", "time-out"])
@@ -144,7 +144,7 @@ def test_a_lasting_fault_is_no_verdict(fault: str) -> None:
         found, pause, metrics = ask_all(config_of(server, max_attempts=2, give_up_s=3.0, timeout_s=0.2), pairs(4))
     assert found == [None] * 4
     assert metrics["failed"] == 4
-    assert pause < 0.25
+    assert pause < 0.5
 
 
 def test_retry_after_is_honoured() -> None:
@@ -195,7 +195,7 @@ def test_a_long_queue_behind_a_dead_server_ends_soon_and_says_why() -> None:
     assert found == [None] * 300
     assert time.perf_counter() - begun < 15
     assert metrics["requests"] < 60
-    assert pause < 0.25
+    assert pause < 0.5
 
 
 def test_waiting_for_a_turn_is_no_failure() -> None:

@@ -113,7 +113,7 @@ def test_judging_hides_behind_the_rollout() -> None:
         module.close()
     background.close()
     assert all(trajectory.reward is not None for trajectory in scored.trajectories)
-    assert added < 2 * latency_s  # the benchmark holds it to 1.2 on an idle machine
+    assert added < 3 * latency_s  # the benchmark holds it to 1.2 on an idle machine; one after another: 192
 
 
 def test_a_module_serves_one_loop_after_another() -> None:

@@ -205,9 +205,9 @@ def test_thoughtless_turns_lose_the_format() -> None:
     "evil", ["<think>" * 20_000, "</think>" * 20_000, "<answer>" * 20_000, "<answer>1" + " " * 10**5]
 )
 def test_no_text_takes_long(evil: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     for raw in (evil, "<think>t</think>" + evil + "<answer>42</answer>", f"<answer>{evil}</answer>"):
         score(Recorder(task(box=None)).answer(raw=raw))
     for answer in ("1," * 5000, "1 " * 5000, "A " * 5000, "(" * 9000, "of the " * 2000):
         score(Recorder(task(box=None)).answer(answer))
-    assert time.perf_counter() - begun < 1.0
+    assert time.process_time() - begun < 1.0
