@@ -61,7 +61,7 @@ def _without_output(outcome: Outcome, config: SandboxConfig) -> SandboxResult | 
         return SandboxResult(status=ToolStatus.TIMEOUT, error_kind="timeout", error=text)
     if os.WIFSIGNALED(outcome.wait_status):
         number = os.WTERMSIG(outcome.wait_status)
-        name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
+        name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
         text = f"the code crashed its process ({name}) or broke a limit; try another way"
         return SandboxResult(status=ToolStatus.KILLED, error_kind=name, error=text)
     if os.fstat(outcome.output_fd).st_size < HEADER.size:

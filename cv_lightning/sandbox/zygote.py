@@ -285,7 +285,7 @@ class ForkServer:
         return child
 
     def _child(self, control: int, is_worker: bool) -> None:
-        """Between fork and work: keep one descriptor, take the limits, touch what will be needed, seal, wait."""
+        """Between fork and work: close, limit, touch what will be needed, seal, wait."""
         from cv_lightning.sandbox import child, worker
 
         jobs = socket.socket(fileno=child.keep_only(control))

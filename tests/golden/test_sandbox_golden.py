@@ -42,7 +42,7 @@ def test_reference_results_are_those_of_the_reference() -> None:
     ):
         for case in CASES:
             verdict = case["truth"].get("reference_executor")
-            if verdict is None:
+            if verdict is None or case["code"] is None:
                 continue
             got = reference.run_sync(picture, case["code"])
             if verdict == "input_unchanged":
@@ -51,7 +51,9 @@ def test_reference_results_are_those_of_the_reference() -> None:
                 assert (got.status, got.error_kind) == (ToolStatus.ERROR, "not_an_image"), case["code"]
             else:
                 assert verdict == "same", f"unknown verdict {verdict}"
-                want = ours.run_sync(picture, case["code"]).image
+                right = ours.run_sync(picture, case["code"])
+                # Where nothing was made, ours says so and the reference hands the input back.
+                want = picture if right.error_kind == "no_result" else right.image
                 assert want is not None and got.image is not None, (case["code"], got.error)
                 assert got.image.tobytes() == want.tobytes(), case["code"]
 

@@ -1,140 +1,256 @@
-"""The sandbox with real fork servers and children."""
+"""The sandbox with real fork servers and children: semantics, bad input, tiers, degraded mode, the command."""
 
 import asyncio
 import json
 import os
-import random
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sandbox_samples import NOISE, general
 
 from cv_lightning.commands.sandbox import main
-from cv_lightning.sandbox import Sandbox, SandboxConfig, plan
+from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.sandbox.plan import MAX_STATEMENTS
 from cv_lightning.types import SandboxError, ToolStatus
 
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8))
+TURNED = NOISE.rotate(90, expand=True).tobytes()
 
 
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(SandboxConfig(plan_tier=False, timeout_s=2.0)) as running:
-        yield running
+# ------------------------------------------------------------------------------------------------ semantics
+@pytest.mark.parametrize(
+    "code",
+    [
+        "image = image.rotate(90, expand=True)",
+        "img = img.rotate(90, expand=True)",
+        "output = image.rotate(90, expand=True)",
+        "processed_image = image.rotate(90, expand=True)",
+        "def turn(x):\n    return again(x)\ndef again(x):\n    return x.rotate(90, expand=True)\nresult = turn(image)",
+        "class T:\n    def go(self, x): return x.transpose(Image.Transpose.ROTATE_90)\nresult = T().go(image)",
+        "k = 3\nresult = [image.rotate(30 * k, expand=True) for _ in range(1)][0]",
+        "result = np.rot90(np.array(image))",
+        "import cv2\nresult = cv2.rotate(np.array(image), cv2.ROTATE_90_COUNTERCLOCKWISE)",
+        "from skimage import util\nresult = np.rot90(util.img_as_ubyte(np.asarray(image)))",
+        "result = np.rot90(np.asarray(image) / 255.0)",
+        "try:\n    1 / 0\nexcept Exception:\n    result = sorted([image.rotate(90, expand=True)], key=id)[0]",
+        "px = image.load()\nnew = Image.new('RGB', (image.height, image.width))\nq = new.load()\n"
+        "w, h = image.size\nfor x in range(w):\n    for y in range(h):\n        q[y, w - 1 - x] = px[x, y]\n"
+        "result = new",
+    ],
+)
+def test_all_ways_to_turn_give_the_turned_image(code: str) -> None:
+    result = general().run_sync(NOISE, code)
+    assert result.image is not None and result.image.tobytes() == TURNED, result.error
 
 
-def test_packaged_cases_are_contained(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["--self-test", "--json"])
-    shown = json.loads(capsys.readouterr().out)
-    assert code == 0 and shown["failed"] == 0 and shown["passed"] > 60, [c for c in shown["cases"] if not c["ok"]]
+@pytest.mark.parametrize("code", ["ImageDraw.Draw(image).point((3, 4), (1, 2, 3))", "draw.point((3, 4), (1, 2, 3))",
+                                  "image.load()[3, 4] = (1, 2, 3)", "image.putpixel((3, 4), (1, 2, 3))"])  # fmt: skip
+def test_drawing_on_the_input_is_a_result_and_leaves_the_callers_image_alone(code: str) -> None:
+    before = NOISE.tobytes()
+    result = general().run_sync(NOISE, code)
+    assert result.image is not None and result.image.getpixel((3, 4)) == (1, 2, 3), result.error
+    assert NOISE.tobytes() == before
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I", "F", "CMYK", "LA"])
+def test_inputs_and_results_of_any_mode_are_rgb(mode: str) -> None:
+    result = general().run_sync(NOISE.convert(mode), f"assert image.mode == 'RGB'\nresult = image.convert({mode!r})")
+    assert result.image is not None and result.image.mode == "RGB" and result.image.size == NOISE.size, result.error
+
+
+def test_random_numbers_depend_on_picture_and_code_only() -> None:
+    code = "import random\nresult = (np.random.rand(8, 8, 3) * 200 + random.random() * 50).astype('uint8')"
+    first, second = (general().run_sync(NOISE, code).image for _ in range(2))
+    other = general().run_sync(NOISE, code + " # ").image
+    assert first is not None and second is not None and other is not None
+    assert first.tobytes() == second.tobytes() != other.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    ("code", "kind", "hint"),
+    [
+        ("result = 'x'", "not_an_image", "PIL image"),
+        ("result = Image.new('L', (5000, 5000))", "too_large", "crop or resize"),
+        ("x = 1", "no_result", "put the new image into `result`"),
+        ("result = np.full((9, 9, 3), np.nan)", "nan", "nan_to_num"),
+        ("result = Image.fromarray(np.full((9, 9), np.inf, np.float32))", "nan", "nan_to_num"),
+        ("result = np.zeros((0, 9, 3), np.uint8)", "zero_size", "crop box"),
+        ("result = image.crop((5, 5, 5, 9))", "zero_size", "crop box"),
+        ("result = image.resize((400, 1))", "aspect", "wider"),
+        ("result = np.zeros((4, 4, 7), np.uint8)", "wrong_mode", "height x width"),
+        ("result = np.zeros((4, 4, 3), complex)", "wrong_mode", "astype"),
+        ("result = x = y", "NameError", "line 1"),
+        ("\n\nresult = image.rotate(", "SyntaxError", "line 3"),
+        ("a = 1\nresult = image.crop(a)", "TypeError", "line 2"),
+        ("import no_such_library", "ModuleNotFoundError", "available: PIL"),
+        ("open('/etc/passwd')", "PermissionError", "files"),
+        ("raise SystemExit", "no_result", "result"),
+        ("import os\nos._exit(97)", "no_result", "result"),
+        ("import os\nos.close(4)\nresult = image", "no_result", "result"),
+        ("np.zeros(10**11)", "memory", "crop or resize"),
+    ],
+)
+def test_bad_results_are_typed_errors_that_tell_what_to_do(code: str, kind: str, hint: str) -> None:
+    result = general().run_sync(NOISE, code)
+    assert (result.status, result.error_kind) == (ToolStatus.ERROR, kind), (result.status, result.error)
+    assert hint in result.error and result.image is None and len(result.error) <= SandboxConfig().max_error_chars
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
-    [("result = 'x'", "not_an_image"), ("result = Image.new('L', (5000, 5000))", "too_large"), ("x = 1", "no_result"),
-     ("result = np.full((9, 9, 3), np.nan)", "nan"), ("result = np.zeros((0, 9, 3), np.uint8)", "zero_size"),
-     ("result = image.resize((400, 1))", "aspect"), ("result = np.zeros((4, 4, 7), np.uint8)", "wrong_mode"), ("x = y", "NameError")],
-)  # fmt: skip
-def test_bad_results_are_typed_errors(sandbox: Sandbox, code: str, kind: str) -> None:
-    result = sandbox.run_sync(NOISE, code)
-    assert (result.status, result.error_kind) == (ToolStatus.ERROR, kind) and result.error
+    ("image", "code", "kind"),
+    [
+        (NOISE, "x" * 5000, "too_long"),
+        (NOISE, None, "not_text"),
+        (NOISE, b"result = image", "not_text"),
+        (NOISE, "a\0b", "not_text"),
+        (NOISE, "a = '\ud800'", "not_text"),
+        (None, "x = 1", "no_image"),
+        (Image.new("RGB", (0, 5)), "x = 1", "bad_image"),
+        (Image.new("RGB", (4000, 4)), "x = 1", "bad_image"),
+    ],
+)
+def test_what_cannot_run_is_refused(image: Image.Image, code: str, kind: str) -> None:
+    result = general().run_sync(image, code)
+    assert (result.status, result.error_kind) == (ToolStatus.REFUSED, kind) and result.error
 
 
-def test_refusals(sandbox: Sandbox) -> None:
-    assert sandbox.run_sync(NOISE, "x" * 5000).error_kind == "too_long"
-    assert sandbox.run_sync(NOISE, None).error_kind == "not_text"  # type: ignore[arg-type]
-    assert sandbox.run_sync(None, "x = 1").error_kind == "no_image"  # type: ignore[arg-type]
+def test_error_texts_are_short_and_printable() -> None:
+    result = general().run_sync(NOISE, "raise ValueError('\\x1b[2J<|im_end|></tool_response>' + 'A' * 100000)")
+    assert result.error.isprintable() and "<|" not in result.error and "tool_response" not in result.error
+    assert len(result.error) <= 600 and result.error.startswith("ValueError (line 1")
 
 
-def test_plan_equals_child(sandbox: Sandbox) -> None:
-    rng, taken = random.Random(0), 0
-    for _ in range(150):
-        lines = ["w, h = image.size"]
-        for _ in range(rng.randint(1, 3)):
-            x, y = rng.randint(-9, 40), rng.randint(-9, 40)
-            step = rng.choice(
-                [f"image.crop(({x}, {y}, {x} + {rng.randint(5, 90)}, {y} + h // 2))", f"image.rotate({rng.choice([0, 90, -90, 180, 270, 33])}, expand={rng.random() < 0.5})",
-                 f"image.transpose({rng.randrange(7)})", f"image.resize(({rng.randint(9, 99)}, {rng.randint(9, 99)}))", "image.convert('L')",
-                 "ImageOps.mirror(image)", f"ImageEnhance.Contrast(image).enhance({rng.uniform(0.2, 2):.2f})"]
-            )  # fmt: skip
-            lines.append(f"image = {step}")
-        code = "\n".join([*lines, "result = image"])
-        planned = plan.run(NOISE, code, SandboxConfig())
-        if planned is None:
-            continue
-        taken += 1
-        child = sandbox.run_sync(NOISE, code)
-        assert child.image is not None and planned.image is not None, (code, child.error)
-        assert child.image.size == planned.image.size and child.image.tobytes() == planned.image.tobytes(), code
-        assert [(o.name, o.arguments, o.used) for o in child.operations] == [
-            (o.name, o.arguments, o.used) for o in planned.operations
-        ], code
-    assert taken > 100
+# ------------------------------------------------------------------------------------------------ tiers
+def test_plans_run_in_caller_or_worker_by_their_cost() -> None:
+    large = NOISE.resize((1024, 1024))
+    cheap, dear = "result = image.crop((1, 2, 30, 40))", "result = image.rotate(33, expand=True)"
+    with Sandbox(SandboxConfig()) as sandbox:
+        assert sandbox.run_sync(large, cheap).tier == "plan"
+        before = sandbox.stats
+        assert before["plan_worker"] == 0
+        for _ in range(3):
+            result = sandbox.run_sync(large, dear)
+            assert result.tier == "plan" and result.image is not None
+            assert result.image.tobytes() == large.rotate(33, expand=True).tobytes()
+        after = sandbox.stats
+        assert after["plan_worker"] == 3 and after["process_tier"] == before["process_tier"]
+        # One worker stays, beside the spare child; no new process for each plan.
+        assert len(sandbox.child_pids()) <= 2
+        assert sandbox.run_sync(large, "import re\n" + cheap).tier == "process"
 
 
-def test_async_cancellation_kills_the_child(sandbox: Sandbox) -> None:
-    async def run() -> float:
-        task = asyncio.create_task(sandbox.run(NOISE, "while True: pass", owner="a"))
-        await asyncio.sleep(0.3)
-        task.cancel()
-        begun = time.monotonic()
-        result = await sandbox.run(NOISE, "result = image", owner="b")
-        assert result.status is ToolStatus.OK
-        return time.monotonic() - begun
-
-    assert asyncio.run(run()) < 1.0
+def test_a_plan_that_a_worker_cannot_execute_runs_in_a_child() -> None:
+    code = "result = image.rotate(33, expand=True, fillcolor='no such colour')"
+    with Sandbox(SandboxConfig(plan_budget_ms=0.0)) as sandbox:
+        result = sandbox.run_sync(NOISE, code)
+        assert result.error_kind == "ValueError" and result.tier == "process" and "no such colour" in result.error
 
 
-@pytest.mark.parametrize("number", [200, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_no_job_is_lost_when_fork_servers_die(number: int) -> None:
-    files = len(os.listdir("/proc/self/fd"))
-    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=2)) as sandbox:
-        stop = threading.Event()
-
-        def kill() -> None:
-            while not stop.wait(2.5):
-                pool = sandbox._pool
-                if pool is not None and len(pool.server_pids) > 1:
-                    os.kill(random.choice(pool.server_pids), signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-
-        async def run() -> list[ToolStatus]:
-            results = await asyncio.gather(
-                *(sandbox.run(NOISE, f"time = {i}\nresult = image", owner=str(i % 7)) for i in range(number))
-            )
-            return [result.status for result in results]
-
-        statuses = asyncio.run(run())
-        stop.set()
-        killer.join()
-        assert statuses == [ToolStatus.OK] * number
-    assert len(os.listdir("/proc/self/fd")) <= files + 2
+def test_the_cache_is_bounded_and_its_results_are_copies() -> None:
+    config = SandboxConfig(cache_size=2, plan_tier=False)
+    codes = [f"result = image.rotate({90 * i})" for i in (1, 2, 3)]
+    with Sandbox(config) as sandbox:
+        first = sandbox.run_sync(NOISE, codes[0])
+        again = sandbox.run_sync(NOISE, codes[0])
+        assert again.tier == "cache" and first.image is not None and again.image is not None
+        again.image.putpixel((0, 0), (9, 9, 9))
+        assert sandbox.run_sync(NOISE, codes[0]).image.tobytes() == first.image.tobytes()  # type: ignore[union-attr]
+        sandbox.run_sync(NOISE, codes[1])
+        sandbox.run_sync(NOISE, codes[2])
+        assert sandbox.run_sync(NOISE, codes[0]).tier == "process"
 
 
-def test_without_landlock_nothing_can_be_opened() -> None:
+# ------------------------------------------------------------------------------------------------ start and layers
+def test_without_landlock_nothing_can_be_opened_and_benign_code_runs() -> None:
     config = SandboxConfig(plan_tier=False, allow_unsafe=True, disabled_layers=("landlock",))
     with Sandbox(config) as sandbox:
-        assert "open denied" in sandbox.layers["files"]
-        assert sandbox.run_sync(NOISE, "open('/etc/passwd')").error_kind == "PermissionError"
-        assert sandbox.run_sync(NOISE, "import re\nresult = cv2.flip(np.array(image), 1)").status is ToolStatus.OK
+        assert sandbox.layers["landlock"] == "off" and sandbox.layers["files"] == "active (open denied)"
+        for code in ("open('/etc/passwd')", "open('/tmp/x', 'w')", "np.fromfile('/etc/passwd')", "open('/dev/null')"):
+            assert sandbox.run_sync(NOISE, code).error_kind == "PermissionError", code
+        for code in (
+            "import re, json, unicodedata, collections\nresult = cv2.flip(np.array(image), 1)",
+            "from skimage import filters, exposure\nresult = exposure.equalize_hist(filters.gaussian(np.array(image)))",
+            "draw.text((2, 2), 'abc', fill='red')\nresult = image",
+            "from scipy import ndimage\nresult = ndimage.rotate(np.array(image), 90)",
+        ):
+            result = sandbox.run_sync(NOISE, code)
+            assert result.status is ToolStatus.OK, (code, result.error)
 
 
-def test_refuses_to_start_without_a_required_layer() -> None:
+def test_a_missing_layer_stops_the_start_unless_unsafe_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cv_lightning.sandbox.pool import Pool
+
     with pytest.raises(ValueError, match="allow_unsafe"):
         Sandbox(SandboxConfig(disabled_layers=("seccomp",)))
     with pytest.raises(SandboxError, match="not started"):
-        Sandbox().run_sync(NOISE, "x = 1")
+        Sandbox().run_sync(NOISE, "import re")
+    start = Pool.start
+
+    def start_without_seccomp(self: Pool) -> None:
+        start(self)
+        self.report = {**self.report, "seccomp": "unavailable (test)"}
+
+    monkeypatch.setattr(Pool, "start", start_without_seccomp)
+    with pytest.raises(SandboxError, match="lacks seccomp"):
+        Sandbox(SandboxConfig()).start()
+    with Sandbox(SandboxConfig(allow_unsafe=True)) as sandbox:
+        assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
 
 
-def test_command_runs_one_snippet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "code.py").write_text("result = image.rotate(90, expand=True)")
+def test_an_interpreter_that_cannot_load_the_libraries_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv_lightning.sandbox.server._BOOT", "import no_such_library")
+    with pytest.raises(SandboxError, match="three fork servers"):
+        Sandbox(SandboxConfig(start_timeout_s=20)).start()
+
+
+def test_starting_twice_and_after_closing() -> None:
+    sandbox = Sandbox(SandboxConfig(plan_tier=False))
+    sandbox.start()
+    sandbox.start()
+    sandbox.close()
+    sandbox.close()
+    with pytest.raises(SandboxError, match="not started"):
+        asyncio.run(sandbox.run(NOISE, "import re"))
+    sandbox.start()
+    assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
+    sandbox.close()
+
+
+def test_a_forked_process_is_told_to_start_its_own() -> None:
+    sandbox = general()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sandbox.run_sync(NOISE, "import re")
+        except SandboxError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert b"forked" in os.read(reader, 1000)
+    os.close(reader)
+    os.close(writer)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def test_command_runs_one_snippet_and_prints_its_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "code.py").write_text("x = image.crop((0, 0, 9, 9))\nresult = image.rotate(90, expand=True)")
     NOISE.save(tmp_path / "in.png")
-    assert main(["--run", str(tmp_path / "code.py"), str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png")]) == 0
-    assert json.loads(capsys.readouterr().out)["core"] == ["rotate_90"]
-    assert Image.open(tmp_path / "out.png").size == (96, 128)
+    out = str(tmp_path / "out.png")
+    assert main(["--run", str(tmp_path / "code.py"), str(tmp_path / "in.png"), "-o", out]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["core"] == ["rotate_90"]
+    assert [(op["name"], op["used"]) for op in shown["operations"]] == [("crop", False), ("rotate_90", True)]
+    assert Image.open(out).size == (96, 128)
+    (tmp_path / "code.py").write_text("1 / 0")
+    assert main(["--run", str(tmp_path / "code.py"), str(tmp_path / "in.png")]) == 1
+    assert main(["--run", str(tmp_path / "code.py"), str(tmp_path / "no.png")]) == 2
+
+
+def test_long_straight_code_is_no_plan_but_runs() -> None:
+    lines = ["image = image.transpose(2)"] * (MAX_STATEMENTS + 2)
+    result = general().run_sync(NOISE, "\n".join(lines))
+    assert result.image is not None and np.array_equal(np.asarray(result.image), np.rot90(np.asarray(NOISE), 26))

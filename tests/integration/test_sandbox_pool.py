@@ -1,0 +1,250 @@
+"""The pool under load and under fire: fairness, cancellation, bounds, restarts, kills; nothing left over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from sandbox_samples import NOISE, general
+
+from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.sandbox.selftest import strays
+from cv_lightning.types import SandboxResult, ToolStatus
+
+SLEEP = "import time\ntime.sleep({})\nresult = image"
+
+
+def marked(number: int) -> str:
+    """Code whose result tells its number, so that a result that went to another caller is seen."""
+    return f"import re\nresult = Image.new('RGB', (8, 8), ({number % 256}, {number // 256 % 256}, {number // 65536}))"
+
+
+def number_of(image: Image.Image) -> int:
+    red, green, blue = image.getpixel((0, 0))  # type: ignore[misc]
+    return int(red + 256 * green + 65536 * blue)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def alive(pid: int) -> bool:
+    """True if a process exists and is no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@contextlib.contextmanager
+def repeatedly(action: Callable[[], None], pause: Callable[[], float]) -> Iterator[None]:
+    """Do something again and again in another thread, meanwhile."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(pause()):
+            action()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+async def run_all(sandbox: Sandbox, codes: list[str], owners: int = 7) -> list[SandboxResult]:
+    return await asyncio.gather(*(sandbox.run(NOISE, code, owner=str(i % owners)) for i, code in enumerate(codes)))
+
+
+# ------------------------------------------------------------------------------------------------ order and bounds
+def test_trajectories_take_turns() -> None:
+    finished: list[str] = []
+
+    async def one(sandbox: Sandbox, owner: str) -> None:
+        await sandbox.run(NOISE, SLEEP.format(0.01), owner=owner)
+        finished.append(owner)
+
+    async def run(sandbox: Sandbox) -> None:
+        # One trajectory floods the queue before two others come.
+        await asyncio.gather(*(one(sandbox, "flood") for _ in range(24)), one(sandbox, "b"), one(sandbox, "c"))
+
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, max_in_flight=1)) as sandbox:
+        asyncio.run(run(sandbox))
+    assert max(finished.index("b"), finished.index("c")) <= 6, finished
+
+
+def test_the_queue_is_bounded_and_says_so() -> None:
+    config = SandboxConfig(plan_tier=False, num_zygotes=1, max_in_flight=1, max_queue=3)
+    with Sandbox(config) as sandbox:
+        results = asyncio.run(run_all(sandbox, [SLEEP.format(0.2)] * 8))
+    counts = Counter(result.status for result in results)
+    assert counts[ToolStatus.LOST] >= 3 and counts[ToolStatus.OK] >= 4 and sum(counts.values()) == 8
+    assert all("max_queue" in result.error for result in results if result.status is ToolStatus.LOST)
+
+
+def test_bytes_in_flight_are_bounded_but_one_large_picture_runs() -> None:
+    large = Image.new("RGB", (2000, 1000))
+    config = SandboxConfig(plan_tier=False, max_in_flight=4, max_in_flight_mb=1.0)
+    seen: list[float] = []
+    with Sandbox(config) as sandbox, repeatedly(lambda: seen.append(sandbox.stats["in_flight"]), lambda: 0.005):
+
+        async def run() -> list[SandboxResult]:
+            jobs = (sandbox.run(large, SLEEP.format(0.05), owner=str(i)) for i in range(4))
+            return await asyncio.gather(*jobs)
+
+        results = asyncio.run(run())
+    assert [result.status for result in results] == [ToolStatus.OK] * 4 and max(seen) == 1
+
+
+def test_cancelling_kills_the_child_and_takes_waiting_jobs_out() -> None:
+    async def run(sandbox: Sandbox) -> float:
+        tasks = [asyncio.create_task(sandbox.run(NOISE, "while True: pass", owner=str(i))) for i in range(6)]
+        await asyncio.sleep(0.4)
+        for task in tasks:
+            task.cancel()
+        begun = time.monotonic()
+        result = await sandbox.run(NOISE, "import re\nresult = image", owner="b")
+        assert result.status is ToolStatus.OK
+        return time.monotonic() - begun
+
+    sandbox = general()
+    assert asyncio.run(run(sandbox)) < 1.0
+    time.sleep(0.1)
+    assert sandbox.stats["in_flight"] == 0 and sandbox.stats["queued"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ under fire
+def test_a_job_is_resent_once_when_its_fork_server_dies_and_then_given_up() -> None:
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, timeout_s=20)) as sandbox:
+
+        def kill_when_busy() -> None:
+            if sandbox.stats["in_flight"]:
+                for pid in sandbox.server_pids():
+                    os.kill(pid, signal.SIGKILL)
+
+        before = sandbox.stats
+        with repeatedly(kill_when_busy, lambda: 0.05):
+            result = sandbox.run_sync(NOISE, SLEEP.format(10))
+        assert result.status is ToolStatus.LOST
+        assert sandbox.stats["resent"] - before["resent"] == 1 and sandbox.stats["lost"] - before["lost"] == 1
+        assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
+
+
+def test_a_fork_server_that_stops_answering_is_replaced() -> None:
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, timeout_s=0.5)) as sandbox:
+        os.kill(sandbox.server_pids()[0], signal.SIGSTOP)
+        result = sandbox.run_sync(NOISE, marked(77))
+        assert result.image is not None and number_of(result.image) == 77 and sandbox.stats["resent"] == 1
+
+
+def test_fork_servers_are_replaced_after_their_number_of_jobs() -> None:
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, jobs_per_zygote=60)) as sandbox:
+        first = sandbox.server_pids()
+        results = asyncio.run(run_all(sandbox, [marked(i) for i in range(150)]))
+        assert [number_of(r.image) for r in results if r.image is not None] == list(range(150))
+        assert sandbox.stats["restarts"] >= 2 and not any(map(alive, first))
+        assert sandbox.stats["resent"] == 0 and sandbox.stats["lost"] == 0
+
+
+def test_the_watched_memory_of_a_fork_server_leads_to_its_replacement() -> None:
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, grown_mb=-1000.0)) as sandbox:
+        results = asyncio.run(run_all(sandbox, [marked(i) for i in range(300)]))
+        assert all(result.status is ToolStatus.OK for result in results) and sandbox.stats["restarts"] >= 1
+
+
+def test_every_fourth_child_killed_at_a_random_moment() -> None:
+    rng = random.Random(4)
+    with Sandbox(SandboxConfig(plan_tier=False)) as sandbox:
+
+        def kill_some() -> None:
+            for pid in sandbox.child_pids():
+                if rng.random() < 0.25:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+        with repeatedly(kill_some, lambda: rng.uniform(0.0, 0.02)):
+            results = asyncio.run(run_all(sandbox, [marked(i) for i in range(200)]))
+        for number, result in enumerate(results):
+            # A child that was killed is told as such; nobody gets another's result; the rest goes on.
+            assert result.status in (ToolStatus.OK, ToolStatus.KILLED), result
+            assert result.image is None or number_of(result.image) == number
+        assert sum(result.status is ToolStatus.OK for result in results) > 50
+        assert sandbox.stats["restarts"] == 0
+        calm = asyncio.run(run_all(sandbox, [marked(i) for i in range(10)]))
+        assert all(result.status is ToolStatus.OK for result in calm)
+
+
+def test_bombs_in_parallel_harm_nobody_else() -> None:
+    bombs = [
+        "x = [bytearray(1 << 24) for _ in range(1000)]",
+        "while True: pass",
+        "import ctypes\nctypes.string_at(0)",
+        "for i in range(10**6): np.zeros((1 << 20,)).fill(1); print('x' * 10000)",
+        "import os\nos.write(4, b'x' * (1 << 27))",
+        "result = Image.new('RGB', (60000, 60000))",
+    ]
+    codes = [bombs[i % len(bombs)] if i % 2 else marked(i) for i in range(36)]
+    with Sandbox(SandboxConfig(plan_tier=False, timeout_s=1.0, cpu_s=1, max_in_flight=6)) as sandbox:
+        results = asyncio.run(run_all(sandbox, codes))
+        for number, result in enumerate(results):
+            if number % 2:
+                assert result.image is None and result.status is not ToolStatus.LOST
+            else:
+                assert result.image is not None and number_of(result.image) == number, result
+        assert sandbox.stats["restarts"] == 0 and strays(sandbox) == []
+
+
+@pytest.mark.parametrize("number", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_job_is_lost_or_doubled_when_fork_servers_die(number: int) -> None:
+    rng = random.Random(number)
+    general()  # so that its descriptors do not count below
+    gc.collect()
+    files, started = open_files(), time.monotonic()
+    kills = 0
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=2)) as sandbox:
+        asyncio.run(run_all(sandbox, [marked(i) for i in range(20)]))
+        memory, servers = resident_mb(), set(sandbox.server_pids())
+
+        def kill_one() -> None:
+            nonlocal kills
+            pids = sandbox.server_pids()
+            servers.update(pids)
+            if len(pids) > 1:
+                kills += 1
+                os.kill(rng.choice(pids), signal.SIGKILL)
+
+        # A job is lost for good only if it meets two deaths; a server that has just started is left to itself.
+        with repeatedly(kill_one, lambda: rng.uniform(0.5, 1.0) + (2.0 if number > 1000 else 0.0)):
+            results = asyncio.run(run_all(sandbox, [marked(i) for i in range(number)]))
+        grown = resident_mb() - memory
+        assert [number_of(r.image) if r.image is not None else r.status for r in results] == list(range(number))
+        stats = sandbox.stats
+        assert kills and stats["restarts"] >= kills - 1 and stats["lost"] == 0
+        assert strays(sandbox) == []
+        children = sandbox.child_pids()
+    gc.collect()
+    time.sleep(0.2)
+    left = [pid for pid in (*servers, *children) if alive(pid)]
+    figures = {"calls": number, "kills": kills, "resent": stats["resent"], "seconds": time.monotonic() - started,
+               "grown_mb": grown, "files_left": open_files() - files, "processes_left": len(left)}  # fmt: skip
+    print("soak", json.dumps(figures))
+    assert not left and figures["files_left"] <= 0
+    # The results themselves are 10,000 pictures of 8x8.
+    assert grown < 60 + number * 0.01, figures
