@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Entropy = Literal["none", "value", "gradient"]
+
+
 class LogProbs(NamedTuple):
     """Of the targets of a packed row."""
 
     logprobs: torch.Tensor
     """[N] float32"""
     entropy: torch.Tensor | None
-    """[N] float32, without gradient; of the whole distribution at each target"""
+    """[N] float32, nats; of the whole distribution at each target"""
 
 
 def packed_logprobs(
@@ -30,7 +33,7 @@ def packed_logprobs(
     *,
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
-    with_entropy: bool = False,
+    entropy: Entropy = "none",
     chunk_tokens: int = 1024,
 ) -> LogProbs:
     """Log-probability of every target as the engine computes it: ban, then temperature, then softmax in float32.
@@ -43,7 +46,7 @@ def packed_logprobs(
         batch: a packed row on the model's device.
         temperature: that divides the logits.
         banned_ids: get `LOGIT_BAN` added.
-        with_entropy: compute the entropy, too.
+        entropy: `value` computes it too, `gradient` for a loss that holds it.
         chunk_tokens: positions whose logits are in memory at once.
     """
     hidden = packed_hidden(model, batch)[0].index_select(0, batch.loss_positions)
@@ -57,9 +60,9 @@ def packed_logprobs(
             logits = logits.div_(temperature)
         normaliser = torch.logsumexp(logits, -1)
         chosen = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-        if not with_entropy:
+        if entropy == "none":
             return chosen, chosen.detach()
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy == "gradient" and torch.is_grad_enabled()):
             spread = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
         return chosen, spread
 
@@ -70,7 +73,7 @@ def packed_logprobs(
         else:
             chunks.append(one_chunk(states, targets))
     logprobs = torch.cat([chunk[0] for chunk in chunks])
-    return LogProbs(logprobs, torch.cat([chunk[1] for chunk in chunks]) if with_entropy else None)
+    return LogProbs(logprobs, torch.cat([chunk[1] for chunk in chunks]) if entropy != "none" else None)
 
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
-from cv_lightning.model.logprobs import LogProbs, packed_logprobs
+from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
 from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
 from cv_lightning.model.vision import VisionCache, process_images
 from cv_lightning.rl.microbatch import split_by_tokens
@@ -181,7 +181,7 @@ class PolicyModule(pl.LightningModule):
         batch: PackedBatch,
         *,
         temperature: float = 1.0,
-        with_entropy: bool = False,
+        entropy: Entropy = "none",
         model: PreTrainedModel | None = None,
     ) -> LogProbs:
         """Log-probabilities at the loss positions of a packed row, as the engine computes them.
@@ -189,13 +189,13 @@ class PolicyModule(pl.LightningModule):
         Args:
             batch: a packed row.
             temperature: of sampling; 1 in SFT.
-            with_entropy: also the entropy of every distribution.
+            entropy: of every distribution; see `packed_logprobs`.
             model: another model than the policy (the reference).
         """
         model = self.policy if model is None else model
         assert model is not None
         return packed_logprobs(
-            model, batch.to(self.device), temperature=temperature, banned_ids=self.vision_ids, with_entropy=with_entropy
+            model, batch.to(self.device), temperature=temperature, banned_ids=self.vision_ids, entropy=entropy
         )
 
     def accumulate_and_step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cv_lightning.model.loading import PolicyConfig, load_policy
-from cv_lightning.model.logprobs import LogProbs
+from cv_lightning.model.logprobs import Entropy, LogProbs
 from cv_lightning.model.packing import PackedBatch
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.rl.collector import carries_signal, is_trainable
@@ -122,9 +122,9 @@ class GRPOModule(PolicyModule):
                 micro_batch.old_logprobs = self._logprobs(micro_batch).logprobs
 
     def _logprobs(
-        self, micro_batch: PackedBatch, *, with_entropy: bool = False, model: PreTrainedModel | None = None
+        self, micro_batch: PackedBatch, *, entropy: Entropy = "none", model: PreTrainedModel | None = None
     ) -> LogProbs:
-        return self.logprobs(micro_batch, temperature=self.temperature, with_entropy=with_entropy, model=model)
+        return self.logprobs(micro_batch, temperature=self.temperature, entropy=entropy, model=model)
 
     # ------------------------------------------------------------------ one mini-batch
     def _optimize(
@@ -137,10 +137,11 @@ class GRPOModule(PolicyModule):
         """
         counts = [float(sum(sum(t.loss_mask) for t in scored)), float(len(scored))]
         num_tokens, num_rows = self.reduce_sum(counts)
+        entropy: Entropy = "gradient" if self.loss.entropy_weight > 0 else "value"
         gaps, shares = [0.0], []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
-            computed = self._logprobs(micro_batch, with_entropy=True)
+            computed = self._logprobs(micro_batch, entropy=entropy)
             inputs = self._loss_inputs(micro_batch, computed, max(num_tokens, 1.0), max(num_rows, 1.0))
             value, metrics = policy_loss(inputs, self.loss)
             shares.append(metrics)

@@ -189,3 +189,19 @@ def test_the_schedule_holds_then_falls() -> None:
     values = [config.multiplier(step, 100) for step in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == values[50] == 1.0
     assert values[75] == pytest.approx(0.5) and min(values[10:]) >= 0.05
+
+
+def test_the_entropy_bonus_raises_the_entropy(tiny_checkpoint: Path) -> None:
+    def entropy_after(weight: float) -> float:
+        loss = PolicyLossConfig(entropy_weight=weight)
+        module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, loss=loss, num_minibatches=1)
+        chosen = groups(module, 2)
+
+        def build(step: int) -> Iteration:
+            batch = Iteration(step, [])
+            batch.groups = chosen
+            return batch
+
+        return float(fit(module, build, 6).callback_metrics["policy/entropy"])
+
+    assert entropy_after(10.0) > entropy_after(0.0) + 1e-3

@@ -129,8 +129,8 @@ def test_positions_equal_the_models_own(model: PreTrainedModel, processor: Proce
 
 def test_entropy_is_that_of_the_sampling_distribution(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     batch = pack_rows(random_rows(model, processor, seed=3, num_rows=2), model.config)
-    hot = packed_logprobs(model, batch, temperature=2.0, with_entropy=True)
-    cold = packed_logprobs(model, batch, temperature=0.5, with_entropy=True)
+    hot = packed_logprobs(model, batch, temperature=2.0, entropy="value")
+    cold = packed_logprobs(model, batch, temperature=0.5, entropy="value")
     assert hot.entropy is not None and cold.entropy is not None
     assert (hot.entropy > cold.entropy).all() and (cold.entropy > 0).all()
 
@@ -186,7 +186,7 @@ class LiveBytes(TorchDispatchMode):
 
 def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the released models' vocabulary; what full logits would take is counted in the same way."""
-    vocabulary, tokens, width = 151_936, 256, model.config.text_config.hidden_size
+    vocabulary, tokens, width = 151_936, 128, model.config.text_config.hidden_size
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(
         False
     )  # its gradient is as large on both sides
@@ -197,7 +197,7 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, m
     states = torch.randn(1, tokens + 1, width, requires_grad=True)
     monkeypatch.setattr("cv_lightning.model.logprobs.packed_hidden", lambda *_: states)
     with LiveBytes() as ours:
-        packed_logprobs(model, batch, temperature=0.7, chunk_tokens=16).logprobs.sum().backward()
+        packed_logprobs(model, batch, temperature=0.7, chunk_tokens=8).logprobs.sum().backward()
     with LiveBytes() as full:
         logits = head(states[0, :-1]).float() / 0.7
         torch.log_softmax(logits, -1).gather(-1, batch.targets[:, None]).sum().backward()
