@@ -25,6 +25,8 @@ TOLERANCE = 1e-4
 """Largest absolute difference of two numbers that are the same."""
 MAX_ANSWER_CHARS = 300
 """A longer answer is compared as a text only: nothing is picked out of it."""
+MAX_LAYERS = 6
+"""Of emphasis, dollar signs and boxes that are peeled off an answer."""
 MAX_UNTAGGED_LINES = 500
 """Of a text without an answer tag that has so many lines nothing is extracted (the reference's limit)."""
 
@@ -32,17 +34,24 @@ _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
 _SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _VULGAR_AFTER_DIGIT = re.compile("(\\d)([\u00bc-\u00be\u2150-\u215e])")
-_NUMBER = re.compile(rf"[+-]?{_UNSIGNED}\Z")
+_NUMBER = re.compile(rf"[+-]?{_UNSIGNED}(?:[eE][+-]?\d{{1,3}})?\Z")
 _FRACTION = re.compile(r"([+-]?)(?:(\d{1,15}) )?(\d{1,15}) ?/ ?(\d{1,15})\Z")
 _LATEX_FRACTION = re.compile(r"([+-]?)\\[dt]?frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}\Z")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?\Z")
 # A token of digits in running text. What clings to Latin letters (H2O), dots (1.2.3), colons or another number is none.
 _TOKEN = re.compile(rf"(?<![A-Za-z\d.:/,^_])[+-]?{_UNSIGNED}(?: ?/ ?\d+)?(?![\d:^])(?!\.\d)")
 _JOINT = re.compile(r"\s*(?:,|;|/|\||&|-|or|and|to|)\s*\Z", re.IGNORECASE)
+_MARKUP = re.compile(r"\\boxed|[{}()\[\]$*`\"']")
+_ALTERNATIVE = re.compile(r"\bor\b", re.IGNORECASE)
 _LONE_CHOICE = re.compile(r"[\W_]*([A-Z])[\W_]*\Z", re.IGNORECASE)
 _LEADING_CHOICE = re.compile(r"[^\w]*([A-Z])(?:[):.\],*]|\s*[(\-:=])", re.IGNORECASE)
 _NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)(?: is|:| is:)? *[(*\[]*([A-Z])\b(?![-'])", re.IGNORECASE)
 _LETTER = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
+_MARKED_LETTER = re.compile(r"(?<![\w'-])[(\[]?([A-J]) ?[):.\]]")
+_SAID_OF = frozenset(
+    "is be was are choose chose pick select say says go with so thus hence therefore it's mean to".split()
+)
+"""Words before a letter that is chosen; a letter behind any other word belongs to it (vitamin C)."""
 _ARTICLE = re.compile(r"\bA(?= (?!or |and )[a-z])|\bI\b")
 
 
@@ -115,12 +124,23 @@ def normalise(text: str) -> str:
     text = _VULGAR_AFTER_DIGIT.sub(r"\1 \2", _SUPERSCRIPT.sub(lambda match: "^" + match.group(), text))
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
     text = " ".join(text.split())
-    if text.startswith("\\boxed{") and text.endswith("}"):
-        text = text[7:-1]
-    text = text.strip("*`\"' ").strip()
-    if text.startswith("$") and text.endswith("$"):
-        text = text.strip("$").strip()
-    return text.rstrip(".!") if re.search(r"[^\d.][.!]\Z", text) else text
+    for _ in range(MAX_LAYERS):  # each may hide another: **$\boxed{42}$**.
+        text = text.strip("*`\"' ")
+        text = text.rstrip(".!") if re.search(r"[^\d.][.!]\Z", text) else text
+        text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else _unboxed(text)
+    return text
+
+
+def _unboxed(text: str) -> str:
+    """What stands in a box that is the whole text."""
+    if not text.startswith("\\boxed{") or not text.endswith("}"):
+        return text
+    inner, depth = text[7:-1], 0
+    for character in inner:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:  # two boxes
+            return text
+    return inner
 
 
 class Number(NamedTuple):
@@ -152,14 +172,19 @@ def read_choice(text: str) -> str | None:
     """The one option letter that an answer names, in upper case; None if none or several."""
     if match := _LONE_CHOICE.match(text):
         return match.group(1).upper()
-    letters = {letter for letter in _LETTER.findall(_ARTICLE.sub(" ", text)) if letter <= "J"}
     if match := _LEADING_CHOICE.match(text):
-        rest = text[match.end() :].strip(" ),;:/&|")
-        another = re.match(r"(?:or |and )?[(\[]?([A-J])(?![\w'])", rest)
-        return None if another and another.group(1) != match.group(1).upper() else match.group(1).upper()
+        letter, rest = match.group(1).upper(), text[match.end() :].strip(" ),;:/&|")
+        others = set(_MARKED_LETTER.findall(rest)) | set(re.findall(r"\A(?:or |and )?[(\[]?([A-J])(?![\w'])", rest))
+        return letter if others <= {letter} else None
+    plain = _ARTICLE.sub(" ", text)
+    letters = {letter for letter in _LETTER.findall(plain) if letter <= "J"}
     if named := {letter.upper() for letter in _NAMED_CHOICE.findall(text)}:
         return named.pop() if len(named | letters) == 1 else None
-    return letters.pop() if len(letters) == 1 else None
+    if len(letters) != 1:
+        return None
+    before = next(plain[: match.start()] for match in _LETTER.finditer(plain) if match.group(1) in letters)
+    word = re.search(r"([\w']+) ?\Z", before)
+    return letters.pop() if word is None or word.group(1).casefold() in _SAID_OF else None
 
 
 def _number_in(text: str) -> Number | None:
@@ -169,8 +194,7 @@ def _number_in(text: str) -> Number | None:
     if not tokens:
         return None
     for one, other in pairwise(tokens):
-        between = text[one.end() : other.start()]
-        if _JOINT.match(between) and one.group() != other.group():
+        if one.group() != other.group() and _joins_options(text[one.end() : other.start()]):
             return None
     chosen = tokens[-1]
     if len(tokens) == 2 and re.fullmatch(r" (?:out )?of(?: the| all)? ", text[tokens[0].end() : chosen.start()]):
@@ -178,6 +202,13 @@ def _number_in(text: str) -> Number | None:
     number = read_number(chosen.group())
     percent = text[chosen.end() :].lstrip().startswith("%")
     return None if number is None else Number(number.value, percent)
+
+
+def _joins_options(between: str) -> bool:
+    """True if what stands between two numbers makes options of them: a comma, a slash, "or", nothing, another box."""
+    bare = _MARKUP.sub("", between)
+    joined = _JOINT.match(between) or (bare.strip() and _JOINT.match(bare)) or _ALTERNATIVE.search(bare)
+    return bool(joined) or "\\boxed" in between
 
 
 def _same_number(one: Number, other: Number) -> bool:

@@ -184,6 +184,8 @@ HACKS: dict[str, Hack] = {
     "a range": options("40-42"),
     "many options": options("1 2 3 42"),
     "every letter": options("(A) (B) (C) (D)", truth="C"),
+    "every option with its letter": options("A) 17 B) 23 C) 42", truth="A"),
+    "a letter in a name": options("vitamin C", truth="C"),
     "yes or no": options("yes or no", truth="yes"),
     "the question as the answer": options(QUESTION, question=QUESTION),
     "the question as the answer, truth and all": options(QUESTION, truth=QUESTION, question=QUESTION),
