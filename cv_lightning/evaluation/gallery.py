@@ -281,6 +281,6 @@ def thumbnail(image: Image.Image, longest_px: int) -> str:
 def relative_folder(store: Path, page: Path) -> str | None:
     """Where the page finds the store's pictures, as a relative URL; None where it stands outside the run."""
     try:
-        return store.relative_to(page.parent).as_posix()
+        return store.resolve().relative_to(page.resolve().parent).as_posix()
     except ValueError:
         return None

@@ -57,7 +57,7 @@ def scripts(task: Task) -> dict[str, list[str]]:
         "broken": ["result = imge.rotate(90)", *turn],
     }
     return {name: _turns(task, codes) for name, codes in behaviours.items()} | {
-        "never answers": ["<think>read</think>"],
+        "never answers": [*_turns(task, turn + crop)[:-1], "<think>read</think>"],
         "malformed": ['<tool_call>{"name": </tool_call>', answer_text(task.ground_truth)],
     }
 

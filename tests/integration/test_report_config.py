@@ -1,0 +1,38 @@
+"""The report reads how a run was trained from configs as LightningCLI really writes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cv_lightning.evaluation.training import training_story
+
+ROOT = Path(__file__).parents[2]
+
+
+def resolved(*arguments: str) -> str:
+    command = [sys.executable, "-m", "cv_lightning", "fit", *arguments, "--print_config"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_what_sft_showed_is_told_as_the_command_line_set_it() -> None:
+    share = ["--data.init_args.demonstrations.tool_share", "0.25", "--data.init_args.warm_up_share", "0.5"]
+    text = resolved("--config", "configs/quickstart/sft.yaml", *share, "--data.init_args.num_steps", "60")
+    ((_, sentences),) = training_story({"sft/fit_config.yaml": text})
+    told = " ".join(sentences)
+    assert "Of the tasks that need the tool, 25 % demonstrate it" in told
+    assert "Warm-up: the first 50 % of the steps (30) show clean single turns only" in told
+
+
+@pytest.mark.parametrize(("recipe", "formula"), [("reward", "mandatory"), ("reward_accuracy", None)])
+def test_what_rl_paid_for_is_told(recipe: str, formula: str | None) -> None:
+    reward = ["--trainer.callbacks.init_args.reward", f"configs/quickstart/{recipe}.yaml"]
+    text = resolved("--config", "configs/quickstart/grpo.yaml", *reward)
+    ((_, sentences),) = training_story({"rl/fit_config.yaml": text})
+    told = " ".join(sentences)
+    assert "GRPO: " in told
+    assert "Reward: accuracy + 0.1 format" in told
+    assert (formula is None and "mandatory" not in told) or f"+ {formula}" in told
