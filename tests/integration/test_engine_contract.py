@@ -18,6 +18,7 @@ from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Job, Rollout
 from cv_lightning.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine
+from cv_lightning.model.tiny import MARKUP_TOKENS
 from cv_lightning.types import EndState, EngineError, SandboxResult, Task, ToolStatus, Trajectory
 
 SIZES = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4)
@@ -221,7 +222,7 @@ class Unsteady:
 
 def test_deterministic_rollouts_repeat_to_the_last_bit(engines: dict[str, Engine], policy: Policy) -> None:
     vllm, encoder = engines["vllm"], policy.encoder
-    markup = [policy.processor.tokenizer.convert_tokens_to_ids(f"<{tag}>") for tag in ("think", "tool_call", "answer")]
+    markup = [policy.processor.tokenizer.convert_tokens_to_ids(token) for token in MARKUP_TOKENS]
     calling = Calling(vllm, encoder.assistant_ids(CALL), policy.banned)
     tasks = [
         Task(id=f"t{i}", question="Read it.", images=(policy.dialogue([size], seed=i).images[0],), ground_truth="1")
