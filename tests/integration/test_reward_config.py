@@ -96,6 +96,16 @@ def test_the_callback_takes_every_recipe_as_a_file(path: Path) -> None:
     assert callback.reward == replace(alone, format=0.3)  # a flag behind the file wins, all else is the file's
 
 
+def test_a_judge_is_added_by_flags() -> None:
+    flags = [f"--trainer.callbacks+={ROLLOUT}", f"--trainer.callbacks.reward={RECIPES[0]}"]
+    judge = [
+        "--trainer.callbacks.reward.judge.base_url=http://judge:8000/v1",
+        "--trainer.callbacks.reward.judge.model=m",
+    ]
+    callback, _ = rollout_callback(trainer_parser(), flags + judge)
+    assert callback.reward.judge == JudgeConfig(base_url="http://judge:8000/v1", model="m")
+
+
 def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Path) -> None:
     run = f"trainer:\n  callbacks:\n    - class_path: {ROLLOUT}\n      init_args: {{reward: {own_reward.name}}}\n"
     (tmp_path / "run.yaml").write_text(run)
