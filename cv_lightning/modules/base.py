@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
 from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
 from cv_lightning.model.vision import VisionCache, process_images
-from cv_lightning.rl.microbatch import split_by_tokens
+from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
 from cv_lightning.types import Trajectory
 
 if TYPE_CHECKING:
@@ -46,10 +47,16 @@ class OptimizerConfig:
     """Share of the peak that `hold_linear` ends at."""
     gradient_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
+    skip_norm_above: float = math.inf
+    """A step whose gradient norm, before clipping, is above this changes nothing and is counted (PaLM, 2204.02311,
+    skips the batches of its loss spikes). A norm that is no number is always skipped. `.inf`: only that. Under
+    DeepSpeed, which clips by itself, it has to stay so."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup_steps < 0 or self.gradient_clip < 0:
             raise ValueError("model.optimizer: lr must be above 0, warmup_steps and gradient_clip at least 0")
+        if not self.skip_norm_above > 0:
+            raise ValueError(f"model.optimizer.skip_norm_above must be above 0, not {self.skip_norm_above}")
 
     def multiplier(self, step: int, total: int) -> float:
         """Learning rate at optimizer step `step` (from 0) over the peak."""
@@ -60,6 +67,15 @@ class OptimizerConfig:
         if self.schedule == "hold_linear":
             return warm * min(1.0, max(self.final_share, (1 - done) / 0.5))
         return warm
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Before clipping; 0.0 where DeepSpeed clips by itself."""
+    skipped: bool
+    """True: the norm was no number or above `skip_norm_above`, and the weights stayed as they were."""
 
 
 class PolicyModule(pl.LightningModule):
@@ -84,6 +100,8 @@ class PolicyModule(pl.LightningModule):
         self.processor: ProcessorMixin = load_processor(policy.path, policy.min_pixels, policy.max_pixels)
         self.encoder = DialogueEncoder(self.processor.tokenizer, image_limits(self.processor))
         self.vision_ids: tuple[int, ...] = tuple(vision_token_ids(self.processor.tokenizer))
+        self.vision_cache = VisionCache(self.processor)
+        """Of the iteration under way: each of its images is processed once, whatever reads it."""
         self.policy: PreTrainedModel | None = None
         self.iteration = 0
         self.steps_per_batch = 1
@@ -142,8 +160,8 @@ class PolicyModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ trajectories as packed rows
     def train_rows(self, trajectories: Sequence[Trajectory]) -> list[TrainRow]:
-        """Trajectories as training reads them; each image is processed once, whoever shows it."""
-        cache = VisionCache(self.processor)
+        """Trajectories as training reads them; each image is processed once an iteration, whoever shows it."""
+        cache = self.vision_cache
         cache.get([image.model_image for trajectory in trajectories for image in trajectory.images])
         return [
             TrainRow(
@@ -156,17 +174,44 @@ class PolicyModule(pl.LightningModule):
             for trajectory in trajectories
         ]
 
-    def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
-        """Packed rows within the token budget; at least one, and equally many on every rank.
+    def can_pack(self, trajectory: Trajectory) -> bool:
+        """False for one whose lists differ in length, or whose image tokens are not as many as its images have.
 
-        What a rank lacks is filled up with dummies that carry no loss: under ZeRO-3 every forward and backward is
-        collective, and a rank with fewer would hang the others (traps T32, T33). Call it on all ranks.
+        The agent makes none; a truncated image would be an error on one rank while the others wait.
         """
+        length = len(trajectory.token_ids)
+        features = sum(self.encoder.num_image_tokens(image.model_image.size) for image in trajectory.images)
+        tokens = trajectory.token_ids.count(self.encoder.image_pad_id)
+        return features == tokens and length == len(trajectory.loss_mask) == len(trajectory.logprobs)
+
+    def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """The rewards that advantages are computed from. Called on all ranks.
+
+        Args:
+            trajectories: scored ones, of this rank.
+        """
+        return [t.reward.total for t in trajectories if t.reward is not None]
+
+    def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
+        """Packed rows within the token budget; at least one, and equally many on every rank. Call it on all ranks."""
         assert self.policy is not None
-        chunks = split_by_tokens(rows, [len(row.token_ids) for row in rows], self.max_tokens_per_row)
+        return [pack_rows(chunk, self.policy.config) for chunk in self.split_rows(rows)]
+
+    def split_rows(self, rows: Sequence[TrainRow]) -> list[list[TrainRow]]:
+        """The rows of every micro-batch.
+
+        Several ranks take as many as the rank that needs most, balanced; what a rank lacks is filled up with dummies
+        that carry no loss. Under ZeRO-3 every forward and backward is collective, and a rank with fewer, or with a
+        vision tower that does not run, would hang the others (traps T32, T33). Call it on all ranks.
+        """
+        lengths = [len(row.token_ids) for row in rows]
+        chunks = split_by_tokens(rows, lengths, self.max_tokens_per_row)
+        if self.trainer.world_size == 1:
+            return chunks or [[self._dummy_row()]]
         wanted = max(1, int(self.reduce_max(len(chunks))))
-        chunks += [[self._dummy_row()]] * (wanted - len(chunks))
-        return [pack_rows(chunk, self.policy.config) for chunk in chunks]
+        chunks = split_evenly(rows, lengths, self.max_tokens_per_row, wanted)
+        chunks += [[] for _ in range(wanted - len(chunks))]
+        return [chunk if any(row.vision for row in chunk) else [*chunk, self._dummy_row()] for chunk in chunks]
 
     def _dummy_row(self) -> TrainRow:
         """The smallest row with an image: the vision tower has to run on every rank, too."""
@@ -198,35 +243,43 @@ class PolicyModule(pl.LightningModule):
             model, batch.to(self.device), temperature=temperature, banned_ids=self.vision_ids, entropy=entropy
         )
 
-    def accumulate_and_step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> float:
+    def accumulate_and_step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> StepResult:
         """Backward over every micro-batch, then one optimizer and one scheduler step.
 
         `loss` returns a micro-batch's share of the *global* loss: a sum over tokens divided by the token count of
         all ranks. Ranks average gradients, so it is multiplied by the world size here (trap T34).
-
-        Returns:
-            The gradient norm before clipping (0.0 where DeepSpeed clips by itself).
         """
-        optimizer = self.single_optimizer
-        engine = _deepspeed_engine(self.trainer)
         for index, micro_batch in enumerate(micro_batches):
-            if engine is not None:
-                # ZeRO-2 keeps the last micro-batch only without the first call, ZeRO-3 without the second.
-                engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-                clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)
-                if clear is not None:
-                    clear()
+            _announce_backward(self.trainer, is_last=index == len(micro_batches) - 1)
             self.manual_backward(loss(micro_batch) * self.trainer.world_size)
-        norm = 0.0
-        if engine is None:
-            limit = self.optimizer_config.gradient_clip or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], limit))
+        result = self._guard_step()
+        optimizer = self.single_optimizer
         optimizer.step()
         optimizer.zero_grad()
         scheduler = self.lr_schedulers()
         assert scheduler is not None and not isinstance(scheduler, list)
         scheduler.step()
-        return norm
+        return result
+
+    def _guard_step(self) -> StepResult:
+        """Clip the gradients, or drop them where they would do harm: a step without any changes no weight.
+
+        It is taken all the same, as every iteration has the same number of steps (trap T51).
+
+        Raises:
+            ValueError: a bound was set, but DeepSpeed knows the norm only within its own step.
+        """
+        config = self.optimizer_config
+        if _deepspeed_engine(self.trainer) is not None:
+            if config.skip_norm_above != math.inf:
+                raise ValueError("model.optimizer.skip_norm_above cannot be had under DeepSpeed; leave it out")
+            return StepResult(0.0, False)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip or math.inf))
+        skipped = not math.isfinite(norm) or norm > config.skip_norm_above
+        if skipped:
+            self.single_optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, skipped)
 
     @property
     def single_optimizer(self) -> LightningOptimizer:
@@ -280,3 +333,17 @@ def _num_dimensions(parameter: torch.nn.Parameter) -> int:
 def _deepspeed_engine(trainer: pl.Trainer) -> Any:
     model = trainer.strategy.model
     return model if hasattr(model, "set_gradient_accumulation_boundary") else None
+
+
+def _announce_backward(trainer: pl.Trainer, is_last: bool) -> None:
+    """Tell what averages gradients over ranks whether more micro-batches of the same step follow."""
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = is_last  # one all-reduce a step, not one a micro-batch
+    engine = _deepspeed_engine(trainer)
+    if engine is not None:
+        # ZeRO-2 keeps the last micro-batch only without the first call, ZeRO-3 without the second.
+        engine.set_gradient_accumulation_boundary(is_last)
+        clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)
+        if clear is not None:
+            clear()

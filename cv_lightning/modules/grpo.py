@@ -12,9 +12,10 @@ import torch
 
 from cv_lightning.model.loading import PolicyConfig, load_policy
 from cv_lightning.model.logprobs import Entropy, LogProbs
-from cv_lightning.model.packing import PackedBatch
+from cv_lightning.model.packing import PackedBatch, pack_rows
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.rl.collector import carries_signal, is_trainable
+from cv_lightning.rl.kl import rewards_with_kl
 from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
 from cv_lightning.types import Group, Iteration, Trajectory
 
@@ -26,7 +27,7 @@ REFERENCE = "reference."
 
 TOKENS, PACKED_TOKENS = "trained_tokens", "packed_tokens"
 LOSSES = ("loss", "surrogate_loss")
-PER_STEP = (*LOSSES, "grad_norm", "trajectories")
+PER_STEP = (*LOSSES, "grad_norm", "skipped_steps", "trajectories", "unpackable")
 """Metrics that are no means over the tokens trained on."""
 
 
@@ -47,6 +48,8 @@ class GRPOModule(PolicyModule):
             trainer's before the first step, times a truncated importance weight to the engine (T53).
         reference_path: Hugging Face folder of the reference policy; by default `policy.path`. Loaded only
             where the KL weight is above 0.
+        reference_every: iterations from one KL penalty in the loss to the next. Between them the reference does not
+            run; where it does, the weight is multiplied by this (lazy regularisation, StyleGAN2, 1912.04958).
     """
 
     def __init__(
@@ -59,13 +62,17 @@ class GRPOModule(PolicyModule):
         temperature: float = 1.0,
         old_logprobs: Literal["engine", "trainer"] = "engine",
         reference_path: str | None = None,
+        reference_every: int = 1,
     ) -> None:
         super().__init__(policy, optimizer, max_tokens_per_row)
         if num_minibatches < 1 or temperature <= 0:
             raise ValueError("model.num_minibatches must be at least 1 and model.temperature above 0")
         self.loss = loss or PolicyLossConfig()
-        if self.loss.kl_weight and self.loss.kl_in == "reward":
-            raise ValueError("model.loss.kl_in reward is not wired into training yet; set it to loss")
+        if reference_every < 1 or (reference_every > 1 and not (self.loss.kl_weight and self.loss.kl_in == "loss")):
+            raise ValueError(
+                f"model.reference_every {reference_every}: at least 1, and 1 without a KL penalty in the loss "
+                "(model.loss.kl_weight above 0, model.loss.kl_in loss)"
+            )
         if self.loss.importance_band is not None and old_logprobs == "engine":
             raise ValueError(
                 "model.loss.importance_band masks by the engine's ratio: set model.old_logprobs to trainer"
@@ -74,6 +81,7 @@ class GRPOModule(PolicyModule):
         self.temperature = temperature
         self.old_logprobs = old_logprobs
         self.reference_path = reference_path or policy.path
+        self.reference_every = reference_every
         self.reference: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
@@ -86,37 +94,76 @@ class GRPOModule(PolicyModule):
     def training_step(self, batch: Iteration, batch_idx: int) -> None:
         """All optimizer steps of one iteration."""
         start = time.perf_counter()
-        scored = self._share_out(batch.groups)
+        totals: defaultdict[str, float] = defaultdict(float)
+        scored = self._share_out(batch.groups, totals)
         minibatches = [self.pack_micro_batches(self.train_rows(self._contributing(share))) for share in scored]
         self._attach_fixed([micro_batch for micro_batches in minibatches for micro_batch in micro_batches])
-        totals: defaultdict[str, float] = defaultdict(float)
         parity = 0.0
         for number, micro_batches in enumerate(minibatches):
             gap = self._optimize(micro_batches, scored[number], totals)
             parity = gap if number == 0 else parity  # later ones meet weights that the engine does not have
+        self.vision_cache.clear()
         self.iteration += 1
         self._log_update(totals, parity, time.perf_counter() - start)
 
-    def _share_out(self, groups: Sequence[Group]) -> list[list[Trajectory]]:
+    def _share_out(self, groups: Sequence[Group], totals: defaultdict[str, float]) -> list[list[Trajectory]]:
         """The scored trajectories of each mini-batch: as many groups each, those with signal spread first."""
         ordered = sorted(groups, key=carries_signal, reverse=True)
         shares = [ordered[first :: self.num_minibatches] for first in range(self.num_minibatches)]
-        return [[t for group in share for t in group.trajectories if is_trainable(t)] for share in shares]
+        scored = [[t for group in share for t in group.trajectories if is_trainable(t)] for share in shares]
+        usable = [[t for t in share if self.can_pack(t)] for share in scored]
+        totals["unpackable"] += sum(map(len, scored)) - sum(map(len, usable))
+        return usable
 
     def _contributing(self, scored: Sequence[Trajectory]) -> list[Trajectory]:
         """Those with a gradient: an advantage of 0 has none, unless a KL penalty or an entropy bonus gives it one.
 
         The others are not computed but count in the normalisers, so that leaving them out changes nothing.
         """
-        regularised = self.loss.kl_weight > 0 or self.loss.entropy_weight > 0
+        loss = self.current_loss
+        regularised = (loss.kl_weight > 0 and loss.kl_in == "loss") or loss.entropy_weight > 0
         return [t for t in scored if t.advantage or regularised]
+
+    @property
+    def current_loss(self) -> PolicyLossConfig:
+        """Of the iteration under way: with or without its KL penalty, see `reference_every`."""
+        if self.reference_every == 1:
+            return self.loss
+        if self.iteration % self.reference_every:
+            return replace(self.loss, kl_weight=0.0, kl_importance=False)
+        return replace(self.loss, kl_weight=self.loss.kl_weight * self.reference_every)
+
+    # ------------------------------------------------------------------ KL in the reward
+    @torch.no_grad()
+    def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """The rewards that advantages are computed from, less the KL penalty where `kl_in` is `reward`.
+
+        Args:
+            trajectories: scored ones, of this rank.
+        """
+        rewards = super().advantage_rewards(trajectories)
+        if self.loss.kl_weight == 0 or self.loss.kl_in != "reward":
+            return rewards
+        assert self.reference is not None
+        rows = self.train_rows(trajectories)
+        numbers = {id(row): number for number, row in enumerate(rows)}
+        for chunk in self.split_rows(rows):
+            packed = pack_rows(chunk, self.reference.config)
+            reference = self._logprobs(packed, model=self.reference).logprobs.cpu()
+            own = [rewards[numbers[id(row)]] if id(row) in numbers else 0.0 for row in chunk]
+            penalised = rewards_with_kl(own, packed.engine_logprobs, reference, packed.row_index, self.loss)
+            for row, reward in zip(chunk, penalised, strict=True):
+                if id(row) in numbers:
+                    rewards[numbers[id(row)]] = float(reward)
+        return rewards
 
     # ------------------------------------------------------------------ log-probabilities that stay fixed
     @torch.no_grad()
     def _attach_fixed(self, micro_batches: Sequence[PackedBatch]) -> None:
         """Log-probabilities of the reference and, where asked for, of the policy before its first step."""
+        penalised = self.current_loss.kl_weight > 0 and self.loss.kl_in == "loss"
         for micro_batch in micro_batches:
-            if self.reference is not None:
+            if self.reference is not None and penalised:
                 micro_batch.reference_logprobs = self._logprobs(micro_batch, model=self.reference).logprobs
             if self.old_logprobs == "trainer" and self.num_minibatches > 1:
                 micro_batch.old_logprobs = self._logprobs(micro_batch).logprobs
@@ -138,23 +185,25 @@ class GRPOModule(PolicyModule):
         counts = [float(sum(sum(t.loss_mask) for t in scored)), float(len(scored))]
         num_tokens, num_rows = self.reduce_sum(counts)
         entropy: Entropy = "gradient" if self.loss.entropy_weight > 0 else "value"
+        config = self.current_loss
         gaps, shares = [0.0], []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
             computed = self._logprobs(micro_batch, entropy=entropy)
             inputs = self._loss_inputs(micro_batch, computed, max(num_tokens, 1.0), max(num_rows, 1.0))
-            value, metrics = policy_loss(inputs, self.loss)
+            value, metrics = policy_loss(inputs, config)
             shares.append(metrics)
             if micro_batch.num_loss_tokens:
                 gap = (computed.logprobs.detach() - micro_batch.engine_logprobs.to(self.device)).abs()
                 gaps.append(float(gap.max()))
             return value
 
-        norm = self.accumulate_and_step(micro_batches, loss)
+        step = self.accumulate_and_step(micro_batches, loss)
         for metrics in shares:
             for name, share in metrics.items():
                 totals[name] += float(share) * (1 / self.num_minibatches if name in LOSSES else num_tokens)
-        totals["grad_norm"] += norm / self.num_minibatches / self.trainer.world_size
+        totals["grad_norm"] += step.grad_norm / self.num_minibatches / self.trainer.world_size
+        totals["skipped_steps"] += step.skipped / self.trainer.world_size
         totals["trajectories"] += sum(m.num_trained for m in micro_batches)
         totals[TOKENS] += sum(m.num_loss_tokens for m in micro_batches)
         totals[PACKED_TOKENS] += sum(m.input_ids.numel() for m in micro_batches)

@@ -12,7 +12,6 @@ from cv_lightning.data.demonstrations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.model.loading import PolicyConfig
 from cv_lightning.model.packing import PackedBatch, TrainRow
-from cv_lightning.model.vision import VisionCache
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 
 
@@ -51,14 +50,16 @@ class SFTModule(PolicyModule):
             losses.append(share.detach())
             return share
 
-        norm = self.accumulate_and_step(micro_batches, loss)
+        step = self.accumulate_and_step(micro_batches, loss)
+        self.vision_cache.clear()
         self.iteration += 1
         (mean,) = self.reduce_sum([float(torch.stack(losses).sum())])
         seconds = time.perf_counter() - start
         self.log_dict(
             {
                 "sft/loss": mean,
-                "sft/grad_norm": norm,
+                "sft/grad_norm": step.grad_norm,
+                "sft/skipped_steps": float(step.skipped),
                 "sft/lr": rate,
                 "sft/tokens": num_tokens,
                 "sft/tokens_per_s": num_tokens / seconds,
@@ -70,7 +71,7 @@ class SFTModule(PolicyModule):
     def conversation_rows(self, conversations: list[Conversation]) -> list[TrainRow]:
         """Conversations as training reads them."""
         dialogues = [encode_conversation(self.encoder, conversation, self.prompt) for conversation in conversations]
-        cache = VisionCache(self.processor)
+        cache = self.vision_cache
         cache.get([image for dialogue in dialogues for image in dialogue.images])
         return [TrainRow(token_ids=d.token_ids, loss_mask=d.loss_mask, vision=cache.get(d.images)) for d in dialogues]
 

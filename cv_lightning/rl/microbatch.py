@@ -1,4 +1,4 @@
-"""Token-budget micro-batches."""
+"""Token-budget micro-batches: filled on one rank, balanced where several ranks run them side by side."""
 
 from __future__ import annotations
 
@@ -27,4 +27,31 @@ def split_by_tokens(rows: Sequence[T], lengths: Sequence[int], budget: int) -> l
                 break
         else:
             bins.append((lengths[index], [index]))
+    return [[rows[i] for i in sorted(members)] for _, members in bins]
+
+
+def split_evenly(rows: Sequence[T], lengths: Sequence[int], budget: int, count: int) -> list[list[T]]:
+    """Split rows into at most `count` micro-batches of nearly the same number of tokens, the largest first.
+
+    Ranks run their k-th micro-batches side by side, so that each waits for the largest: even ones waste least. The
+    longest rows are dealt first, each to the micro-batch with the fewest tokens. Where one would leave the budget that
+    way, the micro-batches are filled instead (`split_by_tokens`).
+
+    Args:
+        rows: anything; they stay on their rank.
+        lengths: tokens of each row.
+        budget: tokens of one micro-batch.
+        count: at least what `split_by_tokens` needs: the largest number that any rank does.
+
+    Returns:
+        No empty micro-batch; the rows of each in the order of `rows`.
+    """
+    bins: list[tuple[int, list[int]]] = [(0, []) for _ in range(min(count, len(rows)))]
+    for index in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
+        number = min(range(len(bins)), key=lambda n: (bins[n][0], n))
+        used, members = bins[number]
+        bins[number] = used + lengths[index], [*members, index]
+    if any(used > budget and len(members) > 1 for used, members in bins):
+        return split_by_tokens(rows, lengths, budget)
+    bins.sort(key=lambda bin: -bin[0])
     return [[rows[i] for i in sorted(members)] for _, members in bins]
