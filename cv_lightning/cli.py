@@ -130,6 +130,7 @@ def _quiet_libraries() -> None:
         ".*Experiment logs directory .* exists and is not empty.*",
         "Total length of `list` across ranks is zero.*",  # no validation was asked for
         "`torch.distributed.reduce_op` is deprecated.*",
+        "It is recommended to use `self.log.*",  # figures are summed over ranks before they are logged
         "Found .* module.s. in eval mode at the start of training.*",  # the reference policy
     ):
         warnings.filterwarnings("ignore", pattern)

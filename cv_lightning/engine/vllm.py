@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,6 +59,7 @@ class VLLMEngine:
             tensor_parallel_size=1,
             distributed_executor_backend="external_launcher" if launched else None,
             disable_log_stats=True,
+            use_tqdm_on_load=sys.stderr.isatty(),
         )
         self.engine = self.llm.llm_engine
         self.max_model_len, self.max_images = config.max_model_len, config.max_images

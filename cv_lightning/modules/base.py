@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
+import transformers
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
@@ -112,6 +114,8 @@ class PolicyModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Load the policy; idempotent, as Lightning calls it for every stage."""
         if self.policy is None:
+            if not sys.stderr.isatty():
+                transformers.utils.logging.disable_progress_bar()
             self._keep_zero3_config()
             self.policy = load_policy(self.policy_config).train()
 
