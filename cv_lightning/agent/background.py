@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CLOSE_S = 10.0
+"""Seconds that cancelled work has to end."""
 
 
 class Background:
@@ -31,10 +37,14 @@ class Background:
         """Cancel what is still running and end the thread; safe to call twice."""
         if not self._thread.is_alive():
             return
-        self.submit(_cancel_all()).result(timeout=10)
+        try:
+            self.submit(_cancel_all()).result(timeout=CLOSE_S)
+        except TimeoutError:  # whoever closes has more to close; the thread is a daemon
+            logger.warning("work on the background thread did not end within %g s of being cancelled", CLOSE_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(timeout=10)
-        self.loop.close()
+        self._thread.join(timeout=CLOSE_S)
+        if not self._thread.is_alive():
+            self.loop.close()
 
 
 async def _cancel_all() -> None:
