@@ -93,7 +93,8 @@ def load_input(fd: int, width: int, height: int) -> Image.Image:
     """
     mapped = mmap.mmap(fd, width * height * PIXEL, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     # What Image.frombuffer does for modes of four bytes; it lacks RGB only because nobody else stores it so.
-    return Image.new("RGB", (0, 0))._new(Image.core.map_buffer(mapped, (width, height), "raw", 0, ("RGB", 0, 1)))
+    core: Any = Image.core  # type: ignore[attr-defined]
+    return Image.new("RGB", (0, 0))._new(core.map_buffer(mapped, (width, height), "raw", 0, ("RGB", 0, 1)))
 
 
 def seed_everything(seed: bytes) -> None:

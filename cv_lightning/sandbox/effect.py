@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cv_lightning.images import compose, dihedral_affine, map_box
-from cv_lightning.sandbox.geometry import matrix_of
+from cv_lightning.images import compose, map_box
+from cv_lightning.sandbox.geometry import SYMMETRIES, turn
+from cv_lightning.sandbox.locate import located
 from cv_lightning.types import Affine, Effect
 
 GRID = 48
@@ -26,16 +27,6 @@ PROVEN = 1.0 - MARGIN
 """Above this no rival can be better by the margin."""
 NEGATIVE = 0.97
 """What a negative of the prediction counts: on smooth pictures a half turn looks like one."""
-DIHEDRAL = (
-    "identity",
-    "rotate_90",
-    "rotate_180",
-    "rotate_270",
-    "flip_horizontal",
-    "flip_vertical",
-    "transpose",
-    "transverse",
-)
 _LINEAR = {
     (1, 0, 0, 1): (),
     (0, -1, 1, 0): ("rotate_90",),
@@ -47,15 +38,6 @@ _LINEAR = {
     (0, -1, -1, 0): ("flip_horizontal", "rotate_270"),
 }
 """Core operations by the signs of the linear part of the map to the input."""
-
-
-def turn(name: str, width: int, height: int) -> Affine:
-    """The map of one of the eight symmetries of a frame."""
-    return (
-        matrix_of(name, (width, height))
-        if name in ("transpose", "transverse")
-        else dihedral_affine(name, width, height)
-    )
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -71,10 +53,8 @@ def effect_of(to_input: Affine | None, size: tuple[int, int], output: tuple[int,
         return Effect(to_input=None)
     width, height = size
     scale = max(abs(v) for v in (to_input.a, to_input.b, to_input.d, to_input.e))
-    signs = tuple(
-        int(np.sign(v)) if abs(v) > 1e-6 * scale else 0 for v in (to_input.a, to_input.b, to_input.d, to_input.e)
-    )
-    turned = _LINEAR.get(signs)  # type: ignore[call-overload]
+    a, b, d, e = (int(np.sign(v)) * (abs(v) > 1e-6 * scale) for v in (to_input[0], to_input[1], *to_input[3:5]))
+    turned = _LINEAR.get((a, b, d, e))
     core = set(turned or ())
     box = map_box(to_input, (0.0, 0.0, float(output[0]), float(output[1])))
     seen = (max(0.0, box[0]), max(0.0, box[1]), min(float(width), box[2]), min(float(height), box[3]))
@@ -123,6 +103,14 @@ class Comparison:
         if self._actual is None:
             self._actual = _grey(self.result, self.grid)
         return self._actual
+
+    def is_exact(self, to_input: Affine) -> bool:
+        """True if every compared pixel lies in the input and is equal there."""
+        data = compose(to_input, self._points)
+        if not _inside(data, self.grid, self.image.size).all():
+            return False
+        moved = self.image.transform(self.grid, Image.Transform.AFFINE, data, Image.Resampling.NEAREST)
+        return np.array_equal(np.asarray(moved, np.float32), self._pixels)
 
     def _pixel_score(self, to_input: Affine) -> float:
         data = compose(to_input, self._points)
@@ -173,7 +161,8 @@ def _inside(data: Sequence[float], grid: tuple[int, int], size: tuple[int, int])
 
 
 def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    a, b = a - a.mean(), b - b.mean()
+    """Correlation over the points, of each channel about its own mean: a colour cast is no agreement."""
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
     if norm < 1e-3 * a.size:
         # Nothing to see in one of them: agreement is neither shown nor refuted where both are flat.
@@ -182,15 +171,23 @@ def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     return value if value >= 0 else -NEGATIVE * value
 
 
-def believed(claims: Sequence[Affine], image: Image.Image, result: Image.Image) -> Affine | None:
-    """The first claim that the pixels bear out, else a symmetry of the whole frame that they prove, else None.
+def believed(
+    claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool = True
+) -> Affine | None:
+    """The first claim that the pixels bear out, else a symmetry or a part of the frame that they prove, else None.
 
     Args:
         claims: maps from result to input, best first.
         image: the input, RGB.
         result: the result, RGB.
+        direct: the first claim was followed from the input to the result; else it is a guess, and the pixels are asked
+            first where the result lies.
     """
     comparison = Comparison(image, result)
+    if not direct and not (claims and comparison.is_exact(claims[0])):
+        place = located(image, result)
+        if place is not None and comparison.score(place) > max(0.9, *map(comparison.score, claims[:1])):
+            return place
     tried: list[tuple[float, Affine]] = []
     for claim in claims:
         if abs(claim.a * claim.e - claim.b * claim.d) < 1e-9:
@@ -214,14 +211,20 @@ def believed(claims: Sequence[Affine], image: Image.Image, result: Image.Image) 
             tried.append((best - 0.1, other))
     frame = [claim for claim in _frame_turns(image.size, result.size) if claim not in claims]
     tried += [(score - MARGIN, claim) for claim in frame if (score := comparison.score(claim)) > 0.9]
-    return max(tried, key=lambda pair: pair[0])[1] if tried else None
+    best_score, best_claim = max(tried, key=lambda pair: pair[0], default=(0.0, None))
+    if best_score <= 0.9:
+        # Nothing, or something weak: perhaps the trace lost its way, and the result is a plain part of the input.
+        place = located(image, result)
+        if place is not None and comparison.score(place) > 0.9:
+            return place
+    return best_claim
 
 
 def _rivals(claim: Affine, output: tuple[int, int]) -> list[Affine]:
     """The claim's box under the seven other symmetries (turns within the result's own frame)."""
     width, height = output
     rivals = []
-    for name in DIHEDRAL[1:]:
+    for name in SYMMETRIES[1:]:
         symmetry = turn(name, width, height)
         if name in ("rotate_90", "rotate_270", "transpose", "transverse"):
             # The turned frame is stretched back onto this one, so that it shows the same part of the input.
@@ -232,7 +235,7 @@ def _rivals(claim: Affine, output: tuple[int, int]) -> list[Affine]:
 
 def _frame_turns(size: tuple[int, int], output: tuple[int, int]) -> list[Affine]:
     maps = []
-    for name in DIHEDRAL:
+    for name in SYMMETRIES:
         turned = size if name not in ("rotate_90", "rotate_270", "transpose", "transverse") else (size[1], size[0])
         back = Affine(turned[0] / output[0], 0, 0, 0, turned[1] / output[1], 0)
         maps.append(compose(turn(name, *size), back))

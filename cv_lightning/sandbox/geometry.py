@@ -19,6 +19,10 @@ Described = tuple[str, Affine | None]
 
 TRANSPOSES = ("flip_horizontal", "flip_vertical", "rotate_90", "rotate_180", "rotate_270", "transpose", "transverse")
 """By the value of `PIL.Image.Transpose`."""
+SYMMETRIES = ("identity", *TRANSPOSES)
+"""The eight symmetries of a frame."""
+GREY_CODES = (6, 7, 10, 11)
+"""`cv2.COLOR_*2GRAY` of three and four channels."""
 CV2_ROTATIONS = ("rotate_270", "rotate_180", "rotate_90")
 """By the value of `cv2.ROTATE_*`."""
 FILTERS = {
@@ -104,6 +108,11 @@ def matrix_of(name: str, size: Size) -> Affine:
     if name == "transverse":
         return Affine(0, -1, width, -1, 0, height)
     return dihedral_affine(name, width, height)
+
+
+def turn(name: str, width: int, height: int) -> Affine:
+    """The map of one of `SYMMETRIES` of a frame."""
+    return matrix_of(name, (width, height))
 
 
 def scaling(output: Size, box: tuple[float, float, float, float]) -> Affine:
@@ -255,6 +264,8 @@ def describe(call: str, arguments: Mapping[str, Any], size: Size, output: Size) 
     }.get(call)
     if geometric is not None:
         return geometric(arguments, size, output)
+    if call == "cv2.cvtColor":
+        return "grayscale" if arguments.get("code") in GREY_CODES else "convert", IDENTITY
     if call in PLAIN:
         name = PLAIN[call]
         return name, None if name in NOT_AFFINE or size != output else IDENTITY

@@ -119,6 +119,10 @@ def _is_resampling(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 5)
 
 
+def _is_turn(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 6
+
+
 def make_filter(name: str, arguments: dict[str, Any]) -> ImageFilter.Filter:
     """A filter object with capped radius or kernel."""
     high = {"size": MAX_KERNEL, "percent": 1000, "threshold": 255}
@@ -166,9 +170,9 @@ def output_size(call: str, size: Size, arguments: Mapping[str, Any]) -> Size:
     Raises:
         NotPlannable: an argument that is missing, of the wrong kind or too large, or a result above `MAX_PIXELS`.
     """
-    checks = {**_CHECKS, "method": lambda v: type(v) is not bool and isinstance(v, int) and 0 <= v <= 6}
     for key, value in arguments.items():
-        if not (checks if call == "Image.transpose" else _CHECKS)[key](value):
+        check = _is_turn if call == "Image.transpose" else _CHECKS[key]
+        if not check(value):
             raise NotPlannable(key)
     needed = "factor" if call.startswith("ImageEnhance.") else _NEEDED.get(call)
     if needed is not None and needed not in arguments:

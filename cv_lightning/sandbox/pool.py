@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 WATCHDOG_S = 2.0
 """A fork server that has not answered this long after a deadline is killed."""
+GROWTH_CHECK_JOBS = 256
+"""The memory of a fork server is looked at whenever it has served this many more."""
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
 SERVERS_OF_SCIENCE = 1
@@ -275,7 +277,10 @@ class Pool:
             job.future.set_result(Outcome(output, bool(late), status, elapsed, cpu))
         except InvalidStateError:  # cancelled
             os.close(output)
-        if server.served % 256 == 0 and server.resident_bytes() > server.first_bytes + self.config.grown_mb * 1e6:
+        if (
+            server.served % GROWTH_CHECK_JOBS == 0
+            and server.resident_bytes() > server.first_bytes + self.config.grown_mb * 1e6
+        ):
             self._retire(server)
         if server.draining and not server.jobs:
             self._bury(server)

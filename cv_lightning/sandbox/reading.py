@@ -92,7 +92,7 @@ def _read(image: Image.Image, fd: int, config: SandboxConfig, is_plan: bool) -> 
 
 def _explained(image: Image.Image, result: Image.Image, trace: Trace, is_plan: bool) -> SandboxResult:
     claimed = trace.claims[0] if trace.claims else None
-    to_input = claimed if is_plan else believed(trace.claims, image, result)
+    to_input = claimed if is_plan else believed(trace.claims, image, result, direct=trace.direct)
     return SandboxResult(
         status=ToolStatus.OK,
         image=result,

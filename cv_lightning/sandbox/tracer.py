@@ -109,14 +109,14 @@ class Tracer:
         if view.ndim < 2 or not view.size:
             return None
         address = view.__array_interface__["data"][0]
-        shared = [known for known in self.arrays if known.start <= address < known.end]
+        shared: list[_Array] = [known for known in self.arrays if known.start <= address < known.end]
         if not shared:
             return None
         # Views made by traced calls (np.rot90) carry operations; whoever shares their memory may have come from them.
         lineage = frozenset().union(*(known.origin.lineage for known in shared))
-        for known in reversed(shared):
-            if known.array is view:
-                return known.origin
+        same: list[Origin] = [known.origin for known in shared if known.array is view]
+        if same:
+            return same[-1]
         for known in reversed(shared):
             if known.array.flags.c_contiguous:
                 step, base = _view_map(known, view, address), known.origin.to_input
@@ -307,7 +307,8 @@ def _thumbnail(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def traced(self: Image.Image, *args: Any, **kwargs: Any) -> None:
         if not TRACER.active or TRACER.depth:
-            return original(self, *args, **kwargs)
+            original(self, *args, **kwargs)
+            return
         before = Image.new("1", self.size)
         before.__dict__[ORIGIN] = TRACER.origin_of(self) or TRACER.guess()
         TRACER.depth += 1
@@ -316,7 +317,6 @@ def _thumbnail(original: Callable[..., Any]) -> Callable[..., Any]:
             TRACER.record("Image.thumbnail", {"size": self.size}, before, self)
         finally:
             TRACER.depth -= 1
-        return None
 
     return traced
 
@@ -339,9 +339,6 @@ def _wrap_module_function(module: Any, name: str, call: str, names: tuple[str, .
         out = result[1] if isinstance(result, tuple) and len(result) == 2 else result
         if call in CV2_IN_PLACE:
             out = source
-        if name == "cvtColor" and isinstance(out, np.ndarray) and out.ndim == 2:
-            TRACER.record("cv2.cvtColor", {**arguments, "gray": True}, source, out)
-            return
         TRACER.record(call, arguments, source, out)
 
     setattr(module, name, _wrap(original, note))

@@ -11,6 +11,7 @@ import socket
 
 from cv_lightning.sandbox import plan
 from cv_lightning.sandbox.child import load_input, unpack_job, write_error, write_result
+from cv_lightning.sandbox.plan_rules import NotPlannable
 from cv_lightning.sandbox.wire import KIND_NOT_PLAN
 
 DONE = b"d"
@@ -36,8 +37,8 @@ def _answer(packet: bytes, input_fd: int, output_fd: int) -> None:
     prepared = plan.prepare(job.code, (job.width, job.height))
     try:
         if prepared is None:
-            raise plan.NotPlannable("not a plan here")
+            raise NotPlannable("not a plan here")
         result, trace = plan.execute(prepared, load_input(input_fd, job.width, job.height))
         write_result(output_fd, result, trace)
-    except (plan.NotPlannable, *plan.FAILURES) as error:
+    except (NotPlannable, *plan.FAILURES) as error:
         write_error(output_fd, KIND_NOT_PLAN, f"{type(error).__name__}: {error}")

@@ -117,12 +117,12 @@ class ForkServer:
     def prepare(self) -> None:
         """Load, wrap and seal, in the order in which each step still can be done."""
         load_libraries(science=self.settings.science)
-        from cv_lightning.sandbox import child, tracer, worker
+        from cv_lightning.sandbox import child, tracer
 
+        importlib.import_module("cv_lightning.sandbox.worker")  # a child could not read it any more
         tracer.install()
         child.cap_recursion()
         child.rehearse()
-        assert worker.serve
         self.library_bytes = layers.virtual_bytes()
         self._isolate(self.settings.disabled)
         gc.collect()
@@ -248,7 +248,7 @@ class ForkServer:
         if child in self.idle_workers:
             self.idle_workers.remove(child)
         if not child.job and os.WIFEXITED(status) and os.WEXITSTATUS(status) == NOT_SEALED:
-            # Only before a job does the status say so: model code may exit as it likes. The parent sees the end of file.
+            # Only before a job does the status say so: model code may exit as it likes. The parent sees our end.
             sys.exit("a child could not be sealed")
         if child.job:
             self._answer(child, status, time.monotonic() - child.started, usage.ru_utime + usage.ru_stime)
