@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -185,3 +187,35 @@ def test_bad_rows_are_skipped_counted_and_listed(
     assert "4 of 12" in said and all(str(index) in said for index in range(4))
     assert (tmp_path / "run" / "metrics.csv").is_file()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fit", "--help"], ["fit", "--config", "grpo.yaml", "--print_config"]], ids=" ".join
+)
+def test_looking_at_options_loads_no_engine(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom cv_lightning.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "print('LOADED', sorted({'vllm', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=CONFIGS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.rstrip().endswith("LOADED []")
+    assert "num_iterations" in done.stdout or "--config" in done.stdout
+
+
+def test_validation_within_training(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    main(
+        [
+            *grpo(tiny_checkpoint, tmp_path),
+            *["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "2"],
+            *["--data.init_args.val_tasks", '{"upright": 1, "small": 2}'],
+            *["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "null"],
+            *["--trainer.callbacks.init_args.num_samples", "2"],
+            *["--trainer.callbacks.init_args.engine.kind", "transformers"],
+        ]
+    )
+    for iteration in (1, 2):
+        folder = tmp_path / "eval" / f"iteration{iteration:06d}_greedy"
+        assert json.loads((folder / "metrics.json").read_text())["num_trajectories"] == 3
+        assert sum(len(p.read_text().splitlines()) for p in folder.glob("trajectories/*.jsonl")) == 3
