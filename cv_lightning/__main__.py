@@ -32,6 +32,7 @@ VERBS = {
     "quickstart": Verb(
         "cv_lightning.commands.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
     ),
+    "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
     "quickstart-summary": Verb(
         "cv_lightning.commands.summary:main", "summarise a quickstart run: tables, summary.json"
