@@ -12,7 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageStat
 
 from cv_lightning.images import compose
 from cv_lightning.sandbox.geometry import SYMMETRIES, turn
@@ -23,6 +23,10 @@ MAX_CANDIDATES = 64
 SMALL_SIDE = 320
 """Longest side at which the correlation is searched; it is refined at full size."""
 MIN_SIDE = 8
+MIN_CONTRAST = 2.0
+"""Standard deviation of the liveliest channel; flatter results are everywhere and nowhere."""
+MIN_COARSE = 0.5
+"""Correlation that is worth refining: at reduced size a part lies between the pixels of the whole."""
 MIN_MATCH = 0.9
 MIN_LEAD = 0.02
 """By this much the best symmetry must be ahead of the others."""
@@ -39,10 +43,9 @@ def located(image: Image.Image, result: Image.Image) -> Affine | None:
     """
     if min(result.size) < MIN_SIDE:
         return None
-    whole, part = np.asarray(image), np.asarray(result)
-    if float(part.std()) < 2.0:
+    if max(ImageStat.Stat(result).stddev) < MIN_CONTRAST:
         return None
-    found = _by_equality(whole, part) or _by_correlation(whole, part)
+    found = _by_equality(image, result) or _by_correlation(image, result)
     if found is None:
         return None
     name, left, top = found
@@ -70,12 +73,12 @@ def _fits(part: Array, whole: Array) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ equal pixels
-def _by_equality(whole: Array, part: Array) -> tuple[str, int, int] | None:
+def _by_equality(image: Image.Image, result: Image.Image) -> tuple[str, int, int] | None:
     """The one symmetry and place at which all pixels are equal."""
-    packed = _packed(whole)
+    packed, part = _packed(image), _packed(result)
     found = []
     for name in SYMMETRIES:
-        candidate = undone(_packed(part), name)
+        candidate = undone(part, name)
         if _fits(candidate, packed):
             found += [(name, left, top) for left, top in _places(packed, candidate)]
         if len(found) > 1:
@@ -83,10 +86,10 @@ def _by_equality(whole: Array, part: Array) -> tuple[str, int, int] | None:
     return found[0] if found else None
 
 
-def _packed(pixels: Array) -> Array:
+def _packed(image: Image.Image) -> Array:
     """One whole number a pixel."""
-    wide = pixels.astype(np.uint32)
-    return np.asarray(wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16)
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), "<u4").reshape(image.height, image.width)
+    return np.asarray(pixels & 0xFFFFFF)
 
 
 def _places(whole: Array, part: Array) -> list[tuple[int, int]]:
@@ -108,9 +111,9 @@ def _places(whole: Array, part: Array) -> list[tuple[int, int]]:
 
 
 # ------------------------------------------------------------------------------------------------ grey values
-def _by_correlation(whole: Array, part: Array) -> tuple[str, int, int] | None:
+def _by_correlation(image: Image.Image, result: Image.Image) -> tuple[str, int, int] | None:
     """The symmetry and place of the highest correlation, if it is high and ahead of the others."""
-    grey, small = _grey(whole), _grey(part)
+    grey, small = _grey(image), _grey(result)
     factor = max(1, -(-max(grey.shape) // SMALL_SIDE))
     if min(small.shape) // factor < MIN_SIDE:
         return None
@@ -123,7 +126,7 @@ def _by_correlation(whole: Array, part: Array) -> tuple[str, int, int] | None:
             _, best, _, place = cv2.minMaxLoc(scores)
             scored.append((float(best), name, place[0] * factor, place[1] * factor))
     scored.sort(reverse=True)
-    if not scored or scored[0][0] < MIN_MATCH:
+    if not scored or scored[0][0] < MIN_COARSE:
         return None
     if len(scored) > 1 and scored[0][0] - scored[1][0] < MIN_LEAD:
         return None
@@ -143,8 +146,8 @@ def _refined(whole: Array, part: Array, name: str, left: int, top: int, factor: 
     return (name, x0 + place[0], y0 + place[1]) if best >= MIN_MATCH else None
 
 
-def _grey(pixels: Array) -> Array:
-    return np.asarray(pixels.mean(axis=2, dtype=np.float32))
+def _grey(image: Image.Image) -> Array:
+    return np.asarray(image.convert("L"), np.float32)
 
 
 def _reduced(grey: Array, factor: int) -> Array:

@@ -16,6 +16,7 @@ import selectors
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -33,36 +34,49 @@ GROWTH_CHECK_JOBS = 256
 """The memory of a fork server is looked at whenever it has served this many more."""
 MAX_ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
+UNREAD = 4
+"""Results that may wait to be read, for each snippet that may run at once."""
 SERVERS_OF_SCIENCE = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
-    """How a child ended; its output memfd belongs to whoever gets this."""
+    """How a child ended; whoever gets this reads the output and closes it."""
 
     output_fd: int
-    """-1: lost."""
+    """-1: lost, or closed."""
     late: bool = False
     wait_status: int = 0
     elapsed_s: float = 0.0
     cpu_s: float = 0.0
+    when_closed: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """Close the output; does nothing the second time."""
+        fd, self.output_fd = self.output_fd, -1
+        if fd >= 0:
+            os.close(fd)
+            if self.when_closed is not None:
+                self.when_closed()
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
-    """One snippet on its way; `input_fd` is closed by the pool."""
+    """One snippet on its way."""
 
     id: int
     owner: str
     code: bytes
     size: tuple[int, int]
     seed: bytes
-    input_fd: int
+    make_input: Callable[[], int]
+    """Makes the sealed memfd of the input's pixels; not before it is needed, for a thousand may wait."""
     flags: int
     science: bool
     """Needs a server with SciPy and scikit-image."""
     timeout_s: float
     future: Future[Outcome] = field(default_factory=Future)
+    input_fd: int = -1
     output_fd: int = -1
     attempts: int = 0
     server: Server | None = None
@@ -96,6 +110,9 @@ class Pool:
         self._deadlines: list[tuple[float, int]] = []
         self._ready: Future[None] = Future()
         self._closing = False
+        self._lock = threading.Lock()
+        self._unfinished = 0
+        self._unread = 0
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._main, name="sandbox", daemon=True)
@@ -115,27 +132,51 @@ class Pool:
             raise SandboxError(f"no fork server came up within {limit} s; raise sandbox.start_timeout_s") from None
 
     def submit(
-        self, *, owner: str, code: str, size: tuple[int, int], seed: bytes, input_fd: int, flags: int, science: bool
+        self,
+        *,
+        owner: str,
+        code: str,
+        size: tuple[int, int],
+        seed: bytes,
+        make_input: Callable[[], int],
+        flags: int,
+        science: bool,
     ) -> Job:
-        """Queue a snippet; the job's future gets an `Outcome`, and cancelling it kills the child. Takes `input_fd`."""
+        """Queue a snippet; the job's future gets an `Outcome`, and cancelling it kills the child."""
         job = Job(
             id=next(self._ids),
             owner=owner,
             code=code.encode("utf-8", "replace"),
             size=size,
             seed=seed,
-            input_fd=input_fd,
+            make_input=make_input,
             flags=flags,
             science=science,
             timeout_s=self.config.timeout_s,
         )
         if self._closing or os.getpid() != self.pid:
-            os.close(input_fd)
             job.future.set_exception(SandboxError("the sandbox is closed, or was started before this process forked"))
             return job
-        job.future.add_done_callback(lambda future: self._post("cancel", job) if future.cancelled() else None)
+        with self._lock:
+            self._unfinished += 1
+            runs_soon = self._unfinished <= 2 * self.max_in_flight
+        if runs_soon:
+            # Copy the pixels here and not in the pool's thread.
+            job.input_fd = make_input()
+        job.future.add_done_callback(lambda future: self._finished(job, future))
         self._post("job", job)
         return job
+
+    def _was_read(self) -> None:
+        with self._lock:
+            self._unread -= 1
+        self._wake_up()
+
+    def _finished(self, job: Job, future: Future[Outcome]) -> None:
+        with self._lock:
+            self._unfinished -= 1
+        if future.cancelled():
+            self._post("cancel", job)
 
     def close(self) -> None:
         """Kill everything and wait until it is gone."""
@@ -147,6 +188,9 @@ class Pool:
 
     def _post(self, what: str, job: Job | None) -> None:
         self._inbox.append((what, job))
+        self._wake_up()
+
+    def _wake_up(self) -> None:
         with contextlib.suppress(OSError):  # closed meanwhile
             os.eventfd_write(self._wake, 1)
 
@@ -218,7 +262,8 @@ class Pool:
 
     def _dispatch(self, science: bool) -> None:
         waiting = self._waiting[science]
-        while waiting and len(self._in_flight) < self.max_in_flight:
+        # No faster than results are read: they hold memory, too.
+        while waiting and len(self._in_flight) < self.max_in_flight and self._unread < UNREAD * self.max_in_flight:
             ready = [s for s in self._servers if s.report is not None and not s.draining and s.science is science]
             if not ready or (self._in_flight and self._bytes + waiting.peek().num_bytes > self.max_bytes):
                 return
@@ -229,11 +274,11 @@ class Pool:
             self._run_on(min(ready, key=lambda server: len(server.jobs)), job)
 
     def _run_on(self, server: Server, job: Job) -> None:
+        if not self._open_files(job):
+            self._lose(job)
+            return
         job.attempts += 1
         job.server = server
-        if job.output_fd >= 0:
-            os.close(job.output_fd)
-        job.output_fd = os.memfd_create("result", os.MFD_CLOEXEC)
         if job.attempts == 1:
             self.counts["jobs"] += 1
         server.jobs[job.id] = self._in_flight[job.id] = job
@@ -246,9 +291,30 @@ class Pool:
         if server.served >= self.config.jobs_per_zygote and not server.draining:
             self._retire(server)
 
+    def _open_files(self, job: Job) -> bool:
+        """Input and a new, empty output; False if this process may open no more files."""
+        try:
+            if job.input_fd < 0:
+                job.input_fd = job.make_input()
+            if job.output_fd >= 0:
+                os.close(job.output_fd)
+                job.output_fd = -1
+            job.output_fd = os.memfd_create("result", os.MFD_CLOEXEC)
+        except (OSError, SandboxError) as error:
+            log.warning("a snippet is lost: %s", error)
+            return False
+        return True
+
     # ---------------------------------------------------------------------------------------- fork servers
     def _launch(self, *, science: bool) -> None:
-        server = Server.launch(self.config, science=science)
+        try:
+            server = Server.launch(self.config, science=science)
+        except OSError as error:
+            self._failed_starts += 1
+            log.warning("a fork server cannot be started: %s", error)
+            if self._failed_starts >= MAX_FAILED_STARTS or not self._servers:
+                self._fail_start(f"a fork server cannot be started: {error}")
+            return
         self._servers.append(server)
         self._selector.register(server.control, selectors.EVENT_READ, server)
 
@@ -271,12 +337,15 @@ class Pool:
         self._leave_flight(job)
         self.counts["timeouts"] += bool(late)
         self.counts["killed"] += bool(status and not late)
-        output, job.output_fd = job.output_fd, -1
+        outcome = Outcome(job.output_fd, bool(late), status, elapsed, cpu, self._was_read)
+        job.output_fd = -1
         self._release(job)
+        with self._lock:
+            self._unread += 1
         try:
-            job.future.set_result(Outcome(output, bool(late), status, elapsed, cpu))
+            job.future.set_result(outcome)
         except InvalidStateError:  # cancelled
-            os.close(output)
+            outcome.close()
         if (
             server.served % GROWTH_CHECK_JOBS == 0
             and server.resident_bytes() > server.first_bytes + self.config.grown_mb * 1e6
@@ -336,6 +405,10 @@ class Pool:
         for server in list(self._servers):
             if server.report is None and now - server.started > self.config.start_timeout_s:
                 self._bury(server)
+        if 0 < self._failed_starts < MAX_FAILED_STARTS:
+            missing = self.num_servers - sum(not (s.science or s.draining) for s in self._servers)
+            for _ in range(missing):
+                self._launch(science=False)
 
     # ---------------------------------------------------------------------------------------- ends
     def _leave_flight(self, job: Job) -> None:

@@ -49,7 +49,7 @@ def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *,
         text = f"the code ended without a usable result ({clean_text(str(error), 80)}); put the new image into `result`"
         result = SandboxResult(status=ToolStatus.KILLED, error=text, error_kind="invalid_output")
     finally:
-        os.close(outcome.output_fd)
+        outcome.close()
     return replace(result, tier=tier, elapsed_s=outcome.elapsed_s)
 
 

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -163,13 +164,19 @@ class Sandbox:
         pool, executor = self._running()
         loop = asyncio.get_running_loop()
         while True:
-            job = await loop.run_in_executor(executor, self._submit, pool, begun, owner)
+            submitted = loop.run_in_executor(executor, self._submit, pool, begun, owner)
+            try:
+                job = await asyncio.shield(submitted)
+            except asyncio.CancelledError:
+                submitted.add_done_callback(lambda done: _abandon(done.result()))
+                raise
             try:
                 outcome = await asyncio.wrap_future(job.future)
             except asyncio.CancelledError:
-                job.future.cancel()
+                _abandon(job)
                 raise
-            result = await loop.run_in_executor(executor, self._finish, begun, outcome)
+            # Shielded, so that the output is closed even if nobody waits any more.
+            result = await asyncio.shield(loop.run_in_executor(executor, self._finish, begun, outcome))
             if result is not None:
                 return result
 
@@ -184,7 +191,7 @@ class Sandbox:
             try:
                 outcome = job.future.result()
             except (CancelledError, KeyboardInterrupt):
-                job.future.cancel()
+                _abandon(job)
                 raise
             result = self._finish(begun, outcome)
             if result is not None:
@@ -231,7 +238,7 @@ class Sandbox:
             code=run.code,
             size=run.image.size,
             seed=_seed(run.image, run.code),
-            input_fd=sealed_pixels(run.image),
+            make_input=partial(sealed_pixels, run.image),
             flags=flags,
             science=science,
         )
@@ -293,6 +300,12 @@ class Sandbox:
             ):
                 self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return result
+
+
+def _abandon(job: Job) -> None:
+    """Nobody waits for a job any more: kill its child, or close what it left."""
+    if not job.future.cancel() and job.future.exception() is None:
+        job.future.result().close()
 
 
 def _is_unicode(text: str) -> bool:

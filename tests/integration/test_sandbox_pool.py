@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import resource
 import signal
 import threading
 import time
@@ -111,6 +112,49 @@ def test_bytes_in_flight_are_bounded_but_one_large_picture_runs() -> None:
 
         results = asyncio.run(run())
     assert [result.status for result in results] == [ToolStatus.OK] * 4 and max(seen) == 1
+
+
+def test_a_long_queue_takes_neither_files_nor_memory() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    picture = Image.new("RGB", (1000, 1000))
+    with Sandbox(SandboxConfig(plan_tier=False)) as sandbox:
+        before, most = resident_mb(), [0]
+
+        async def run() -> list[SandboxResult]:
+            jobs = (sandbox.run(picture, marked(i), owner=str(i)) for i in range(400))
+            return await asyncio.gather(*jobs)
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, open_files() + 60), hard))
+        try:
+            with repeatedly(lambda: most.append(open_files()), lambda: 0.02):
+                results = asyncio.run(run())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert [number_of(r.image) if r.image is not None else r for r in results] == list(range(400))
+        assert resident_mb() - before < 150  # 400 inputs are 1.6 GB
+
+
+def test_cancelling_at_any_moment_leaves_nothing_open() -> None:
+    sandbox = general()
+    rng = random.Random(1)
+
+    async def run() -> None:
+        for _ in range(60):
+            task = asyncio.create_task(sandbox.run(NOISE, "import re\nresult = image"))
+            await asyncio.sleep(rng.uniform(0.0, 0.015))
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+    assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
+    gc.collect()
+    before = open_files()
+    asyncio.run(run())
+    assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
+    time.sleep(0.2)
+    gc.collect()
+    assert open_files() <= before
 
 
 def test_cancelling_kills_the_child_and_takes_waiting_jobs_out() -> None:

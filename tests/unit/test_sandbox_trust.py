@@ -118,10 +118,11 @@ def _header(width: int, height: int, pixels: int, trace: int, text: int, status:
 )
 def test_impossible_output_is_the_snippets_fault_and_its_memfd_is_closed(data: bytes) -> None:
     outcome = _outcome(data)
+    fd = outcome.output_fd
     result = read_outcome(NOISE, outcome, SandboxConfig(), is_plan=False)
     assert (result.status, result.error_kind, result.image) == (ToolStatus.KILLED, "invalid_output", None)
     with pytest.raises(OSError):
-        os.fstat(outcome.output_fd)
+        os.fstat(fd)
 
 
 @given(st.binary(max_size=200))
