@@ -123,7 +123,7 @@ class ForkServer:
         tracer.install()
         child.cap_recursion()
         child.rehearse()
-        self.library_bytes = layers.virtual_bytes()
+        self.library_bytes = layers.virtual_bytes() + heap.RESERVED
         self._isolate(self.settings.disabled)
         gc.collect()
         gc.freeze()

@@ -120,7 +120,7 @@ def assert_same(planned: SandboxResult, child: SandboxResult, code: str) -> None
 def test_plan_child_and_worker_give_the_same() -> None:
     taken: list[bool] = []
 
-    @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(programs())
     def compare(code: str) -> None:
         child = general().run_sync(NOISE, code)
@@ -140,4 +140,4 @@ def test_plan_child_and_worker_give_the_same() -> None:
             assert worker.error == child.error, code
 
     compare()
-    assert len(taken) >= 100 and sum(taken) > 0.6 * len(taken), f"{sum(taken)} of {len(taken)} were plans"
+    assert len(taken) >= 60 and sum(taken) > 0.6 * len(taken), f"{sum(taken)} of {len(taken)} were plans"
