@@ -15,13 +15,13 @@ from typing import Literal
 from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig, size_statement
+from cv_lightning.agent.protocol import TOOL_NAME
 from cv_lightning.data.digits import TRANSFORMS, DigitsConfig, check_kind_shares, is_small, is_turned
 from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
 
 Execute = Callable[[Image.Image, str], SandboxResult]
 """Runs a snippet on an image; `Sandbox.run_sync` is one."""
 
-TOOL_NAME = "code_image_tool"
 UNDO = {
     "rotate_90": "rotate(270, expand=True)",
     "rotate_180": "rotate(180, expand=True)",
