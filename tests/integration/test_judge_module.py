@@ -105,7 +105,7 @@ def test_judging_hides_behind_the_rollout() -> None:
         for number, trajectory in enumerate(scored.trajectories):
             time.sleep(max(0.0, begun + rollout_s * (number + 1) / 192 - time.perf_counter()))
             futures.append(background.submit(module.score_answer(trajectory)))
-        finished = time.perf_counter()
+        early, finished = sum(future.done() for future in futures), time.perf_counter()
         for future in futures:
             future.result(timeout=20)
         module.score_group(scored)
@@ -113,7 +113,8 @@ def test_judging_hides_behind_the_rollout() -> None:
         module.close()
     background.close()
     assert all(trajectory.reward is not None for trajectory in scored.trajectories)
-    assert added < 3 * latency_s  # the benchmark holds it to 1.2 on an idle machine; one after another: 192
+    assert early > 64  # judged while others still rolled out
+    assert added < 10 * latency_s  # the benchmark holds it to 1.2, on a machine that does nothing else
 
 
 def test_a_module_serves_one_loop_after_another() -> None:

@@ -11,6 +11,8 @@ import math
 import os
 import random
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -26,6 +28,9 @@ from cv_lightning.rewards.judge.prompts import load_prompt
 from cv_lightning.rewards.judge.verdict import Verdict, read_verdict
 from cv_lightning.types import JudgeError
 
+POOL_SIZE = 4
+"""Connections of one client: httpx looks at every idle one of a pool for each request, which takes more time at 64 than
+the request itself."""
 MAX_BODY_BYTES = 1 << 20
 """A verdict with its probabilities takes a few kB; a server that sends more than this is broken."""
 RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524, 529})
@@ -81,13 +86,23 @@ class _Connection:
     """What belongs to one event loop."""
 
     loop: asyncio.AbstractEventLoop
-    http: httpx.AsyncClient
-    slots: asyncio.Semaphore
+    clients: list[httpx.AsyncClient]
+    slots: asyncio.LifoQueue[httpx.AsyncClient]
+    """One entry for each request that may be under way: the client that sends it."""
     limiter: AsyncLimiter | None
     breaker: CircuitBreaker
     flying: dict[str, asyncio.Task[float]] = field(default_factory=dict)
     trouble: str = ""
     """The last failure, for people."""
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[httpx.AsyncClient]:
+        """Wait for a turn; waiters are served in order."""
+        client = await self.slots.get()
+        try:
+            yield client
+        finally:
+            self.slots.put_nowait(client)
 
     async def paced(self) -> None:
         """Wait for the next request that the rate limit allows."""
@@ -162,17 +177,17 @@ class Judge:
         try:
             # The clock starts with the slot: waiting behind other questions is no fault of the server's. The slot is
             # kept through all tries, or a retry would queue up behind every question that came later.
-            async with connection.slots:
+            async with connection.slot() as http:
                 await connection.paced()
                 async with asyncio.timeout(self.config.give_up_s):
-                    verdict = await self._ask(connection, prompt)
+                    verdict = await self._ask(connection, http, prompt)
         except TimeoutError as error:
             message = f"no verdict from {self.config.base_url} within {self.config.give_up_s:g} s"
             raise JudgeError(f"{message}; the last trouble: {connection.trouble or 'none'}") from error
         await self._cache.put(key, verdict.value)
         return verdict.value
 
-    async def _ask(self, connection: _Connection, prompt: str) -> Verdict:
+    async def _ask(self, connection: _Connection, http: httpx.AsyncClient, prompt: str) -> Verdict:
         """One verdict with as many tries as the config allows."""
         enough = _EnoughFailures(self.config.max_attempts)
         tries = tenacity.AsyncRetrying(
@@ -188,7 +203,7 @@ class Judge:
                         self.counters.retries += 1
                         await connection.paced()
                     async with connection.breaker.admitted():
-                        return await self._try_once(connection, prompt)
+                        return await self._try_once(connection, http, prompt)
         except TransientFailureError as error:
             message = f"{self.config.base_url} gave no verdict in {enough.failed} tries; the last: {error}"
             raise JudgeError(message) from error
@@ -205,12 +220,12 @@ class Judge:
         jittered = tenacity.wait_random_exponential(multiplier=0.5, max=self.config.max_backoff_s)
         return float(jittered(state))
 
-    async def _try_once(self, connection: _Connection, prompt: str) -> Verdict:
+    async def _try_once(self, connection: _Connection, http: httpx.AsyncClient, prompt: str) -> Verdict:
         self.counters.requests += 1
         begun, options = connection.loop.time(), self._options
         try:
             async with asyncio.timeout(self.config.timeout_s):  # of the whole answer: a slow drip resets read time-outs
-                status, headers, body = await self._post(connection.http, prompt, options)
+                status, headers, body = await self._post(http, prompt, options)
         except (httpx.HTTPError, TimeoutError) as error:
             connection.breaker.failed()
             connection.trouble = f"{type(error).__name__}: {error}"[:200]
@@ -283,18 +298,15 @@ class Judge:
         """The connection of the running loop, made on first use."""
         loop = asyncio.get_running_loop()
         if self._connection is None or self._connection.loop is not loop:
-            config = self.config
-            rate, parallel = config.requests_per_s, config.max_parallel
+            config, rate = self.config, self.config.requests_per_s
+            clients = _clients(config, self._key)
+            slots: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
+            for number in reversed(range(config.max_parallel)):
+                slots.put_nowait(clients[number // POOL_SIZE])
             self._connection = _Connection(
                 loop=loop,
-                http=httpx.AsyncClient(
-                    base_url=config.base_url,
-                    headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-                    timeout=config.timeout_s,
-                    limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=parallel),
-                    trust_env=not _is_local(config.base_url),
-                ),
-                slots=asyncio.Semaphore(parallel),
+                clients=clients,
+                slots=slots,
                 limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate) if rate else None,
                 breaker=CircuitBreaker(config.breaker_failures, config.breaker_pause_s, config.give_up_s),
             )
@@ -331,13 +343,29 @@ async def _shut(connection: _Connection) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await connection.http.aclose()
+    await asyncio.gather(*(client.aclose() for client in connection.clients))
 
 
 def _forget(connection: _Connection, key: str, task: asyncio.Task[float]) -> None:
     connection.flying.pop(key, None)
     if not task.cancelled():
         task.exception()  # marks it as seen even where every caller was cancelled
+
+
+def _clients(config: JudgeConfig, key: str) -> list[httpx.AsyncClient]:
+    """Clients of `POOL_SIZE` connections each, `max_parallel` in all."""
+    context = httpx.create_ssl_context()  # shared: it takes longer to make than a client
+    return [
+        httpx.AsyncClient(
+            base_url=config.base_url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=config.timeout_s,
+            limits=httpx.Limits(max_connections=POOL_SIZE, max_keepalive_connections=POOL_SIZE),
+            trust_env=not _is_local(config.base_url),
+            verify=context,
+        )
+        for _ in range(math.ceil(config.max_parallel / POOL_SIZE))
+    ]
 
 
 def _is_local(url: str) -> bool:
