@@ -279,8 +279,11 @@ def test_no_job_is_lost_or_doubled_when_fork_servers_die(number: int) -> None:
         # A job is lost for good only if it meets two deaths; a server that has just started is left to itself.
         with repeatedly(kill_one, lambda: rng.uniform(0.5, 1.0) + (2.0 if number > 1000 else 0.0)):
             results = asyncio.run(run_all(sandbox, [marked(i) for i in range(number)]))
+        told = [number_of(r.image) if r.image is not None else r.status for r in results]
+        assert told == list(range(number))
+        del results
+        gc.collect()
         grown = resident_mb() - memory
-        assert [number_of(r.image) if r.image is not None else r.status for r in results] == list(range(number))
         stats = sandbox.stats
         assert kills and stats["restarts"] >= kills - 1 and stats["lost"] == 0
         assert strays(sandbox) == []
@@ -292,5 +295,5 @@ def test_no_job_is_lost_or_doubled_when_fork_servers_die(number: int) -> None:
                "grown_mb": grown, "files_left": open_files() - files, "processes_left": len(left)}  # fmt: skip
     print("soak", json.dumps(figures))
     assert not left and figures["files_left"] <= 0
-    # The results themselves are 10,000 pictures of 8x8.
-    assert grown < 60 + number * 0.01, figures
+    # The allocator keeps some of what the tasks and results took.
+    assert grown < 60, figures
