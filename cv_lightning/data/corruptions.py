@@ -1,0 +1,344 @@
+"""Turned and corrupted forms of any task: five orientations, thirteen corruptions, boxes mapped along.
+
+The corruptions and their severities follow ImageNet-C (Hendrycks and Dietterich, 1903.12261). What is measured in
+pixels there, on pictures of 224, grows with the picture here, so that a severity means the same on a page and on a
+thumbnail. All of it is a function of the picture, the names and a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import cv2
+import numpy as np
+from PIL import Image, ImageFilter
+
+from cv_lightning.data.readers import ORIENTATIONS
+from cv_lightning.images import dihedral_affine, invert, map_box, to_rgb
+from cv_lightning.types import Box, Task
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Pixels = npt.NDArray[np.float32]
+    """[height, width, 3] in [0, 1]."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+UPRIGHT, CLEAN = "identity", "none"
+"""The orientation and the corruption that change nothing."""
+REFERENCE_SIDE = 224
+"""Side in pixels of the pictures that the severities were chosen on."""
+TURNS = {
+    "rotate_90": Image.Transpose.ROTATE_90,
+    "rotate_180": Image.Transpose.ROTATE_180,
+    "rotate_270": Image.Transpose.ROTATE_270,
+    "flip_horizontal": Image.Transpose.FLIP_LEFT_RIGHT,
+    "flip_vertical": Image.Transpose.FLIP_TOP_BOTTOM,
+}
+"""Turns are counter-clockwise."""
+
+
+# ------------------------------------------------------------------------------------------------ orientation
+def turn_image(image: Image.Image, orientation: str) -> Image.Image:
+    """The picture turned or flipped; `identity` gives it back.
+
+    Raises:
+        KeyError: no such orientation.
+    """
+    return image if orientation == UPRIGHT else image.transpose(TURNS[orientation])
+
+
+def turn_box(box: Box, orientation: str, size: tuple[int, int]) -> Box:
+    """A box in pixels of the turned picture.
+
+    Args:
+        box: in pixels of the picture before the turn.
+        orientation: as of `turn_image`.
+        size: (width, height) before the turn.
+    """
+    return map_box(invert(dihedral_affine(orientation, *size)), box)
+
+
+# ------------------------------------------------------------------------------------------------ corruptions
+def _pixels(image: Image.Image) -> Pixels:
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+def _image(pixels: npt.NDArray[Any]) -> Image.Image:
+    return Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
+
+
+def _unit(image: Image.Image) -> float:
+    """Pixels that stand for one pixel of a picture of `REFERENCE_SIDE`; at least a quarter."""
+    return max(0.25, math.sqrt(image.width * image.height) / REFERENCE_SIDE)
+
+
+def _gaussian_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    sigma = (0.08, 0.12, 0.18, 0.26, 0.38)[level]
+    pixels = _pixels(image)
+    return _image(pixels + sigma * rng.standard_normal(pixels.shape, dtype=np.float32))
+
+
+def _shot_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    photons = (60, 25, 12, 5, 3)[level]
+    return _image(rng.poisson(_pixels(image) * photons) / photons)
+
+
+def _impulse_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    share = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
+    pixels = np.asarray(image).copy()
+    drawn = rng.random(pixels.shape, dtype=np.float32)
+    pixels[drawn < share / 2] = 0
+    pixels[drawn > 1 - share / 2] = 255
+    return Image.fromarray(pixels)
+
+
+def _speckle_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    sigma = (0.15, 0.2, 0.35, 0.45, 0.6)[level]
+    pixels = _pixels(image)
+    return _image(pixels + pixels * sigma * rng.standard_normal(pixels.shape, dtype=np.float32))
+
+
+def _gaussian_blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur((1, 2, 3, 4, 6)[level] * _unit(image)))
+
+
+def _defocus_blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    return _convolve(image, _disk((3, 4, 6, 8, 10)[level] * _unit(image)))
+
+
+def _motion_blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    length = (7, 10, 14, 18, 24)[level] * _unit(image)
+    return _convolve(image, _stroke(length, rng.uniform(0, math.pi)))
+
+
+def _disk(radius: float) -> Pixels:
+    """Kernel of a defocused lens, its edge smoothed over a pixel. Shape [2 n + 1, 2 n + 1], sum 1."""
+    reach = math.ceil(radius)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
+    kernel = np.clip(radius + 0.5 - np.hypot(x, y), 0, 1)
+    return np.asarray(kernel / kernel.sum(), dtype=np.float32)
+
+
+def _stroke(length: float, angle: float) -> Pixels:
+    """Kernel of a straight movement: a line through the middle. Shape [2 n + 1, 2 n + 1], sum 1."""
+    reach = math.ceil(length / 2)
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
+    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    kernel = np.clip(1 - np.abs(across), 0, 1) * np.clip(length / 2 + 0.5 - np.abs(along), 0, 1)
+    return np.asarray(kernel / kernel.sum(), dtype=np.float32)
+
+
+def _convolve(image: Image.Image, kernel: Pixels) -> Image.Image:
+    return Image.fromarray(cv2.filter2D(np.asarray(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
+
+
+def _fog(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    """White mist of many octaves: at every pixel a share of the picture's light is replaced by white."""
+    cloud = np.zeros((image.height, image.width), np.float32)
+    for octave in range(7):
+        grid = rng.random((2**octave + 1, 2**octave + 1), dtype=np.float32)
+        cloud += cv2.resize(grid, image.size, interpolation=cv2.INTER_LINEAR) / 1.7**octave
+    cloud = (cloud - cloud.min()) / max(1e-6, float(cloud.max() - cloud.min()))
+    share = (0.35, 0.5, 0.62, 0.74, 0.85)[level] * (0.5 + 0.5 * cloud[..., None])
+    pixels = _pixels(image)
+    return _image(pixels + share * (1 - pixels))
+
+
+def _brightness(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    return _image(_pixels(image) + (0.1, 0.2, 0.3, 0.4, 0.5)[level])
+
+
+def _darkness(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    return _image(_pixels(image) * (0.6, 0.45, 0.3, 0.2, 0.12)[level])
+
+
+def _contrast(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    pixels = _pixels(image)
+    mean = pixels.mean(axis=(0, 1), keepdims=True)
+    return _image((pixels - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[level] + mean)
+
+
+def _jpeg(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=(25, 18, 15, 10, 7)[level])
+    return to_rgb(Image.open(buffer))
+
+
+def _pixelate(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+    kept = (0.6, 0.5, 0.4, 0.3, 0.25)[level] / max(1.0, _unit(image))
+    small = (max(1, round(image.width * kept)), max(1, round(image.height * kept)))
+    return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+
+
+CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], Image.Image]] = {
+    "gaussian_noise": _gaussian_noise,
+    "shot_noise": _shot_noise,
+    "impulse_noise": _impulse_noise,
+    "speckle_noise": _speckle_noise,
+    "gaussian_blur": _gaussian_blur,
+    "defocus_blur": _defocus_blur,
+    "motion_blur": _motion_blur,
+    "fog": _fog,
+    "brightness": _brightness,
+    "darkness": _darkness,
+    "contrast": _contrast,
+    "jpeg": _jpeg,
+    "pixelate": _pixelate,
+}
+"""By name: picture, level (severity - 1), random numbers."""
+
+
+def corrupt_image(image: Image.Image, corruption: str, severity: int, seed: int | str = 0) -> Image.Image:
+    """A corrupted copy of the same size, RGB; the same arguments always give the same pixels.
+
+    Args:
+        image: any mode.
+        corruption: name in `CORRUPTIONS`, or `none`.
+        severity: 1 to 5.
+        seed: of noise, fog and direction; it goes with the severity, so that only the strength differs between two.
+
+    Raises:
+        ValueError: no such corruption or severity.
+    """
+    if corruption == CLEAN:
+        return to_rgb(image)
+    if corruption not in CORRUPTIONS:
+        raise ValueError(f"--corruptions {corruption!r}: there are {CLEAN}, {', '.join(CORRUPTIONS)}")
+    if severity not in SEVERITIES:
+        raise ValueError(f"--severities {severity}: 1 to {SEVERITIES[-1]}")
+    digest = hashlib.sha256(f"{seed}/{corruption}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    return CORRUPTIONS[corruption](to_rgb(image), severity - 1, rng)
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to turn and corrupt a task."""
+
+    orientation: str = UPRIGHT
+    corruption: str = CLEAN
+    severity: int = 0
+    """1 to 5; 0 for none."""
+
+    @property
+    def name(self) -> str:
+        """`rotate_90/fog_3`, `identity/none`."""
+        return f"{self.orientation}/{self.corruption}" + (f"_{self.severity}" if self.severity else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionConfig:
+    """Which orientations and corruptions a benchmark is shown in."""
+
+    orientations: tuple[str, ...] = (UPRIGHT, *ORIENTATIONS)
+    """Of identity, rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical."""
+    corruptions: tuple[str, ...] = (CLEAN,)
+    """Of none and the names of the suite; `all` stands for none and every corruption."""
+    severities: tuple[int, ...] = (3,)
+    """Of 1 to 5."""
+    mode: Literal["grid", "one"] = "grid"
+    """`grid`: every task in every combination; `one`: every task in one, all combinations equally often."""
+    seed: int = 0
+    """Seed of noise, fog and directions, and of the combination that a task gets where it gets one."""
+
+    def __post_init__(self) -> None:
+        for flag, given, known in (
+            ("orientations", self.orientations, (UPRIGHT, *ORIENTATIONS)),
+            ("corruptions", self.corruptions, ("all", CLEAN, *CORRUPTIONS)),
+            ("severities", self.severities, SEVERITIES),
+        ):
+            unknown = [str(value) for value in given if value not in known]
+            if unknown or not given:
+                listed = ", ".join(map(str, known))
+                raise ValueError(f"--{flag} {', '.join(unknown) or 'is empty'}: name at least one of {listed}")
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """All combinations; what is not corrupted has no severities."""
+        names = (CLEAN, *CORRUPTIONS) if "all" in self.corruptions else tuple(dict.fromkeys(self.corruptions))
+        kinds = [(name, 0) for name in names if name == CLEAN]
+        kinds += [(name, level) for name in names if name != CLEAN for level in sorted(set(self.severities))]
+        orientations = dict.fromkeys(self.orientations)
+        return tuple(Variant(orientation, *kind) for orientation in orientations for kind in kinds)
+
+
+def apply_variant(task: Task, variant: Variant, seed: int = 0) -> Task:
+    """The task with its images turned and corrupted: what turns a benchmark into its robustness form on the fly.
+
+    The turn joins `required_transforms` (before `crop`), the box goes with it, and the id and the data source get the
+    variant's name, so that metrics are split by it. Corruption comes after the turn, in the frame that is shown.
+
+    Args:
+        task: its images must have pixels.
+        variant: what to do.
+        seed: with the task's id it fixes noise, fog and direction.
+    """
+    if variant == Variant():
+        return replace(task, metadata={**task.metadata, **_described(variant)})
+    size = task.images[0].size
+    images = tuple(
+        corrupt_image(
+            turn_image(image, variant.orientation), variant.corruption, variant.severity, f"{seed}/{task.id}/{number}"
+        )
+        for number, image in enumerate(task.images)
+    )
+    turned = variant.orientation != UPRIGHT
+    required = [name for name in task.required_transforms if name != "crop"]
+    required += [variant.orientation] if turned else []
+    required += ["crop"] if "crop" in task.required_transforms else []
+    return replace(
+        task,
+        id=f"{task.id}/{variant.name}",
+        images=images,
+        data_source=f"{task.data_source}/{variant.name}",
+        required_transforms=tuple(required),
+        box=turn_box(task.box, variant.orientation, size) if task.box is not None and turned else task.box,
+        metadata={**task.metadata, **_described(variant)},
+    )
+
+
+def _described(variant: Variant) -> dict[str, Any]:
+    return {"orientation": variant.orientation, "corruption": variant.corruption, "severity": variant.severity}
+
+
+class CorruptionSuite:
+    """Turns a stream of tasks into its robustness form.
+
+    Args:
+        config: which combinations.
+    """
+
+    def __init__(self, config: CorruptionConfig) -> None:
+        self.config = config
+
+    def tasks_of(self, task: Task, position: int) -> Iterator[Task]:
+        """The forms of one task: all of them, or the one that its position gives it.
+
+        Args:
+            task: with pixels.
+            position: in the benchmark, from 0; `mode: one` deals the combinations out by it.
+        """
+        variants = self.config.variants
+        if self.config.mode == "one":
+            variants = (self.variant_at(position),)
+        for variant in variants:
+            yield apply_variant(task, variant, self.config.seed)
+
+    def variant_at(self, position: int) -> Variant:
+        """The combination of a position in `mode: one`: every stretch of as many tasks has each combination once."""
+        variants = self.config.variants
+        stretch, within = divmod(position, len(variants))
+        order = np.random.default_rng([self.config.seed, stretch]).permutation(len(variants))
+        return variants[int(order[within])]
+
+    def __call__(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """The forms of all tasks, in order."""
+        for position, task in enumerate(tasks):
+            yield from self.tasks_of(task, position)
