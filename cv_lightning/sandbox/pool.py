@@ -161,8 +161,9 @@ class Pool:
             self._unfinished += 1
             runs_soon = self._unfinished <= 2 * self.max_in_flight
         if runs_soon:
-            # Copy the pixels here and not in the pool's thread.
-            job.input_fd = make_input()
+            # Copy the pixels here and not in the pool's thread, which tries again what fails here.
+            with contextlib.suppress(OSError, SandboxError):
+                job.input_fd = make_input()
         job.future.add_done_callback(lambda future: self._finished(job, future))
         self._post("job", job)
         return job

@@ -28,8 +28,9 @@ from cv_lightning.sandbox.wire import FLAG_PLAN, FLAG_REFERENCE
 from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
 
 log = logging.getLogger(__name__)
-_SEALS = (1033, 1 | 2 | 4 | 8)
-"""F_ADD_SEALS: seal, shrink, grow, write."""
+F_ADD_SEALS, SEAL, SHRINK, GROW, FUTURE_WRITE = 1033, 1, 2, 4, 16
+"""Against writing not F_SEAL_WRITE, which waits until nothing in the kernel holds a page and may fail with EBUSY. Nobody
+has mapped the new file, so that no future writing is none at all."""
 MAX_WORKER_MS = 500.0
 """Plans that are estimated to take longer run in a child, whose CPU time is limited."""
 
@@ -338,7 +339,7 @@ def sealed_pixels(image: Image.Image) -> int:
         failed = encoder.encode_to_file(fd, 1 << 18)
         if failed < 0:
             raise SandboxError(f"the input of {image.width}x{image.height} pixels could not be copied ({failed})")
-        fcntl.fcntl(fd, *_SEALS)
+        fcntl.fcntl(fd, F_ADD_SEALS, SEAL | SHRINK | GROW | FUTURE_WRITE)
     except BaseException:
         os.close(fd)
         raise
