@@ -22,7 +22,7 @@ from cv_lightning.types import JudgeError
 
 Misbehave = Callable[[int, asyncio.StreamWriter, str], object]
 MOST_PAUSE_S = 1.5
-"""Longest pause of the loop's heartbeat; a request that blocked it would take its time-outs and pauses, seconds each."""
+"""Longest pause of the heartbeat; a request that blocked the loop would take its time-outs and pauses, seconds each."""
 FIRST = 3
 """Requests that each behaviour spoils."""
 
