@@ -328,9 +328,16 @@ class Iteration:
 
     A plain class on purpose: Lightning copies dataclasses, lists and mappings on their way to the
     device, and what a callback hangs on them would be lost (trap T48).
+
+    Args:
+        index: of the iteration, from 0.
+        tasks: of this rank.
+        wanted: groups whose rewards differ that this rank is to train on, where `tasks` has some to spare (dynamic
+            sampling); None: roll out every task and train on whatever comes.
     """
 
-    def __init__(self, index: int, tasks: list[Task]) -> None:
+    def __init__(self, index: int, tasks: list[Task], wanted: int | None = None) -> None:
         self.index = index
         self.tasks = tasks
+        self.wanted = wanted
         self.groups: list[Group] = []

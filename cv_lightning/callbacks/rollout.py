@@ -1,57 +1,41 @@
 """The rollout callback: before every training batch it syncs the engine, runs the agent and scores.
 
 It owns the engine, the sandbox, the reward module and the background thread; the module only computes losses.
-In evaluations it runs every configured setting over the same tasks and writes all trajectories.
+In evaluations it hands the agent to `Evaluator`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
 
 from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
-from cv_lightning.agent.loop import Rollout
+from cv_lightning.agent.loop import Rollout, RolloutProgress
+from cv_lightning.callbacks.evaluation import EvaluationConfig, Evaluator, gather_lists
 from cv_lightning.callbacks.parity import check_parity
 from cv_lightning.callbacks.progress import RunProgress
+from cv_lightning.callbacks.refill import TaskQueue, refill
 from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.evaluation.metrics import Outcome, outcomes, summarise, summarise_outcomes
+from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import Collector, rollout_metrics
+from cv_lightning.rl.collector import Collector, MaskConfig, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
-from cv_lightning.types import Group, Iteration
+from cv_lightning.types import Group, Iteration, Task
+
+__all__ = ["EvaluationConfig", "RolloutCallback"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """One way to evaluate; `test` runs each over the same tasks."""
-
-    name: str = "greedy"
-    """Folder under `<run>/eval/` (after `eval_prefix`) and prefix of its metrics."""
-    temperature: float = 0.0
-    """0: greedy."""
-    tool: bool = True
-    """False: the tool is neither offered nor callable."""
-    num_samples: int = 1
-    """Trajectories per task."""
+ShowProgress = Callable[[RolloutProgress], None] | None
 
 
 @dataclass(slots=True)
@@ -65,6 +49,16 @@ class _Parts:
     writer: TrajectoryWriter | None = None
     """Of training; opened by the first rollout."""
 
+    def close(self) -> None:
+        """Close everything; no child outlives the run."""
+        if self.writer is not None:
+            self.writer.close()
+        self.background.close()
+        self.rewards.close()
+        self.sandbox.close()
+        if self.engine is not None:
+            self.engine.close()
+
 
 class RolloutCallback(pl.Callback):
     """Makes the trajectories that GRPO trains on, and those that evaluations count.
@@ -75,6 +69,7 @@ class RolloutCallback(pl.Callback):
         sampling: temperature, top_p and run seed of training rollouts.
         reward: components and weights.
         advantage: how rewards of a group become advantages.
+        mask: which trajectories are not learned from though they have a reward.
         sandbox: where model code runs.
         store: which trajectories are kept on disk.
         num_samples: trajectories per task in training.
@@ -91,6 +86,7 @@ class RolloutCallback(pl.Callback):
         sampling: SamplingConfig | None = None,
         reward: RewardConfig | None = None,
         advantage: AdvantageConfig | None = None,
+        mask: MaskConfig | None = None,
         sandbox: SandboxConfig | None = None,
         store: StoreConfig | None = None,
         num_samples: int = 8,
@@ -103,15 +99,15 @@ class RolloutCallback(pl.Callback):
         self.sampling = sampling or SamplingConfig()
         self.reward = reward or RewardConfig()
         self.advantage = advantage or AdvantageConfig()
+        self.mask = mask or MaskConfig()
         self.sandbox_config = sandbox or SandboxConfig()
         self.store = store or StoreConfig()
         self.num_samples = num_samples
-        self.evaluations = evaluations or [EvaluationConfig()]
+        self.evaluator = Evaluator(evaluations or [EvaluationConfig()], eval_prefix, self.store, self.sampling.seed)
         self.parity_tolerance = parity_tolerance
-        self.eval_prefix = eval_prefix
         self.parts: _Parts | None = None
         self.parity_checked = False
-        self.outcomes: dict[str, list[Outcome]] = {}
+        self.queue = TaskQueue()
         if self.engine_config.max_images < self.agent.max_images:
             raise ValueError(
                 f"engine.max_images ({self.engine_config.max_images}) is below agent.max_images "
@@ -151,16 +147,17 @@ class RolloutCallback(pl.Callback):
         self._close()
 
     def _close(self) -> None:
-        if self.parts is None:
-            return
-        parts, self.parts = self.parts, None
-        if parts.writer is not None:
-            parts.writer.close()
-        parts.background.close()
-        parts.rewards.close()
-        parts.sandbox.close()
-        if parts.engine is not None:
-            parts.engine.close()
+        if self.parts is not None:
+            parts, self.parts = self.parts, None
+            parts.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tasks that dynamic sampling has left over."""
+        return self.queue.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the tasks that were left over."""
+        self.queue.load_state_dict(state_dict)
 
     # ------------------------------------------------------------------ training
     def on_train_batch_start(
@@ -177,29 +174,59 @@ class RolloutCallback(pl.Callback):
             self._parity(trainer, module, batch)
         begun = time.perf_counter()
         with RunProgress.rollout_of(trainer, f"rollout {module.iteration}") as show:
-            collector = self._collector(module, self.agent)
-            batch.groups = collector.collect(batch.tasks, self.num_samples, self.sampling, module.iteration, show)
+            groups, metrics = self._collect(trainer, module, batch, show)
         elapsed = time.perf_counter() - begun
         if parts.writer is None:
             parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
-        for group in batch.groups:
+        for group in groups:
             parts.writer.write_group(group, module.iteration)
-        metrics = rollout_metrics(batch.groups, elapsed) | parts.rewards.metrics(batch.groups) | _curves(batch.groups)
+        metrics |= rollout_metrics(groups, elapsed) | parts.rewards.metrics(groups) | _curves(groups)
         metrics |= {
             "time/sync_s": synced - start,
             "time/rollout_s": elapsed,
             "time/store_s": time.perf_counter() - begun - elapsed,
         }
-        module.log_dict({k: float(v) for k, v in metrics.items()}, sync_dist=trainer.world_size > 1)
+        module.log_dict(merge_metrics(gather_lists([metrics])))
+
+    def _collect(
+        self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration, show: ShowProgress
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Hang on the batch the groups to train on.
+
+        Returns:
+            Every group that was rolled out, and what only dynamic sampling has to say.
+        """
+        collector = self._collector(module, self.agent, training=True)
+
+        def roll_out(tasks: Sequence[Task]) -> list[Group]:
+            return collector.roll_out(tasks, self.num_samples, self.sampling, module.iteration, show)
+
+        if batch.wanted is None:
+            batch.groups = roll_out(batch.tasks)
+            collector.assign(batch.groups)
+            return batch.groups, {}
+        limit = len(batch.tasks)
+        self.queue.add(batch, trainer)
+        groups, rounds = refill(self.queue, batch.wanted, collector, roll_out, module.reduce_max)
+        batch.groups = [group for group in groups if collector.can_teach(group)]
+        dropped = self.queue.close_iteration(limit)
+        return groups, {
+            "rollout/refill_rounds": float(rounds),
+            "rollout/groups_wanted_frac": len(batch.groups) / batch.wanted,
+            "rollout/tasks_waiting": float(len(self.queue.waiting)),
+            "rollout/tasks_dropped": float(dropped),
+        }
 
     def sync(self, module: PolicyModule, version: int) -> None:
         """Hand the policy's weights to the engine; collective under ZeRO-3."""
         assert self.parts is not None and module.policy is not None
-        self.parts.engine.update_weights(whole_tensors(module.policy), version)
+        shared = engine_kind(self.engine_config) == "transformers"  # it generates with the policy itself
+        tensors = module.policy.named_parameters() if shared else whole_tensors(module.policy)
+        self.parts.engine.update_weights(tensors, version)
 
     def _parity(self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration) -> None:
         tasks = batch.tasks[:4]
-        groups = self._collector(module, self.agent).collect(tasks, 2, self.sampling, module.iteration)
+        groups = self._collector(module, self.agent).roll_out(tasks, 2, self.sampling, module.iteration)
         report = check_parity(
             module, [t for g in groups for t in g.trajectories], self.sampling.temperature, self.parity_tolerance
         )
@@ -236,43 +263,21 @@ class RolloutCallback(pl.Callback):
         self._finish_evaluation(trainer, pl_module)
 
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sync weights, and clear what an earlier run of the same evaluation left in its folder."""
         module = _policy_module(pl_module)
         self._ready(module)
-        self.outcomes = {evaluation.name: [] for evaluation in self.evaluations}
-        for evaluation in self.evaluations:
-            if trainer.is_global_zero:
-                shutil.rmtree(self._eval_folder(trainer, module, evaluation), ignore_errors=True)
-        trainer.strategy.barrier("evaluation")
+        self.evaluator.start(trainer, module)
         self.sync(module, version=module.iteration)
 
     def _evaluate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         module = _policy_module(pl_module)
-        for evaluation in self.evaluations:
-            sampling = SamplingConfig(temperature=evaluation.temperature, seed=self.sampling.seed)
-            collector = self._collector(module, replace(self.agent, tool=evaluation.tool))
-            with RunProgress.rollout_of(trainer, f"evaluate {evaluation.name}") as show:
-                groups = collector.collect(batch.tasks, evaluation.num_samples, sampling, 0, show)
-            folder = self._eval_folder(trainer, module, evaluation)
-            # Whatever the store's sampling in training: from an evaluation anybody must be able to recount its table.
-            with TrajectoryWriter(folder, replace(self.store, share=1.0), rank=trainer.global_rank) as writer:
-                for group in groups:
-                    writer.write_group(group, module.iteration)
-            self.outcomes[evaluation.name] += outcomes(groups)
+
+        def collector_of(setting: EvaluationConfig) -> Collector:
+            return self._collector(module, replace(self.agent, tool=setting.tool))
+
+        self.evaluator.run(trainer, module, batch, collector_of)
 
     def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module = _policy_module(pl_module)
-        for evaluation in self.evaluations:
-            summary = summarise_outcomes(gather_lists(self.outcomes[evaluation.name]))
-            values = {f"{evaluation.name}/{key}": value for key, value in summary.scalars().items()}
-            module.log_dict(values, sync_dist=True)  # the same on all ranks
-            if trainer.is_global_zero:
-                write_json(self._eval_folder(trainer, module, evaluation) / "metrics.json", summary.to_json())
-
-    def _eval_folder(self, trainer: pl.Trainer, module: PolicyModule, evaluation: EvaluationConfig) -> Path:
-        """`eval/<prefix><name>`; a validation in the midst of training names its iteration, too."""
-        when = f"iteration{module.iteration:06d}_" if trainer.state.fn is TrainerFn.FITTING else ""
-        return Path(trainer.default_root_dir) / "eval" / f"{self.eval_prefix}{when}{evaluation.name}"
+        self.evaluator.finish(trainer, _policy_module(pl_module))
 
     # ------------------------------------------------------------------ parts
     def _ready(self, pl_module: pl.LightningModule) -> _Parts:
@@ -282,7 +287,7 @@ class RolloutCallback(pl.Callback):
             self.parts.engine = self._build_engine(_policy_module(pl_module))
         return self.parts
 
-    def _collector(self, module: PolicyModule, agent: AgentConfig) -> Collector:
+    def _collector(self, module: PolicyModule, agent: AgentConfig, training: bool = False) -> Collector:
         parts = self._ready(module)
         banned = list(module.vision_ids)
         if not agent.tool:
@@ -298,7 +303,9 @@ class RolloutCallback(pl.Callback):
             score=parts.rewards.score_answer if self.reward.judge is not None else None,
             window=2 * self.engine_config.max_num_seqs,
         )
-        return Collector(rollout, parts.rewards, self.advantage, module.reduce_sum)
+        if not training:
+            return Collector(rollout, parts.rewards, self.advantage, module.reduce_sum)
+        return Collector(rollout, parts.rewards, self.advantage, module.reduce_sum, self.mask, module.advantage_rewards)
 
 
 def _policy_module(module: pl.LightningModule) -> PolicyModule:
@@ -310,20 +317,3 @@ def _policy_module(module: pl.LightningModule) -> PolicyModule:
 def _curves(groups: Sequence[Group]) -> dict[str, float]:
     """Tool use while training, in the words of the evaluation."""
     return {f"rollout/{key}": value for key, value in summarise(list(groups)).scalars().items()}
-
-
-def gather_lists(items: list[T]) -> list[T]:
-    """The lists of all ranks, one after another."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return items
-    everything: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everything, items)
-    return [item for part in everything for item in part]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

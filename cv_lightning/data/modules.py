@@ -8,14 +8,15 @@ Ranks take their shares here: the loaders are no `DataLoader`s, and no `Distribu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import lightning.pytorch as pl
 from PIL import Image
 
 from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig
-from cv_lightning.data.digits import DigitsConfig
+from cv_lightning.data.digits import DigitsConfig, check_kind_shares
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
@@ -148,6 +149,40 @@ class EvaluationDataModule(pl.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurriculumPoint:
+    """What the mix of kinds is at a point of the run; between two points it changes linearly."""
+
+    at: float
+    """Share of the run's iterations that have passed, 0 to 1."""
+    kind_shares: dict[str, float]
+    """Relative frequency of each kind, as in `digits.kind_shares`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at <= 1:
+            raise ValueError(f"--data.curriculum: at {self.at} must be between 0 and 1, a share of the iterations")
+        check_kind_shares("data.curriculum", self.kind_shares)
+
+
+def curriculum_shares(points: Sequence[CurriculumPoint], progress: float) -> dict[str, float]:
+    """The mix of kinds at a point of the run; before the first and after the last point it stands still.
+
+    Args:
+        points: at least one, in order.
+        progress: share of the run's iterations that have passed.
+    """
+    after = next((i for i, point in enumerate(points) if point.at > progress), len(points))
+    first, last = points[max(after - 1, 0)], points[min(after, len(points) - 1)]
+    weight = (progress - first.at) / (last.at - first.at) if last.at > first.at else 0.0
+    weight = min(1.0, max(0.0, weight))
+
+    def share(point: CurriculumPoint, kind: str) -> float:
+        return point.kind_shares.get(kind, 0.0) / sum(point.kind_shares.values())
+
+    kinds = dict.fromkeys([*first.kind_shares, *last.kind_shares])
+    return {kind: (1 - weight) * share(first, kind) + weight * share(last, kind) for kind in kinds}
+
+
 class TaskDataModule(EvaluationDataModule):
     """Tasks for RL, an `Iteration` a batch, and for evaluation.
 
@@ -158,6 +193,10 @@ class TaskDataModule(EvaluationDataModule):
         eval_files: Parquet files that `validate` and `test` go through instead of digits.
         num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
         tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
+        oversample: above 1: dynamic sampling (DAPO, 2503.14476). An iteration brings so many times its tasks, and
+            they are rolled out in order until `tasks_per_iteration` groups have rewards that differ.
+        curriculum: mix of the kinds of digit scenes over the run (from easy to hard: Kimi k1.5, 2501.12599), instead
+            of `digits.kind_shares`; empty: that mix throughout.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
         test_tasks: held-out scenes of each kind in a test.
         tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
@@ -172,6 +211,8 @@ class TaskDataModule(EvaluationDataModule):
         eval_files: list[str] | None = None,
         num_iterations: int = 100,
         tasks_per_iteration: int = 16,
+        oversample: float = 1.0,
+        curriculum: list[CurriculumPoint] | None = None,
         val_tasks: dict[str, int] | None = None,
         test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 0,
@@ -183,6 +224,12 @@ class TaskDataModule(EvaluationDataModule):
                 f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
                 "must be at least 1"
             )
+        if not oversample >= 1:
+            raise ValueError(f"--data.oversample {oversample} must be at least 1 (1: no dynamic sampling)")
+        self.oversample = oversample
+        self.curriculum = sorted(curriculum or [], key=lambda point: point.at)
+        if self.curriculum and train_files:
+            raise ValueError("--data.curriculum mixes kinds of digit scenes: it cannot be had with --data.train_files")
         self.train_files = train_files or []
         self.num_iterations = self.num_train_batches = num_iterations
         self.tasks_per_iteration = tasks_per_iteration
@@ -192,13 +239,22 @@ class TaskDataModule(EvaluationDataModule):
         """One batch an RL iteration: this rank's share of its tasks."""
         rank, world_size = self._rank_and_world()
         _check_divisible("tasks_per_iteration", self.tasks_per_iteration, world_size)
-        source: TaskSource = DigitTasks(self.digits)
-        if self.train_files:
-            source = RowTasks(TaskFiles(self.train_files, self.reader), self.seed)
-        return StepLoader(
-            lambda step: Iteration(step, source.tasks(step, self.tasks_per_iteration, rank, world_size)),
-            self.num_iterations,
-        )
+        files = RowTasks(TaskFiles(self.train_files, self.reader), self.seed) if self.train_files else None
+        count, wanted = self.tasks_per_iteration, None
+        if self.oversample > 1:
+            count = math.ceil(self.oversample * count / world_size) * world_size
+            wanted = self.tasks_per_iteration // world_size
+
+        def build(step: int) -> Iteration:
+            source: TaskSource = files or DigitTasks(self._digits_at(step))
+            return Iteration(step, source.tasks(step, count, rank, world_size), wanted)
+
+        return StepLoader(build, self.num_iterations)
+
+    def _digits_at(self, step: int) -> DigitsConfig:
+        if not self.curriculum:
+            return self.digits
+        return replace(self.digits, kind_shares=curriculum_shares(self.curriculum, step / self.num_iterations))
 
 
 class SFTDataModule(EvaluationDataModule):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cv_lightning.images import ImageLimits
+from cv_lightning.model.lora import LoraConfig, add_adapters
 from cv_lightning.model.tokens import vision_token_ids
 from cv_lightning.types import CheckpointError
 
@@ -37,6 +38,8 @@ class PolicyConfig:
     """Freeze the merger between vision tower and language model, too."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; null: full fine-tuning."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
     """`packed`: ours, exact on packed rows with plain SDPA; `auto`: flash-attention 2 on a GPU that has it, else
     ours."""
@@ -122,6 +125,8 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if ".visual." in name and (config.freeze_projector or not is_projector(name)):
                 parameter.requires_grad_(False)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

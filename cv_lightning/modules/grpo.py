@@ -12,6 +12,7 @@ import torch
 
 from cv_lightning.model.loading import PolicyConfig, load_policy
 from cv_lightning.model.logprobs import Entropy, LogProbs
+from cv_lightning.model.lora import adapters_off
 from cv_lightning.model.packing import PackedBatch, pack_rows
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.rl.collector import carries_signal, is_trainable
@@ -47,7 +48,7 @@ class GRPOModule(PolicyModule):
         old_logprobs: what the ratio is taken against: the engine's log-probabilities, or one pass of the
             trainer's before the first step, times a truncated importance weight to the engine (T53).
         reference_path: Hugging Face folder of the reference policy; by default `policy.path`. Loaded only
-            where the KL weight is above 0.
+            where the KL weight is above 0, and not with LoRA, where the policy without its adapters is the reference.
         reference_every: iterations from one KL penalty in the loss to the next. Between them the reference does not
             run; where it does, the weight is multiplied by this (lazy regularisation, StyleGAN2, 1912.04958).
     """
@@ -82,14 +83,21 @@ class GRPOModule(PolicyModule):
         self.old_logprobs = old_logprobs
         self.reference_path = reference_path or policy.path
         self.reference_every = reference_every
+        self._taken_off: list[float] = []
+        """What KL penalties took off the rewards of this iteration's trajectories."""
         self.reference: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
         """Load the policy and, for training with a KL penalty, the frozen reference (design decision 15)."""
         super().configure_model()
-        if self.loss.needs_reference and self.reference is None and self.trainer.training:
-            self.reference = load_policy(replace(self.policy_config, path=self.reference_path))
+        if self.loss.needs_reference and self.reference is None and self.trainer.training and not self.is_own_reference:
+            self.reference = load_policy(replace(self.policy_config, path=self.reference_path, lora=None))
             self.reference.requires_grad_(False)
+
+    @property
+    def is_own_reference(self) -> bool:
+        """True if the reference is the policy without its adapters."""
+        return self.policy_config.lora is not None and self.reference_path == self.policy_config.path
 
     def training_step(self, batch: Iteration, batch_idx: int) -> None:
         """All optimizer steps of one iteration."""
@@ -144,17 +152,18 @@ class GRPOModule(PolicyModule):
         rewards = super().advantage_rewards(trajectories)
         if self.loss.kl_weight == 0 or self.loss.kl_in != "reward":
             return rewards
-        assert self.reference is not None
+        assert self.policy is not None
         rows = self.train_rows(trajectories)
         numbers = {id(row): number for number, row in enumerate(rows)}
         for chunk in self.split_rows(rows):
-            packed = pack_rows(chunk, self.reference.config)
-            reference = self._logprobs(packed, model=self.reference).logprobs.cpu()
+            packed = pack_rows(chunk, self.policy.config)
+            reference = self._reference_logprobs(packed).cpu()
             own = [rewards[numbers[id(row)]] if id(row) in numbers else 0.0 for row in chunk]
             penalised = rewards_with_kl(own, packed.engine_logprobs, reference, packed.row_index, self.loss)
             for row, reward in zip(chunk, penalised, strict=True):
                 if id(row) in numbers:
                     rewards[numbers[id(row)]] = float(reward)
+        self._taken_off += [t - r for t, r in zip(super().advantage_rewards(trajectories), rewards, strict=True)]
         return rewards
 
     # ------------------------------------------------------------------ log-probabilities that stay fixed
@@ -163,10 +172,18 @@ class GRPOModule(PolicyModule):
         """Log-probabilities of the reference and, where asked for, of the policy before its first step."""
         penalised = self.current_loss.kl_weight > 0 and self.loss.kl_in == "loss"
         for micro_batch in micro_batches:
-            if self.reference is not None and penalised:
-                micro_batch.reference_logprobs = self._logprobs(micro_batch, model=self.reference).logprobs
+            if penalised:
+                micro_batch.reference_logprobs = self._reference_logprobs(micro_batch)
             if self.old_logprobs == "trainer" and self.num_minibatches > 1:
                 micro_batch.old_logprobs = self._logprobs(micro_batch).logprobs
+
+    def _reference_logprobs(self, micro_batch: PackedBatch) -> torch.Tensor:
+        if not self.is_own_reference:
+            assert self.reference is not None
+            return self._logprobs(micro_batch, model=self.reference).logprobs
+        assert self.policy is not None
+        with adapters_off(self.policy):
+            return self._logprobs(micro_batch).logprobs
 
     def _logprobs(
         self, micro_batch: PackedBatch, *, entropy: Entropy = "none", model: PreTrainedModel | None = None
@@ -239,6 +256,10 @@ class GRPOModule(PolicyModule):
         metrics = {
             f"policy/{name}": value if name in PER_STEP else value / max(tokens, 1.0) for name, value in sums.items()
         }
+        if self.loss.kl_weight > 0 and self.loss.kl_in == "reward":
+            penalty, count = self.reduce_sum([sum(self._taken_off), float(len(self._taken_off))])
+            metrics["policy/kl_penalty"] = penalty / max(count, 1.0)
+            self._taken_off.clear()
         metrics |= {
             "policy/parity_max": self.reduce_max(parity),
             "policy/lr": self.learning_rate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
@@ -11,6 +11,36 @@ from cv_lightning.engine.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages
 from cv_lightning.types import EndState, Group, Task, ToolStatus, Trajectory
+
+ADDED_METRICS = ("rollout/trajectories", "rollout/tasks_waiting", "rollout/tasks_dropped")
+"""Metrics that are sums over ranks."""
+END_STATES = "rollout/end_"
+"""What the metrics of end states start with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Trajectories that count in their group's mean and deviation, but are not learned from. All off: learn from all.
+
+    Where the loss is masked a policy is not pushed away from what only a limit of ours cut short.
+    """
+
+    over_length: bool = False
+    """Those cut at a token limit: `over_length` (overlong filtering, DAPO, 2503.14476)."""
+    over_turns: bool = False
+    """Those that ran out of turns or images: `max_turns`, `max_images` (compact filtering, DeepSWE, 2025)."""
+    broken: bool = False
+    """Those with neither a call nor an answer, or too many malformed calls: `no_answer`, `parse_errors` (void turns,
+    SimpleTIR, 2509.02479)."""
+
+    @property
+    def states(self) -> frozenset[EndState]:
+        """The end states that are masked."""
+        masked: set[EndState] = set()
+        masked |= {EndState.OVER_LENGTH} if self.over_length else set()
+        masked |= {EndState.MAX_TURNS, EndState.MAX_IMAGES} if self.over_turns else set()
+        masked |= {EndState.NO_ANSWER, EndState.PARSE_ERRORS} if self.broken else set()
+        return frozenset(masked)
 
 
 @dataclass
@@ -22,6 +52,10 @@ class Collector:
     advantage: AdvantageConfig
     reduce_sum: Callable[[list[float]], Sequence[float]] | None = None
     """Sums over ranks, for advantages that need the whole batch; None: one rank."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which scored trajectories get no advantage."""
+    advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None
+    """The rewards that advantages are computed from, of scored trajectories; None: their totals."""
 
     def collect(
         self,
@@ -33,9 +67,22 @@ class Collector:
     ) -> list[Group]:
         """One group of `num_samples` trajectories per task, in the order of the tasks.
 
-        Every trajectory that can be scored gets a reward; `advantage` stays None where it cannot, and is 0.0
-        throughout a group whose rewards are all equal.
+        Every trajectory that can be scored gets a reward; `advantage` stays None where it cannot, or where the
+        trajectory is masked, and is 0.0 throughout a group whose rewards are all equal.
         """
+        groups = self.roll_out(tasks, num_samples, sampling, iteration, progress)
+        self.assign(groups)
+        return groups
+
+    def roll_out(
+        self,
+        tasks: Sequence[Task],
+        num_samples: int,
+        sampling: SamplingConfig,
+        iteration: int = 0,
+        progress: Callable[[RolloutProgress], None] | None = None,
+    ) -> list[Group]:
+        """As `collect`, without advantages."""
         trajectories = self.rollout.run(jobs_of(tasks, num_samples), sampling, progress)
         groups = []
         for index, task in enumerate(tasks):
@@ -43,26 +90,50 @@ class Collector:
             group = Group(task=task, trajectories=members, iteration=iteration)
             self.rewards.score_group(group)
             groups.append(group)
-        assign_advantages(groups, self.advantage, self.reduce_sum)
         return groups
+
+    def assign(self, groups: Sequence[Group]) -> None:
+        """Set the advantages of all groups of an iteration. Call it once, on every rank."""
+        assign_advantages(groups, self.advantage, self.reduce_sum, self.advantage_rewards)
+        masked = self.mask.states
+        for group in groups:
+            for trajectory in group.trajectories:
+                if trajectory.end_state in masked:
+                    trajectory.advantage = None
+
+    def can_teach(self, group: Group) -> bool:
+        """True if rewards of the group differ and not all of its scored trajectories are masked."""
+        scored = [t for t in group.trajectories if t.reward is not None]
+        totals = {t.reward.total for t in scored if t.reward is not None}
+        return len(totals) > 1 and any(t.end_state not in self.mask.states for t in scored)
 
 
 def assign_advantages(
     groups: Sequence[Group],
     config: AdvantageConfig,
     reduce_sum: Callable[[list[float]], Sequence[float]] | None = None,
+    advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None,
 ) -> None:
     """Set `advantage` on the scored trajectories; the unscored ones are left out of their group's statistics.
 
     Call it on every rank, also on one without groups (see `batch_advantages`).
+
+    Args:
+        groups: of this rank.
+        config: the method.
+        reduce_sum: sums over ranks; None: one rank.
+        advantage_rewards: called exactly once, with all scored trajectories; None: their totals.
     """
-    scored = [[(t, t.reward.total) for t in group.trajectories if t.reward is not None] for group in groups]
-    values = batch_advantages([[reward for _, reward in members] for members in scored], config, reduce_sum)
+    scored = [[t for t in group.trajectories if t.reward is not None] for group in groups]
+    flat = [trajectory for members in scored for trajectory in members]
+    given = [t.reward.total for t in flat if t.reward is not None]
+    rewards = iter(given if advantage_rewards is None else advantage_rewards(flat))
+    values = batch_advantages([[next(rewards) for _ in members] for members in scored], config, reduce_sum)
     for group in groups:
         for trajectory in group.trajectories:
             trajectory.advantage = None
     for members, advantages in zip(scored, values, strict=True):
-        for (trajectory, _), advantage in zip(members, advantages, strict=True):
+        for trajectory, advantage in zip(members, advantages, strict=True):
             trajectory.advantage = float(advantage)
 
 
@@ -89,6 +160,7 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
         "rollout/parse_errors_mean": fmean(sum(turn.parse_error is not None for turn in t.turns) for t in trajectories),
         "rollout/signal_frac": fmean(carries_signal(g) for g in groups),
         "rollout/unscored_frac": fmean(t.reward is None for t in trajectories),
+        "rollout/masked_frac": fmean(t.reward is not None and t.advantage is None for t in trajectories),
         "rollout/tokens_per_s": sampled / max(elapsed_s, 1e-9),
         "rollout/tool_calls_per_s": len(results) / max(elapsed_s, 1e-9),
     }
@@ -97,8 +169,27 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
     for state in EndState:
         share = fmean(t.end_state is state for t in trajectories)
         if share:
-            metrics[f"rollout/end_{state.value.replace(':', '_')}_frac"] = share
+            metrics[f"{END_STATES}{state.value.replace(':', '_')}_frac"] = share
     return metrics
+
+
+def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One number per name from those of all ranks, which need not have the same names.
+
+    Counts and speeds are added, `*_max` is the largest, the rest are means over the ranks that have any; an end state
+    that a rank does not name has a share of 0 there.
+    """
+    merged = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [float(part[name]) for part in parts if name in part]
+        if name in ADDED_METRICS or name.endswith("_per_s"):
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        else:
+            count = sum("rollout/turns_mean" in part for part in parts) if name.startswith(END_STATES) else len(values)
+            merged[name] = sum(values) / count
+    return merged
 
 
 def is_trainable(trajectory: Trajectory) -> bool:

@@ -1,0 +1,84 @@
+"""Low-rank adapters (LoRA, 2106.09685) through peft: full fine-tuning's gradient at a fraction of its optimizer state.
+
+Engine and export get merged weights, so that nothing else has to know of adapters; without them the policy is its
+own reference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cv_lightning.types import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+BASE, FACTORS = ".base_layer.", (".lora_A.", ".lora_B.")
+"""Marks in the names of an adapted layer's own parameters and of its low-rank factors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Size and place of the adapters. They have no dropout: engine and trainer would disagree."""
+
+    rank: int = 32
+    """Of the update of each weight. Small ranks are enough for RL ("LoRA without regret", Thinking Machines, 2025)."""
+    alpha: float = 32.0
+    """The update is scaled by this over the rank. LoRA wants about ten times the learning rate of full fine-tuning."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers of the language model that get one: by default all of them. The vision tower stays as it is."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0 or not self.targets:
+            raise ValueError(
+                f"model.policy.lora: rank {self.rank} must be at least 1, alpha {self.alpha} above 0, and targets "
+                f"{list(self.targets)} not empty"
+            )
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Put adapters that change nothing yet into the model, and freeze everything else.
+
+    Raises:
+        CheckpointError: no layer has a name in `targets`.
+    """
+    import peft
+
+    names = "|".join(map(re.escape, config.targets))
+    given = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # an integer by its hint, a factor in its use
+        target_modules=rf".*\.language_model\..*\.({names})",
+        lora_dropout=0.0,
+    )
+    try:
+        peft.inject_adapter_in_model(given, model, ADAPTER)
+    except ValueError as error:
+        raise CheckpointError(f"model.policy.lora.targets {list(config.targets)}: {error}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(mark in name for mark in FACTORS))
+
+
+def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The adapted layers by name; empty without LoRA."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """The model as it was before training, for as long as the context lasts."""
+    layers = list(adapter_layers(model).values())
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

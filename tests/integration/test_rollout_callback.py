@@ -1,0 +1,101 @@
+"""RL iterations with everything real but the reward: engine, agent, sandbox, packing, optimizer, store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.data.modules import TaskDataModule
+from cv_lightning.engine import EngineConfig
+from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.modules.base import OptimizerConfig
+from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.rewards import RewardModule
+from cv_lightning.rl.collector import MaskConfig
+from cv_lightning.rl.losses import PolicyLossConfig
+from cv_lightning.types import Group, Iteration, RewardBreakdown
+
+AGENT = AgentConfig(max_turns=2, max_turn_tokens=12, max_images=2, prompt=PromptConfig(system="none", state_size=False))
+ENGINE = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=16, max_images=2)
+KL_IN_REWARD = PolicyLossConfig(kl_weight=0.1, kl="k1", kl_in="reward")
+
+
+class Batches(pl.Callback):
+    """Keeps what was trained on."""
+
+    def __init__(self) -> None:
+        self.seen: list[Iteration] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: object, outputs: object, batch: Iteration, batch_idx: int
+    ) -> None:
+        self.seen.append(batch)
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def odd_tasks_teach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random policy earns nothing; here every second task's rewards differ."""
+
+    def score(self: RewardModule, group: Group) -> None:
+        odd = int(group.task.id.rsplit("-", 1)[-1]) % 2
+        for t in group.trajectories:
+            t.reward = RewardBreakdown(components={}, total=float(t.sample * odd))
+
+    monkeypatch.setattr(RewardModule, "score_group", score)
+
+
+def run(checkpoint: Path, folder: Path, loss: PolicyLossConfig, data: TaskDataModule, **rollout: object) -> Batches:
+    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.0)
+    module = GRPOModule(PolicyConfig(path=str(checkpoint), dtype="float32"), optimizer, loss=loss)
+    batches = Batches()
+    callback = RolloutCallback(agent=AGENT, engine=ENGINE, num_samples=2, **rollout)  # type: ignore[arg-type]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[batches, callback],
+    )
+    trainer.fit(module, datamodule=data)
+    return batches
+
+
+def test_dynamic_sampling_refills_and_keeps_the_rest(
+    tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None
+) -> None:
+    data = TaskDataModule(tasks_per_iteration=2, num_iterations=2, oversample=3.0)
+    batches = run(tiny_checkpoint, tmp_path, KL_IN_REWARD, data)
+    numbers = [[int(g.task.id.rsplit("-", 1)[-1]) for g in batch.groups] for batch in batches.seen]
+    assert numbers == [[1, 3], [5, 7]], "only groups that teach, in the order of the tasks over both iterations"
+    first, second = batches.metrics
+    assert first["rollout/refill_rounds"] == 3 and first["rollout/tasks_waiting"] == 2
+    assert second["rollout/groups_wanted_frac"] == 1.0 and second["rollout/trajectories"] == 8
+    stored = [json.loads(line) for path in (tmp_path / "trajectories").glob("*.jsonl") for line in path.open()]
+    assert len(stored) == 8, "what did not teach is on record, too"
+    for batch in batches.seen:
+        for group in batch.groups:
+            low, high = (t.advantage for t in group.trajectories)
+            assert low is not None and high is not None and low < 0 < high
+    assert abs(first["policy/kl_penalty"]) < 1e-3 < abs(second["policy/kl_penalty"]), "the policy has moved since"
+    assert first["policy/trajectories"] == 4 and "policy/kl_to_reference" not in first
+
+
+def test_masked_states_are_not_learned_from(tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None) -> None:
+    data = TaskDataModule(tasks_per_iteration=2, num_iterations=1)
+    batches = run(tiny_checkpoint, tmp_path, PolicyLossConfig(), data, mask=MaskConfig(over_length=True, broken=True))
+    (metrics,) = batches.metrics
+    assert metrics["rollout/masked_frac"] > 0.5, "a random policy answers nothing"
+    left = [t for g in batches.seen[0].groups for t in g.trajectories if t.advantage is not None]
+    assert len(left) == 4 - round(4 * metrics["rollout/masked_frac"])
+    assert metrics["policy/trajectories"] == sum(bool(t.advantage) for t in left)

@@ -1,0 +1,192 @@
+"""What keeps RL healthy: masks, dynamic sampling with exact resume, curriculum, metrics of unequal ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cv_lightning.callbacks.refill import TaskQueue, refill
+from cv_lightning.data.modules import CurriculumPoint, StepLoader, TaskDataModule, curriculum_shares
+from cv_lightning.rl.advantages import AdvantageConfig
+from cv_lightning.rl.collector import Collector, MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.types import EndState, Group, Iteration, RewardBreakdown, Task, Trajectory
+
+PICTURE = Image.new("RGB", (32, 32))
+
+
+def task(name: str) -> Task:
+    return Task(id=name, question="?", images=(PICTURE,), ground_truth="1")
+
+
+def trajectory(of: Task, sample: int, reward: float | None, state: EndState = EndState.ANSWERED) -> Trajectory:
+    made = Trajectory(
+        task=of, sample=sample, token_ids=[1, 2], loss_mask=[False, True], logprobs=[0.0, -1.0], num_prompt_tokens=1
+    )
+    made.end_state = state
+    made.reward = None if reward is None else RewardBreakdown(components={}, total=reward)
+    return made
+
+
+def collector(mask: MaskConfig | None = None) -> Collector:
+    parts: Any = None  # neither engine nor rewards are called
+    return Collector(parts, parts, AdvantageConfig(), mask=mask or MaskConfig())
+
+
+# ------------------------------------------------------------------ masks
+@pytest.mark.parametrize(
+    ("switch", "states"),
+    [
+        ("over_length", {EndState.OVER_LENGTH}),
+        ("over_turns", {EndState.MAX_TURNS, EndState.MAX_IMAGES}),
+        ("broken", {EndState.NO_ANSWER, EndState.PARSE_ERRORS}),
+    ],
+)
+def test_masked_trajectories_count_in_the_statistics_and_teach_nothing(switch: str, states: set[EndState]) -> None:
+    of, judged = task("a"), [state for state in EndState if not state.is_error]
+    members = [trajectory(of, i, float(i % 2), state) for i, state in enumerate(judged)]
+    plain, masked = Group(task=of, trajectories=members), MaskConfig(**{switch: True})
+    collector().assign([plain])
+    everybody = {t.end_state: t.advantage for t in members}
+    assert None not in everybody.values(), "off by default"
+    collector(masked).assign([plain])
+    for t in members:
+        assert t.advantage == (None if t.end_state in states else everybody[t.end_state])
+    assert rollout_metrics([plain], 1.0)["rollout/masked_frac"] == pytest.approx(len(states) / len(members))
+
+
+def test_a_group_teaches_if_rewards_differ_and_someone_is_left() -> None:
+    of, mask = task("a"), MaskConfig(over_length=True)
+    cut = EndState.OVER_LENGTH
+    cases = [
+        ([(0.0, EndState.ANSWERED), (1.0, EndState.ANSWERED)], True),
+        ([(1.0, EndState.ANSWERED), (1.0, EndState.ANSWERED)], False),
+        ([(0.0, cut), (1.0, EndState.ANSWERED)], True),
+        ([(0.0, cut), (1.0, cut)], False),
+        ([(None, EndState.STOPPED), (1.0, EndState.ANSWERED)], False),
+        ([], False),
+    ]
+    for members, teaches in cases:
+        group = Group(task=of, trajectories=[trajectory(of, i, r, s) for i, (r, s) in enumerate(members)])
+        assert collector(mask).can_teach(group) is teaches
+
+
+# ------------------------------------------------------------------ dynamic sampling
+def roll_out(tasks: Sequence[Task]) -> list[Group]:
+    """Rewards of a group differ where the task's name says so."""
+    return [
+        Group(task=t, trajectories=[trajectory(t, i, float(i if "+" in t.id else 1)) for i in range(3)]) for t in tasks
+    ]
+
+
+def batch(index: int, names: str, wanted: int = 2) -> Iteration:
+    """`a+b` is the teaching task a and the dull task b."""
+    found = [name + "+" * (names[at + 1 : at + 2] == "+") for at, name in enumerate(names) if name != "+"]
+    return Iteration(index, [task(name) for name in found], wanted)
+
+
+def rounds_of(queue: TaskQueue, given_batch: Iteration, trainer: Any = None) -> tuple[list[str], int]:
+    queue.add(given_batch, trainer)
+    assert given_batch.wanted is not None
+    groups, rounds = refill(queue, given_batch.wanted, collector(), roll_out, lambda value: value)
+    assert all(t.advantage is not None for group in groups for t in group.trajectories)
+    return [group.task.id for group in groups], rounds
+
+
+def test_tasks_come_in_order_until_enough_teach_and_the_rest_comes_first_next_time() -> None:
+    queue = TaskQueue()
+    assert rounds_of(queue, batch(0, "ab+cd+ef+")) == (["a", "b+", "c", "d+"], 3)
+    assert queue.close_iteration(6) == 0
+    assert rounds_of(queue, batch(1, "g+h+")) == (["e", "f+", "g+"], 2)
+    assert queue.close_iteration(6) == 0
+    assert rounds_of(queue, batch(2, "xyz")) == (["h+", "x", "y", "z"], 3), "bounded: it goes on without"
+    assert queue.close_iteration(6) == 0 and not queue.state_dict()
+
+
+def test_the_queue_does_not_grow_without_bound() -> None:
+    queue = TaskQueue()
+    rounds_of(queue, batch(0, "a+b+c+d+e+f+"))
+    assert queue.close_iteration(3) == 1
+    assert [t.id for t in queue.take(9)] == ["c+", "d+", "e+"]
+
+
+def test_left_over_tasks_survive_a_checkpoint_on_every_rank() -> None:
+    names = ["ab+cd+ef+", "g+h+ij"]
+    loader: StepLoader[Iteration] = StepLoader(lambda step: batch(step, names[step]), 2)
+    trainer = SimpleNamespace(train_dataloader=loader, world_size=1, global_rank=0)
+    queue = TaskQueue()
+    rounds_of(queue, loader.build(0))
+    queue.close_iteration(6)
+    resumed = TaskQueue()
+    resumed.load_state_dict(queue.state_dict())
+    assert rounds_of(resumed, loader.build(1), trainer) == rounds_of(queue, loader.build(1))
+    other = TaskQueue()
+    other.load_state_dict(queue.state_dict() or {"places": [[(0, 4)]]})
+    other.add(loader.build(1), SimpleNamespace(train_dataloader=loader, world_size=2, global_rank=0))
+    assert [t.id for t in other.take(9)] == ["g+", "h+", "i", "j"], "another number of ranks starts afresh"
+
+
+def test_a_rank_without_tasks_takes_part_in_every_round() -> None:
+    asked: list[float] = []
+    counts = iter([3, 1, 0])
+
+    def others_have(value: float) -> float:
+        asked.append(value)
+        return max(value, next(counts))
+
+    groups, rounds = refill(TaskQueue(), 2, collector(), roll_out, others_have)
+    assert not groups and rounds == 2 and asked == [0, 0, 0]
+
+
+def test_oversampling_is_off_unless_asked_for() -> None:
+    plain = TaskDataModule(tasks_per_iteration=4, num_iterations=2).train_dataloader().build(1)
+    more = TaskDataModule(tasks_per_iteration=4, num_iterations=2, oversample=1.6).train_dataloader().build(1)
+    assert plain.wanted is None and len(plain.tasks) == 4
+    assert more.wanted == 4 and len(more.tasks) == 7
+    with pytest.raises(ValueError, match="oversample"):
+        TaskDataModule(oversample=0.5)
+
+
+# ------------------------------------------------------------------ curriculum
+def test_the_mix_of_kinds_changes_over_the_run() -> None:
+    points = [
+        CurriculumPoint(at=0.5, kind_shares={"small": 1.0, "upright": 3.0}),
+        CurriculumPoint(at=0.0, kind_shares={"upright": 2.0}),
+    ]
+    data = TaskDataModule(tasks_per_iteration=32, num_iterations=4, curriculum=points)
+    kinds = [[t.metadata["kind"] for t in data.train_dataloader().build(step).tasks] for step in range(4)]
+    assert [k.count("small") for k in kinds] == [0, 4, 8, 8]
+    assert all(set(k) <= {"small", "upright"} for k in kinds)
+    assert data.train_dataloader().build(1).tasks[0].id == data.train_dataloader().build(1).tasks[0].id
+    with pytest.raises(ValueError, match="train_files"):
+        TaskDataModule(curriculum=points, train_files=["x.parquet"])
+    with pytest.raises(ValueError, match="curriculum"):
+        CurriculumPoint(at=0.5, kind_shares={"sideways": 1.0})
+
+
+@given(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4, unique=True))
+def test_shares_are_a_distribution_everywhere(progress: float, places: list[float]) -> None:
+    points = [
+        CurriculumPoint(at=at, kind_shares={"upright": 1 + i, "small": 2.0}) for i, at in enumerate(sorted(places))
+    ]
+    shares = curriculum_shares(points, progress)
+    assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) >= 0
+
+
+# ------------------------------------------------------------------ metrics
+def test_ranks_need_not_have_the_same_metrics() -> None:
+    of = task("a")
+    first = [Group(task=of, trajectories=[trajectory(of, 0, 1.0), trajectory(of, 1, 0.0, EndState.MAX_TURNS)])]
+    second = [Group(task=of, trajectories=[trajectory(of, 0, 1.0), trajectory(of, 1, 0.0)])]
+    one, two, none = (rollout_metrics(groups, 2.0) for groups in (first, second, []))
+    merged = merge_metrics([one, two, none])
+    assert merged["rollout/trajectories"] == 4
+    assert merged["rollout/end_max_turns_frac"] == 0.25 and merged["rollout/end_answered_frac"] == 0.75
+    assert merged["rollout/length_max"] == 2 and merged["rollout/tokens_per_s"] == 2.0
+    assert merge_metrics([one]) == one
+    assert all(name.startswith("rollout/") for name in merged)
