@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -212,7 +213,7 @@ class GRPOModule(PolicyModule):
             shares.append(metrics)
             if micro_batch.num_loss_tokens:
                 gap = (computed.logprobs.detach() - micro_batch.engine_logprobs.to(self.device)).abs()
-                gaps.append(float(gap.max()))
+                gaps.append(float(gap.nan_to_num(nan=math.inf).max()))
             return value
 
         step = self.accumulate_and_step(micro_batches, loss)
