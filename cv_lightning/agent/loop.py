@@ -163,8 +163,8 @@ class _Pass:
     def run(self) -> list[Trajectory]:
         try:
             while len(self.done) < self.state.total:
-                if self._elapsed() > self.config.deadline_s:
-                    self._stop_all()
+                if reason := self._reason_to_stop():
+                    self._stop_all(reason)
                     break
                 self._admit_jobs()
                 self._admit_tool_results()
@@ -252,10 +252,18 @@ class _Pass:
                 trajectory.error = str(error) or f"no verdict within {self.config.deadline_s:g} s (agent.deadline_s)"
                 future.cancel()
 
-    def _stop_all(self) -> None:
+    def _reason_to_stop(self) -> str:
+        """Why what is unfinished is to end now; empty: it is not."""
+        deadline_s, share = self.config.deadline_s, self.config.finish_share
+        if self._elapsed() > deadline_s:
+            return f"agent.deadline_s ({deadline_s:g} s) was over"
+        if len(self.done) >= share * self.state.total:
+            return f"{len(self.done)} of {self.state.total} trajectories had finished (agent.finish_share {share:g})"
+        return ""
+
+    def _stop_all(self, reason: str) -> None:
         """End everything that is under way or waiting as `stopped`: unfinished, not wrong."""
         self.engine.abort(list(self.generating))
-        reason = f"agent.deadline_s ({self.config.deadline_s:g} s) was over"
         for call in self.in_sandbox.values():
             call.future.cancel()
         for run in [*self.generating.values(), *(call.run for call in self.in_sandbox.values())]:

@@ -272,7 +272,7 @@ class RolloutCallback(pl.Callback):
         module = _policy_module(pl_module)
 
         def collector_of(setting: EvaluationConfig) -> Collector:
-            return self._collector(module, replace(self.agent, tool=setting.tool))
+            return self._collector(module, replace(self.agent, tool=setting.tool, finish_share=1.0))
 
         self.evaluator.run(trainer, module, batch, collector_of)
 

@@ -1,0 +1,46 @@
+"""Early stop of a rollout's long tail: bounded, counted, off by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from test_loop import ANSWER, TURN, Hanging, ScriptedEngine, task
+
+from cv_lightning.agent.background import Background
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.engine.base import SamplingConfig
+from cv_lightning.rl.collector import rollout_metrics
+from cv_lightning.types import EndState, Group
+
+
+@pytest.fixture
+def background() -> Iterator[Background]:
+    thread = Background()
+    yield thread
+    thread.close()
+
+
+def test_stragglers_are_stopped_once_the_share_has_finished(encoder: DialogueEncoder, background: Background) -> None:
+    """Two of eight hang in the sandbox for ever: a share of three quarters ends without them, unscored."""
+    names = ["hung-1", *"abcdef", "hung-2"]
+    engine = ScriptedEngine(encoder, lambda _, turn: (TURN, ANSWER)[turn])
+    config = AgentConfig(finish_share=0.75, deadline_s=60, tool_deadline_s=60)
+    rollout = Rollout(engine, Hanging("hung"), encoder, background, config, banned_ids=())
+    trajectories = rollout.run([Job(task(name), 0) for name in names], SamplingConfig())
+    states = {t.task.id: t.end_state for t in trajectories}
+    assert [name for name, state in states.items() if state is EndState.STOPPED] == ["hung-1", "hung-2"]
+    assert all(states[name] is EndState.ANSWERED for name in "abcdef")
+    assert "finish_share" in trajectories[0].error and trajectories[0].end_state.is_error
+    groups = [Group(task=t.task, trajectories=[t]) for t in trajectories]
+    assert rollout_metrics(groups, 1.0)["rollout/end_stopped_frac"] == 0.25
+    assert not engine.has_unfinished()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"agent\.finish_share"):
+        AgentConfig(finish_share=share)
+    assert AgentConfig().finish_share == 1.0
