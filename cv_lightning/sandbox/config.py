@@ -18,7 +18,7 @@ class SandboxConfig:
     num_zygotes: int = 0
     """Fork servers; 0: half the cores, between 1 and 8. Forking is serial within one."""
     max_in_flight: int = 0
-    """Snippets that run at once; 0: twice the fork servers."""
+    """Snippets that run at once; 0: twice the fork servers, or the cores if they are more."""
     max_in_flight_mb: float = 1024.0
     """Input pictures of the snippets that run at once, in MB; more wait."""
     max_queue: int = 16384
@@ -38,7 +38,7 @@ class SandboxConfig:
     plan_tier: bool = True
     """Run straight-line code of known operations with checked arguments without running model code."""
     plan_budget_ms: float = 3.0
-    """Plans that are estimated to take longer run in a child, so that they do not stall the caller."""
+    """Plans that are estimated to take longer, in ms, run in a warm worker, so that they do not stall the caller."""
     cache_size: int = 0
     """Results kept by (image, code), oldest dropped first; 0: none. Sound because runs are deterministic."""
     cache_mb: float = 256.0

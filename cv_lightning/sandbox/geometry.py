@@ -7,7 +7,7 @@ maps go from coordinates of the output to coordinates of the input.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cv_lightning.images import dihedral_affine
@@ -225,6 +225,33 @@ def _skimage_rotate(arguments: Mapping[str, Any], size: Size, output: Size) -> D
     return name, affine
 
 
+def _framed(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
+    """`ImageOps.expand` and `ImageOps.crop`: a border is added or cut off."""
+    left, top = _border(arguments, size, output)
+    if output[0] >= size[0] and output[1] >= size[1]:
+        return "pad", Affine(1, 0, -left, 0, 1, -top)
+    return "crop", Affine(1, 0, left, 0, 1, top)
+
+
+GEOMETRIC: dict[str, Callable[[Mapping[str, Any], Size, Size], Described]] = {
+    "Image.rotate": _rotate,
+    "Image.resize": _resize,
+    "Image.crop": _crop,
+    "Image.transform": _transform,
+    "ImageOps.fit": _fit,
+    "ImageOps.pad": _pad,
+    "ImageOps.expand": _framed,
+    "ImageOps.crop": _framed,
+    "cv2.warpAffine": _warp_affine,
+    "skimage.transform.rotate": _skimage_rotate,
+}
+"""Calls whose map is worked out from their arguments."""
+RESIZES = (
+    "cv2.resize cv2.pyrUp cv2.pyrDown skimage.transform.resize skimage.transform.rescale Image.thumbnail Image.reduce "
+    "ImageOps.contain ImageOps.cover ImageOps.scale"
+).split()
+
+
 def _array_turn(call: str, arguments: Mapping[str, Any], size: Size) -> Described:
     """np.rot90, flip, fliplr, flipud on rows x columns."""
     if call == "numpy.rot90":
@@ -243,6 +270,31 @@ def _array_turn(call: str, arguments: Mapping[str, Any], size: Size) -> Describe
     return name, IDENTITY if name == "copy" else matrix_of(name, size)
 
 
+def _symmetry(call: str, arguments: Mapping[str, Any]) -> str | None:
+    """Which symmetry of the frame a call is; None if it is no such call."""
+    if call == "Image.transpose":
+        return TRANSPOSES[int(arguments.get("method", 0))]
+    if call == "cv2.rotate":
+        return CV2_ROTATIONS[int(arguments["code"])]
+    if call == "cv2.flip":
+        code = int(arguments["code"])
+        return "flip_vertical" if code == 0 else "flip_horizontal" if code > 0 else "rotate_180"
+    return {"ImageOps.mirror": "flip_horizontal", "ImageOps.flip": "flip_vertical", "cv2.transpose": "transpose"}.get(
+        call
+    )
+
+
+def _tone(call: str, arguments: Mapping[str, Any]) -> str | None:
+    """Name of a call that leaves every pixel where it is; None if it is no such call."""
+    if call == "cv2.cvtColor":
+        return "grayscale" if arguments.get("code") in GREY_CODES else "convert"
+    if call == "Image.filter":
+        return FILTERS.get(str(arguments.get("filter")), "filter")
+    if call == "Image.convert":
+        return "grayscale" if arguments.get("mode") in ("L", "LA", "1") else "convert"
+    return _enhance(call.split(".")[1], arguments) if call.startswith("ImageEnhance.") else None
+
+
 def describe(call: str, arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
     """Name and map of one call that really ran.
 
@@ -252,64 +304,18 @@ def describe(call: str, arguments: Mapping[str, Any], size: Size, output: Size) 
         size: width and height before.
         output: width and height after.
     """
-    geometric = {
-        "Image.rotate": _rotate,
-        "Image.resize": _resize,
-        "Image.crop": _crop,
-        "Image.transform": _transform,
-        "ImageOps.fit": _fit,
-        "ImageOps.pad": _pad,
-        "cv2.warpAffine": _warp_affine,
-        "skimage.transform.rotate": _skimage_rotate,
-    }.get(call)
+    geometric = GEOMETRIC.get(call)
     if geometric is not None:
         return geometric(arguments, size, output)
-    if call == "cv2.cvtColor":
-        return "grayscale" if arguments.get("code") in GREY_CODES else "convert", IDENTITY
-    if call in PLAIN:
-        name = PLAIN[call]
-        return name, None if name in NOT_AFFINE or size != output else IDENTITY
-    if call == "Image.transpose":
-        method = int(arguments.get("method", 0))
-        return TRANSPOSES[method], matrix_of(TRANSPOSES[method], size)
-    if call == "Image.filter":
-        return FILTERS.get(str(arguments.get("filter")), "filter"), IDENTITY
-    if call == "Image.convert":
-        return "grayscale" if arguments.get("mode") in ("L", "LA", "1") else "convert", IDENTITY
-    if call.startswith("ImageEnhance."):
-        return _enhance(call.split(".")[1], arguments), IDENTITY
-    if call in ("ImageOps.mirror", "ImageOps.flip"):
-        name = "flip_horizontal" if call == "ImageOps.mirror" else "flip_vertical"
-        return name, matrix_of(name, size)
-    if call in ("ImageOps.expand", "ImageOps.crop"):
-        left, top = _border(arguments, size, output)
-        return (
-            ("pad", Affine(1, 0, -left, 0, 1, -top))
-            if call == "ImageOps.expand"
-            else ("crop", Affine(1, 0, left, 0, 1, top))
-        )
-    if call == "cv2.rotate":
-        name = CV2_ROTATIONS[int(arguments["code"])]
-        return name, matrix_of(name, size)
-    if call == "cv2.flip":
-        code = int(arguments["code"])
-        name = "flip_vertical" if code == 0 else "flip_horizontal" if code > 0 else "rotate_180"
-        return name, matrix_of(name, size)
-    if call == "cv2.transpose":
-        return "transpose", matrix_of("transpose", size)
+    symmetry = _symmetry(call, arguments)
+    if symmetry is not None:
+        return symmetry, matrix_of(symmetry, size)
     if call.startswith("numpy."):
         return _array_turn(call, arguments, size)
-    if call in (
-        "cv2.resize",
-        "cv2.pyrUp",
-        "cv2.pyrDown",
-        "skimage.transform.resize",
-        "skimage.transform.rescale",
-        "Image.thumbnail",
-        "Image.reduce",
-        "ImageOps.contain",
-        "ImageOps.cover",
-        "ImageOps.scale",
-    ):
+    if call in RESIZES:
         return "resize", scaling(output, (0, 0, *size))
-    return call.rsplit(".", 1)[-1].lower()[:32], IDENTITY if size == output else None
+    tone = _tone(call, arguments)
+    if tone is not None:
+        return tone, IDENTITY
+    name = PLAIN.get(call) or call.rsplit(".", 1)[-1].lower()[:32]
+    return name, None if name in NOT_AFFINE or size != output else IDENTITY

@@ -29,8 +29,8 @@ from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
 
 log = logging.getLogger(__name__)
 F_ADD_SEALS, SEAL, SHRINK, GROW, FUTURE_WRITE = 1033, 1, 2, 4, 16
-"""Against writing not F_SEAL_WRITE, which waits until nothing in the kernel holds a page and may fail with EBUSY. Nobody
-has mapped the new file, so that no future writing is none at all."""
+"""Not F_SEAL_WRITE, which waits until nothing in the kernel holds a page and may fail with EBUSY: as nobody has mapped
+the new file, no future writing is no writing at all."""
 MAX_WORKER_MS = 500.0
 """Plans that are estimated to take longer run in a child, whose CPU time is limited."""
 

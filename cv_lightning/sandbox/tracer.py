@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from cv_lightning.images import compose
 from cv_lightning.sandbox.geometry import PLAIN, Size, describe
@@ -391,7 +391,7 @@ def _wrap_conversions() -> None:
     ImageDraw.Draw = _wrap(ImageDraw.Draw, drawing)
 
 
-def install(modules: Iterable[str] = ()) -> None:
+def install() -> None:
     """Wrap the libraries of this process. Once, in the fork server, before any snippet."""
     for name in PIL_METHODS:
         _wrap_pil_method(name)
@@ -421,6 +421,3 @@ def begin(image: Image.Image) -> None:
     TRACER.set_origin(image, Origin(IDENTITY, frozenset()))
     TRACER.depth = 0
     TRACER.active = True
-
-
-assert ImageFilter  # imported for its classes to exist in the fork server
