@@ -1,0 +1,110 @@
+"""`python -m cv_lightning data build-sft | build-rl | corrupt`: data sets made from tables and from other data sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cv_lightning.types import CVLightningError
+
+if TYPE_CHECKING:
+    from cv_lightning.data.builders.sft import BuildState
+
+Config = TypeVar("Config")
+
+
+def build_sft(args: list[str]) -> int:
+    """Make SFT conversations. Exit code 0: made; 1: not everything verified; 2: cannot be made."""
+    from cv_lightning.data.builders.sft import BuildSFT
+    from cv_lightning.data.builders.sft import build_sft as build
+
+    def run(config: BuildSFT) -> int:
+        with _bar("conversations") as bar:
+            report = build(config, _shown_on(bar))
+        _print_sft(report)
+        Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
+        verification = report.get("verification")
+        return int(verification is not None and verification["verified"] < verification["conversations"])
+
+    return _run(BuildSFT, args, "build-sft", run)
+
+
+def _run(kind: type[Config], args: list[str], name: str, run: Callable[[Config], int]) -> int:
+    """Read a config from the command line and run it; errors of ours are one message each, exit code 2."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    flags = _with_files(args)
+    try:
+        config: Any = jsonargparse.auto_cli(kind, as_positional=False, args=flags, prog=f"cv_lightning data {name}")
+        return run(config)
+    except (CVLightningError, ValueError, OSError) as error:
+        print(f"data {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _with_files(args: list[str]) -> list[str]:
+    """Leading arguments that are no flags are the files: `a.parquet b.csv --out x` for `--files=[a.parquet,b.csv]`."""
+    count = next((at for at, arg in enumerate(args) if arg.startswith("-")), len(args))
+    return [f"--files={json.dumps(args[:count])}", *args[count:]] if count else args
+
+
+def _bar(what: str) -> Progress:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+
+
+def _shown_on(bar: Progress) -> Callable[[BuildState], None]:
+    task = bar.add_task("", total=None, note="")
+
+    def show(state: BuildState) -> None:
+        bar.update(task, total=state.total, completed=state.done, note=f"{state.kept} kept")
+
+    return show
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def _print_sft(report: Mapping[str, Any]) -> None:
+    console = Console()
+    table = Table("kind", title=f"{report['kept']} of {report['tried']} conversations kept", title_justify="left")
+    for column in ("tried", "kept", "share", "wanted"):
+        table.add_column(column, justify="right")
+    for kind, counts in report["kinds"].items():
+        shares = f"{counts['share']:.1%}", f"{counts['wanted_share']:.1%}"
+        table.add_row(kind, str(counts["tried"]), str(counts["kept"]), *shares)
+    console.print(table)
+    print_reasons(console, "dropped", report["dropped"])
+    print_reasons(console, "unusable rows", report["unusable_rows"])
+    if report["rows_of_no_kind"]["count"]:
+        console.print(f"{report['rows_of_no_kind']['count']} rows can be none of the kinds", highlight=False)
+    usage = {name: value for name, value in report["usage"].items() if value}
+    if usage:
+        console.print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in usage.items()))
+    if "verification" in report:
+        found = report["verification"]
+        console.print(f"verified from the file: {found['verified']} of {found['conversations']}", highlight=False)
+    console.print(f"{report['seconds']:g} s, {report['per_second']:g} conversations a second", highlight=False)
+
+
+def print_reasons(console: Console, title: str, reasons: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of reasons with their counts and the first case of each; nothing where there are none."""
+    if not reasons:
+        return
+    table = Table("reason", title=title, title_justify="left")
+    table.add_column("count", justify="right")
+    table.add_column("first", overflow="fold")
+    for reason, found in reasons.items():
+        table.add_row(reason, str(found["count"]), str(found["first"])[:160])
+    console.print(table)
+
+
+def as_json(values: Mapping[str, Any]) -> str:
+    """Text of a report's file."""
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
