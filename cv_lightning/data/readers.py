@@ -1,29 +1,27 @@
 """RL and benchmark files: Parquet rows to tasks.
 
 A row has `images` (bytes or paths), `prompt` or `extra_info.question`, and `reward_model.ground_truth` or
-`extra_info.answer`; `data_source` and the rest of `extra_info` may be absent. Every row is checked when the files are
-opened; pixels are decoded when a row is read.
+`extra_info.answer`; `data_source` and the rest of `extra_info` may be absent. Nested columns may be JSON texts. Files
+may differ in their columns. Pixels are decoded when a row is read.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import random
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems, expand_files
-from cv_lightning.images import MAX_DECODED_PIXELS, decode_image, dihedral_affine, invert, map_box
-from cv_lightning.types import Box, DataError, ImageError, Message, Task
+from cv_lightning.data.chunks import ParquetRows
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, expand_files, unique_names
+from cv_lightning.images import MAX_ASPECT, MAX_DECODED_PIXELS, decode_image, dihedral_affine, invert, map_box
+from cv_lightning.types import Box, ImageError, Message, Task
 
 IMAGE_MARK = "<image>"
 ORIENTATIONS = ("rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
@@ -40,124 +38,76 @@ BOX_SLACK_PX = 1.0
 EXIF_ORIENTATION = 0x0112
 EXTRA_KEYS = ("question", "answer", "transform", "bbox", "bbox_2d")
 """Keys of `extra_info` that become fields of the task; all others are its metadata."""
+NEEDED_COLUMNS = (("images", "image"), ("prompt", "extra_info"), ("reward_model", "extra_info"))
+"""Of each group a file must have one."""
 
 
-class TaskFiles:
-    """The usable rows of Parquet files, by position.
-
-    `problems` lists the rows that were skipped. Only one row group is in memory at a time.
+class TaskFiles(RowFiles[Task]):
+    """The tasks of Parquet files.
 
     Args:
         files: paths of Parquet files.
         config: frame of boxes, prompt and folder of images.
 
     Raises:
-        DataError: a file is missing or no Parquet, or no row of all files can be used.
+        DataError: a file is missing or no Parquet, or none of its rows can be used.
     """
 
-    def __init__(self, files: Sequence[str], config: ReaderConfig) -> None:
-        self.config = config
-        self.problems = RowProblems()
-        self.paths = expand_files(files, "--data train_files/eval_files")
-        self._tables = [_open(path) for path in self.paths]
-        self._group = lru_cache(maxsize=2)(self._read_group)
-        self._groups = [(i, group) for i, table in enumerate(self._tables) for group in range(table.num_row_groups)]
-        self._usable: list[list[int]] = [list(self._scan(at)) for at in range(len(self._groups))]
-        self._starts = [0]
-        for rows in self._usable:
-            self._starts.append(self._starts[-1] + len(rows))
-        self.problems.report(len(self))
+    def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
+        super().__init__(expand_files(files, "--data train_files/eval_files"), config)
+        self._names = unique_names(self.paths)
+        self.rows = ParquetRows(self.paths, NEEDED_COLUMNS, optional=("data_source",))
+        self.check_each_file()
 
-    def __len__(self) -> int:
-        return self._starts[-1]
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files, unusable ones too."""
+        return len(self.rows)
 
-    def row(self, position: int) -> Task:
-        """The task at a position; the next one whose pixels can be decoded if its own cannot.
+    def rows_of_file(self, file: int) -> range:
+        """Indices of a file's rows."""
+        return self.rows.rows_of_file(file)
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File of a row, and its number there, from 0."""
+        file, number = self.rows.place(index)
+        return self.paths[file], number
+
+    def read(self, index: int, *, decode: bool = True) -> Task:
+        """One task; with `decode` False its images have sizes but no pixels.
 
         Raises:
-            DataError: the pixels of no row can be decoded.
+            RowError: the row cannot be used.
         """
-        for at in range(position, position + len(self)):
-            at %= len(self)
-            group = bisect_right(self._starts, at) - 1
-            row = self._usable[group][at - self._starts[group]]
-            try:
-                return self._task(group, row)
-            except RowError as error:
-                self.problems.add(self.paths[self._groups[group][0]], self._first_row(group) + row, error)
-        raise DataError(f"no row with pixels that can be decoded:\n{self.problems.summary()}")
+        file, number = self.rows.place(index)
+        row = self.rows.row(index)
+        return task_of_row(row, self.paths[file], number, self.config, decode=decode, name=self._names[file])
 
     def order(self, rng: random.Random) -> list[int]:
-        """Row groups in a shuffled order, and their rows within each: every group is read once an epoch."""
-        groups = list(range(len(self._groups)))
-        rng.shuffle(groups)
-        order: list[int] = []
-        for group in groups:
-            positions = list(range(self._starts[group], self._starts[group + 1]))
-            rng.shuffle(positions)
-            order += positions
-        return order
-
-    def _scan(self, group: int) -> Iterator[int]:
-        """Rows of a row group that can be used."""
-        path = self.paths[self._groups[group][0]]
-        for row in range(len(self._group(group))):
-            try:
-                self._task(group, row, decode=False)
-            except RowError as error:
-                self.problems.add(path, self._first_row(group) + row, error)
-            else:
-                yield row
-
-    def _task(self, group: int, row: int, decode: bool = True) -> Task:
-        file = self._groups[group][0]
-        number = self._first_row(group) + row
-        return task_of_row(self._group(group)[row], self.paths[file], number, self.config, decode=decode)
-
-    def _first_row(self, group: int) -> int:
-        file, within = self._groups[group]
-        metadata = self._tables[file].metadata
-        return sum(metadata.row_group(earlier).num_rows for earlier in range(within))
-
-    def _read_group(self, group: int) -> list[dict[str, Any]]:
-        file, within = self._groups[group]
-        try:
-            rows: list[dict[str, Any]] = self._tables[file].read_row_group(within).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            where = f"{self.paths[file]}, row group {within}"
-            raise DataError(f"{where}: cannot be read ({error}); is it cut off?") from error
-        return rows
-
-
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}); is it cut off, or another format?") from error
-    columns = set(file.schema_arrow.names)
-    for wanted in (("images",), ("prompt", "extra_info"), ("reward_model", "extra_info")):
-        if not columns & set(wanted):
-            raise DataError(f"{path}: no column {' or '.join(wanted)}; it has {', '.join(sorted(columns))}")
-    return file
+        """All rows in a shuffled order in which each part of a file is read once."""
+        return self.rows.order(rng)
 
 
 # ------------------------------------------------------------------------------------------------ one row
-def task_of_row(row: Mapping[str, Any], path: Path, number: int, config: ReaderConfig, *, decode: bool = True) -> Task:
+def task_of_row(
+    row: Mapping[str, Any], path: Path, number: int, config: ReaderConfig, *, decode: bool = True, name: str = ""
+) -> Task:
     """The task that a row describes.
 
     Args:
         row: column to value, as pyarrow gives it.
-        path: file, for the id, relative image paths and messages.
+        path: file, for relative image paths and messages.
         number: row in the file, from 0.
         config: frame of boxes, prompt and folder of images.
         decode: False reads no more than the images' headers; the task's images then have sizes but no pixels.
+        name: start of the id; by default the file's stem.
 
     Raises:
         RowError: the row cannot be used.
     """
-    extra = {key: value for key, value in (row.get("extra_info") or {}).items() if value is not None}
-    images = _images(row.get("images"), Path(config.image_folder or path.parent), decode)
-    messages = _messages(row.get("prompt"))
+    extra = extra_info(row)
+    images = _images(image_cells(row), Path(config.image_folder or path.parent), decode)
+    messages = _messages(row.get("prompt"), config)
     marks = sum(message.content.count(IMAGE_MARK) for message in messages)
     if messages and marks != len(images):
         raise RowError("image marks", f"prompt has {marks} {IMAGE_MARK} marks but there are {len(images)} images")
@@ -166,10 +116,10 @@ def task_of_row(row: Mapping[str, Any], path: Path, number: int, config: ReaderC
         raise RowError("no question", "neither prompt nor extra_info.question holds a question")
     transforms = parse_transforms(extra.get("transform"))
     return Task(
-        id=f"{path.stem}:{number}",
+        id=f"{name or path.stem}:{number}",
         question=str(question).replace(IMAGE_MARK, "").strip(),
         images=images,
-        ground_truth=_ground_truth(row.get("reward_model"), extra),
+        ground_truth=_ground_truth(_parsed(row.get("reward_model"), "reward_model"), extra),
         data_source=str(row.get("data_source") or extra.get("dataset_name") or path.stem),
         required_transforms=transforms,
         box=_box(extra, images[0].size, transforms, config),
@@ -178,50 +128,118 @@ def task_of_row(row: Mapping[str, Any], path: Path, number: int, config: ReaderC
     )
 
 
-def _images(cells: Any, folder: Path, decode: bool) -> tuple[Image.Image, ...]:
-    if not cells:
+def extra_info(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The set keys of `extra_info`, which may be a mapping or its JSON text.
+
+    Raises:
+        RowError: it is neither.
+    """
+    extra = _parsed(row.get("extra_info"), "extra_info") or {}
+    if not isinstance(extra, Mapping):
+        raise RowError("extra_info", f"extra_info is a {type(extra).__name__}; a mapping is wanted")
+    return {str(key): value for key, value in extra.items() if value is not None}
+
+
+def image_cells(row: Mapping[str, Any]) -> list[Any]:
+    """What stands for each image of a row: bytes, a path, or a mapping with either.
+
+    Raises:
+        RowError: there is none.
+    """
+    cells = row.get("images") if row.get("images") is not None else row.get("image")
+    if cells is None or (isinstance(cells, (list, str, bytes)) and not cells):
         raise RowError("no image", "images is empty; a task needs at least one")
-    images = []
-    for index, cell in enumerate(cells if isinstance(cells, list) else [cells]):
-        data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, cell)
-        if isinstance(cell, bytes):
-            data, name = cell, None
-        if data is None and not name:
-            raise RowError("no image", f"images[{index}] has neither bytes nor path")
-        source = data if data is not None else folder / str(name)
-        images.append(load_image(source, f"images[{index}]", decode))
-    return tuple(images)
+    return cells if isinstance(cells, list) else [cells]
+
+
+def _parsed(value: Any, key: str) -> Any:
+    """The value of a nested column, which some files hold as JSON text."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise RowError(key.rpartition(".")[2], f"{key} is text that is no JSON ({error})") from error
+    return value
+
+
+def _images(cells: Sequence[Any], folder: Path, decode: bool) -> tuple[Image.Image, ...]:
+    return tuple(
+        load_image(image_source(cell, f"images[{index}]", folder), f"images[{index}]", decode)
+        for index, cell in enumerate(cells)
+    )
+
+
+def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
+    """The bytes or the file that a cell stands for.
+
+    Raises:
+        RowError: neither.
+    """
+    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, cell)
+    if isinstance(cell, bytes):
+        data, name = cell, None
+    if isinstance(data, bytes):
+        return data
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise RowError("no image", f"{key} has neither bytes nor path")
+    return folder / name.removeprefix("file://")
 
 
 def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
     """Decode an image; with `decode` False read only its header: the result then has a size but no pixels.
 
     Raises:
-        RowError: it is no image, or too large; names the key.
+        RowError: it is no image, or too large or too long for the model; names the key.
     """
     try:
-        if decode:
-            return decode_image(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            # Of a PNG without EXIF in its header getexif() would decode every pixel.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            turned_by_exif = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) > 1
-            if image.width * image.height > MAX_DECODED_PIXELS:
-                raise ImageError(f"{image.width}x{image.height} is more than {MAX_DECODED_PIXELS} pixels")
-        return decode_image(source) if turned_by_exif else image
+        image = decode_image(source) if decode else _open_header(source)
     except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RowError("unreadable image", f"{key}: {error}") from error
+        kind = "image too large" if _is_too_large(error) else "unreadable image"
+        raise RowError(kind, f"{key}: {error}") from error
+    # A decoder may fail in its own way: struct.error, OverflowError, MemoryError, ... are one bad image each.
+    except Exception as error:
+        raise RowError("unreadable image", f"{key}: cannot be decoded ({error!r})") from error
+    if max(image.size) >= MAX_ASPECT * min(image.size):
+        raise RowError(
+            "image too long",
+            f"{key}: {image.width}x{image.height} is {MAX_ASPECT:.0f} times as long as wide or more, which no Qwen-VL "
+            "model takes",
+        )
+    return image
 
 
-def _messages(prompt: Any) -> tuple[Message, ...]:
+def _is_too_large(error: BaseException) -> bool:
+    return isinstance(error, Image.DecompressionBombError) or f"more than {MAX_DECODED_PIXELS} pixels" in str(error)
+
+
+def _open_header(source: bytes | Path) -> Image.Image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if image.width * image.height > MAX_DECODED_PIXELS:
+            raise ImageError(f"{image.width}x{image.height} is more than {MAX_DECODED_PIXELS} pixels")
+        # Of a PNG without EXIF in its header getexif() would decode every pixel.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        turned_by_exif = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) > 1
+    return decode_image(source) if turned_by_exif else image
+
+
+def _messages(prompt: Any, config: ReaderConfig) -> tuple[Message, ...]:
+    prompt = _parsed(prompt, "prompt")
     if prompt is None:
         return ()
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     try:
-        return tuple(Message(role=str(m["role"]), content=str(m["content"] or "")) for m in prompt)
+        messages = tuple(Message(role=str(m["role"]), content=_content(m["content"])) for m in prompt)
     except (TypeError, KeyError) as error:
         raise RowError("prompt", f"prompt is no list of {{role, content}} ({error!r})") from error
+    return messages if config.system == "given" else tuple(m for m in messages if m.role != "system")
+
+
+def _content(content: Any) -> str:
+    """Text of a message; of a list of parts, an image part is a mark."""
+    if isinstance(content, list):
+        return "".join(IMAGE_MARK if part.get("type") == "image" else str(part.get("text") or "") for part in content)
+    return str(content or "")
 
 
 def _bare_question(messages: Sequence[Message]) -> str:
@@ -232,7 +250,7 @@ def _bare_question(messages: Sequence[Message]) -> str:
 def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> str:
     truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
     truth = extra.get("answer") if truth is None else truth
-    if truth is None or truth in ("", []):
+    if truth is None or truth == [] or (isinstance(truth, str) and not truth.strip()):
         raise RowError("no answer", "neither reward_model.ground_truth nor extra_info.answer holds an answer")
     return truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
 
@@ -241,18 +259,16 @@ def parse_transforms(value: Any) -> tuple[str, ...]:
     """Names of `extra_info.transform`: a list, a mapping of names (unset ones left out), JSON of either, or a text.
 
     Raises:
-        RowError: a name that is unknown.
+        RowError: a name that is unknown, or no names at all.
     """
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError("transform", f"extra_info.transform {value!r} is no JSON ({error})") from error
+    value = _parsed(value, "extra_info.transform")
     if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+        value = [part.strip() for part in value.split(",") if part.strip().lower() not in ("", "none", "null")]
     if isinstance(value, Mapping):
         # Columnar storage gives every row all keys, the absent ones as null.
         value = [name for name, chosen in value.items() if chosen not in (None, False, 0)]
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise RowError("transform", f"extra_info.transform {value!r} is no list, mapping or text of names")
     names = tuple(str(name) for name in value or () if name is not None)
     for name in names:
         if not re.fullmatch(r"rotate_-?\d+", name) and name not in ORIENTATIONS and name not in OTHER_TRANSFORMS:
@@ -261,36 +277,60 @@ def parse_transforms(value: Any) -> tuple[str, ...]:
     return names
 
 
-def _box(
-    extra: Mapping[str, Any], size: tuple[int, int], transforms: Sequence[str], config: ReaderConfig
-) -> Box | None:
-    """The ground-truth box in pixels of the given image, clipped to it."""
+def raw_box(extra: Mapping[str, Any]) -> Box | None:
+    """The box as the row has it, in whichever frame: `bbox` or `bbox_2d`, a list of four or a list of one such list.
+
+    Raises:
+        RowError: not four finite numbers.
+    """
     key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
-    value = extra.get(key)
-    if value is None or len(value) == 0 or all(edge is None for edge in value):
+    given = value = _parsed(extra.get(key), f"extra_info.{key}")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    if value is None or value == [] or (isinstance(value, list) and all(edge is None for edge in value)):
         return None
     try:
         x1, y1, x2, y2 = (float(edge) for edge in value)
     except (TypeError, ValueError) as error:
-        raise RowError("box", f"extra_info.{key} {value} is not four numbers [x1, y1, x2, y2]") from error
-    box: Box = (x1, y1, x2, y2)
-    if config.bbox_frame == "upright":
-        box = _to_given_frame(box, size, transforms)
-    width, height = size
-    inside = box[0] >= -BOX_SLACK_PX and box[1] >= -BOX_SLACK_PX
-    inside = inside and box[2] <= width + BOX_SLACK_PX and box[3] <= height + BOX_SLACK_PX
-    clipped = (max(0.0, box[0]), max(0.0, box[1]), min(float(width), box[2]), min(float(height), box[3]))
-    if not inside or clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise RowError("box", f"extra_info.{key} {given} is not four numbers [x1, y1, x2, y2]") from error
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise RowError("box", f"extra_info.{key} {given}: numbers must be finite")
+    return (x1, y1, x2, y2)
+
+
+def _box(
+    extra: Mapping[str, Any], size: tuple[int, int], transforms: Sequence[str], config: ReaderConfig
+) -> Box | None:
+    """The ground-truth box in pixels of the given image, clipped to it."""
+    given = raw_box(extra)
+    if given is None:
+        return None
+    box = to_given_frame(given, size, transforms) if config.bbox_frame == "upright" else given
+    if not is_inside(box, size):
+        key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
         raise RowError(
             "box",
-            f"extra_info.{key} {list(value)} is inverted or outside its {width}x{height} image; boxes are pixels, and "
-            f"bbox_frame is {config.bbox_frame!r}",
+            f"extra_info.{key} {list(given)} is inverted or outside its {size[0]}x{size[1]} image; boxes are pixels, "
+            f"and bbox_frame is {config.bbox_frame!r}",
         )
-    return clipped
+    return (max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3]))
 
 
-def _to_given_frame(box: Box, size: tuple[int, int], transforms: Sequence[str]) -> Box:
-    """A box of the upright image in pixels of the given one, to which `transforms` were applied in order."""
+def is_inside(box: Box, size: tuple[int, int]) -> bool:
+    """True if a box has an area inside an image of this size, but for `BOX_SLACK_PX`."""
+    width, height = size
+    inside = min(box[:2]) >= -BOX_SLACK_PX and box[2] <= width + BOX_SLACK_PX and box[3] <= height + BOX_SLACK_PX
+    return inside and max(0.0, box[0]) < min(width, box[2]) and max(0.0, box[1]) < min(height, box[3])
+
+
+def to_given_frame(box: Box, size: tuple[int, int], transforms: Sequence[str]) -> Box:
+    """A box of the upright image in pixels of the given one, to which `transforms` were applied in order.
+
+    Args:
+        box: in pixels of the upright image.
+        size: (width, height) of the given image.
+        transforms: names of all that was done; only turns and flips count.
+    """
     turned = [name for name in transforms if name in ORIENTATIONS]
     swapped = sum(name in ("rotate_90", "rotate_270") for name in turned) % 2
     width, height = size[::-1] if swapped else size

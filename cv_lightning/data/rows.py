@@ -1,19 +1,34 @@
-"""Rows of a file that cannot be used: counted by kind, listed by index, skipped, unless all are bad."""
+"""Rows of files: read one by one, in a shuffled order that is cheap to read, the unusable ones counted by kind.
+
+Opening files reads no more than each one's first usable row, so that training starts at once whatever their size. A
+row that cannot be used is met when its turn comes: it is counted, listed by number, and another takes its place.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+import random
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from cv_lightning.types import DataError
 
 logger = logging.getLogger(__name__)
 
+Row = TypeVar("Row")
+
 LISTED_ROWS = 20
 """Rows of a kind of problem that a message lists; `RowProblems` knows them all."""
+NEIGHBOURS = 32
+"""Rows before and behind an unusable one, in the order of reading, that may take its place: they are in memory."""
+MAX_THREADS = 8
 
 
 class RowError(DataError):
@@ -42,15 +57,25 @@ class RowProblem:
 
 @dataclass
 class RowProblems:
-    """The rows that were skipped so far."""
+    """The rows that were skipped so far, each once."""
 
     problems: list[RowProblem] = field(default_factory=list)
+    _seen: set[tuple[Path, int]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, file: Path, row: int, error: RowError) -> None:
-        """Keep a skipped row; the first of each kind is logged in full."""
-        if all(problem.kind != error.kind for problem in self.problems):
+        """Keep a skipped row; the first of each kind is logged in full, and the counts at 10, 100, ... rows."""
+        with self._lock:
+            if (file, row) in self._seen:
+                return
+            self._seen.add((file, row))
+            is_new = all(problem.kind != error.kind for problem in self.problems)
+            self.problems.append(RowProblem(file, row, error.kind, str(error)))
+            count = len(self.problems)
+        if is_new:
             logger.warning("%s, row %d skipped (%s): %s", file, row, error.kind, error)
-        self.problems.append(RowProblem(file, row, error.kind, str(error)))
+        if count >= 10 and str(count).strip("0") == "1":
+            logger.warning("%d rows skipped so far:\n%s", count, self.summary())
 
     def summary(self) -> str:
         """One line a kind: how many, which rows, and what the first one's problem is."""
@@ -80,14 +105,142 @@ class ReaderConfig:
     """How files of tasks and conversations are read."""
 
     bbox_frame: Literal["given", "upright"] = "given"
-    """Whether boxes are in pixels of the image as given, or of the upright image before its transform."""
+    """Whether boxes are in pixels of the image as given, or of the upright image before its transform; `data check`
+    says which fits."""
     prompt: Literal["given", "own"] = "given"
     """given: messages of the file as they stand; own: the agent's prompt around the bare question."""
+    system: Literal["given", "own"] = "given"
+    """given: a system message of the file stays, and the agent's is put in where there is none; own: the agent's
+    replaces it."""
     image_folder: str = ""
     """Folder that relative image paths start from; empty: the folder of the file."""
+    num_threads: int = 0
+    """Threads that decode the images of a batch; 0: one a core, at most 8."""
+
+    def __post_init__(self) -> None:
+        if self.num_threads < 0:
+            raise ValueError(f"--data.reader.num_threads {self.num_threads}: a number of threads, or 0 for one a core")
 
 
-def expand_files(files: Sequence[str], flag: str) -> list[Path]:
+class RowFiles(ABC, Generic[Row]):
+    """Rows of files by index; `problems` lists those that were skipped so far.
+
+    Two views: `take` goes through all rows in an order and puts a neighbour in the place of an unusable one (training,
+    which needs no look at the whole set first); `len` and `row` know the usable rows only (evaluation, where each row
+    counts once) and look at every row's texts and image headers when first asked.
+
+    Args:
+        paths: the files.
+        config: how they are read.
+    """
+
+    def __init__(self, paths: Sequence[Path], config: ReaderConfig) -> None:
+        self.paths = list(paths)
+        self.config = config
+        self.problems = RowProblems()
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows of all files, unusable ones too."""
+
+    @abstractmethod
+    def rows_of_file(self, file: int) -> range:
+        """Indices of a file's rows."""
+
+    @abstractmethod
+    def place(self, index: int) -> tuple[Path, int]:
+        """File of a row, and its number there, from 0."""
+
+    @abstractmethod
+    def read(self, index: int, *, decode: bool = True) -> Row:
+        """One row; with `decode` False no more than the headers of its images.
+
+        Raises:
+            RowError: it cannot be used.
+        """
+
+    @abstractmethod
+    def order(self, rng: random.Random) -> list[int]:
+        """All rows in a shuffled order that is cheap to read."""
+
+    # ---------------------------------------------------------------------------------------- all rows, in an order
+    def take(self, order: Sequence[int], at: int) -> Row:
+        """The row at a place of an order, or if it cannot be used one near it; the same for the same arguments.
+
+        Raises:
+            DataError: no row of the order can be used.
+        """
+        for index in _candidates(order, at):
+            try:
+                return self.read(index)
+            except RowError as error:
+                self.problems.add(*self.place(index), error)
+        raise DataError(f"no usable row:\n{self.problems.summary()}")
+
+    def take_many(self, places: Sequence[tuple[Sequence[int], int]]) -> list[Row]:
+        """`take` for several (order, place), images decoded by a few threads."""
+        if len(places) < 2 or self._num_threads < 2:
+            return [self.take(order, at) for order, at in places]
+        return list(self._pool.map(lambda place: self.take(*place), places))
+
+    @property
+    def _num_threads(self) -> int:
+        return self.config.num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
+
+    def check_each_file(self) -> None:
+        """Read each file's first usable row.
+
+        Raises:
+            DataError: a file has none; says why.
+        """
+        for file, path in enumerate(self.paths):
+            rows = self.rows_of_file(file)
+            if not rows:
+                raise DataError(f"{path}: no rows at all")
+            if not any(self._is_usable(index, decode=True) for index in rows):
+                raise DataError(f"{path}: no usable row:\n{self.problems.summary()}")
+
+    def _is_usable(self, index: int, *, decode: bool) -> bool:
+        try:
+            self.read(index, decode=decode)
+        except RowError as error:
+            self.problems.add(*self.place(index), error)
+            return False
+        return True
+
+    # ---------------------------------------------------------------------------------------- the usable rows
+    @cached_property
+    def _usable(self) -> list[int]:
+        usable = [index for index in range(self.num_rows) if self._is_usable(index, decode=False)]
+        self.problems.report(len(usable))
+        return usable
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def row(self, position: int) -> Row:
+        """The usable row at a position; one near it if its pixels turn out to be broken behind a good header.
+
+        Raises:
+            DataError: the pixels of no row can be decoded.
+        """
+        return self.take(self._usable, position)
+
+
+def _candidates(order: Sequence[int], at: int) -> Iterator[int]:
+    """The row itself, its neighbours in a drawn order (so that a run of bad rows is not all replaced by one), all."""
+    yield order[at]
+    near = range(max(0, at - NEIGHBOURS), min(len(order), at + NEIGHBOURS))
+    yield from (order[place] for place in random.Random(f"{order[at]}/{at}").sample(near, len(near)))
+    yield from (order[(at + offset) % len(order)] for offset in range(len(order)))
+
+
+def expand_files(files: Sequence[str | Path], flag: str) -> list[Path]:
     """The files that exist.
 
     Raises:
@@ -98,3 +251,12 @@ def expand_files(files: Sequence[str], flag: str) -> list[Path]:
     if missing or not paths:
         raise DataError(f"{flag}: {'no such file: ' + ', '.join(missing) if missing else 'no file given'}")
     return paths
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each file, the start of its rows' ids: its stem, with its folder's where stems are equal."""
+    for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        names = [".".join([*path.parts[-depth:-1], path.stem]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.stem}.{number}" for number, path in enumerate(paths)]  # the same file given twice

@@ -1,7 +1,8 @@
-"""SFT files: a JSON list of conversations with the tool, to `Conversation` objects.
+"""SFT files: a JSON list (or JSON Lines) of conversations with the tool, to `Conversation` objects.
 
 An item has `conversations` (a list of `{from: human|gpt|tool, value}`), `images` (paths in the order of the
-`<image>` marks) and may have `system`. The first turns are the human's question, then `gpt` and `tool` alternate.
+`<image>` marks) and may have `system`. The first turn is the human's question, then `gpt` and `tool` alternate.
+`messages` with `{role, content}` are read too.
 """
 
 from __future__ import annotations
@@ -16,76 +17,100 @@ from typing import Any
 from PIL import Image
 
 from cv_lightning.data.demonstrations import Conversation, DemoTurn
-from cv_lightning.data.readers import IMAGE_MARK, load_image
-from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems, expand_files
+from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, expand_files, unique_names
 from cv_lightning.types import DataError, Message, Task, ToolCall
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+SPEAKERS = {
+    "user": "human",
+    "assistant": "gpt",
+    "function_call": "gpt",
+    "observation": "tool",
+}
+"""Other words for who speaks, as common tools write them."""
 
 
-class ConversationFiles:
-    """The usable conversations of JSON files, by position.
-
-    `problems` lists the items that were skipped. Texts are in memory, images are read when a conversation is.
+class ConversationFiles(RowFiles[Conversation]):
+    """The conversations of JSON files. Texts are in memory, images are read when a conversation is.
 
     Args:
-        files: paths of JSON files.
+        files: paths of .json or .jsonl files.
         config: prompt and folder of images.
 
     Raises:
-        DataError: a file is missing or no JSON list, or no item of all files can be used.
+        DataError: a file is missing or no JSON list, or none of its items can be used.
     """
 
-    def __init__(self, files: Sequence[str], config: ReaderConfig) -> None:
-        self.config = config
-        self.problems = RowProblems()
-        self._items: list[tuple[Path, int, Mapping[str, Any]]] = []
-        for path in expand_files(files, "--data train_files"):
-            for number, item in enumerate(_read_list(path)):
-                try:
-                    conversation_of_item(item, path, number, config, decode=False)
-                except RowError as error:
-                    self.problems.add(path, number, error)
-                else:
-                    self._items.append((path, number, item))
-        self.problems.report(len(self))
+    def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
+        super().__init__(expand_files(files, "--data train_files"), config)
+        self._names = unique_names(self.paths)
+        self._items = [read_items(path) for path in self.paths]
+        self._starts = [0]
+        for items in self._items:
+            self._starts.append(self._starts[-1] + len(items))
+        self._file_of = [file for file, items in enumerate(self._items) for _ in items]
+        self.check_each_file()
 
-    def __len__(self) -> int:
-        return len(self._items)
+    @property
+    def num_rows(self) -> int:
+        """Items of all files, unusable ones too."""
+        return self._starts[-1]
 
-    def row(self, position: int) -> Conversation:
-        """The conversation at a position; the next one whose pixels can be decoded if its own cannot.
+    def rows_of_file(self, file: int) -> range:
+        """Indices of a file's items."""
+        return range(self._starts[file], self._starts[file + 1])
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File of an item, and its number there, from 0."""
+        file = self._file_of[index]
+        return self.paths[file], index - self._starts[file]
+
+    def read(self, index: int, *, decode: bool = True) -> Conversation:
+        """One conversation; with `decode` False its images have sizes but no pixels.
 
         Raises:
-            DataError: the pixels of no conversation can be decoded.
+            RowError: the item cannot be used.
         """
-        for at in range(position, position + len(self)):
-            path, number, item = self._items[at % len(self)]
-            try:
-                return conversation_of_item(item, path, number, self.config)
-            except RowError as error:
-                self.problems.add(path, number, error)
-        raise DataError(f"no conversation with pixels that can be decoded:\n{self.problems.summary()}")
+        file = self._file_of[index]
+        number = index - self._starts[file]
+        item = self._items[file][number]
+        return conversation_of_item(item, self.paths[file], number, self.config, decode=decode, name=self._names[file])
 
     def order(self, rng: random.Random) -> list[int]:
-        """All positions, shuffled."""
-        return rng.sample(range(len(self)), len(self))
+        """All items, shuffled."""
+        return rng.sample(range(self.num_rows), self.num_rows)
 
 
-def _read_list(path: Path) -> list[Any]:
+def read_items(path: Path) -> list[Any]:
+    """The items of a file; of JSON Lines, a line that is no JSON is an item that cannot be used.
+
+    Raises:
+        DataError: no JSON, or no list.
+    """
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [_line(line) for line in text.splitlines() if line.strip()]
+        items = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); is it cut off?") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: holds a {type(items).__name__}; a list of conversations is wanted")
     return items
 
 
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"a line that is no JSON ({error})"
+
+
 # ------------------------------------------------------------------------------------------------ one item
 def conversation_of_item(
-    item: Any, path: Path, number: int, config: ReaderConfig, *, decode: bool = True
+    item: Any, path: Path, number: int, config: ReaderConfig, *, decode: bool = True, name: str = ""
 ) -> Conversation:
     """The conversation that an item describes.
 
@@ -95,27 +120,32 @@ def conversation_of_item(
         number: entry in the file, from 0.
         config: prompt and folder of images.
         decode: False reads no more than the images' headers.
+        name: start of the id; by default the file's stem.
 
     Raises:
         RowError: the item cannot be used.
     """
-    speakers = _speakers(item)
+    system, speakers = _speakers(item)
     marks = sum(value.count(IMAGE_MARK) for _, value in speakers)
     names = item.get("images") or []
+    if not isinstance(names, list):
+        raise RowError("no image", f"images is a {type(names).__name__}; a list of paths is wanted")
     if marks != len(names):
         raise RowError("image marks", f"{marks} {IMAGE_MARK} marks but there are {len(names)} images")
     folder = Path(config.image_folder or path.parent)
-    images = [load_image(folder / str(name), f"images[{i}]", decode) for i, name in enumerate(names)]
+    images = [
+        load_image(image_source(cell, f"images[{i}]", folder), f"images[{i}]", decode) for i, cell in enumerate(names)
+    ]
     question = speakers[0][1]
     num_given = question.count(IMAGE_MARK)
     if num_given == 0:
         raise RowError("image marks", f"the question has no {IMAGE_MARK} mark; the model would see nothing")
     turns = _turns(speakers[1:], images[num_given:])
     answers = [answer for turn in turns for answer in ANSWER.findall(turn.text)]
-    messages = [Message(role="system", content=str(item["system"]))] if item.get("system") else []
+    messages = [Message(role="system", content=system)] if system and config.system == "given" else []
     messages.append(Message(role="user", content=question))
     task = Task(
-        id=f"{path.stem}:{number}",
+        id=f"{name or path.stem}:{number}",
         question=question.replace(IMAGE_MARK, "").strip(),
         images=tuple(images[:num_given]),
         ground_truth=answers[-1] if answers else "",
@@ -125,17 +155,27 @@ def conversation_of_item(
     return Conversation(task=task, turns=turns)
 
 
-def _speakers(item: Any) -> list[tuple[str, str]]:
-    """(speaker, text) of each turn, checked to be human, then gpt and tool in turn."""
+def _speakers(item: Any) -> tuple[str, list[tuple[str, str]]]:
+    """The system message, and (speaker, text) of each turn, checked to be human, then gpt and tool in turn."""
+    if not isinstance(item, Mapping):
+        raise RowError("conversations", f"an item is a mapping with `conversations`; this is {str(item)[:200]!r}")
+    is_chat = "conversations" not in item and "messages" in item
+    turns, who, what = (
+        (item["messages"], "role", "content") if is_chat else (item.get("conversations", ()), "from", "value")
+    )
     try:
-        speakers = [(str(turn["from"]), str(turn["value"])) for turn in item["conversations"]]
+        speakers = [(SPEAKERS.get(str(turn[who]), str(turn[who])), str(turn[what])) for turn in turns]
     except (TypeError, KeyError) as error:
         raise RowError("conversations", f"conversations is no list of {{from, value}} ({error!r})") from error
+    system = str(item.get("system") or "")
+    if speakers and speakers[0][0] == "system":
+        system = system or speakers[0][1]
+        speakers = speakers[1:]
     expected = ["human"] + ["gpt", "tool"] * (len(speakers) // 2)
     if len(speakers) < 2 or [speaker for speaker, _ in speakers] != expected[: len(speakers)]:
-        order = ", ".join(speaker for speaker, _ in speakers)
+        order = ", ".join(speaker for speaker, _ in speakers)[:300]
         raise RowError("conversations", f"turns must be human, then gpt and tool in turn; they are: {order}")
-    return speakers
+    return system, speakers
 
 
 def _turns(speakers: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -> tuple[DemoTurn, ...]:

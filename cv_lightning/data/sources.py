@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from functools import lru_cache
+from typing import Generic, Protocol, TypeVar
 
 from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig, Execute, demonstrate
 from cv_lightning.data.digits import KINDS, DigitsConfig, Kind, digit_task
@@ -39,16 +40,13 @@ class ConversationSource(Protocol):
 
 
 class Rows(Protocol[Row]):
-    """Rows of files, read one by one and in another order each epoch."""
+    """Rows that an evaluation goes through, each once."""
 
     def __len__(self) -> int:
         """Number of usable rows."""
 
     def row(self, position: int) -> Row:
         """The usable row at a position."""
-
-    def order(self, rng: random.Random) -> list[int]:
-        """A shuffled order of all positions that is cheap to read."""
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -144,57 +142,78 @@ class HeldOutScenes:
         index, kind = self._scenes[position]
         return digit_task(self.config, "held_out", index, kind)
 
-    def order(self, rng: random.Random) -> list[int]:
-        """All positions, shuffled."""
-        return rng.sample(range(len(self)), len(self))
-
 
 # ------------------------------------------------------------------------------------------------ files
+class EpochRows(Protocol[Row]):
+    """Rows of files as training goes through them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, unusable ones too."""
+
+    def order(self, rng: random.Random) -> list[int]:
+        """A shuffled order of all rows that is cheap to read."""
+
+    def take_many(self, places: Sequence[tuple[Sequence[int], int]]) -> Sequence[Row]:
+        """The rows at places of orders; usable ones near them where they cannot be used."""
+
+
+class RowStream(Generic[Item]):
+    """Rows of files, epoch after epoch, each newly shuffled.
+
+    Args:
+        rows: of the files.
+        seed: of the order.
+    """
+
+    def __init__(self, rows: EpochRows[Item], seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        # Shuffling a million rows takes a second: once an epoch, not once a step. A step may touch two.
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        return self.rows.order(random.Random(f"{self.seed}/epoch/{epoch}"))
+
+    def step(self, step: int, count: int, rank: int, world_size: int) -> list[Item]:
+        """A rank's share of the rows of a step; always the same for the same arguments."""
+        size = self.rows.num_rows
+        mine = share_of_rank(range(step * count, (step + 1) * count), rank, world_size)
+        return list(self.rows.take_many([(self._order(at // size), at % size) for at in mine]))
+
+
 class RowTasks:
     """Tasks of files, epoch after epoch.
 
     Args:
-        rows: usable rows.
+        rows: of the files.
         seed: of the order.
     """
 
-    def __init__(self, rows: Rows[Task], seed: int) -> None:
-        self.rows = rows
-        self.seed = seed
+    def __init__(self, rows: EpochRows[Task], seed: int) -> None:
+        self._stream = RowStream(rows, seed)
 
     def tasks(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Task]:
         """A rank's share of the tasks of a step."""
-        mine = share_of_rank(epoch_positions(self.rows, step, count, self.seed), rank, world_size)
-        return [self.rows.row(position) for position in mine]
+        return self._stream.step(step, count, rank, world_size)
 
 
 class RowConversations:
     """Conversations of files, epoch after epoch.
 
     Args:
-        rows: usable rows.
+        rows: of the files.
         seed: of the order.
     """
 
-    def __init__(self, rows: Rows[Conversation], seed: int) -> None:
-        self.rows = rows
-        self.seed = seed
+    def __init__(self, rows: EpochRows[Conversation], seed: int) -> None:
+        self._stream = RowStream(rows, seed)
 
     def conversations(
         self, step: int, count: int, rank: int = 0, world_size: int = 1, *, warm_up: bool = False
     ) -> list[Conversation]:
         """A rank's share of the conversations of a step; files have no warm-up of their own."""
-        mine = share_of_rank(epoch_positions(self.rows, step, count, self.seed), rank, world_size)
-        return [self.rows.row(position) for position in mine]
-
-
-def epoch_positions(rows: Rows[Row], step: int, count: int, seed: int) -> list[int]:
-    """Positions of the rows of a step: files are gone through epoch after epoch, each newly shuffled."""
-    size = len(rows)
-    wanted = range(step * count, (step + 1) * count)
-    epochs = {at // size for at in wanted}
-    orders = {epoch: rows.order(random.Random(f"{seed}/epoch/{epoch}")) for epoch in epochs}
-    return [orders[at // size][at % size] for at in wanted]
+        return self._stream.step(step, count, rank, world_size)
 
 
 def share_of_rank(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:

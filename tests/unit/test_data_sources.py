@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,8 +13,8 @@ from cv_lightning.data.sources import (
     DEMONSTRATIONS_FROM,
     DigitTasks,
     HeldOutScenes,
+    RowStream,
     balanced_kinds,
-    epoch_positions,
 )
 
 
@@ -60,23 +61,29 @@ def test_ranks_share_a_step_without_gap_or_overlap() -> None:
 class Numbers:
     """Ten rows in shuffled order."""
 
-    def __len__(self) -> int:
-        return 10
-
-    def row(self, position: int) -> int:
-        return position
+    num_rows = 10
+    num_orders = 0
 
     def order(self, rng: random.Random) -> list[int]:
+        self.num_orders += 1
         return rng.sample(range(10), 10)
+
+    def take_many(self, places: Sequence[tuple[Sequence[int], int]]) -> list[int]:
+        return [order[at] for order, at in places]
 
 
 def test_files_are_gone_through_whole_before_they_start_again() -> None:
-    stream = [at for step in range(10) for at in epoch_positions(Numbers(), step, 4, seed=1)]
+    rows = Numbers()
+    source = RowStream(rows, seed=1)
+    stream = [number for step in range(10) for number in source.step(step, 4, 0, 1)]
     epochs = [stream[at : at + 10] for at in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert epoch_positions(Numbers(), 5, 4, seed=1) == stream[20:24]
-    assert epoch_positions(Numbers(), 0, 10, seed=2) != epochs[0]
+    assert rows.num_orders == 4  # an order is made once an epoch
+    assert RowStream(Numbers(), seed=1).step(5, 4, 0, 1) == stream[20:24]  # nothing but the step's number counts
+    assert RowStream(Numbers(), seed=2).step(0, 10, 0, 1) != epochs[0]
+    parts = [source.step(3, 6, rank, 3) for rank in range(3)]
+    assert sorted(number for part in parts for number in part) == sorted(source.step(3, 6, 0, 1))
 
 
 def test_held_out_scenes_have_the_asked_number_of_each_kind() -> None:
