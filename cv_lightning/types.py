@@ -320,7 +320,7 @@ class Group:
     task: Task
     trajectories: list[Trajectory]
     iteration: int = 0
-    """RL iteration in which it was rolled out; 0 in evaluations."""
+    """RL iteration in which it was rolled out, from 1 as in the metrics; 0 in evaluations."""
 
 
 class Iteration:

@@ -173,13 +173,14 @@ class RolloutCallback(pl.Callback):
         if self.parity_tolerance and not self.parity_checked:
             self._parity(trainer, module, batch)
         begun = time.perf_counter()
-        with RunProgress.rollout_of(trainer, f"rollout {module.iteration}") as show:
+        number = module.iteration + 1  # as the metrics count
+        with RunProgress.rollout_of(trainer, f"rollout {number}") as show:
             groups, metrics = self._collect(trainer, module, batch, show)
         elapsed = time.perf_counter() - begun
         if parts.writer is None:
             parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
         for group in groups:
-            parts.writer.write_group(group, module.iteration)
+            parts.writer.write_group(group, number)
         metrics |= rollout_metrics(groups, elapsed) | parts.rewards.metrics(groups) | _curves(groups)
         metrics |= {
             "time/sync_s": synced - start,
@@ -199,7 +200,7 @@ class RolloutCallback(pl.Callback):
         collector = self._collector(module, self.agent, training=True)
 
         def roll_out(tasks: Sequence[Task]) -> list[Group]:
-            return collector.roll_out(tasks, self.num_samples, self.sampling, module.iteration, show)
+            return collector.roll_out(tasks, self.num_samples, self.sampling, module.iteration + 1, show)
 
         if batch.wanted is None:
             batch.groups = roll_out(batch.tasks)
@@ -300,7 +301,7 @@ class RolloutCallback(pl.Callback):
             background=parts.background,
             config=agent,
             banned_ids=tuple(banned),
-            score=parts.rewards.score_answer if self.reward.judge is not None else None,
+            score=parts.rewards.score_answer,
             window=2 * self.engine_config.max_num_seqs,
         )
         if not training:
