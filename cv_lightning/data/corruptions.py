@@ -66,7 +66,7 @@ def turn_box(box: Box, orientation: str, size: tuple[int, int]) -> Box:
 
 # ------------------------------------------------------------------------------------------------ corruptions
 def _pixels(image: Image.Image) -> Pixels:
-    return np.asarray(image, dtype=np.float32) / 255
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
 def _image(pixels: npt.NDArray[Any]) -> Image.Image:
@@ -86,7 +86,7 @@ def _gaussian_noise(image: Image.Image, level: int, rng: np.random.Generator) ->
 
 def _shot_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
     photons = (60, 25, 12, 5, 3)[level]
-    return _image(rng.poisson(_pixels(image) * photons) / photons)
+    return _image(np.asarray(rng.poisson(_pixels(image) * photons) / photons, dtype=np.float32))
 
 
 def _impulse_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
@@ -140,10 +140,10 @@ def _convolve(image: Image.Image, kernel: Pixels) -> Image.Image:
 
 def _fog(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
     """White mist of many octaves: at every pixel a share of the picture's light is replaced by white."""
-    cloud = np.zeros((image.height, image.width), np.float32)
+    cloud: Pixels = np.zeros((image.height, image.width), np.float32)
     for octave in range(7):
         grid = rng.random((2**octave + 1, 2**octave + 1), dtype=np.float32)
-        cloud += cv2.resize(grid, image.size, interpolation=cv2.INTER_LINEAR) / 1.7**octave
+        cloud = cloud + cv2.resize(grid, image.size, interpolation=cv2.INTER_LINEAR) / np.float32(1.7**octave)
     cloud = (cloud - cloud.min()) / max(1e-6, float(cloud.max() - cloud.min()))
     share = (0.35, 0.5, 0.62, 0.74, 0.85)[level] * (0.5 + 0.5 * cloud[..., None])
     pixels = _pixels(image)

@@ -28,8 +28,8 @@ MAX_SHRUNK = 0.9
 BOX_TOLERANCE_PX = 1.0
 """A crop may cut so much off a box: coordinates are rounded."""
 LEAKS = re.compile(
-    r"ground[ -]?truth|meta ?data|bounding box (?:was|is) given|as instructed|(?:the|your) instructions?\b|\bhint(?:ed)?\b"
-    r"|the (?:plan|directive) (?:says|asks|wants)|on purpose|deliberate|previous attempt was (?:not|refused)",
+    r"ground[ -]?truth|meta ?data|bounding box (?:was|is) given|as instructed|(?:the|your) instructions?\b"
+    r"|\bhint(?:ed)?\b|the (?:plan|directive) (?:says|asks|wants)|on purpose|deliberate|attempt was refused",
     re.IGNORECASE,
 )
 """What a thought must not say: it would teach the model to speak of what only the teacher was told."""

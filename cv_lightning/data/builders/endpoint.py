@@ -6,22 +6,29 @@ import asyncio
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+import tenacity
+from aiolimiter import AsyncLimiter
 from PIL import Image
 
 from cv_lightning.data.builders import phrases
 from cv_lightning.data.builders.teacher import TurnRequest, Written, crop_arguments
 from cv_lightning.images import fit_to_pixels
 from cv_lightning.rewards.config import JudgeConfig
-from cv_lightning.rewards.judge.client import Judge, TransientFailureError
-from cv_lightning.rewards.judge.verdict import Verdict
+from cv_lightning.rewards.judge.breaker import CircuitBreaker, OtherSideDownError
+from cv_lightning.rewards.judge.client import RETRIED_STATUS, TransientFailureError
 from cv_lightning.types import JudgeError
 
+MAX_BACKOFF_S = 20.0
+"""Longest wait between attempts."""
+BREAKER_FAILURES, BREAKER_PAUSE_S = 8, 10.0
+"""Failures in a row after which nothing is sent for so many seconds."""
 PROMPT_FILE = Path(__file__).parent / "prompts" / "teacher.md"
 
 
@@ -64,34 +71,59 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         if self.tries < 1 or self.image_pixels < 0:
-            raise ValueError(
-                f"--teacher.tries {self.tries} must be at least 1, --teacher.image_pixels {self.image_pixels} at least 0"
-            )
+            given = f"--teacher.tries {self.tries} and --teacher.image_pixels {self.image_pixels}"
+            raise ValueError(f"{given} must be at least 1 and 0")
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"--teacher.prompt_file {self.prompt_file}: no such file")
-        try:
-            self.client_config()
+        try:  # the judge's client has the same endpoint, with the same rules
+            names = "base_url api_key_env max_parallel requests_per_s timeout_s give_up_s max_attempts max_tokens"
+            JudgeConfig(**{name: getattr(self, name) for name in [*names.split(), "temperature", "extra_fields"]})
         except ValueError as error:
             raise ValueError(str(error).replace("reward.judge.", "--teacher.")) from None
 
-    def client_config(self) -> JudgeConfig:
-        """What the judge's client needs of it."""
-        names = (
-            "base_url", "model", "api_key_env", "max_parallel", "requests_per_s", "timeout_s", "give_up_s",
-            "max_attempts", "max_tokens", "temperature", "extra_fields", "price_per_million_prompt_tokens",
-            "price_per_million_completion_tokens",
-        )  # fmt: skip
-        return JudgeConfig(logprobs=False, **{name: getattr(self, name) for name in names})
+
+class Reply(NamedTuple):
+    """A completion."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
-class Reply(Verdict):
-    """A completion as the judge's client passes it on: its token counts and, beside them, its text."""
+@dataclass(slots=True)
+class Spent:
+    """What an endpoint was asked for so far."""
 
-    text: str = ""
+    requests: int = 0
+    retries: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
-class ChatClient(Judge):
-    """The judge's client for any messages: the same limits, retries, circuit breaker and counters, no cache."""
+@dataclass(slots=True)
+class _Connection:
+    """What belongs to one event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    http: httpx.AsyncClient
+    slots: asyncio.Semaphore
+    limiter: AsyncLimiter | None
+    breaker: CircuitBreaker
+
+
+class ChatClient:
+    """Completions, limited in number and rate, retried, paused by the judge's circuit breaker while the server is down.
+
+    Args:
+        config: endpoint and limits.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self.spent = Spent()
+        self._key = os.environ.get(config.api_key_env, "")
+        self._connection: _Connection | None = None
 
     async def complete(self, messages: Sequence[dict[str, Any]]) -> Reply:
         """A completion of messages.
@@ -99,48 +131,101 @@ class ChatClient(Judge):
         Raises:
             JudgeError: none within the attempts and the time of the config.
         """
-        connection = self._connected()
+        connection, config = self._connected(), self.config
+        tries = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(config.max_attempts),
+            wait=_wait,
+            retry=tenacity.retry_if_exception_type(TransientFailureError),
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
         try:
-            async with connection.slots:
-                await connection.paced()
-                async with asyncio.timeout(self.config.give_up_s):
-                    reply = await self._ask(connection, json.dumps(list(messages)))
-        except TimeoutError as error:
-            self.counters.failed += 1
-            raise JudgeError(
-                f"no answer from {self.config.base_url} within {self.config.give_up_s:g} s; the last trouble: "
-                f"{connection.trouble or 'none'}"
-            ) from error
-        except JudgeError:
-            self.counters.failed += 1
-            raise
-        assert isinstance(reply, Reply)
+            async with connection.slots, asyncio.timeout(config.give_up_s):
+                return await tries(self._once, connection, messages)
+        except (TransientFailureError, OtherSideDownError, TimeoutError) as error:
+            self.spent.failed += 1
+            why = str(error) or f"nothing within {config.give_up_s:g} s"
+            raise JudgeError(f"{config.base_url} gave no turn: {why}") from error
+
+    def _count_retry(self, state: tenacity.RetryCallState) -> None:
+        self.spent.retries += 1
+
+    async def _once(self, connection: _Connection, messages: Sequence[dict[str, Any]]) -> Reply:
+        config = self.config
+        request = {"model": config.model, "messages": list(messages), "max_tokens": config.max_tokens}
+        request |= {"temperature": config.temperature, **config.extra_fields}
+        async with connection.breaker.admitted():
+            if connection.limiter is not None:
+                await connection.limiter.acquire()
+            self.spent.requests += 1
+            try:
+                async with asyncio.timeout(config.timeout_s):
+                    response = await connection.http.post("chat/completions", json=request)
+            except (httpx.HTTPError, TimeoutError) as error:
+                connection.breaker.failed()
+                raise TransientFailureError(f"{type(error).__name__}: {error}"[:200]) from error
+            if response.status_code != 200:
+                self._refuse(connection, response)
+            connection.breaker.succeeded()
+        reply = read_reply(response.content)
+        if reply is None:
+            raise TransientFailureError(f"no text in {self._shown(response.text)!r}")
+        self.spent.prompt_tokens += reply.prompt_tokens
+        self.spent.completion_tokens += reply.completion_tokens
         return reply
 
-    async def _try_once(self, connection: Any, prompt: str) -> Verdict:
-        self.counters.requests += 1
-        begun, options = connection.loop.time(), self._options
-        asked = {**options, "messages": json.loads(prompt)}
-        try:
-            async with asyncio.timeout(self.config.timeout_s):
-                status, headers, body = await self._post(connection.http, prompt, asked)
-        except (httpx.HTTPError, TimeoutError) as error:
+    def _refuse(self, connection: _Connection, response: httpx.Response) -> None:
+        """Raise what an answer other than 200 means."""
+        said = f"HTTP {response.status_code}: {self._shown(response.text)}"
+        if response.status_code not in RETRIED_STATUS:
+            self.spent.failed += 1
+            raise JudgeError(f"{self.config.base_url} refuses the request: {said}")
+        if response.status_code >= 500:
             connection.breaker.failed()
-            connection.trouble = f"{type(error).__name__}: {error}"[:200]
-            raise TransientFailureError(connection.trouble) from error
-        if status != 200:
-            if status == 400:
-                self._do_without(options, body)
-            self._refuse(connection, status, headers, body)
-        connection.breaker.succeeded()
-        reply = read_reply(body)
-        if reply is None:
-            connection.trouble = f"no text in {self._shown(body)!r}"
-            raise TransientFailureError(connection.trouble)
-        self.counters.latencies_s.append(connection.loop.time() - begun)
-        self.counters.prompt_tokens += reply.prompt_tokens
-        self.counters.completion_tokens += reply.completion_tokens
-        return reply
+        asked = response.headers.get("retry-after", "")
+        seconds = min(float(asked), MAX_BACKOFF_S) if asked.replace(".", "", 1).isdecimal() else None
+        if seconds is not None:
+            connection.breaker.quiet(seconds)
+        raise TransientFailureError(said, seconds, is_pacing=response.status_code == 429)
+
+    def _shown(self, text: str) -> str:
+        """Begin of a body for an error message; an echoed key is blotted out."""
+        return (text[:2000].replace(self._key, "***") if self._key else text)[:160]
+
+    def _connected(self) -> _Connection:
+        """The connection of the running loop, made on first use."""
+        loop, config = asyncio.get_running_loop(), self.config
+        if self._connection is None or self._connection.loop is not loop:
+            rate = config.requests_per_s
+            is_local = httpx.URL(config.base_url).host in ("localhost", "127.0.0.1", "::1")
+            self._connection = _Connection(
+                loop=loop,
+                http=httpx.AsyncClient(
+                    base_url=config.base_url,
+                    headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                    timeout=config.timeout_s,
+                    trust_env=not is_local,  # no proxy of the environment reaches this machine
+                ),
+                slots=asyncio.Semaphore(config.max_parallel),
+                limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate)
+                if (rate := config.requests_per_s)
+                else None,
+                breaker=CircuitBreaker(BREAKER_FAILURES, BREAKER_PAUSE_S, config.give_up_s),
+            )
+        return self._connection
+
+    async def close(self) -> None:
+        """Close the connections of the running loop."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.http.aclose()
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next attempt: what the server asked for, else exponential with full jitter."""
+    outcome = state.outcome.exception() if state.outcome is not None else None
+    asked = outcome.retry_after_s if isinstance(outcome, TransientFailureError) else None
+    return asked if asked is not None else float(tenacity.wait_random_exponential(0.5, MAX_BACKOFF_S)(state))
 
 
 def read_reply(body: bytes) -> Reply | None:
@@ -155,9 +240,7 @@ def read_reply(body: bytes) -> Reply | None:
     usage = value.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
     prompt_tokens, completion_tokens = (int(n) if isinstance(n, int | float) and n >= 0 else 0 for n in counts)
-    reply = Reply(0.0, prompt_tokens, completion_tokens)
-    reply.text = text
-    return reply
+    return Reply(text, prompt_tokens, completion_tokens)
 
 
 # ------------------------------------------------------------------------------------------------ the teacher
@@ -168,28 +251,26 @@ class EndpointTeacher:
         """Read the prompt; nothing is sent yet."""
         self.config = config
         self.tries = config.tries
-        self._client = ChatClient(config.client_config())
+        self._client = ChatClient(config)
         self._prompt = Path(config.prompt_file or PROMPT_FILE).read_text(encoding="utf-8").strip()
 
     async def write(self, request: TurnRequest) -> Written:
         """The next turn; see `Teacher`."""
         messages = await asyncio.to_thread(self.messages, request)
         reply = await self._client.complete(messages)
-        return Written(
-            text=reply.text, prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens
-        )
+        return Written(text=reply.text, prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
 
     def usage(self) -> dict[str, float]:
         """What this run spent; `cost` is in the currency of the config's prices."""
-        spent, config = self._client.counters, self.config
+        spent, config = self._client.spent, self.config
         prices = config.price_per_million_prompt_tokens, config.price_per_million_completion_tokens
         names = ("requests", "retries", "failed", "prompt_tokens", "completion_tokens")
         cost = (spent.prompt_tokens * prices[0] + spent.completion_tokens * prices[1]) / 1e6
         return {**{name: float(getattr(spent, name)) for name in names}, "cost": cost}
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        await self._client.close()
 
     def messages(self, request: TurnRequest) -> list[dict[str, Any]]:
         """The chat that asks for a turn: prompt, conversation so far, directive."""
@@ -228,7 +309,9 @@ def directive(request: TurnRequest) -> str:
     step, size = request.step, request.images[request.step.image_index].size
     lines = [f"Directive for turn {request.number + 1} of {len(request.plan.steps)}:"]
     if step.repairs is not None:
-        lines.append(f"The call before went wrong ({step.repairs.replace('_', ' ')}). Say what you notice, and repair it.")
+        lines.append(
+            f"The call before went wrong ({step.repairs.replace('_', ' ')}). Say what you notice, and repair it."
+        )
     if step.action == "answer":
         lines.append(f"Answer now. The answer must say: {request.row.answer}")
     elif step.fault == "exception":
@@ -239,14 +322,16 @@ def directive(request: TurnRequest) -> str:
     if step.action == "turn":
         seen = phrases.STATE[step.undoes]
         aim = f"{phrases.UNDO[step.undoes]}, and do nothing else"
-        wrong = " (which is wrong here; the thought believes in it)" if step.fault == "wrong_turn" else ""
-        lines.append(f"Image {step.image_index} {seen}: {aim}{wrong}.")
+        note = " (which is wrong here; the thought believes in it)" if step.fault == "wrong_turn" else ""
+        lines.append(f"Image {step.image_index} {seen}: {aim}{note}.")
     elif step.action == "crop":
         assert step.edges is not None
         before, edges = crop_arguments(step.edges, size, request.frame)
         code = f"{before}result = image.crop({edges})"
-        wrong = " (which misses; the thought believes in it)" if step.fault == "missed_crop" else ""
-        lines.append(f"Crop image {step.image_index} to what the question is about{wrong}; right coordinates: {code}")
+        note = " (which misses; the thought believes in it)" if step.fault == "missed_crop" else ""
+        lines.append(
+            f"Crop image {step.image_index} to what the question is about{note}, with these coordinates: {code}"
+        )
     if step.action != "answer":
         lines.append(f"The call works on image_index {step.image_index}, which has {size[0]}x{size[1]} pixels.")
     if request.refusal:

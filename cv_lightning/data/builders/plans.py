@@ -1,4 +1,4 @@
-"""What a conversation is to show, planned backwards: from answer, box and tools to the transform that makes them needed.
+"""What a conversation is to show, planned backwards: from box and tools to the picture that needs them.
 
 Five kinds, after CodeVision (2512.03746, section on SFT data): one tool, several tools, several crops from coarse to
 fine, an error and its repair, no tool. A plan is a list of steps; each says what its call must do to which image.

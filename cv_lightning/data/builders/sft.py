@@ -136,7 +136,6 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
             if config.verify and num_kept:
                 report["verification"] = asyncio.run(verify_file(config.out, sandbox)).to_json()
     finally:
-        teacher.close()
         if judge is not None:
             judge.close()
     _write(config.out.with_name(f"{config.out.stem}.report.json"), json.dumps(report, indent=1, ensure_ascii=False))
@@ -177,6 +176,8 @@ class _Build:
                     group.create_task(self._try(candidate, slots))
         except* JudgeError as errors:
             raise errors.exceptions[0] from None
+        finally:
+            await self.composer.teacher.close()
         self.rows.report(sum(self.dealer.dealt.values()))
 
     def _candidate(self, number: int) -> Candidate | None:
@@ -223,7 +224,7 @@ class _Build:
 
     def report(self, elapsed_s: float) -> dict[str, Any]:
         """What was kept and why not, over all candidates, those of earlier runs too."""
-        kinds: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        kinds: dict[str, Counter[str]] = {str(kind): Counter() for kind in KINDS}
         dropped: dict[str, dict[str, Any]] = {}
         calls: Counter[int] = Counter()
         retries = 0
@@ -240,7 +241,7 @@ class _Build:
             found["rows"] = [*found["rows"], entry["id"]][:20]
         kept = sum(counts["kept"] for counts in kinds.values())
         total = sum(self.config.plan.shares.values())
-        shares = {kind: self.config.plan.shares.get(kind, 0.0) / total for kind in KINDS}
+        shares = {str(kind): self.config.plan.shares.get(kind, 0.0) / total for kind in KINDS}
         return {
             "rows": len(self.table),
             "tried": len(self.progress),

@@ -160,7 +160,7 @@ class _RowGroups:
         self.path = path
         self.file = pq.ParquetFile(path)
         counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
-        self.starts = [sum(counts[:group]) for group in range(len(counts) + 1)]
+        self.starts: list[int] = [sum(counts[:group]) for group in range(len(counts) + 1)]
         self._group = lru_cache(maxsize=2)(self._read)
 
     def __len__(self) -> int:

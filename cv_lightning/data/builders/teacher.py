@@ -107,8 +107,8 @@ class Teacher(Protocol):
     def usage(self) -> dict[str, float]:
         """What was spent so far: requests, retries, failed, prompt_tokens, completion_tokens, cost."""
 
-    def close(self) -> None:
-        """Free connections; safe to call twice."""
+    async def close(self) -> None:
+        """Free the connections of the running event loop; safe to call twice."""
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -160,7 +160,7 @@ class OfflineTeacher:
         """Nothing was spent."""
         return {}
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing to free."""
 
     def text(self, request: TurnRequest) -> str:
