@@ -17,10 +17,42 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cv_lightning.model.tiny import Family
+
 CONFIGS = Path("configs/quickstart")
 SMOKE_SFT = ["--data.init_args.num_steps", "6"]
 SMOKE_RL = ["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "4"]
 SMOKE_TEST = ["--data.init_args.test_tasks", '{"upright": 2, "turned": 2, "small": 2, "turned_and_small": 2}']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A family of models that the quickstart trains."""
+
+    name: str
+    """As the released models are called."""
+    prefix: str = ""
+    """Of the default folders."""
+    tiny: list[str] = field(default_factory=list)
+    """Flags of `tiny`."""
+    digits: dict[str, int] = field(default_factory=dict)
+    """Sizes of the scenes in pixels, so that a digit lies within one vision token of this family."""
+
+    def scene_flags(self, prefix: str) -> list[str]:
+        """`digits` as flags under a prefix."""
+        return [word for name, value in self.digits.items() for word in (f"--{prefix}digits.{name}", str(value))]
+
+
+MODELS: dict[Family, Model] = {
+    "qwen3_vl": Model(name="Qwen3-VL"),
+    "qwen2_5_vl": Model(
+        name="Qwen2.5-VL",
+        prefix="qwen2_5_vl-",
+        tiny=["--family", "qwen2_5_vl"],
+        digits={"model_side": 84, "original_side": 336, "cell": 56},
+    ),
+}
+"""The scenes' own sizes, for tokens of 32 pixels, suit Qwen3-VL; Qwen2.5-VL has tokens of 28."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +70,7 @@ class Stage:
     """Run although it ran before."""
 
 
-def stages(run: Path, *, seed: int, smoke: bool, ablation: bool) -> list[Stage]:
+def stages(run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family = "qwen3_vl") -> list[Stage]:
     """The stages of a quickstart, in order.
 
     Args:
@@ -46,22 +78,27 @@ def stages(run: Path, *, seed: int, smoke: bool, ablation: bool) -> list[Stage]:
         seed: of weights, training scenes and samples; the held-out scenes are the same for all seeds.
         smoke: a few steps of each.
         ablation: also train with accuracy and format only.
+        family: which architecture.
     """
+    model = MODELS[family]
+    scenes = model.scene_flags("data.init_args.")
     rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
-    digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
+    digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed), *scenes]
     tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
+    tiny += [*model.tiny, *model.scene_flags("")]
+    test = [*scenes, *(SMOKE_TEST if smoke else [])]
     found = [
-        Stage(name="tiny", title="a tiny Qwen3-VL with random weights", arguments=tiny, writes=[run / "tiny"]),
+        Stage(name="tiny", title=f"a tiny {model.name} with random weights", arguments=tiny, writes=[run / "tiny"]),
         _fit("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
-        _test("sft", run, seed, smoke),
+        _test("sft", run, seed, test),
         _fit("rl", "GRPO with the process reward", run, "sft/model", [*digits, *rl], config="grpo"),
-        _test("rl", run, seed, smoke),
+        _test("rl", run, seed, test),
     ]
     if ablation:
         reward = ["--trainer.callbacks.init_args.reward", f"{CONFIGS}/reward_accuracy.yaml"]
         title = "the same GRPO with accuracy and format only"
         found.append(_fit("rl_accuracy", title, run, "sft/model", [*digits, *rl, *reward], config="grpo"))
-        found.append(_test("rl_accuracy", run, seed, smoke))
+        found.append(_test("rl_accuracy", run, seed, test))
     summary = ["quickstart-summary", str(run)]
     found.append(Stage(name="summary", title="what it learned", arguments=summary, always=True))
     found.append(Stage(name="report", title="the report", arguments=["report", str(run)], always=True))
@@ -74,11 +111,11 @@ def _fit(name: str, title: str, run: Path, start: str, extra: list[str], config:
     return Stage(name=name, title=title, arguments=arguments, writes=[run / name])
 
 
-def _test(stage: str, run: Path, seed: int, smoke: bool) -> Stage:
+def _test(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
     arguments = ["test", "--config", f"{CONFIGS}/eval.yaml", "--trainer.default_root_dir", str(run)]
     arguments += ["--model.init_args.policy.path", f"{run}/{stage}/model"]
     arguments += ["--trainer.callbacks.init_args.eval_prefix", f"{stage}_"]
-    arguments += ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_TEST if smoke else [])]
+    arguments += ["--trainer.callbacks.init_args.sampling.seed", str(seed), *extra]
     names = [f"{stage}_{mode}_{tool}" for mode in ("greedy", "sampled") for tool in ("tool", "notool")]
     writes = [run / "eval" / name for name in names]
     title = f"test of {stage} on held-out digits, with and without the tool"
@@ -125,6 +162,12 @@ def run_stages(run: Path, wanted: list[Stage], timing: Timing) -> int:
     return 0
 
 
+def _family(run: Path) -> str | None:
+    """Family of the model that a run began with; None if it has none yet."""
+    config = run / "tiny" / "config.json"
+    return str(json.loads(config.read_text())["model_type"]) if config.is_file() else None
+
+
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -133,25 +176,35 @@ def _say(text: str) -> None:
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--model", choices=MODELS, default="qwen3_vl", help="which architecture (default qwen3_vl)")
     parser.add_argument("--seed", type=int, default=0, help="another model, other scenes, other samples (default 0)")
     parser.add_argument("--smoke", action="store_true", help="every stage once, small; no learning claimed")
     parser.add_argument(
         "--ablation", action="store_true", help="also RL with accuracy and format only, shown beside it"
     )
-    parser.add_argument("--out", type=Path, help="default runs/quickstart-seedN, with --smoke runs/quickstart-smoke")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default runs/quickstart-seedN, with --smoke runs/quickstart-smoke (runs/quickstart-qwen2_5_vl-...)",
+    )
     parser.add_argument("--force", action="store_true", help="start anew; else finished stages are kept")
     given = parser.parse_args(args)
     if not CONFIGS.is_dir():
         parser.error(f"{CONFIGS} is not here; run it in the project's folder")
-    run: Path = given.out or Path("runs", "quickstart-smoke" if given.smoke else f"quickstart-seed{given.seed}")
+    run: Path = given.out or Path(
+        "runs", f"quickstart-{MODELS[given.model].prefix}" + ("smoke" if given.smoke else f"seed{given.seed}")
+    )
     if given.force:
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     timing = Timing(run)
     if timing.values.get("seed", given.seed) != given.seed:
         parser.error(f"{run} was made with --seed {timing.values['seed']:.0f}; choose another --out, or --force")
+    other = _family(run)
+    if other not in (None, given.model):
+        parser.error(f"{run} was made with --model {other}; choose another --out, or --force")
     timing.set("seed", given.seed)
-    wanted = stages(run, seed=given.seed, smoke=given.smoke, ablation=given.ablation)
+    wanted = stages(run, seed=given.seed, smoke=given.smoke, ablation=given.ablation, family=given.model)
     try:
         code = run_stages(run, wanted, timing)
     except KeyboardInterrupt:

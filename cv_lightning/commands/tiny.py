@@ -1,15 +1,15 @@
-"""`python -m cv_lightning tiny`: write a tiny random-weight Qwen3-VL checkpoint for the embedded digits task."""
+"""`python -m cv_lightning tiny`: write a tiny random-weight Qwen-VL checkpoint for the embedded digits task."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template
 from cv_lightning.data.demonstrations import tokenizer_corpus
 from cv_lightning.data.digits import DigitsConfig
-from cv_lightning.model.tiny import TinyModelConfig, write_tiny_checkpoint
+from cv_lightning.model.tiny import Family, TinyModelConfig, write_tiny_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,8 @@ class TinyCheckpoint:
 
     out: Path
     """Folder; made if absent."""
-    seed: int = 0
-    """Seed of the weights."""
     model: TinyModelConfig = field(default_factory=TinyModelConfig)
-    """Sizes of the model."""
+    """Family, sizes and seed of the model."""
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     """The task whose phrases the tokenizer merges."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -32,7 +30,7 @@ def write(checkpoint: TinyCheckpoint) -> int:
     """Write the checkpoint; returns its number of parameters."""
     return write_tiny_checkpoint(
         checkpoint.out,
-        replace(checkpoint.model, seed=checkpoint.seed),
+        checkpoint.model,
         corpus=tokenizer_corpus(checkpoint.digits, checkpoint.prompt),
         chat_template=chat_template(),
     )
@@ -43,8 +41,17 @@ def main(args: list[str] | None = None) -> int:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog="cv_lightning tiny", description=__doc__)
+    parser.add_argument("--config", action="config", help="file with any of the arguments below")
+    parser.add_argument("--family", type=Family, default="qwen3_vl", help="architecture")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    parser.add_class_arguments(TinyCheckpoint, as_group=False, sub_configs=True)
+    for name in ("family", "seed"):
+        parser.link_arguments(name, f"model.{name}")
+    given = parser.parse_args(args)
     try:
-        checkpoint = jsonargparse.auto_cli(TinyCheckpoint, as_positional=False, args=args, prog="cv_lightning tiny")
+        built = parser.instantiate_classes(given)
+        checkpoint = TinyCheckpoint(out=built.out, model=built.model, digits=built.digits, prompt=built.prompt)
     except ValueError as error:  # a config's own cross-check; it names the flag
         print(error, file=sys.stderr)
         return 2

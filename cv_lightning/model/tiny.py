@@ -1,4 +1,4 @@
-"""Tiny random-weight checkpoints of the real Qwen3-VL architecture, with its real processor.
+"""Tiny random-weight checkpoints of the real Qwen3-VL and Qwen2.5-VL architectures, with their real processors.
 
 Small enough to train from scratch on two CPU cores, yet loaded by the same code as the released models: everything
 that reads a checkpoint folder (transformers, vLLM, the trainer) sees nothing special about it.
@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cv_lightning.model.tokens import END_OF_TURN, IMAGE_PAD, PADDING, VIDEO_PAD, VISION_END, VISION_START
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLProcessor
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen3VLProcessor,
+    )
 
+Family = Literal["qwen3_vl", "qwen2_5_vl"]
+PATCH_SIZES: dict[Family, int] = {"qwen3_vl": 16, "qwen2_5_vl": 14}
+"""Side of a vision patch in pixels."""
 CONTROL_TOKENS = (
     "<|im_start|>",
     VISION_START,
@@ -49,8 +58,13 @@ QWEN_PIECES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModelConfig:
-    """Sizes of a tiny Qwen3-VL. The defaults have 2.5 M parameters and read 96x96 digits scenes."""
+    """Sizes of a tiny Qwen-VL.
 
+    The defaults have 2.5 M (Qwen3-VL) or 2.3 M (Qwen2.5-VL) parameters and read digits scenes of 3x3 vision tokens.
+    """
+
+    family: Family = "qwen3_vl"
+    """Architecture."""
     hidden_size: int = 128
     """Width of the language model and of the vision tower; a multiple of `head_dim`."""
     num_layers: int = 4
@@ -62,22 +76,30 @@ class TinyModelConfig:
     vision_depth: int = 4
     """Blocks of the vision tower."""
     deepstack_layers: tuple[int, ...] = (1, 2)
-    """Vision blocks whose features are added to the first layers of the language model."""
-    patch_size: int = 16
-    """Side of a vision patch in pixels."""
+    """Qwen3-VL: vision blocks whose features are added to the first layers of the language model."""
+    full_attention_every: int = 2
+    """Qwen2.5-VL: every so many-th vision block attends to the whole image (the 8th in the released models), the
+    others within windows."""
+    window_tokens: int = 2
+    """Qwen2.5-VL: side of a window in vision tokens (4 in the released models)."""
     merge_size: int = 2
     """Patches a side that become one vision token."""
-    min_pixels: int = 5 * 32 * 32
-    """Smaller images are enlarged. The defaults show every square image at 96x96 (36 patches, 9 tokens), and leave
-    other shapes enough room that their size on the grid needs no second resize."""
-    max_pixels: int = 12 * 32 * 32
-    """Larger images are reduced."""
+    min_tokens: int = 5
+    """Images of fewer vision tokens are enlarged. The defaults show every square image as 3x3 tokens (96x96 pixels
+    in Qwen3-VL, 84x84 in Qwen2.5-VL), and leave other shapes enough room that their size on the grid needs no second
+    resize."""
+    max_tokens: int = 12
+    """Images of more vision tokens are reduced."""
     image_mean: float = 1.0
     """1 makes a white background exactly 0, without which position embeddings drown in it and nothing is learned."""
     image_std: float = 0.5
     """Divisor after the mean is taken off, both on a scale of 0 to 1."""
     max_positions: int = 4096
     """Longest sequence in tokens."""
+    tie_embeddings: bool = False
+    """Output head and word embeddings are one matrix, as in the small released models."""
+    initializer_range: float = 0.02
+    """Standard deviation of the random weights; the released models began with 0.02."""
     tokenizer_merges: Literal["strings", "words"] = "strings"
     """strings: whole phrases of the corpus become one token, single digits stay apart, so that a tool call takes 6-21
     tokens; words: text is cut first as Qwen's tokenizers cut it (35-49 tokens a call)."""
@@ -93,8 +115,26 @@ class TinyModelConfig:
                 f"--hidden_size {self.hidden_size} must be a multiple of --head_dim {self.head_dim}, and the resulting "
                 f"{heads} heads a multiple of --num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 8:
-            raise ValueError(f"--head_dim {self.head_dim} must be a multiple of 8: mRoPE splits half of it 2 : 1 : 1")
+        shares = self.mrope_shares
+        if self.head_dim % (2 * sum(shares)):
+            raise ValueError(
+                f"--head_dim {self.head_dim} must be a multiple of {2 * sum(shares)}: the mRoPE of --family "
+                f"{self.family} splits half of it {' : '.join(map(str, shares))}"
+            )
+        self._check_vision()
+        if self.vocabulary < 256:
+            raise ValueError(f"--vocabulary {self.vocabulary} must be at least 256, one entry a byte")
+
+    def _check_vision(self) -> None:
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"1 <= --min_tokens {self.min_tokens} <= --max_tokens {self.max_tokens} must hold")
+        if self.family == "qwen2_5_vl":
+            if not 1 <= self.full_attention_every <= self.vision_depth or self.window_tokens < 1:
+                raise ValueError(
+                    f"--full_attention_every {self.full_attention_every} must be 1 to --vision_depth "
+                    f"{self.vision_depth}, and --window_tokens {self.window_tokens} at least 1"
+                )
+            return
         if any(not 0 <= layer < self.vision_depth for layer in self.deepstack_layers):
             raise ValueError(
                 f"--deepstack_layers {list(self.deepstack_layers)} must lie in [0, {self.vision_depth}), the blocks "
@@ -105,14 +145,36 @@ class TinyModelConfig:
                 f"--deepstack_layers names {len(self.deepstack_layers)} blocks but --num_layers is {self.num_layers}; "
                 "each needs a layer of the language model to be added to"
             )
-        factor = self.patch_size * self.merge_size
-        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < factor**2:
-            raise ValueError(
-                f"--min_pixels {self.min_pixels} <= --max_pixels {self.max_pixels} must hold, and the latter hold one "
-                f"vision token ({factor}x{factor})"
-            )
-        if self.vocabulary < 256:
-            raise ValueError(f"--vocabulary {self.vocabulary} must be at least 256, one entry a byte")
+
+    @property
+    def mrope_shares(self) -> tuple[int, int, int]:
+        """Parts of half a head's width that rotate by time, height and width; their ratio is what counts."""
+        return (2, 3, 3) if self.family == "qwen2_5_vl" else (2, 1, 1)
+
+    @property
+    def mrope_section(self) -> list[int]:
+        """Rotary frequencies by time, height and width; together head_dim / 2."""
+        return [self.head_dim // 2 * share // sum(self.mrope_shares) for share in self.mrope_shares]
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a vision patch in pixels."""
+        return PATCH_SIZES[self.family]
+
+    @property
+    def factor(self) -> int:
+        """Side of a vision token in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def min_pixels(self) -> int:
+        """Smallest image the model sees."""
+        return self.min_tokens * self.factor**2
+
+    @property
+    def max_pixels(self) -> int:
+        """Largest image the model sees."""
+        return self.max_tokens * self.factor**2
 
 
 def write_tiny_checkpoint(
@@ -132,14 +194,15 @@ def write_tiny_checkpoint(
         Number of parameters.
     """
     import torch
-    from transformers import Qwen3VLForConditionalGeneration
 
-    processor = _processor(config, _tokenizer(config, corpus, chat_template), chat_template)
+    make_processor, make_model = (
+        (_qwen25_processor, _qwen25_model) if config.family == "qwen2_5_vl" else (_qwen3_processor, _qwen3_model)
+    )
+    processor = make_processor(config, _tokenizer(config, corpus, chat_template), chat_template)
     processor.save_pretrained(folder)
-    model_config = _model_config(config, processor.tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = Qwen3VLForConditionalGeneration(model_config)
+        model = make_model(config, processor.tokenizer)
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id]
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -195,10 +258,11 @@ def _tokenizer(config: TinyModelConfig, corpus: Iterable[str], chat_template: st
     return tokenizer
 
 
-def _processor(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> Qwen3VLProcessor:
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+def _image_processor(config: TinyModelConfig) -> Qwen2VLImageProcessor:
+    """Both families have the same class, at different patch sizes."""
+    from transformers import Qwen2VLImageProcessor
 
-    image_processor = Qwen2VLImageProcessor(
+    return Qwen2VLImageProcessor(
         patch_size=config.patch_size,
         merge_size=config.merge_size,
         temporal_patch_size=2,
@@ -206,58 +270,120 @@ def _processor(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat
         image_mean=[config.image_mean] * 3,
         image_std=[config.image_std] * 3,
     )
-    video_processor = Qwen3VLVideoProcessor(patch_size=config.patch_size, merge_size=config.merge_size)
-    return Qwen3VLProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        video_processor=video_processor,
-        chat_template=chat_template,
-    )
 
 
-def _model_config(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
-    from transformers import Qwen3VLConfig
-
-    token_ids = tokenizer.get_vocab()
-    heads = config.hidden_size // config.head_dim
-    half = config.head_dim // 2
-    text = {
+def _text_sizes(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the language models of both families are told alike."""
+    return {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
         "hidden_size": config.hidden_size,
-        "intermediate_size": 2 * config.hidden_size,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": config.hidden_size // config.head_dim,
         "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions,
-        "rope_scaling": {
-            "rope_type": "default",
-            "mrope_section": [half // 2, half // 4, half // 4],
-            "mrope_interleaved": True,
-        },
-        # Tied embeddings keep vLLM's packed CPU head at its old weights after a sync.
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {
+
+
+def _vision_sizes(config: TinyModelConfig) -> dict[str, Any]:
+    """What the vision towers of both families are told alike."""
+    return {
         "depth": config.vision_depth,
         "hidden_size": config.hidden_size,
-        "intermediate_size": 2 * config.hidden_size,
-        "num_heads": heads,
+        "num_heads": config.hidden_size // config.head_dim,
         "patch_size": config.patch_size,
         "spatial_merge_size": config.merge_size,
         "temporal_patch_size": 2,
         "out_hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+    }
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    ids = tokenizer.get_vocab()
+    names = {"image_token": IMAGE_PAD, "video_token": VIDEO_PAD}
+    names |= {"vision_start_token": VISION_START, "vision_end_token": VISION_END}
+    return {f"{name}_id": ids[token] for name, token in names.items()}
+
+
+# ------------------------------------------------------------------------------------------------ Qwen3-VL
+def _qwen3_processor(
+    config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat_template: str
+) -> Qwen3VLProcessor:
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    return Qwen3VLProcessor(
+        image_processor=_image_processor(config),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(patch_size=config.patch_size, merge_size=config.merge_size),
+        chat_template=chat_template,
+    )
+
+
+def _qwen3_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = _text_sizes(config, tokenizer) | {
+        "intermediate_size": 2 * config.hidden_size,
+        "head_dim": config.head_dim,
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_section": config.mrope_section,
+            "mrope_interleaved": True,
+        },
+    }
+    vision = _vision_sizes(config) | {
+        "intermediate_size": 2 * config.hidden_size,
         "num_position_embeddings": POSITION_TABLE**2,
         "deepstack_visual_indexes": list(config.deepstack_layers),
     }
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token_ids[IMAGE_PAD],
-        video_token_id=token_ids[VIDEO_PAD],
-        vision_start_token_id=token_ids[VISION_START],
-        vision_end_token_id=token_ids[VISION_END],
-        tie_word_embeddings=False,
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=config.tie_embeddings,
+            **_special_ids(tokenizer),
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------ Qwen2.5-VL
+def _qwen25_processor(
+    config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast, chat_template: str
+) -> Qwen2_5_VLProcessor:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
+    return Qwen2_5_VLProcessor(
+        image_processor=_image_processor(config),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(patch_size=config.patch_size, merge_size=config.merge_size),
+        chat_template=chat_template,
+    )
+
+
+def _qwen25_model(config: TinyModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = _text_sizes(config, tokenizer) | {
+        "intermediate_size": 3 * config.hidden_size,
+        "bos_token_id": None,
+        "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": config.mrope_section},
+    }
+    vision = _vision_sizes(config) | {
+        "intermediate_size": 3 * config.hidden_size,
+        "window_size": config.window_tokens * config.factor,
+        "fullatt_block_indexes": list(
+            range(config.full_attention_every - 1, config.vision_depth, config.full_attention_every)
+        ),
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=config.tie_embeddings,
+            **_special_ids(tokenizer),
+        )
     )
