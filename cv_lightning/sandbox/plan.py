@@ -45,8 +45,8 @@ from cv_lightning.types import IDENTITY, Affine, Operation, SandboxResult, ToolS
 MAX_STATEMENTS = 24
 RESERVED = {*MODULES, "PIL", "np", "numpy", "cv2", "draw", *FUNCTIONS}
 ALLOWED_NODES = (
-    ast.Name, ast.Constant, ast.Tuple, ast.BinOp, ast.UnaryOp, ast.Call, ast.Attribute, ast.keyword, ast.IfExp,
-    ast.Compare, ast.cmpop, ast.Load, ast.Store, ast.operator, ast.USub, ast.Subscript, ast.Assign,
+    ast.Name, ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.Call, ast.Attribute, ast.keyword,
+    ast.IfExp, ast.Compare, ast.cmpop, ast.Load, ast.Store, ast.operator, ast.USub, ast.Subscript, ast.Assign,
 )  # fmt: skip
 FAILURES = (ArithmeticError, ValueError, TypeError, OSError, LookupError, MemoryError, SystemError, AttributeError)
 """What a checked operation may raise; a child then tells the model about it."""
@@ -111,12 +111,21 @@ def parse_plan(code: str) -> tuple[tuple[ast.Assign, ...], dict[str, str]] | Non
         return None
     imported: dict[str, str] = {}
     assignments = []
-    for node in body:
+    for statement in body:
+        node = _as_assignment(statement)
         if isinstance(node, ast.Assign) and _is_simple(node):
             assignments.append(node)
         elif not _is_promised_import(node, imported):
             return None
     return (tuple(assignments), imported) if 0 < len(assignments) <= MAX_STATEMENTS else None
+
+
+def _as_assignment(node: ast.stmt) -> ast.stmt:
+    """`x += 1` as `x = x + 1`: numbers are all that can be added here."""
+    if not isinstance(node, ast.AugAssign) or not isinstance(node.target, ast.Name):
+        return node
+    sum_ = ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)
+    return ast.Assign([ast.Name(node.target.id, ast.Store())], sum_)
 
 
 def _is_promised_import(node: ast.stmt, imported: dict[str, str]) -> bool:
@@ -191,7 +200,7 @@ class _Builder:
             if node.id not in self.names:
                 raise NotPlannable(node.id)
             return self.names[node.id]
-        if isinstance(node, ast.Tuple):
+        if isinstance(node, ast.Tuple | ast.List):
             return tuple(self._number(element) for element in node.elts)
         if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
             return in_range(ARITHMETIC[type(node.op)](self._number(node.left), self._number(node.right)))

@@ -68,7 +68,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "crop": ("box",),
     "rotate": ("angle", "resample", "expand", "center", "translate", "fillcolor"),
     "transpose": ("method",),
-    "resize": ("size", "resample"),
+    "resize": ("size", "resample", "box"),
     "convert": ("mode",),
     "copy": (),
     "filter": ("filter",),

@@ -35,6 +35,8 @@ def boxes(draw: st.DrawFn) -> str:
                 "(w // 4, h // 4, 3 * w // 4, 3 * h // 4)",
                 f"(0.1 * w, 0.2 * h, 0.9 * w, max(h, {height}) * 0.8)",
                 f"({left}.5, {top}.5, {left + width}.5, {top + height}.5)",
+                f"[{left}, {top}, {left + width}, {top + height}]",
+                "(e[0], e[1], e[2] + 9, e[-1])",
             ]
         )
     )
@@ -57,7 +59,8 @@ def steps(draw: st.DrawFn) -> str:
         return f"x.transpose({method})"
     if kind == 7:
         size = draw(st.sampled_from(["(x.width * 2, x.height // 2 + 1)", "(37, 91)", "(int(w * 0.7), int(h * 1.3))"]))
-        return f"x.resize({size}{draw(st.sampled_from(['', ', Image.LANCZOS', ', Image.NEAREST']))})"
+        extra = draw(st.sampled_from(["", ", Image.LANCZOS", ", Image.NEAREST", ", box=(5, 6, 30, 40)"]))
+        return f"x.resize({size}{extra})"
     if kind == 8:
         return draw(st.sampled_from(["x.convert('L')", "x.convert('RGB')", "x.copy()", "x.convert(mode='L')"]))
     if kind == 9:
@@ -85,7 +88,7 @@ def steps(draw: st.DrawFn) -> str:
 
 @st.composite
 def programs(draw: st.DrawFn) -> str:
-    lines = ["from PIL.ImageOps import mirror", "w, h = image.size"]
+    lines = ["from PIL.ImageOps import mirror", "w, h = image.size", "e = [3, 4, 50, 60]", "w += 1"]
     names = ["image", "img"]
     for number in range(draw(st.integers(1, 4))):
         name = draw(st.sampled_from([f"a{number}", "a0", "image", "img", "result", "output"]))
