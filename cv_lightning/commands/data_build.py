@@ -35,6 +35,40 @@ def build_sft(args: list[str]) -> int:
     return _run(BuildSFT, args, "build-sft", run)
 
 
+def build_rl(args: list[str]) -> int:
+    """Make RL tasks. Exit code 0: made; 2: cannot be made."""
+    from cv_lightning.data.builders.rl import BuildRL
+    from cv_lightning.data.builders.rl import build_rl as build
+
+    def run(config: BuildRL) -> int:
+        with _bar("tasks measured") as bar:
+            task = bar.add_task("", total=None, note="")
+            report = build(config, lambda done: bar.update(task, completed=done))
+        _print_rl(report)
+        Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
+        return 0
+
+    return _run(BuildRL, args, "build-rl", run)
+
+
+def corrupt(args: list[str]) -> int:
+    """Write a benchmark turned and corrupted. Exit code 0: written; 2: cannot be written."""
+    from cv_lightning.data.builders.robustness import Corrupt, write_corrupted
+
+    def run(config: Corrupt) -> int:
+        counts = write_corrupted(config)
+        console = Console()
+        table = Table("form", title=f"{sum(counts.values())} tasks", title_justify="left")
+        table.add_column("tasks", justify="right")
+        for name, count in counts.items():
+            table.add_row(name, str(count))
+        console.print(table)
+        console.print(f"written to {config.out}", highlight=False, soft_wrap=True)
+        return 0
+
+    return _run(Corrupt, args, "corrupt", run)
+
+
 def _run(kind: type[Config], args: list[str], name: str, run: Callable[[Config], int]) -> int:
     """Read a config from the command line and run it; errors of ours are one message each, exit code 2."""
     import jsonargparse
@@ -80,8 +114,8 @@ def _print_sft(report: Mapping[str, Any]) -> None:
         shares = f"{counts['share']:.1%}", f"{counts['wanted_share']:.1%}"
         table.add_row(kind, str(counts["tried"]), str(counts["kept"]), *shares)
     console.print(table)
-    print_reasons(console, "dropped", report["dropped"])
-    print_reasons(console, "unusable rows", report["unusable_rows"])
+    _print_reasons(console, "dropped", report["dropped"])
+    _print_reasons(console, "unusable rows", report["unusable_rows"])
     if report["rows_of_no_kind"]["count"]:
         console.print(f"{report['rows_of_no_kind']['count']} rows can be none of the kinds", highlight=False)
     usage = {name: value for name, value in report["usage"].items() if value}
@@ -93,7 +127,22 @@ def _print_sft(report: Mapping[str, Any]) -> None:
     console.print(f"{report['seconds']:g} s, {report['per_second']:g} conversations a second", highlight=False)
 
 
-def print_reasons(console: Console, title: str, reasons: Mapping[str, Mapping[str, Any]]) -> None:
+def _print_rl(report: Mapping[str, Any]) -> None:
+    console = Console()
+    table = Table("required", title=f"{report['kept']} tasks of {report['rows']} rows", title_justify="left")
+    table.add_column("tasks", justify="right")
+    for name, count in report["required"].items():
+        table.add_row(name, str(count))
+    console.print(table)
+    _print_reasons(console, "dropped", report["dropped"])
+    _print_reasons(console, "unusable rows", report["unusable_rows"])
+    if report["pass_rates"]:
+        listed = ", ".join(f"{low}: {count}" for low, count in report["pass_rates"].items())
+        console.print(f"pass rates from, tasks: {listed}", highlight=False)
+    console.print(f"{report['seconds']:g} s", highlight=False)
+
+
+def _print_reasons(console: Console, title: str, reasons: Mapping[str, Mapping[str, Any]]) -> None:
     """A table of reasons with their counts and the first case of each; nothing where there are none."""
     if not reasons:
         return
@@ -103,8 +152,3 @@ def print_reasons(console: Console, title: str, reasons: Mapping[str, Mapping[st
     for reason, found in reasons.items():
         table.add_row(reason, str(found["count"]), str(found["first"])[:160])
     console.print(table)
-
-
-def as_json(values: Mapping[str, Any]) -> str:
-    """Text of a report's file."""
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"

@@ -207,9 +207,7 @@ class ChatClient:
                     trust_env=not is_local,  # no proxy of the environment reaches this machine
                 ),
                 slots=asyncio.Semaphore(config.max_parallel),
-                limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate)
-                if (rate := config.requests_per_s)
-                else None,
+                limiter=AsyncLimiter(max(1.0, rate), max(1.0, rate) / rate) if rate else None,
                 breaker=CircuitBreaker(BREAKER_FAILURES, BREAKER_PAUSE_S, config.give_up_s),
             )
         return self._connection

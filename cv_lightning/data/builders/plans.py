@@ -46,7 +46,7 @@ class PlanConfig:
     small_share: float = 0.02
     """A box of at most this share of its picture's area is too small to read without a crop."""
     turned_share: float = 0.5
-    """Share of the conversations with several crops, and of build-rl's small boxes, that are turned, too."""
+    """Share of the conversations with several crops, or an error about a small box, whose picture is turned, too."""
     max_crops: int = 3
     """Most crops of a conversation with several."""
 

@@ -12,6 +12,13 @@ from typing import Any
 from cv_lightning.types import DataError
 
 
+def write_report(out: Path, report: Mapping[str, Any]) -> Path:
+    """Write a build's report beside its file, as `<stem>.report.json`; where it is."""
+    path = out.with_name(f"{out.stem}.report.json")
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
 class ProgressFile:
     """Entries by number. The first line holds the settings; another build's file is refused.
 

@@ -16,10 +16,10 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.data.builders.compose import Candidate, Composer, Outcome, item_of
 from cv_lightning.data.builders.endpoint import EndpointTeacher, TeacherConfig
 from cv_lightning.data.builders.plans import KINDS, KindDealer, PlanConfig
-from cv_lightning.data.builders.progress import ProgressFile
+from cv_lightning.data.builders.progress import ProgressFile, write_report
 from cv_lightning.data.builders.table import TableConfig, VqaRow, VqaTable
 from cv_lightning.data.builders.teacher import Frame, OfflineTeacher, Teacher
-from cv_lightning.data.builders.verify import Verification, verify_file
+from cv_lightning.data.builders.verify import verify_file
 from cv_lightning.data.rows import RowError, RowProblems
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge import Judge
@@ -138,7 +138,7 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
     finally:
         if judge is not None:
             judge.close()
-    _write(config.out.with_name(f"{config.out.stem}.report.json"), json.dumps(report, indent=1, ensure_ascii=False))
+    write_report(config.out, report)
     return report
 
 
@@ -338,10 +338,3 @@ def _write_items(path: Path, progress: ProgressFile) -> int:
         raise DataError(f"no conversation was kept: {said or 'no row can be any of the kinds (--plan.shares)'}")
     os.replace(draft, path)
     return count
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-__all__ = ["BuildSFT", "BuildState", "Verification", "build_sft", "verify_file"]

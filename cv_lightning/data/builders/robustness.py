@@ -1,0 +1,65 @@
+"""`data corrupt`: a benchmark in turned and corrupted forms, written as an RL file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
+from cv_lightning.data.export import write_task_parquet
+from cv_lightning.data.readers import TaskFiles
+from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.types import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrupt:
+    """A benchmark to turn and corrupt."""
+
+    files: list[str]
+    """RL or benchmark files (Parquet)."""
+    out: Path
+    """Parquet file to write; boxes are in pixels of the pictures that it holds (`bbox_frame: given`)."""
+    suite: CorruptionConfig = field(default_factory=CorruptionConfig)
+    """Which orientations, corruptions and severities."""
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    """How the files are read: frame of their boxes, folder of images."""
+    limit: int = 0
+    """Tasks of the files that are taken, the first ones; 0: all."""
+    split: str = "test"
+    """What the rows' `split` says."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".parquet":
+            raise ValueError(f"--out {self.out}: an RL file ends in .parquet")
+        if self.limit < 0:
+            raise ValueError(f"--limit {self.limit} must not be negative")
+
+
+def write_corrupted(config: Corrupt) -> dict[str, int]:
+    """Write the forms of all tasks.
+
+    Returns:
+        How many there are of each form, by its name.
+
+    Raises:
+        DataError: a file cannot be read, or no row of it used.
+    """
+    tasks = TaskFiles(config.files, config.reader)
+    suite = CorruptionSuite(config.suite)
+    counts: Counter[str] = Counter()
+
+    def forms() -> Iterator[Task]:
+        for position in range(min(len(tasks), config.limit or len(tasks))):
+            task = tasks.row(position)
+            for form in suite.tasks_of(task, position):
+                shown = form.metadata
+                level = f"_{shown['severity']}" if shown["severity"] else ""
+                counts[f"{shown['orientation']}/{shown['corruption']}{level}"] += 1
+                yield form
+
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_task_parquet(config.out, forms(), config.split)
+    return dict(counts)
