@@ -64,7 +64,8 @@ class TaskQueue:
     def _rebuild(self, places: list[list[tuple[int, int]]], trainer: pl.Trainer) -> None:
         if len(places) != trainer.world_size:
             return  # another number of ranks shares tasks out anew
-        build = trainer.train_dataloader.build
+        loader: Any = trainer.train_dataloader
+        build = loader.build
         batches: dict[int, Iteration] = {}
         for index, position in places[trainer.global_rank]:
             if index not in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 from module_samples import PROMPT, SGD_LIKE, fit, groups, parameters, policy
 
+from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.modules import SFTDataModule, StepLoader
+from cv_lightning.model import vision
+from cv_lightning.model.loading import load_policy
+from cv_lightning.model.tiny import TinyModelConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.modules.sft import SFTModule, encode_conversation
@@ -145,3 +150,107 @@ def test_the_entropy_bonus_raises_the_entropy(tiny_checkpoint: Path) -> None:
         return float(fit(module, build, 6).callback_metrics["policy/entropy"])
 
     assert entropy_after(10.0) > entropy_after(0.0) + 1e-3
+
+
+# ------------------------------------------------------------------ bad input and broken steps
+@pytest.mark.parametrize("broken", ["bound", "infinite"])
+def test_a_step_with_a_broken_gradient_changes_nothing_and_is_counted(tiny_checkpoint: Path, broken: str) -> None:
+    optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1, skip_norm_above=1e-9 if broken == "bound" else math.inf)
+    made = groups(GRPOModule(policy(tiny_checkpoint)), 1)
+    if broken == "infinite":
+        made[0].trajectories[1].advantage = math.inf
+    trained, trainer = grpo_after_one_iteration(tiny_checkpoint, made, optimizer=optimizer)
+    assert torch.equal(parameters(trained), parameters(start(tiny_checkpoint)))
+    assert float(trainer.callback_metrics["policy/skipped_steps"]) == 1
+    assert trainer.global_step == 1, "every iteration has the same number of steps"
+    with pytest.raises(ValueError, match="skip_norm_above"):
+        OptimizerConfig(skip_norm_above=0.0)
+
+
+def test_trajectories_that_cannot_be_packed_are_counted_and_left_out(tiny_checkpoint: Path) -> None:
+    made = groups(GRPOModule(policy(tiny_checkpoint)), 2)
+    short, many, unknown = made[0].trajectories[1:]
+    short.loss_mask = short.loss_mask[:-1]
+    many.token_ids = [*many.token_ids[:-1], many.token_ids[many.loss_mask.index(True) - 1]]
+    many.token_ids[-1] = next(t for t in many.token_ids if many.token_ids.count(t) > 8)  # an image token too many
+    unknown.logprobs = [math.nan if mask else 0.0 for mask in unknown.loss_mask]
+    trained, trainer = grpo_after_one_iteration(tiny_checkpoint, made, max_tokens_per_row=20)  # all are longer
+    metrics = trainer.callback_metrics
+    assert float(metrics["policy/unpackable"]) == 2
+    assert 0 < float(metrics["policy/nonfinite_frac"]) < 1
+    moved = parameters(trained) - parameters(start(tiny_checkpoint))
+    assert moved.isfinite().all() and moved.abs().max() > 1e-5
+
+
+def test_no_groups_at_all_is_an_iteration_like_any_other(tiny_checkpoint: Path) -> None:
+    trained, trainer = grpo_after_one_iteration(tiny_checkpoint, [Group(task=None, trajectories=[])])  # type: ignore[arg-type]
+    assert trainer.global_step == 1 and trained.iteration == 1
+    assert float(trainer.callback_metrics["policy/loss"]) == 0
+
+
+# ------------------------------------------------------------------ reference and images, no more often than needed
+def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    write(TinyCheckpoint(out=tmp_path, model=TinyModelConfig(seed=1)))
+    loss = PolicyLossConfig(kl_weight=0.05, kl="k1", kl_in="reward")
+    module = GRPOModule(policy(tiny_checkpoint), None, 250, loss, reference_path=str(tmp_path), temperature=0.9)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False)
+    module.policy, module.reference = start(tiny_checkpoint).policy, load_policy(policy(tmp_path))
+    trajectories = [t for group in groups(module, 2) for t in group.trajectories]
+    penalised = module.advantage_rewards(trajectories)
+    for trajectory, reward in zip(trajectories, penalised, strict=True):
+        (alone,) = module.pack_micro_batches(module.train_rows([trajectory]))
+        reference = module.logprobs(alone, temperature=0.9, model=module.reference).logprobs.detach()
+        assert trajectory.reward is not None
+        gap = sum(logprob for logprob, mask in zip(trajectory.logprobs, trajectory.loss_mask, strict=True) if mask)
+        assert reward == pytest.approx(trajectory.reward.total - 0.05 * (gap - float(reference.sum())), abs=1e-4)
+    module.loss = PolicyLossConfig()
+    assert module.advantage_rewards(trajectories) == [t.reward.total for t in trajectories if t.reward is not None]
+
+
+def test_the_reference_runs_every_second_iteration_at_twice_the_weight(tiny_checkpoint: Path) -> None:
+    module = GRPOModule(
+        policy(tiny_checkpoint),
+        SGD_LIKE,
+        loss=PolicyLossConfig(kl_weight=0.1, kl_importance=True),
+        num_minibatches=1,
+        reference_every=2,
+    )
+    weights, calls = [], []
+    compute = module._reference_logprobs
+    module._reference_logprobs = lambda batch: calls.append(module.iteration) or compute(batch)  # type: ignore[method-assign]
+    made = groups(module, 1)
+
+    def build(step: int) -> Iteration:
+        weights.append(module.current_loss.kl_weight)
+        batch = Iteration(step, [])
+        batch.groups = made
+        return batch
+
+    fit(module, build, 3)
+    assert weights == [0.2, 0.0, 0.2] and calls == [0, 2]
+    with pytest.raises(ValueError, match="reference_every"):
+        GRPOModule(policy(tiny_checkpoint), reference_every=2)
+
+
+def test_each_image_is_processed_once_an_iteration(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processed: list[int] = []
+    module = GRPOModule(policy(tiny_checkpoint))
+    process = vision.process_images
+    monkeypatch.setattr(
+        vision,
+        "process_images",
+        lambda processor, images: processed.extend(map(id, images)) or process(processor, images),
+    )
+    trajectories = [t for group in groups(module, 2) for t in group.trajectories]
+    for _ in range(2):
+        module.train_rows(trajectories)
+    assert sorted(processed) == sorted({id(image.model_image) for t in trajectories for image in t.images})
+    trained, _ = grpo_after_one_iteration(tiny_checkpoint, groups(module, 1))
+    assert not trained.vision_cache._known, "the next iteration has images of its own"
+
+
+def start(path: Path) -> GRPOModule:
+    """The policy before training."""
+    module = GRPOModule(policy(path))
+    module.policy = load_policy(module.policy_config)
+    return module
