@@ -49,15 +49,15 @@ class OptimizerConfig:
     """Share of the peak that `hold_linear` ends at."""
     gradient_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
-    skip_norm_above: float = math.inf
+    skip_norm_above: float | None = None
     """A step whose gradient norm, before clipping, is above this changes nothing and is counted (PaLM, 2204.02311,
-    skips the batches of its loss spikes). A norm that is no number is always skipped. `.inf`: only that. Under
-    DeepSpeed, which clips by itself, it has to stay so."""
+    skips the batches of its loss spikes). A norm that is no number is always skipped. Null: only that. Under
+    DeepSpeed, which clips by itself, it has to stay null."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup_steps < 0 or self.gradient_clip < 0:
             raise ValueError("model.optimizer: lr must be above 0, warmup_steps and gradient_clip at least 0")
-        if not self.skip_norm_above > 0:
+        if self.skip_norm_above is not None and not self.skip_norm_above > 0:
             raise ValueError(f"model.optimizer.skip_norm_above must be above 0, not {self.skip_norm_above}")
 
     def multiplier(self, step: int, total: int) -> float:
@@ -275,12 +275,13 @@ class PolicyModule(pl.LightningModule):
         """
         config = self.optimizer_config
         if _deepspeed_engine(self.trainer) is not None:
-            if config.skip_norm_above != math.inf:
+            if config.skip_norm_above is not None:
                 raise ValueError("model.optimizer.skip_norm_above cannot be had under DeepSpeed; leave it out")
             return StepResult(0.0, False)
         trained = [p for p in self.parameters() if p.requires_grad]
         norm = float(torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip or math.inf))
-        skipped = not math.isfinite(norm) or norm > config.skip_norm_above
+        bound = math.inf if config.skip_norm_above is None else config.skip_norm_above
+        skipped = not math.isfinite(norm) or norm > bound
         if skipped:
             self.single_optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, skipped)
