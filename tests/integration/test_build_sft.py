@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import skimage.data
+from judge_server import JudgeServer, completion, respond
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from builder_samples import read, table
+
+from cv_lightning.commands.data_build import build_sft as command
+from cv_lightning.data.builders.endpoint import TeacherConfig
+from cv_lightning.data.builders.plans import KINDS, PlanConfig
+from cv_lightning.data.builders.sft import BuildSFT, build_sft
+from cv_lightning.data.builders.teacher import Frame
+from cv_lightning.data.builders.verify import Verification, verify_file
+from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.data.sft_json import ConversationFiles
+from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.types import DataError, JudgeError
+
+EQUAL = PlanConfig(shares=dict.fromkeys(KINDS, 1.0))
+SMALL_SANDBOX = SandboxConfig(num_zygotes=1)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(SMALL_SANDBOX) as started:
+        yield started
+
+
+def build(files: list[str], out: Path, **options: Any) -> dict[str, Any]:
+    return build_sft(BuildSFT(files=files, out=out, sandbox=SMALL_SANDBOX, **{"plan": EQUAL, **options}))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 conversations of all kinds."""
+    folder = tmp_path_factory.mktemp("built")
+    out = folder / "sft.json"
+    report = build([table(folder, 40)], out)
+    assert report["kept"] == 40 and not report["dropped"], report
+    assert {kind: counts["kept"] for kind, counts in report["kinds"].items()} == dict.fromkeys(KINDS, 8)
+    return out
+
+
+def verified(path: Path, sandbox: Sandbox) -> Verification:
+    return asyncio.run(verify_file(path, sandbox))
+
+
+def test_all_that_is_kept_verifies_and_trains(built: Path, sandbox: Sandbox) -> None:
+    found = verified(built, sandbox)
+    assert (found.verified, found.problems) == (40, {})
+    files = ConversationFiles([str(built)], ReaderConfig())
+    assert len(files) == 40 and not files.problems.problems
+    calls = [sum(turn.call is not None for turn in files.row(at).turns) for at in range(40)]
+    assert {0, 1, 2, 3} <= set(calls)
+
+
+def tampered(built: Path, kind: str, change: Any) -> Path:
+    """The built file with the first conversation of a kind changed; its images are the same files."""
+    items = read(built)
+    at = next(i for i, item in enumerate(items) if item["build"]["kind"] == kind)
+    change(items[at])
+    path = built.with_name("tampered.json")
+    path.write_text(json.dumps([items[at]]))
+    return path
+
+
+def _other_answer(item: dict[str, Any]) -> None:
+    item["build"]["answer"] = "999"
+
+
+def _moved_box(item: dict[str, Any]) -> None:
+    x1, y1, x2, y2 = item["build"]["box"]
+    item["build"]["box"] = [x1 + 15, y1, x2 + 15, y2]
+
+
+def _not_turned(item: dict[str, Any]) -> None:
+    item["build"]["applied"] = []
+
+
+def _other_code(item: dict[str, Any]) -> None:
+    turn = item["conversations"][1]
+    turn["value"] = (
+        turn["value"].replace("result = ", "result = image.convert('L'); result = ", 1).replace("image.", "image.", 1)
+    )
+    turn["value"] = turn["value"].replace("image.crop(", "image.rotate(1).crop(")
+
+
+def _swapped_images(item: dict[str, Any]) -> None:
+    item["images"][-1] = item["images"][0]
+
+
+def _leaking(item: dict[str, Any]) -> None:
+    turn = item["conversations"][1]
+    turn["value"] = turn["value"].replace("<think>", "<think>According to the ground truth. ")
+
+
+def _no_thought(item: dict[str, Any]) -> None:
+    turn = item["conversations"][1]
+    turn["value"] = turn["value"].replace("<think>", "").replace("</think>", "")
+
+
+def _called_error(item: dict[str, Any]) -> None:
+    item["build"]["kind"], item["build"]["fault"] = "error_recovery", "exception"
+
+
+def _mended_error(item: dict[str, Any]) -> None:
+    item["build"]["fault"] = None
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "problem"),
+    [
+        ("single_tool", _other_answer, "answer"),
+        ("multi_crop", _moved_box, "box outside"),
+        ("multi_tool", _not_turned, "orientation"),
+        ("multi_crop", _other_code, "other image"),
+        ("multi_crop", _swapped_images, "other image"),
+        ("no_tool", _leaking, "leak"),
+        ("single_tool", _no_thought, "format"),
+        ("single_tool", _called_error, "no single error"),
+        ("error_recovery", _mended_error, "call failed"),
+    ],
+)
+def test_what_is_not_as_claimed_is_found(built: Path, sandbox: Sandbox, kind: str, change: Any, problem: str) -> None:
+    found = verified(tampered(built, kind, change), sandbox)
+    assert found.verified == 0
+    assert problem in {each.kind for each in found.problems[0]}, found.problems
+
+
+def test_a_killed_build_goes_on(tmp_path: Path) -> None:
+    files, whole, cut = [table(tmp_path, 60)], tmp_path / "whole.json", tmp_path / "cut.json"
+    build(files, whole)
+    arguments = ["data", "build-sft", *files, "--out", str(cut), "--plan.shares", json.dumps(EQUAL.shares)]
+    arguments += ["--max_parallel", "1", "--sandbox.num_zygotes", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "cv_lightning", *arguments], start_new_session=True)
+    progress = tmp_path / "cut.progress.jsonl"
+    end = time.monotonic() + 120
+    while not progress.exists() or progress.read_bytes().count(b"\n") < 8:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = progress.read_bytes().count(b"\n") - 1
+    assert done < 60 and not cut.exists()
+    build(files, cut, max_parallel=4)
+    assert progress.read_bytes().count(b"\n") == 61
+    assert [item["conversations"] for item in read(cut)] == [item["conversations"] for item in read(whole)]
+    with pytest.raises(DataError, match=r"other settings \(seed\)"):
+        build(files, cut, seed=5)
+
+
+@pytest.mark.parametrize("coordinates", ["model_px", "relative_1000"])
+def test_other_frames_of_coordinates_verify_too(tmp_path: Path, sandbox: Sandbox, coordinates: Any) -> None:
+    out = tmp_path / "sft.json"
+    report = build([table(tmp_path, 20)], out, frame=Frame(coordinates=coordinates))
+    assert report["kept"] >= 18
+    assert verified(out, sandbox).verified == report["kept"]
+
+
+def test_a_folder_of_pictures_with_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"coffee": "What drink is in the cup?", "chelsea": "What animal is it?", "page": "What is this a scan of?"}
+    lines = []
+    for name, question in names.items():
+        Image.fromarray(getattr(skimage.data, name)()).save(tmp_path / f"{name}.png")
+        lines.append({"image": f"{name}.png", "question": question, "answer": name})
+    lines.append({"image": "chelsea.png", "question": "What is at this spot?", "answer": "an eye"})
+    lines[-1]["bbox"] = [133, 96, 163, 126]  # type: ignore[assignment]
+    lines.append({"image": "none.png", "question": "What?", "answer": "nothing"})
+    path = tmp_path / "vqa.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "sft.json"
+    assert command([str(path), "--out", str(out), "--count", "25", "--verify", "true"]) == 0
+    report = read(tmp_path / "sft.report.json")
+    assert report["kept"] == 20 and report["verification"]["verified"] == 20
+    assert report["unusable_rows"]["unreadable image"]["rows"] == [4]
+    assert "20 of 20" in capsys.readouterr().out
+
+
+def test_no_usable_row_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vqa.jsonl"
+    path.write_text(json.dumps({"image": "none.png", "question": "What?", "answer": "nothing"}))
+    assert command([str(path), "--out", str(tmp_path / "sft.json")]) == 2
+    assert "unreadable image" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ endpoint
+def teacher_reply(prompt: list[dict[str, Any]], slip: str = "") -> str:
+    """What a teacher that follows its directive says; `slip` makes its first try at each turn go wrong."""
+    directive = prompt[-1]["content"][0]["text"]
+    assert prompt[0]["content"].startswith("You write training conversations")
+    assert any(part["type"] == "image_url" for part in prompt[1]["content"])
+    if "Answer now" in directive:
+        answer = directive.split("must say: ")[1].split("\n")[0]
+        said = "wrong" if slip and "refused" not in directive else answer
+        return f"<think>I can read it.</think>\n<answer>{said}</answer>"
+    index = int(directive.split("image_index ")[1].split(",")[0])
+    if "with these coordinates: " in directive:
+        code = directive.split("with these coordinates: ")[1].split("\nThe call")[0]
+    else:
+        turns = {"270 degrees": "image.rotate(270, expand=True)", "180": "image.rotate(180)"}
+        turns |= {"by 90": "image.rotate(90, expand=True)", "mirror it": "ImageOps.mirror(image)"}
+        aim = directive.split("Image ")[1].split(": ", 1)[1]
+        code = "result = " + next((code for words, code in turns.items() if words in aim), "ImageOps.flip(image)")
+    if "raises an exception" in directive:
+        code = code.replace("image", "picture")
+    if slip and "refused" not in directive:
+        code = slip
+    call = {"name": "code_image_tool", "arguments": {"code": code, "image_index": index}}
+    return f"<think>I change the image.</think>\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
+def scripted(server: JudgeServer, slip: str = "") -> Any:
+    async def answer(number: int, writer: asyncio.StreamWriter, prompt: str) -> None:
+        messages: Any = server.requests[number]["messages"]
+        await respond(writer, completion(teacher_reply(messages, slip)))
+
+    return answer
+
+
+def test_a_teacher_behind_an_endpoint(tmp_path: Path, sandbox: Sandbox) -> None:
+    out = tmp_path / "sft.json"
+    with JudgeServer() as server:
+        server.misbehave = scripted(server)
+        teacher = TeacherConfig(base_url=server.url, price_per_million_prompt_tokens=10.0)
+        report = build([table(tmp_path, 20)], out, teacher=teacher)
+    assert report["kept"] == 20, report["dropped"]
+    assert verified(out, sandbox).verified == 20
+    usage = report["usage"]
+    turns = sum(len(item["conversations"]) // 2 for item in read(out))
+    assert usage["requests"] == turns == len(server.requests)
+    assert usage["prompt_tokens"] == 100 * turns and usage["cost"] == pytest.approx(100 * turns * 10 / 1e6)
+
+
+def test_a_refused_turn_is_asked_for_again_with_the_reason(tmp_path: Path) -> None:
+    with JudgeServer() as server:
+        server.misbehave = scripted(server, slip="result = image.convert('L')")
+        report = build([table(tmp_path, 5)], tmp_path / "sft.json", teacher=TeacherConfig(base_url=server.url))
+        assert report["kept"] == 5, report["dropped"]
+        assert report["rewritten_turns"] == len(server.requests) / 2
+        told = [request["messages"][-1]["content"][0]["text"] for request in server.requests]  # type: ignore[index]
+        assert any("refused: the call must" in text for text in told)
+        assert any("refused: the answer 'wrong' is not right" in text for text in told)
+        one = TeacherConfig(base_url=server.url, tries=1)
+        with pytest.raises(DataError, match="no conversation was kept: .*turn refused"):
+            build([table(tmp_path, 5)], tmp_path / "none.json", teacher=one)
+
+
+def test_a_dead_endpoint_stops_the_build_and_loses_nothing(tmp_path: Path) -> None:
+    files, out = [table(tmp_path, 20)], tmp_path / "sft.json"
+    teacher = {"max_attempts": 1, "give_up_s": 5.0}
+    with JudgeServer() as server:
+        good = scripted(server)
+
+        async def dies(number: int, writer: asyncio.StreamWriter, prompt: str) -> None:
+            if number >= 12:
+                await respond(writer, b"no", "500 Internal Server Error")
+            else:
+                await good(number, writer, prompt)
+
+        server.misbehave = dies
+        config = TeacherConfig(base_url=server.url, **teacher)  # type: ignore[arg-type]
+        with pytest.raises(JudgeError, match="the same command goes on"):
+            build(files, out, teacher=config, max_parallel=2)
+        done = [json.loads(line) for line in (tmp_path / "sft.progress.jsonl").read_text().split("\n")[1:] if line]
+        assert 2 <= sum(entry["problem"] is None for entry in done) < 20
+        server.misbehave = good
+        report = build(files, out, teacher=config, max_parallel=2)
+    assert report["kept"] == report["tried"] == 20
+
+
+def test_a_key_in_the_wrong_place_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--teacher.api_key_env is no name"):
+        TeacherConfig(api_key_env="sk-123")
