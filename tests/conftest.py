@@ -60,47 +60,23 @@ def encoder(tiny_checkpoint: Path) -> DialogueEncoder:
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen25(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random-weight Qwen2.5-VL: windowed vision attention, tied embeddings as in the 3B."""
-    import torch
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-    )
-
-    from cv_lightning.model.loading import load_processor
-    from cv_lightning.model.tokens import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+def tiny_qwen25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random-weight Qwen2.5-VL: tied embeddings as in the 3B, fewer key-value heads than heads, and
+    weights large enough that every part shows in its log-probabilities."""
+    from cv_lightning.commands.tiny import TinyCheckpoint, write
+    from cv_lightning.model.tiny import TinyModelConfig
 
     folder = tmp_path_factory.mktemp("qwen25")
-    given = load_processor(str(tiny_checkpoint))
-    tokenizer, template = given.tokenizer, given.chat_template
-    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 24 * 28 * 28}
-    pixels = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=size)
-    Qwen2_5_VLProcessor(pixels, tokenizer, given.video_processor, chat_template=template).save_pretrained(folder)
-    ids = tokenizer.get_vocab()
-    text = dict(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=128, num_hidden_layers=2)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True)
-    text |= dict(rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [8, 4, 4]})
-    text |= dict(
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    sizes = TinyModelConfig(
+        family="qwen2_5_vl",
+        num_layers=2,
+        num_key_value_heads=2,
+        vision_depth=3,
+        min_tokens=4,
+        max_tokens=24,
+        tie_embeddings=True,
         initializer_range=0.2,
+        seed=1,
     )
-    vision = dict(depth=3, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=14, spatial_merge_size=2)
-    vision |= dict(out_hidden_size=128, window_size=56, fullatt_block_indexes=[1], initializer_range=0.2)
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids[IMAGE_PAD],
-        video_token_id=ids[VIDEO_PAD],
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    write(TinyCheckpoint(out=folder, model=sizes))
     return folder

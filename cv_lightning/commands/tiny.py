@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> int:
         parser.link_arguments(name, f"model.{name}")
     given = parser.parse_args(args)
     try:
-        built = parser.instantiate_classes(given)
+        built = parser.instantiate(given)
         checkpoint = TinyCheckpoint(out=built.out, model=built.model, digits=built.digits, prompt=built.prompt)
     except ValueError as error:  # a config's own cross-check; it names the flag
         print(error, file=sys.stderr)

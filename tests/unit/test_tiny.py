@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,13 +22,16 @@ from transformers import (
 )
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template
+from cv_lightning.commands.quickstart import MODELS
 from cv_lightning.commands.tiny import TinyCheckpoint, main, write
 from cv_lightning.data.demonstrations import tokenizer_corpus
-from cv_lightning.data.digits import DigitsConfig
-from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.data.digits import GLYPH_SIDE, GLYPHS, KINDS, LAYOUT, DigitsConfig, Kind, digit_task
+from cv_lightning.images import model_size
+from cv_lightning.model.loading import image_limits
 from cv_lightning.model.tiny import (
     CONTROL_TOKENS,
     MARKUP_TOKENS,
+    Family,
     TinyModelConfig,
     train_byte_pairs,
     write_tiny_checkpoint,
@@ -40,10 +44,21 @@ ROTATE = (
 CROP = ROTATE.replace("rotate(270, expand=True)", "crop((64, 128, 128, 192))")
 
 
+@pytest.fixture(scope="module", params=get_args(Family))
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(family: Family) -> DigitsConfig:
+    """The digits as the quickstart shows them to this family."""
+    return DigitsConfig(**MODELS[family].digits)
+
+
+@pytest.fixture(scope="module")
+def folder(family: Family, scenes: DigitsConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny")
-    write(TinyCheckpoint(out=out))
+    write(TinyCheckpoint(out=out, model=TinyModelConfig(family=family), digits=scenes))
     return out
 
 
@@ -52,18 +67,67 @@ def processor(folder: Path) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(folder)
 
 
-def test_the_real_architecture_has_two_and_a_half_million_parameters(folder: Path) -> None:
+def test_the_real_architecture_has_about_two_and_a_half_million_parameters(family: Family, folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(2.5e6, rel=0.03)
+    name, parameters, mrope = {
+        "qwen3_vl": ("Qwen3VLForConditionalGeneration", 2.5e6, [8, 4, 4]),
+        "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", 2.3e6, [4, 6, 6]),
+    }[family]
+    assert type(model).__name__ == name and config.model_type == family
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.03)
     assert model.dtype == torch.float32
-    assert config.text_config.rope_parameters["mrope_section"] == [8, 4, 4]
+    assert config.text_config.rope_parameters["mrope_section"] == mrope
     assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
     assert model.generation_config.eos_token_id == [AutoTokenizer.from_pretrained(folder).eos_token_id]
 
 
-@pytest.mark.parametrize("side", [64, 96, 384])
+def test_the_processor_is_the_familys_own(family: Family, processor: ProcessorMixin) -> None:
+    names = {"qwen3_vl": "Qwen3VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+    assert type(processor).__name__ == names[family]
+    assert processor.chat_template == chat_template()
+    assert image_limits(processor).factor == {"qwen3_vl": 32, "qwen2_5_vl": 28}[family]
+
+
+@torch.no_grad()
+def test_qwen25_sees_beyond_a_window_through_its_full_attention_blocks_alone(tmp_path: Path) -> None:
+    write(TinyCheckpoint(out=tmp_path, model=TinyModelConfig(family="qwen2_5_vl")))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    patches = torch.randn(2, 36, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    patches[1, :32] = patches[0, :32]  # two images that differ in the last of their 3x3 tokens alone
+    grids = torch.tensor([[1, 6, 6]] * 2)
+    assert model.config.vision_config.fullatt_block_indexes == [1, 3]
+    for full_attention, spreads in (([1, 3], True), ([], False)):
+        model.model.visual.fullatt_block_indexes = full_attention
+        left, right = model.model.get_image_features(patches.flatten(0, 1), grids, return_dict=True).pooler_output
+        differs = (left - right).abs().amax(-1) > 1e-7
+        assert differs[8] and differs[:8].tolist() == [spreads] * 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_digit_of_the_quickstart_lies_within_one_vision_token(
+    scenes: DigitsConfig, processor: ProcessorMixin, kind: Kind
+) -> None:
+    limits = image_limits(processor)
+    task = digit_task(scenes, "held_out", 0, kind)
+    shown = [task.images[0].size]
+    if task.metadata["cell"]:
+        left, top, right, bottom = task.metadata["cell"]
+        shown.append((right - left, bottom - top))
+    sides = {model_size(*size, limits) for size in shown}
+    assert sides == {(3 * limits.factor, 3 * limits.factor)}
+    if kind in ("upright", "turned"):
+        assert task.images[0].size in sides  # not even resized
+    scale = 3 * limits.factor / LAYOUT
+    tokens = []
+    for corner in GLYPHS:
+        first = [int(start * scale) // limits.factor for start in corner]
+        assert first == [int((start + GLYPH_SIDE) * scale - 1) // limits.factor for start in corner]
+        tokens.append(first)
+    assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize("side", [56, 64, 84, 96, 336, 384])
 def test_the_model_reads_a_square_image_as_nine_tokens(folder: Path, processor: ProcessorMixin, side: int) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "What number is written?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -75,9 +139,8 @@ def test_the_model_reads_a_square_image_as_nine_tokens(folder: Path, processor: 
     assert torch.isfinite(logits).all()
 
 
-def test_few_images_need_a_second_resize() -> None:
-    config = TinyModelConfig()
-    limits = ImageLimits(factor=32, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+def test_few_images_need_a_second_resize(processor: ProcessorMixin) -> None:
+    limits = image_limits(processor)
     sizes = [(w, h) for w in range(8, 385, 7) for h in range(8, 385, 7) if max(w, h) <= 8 * min(w, h)]
     assert all(model_size(*model_size(w, h, limits), limits) == model_size(w, h, limits) for w, h in sizes)
 
@@ -133,10 +196,14 @@ def test_weights_depend_on_the_seed_and_leave_the_callers_alone(tmp_path: Path) 
     assert same == [True, False]
 
 
-def test_the_command_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_checkpoint(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--model.hidden_size=32", "--model.num_key_value_heads=1", "--model.num_layers=2"]
-    assert main(["--out", str(tmp_path / "made"), "--seed", "3", *sizes]) == 0
-    assert (tmp_path / "made" / "model.safetensors").is_file()
+    assert main(["--out", str(tmp_path / "made"), "--family", family, "--seed", "3", *sizes]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "made").model_type == family
+    config = TinyModelConfig(family=family, hidden_size=32, num_key_value_heads=1, num_layers=2, seed=3)
+    write(TinyCheckpoint(out=tmp_path / "same", model=config))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "same")]
+    assert weights[0] == weights[1]
     assert "M parameters" in capsys.readouterr().out
     assert AutoProcessor.from_pretrained(tmp_path / "made").chat_template == chat_template()
 
@@ -155,7 +222,11 @@ def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.
         ({"head_dim": 4}, "--head_dim"),
         ({"deepstack_layers": (4,)}, "--deepstack_layers"),
         ({"num_layers": 1}, "--deepstack_layers"),
-        ({"min_pixels": 20000}, "--min_pixels"),
+        ({"min_tokens": 13}, "--min_tokens"),
+        ({"min_tokens": 0}, "--min_tokens"),
+        ({"family": "qwen2_5_vl", "head_dim": 8}, "--head_dim"),
+        ({"family": "qwen2_5_vl", "full_attention_every": 5}, "--full_attention_every"),
+        ({"family": "qwen2_5_vl", "window_tokens": 0}, "--window_tokens"),
         ({"vocabulary": 100}, "--vocabulary"),
     ],
 )
