@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from cv_lightning.sandbox import tracer
+from cv_lightning.sandbox import guard, tracer
 from cv_lightning.sandbox.wire import (
     FLAG_REFERENCE,
     HEADER,
@@ -216,6 +216,8 @@ def describe_error(error: BaseException, job: ChildJob) -> tuple[str, str]:
     name = type(error).__name__
     if isinstance(error, ResultError):
         return error.kind, str(error)
+    if isinstance(error, guard.TooLargeError):
+        return "too_large", f"too large{_line(error, job.code)}: {error}"
     if isinstance(error, MemoryError) or "Insufficient memory" in str(error) or "DecompressionBomb" in name:
         name, message = (
             "MemoryError",
@@ -252,6 +254,7 @@ def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
     """Run model code on an image; the result as RGB, and its trace. Raises whatever the code raises."""
     scope = namespace(image, job.code)
     seed_everything(job.seed)
+    guard.set_limit(job.memory_mb)
     tracer.begin(image)
     try:
         exec(compile(job.code, FILE, "exec", dont_inherit=True), scope)
@@ -260,6 +263,7 @@ def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
         return result, tracer.TRACER.finish(result)
     finally:
         tracer.TRACER.active = False
+        guard.set_limit(0)  # a rehearsal's must not be left to those that are forked later
 
 
 def write_result(fd: int, image: Image.Image, trace: Trace) -> None:

@@ -117,9 +117,10 @@ class ForkServer:
     def prepare(self) -> None:
         """Load, wrap and seal, in the order in which each step still can be done."""
         load_libraries(science=self.settings.science)
-        from cv_lightning.sandbox import child, tracer
+        from cv_lightning.sandbox import child, guard, tracer
 
         importlib.import_module("cv_lightning.sandbox.worker")  # a child could not read it any more
+        guard.install()
         tracer.install()
         child.cap_recursion()
         child.rehearse()

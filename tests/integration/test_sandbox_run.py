@@ -53,6 +53,23 @@ def test_drawing_on_the_input_is_a_result_and_leaves_the_callers_image_alone(cod
     assert NOISE.tobytes() == before
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "result = image.resize((50000, 50000))",
+        "result = image.resize(size=(50000, 50000))",
+        "result = Image.new(mode='L', size=(50000, 50000))",
+        "result = image.transform((50000, 50000), Image.Transform.AFFINE, (1, 0, 0, 0, 1, 0))",
+        "result = ImageOps.expand(image, 30000)",
+    ],
+)
+def test_a_picture_without_room_is_refused_before_its_memory_is_filled(code: str) -> None:
+    result = general().run_sync(NOISE, code)
+    assert result.status is ToolStatus.ERROR and result.error_kind == "too_large"
+    assert "line 1" in result.error and "crop or resize" in result.error
+    assert result.elapsed_s < 1.0
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I", "F", "CMYK", "LA"])
 def test_inputs_and_results_of_any_mode_are_rgb(mode: str) -> None:
     result = general().run_sync(NOISE.convert(mode), f"assert image.mode == 'RGB'\nresult = image.convert({mode!r})")

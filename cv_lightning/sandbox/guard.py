@@ -1,0 +1,58 @@
+"""Refuses pictures far too large before their memory is filled.
+
+Filling a gigabyte only to hear that it is too much takes seconds on a busy machine, and then looks like a timeout. This
+is a courtesy to well-meant code, no layer of isolation: code that undoes it meets the memory and CPU limits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+BYTES_A_PIXEL = 4
+"""What Pillow takes for RGB."""
+
+
+class TooLargeError(ValueError):
+    """A picture was asked for that the memory limit has no room for."""
+
+
+_limits = {"pixels": 0}
+"""Most pixels of one picture; 0: any."""
+
+
+def set_limit(memory_mb: int) -> None:
+    """Set what the next pictures may take up.
+
+    Args:
+        memory_mb: the snippet's memory limit in MB.
+    """
+    _limits["pixels"] = memory_mb * 2**20 // BYTES_A_PIXEL
+
+
+def install() -> None:
+    """Check the sizes that Pillow is asked for; call it once, before the tracer wraps the same functions."""
+    Image.new = _checked(Image.new)
+    Image.Image.resize = _checked(Image.Image.resize)  # type: ignore[method-assign]
+    Image.Image.transform = _checked(Image.Image.transform)  # type: ignore[method-assign]
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of (mode or image, size, ...) with its size checked."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            width, height = (int(side) for side in (kwargs["size"] if "size" in kwargs else args[1]))
+        except (IndexError, TypeError, ValueError):  # Pillow has its own words for what is no size
+            return function(*args, **kwargs)
+        if 0 < _limits["pixels"] < width * height:
+            raise TooLargeError(
+                f"an image of {width}x{height} is too large: at most {_limits['pixels']} pixels; crop or resize"
+            )
+        return function(*args, **kwargs)
+
+    return checked
