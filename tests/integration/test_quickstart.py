@@ -14,6 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
+
+from cv_lightning.commands.quickstart import MODELS
+from cv_lightning.model.tiny import Family
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
@@ -74,6 +78,48 @@ def test_training_logged_its_metrics(run: Path) -> None:
     assert len(sft) == 6 and float(sft[-1]["sft/loss"]) < float(sft[0]["sft/loss"])
 
 
+def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: Family) -> None:
+    """GRPO of a policy too young to earn anything: regularised, all its trajectories count, and its weights change."""
+    command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
+    command += ["--trainer.default_root_dir", str(out), "--model.init_args.policy.path", str(policy)]
+    command += ["--model.init_args.loss.kl_weight", "0.01", "--model.init_args.loss.entropy_weight", "0.01"]
+    command += ["--model.init_args.optimizer.warmup_steps", "0"]
+    command += ["--data.init_args.num_iterations", "3", "--data.init_args.tasks_per_iteration", "2"]
+    command += MODELS[family].scene_flags("data.init_args.")
+    done = subprocess.run(command, cwd=ROOT, env=SETTINGS, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert len(rows) == 3
+    for row in rows:
+        assert float(row["policy/trajectories"]) > 0
+        assert 0 < float(row["policy/parity_max"]) <= 1e-4
+        assert float(row["policy/kl_to_reference"]) > 1e-6  # the weights do change, and parity is that of new ones
+
+
+def test_parity_at_every_iteration(run: Path, tmp_path: Path) -> None:
+    assert_parity_wherever_it_can_show(run / "sft" / "model", tmp_path / "run", "qwen3_vl")
+
+
+@pytest.mark.slow
+def test_qwen25_goes_the_same_way(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = quickstart(folder, "--model", "qwen2_5_vl")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    timing = json.loads((folder / "timing.json").read_text())
+    assert set(timing) == {"tiny", "sft", "sft_eval", "rl", "rl_eval", "summary", "report", "seed"}
+    for stage in ("tiny", "sft/model", "rl/model"):
+        assert json.loads((folder / stage / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+    losses = [float(row["sft/loss"]) for row in csv.DictReader((folder / "sft" / "metrics.csv").open())]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    for stage in ("sft", "rl"):
+        assert set(summary[stage]["by_kind"]) == {"upright", "turned", "small", "turned_and_small"}
+        shown = [Image.open(path).size for path in (folder / "eval" / f"{stage}_greedy_tool").rglob("*.png")]
+        assert {(84, 84), (336, 336)} <= set(shown)
+    assert (folder / "report.html").is_file()
+    assert_parity_wherever_it_can_show(folder / "sft" / "model", tmp_path / "parity", "qwen2_5_vl")
+
+
 def test_the_report_stands_alone(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert "<html" in page and len(page) > 20_000
@@ -87,6 +133,8 @@ def test_finished_stages_are_not_run_again(run: Path) -> None:
     assert (run / "rl" / "metrics.csv").stat().st_mtime == before
     other = quickstart(run, "--seed", "4")
     assert other.returncode == 2 and "--seed 3" in other.stderr
+    other = quickstart(run, "--seed", "3", "--model", "qwen2_5_vl")
+    assert other.returncode == 2 and "--model qwen3_vl" in other.stderr
 
 
 # ------------------------------------------------------------------------------------------------ Ctrl-C
