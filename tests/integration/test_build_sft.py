@@ -213,7 +213,7 @@ def teacher_reply(prompt: list[dict[str, Any]], slip: str = "") -> str:
     else:
         turns = {"270 degrees": "image.rotate(270, expand=True)", "180": "image.rotate(180)"}
         turns |= {"by 90": "image.rotate(90, expand=True)", "mirror it": "ImageOps.mirror(image)"}
-        aim = directive.split("Image ")[1].split(": ", 1)[1]
+        aim = directive.split("Image ")[1].split(": ", 1)[1].split(", and do")[0]
         code = "result = " + next((code for words, code in turns.items() if words in aim), "ImageOps.flip(image)")
     if "raises an exception" in directive:
         code = code.replace("image", "picture")

@@ -28,7 +28,7 @@ from cv_lightning.types import DataError, JudgeError
 
 NOT_THE_ROWS_FAULT = ("endpoint", "sandbox")
 """Problems that another run may not have: such candidates are tried again when the build goes on."""
-MAX_ENDPOINT_FAILURES = 16
+MAX_ENDPOINT_FAILURES = 8
 """Candidates in a row without an answer from the endpoint that end the build."""
 
 
