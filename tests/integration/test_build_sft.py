@@ -255,7 +255,7 @@ def test_a_refused_turn_is_asked_for_again_with_the_reason(tmp_path: Path) -> No
         assert any("refused: the call must" in text for text in told)
         assert any("refused: the answer 'wrong' is not right" in text for text in told)
         one = TeacherConfig(base_url=server.url, tries=1)
-        with pytest.raises(DataError, match="no conversation was kept: .*turn refused"):
+        with pytest.raises(DataError, match=r"no conversation was kept: .*turn refused"):
             build([table(tmp_path, 5)], tmp_path / "none.json", teacher=one)
 
 
