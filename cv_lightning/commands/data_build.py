@@ -81,6 +81,9 @@ def _run(kind: type[Config], args: list[str], name: str, run: Callable[[Config],
     except (CVLightningError, ValueError, OSError) as error:
         print(f"data {name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"data {name}: stopped; build-sft and measured pass rates go on with the same command", file=sys.stderr)
+        return 130
 
 
 def _with_files(args: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ def difficulty(checkpoint: Path, samples: int = 2) -> DifficultyConfig:
 def test_the_pass_rate_of_a_checkpoint_decides(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Random weights answer nothing right: every task is all wrong, and that is what is said and kept for later."""
     config = BuildRL(files=[table(tmp_path, 4)], out=tmp_path / "rl.parquet", difficulty=difficulty(tiny_checkpoint))
-    with pytest.raises(DataError, match="no task is left: {'all wrong': 4}"):
+    with pytest.raises(DataError, match=r"no task is left: \{'all wrong': 4\}"):
         build_rl(config)
     rates = tmp_path / "rl.pass_rates.jsonl"
     entries = [json.loads(line) for line in rates.read_text().split("\n")[1:] if line]

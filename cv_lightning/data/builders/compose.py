@@ -22,7 +22,7 @@ from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations
-from cv_lightning.types import JudgeError, ToolStatus, TrajectoryImage
+from cv_lightning.types import JudgeError, SandboxError, ToolStatus, TrajectoryImage
 
 Verdict = Callable[[str, str, str, str], Awaitable[float]]
 """Judge of (question, ground truth, answer, data source); right above 0.5."""
@@ -81,6 +81,8 @@ class Composer:
             outcome.problem = Problem(error.kind, str(error))
         except JudgeError as error:
             outcome.problem = Problem("endpoint", str(error))
+        except SandboxError as error:
+            outcome.problem = Problem("sandbox", str(error))
         return outcome
 
     async def _converse(self, candidate: Candidate, plan: Plan, image: Image.Image, outcome: Outcome) -> None:
@@ -117,6 +119,8 @@ class Composer:
             outcome.completion_tokens += written.completion_tokens
             outcome.retries += attempt > 0
             turn, image = await player.look(written.text.strip())
+            if turn.result is not None and turn.result.status is ToolStatus.LOST:
+                raise SandboxError(turn.result.error)
             refusal = refusal_of(request.step, turn, image, facts, player)
             if not refusal and request.step.action == "answer":
                 refusal = await self._answer_refusal(facts, turn)

@@ -238,6 +238,7 @@ def build_rl(config: BuildRL, show: Callable[[int], None] | None = None) -> dict
         why = dict(build.counts) or "the tables have no usable row"
         raise DataError(f"no task is left: {why}\n{build.rows.summary()}")
     tasks = (spec.task(build.table, _rate(rates, spec)) for spec in kept)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_task_parquet(config.out, tasks, config.split)
     report = build.report(kept, rates, time.perf_counter() - begun)
     write_report(config.out, report)

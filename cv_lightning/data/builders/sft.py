@@ -24,7 +24,7 @@ from cv_lightning.data.rows import RowError, RowProblems
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge import Judge
 from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.types import DataError, JudgeError
+from cv_lightning.types import CVLightningError, DataError, JudgeError
 
 NOT_THE_ROWS_FAULT = ("endpoint", "sandbox")
 """Problems that another run may not have: such candidates are tried again when the build goes on."""
@@ -155,14 +155,13 @@ class _Build:
         self.state = BuildState(total=config.count or len(table))
         self.dealer = KindDealer(config.plan)
         self.new = 0
+        self.kept_before: set[int] = set()
         self.failures = 0
         """Candidates in a row that got no answer from the endpoint."""
 
     async def run(self) -> None:
         """Try all candidates that were not tried before."""
-        for entry in list(self.progress.entries()):
-            if entry["problem"] is not None and entry["problem"][0] in NOT_THE_ROWS_FAULT:
-                self.progress.forget(int(entry["number"]))
+        self._look_back()
         slots = asyncio.Semaphore(self.config.max_parallel)
         image_folder_of(self.config.out).mkdir(parents=True, exist_ok=True)
         try:
@@ -170,15 +169,27 @@ class _Build:
                 for number in range(self.state.total):
                     candidate = self._candidate(number)
                     if candidate is None or number in self.progress:
-                        self._count(candidate is not None)
+                        self._count(number in self.kept_before)
                         continue
                     await slots.acquire()
                     group.create_task(self._try(candidate, slots))
-        except* JudgeError as errors:
+        except* (CVLightningError, OSError) as errors:
             raise errors.exceptions[0] from None
         finally:
             await self.composer.teacher.close()
         self.rows.report(sum(self.dealer.dealt.values()))
+
+    def _look_back(self) -> None:
+        """Take what an earlier run did; what was no fault of the row's is undone."""
+        again = []
+        for entry in self.progress.entries():
+            problem = entry["problem"]
+            if problem is None:
+                self.kept_before.add(int(entry["number"]))
+            elif problem[0] in NOT_THE_ROWS_FAULT:
+                again.append(int(entry["number"]))
+        for number in again:
+            self.progress.forget(number)
 
     def _candidate(self, number: int) -> Candidate | None:
         """The candidate of a number: its row and the kind that is dealt to it; None where the row cannot be used."""
