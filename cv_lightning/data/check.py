@@ -221,6 +221,7 @@ def report(found: Sequence[FileFacts], config: CheckConfig, seconds: float) -> d
         },
         "settings": {
             "bbox_frame": config.reader.bbox_frame,
+            "image_folder": config.reader.image_folder,
             "processor": config.processor,
             "pixels": config.pixels,
             "max_rows": config.max_rows,

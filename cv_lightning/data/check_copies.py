@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-THUMBNAIL_PX = 32
-MAX_DIFFERENCE = 28
-"""Largest difference of a thumbnail's pixel between near copies, in grey levels of 0 to 255: what storing a picture
-again as JPEG changes is less, another word or digit is more."""
+THUMBNAIL_PX = 64
+MAX_DIFFERENCE = 50
+"""Largest difference of a thumbnail's pixel between near copies, in grey levels of 0 to 255. Measured: at most 40 for
+photographs and pages stored again at half size and JPEG quality 70, at least 69 for digit scenes with the same layout
+and another digit of a sixtieth of the picture."""
 MEAN_DIFFERENCE = 5.0
 MIN_DEVIATION = 3.0
 """Standard deviation of a thumbnail below which a picture is blank and no near copy of anything."""
@@ -39,12 +40,12 @@ class Copy:
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """32x32 grey levels of a picture, its proportions squeezed."""
+    """64x64 grey levels of a picture, its proportions squeezed."""
     return image.convert("L").resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).tobytes()
 
 
 def as_thumbnails(data: Sequence[bytes]) -> Thumbnails:
-    """`[N, 32, 32]` grey levels."""
+    """`[N, 64, 64]` grey levels."""
     side = THUMBNAIL_PX
     return np.frombuffer(b"".join(data), dtype=np.uint8).reshape(-1, side, side)
 

@@ -111,6 +111,17 @@ def num_rows(path: Path, kind: FileKind) -> int:
     return len(_tasks(path)) if kind == "tasks" else len(_items(path))
 
 
+def images_of_row(path: Path, kind: FileKind, row: int, reader: ReaderConfig) -> tuple[Image.Image, ...]:
+    """The decoded images of a row's question.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    if kind == "tasks":
+        return task_of_row(_tasks(path).row(row), path, row, reader).images
+    return conversation_of_item(_items(path)[row], path, row, reader).task.images
+
+
 def inspect_rows(path: Path, kind: FileKind, rows: Sequence[int], settings: FactSettings) -> list[RowFacts]:
     """Facts about some rows of a file, in their order."""
     return list(_inspect(path, kind, rows, settings))

@@ -11,10 +11,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from cv_lightning.data.readers import TaskFiles
-from cv_lightning.data.rows import ReaderConfig, RowError
-from cv_lightning.data.sft_json import ConversationFiles
-from cv_lightning.types import DataError, Task
+from cv_lightning.data.check_facts import FileKind, images_of_row
+from cv_lightning.data.rows import ReaderConfig
 
 TEMPLATES = Path(__file__).with_name("templates")
 THUMBNAIL_PX = 128
@@ -36,9 +34,7 @@ def write_page(path: Path, report: Mapping[str, Any]) -> None:
     environment.filters |= {"bars": _bars, "name": lambda p: Path(p).name, "place": _place, "whole": _whole}
     names = [Path(file["path"]).name for file in report["files"]]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    page = environment.get_template("check.html.jinja").render(
-        report=report, title=title, pictures=_pictures(report["copies"])
-    )
+    page = environment.get_template("check.html.jinja").render(report=report, title=title, pictures=_pictures(report))
     path.write_text(page, encoding="utf-8")
 
 
@@ -66,17 +62,17 @@ def _bars(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-def _pictures(copies: Mapping[str, Any] | None) -> dict[str, str]:
+def _pictures(report: Mapping[str, Any]) -> dict[str, str]:
     """Place to a small picture as a data URI."""
+    kinds: dict[str, FileKind] = {file["path"]: file["kind"] for file in report["files"]}
+    reader = ReaderConfig(bbox_frame=report["settings"]["bbox_frame"], image_folder=report["settings"]["image_folder"])
     pictures: dict[str, str] = {}
-    opened: dict[str, TaskFiles | ConversationFiles] = {}
-    for place in _places(copies):
+    for place in _places(report["copies"]):
         if len(pictures) >= MAX_PICTURES:
             break
         if _place(place) not in pictures:
-            image = _image(place, opened)
-            if image is not None:
-                pictures[_place(place)] = _data_uri(image)
+            images = images_of_row(Path(place["path"]), kinds[place["path"]], int(place["row"]), reader)
+            pictures[_place(place)] = _data_uri(images[int(place["image"])])
     return pictures
 
 
@@ -87,19 +83,6 @@ def _places(copies: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     for part, sides in (("leakage", ("held_out", "train")), ("near_copies", ("image", "like"))):
         for pair in copies[part]["pairs"][:60]:
             yield from (pair[side] for side in sides)
-
-
-def _image(place: Mapping[str, Any], opened: dict[str, TaskFiles | ConversationFiles]) -> Image.Image | None:
-    path = str(place["path"])
-    try:
-        if path not in opened:
-            reader = TaskFiles if path.endswith(".parquet") else ConversationFiles
-            opened[path] = reader([path], ReaderConfig())
-        row = opened[path].read(int(place["row"]))
-    except (RowError, DataError):
-        return None
-    task = row if isinstance(row, Task) else row.task
-    return task.images[int(place.get("image", 0))]
 
 
 def _data_uri(image: Image.Image) -> str:

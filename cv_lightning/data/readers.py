@@ -40,6 +40,7 @@ EXTRA_KEYS = ("question", "answer", "transform", "bbox", "bbox_2d")
 """Keys of `extra_info` that become fields of the task; all others are its metadata."""
 NEEDED_COLUMNS = (("images", "image"), ("prompt", "extra_info"), ("reward_model", "extra_info"))
 """Of each group a file must have one."""
+_WHERE_IN_MEMORY = re.compile(r"image file <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 class TaskFiles(RowFiles[Task]):
@@ -195,7 +196,7 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
         image = decode_image(source) if decode else _open_header(source)
     except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         kind = "image too large" if _is_too_large(error) else "unreadable image"
-        raise RowError(kind, f"{key}: {error}") from error
+        raise RowError(kind, f"{key}: {_WHERE_IN_MEMORY.sub('these bytes', str(error))}") from error
     # A decoder may fail in its own way: struct.error, OverflowError, MemoryError, ... are one bad image each.
     except Exception as error:
         raise RowError("unreadable image", f"{key}: cannot be decoded ({error!r})") from error
@@ -209,7 +210,8 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
 
 
 def _is_too_large(error: BaseException) -> bool:
-    return isinstance(error, Image.DecompressionBombError) or f"more than {MAX_DECODED_PIXELS} pixels" in str(error)
+    """True for our own limit, and for Pillow's beyond it, which `decode_image` passes on in words."""
+    return any(words in str(error) for words in (f"more than {MAX_DECODED_PIXELS} pixels", "decompression bomb"))
 
 
 def _open_header(source: bytes | Path) -> Image.Image:
@@ -252,7 +254,7 @@ def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> str:
     truth = extra.get("answer") if truth is None else truth
     if truth is None or truth == [] or (isinstance(truth, str) and not truth.strip()):
         raise RowError("no answer", "neither reward_model.ground_truth nor extra_info.answer holds an answer")
-    return truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False)
+    return truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False, default=str)
 
 
 def parse_transforms(value: Any) -> tuple[str, ...]:
