@@ -163,12 +163,15 @@ def test_rows_of_text_only_and_of_nothing_to_learn(model: PreTrainedModel, stock
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive, and their largest sum."""
+    """Bytes of the tensors that operations made and that are still alive, and their largest sum.
 
-    def __init__(self) -> None:
+    Views of `given` tensors are none of them.
+    """
+
+    def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: dict[int, int] = {}
+        self.known: dict[int, int] = {tensor.untyped_storage().data_ptr(): 0 for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -196,9 +199,9 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, m
     batch = pack_rows([row], model.config)
     states = torch.randn(1, tokens + 1, width, requires_grad=True)
     monkeypatch.setattr("cv_lightning.model.logprobs.packed_hidden", lambda *_: states)
-    with LiveBytes() as ours:
+    with LiveBytes(head.weight) as ours:
         packed_logprobs(model, batch, temperature=0.7, chunk_tokens=8).logprobs.sum().backward()
-    with LiveBytes() as full:
+    with LiveBytes(head.weight) as full:
         logits = head(states[0, :-1]).float() / 0.7
         torch.log_softmax(logits, -1).gather(-1, batch.targets[:, None]).sum().backward()
     assert full.peak > 2 * tokens * vocabulary * 4
