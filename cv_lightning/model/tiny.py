@@ -302,7 +302,7 @@ def _vision_sizes(config: TinyModelConfig) -> dict[str, Any]:
     }
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     ids = tokenizer.get_vocab()
     names = {"image_token": IMAGE_PAD, "video_token": VIDEO_PAD}
     names |= {"vision_start_token": VISION_START, "vision_end_token": VISION_END}
