@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 import random
 from collections import Counter
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builder_samples import encoded, picture, rows, table
+from PIL import Image
 
 from cv_lightning.data.builders.difficulty import is_informative, read_pass_rates
-from cv_lightning.data.builders.overlap import KnownPictures, canonical_hash
+from cv_lightning.data.builders.overlap import KnownPictures, PictureSet
 from cv_lightning.data.builders.plans import KINDS, KindDealer, PlanConfig, Step, make_plan, possible_kinds
 from cv_lightning.data.builders.progress import ProgressFile
 from cv_lightning.data.builders.rl import BuildRL, TaskPlan, build_rl
@@ -232,20 +234,27 @@ def test_duplicates_and_test_pictures_are_dropped(tmp_path: Path) -> None:
 
 
 def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
-    import io
-
-    from PIL import Image
-
     known = KnownPictures("near", 10)
     for seed in range(20):
         known.add(picture(seed))
     for seed in range(20):
         image = picture(seed)
         coded = Image.open(io.BytesIO(encoded(image.rotate(90, expand=True).resize((120, 160)), "JPEG")))
-        assert canonical_hash(coded) not in known._hashes
         assert coded in known
         assert picture(seed + 1000) not in known
     assert Image.new("RGB", (100, 80), "white") not in known
+
+
+def test_a_picture_is_known_in_every_orientation_and_no_other() -> None:
+    known = PictureSet()
+    own = known.add(picture(0))
+    for turn in Image.Transpose:
+        assert known.add(picture(0).transpose(turn)) == own
+    halves = picture(0).copy()  # the same grey values at other places
+    halves.paste(picture(0).crop((120, 0, 240, 180)), (0, 0))
+    halves.paste(picture(0).crop((0, 0, 120, 180)), (120, 0))
+    assert known.find(halves) is None and known.find(picture(1)) is None
+    assert known.add(halves) != own
 
 
 def test_all_right_and_all_wrong_are_dropped(tmp_path: Path) -> None:

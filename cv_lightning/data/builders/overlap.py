@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,10 +29,40 @@ MIN_RANGE = 12
 """A picture whose reduced grey values differ by less (of 255) has no near hash: it would match every empty page."""
 
 
-def canonical_hash(image: Image.Image) -> str:
-    """The same for a picture and all its turned and flipped forms, and for no other: the least of their hashes."""
-    image = to_rgb(image)
-    return min(content_hash(image), *(content_hash(image.transpose(turn)) for turn in ALL_TURNS))
+class PictureSet:
+    """Pictures by their pixels, however they are turned or flipped.
+
+    A picture is hashed once. Only one with the grey values of another, which turning does not change, is turned to see
+    whether it is the same.
+    """
+
+    def __init__(self) -> None:
+        self._greys: set[bytes] = set()
+        self._hashes: set[str] = set()
+
+    def find(self, image: Image.Image) -> str | None:
+        """The hash under which a picture, or a turned form of it, was added; None if neither was."""
+        image = to_rgb(image)
+        if _grey_values(image) not in self._greys:
+            return None
+        forms = (image, *(image.transpose(turn) for turn in ALL_TURNS))
+        return next((found for found in map(content_hash, forms) if found in self._hashes), None)
+
+    def add(self, image: Image.Image) -> str:
+        """Take a picture in; the hash of the one that was there already, else its own."""
+        image = to_rgb(image)
+        found = self.find(image)
+        if found is None:
+            found = content_hash(image)
+            self._greys.add(_grey_values(image))
+            self._hashes.add(found)
+        return found
+
+
+def _grey_values(image: Image.Image) -> bytes:
+    """Digest of how often each value comes in each channel; the same for all turned forms of a picture."""
+    counts = np.asarray(image.histogram(), dtype=np.int64).tobytes()
+    return hashlib.blake2b(counts, digest_size=16).digest()
 
 
 def near_hash(image: Image.Image) -> Bits | None:
@@ -57,7 +88,7 @@ class KnownPictures:
 
     def __init__(self, match: Match, near_bits: int) -> None:
         self.match, self.near_bits = match, near_bits
-        self._hashes: set[str] = set()
+        self._pictures = PictureSet()
         self._near: list[Bits] = []
         self._table: Bits | None = None
         self.count = 0
@@ -65,14 +96,14 @@ class KnownPictures:
     def add(self, image: Image.Image) -> None:
         """Take a picture into the set."""
         self.count += 1
-        self._hashes.add(canonical_hash(image))
+        self._pictures.add(image)
         if self.match == "near":
             forms = [near_hash(image), *(near_hash(image.transpose(turn)) for turn in ALL_TURNS)]
             self._near += [form for form in forms if form is not None]
             self._table = None
 
     def __contains__(self, image: Image.Image) -> bool:
-        if canonical_hash(image) in self._hashes:
+        if self._pictures.find(image) is not None:
             return True
         found = near_hash(image) if self._near else None
         if found is None:

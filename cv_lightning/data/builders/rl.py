@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.data.builders.difficulty import DifficultyConfig, PassRates, is_informative, measure, read_pass_rates
-from cv_lightning.data.builders.overlap import KnownPictures, Match, canonical_hash, pictures_of
+from cv_lightning.data.builders.overlap import KnownPictures, Match, PictureSet, pictures_of
 from cv_lightning.data.builders.plans import given_box
 from cv_lightning.data.builders.progress import ProgressFile, write_report
 from cv_lightning.data.builders.table import Region, TableConfig, VqaRow, VqaTable
@@ -269,6 +269,7 @@ class _Build:
         """The tasks of all usable rows, without duplicates and without what the test files show."""
         planner = TaskPlanner(self.config.plan, self.config.seed)
         seen: set[tuple[str, str]] = set()
+        pictures = PictureSet()
         found = []
         for position in range(len(self.table)):
             try:
@@ -280,7 +281,7 @@ class _Build:
             if self.known is not None and image in self.known:
                 self.drop("in the test files", row.id)
                 continue
-            picture = canonical_hash(image) if self.config.duplicates != "keep" else ""
+            picture = pictures.add(image) if self.config.duplicates != "keep" else ""
             if self.config.duplicates == "picture" and (picture, "") in seen:
                 self.drop("duplicate", row.id)
                 continue

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class _RowGroups:
         self.path = path
         self.file = pq.ParquetFile(path)
         counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
-        self.starts: list[int] = [sum(counts[:group]) for group in range(len(counts) + 1)]
+        self.starts: list[int] = [0, *accumulate(counts)]
         self._group = lru_cache(maxsize=2)(self._read)
 
     def __len__(self) -> int:
