@@ -99,8 +99,9 @@ def sign_test(for_one: int, for_other: int) -> float:
     if total == 0:
         return 1.0
     if total > 1000:  # the normal approximation, with the continuity correction
-        return math.erfc(max(0.0, abs(for_one - for_other) - 1) / math.sqrt(2 * total))
-    return min(1.0, 2 * sum(math.comb(total, k) for k in range(least + 1)) / 2**total)
+        return math.erfc(max(0, abs(for_one - for_other) - 1) / math.sqrt(2 * total))
+    tail: float = sum(math.comb(total, k) for k in range(least + 1)) / 2**total
+    return min(1.0, 2 * tail)
 
 
 def judge_frame(evidence: Sequence[FrameEvidence], num_turned_boxes: int) -> FrameVerdict:
