@@ -17,7 +17,7 @@ from judge_server import JudgeServer, completion, respond
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from builder_samples import read, table
+from builder_samples import encoded, picture, read, table
 
 from cv_lightning.commands.data_build import build_sft as command
 from cv_lightning.data.builders.endpoint import TeacherConfig
@@ -27,6 +27,7 @@ from cv_lightning.data.builders.teacher import Frame
 from cv_lightning.data.builders.verify import Verification, verify_file
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
+from cv_lightning.rewards import JudgeConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import DataError, JudgeError
 
@@ -257,6 +258,28 @@ def test_a_refused_turn_is_asked_for_again_with_the_reason(tmp_path: Path) -> No
         one = TeacherConfig(base_url=server.url, tries=1)
         with pytest.raises(DataError, match=r"no conversation was kept: .*turn refused"):
             build([table(tmp_path, 5)], tmp_path / "none.json", teacher=one)
+
+
+def test_the_judge_is_asked_where_the_rules_say_no(tmp_path: Path, sandbox: Sandbox) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    path = tmp_path / "vqa.jsonl"
+    rows = [{"image": "a.png", "question": f"What is it, {at}?", "answer": "a red door"} for at in range(4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    no_tool = PlanConfig(shares={"no_tool": 1.0})
+    with JudgeServer() as server, JudgeServer() as judge:
+
+        async def paraphrase(number: int, writer: asyncio.StreamWriter, prompt: str) -> None:
+            said = "a red door indeed" if number % 2 else "no door at all"
+            await respond(writer, completion(f"<think>I see it.</think>\n<answer>{said}</answer>"))
+
+        server.misbehave = paraphrase
+        options: dict[str, Any] = {"teacher": TeacherConfig(base_url=server.url, tries=1), "max_parallel": 1}
+        options |= {"plan": no_tool, "judge": JudgeConfig(base_url=judge.url)}
+        report = build([str(path)], tmp_path / "sft.json", **options)
+    assert report["kept"] == 2 and report["dropped"]["turn refused: answer"]["count"] == 2
+    assert report["judge"]["verdicts"] >= 4
+    assert all(item["build"]["judged"] for item in read(tmp_path / "sft.json"))
+    assert verified(tmp_path / "sft.json", sandbox).verified == 2
 
 
 def test_a_dead_endpoint_stops_the_build_and_loses_nothing(tmp_path: Path) -> None:
