@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from cv_lightning.data.check_copies import VARIANTS, as_thumbnails, near_copies
-from cv_lightning.data.check_facts import FactSettings, FileKind, RowFacts, inspect_rows, num_rows
+from cv_lightning.data.check_facts import FactSettings, FileKind, RowFacts, inspect_rows, num_rows, token_counter
 from cv_lightning.data.check_frames import judge_frame
-from cv_lightning.data.check_tokens import TokenCounter
 from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.rows import ReaderConfig, expand_files
 from cv_lightning.images import ImageLimits, model_size
@@ -124,7 +123,7 @@ def _paths(files: Sequence[str], config: CheckConfig) -> list[tuple[Path, bool]]
 def _file(path: Path, config: CheckConfig, held_out: bool) -> FileFacts:
     kind: FileKind = "tasks" if path.suffix == ".parquet" else "conversations"
     if config.processor:
-        limits = TokenCounter(config.processor, config.min_pixels, config.max_pixels).limits
+        limits = token_counter(config.processor, config.min_pixels, config.max_pixels).limits
     else:
         limits = ImageLimits(
             factor=config.factor,

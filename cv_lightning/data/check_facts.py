@@ -88,7 +88,8 @@ class RowFacts:
 
 
 @cache
-def _counter(processor: str, min_pixels: int | None, max_pixels: int | None) -> TokenCounter:
+def token_counter(processor: str, min_pixels: int | None, max_pixels: int | None) -> TokenCounter:
+    """A counter, loaded once a process."""
     return TokenCounter(processor, min_pixels, max_pixels)
 
 
@@ -154,7 +155,7 @@ def _inspect_task(row: Mapping[str, Any], path: Path, facts: RowFacts, settings:
     facts.sizes = [image.size for image in task.images]
     facts.image_tokens = _image_tokens(task.images, settings)
     if settings.processor:
-        facts.tokens = _counter(settings.processor, settings.min_pixels, settings.max_pixels).task(task)
+        facts.tokens = token_counter(settings.processor, settings.min_pixels, settings.max_pixels).task(task)
     if task.box is not None:
         _measure_box(task.box, task.images[0].size, facts, settings)
 
@@ -173,7 +174,7 @@ def _inspect_conversation(item: Any, path: Path, facts: RowFacts, settings: Fact
     facts.sizes = [image.size for image in images]
     facts.image_tokens = _image_tokens(images, settings)
     if settings.processor:
-        counter = _counter(settings.processor, settings.min_pixels, settings.max_pixels)
+        counter = token_counter(settings.processor, settings.min_pixels, settings.max_pixels)
         facts.tokens = counter.conversation(conversation)
 
 
