@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from cv_lightning.environment import prepare_environment
 
@@ -16,6 +17,15 @@ prepare_environment()
 
 if TYPE_CHECKING:
     from cv_lightning.agent.dialogue import DialogueEncoder
+
+
+# The same generated cases in every run; the long runs (--run-slow) draw new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", derandomize=False, print_blob=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("new" if config.getoption("--run-slow") else "same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -232,7 +232,7 @@ def _messages(prompt: Any, config: ReaderConfig) -> tuple[Message, ...]:
         prompt = [{"role": "user", "content": prompt}]
     try:
         messages = tuple(Message(role=str(m["role"]), content=_content(m["content"])) for m in prompt)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise RowError("prompt", f"prompt is no list of {{role, content}} ({error!r})") from error
     return messages if config.system == "given" else tuple(m for m in messages if m.role != "system")
 
