@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,6 +30,13 @@ TOKENS, PACKED_TOKENS = "trained_tokens", "packed_tokens"
 LOSSES = ("loss", "surrogate_loss")
 PER_STEP = (*LOSSES, "grad_norm", "skipped_steps", "trajectories", "unpackable")
 """Metrics that are no means over the tokens trained on."""
+
+NOT_COMPARED = -1.0
+"""A parity figure where no token was compared."""
+NO_NUMBER = 1e9
+"""A parity figure that is no number: finite, so that it stands out in curves and tables."""
+PROBED = 8
+"""Trajectories that are compared where none has a gradient."""
 
 
 class GRPOModule(PolicyModule):
@@ -105,12 +111,14 @@ class GRPOModule(PolicyModule):
         start = time.perf_counter()
         totals: defaultdict[str, float] = defaultdict(float)
         scored = self._share_out(batch.groups, totals)
-        minibatches = [self.pack_micro_batches(self.train_rows(self._contributing(share))) for share in scored]
+        contributing = [self._contributing(share) for share in scored]
+        minibatches = [self.pack_micro_batches(self.train_rows(share)) for share in contributing]
         self._attach_fixed([micro_batch for micro_batches in minibatches for micro_batch in micro_batches])
-        parity = 0.0
+        parity = NOT_COMPARED if self.reduce_max(len(contributing[0])) else self._probe_parity(scored[0])
         for number, micro_batches in enumerate(minibatches):
             gap = self._optimize(micro_batches, scored[number], totals)
-            parity = gap if number == 0 else parity  # later ones meet weights that the engine does not have
+            if number == 0:  # later ones meet weights that the engine does not have
+                parity = max(parity, gap)
         self.vision_cache.clear()
         self.iteration += 1
         self._log_update(totals, parity, time.perf_counter() - start)
@@ -191,6 +199,12 @@ class GRPOModule(PolicyModule):
     ) -> LogProbs:
         return self.logprobs(micro_batch, temperature=self.temperature, entropy=entropy, model=model)
 
+    @torch.no_grad()
+    def _probe_parity(self, scored: Sequence[Trajectory]) -> float:
+        """Parity where no trajectory of the first step has a gradient on any rank, and so none would be compared."""
+        micro_batches = self.pack_micro_batches(self.train_rows(scored[:PROBED]))
+        return max(_largest_gap(self._logprobs(m).logprobs, m) for m in micro_batches)
+
     # ------------------------------------------------------------------ one mini-batch
     def _optimize(
         self, micro_batches: list[PackedBatch], scored: Sequence[Trajectory], totals: defaultdict[str, float]
@@ -198,22 +212,20 @@ class GRPOModule(PolicyModule):
         """One optimizer step; adds its metrics to `totals`: losses as means over steps, the rest as sums over tokens.
 
         Returns:
-            Largest difference between engine and trainer log-probabilities that it met on this rank.
+            Largest difference between engine and trainer log-probabilities that it met on this rank, or NOT_COMPARED.
         """
         counts = [float(sum(sum(t.loss_mask) for t in scored)), float(len(scored))]
         num_tokens, num_rows = self.reduce_sum(counts)
         entropy: Entropy = "gradient" if self.loss.entropy_weight > 0 else "value"
         config = self.current_loss
-        gaps, shares = [0.0], []
+        gaps, shares = [NOT_COMPARED], []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
             computed = self._logprobs(micro_batch, entropy=entropy)
             inputs = self._loss_inputs(micro_batch, computed, max(num_tokens, 1.0), max(num_rows, 1.0))
             value, metrics = policy_loss(inputs, config)
             shares.append(metrics)
-            if micro_batch.num_loss_tokens:
-                gap = (computed.logprobs.detach() - micro_batch.engine_logprobs.to(self.device)).abs()
-                gaps.append(float(gap.nan_to_num(nan=math.inf).max()))
+            gaps.append(_largest_gap(computed.logprobs.detach(), micro_batch))
             return value
 
         step = self.accumulate_and_step(micro_batches, loss)
@@ -262,12 +274,14 @@ class GRPOModule(PolicyModule):
             metrics["policy/kl_penalty"] = penalty / max(count, 1.0)
             self._taken_off.clear()
         metrics |= {
-            "policy/parity_max": self.reduce_max(parity),
             "policy/lr": self.learning_rate,
             "policy/tokens_per_s": packed_tokens / seconds,
             "time/update_s": seconds,
             "iteration": float(self.iteration),
         }
+        parity = self.reduce_max(parity)
+        if parity != NOT_COMPARED:
+            metrics["policy/parity_max"] = parity
         self.log_dict(metrics)
 
     # ------------------------------------------------------------------ checkpoints
@@ -282,3 +296,11 @@ class GRPOModule(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         own = self.state_dict()
         checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(REFERENCE)}
+
+
+def _largest_gap(logprobs: torch.Tensor, micro_batch: PackedBatch) -> float:
+    """Largest difference from the engine's log-probabilities; one that is no number counts as NO_NUMBER."""
+    if not micro_batch.num_loss_tokens:
+        return NOT_COMPARED
+    gap = (logprobs - micro_batch.engine_logprobs.to(logprobs.device)).abs()
+    return float(gap.nan_to_num(nan=NO_NUMBER, posinf=NO_NUMBER).max())

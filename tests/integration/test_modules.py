@@ -254,3 +254,21 @@ def start(path: Path) -> GRPOModule:
     module = GRPOModule(policy(path))
     module.policy = load_policy(module.policy_config)
     return module
+
+
+def test_parity_is_measured_where_nothing_is_learned(tiny_checkpoint: Path) -> None:
+    module = GRPOModule(policy(tiny_checkpoint))
+    still = [
+        replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories])
+        for group in groups(module, 2)
+    ]
+    _, trainer = grpo_after_one_iteration(tiny_checkpoint, still, num_minibatches=2)
+    assert (
+        float(trainer.callback_metrics["policy/parity_max"]) > 0.1
+    )  # the made-up engine log-probabilities are no match
+    broken = [
+        replace(g, trajectories=[replace(t, logprobs=[float("nan")] * len(t.logprobs)) for t in g.trajectories])
+        for g in still
+    ]
+    _, trainer = grpo_after_one_iteration(tiny_checkpoint, broken, num_minibatches=2)
+    assert float(trainer.callback_metrics["policy/parity_max"]) == 1e9

@@ -51,7 +51,7 @@ def test_every_stage_left_its_result(run: Path) -> None:
 def test_summary_has_the_promised_figures(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["seed"] == 3 and summary["minutes"] > 0
-    assert 0 <= summary["parity_max"] < 1e-4
+    assert 0 < summary["parity_max"] < 1e-4
     figures = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
     for stage in ("sft_sampled", "sft", "rl_sampled", "rl", "rl_accuracy", "rl_accuracy_sampled"):
         assert set(summary[stage]) == figures
