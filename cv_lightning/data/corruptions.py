@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from cv_lightning.data.readers import ORIENTATIONS
+from cv_lightning.data.sources import Rows
 from cv_lightning.images import dihedral_affine, invert, map_box, to_rgb
 from cv_lightning.types import Box, Task
 
@@ -342,3 +344,31 @@ class CorruptionSuite:
         """The forms of all tasks, in order."""
         for position, task in enumerate(tasks):
             yield from self.tasks_of(task, position)
+
+
+class CorruptedRows:
+    """Rows of tasks in their robustness form, made when they are read.
+
+    Args:
+        rows: of the benchmark.
+        config: which combinations; the forms of one task stand next to each other.
+    """
+
+    def __init__(self, rows: Rows[Task], config: CorruptionConfig) -> None:
+        self.rows = rows
+        self.suite = CorruptionSuite(config)
+        self.forms = 1 if config.mode == "one" else len(config.variants)
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.forms
+
+    def row(self, position: int) -> Task:
+        """The form at a position."""
+        base, form = divmod(position, self.forms)
+        config = self.suite.config
+        variant = self.suite.variant_at(base) if config.mode == "one" else config.variants[form]
+        return apply_variant(self.rows.row(base), variant, config.seed)
+
+    def order(self, rng: random.Random) -> list[int]:
+        """All positions, shuffled."""
+        return rng.sample(range(len(self)), len(self))

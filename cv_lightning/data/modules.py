@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import lightning.pytorch as pl
 from PIL import Image
 
+from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
 from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig
 from cv_lightning.data.digits import DigitsConfig, check_kind_shares
 from cv_lightning.data.readers import TaskFiles
@@ -94,7 +95,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         eval_files: Parquet files that `validate` and `test` go through instead of digits.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
         test_tasks: held-out scenes of each kind in a test.
-        tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+        tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
+        corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
     """
 
     def __init__(
@@ -104,7 +106,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         eval_files: list[str] | None = None,
         val_tasks: dict[str, int] | None = None,
         test_tasks: dict[str, int] | None = None,
-        tasks_per_eval_batch: int = 0,
+        tasks_per_eval_batch: int = 1024,
+        corruptions: CorruptionConfig | None = None,
     ) -> None:
         super().__init__()
         if tasks_per_eval_batch < 0:
@@ -115,6 +118,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.val_tasks = val_tasks or {}
         self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
         self.tasks_per_eval_batch = tasks_per_eval_batch
+        self.corruptions = corruptions
         self.num_train_batches = 0
         for counts in (self.val_tasks, self.test_tasks):
             HeldOutScenes(self.digits, counts)
@@ -134,6 +138,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         rows: Rows[Task] = HeldOutScenes(self.digits, counts)
         if self.eval_files:
             rows = TaskFiles(self.eval_files, self.reader)
+        if self.corruptions is not None:
+            rows = CorruptedRows(rows, self.corruptions)
         size = len(rows)
         if size == 0:
             raise ValueError("--data.test_tasks asks for no scene of any kind; name at least one, or --data.eval_files")
@@ -199,7 +205,8 @@ class TaskDataModule(EvaluationDataModule):
             of `digits.kind_shares`; empty: that mix throughout.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
         test_tasks: held-out scenes of each kind in a test.
-        tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+        tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
+        corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
         seed: order of the rows of files (scenes have their own seed).
     """
 
@@ -215,10 +222,11 @@ class TaskDataModule(EvaluationDataModule):
         curriculum: list[CurriculumPoint] | None = None,
         val_tasks: dict[str, int] | None = None,
         test_tasks: dict[str, int] | None = None,
-        tasks_per_eval_batch: int = 0,
+        tasks_per_eval_batch: int = 1024,
+        corruptions: CorruptionConfig | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
+        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions)
         if num_iterations < 1 or tasks_per_iteration < 1:
             raise ValueError(
                 f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
@@ -273,7 +281,8 @@ class SFTDataModule(EvaluationDataModule):
         warm_up_conversations_per_step: of all ranks, in the warm-up.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
         test_tasks: held-out scenes of each kind in a test.
-        tasks_per_eval_batch: tasks of all ranks that are rolled out at once; 0: all.
+        tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
+        corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
         seed: order of the rows of files (scenes have their own seed).
     """
 
@@ -291,10 +300,11 @@ class SFTDataModule(EvaluationDataModule):
         warm_up_conversations_per_step: int = 64,
         val_tasks: dict[str, int] | None = None,
         test_tasks: dict[str, int] | None = None,
-        tasks_per_eval_batch: int = 0,
+        tasks_per_eval_batch: int = 1024,
+        corruptions: CorruptionConfig | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch)
+        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions)
         if min(num_steps, conversations_per_step, warm_up_conversations_per_step) < 1 or not 0 <= warm_up_share <= 1:
             raise ValueError(
                 f"--data.num_steps {num_steps}, --data.conversations_per_step {conversations_per_step} and "

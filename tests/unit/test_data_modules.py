@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 
+from cv_lightning.data.corruptions import CorruptionConfig
 from cv_lightning.data.demonstrations import DemonstrationConfig
 from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.export import write_digits_parquet, write_digits_sft_json
@@ -190,3 +192,21 @@ def test_a_loader_starts_anew_after_its_end() -> None:
 def test_arguments_that_cannot_be_name_their_flag(make: Any, arguments: dict[str, Any], flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         make(**arguments)
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("grid", 8), ("one", 2)])
+def test_evaluation_tasks_turned_and_corrupted_on_the_fly(mode: Literal["grid", "one"], rows: int) -> None:
+    config = CorruptionConfig(
+        orientations=("identity", "rotate_90"), corruptions=("none", "gaussian_noise"), severities=(3,), mode=mode
+    )
+    data = task_data(test_tasks={"upright": 2}, tasks_per_eval_batch=3, corruptions=config)
+    batches = list(data.test_dataloader())
+    tasks = [task for batch in batches for task in batch.tasks]
+    assert [len(batch.tasks) for batch in batches] == [3] * (rows // 3) + [rows % 3]
+    assert len({task.id for task in tasks}) == rows
+    clean = task_data(test_tasks={"upright": 2}).test_dataloader().build(0).tasks
+    for task in tasks:
+        base = next(c for c in clean if task.id.startswith(c.id))
+        turned = "rotate_90" in task.required_transforms
+        shown = base.images[0].transpose(Image.Transpose.ROTATE_90) if turned else base.images[0]
+        assert (task.images[0].tobytes() == shown.tobytes()) != ("noise" in task.id)
