@@ -258,8 +258,7 @@ def _other_limit(case: Case, result: SandboxResult) -> bool:
     """True if a case that uses up a resource was stopped by another limit than the expected one."""
     if case.expect == "timeout":
         return result.error_kind == "memory"
-    greedy = ("error:MemoryError", "error:too large", "killed_or_error")
-    return case.expect in greedy and result.status is ToolStatus.TIMEOUT
+    return case.expect in ("error:MemoryError", "killed_or_error") and result.status is ToolStatus.TIMEOUT
 
 
 def _status_fault(kind: str, detail: str, result: SandboxResult) -> str:
