@@ -36,11 +36,6 @@ class CircuitBreaker:
         self._quiet_until = -math.inf
         self._probing = False
 
-    @property
-    def is_open(self) -> bool:
-        """True while nothing but a probe goes through."""
-        return self._open_until is not None
-
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
         """Wait for admission; report the outcome with `succeeded` or `failed` inside.
