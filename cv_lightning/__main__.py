@@ -32,6 +32,9 @@ VERBS = {
     "quickstart": Verb(
         "cv_lightning.commands.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
     ),
+    "ablations": Verb(
+        "cv_lightning.commands.ablations:main", "train the quickstart with parts of reward and recipe taken away"
+    ),
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
     "quickstart-summary": Verb(

@@ -90,29 +90,31 @@ def stages(run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family 
     test = [*scenes, *(SMOKE_TEST if smoke else [])]
     found = [
         Stage(name="tiny", title=f"a tiny {model.name} with random weights", arguments=tiny, writes=[run / "tiny"]),
-        _fit("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
-        _test("sft", run, seed, test),
-        _fit("rl", "GRPO with the process reward", run, "sft/model", [*digits, *rl], config="grpo"),
-        _test("rl", run, seed, test),
+        fit_stage("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
+        test_stage("sft", run, seed, test),
+        fit_stage("rl", "GRPO with the process reward", run, "sft/model", [*digits, *rl], config="grpo"),
+        test_stage("rl", run, seed, test),
     ]
     if ablation:
         reward = ["--trainer.callbacks.init_args.reward", f"{CONFIGS}/reward_accuracy.yaml"]
         title = "the same GRPO with accuracy and format only"
-        found.append(_fit("rl_accuracy", title, run, "sft/model", [*digits, *rl, *reward], config="grpo"))
-        found.append(_test("rl_accuracy", run, seed, test))
+        found.append(fit_stage("rl_accuracy", title, run, "sft/model", [*digits, *rl, *reward], config="grpo"))
+        found.append(test_stage("rl_accuracy", run, seed, test))
     summary = ["quickstart-summary", str(run)]
     found.append(Stage(name="summary", title="what it learned", arguments=summary, always=True))
     found.append(Stage(name="report", title="the report", arguments=["report", str(run)], always=True))
     return found
 
 
-def _fit(name: str, title: str, run: Path, start: str, extra: list[str], config: str = "sft") -> Stage:
+def fit_stage(name: str, title: str, run: Path, start: str, extra: list[str], config: str = "sft") -> Stage:
+    """Training from the checkpoint `run/start` into `run/name`, which exports `run/name/model`."""
     arguments = ["fit", "--config", f"{CONFIGS}/{config}.yaml", "--trainer.default_root_dir", f"{run}/{name}"]
     arguments += ["--model.init_args.policy.path", f"{run}/{start}", *extra]
     return Stage(name=name, title=title, arguments=arguments, writes=[run / name])
 
 
-def _test(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
+def test_stage(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
+    """Test of `run/stage/model` into `run/eval/<stage>_<greedy|sampled>_<tool|notool>`."""
     arguments = ["test", "--config", f"{CONFIGS}/eval.yaml", "--trainer.default_root_dir", str(run)]
     arguments += ["--model.init_args.policy.path", f"{run}/{stage}/model"]
     arguments += ["--trainer.callbacks.init_args.eval_prefix", f"{stage}_"]

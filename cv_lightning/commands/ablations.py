@@ -1,0 +1,162 @@
+"""`python -m cv_lightning ablations`: which part of reward and recipe does what, on handwritten digits.
+
+Every arm is the quickstart's GRPO with one thing changed, from the SFT checkpoint of its seed, tested on the same
+held-out scenes. Each seed has a folder and a `timing.json` of its own: an interrupted study goes on where it was cut
+off, and seeds can run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cv_lightning.commands.quickstart import (
+    CONFIGS,
+    SMOKE_RL,
+    SMOKE_SFT,
+    SMOKE_TEST,
+    Stage,
+    Timing,
+    fit_stage,
+    run_stages,
+    test_stage,
+)
+from cv_lightning.types import CVLightningError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One variant of the quickstart's RL."""
+
+    title: str
+    reward: str | None = None
+    """Reward config; None: the quickstart's."""
+    start: str = "sft/model"
+    """Checkpoint that RL starts from, below the seed's folder."""
+
+
+ARMS = {
+    "full": Arm(title="quickstart's reward"),
+    "no_process": Arm(title="no process reward", reward="configs/ablations/no_process.yaml"),
+    "no_penalty": Arm(title="no penalty", reward="configs/ablations/no_penalty.yaml"),
+    "no_sft": Arm(title="RL without SFT", start="tiny"),
+    "paper": Arm(title="paper's reward", reward="configs/reward/paper.yaml"),
+    "reference": Arm(title="released code's reward, from the trace", reward="configs/reward/reference.yaml"),
+    "reference_static": Arm(
+        title="released code's reward, from the code's text", reward="configs/ablations/reference_static.yaml"
+    ),
+}
+KINDS = ("upright", "turned", "small", "turned_and_small")
+
+
+def stages(
+    run: Path,
+    *,
+    seed: int,
+    arms: list[str],
+    iterations: int | None = None,
+    per_kind: int | None = None,
+    smoke: bool = False,
+) -> list[Stage]:
+    """The stages of one seed, in order.
+
+    Args:
+        run: the seed's folder.
+        seed: of weights, training scenes and samples; the held-out scenes are the same for all.
+        arms: names of `ARMS`.
+        iterations: of RL; None: the quickstart's number.
+        per_kind: held-out scenes of each kind; None: the quickstart's numbers.
+        smoke: a few steps of each.
+    """
+    digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
+    rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
+    if iterations is not None:
+        rl += ["--data.init_args.num_iterations", str(iterations)]
+    test = list(SMOKE_TEST) if smoke else []
+    if per_kind is not None:
+        test = ["--data.init_args.test_tasks", json.dumps(dict.fromkeys(KINDS, per_kind))]
+    tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
+    found = [
+        Stage(name="tiny", title="a tiny model with random weights", arguments=tiny, writes=[run / "tiny"]),
+        fit_stage("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
+        test_stage("sft", run, seed, test),
+    ]
+    for name in arms:
+        arm = ARMS[name]
+        reward = ["--trainer.callbacks.init_args.reward", arm.reward] if arm.reward else []
+        found.append(fit_stage(name, f"GRPO: {arm.title}", run, arm.start, [*digits, *rl, *reward], config="grpo"))
+        found.append(test_stage(name, run, seed, test))
+    return found
+
+
+def write_table(out: Path) -> str:
+    """Write `ablations.json` and `ablations.md` over all seeds that `out` holds.
+
+    Returns:
+        The table.
+    """
+    from cv_lightning.evaluation.study import markdown, study, to_json
+
+    found = study(out, ["sft", *ARMS])
+    table = markdown(found, lambda arm: ARMS[arm].title if arm in ARMS else "after SFT")
+    for name, text in (("ablations.json", json.dumps(to_json(found), indent=1) + "\n"), ("ablations.md", table)):
+        temporary = out / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, out / name)
+    return table
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ablations", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default runs/ablations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default all")
+    parser.add_argument("--iterations", type=int, help="of RL (default the quickstart's 100)")
+    parser.add_argument("--per-kind", type=int, help="held-out scenes of each kind (default the quickstart's)")
+    parser.add_argument("--smoke", action="store_true", help="every stage once, small; nothing can be learned from it")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
+    given = parser.parse_args(args)
+    for name in ("iterations", "per_kind"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1")
+    if not CONFIGS.is_dir():
+        parser.error(f"{CONFIGS} is not here; run it in the project's folder")
+    try:
+        for seed in [] if given.table else given.seeds:
+            if code := _run_seed(given, seed):
+                return code
+        sys.stdout.write(f"\n{write_table(given.out)}\nwritten to {given.out}/ablations.md and .json\n")
+    except CVLightningError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stdout.write("\nstopped; the same command goes on with the stage that was cut off\n")
+        return 130
+    return 0
+
+
+def _run_seed(given: argparse.Namespace, seed: int) -> int:
+    run: Path = given.out / f"seed{seed}"
+    run.mkdir(parents=True, exist_ok=True)
+    timing = Timing(run)
+    for name, value in (("seed", seed), ("iterations", given.iterations or 0), ("per_kind", given.per_kind or 0)):
+        if timing.values.get(name, value) != value:
+            raise CVLightningError(
+                f"{run} was made with --{name.replace('_', '-')} {timing.values[name]:.0f}, not {value} (0: the "
+                "quickstart's); arms that are to be compared need the same, so choose another --out"
+            )
+        timing.set(name, value)
+    wanted = stages(
+        run,
+        seed=seed,
+        arms=given.arms,
+        iterations=given.iterations,
+        per_kind=given.per_kind,
+        smoke=given.smoke,
+    )
+    return run_stages(run, wanted, timing)

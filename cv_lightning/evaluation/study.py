@@ -1,0 +1,130 @@
+"""The ablation study on digits: the figures of every arm over its seeds, as JSON and as a Markdown table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cv_lightning.evaluation.curves import mean_between
+from cv_lightning.evaluation.runs import Curve, read_curves
+from cv_lightning.types import DataError
+
+FOUND_AT = 0.5
+"""Share of must-use while training from which on an arm has found the tool."""
+LAST_ITERATIONS = 5
+"""Iterations at the end that training figures are means of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of the table."""
+
+    key: str
+    title: str
+    digits: int = 2
+
+
+COLUMNS = (
+    Column(key="must_use_greedy", title="must-use, greedy"),
+    Column(key="must_use_sampled", title="must-use, sampled"),
+    Column(key="accuracy_greedy", title="accuracy, greedy"),
+    Column(key="accuracy_upright_greedy", title="accuracy upright, greedy"),
+    Column(key="calls_sampled", title="calls, sampled"),
+    Column(key="spurious_sampled", title="needless turning, sampled", digits=3),
+    Column(key="calls_training", title="calls, end of training"),
+    Column(key="found_at", title="tool found at iteration", digits=0),
+)
+
+
+def seed_figures(folder: Path, arm: str) -> dict[str, float] | None:
+    """Figures of one arm and seed; None where it was not tested.
+
+    Args:
+        folder: of the seed: `<arm>/metrics.csv`, `eval/<arm>_<greedy|sampled>_tool/metrics.json`.
+        arm: its name; `sft` has no training figures.
+
+    Returns:
+        By the keys of `COLUMNS`; `found_at` is infinite where must-use never reached `FOUND_AT` while training. Over
+        tasks that need the tool, but for `accuracy_upright_greedy`, `spurious_sampled` and the calls (all tasks).
+    """
+    tests = {mode: folder / "eval" / f"{arm}_{mode}_tool" / "metrics.json" for mode in ("greedy", "sampled")}
+    if not all(path.is_file() for path in tests.values()):
+        return None
+    greedy, sampled = (json.loads(path.read_text()) for path in tests.values())
+    figures = {
+        "must_use_greedy": greedy["must_use"]["value"],
+        "must_use_sampled": sampled["must_use"]["value"],
+        "accuracy_greedy": greedy["accuracy"]["value"],
+        "accuracy_upright_greedy": greedy["accuracy_upright"]["value"],
+        "calls_sampled": sampled["tool_calls_mean"],
+        "spurious_sampled": sampled["spurious"]["value"],
+    }
+    if arm != "sft" and (path := folder / arm / "metrics.csv").is_file():
+        figures |= _training(read_curves(path))
+    return {key: value for key, value in figures.items() if value is not None}
+
+
+def _training(curves: list[Curve]) -> dict[str, float]:
+    last = max((max(curve.steps) for curve in curves if curve.steps), default=0.0)
+    calls, count = mean_between(curves, "rollout/tool_calls_mean", int(last) - LAST_ITERATIONS + 1, int(last))
+    found = [curve for curve in curves if curve.name == "rollout/must_use"]
+    pairs = zip(found[0].steps, found[0].values, strict=True) if found else ()
+    first = next((step for step, value in pairs if value >= FOUND_AT), math.inf)
+    return ({"calls_training": calls} if count else {}) | {"found_at": first}
+
+
+def study(folder: Path, arms: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures by arm and seed folder (`seed0`, ...) of what has been tested so far.
+
+    Raises:
+        DataError: nothing has.
+    """
+    seeds = sorted(path for path in folder.glob("seed*") if path.is_dir())
+    found = {
+        arm: {seed.name: figures for seed in seeds if (figures := seed_figures(seed, arm)) is not None} for arm in arms
+    }
+    found = {arm: by_seed for arm, by_seed in found.items() if by_seed}
+    if not found:
+        raise DataError(f"{folder}: no arm has been tested yet (expected seed*/eval/<arm>_greedy_tool/metrics.json)")
+    return found
+
+
+def markdown(found: dict[str, dict[str, dict[str, float]]], label: Callable[[str], str]) -> str:
+    """One row per arm: the mean over its seeds and, in brackets, least and largest."""
+    lines = ["| arm | seeds | " + " | ".join(column.title for column in COLUMNS) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    for arm, by_seed in found.items():
+        cells = [_cell([seed.get(column.key) for seed in by_seed.values()], column.digits) for column in COLUMNS]
+        lines.append(f"| {label(arm)} | {len(by_seed)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    if any(math.isinf(value) for value in known):
+        return "never" if all(map(math.isinf, known)) else ", ".join(_number(value, digits) for value in known)
+    if len(known) == 1:
+        return _number(known[0], digits)
+    return f"{fmean(known):.{max(digits, 1)}f} ({_number(min(known), digits)}-{_number(max(known), digits)})"
+
+
+def _number(value: float, digits: int) -> str:
+    return "never" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def to_json(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """JSON values; infinite becomes null."""
+    return {
+        arm: {
+            seed: {key: None if math.isinf(value) else value for key, value in figures.items()}
+            for seed, figures in by_seed.items()
+        }
+        for arm, by_seed in found.items()
+    }
