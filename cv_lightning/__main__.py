@@ -29,6 +29,7 @@ VERBS = {
     "sandbox": Verb("cv_lightning.commands.sandbox:main", "test the sandbox, or run one snippet in it"),
     "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
+    "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),
     "quickstart": Verb(
         "cv_lightning.commands.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
     ),

@@ -1,5 +1,6 @@
 """The trajectory store: versioned JSON lines and images by content hash, one writer, one typed reader."""
 
+from cv_lightning.trajectory.parquet import Exported, write_parquet
 from cv_lightning.trajectory.reader import BadLine, GroupReader, read_groups, to_dataframe
 from cv_lightning.trajectory.record import (
     GroupRecord,
@@ -13,6 +14,7 @@ from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 
 __all__ = [
     "BadLine",
+    "Exported",
     "GroupReader",
     "GroupRecord",
     "ImageRecord",
@@ -24,4 +26,5 @@ __all__ = [
     "read_groups",
     "to_dataframe",
     "to_record",
+    "write_parquet",
 ]

@@ -104,14 +104,30 @@ def read_groups(path: str | Path) -> GroupReader:
     return GroupReader(find_files(path))
 
 
+FLAT_COLUMNS: dict[str, type] = {
+    **dict.fromkeys(("iteration", "sample", "weight_version", "turns", "tool_calls", "images"), int),
+    **dict.fromkeys(("tokens", "sampled_tokens"), int),
+    **dict.fromkeys(("task_id", "kind", "data_source", "question", "ground_truth", "required_transforms"), str),
+    **dict.fromkeys(("end_state", "answer", "operations", "text", "code"), str),
+    "correct": bool,
+    **dict.fromkeys(("reward", "advantage", "logprob_mean", "generate_s", "tool_s", "total_s"), float),
+}
+"""Columns of `to_dataframe` but the reward components, and what they hold; None where something is not known."""
+
+
 def to_dataframe(groups: Iterable[GroupRecord]) -> pd.DataFrame:
-    """One row a trajectory: task, outcome, reward components (`reward/<name>`), lengths and tool use."""
+    """One row a trajectory: task, outcome, reward components (`reward/<name>`), lengths and tool use.
+
+    `turns`, `tool_calls` and `images` are counts, times are seconds; `required_transforms` is joined by `+`,
+    `operations` by spaces.
+    """
     import pandas as pd
 
-    return pd.DataFrame([_row(group, trajectory) for group in groups for trajectory in group.trajectories])
+    return pd.DataFrame([flat_row(group, trajectory) for group in groups for trajectory in group.trajectories])
 
 
-def _row(group: GroupRecord, trajectory: TrajectoryRecord) -> dict[str, Any]:
+def flat_row(group: GroupRecord, trajectory: TrajectoryRecord) -> dict[str, Any]:
+    """A trajectory as scalars: `FLAT_COLUMNS` and the reward components."""
     task, reward = group.task, trajectory.reward
     row: dict[str, Any] = {
         "iteration": group.iteration,

@@ -37,6 +37,9 @@ from cv_lightning.types import (
     Turn,
 )
 
+OLDEST_SCHEMA = 1
+"""Lines of an older one cannot be read; they are skipped and counted."""
+
 ImageNamer = Callable[[Image.Image], str]
 """Gives the file name under which an image is stored; empty where nothing is stored."""
 
@@ -365,6 +368,8 @@ def group_from_json(data: dict[str, Any], folder: Path | None = None) -> GroupRe
         KeyError, TypeError, ValueError: the line is not a group.
     """
     schema = data["schema"]
+    if schema < OLDEST_SCHEMA:
+        raise ValueError(f"of schema {schema}, older than {OLDEST_SCHEMA}, the oldest that is read")
     if schema > SCHEMA_VERSION:
         raise DataError(
             f"trajectories of schema {schema}, but this cv_lightning reads up to {SCHEMA_VERSION}: update cv_lightning"

@@ -11,11 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from trajectory_samples import KINDS, Policy, digit_task, group
 
-from cv_lightning.trajectory import StoreConfig, TrajectoryWriter, read_groups, to_dataframe, to_record
+from cv_lightning.commands.trajectories import main as export_main
+from cv_lightning.images import decode_image
+from cv_lightning.trajectory import StoreConfig, TrajectoryWriter, read_groups, to_dataframe, to_record, write_parquet
 from cv_lightning.types import SCHEMA_VERSION, DataError, Group
 
 
@@ -182,6 +185,77 @@ def test_dataframe_has_a_row_a_trajectory(tmp_path: Path) -> None:
     assert len(frame) == 12
     assert frame["reward/accuracy"].mean() == frame["correct"].mean()
     assert set(frame["kind"]) == set(KINDS)
+
+
+def test_parquet_holds_what_the_store_holds(tmp_path: Path) -> None:
+    groups = sample_groups(4, size=3)
+    groups[1].trajectories[0].turns[-1].text = "half a \ud83d pair"
+    write(tmp_path / "run" / "rl", groups[:2], StoreConfig(tokens=True))
+    write(tmp_path / "run" / "eval" / "greedy", groups[2:])
+    gone = next((tmp_path / "run" / "rl" / "images").iterdir())
+    gone.unlink()
+    out = tmp_path / "a folder" / "trajectories.parquet"
+    assert export_main(["export", str(tmp_path / "run"), "--out", str(out)]) == 0
+
+    rows = pq.read_table(out).to_pylist()
+    stored = [
+        (g, t) for name in ("eval/greedy", "rl") for g in read_groups(tmp_path / "run" / name) for t in g.trajectories
+    ]
+    assert [row["store"] for row in rows] == ["eval/greedy"] * 6 + ["rl"] * 6
+    for row, (record, trajectory) in zip(rows, stored, strict=True):
+        assert row["question"] == record.task.question
+        assert trajectory.reward is not None
+        assert row["reward/accuracy"] == trajectory.reward.components["accuracy"]
+        assert [turn["code"] for turn in row["turns"]] == [
+            t.tool_call.code if t.tool_call else None for t in trajectory.turns
+        ]
+        assert [operation for turn in row["turns"] for operation in turn["operations"]] == [
+            op.name for op in trajectory.operations
+        ]
+        assert (row["token_ids"], row["loss_mask"]) == (trajectory.token_ids, trajectory.loss_mask)
+        for image, record_image in zip(row["images"], trajectory.images, strict=True):
+            if record_image.file == gone.name:
+                assert image == {"bytes": None, "path": gone.name}
+            else:
+                assert np.array_equal(decode_image(image["bytes"]), np.asarray(record_image.load()))
+    assert any(turn["text"] == "half a \\ud83d pair" for row in rows for turn in row["turns"])
+
+
+def test_datasets_reads_the_pictures_of_the_export(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="no datasets: pip install datasets")
+    groups = sample_groups(2, size=2)
+    write(tmp_path / "rl", groups)
+    write_parquet({"rl": tmp_path / "rl"}, tmp_path / "x.parquet")
+    found = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "x.parquet"), split="train", cache_dir=str(tmp_path)
+    )
+    assert len(found) == 4
+    given = groups[1].trajectories[1]
+    for picture, image in zip(found[3]["images"], given.images, strict=True):
+        assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(image.original))
+
+
+def test_an_export_of_nothing_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "x.parquet"
+    assert export_main(["export", str(tmp_path), "--out", str(out)]) == 1
+    write(tmp_path / "rl", [])
+    assert export_main(["export", str(tmp_path), "--out", str(out)]) == 1
+    assert export_main(["export", str(tmp_path), "--out", str(out), "--stores", "[sft]"]) == 1
+    messages = capsys.readouterr().err.splitlines()
+    assert "no trajectories/*.jsonl" in messages[0]
+    assert "the stores are empty" in messages[1]
+    assert "--stores sft: not in" in messages[2]
+    assert not out.exists()
+
+
+def test_lines_of_an_older_schema_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path, sample_groups(3, size=1))
+    lines = path.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace(f'"schema":{SCHEMA_VERSION}', '"schema":0')
+    path.write_text("".join(lines))
+    reader = read_groups(tmp_path)
+    assert len(list(reader)) == 2
+    assert [(bad.line, "schema 0" in bad.reason) for bad in reader.bad_lines] == [(2, True)]
 
 
 def test_an_iteration_is_written_in_a_tenth_of_a_second(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""`python -m cv_lightning trajectories export RUN --out FILE`: stored trajectories in the form of other tools."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cv_lightning.evaluation.runs import find_stores
+from cv_lightning.trajectory.parquet import write_parquet
+from cv_lightning.types import CVLightningError, DataError
+
+
+def export(run: Path, out: Path | None = None, stores: list[str] | None = None) -> None:
+    """Write trajectories as one Parquet file, a row each, pictures inside.
+
+    Args:
+        run: a run's folder, or one of its stores.
+        out: the file; by default trajectories.parquet in the run.
+        stores: only these, by their path below the run, e.g. '[rl, eval/rl_greedy_tool]'; by default all.
+    """
+    found = {path.relative_to(run).as_posix(): path for path in find_stores(run)}
+    if not found:
+        raise DataError(f"{run}: no trajectories/*.jsonl here or below; give the folder that fit or test wrote")
+    if unknown := [name for name in stores or () if name not in found]:
+        raise DataError(f"--stores {', '.join(unknown)}: not in {run}, which has {', '.join(found)}")
+    out = out or run / "trajectories.parquet"
+    done = write_parquet({name: path for name, path in found.items() if not stores or name in stores}, out)
+    missing = f" ({done.num_missing_images} missing)" if done.num_missing_images else ""
+    print(f"{out}: {done.num_rows} trajectories, {done.num_images} images{missing}")
+    if done.num_bad_lines:
+        print(f"{done.num_bad_lines} unreadable lines skipped", file=sys.stderr)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    import jsonargparse
+
+    try:
+        jsonargparse.auto_cli({"export": export}, args=args, prog="cv_lightning trajectories")
+    except (CVLightningError, ValueError, OSError) as error:
+        print(f"trajectories: {error}", file=sys.stderr)
+        return 1
+    return 0
