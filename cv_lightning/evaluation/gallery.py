@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from cv_lightning.evaluation.metrics import Outcome, judge
+from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
 from cv_lightning.types import DataError, Turn
 
@@ -104,13 +104,18 @@ class Gallery:
         self.thumbnail_px = thumbnail_px
         self.max_image_bytes = max_image_bytes
         self.num_image_bytes = 0
-        self.num_images_left_out = 0
-        """Over the size limit: the page links to their files."""
+        self.left_out: set[str] = set()
+        """Files over the size limit: the page loads them from the run's folder."""
+        self.missing: set[str] = set()
+        """Files that a trajectory names but that are not there, or cannot be decoded."""
         self.images: dict[str, str] = {}
         """Data URI by file name."""
         self.stores: list[dict[str, Any]] = []
         self.groups: list[dict[str, Any]] = []
         self.trajectories: list[dict[str, Any]] = []
+        self.codes: list[list[tuple[str, str]]] = []
+        """Every different snippet once, in coloured pieces."""
+        self._code_numbers: dict[str, int] = {}
 
     def add_store(self, name: str, label: str, groups: list[GroupRecord], num_seen: int, folder: str | None) -> None:
         """Add the sampled groups of one store.
@@ -177,40 +182,60 @@ class Gallery:
             "tokens": [trajectory.num_prompt_tokens, trajectory.num_sampled_tokens, trajectory.num_tokens],
             "seconds": trajectory.total_s,
             "version": trajectory.weight_version,
-            "turns": [_turn(turn) for turn in trajectory.turns],
+            "turns": [self._turn(turn) for turn in trajectory.turns],
             "images": [self._image(image) for image in trajectory.images],
         }
 
     def _image(self, image: ImageRecord) -> dict[str, Any]:
         self._embed(image.file, image)
+        missing = image.file in self.missing
         data: dict[str, Any] = {
-            "file": image.file,
+            "file": "" if missing else image.file,
+            "missing": missing,
             "size": image.size,
             "model": image.model_size,
             "parent": image.parent,
             "source": image.source,
             "toSource": image.to_source,
         }
-        if 2 * image.model_size[0] <= image.size[0] and self.images.get(image.file):
+        if 2 * image.model_size[0] <= image.size[0] and data["file"]:
             # what cannot be read at the size that the model saw is what the crop was for
             data["seen"] = f"{image.file}@{image.model_size[0]}x{image.model_size[1]}"
-            self._embed(data["seen"], image, image.model_size)
+            if image.file in self.images:
+                self._embed(data["seen"], image, image.model_size)
         return data
 
     def _embed(self, key: str, image: ImageRecord, size: tuple[int, int] | None = None) -> None:
-        if key in self.images or not image.file:
+        if key in self.images or not image.file or image.file in self.missing:
             return
         if self.num_image_bytes >= self.max_image_bytes:
-            self.num_images_left_out += size is None
+            if size is None and (image.path is None or not image.path.is_file()):
+                self.missing.add(image.file)
+            elif size is None:
+                self.left_out.add(image.file)
             return
         try:
             pixels = image.load()
         except DataError as error:
             LOG.warning("%s", error)
+            self.missing.add(image.file)
             return
         pixels = pixels.resize(size, Image.Resampling.BICUBIC) if size else pixels
         self.images[key] = thumbnail(pixels, self.thumbnail_px)
         self.num_image_bytes += len(self.images[key])
+
+    def _turn(self, turn: Turn) -> dict[str, Any]:
+        data = _turn(turn)
+        if turn.tool_call is not None:
+            data["call"]["code"] = self._code(turn.tool_call.code)
+        return data
+
+    def _code(self, code: str) -> int:
+        """Number of a snippet in `codes`."""
+        if code not in self._code_numbers:
+            self._code_numbers[code] = len(self.codes)
+            self.codes.append(highlight(_cut(code)))
+        return self._code_numbers[code]
 
 
 def _turn(turn: Turn) -> dict[str, Any]:
@@ -226,7 +251,6 @@ def _turn(turn: Turn) -> dict[str, Any]:
     if call is not None:
         data["call"] = {
             "name": call.name,
-            "code": _cut(call.code),
             "image": call.image_index,
             "description": _cut(call.description),
         }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 NUM_RESAMPLES = 2000
 
@@ -49,11 +52,32 @@ def bootstrap(values: Sequence[float], clusters: Sequence[Hashable], seed: int =
         return math.nan, math.nan
     index: dict[Hashable, int] = {}
     ids = np.array([index.setdefault(cluster, len(index)) for cluster in clusters])
-    sums, counts = np.bincount(ids, weights=np.asarray(values, float)), np.bincount(ids)
-    draws = np.random.default_rng(seed).integers(0, len(index), size=(NUM_RESAMPLES, len(index)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    sums, counts = np.bincount(ids, weights=np.asarray(values, float)), np.bincount(ids).astype(float)
+    rng = np.random.default_rng(seed)
+    # Clusters that look alike are drawn together: how often each look occurs in a resample is multinomial.
+    looks, times = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
+    if 4 * len(looks) <= len(index):
+        drawn = rng.multinomial(len(index), times / len(index), size=NUM_RESAMPLES) @ looks
+        means = drawn[:, 0] / drawn[:, 1]
+    else:
+        means = np.concatenate([_resampled(sums, counts, rng, part) for part in _parts(len(index))])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _parts(num_clusters: int) -> list[int]:
+    """Resamples in portions of about a million draws, so that memory stays small."""
+    size = max(1, min(NUM_RESAMPLES, 1_000_000 // num_clusters))
+    return [min(size, NUM_RESAMPLES - start) for start in range(0, NUM_RESAMPLES, size)]
+
+
+def _resampled(
+    sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], rng: np.random.Generator, times: int
+) -> npt.NDArray[np.float64]:
+    """Means of so many resamples. Shape [times]."""
+    draws = rng.integers(0, len(sums), size=(times, len(sums)))
+    found: npt.NDArray[np.float64] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    return found
 
 
 def rate(values: Sequence[float], clusters: Sequence[Hashable]) -> Rate:
@@ -65,3 +89,61 @@ def rate(values: Sequence[float], clusters: Sequence[Hashable]) -> Rate:
     independent = len(set(clusters)) == n and all(value in (0, 1) for value in values)
     low, high = wilson(math.fsum(values), n) if independent else bootstrap(values, clusters)
     return Rate(mean, low, high, n)
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+class Difference(NamedTuple):
+    """Mean of paired differences, with its 95 % interval and a test of no difference."""
+
+    value: float
+    """NaN where `n` is 0."""
+    low: float
+    high: float
+    p: float
+    """Two-sided; NaN where `n` is 0."""
+    test: str
+    """`mcnemar` (exact, one trajectory a task) or `wilcoxon` (signed rank of the tasks' means)."""
+    n: int
+    """Tasks."""
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "-"
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p {self.p:.2g}"
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Summarise one difference a task: bootstrap interval of the mean, exact McNemar where all are -1, 0 or 1.
+
+    Args:
+        differences: second minus first, one a task.
+    """
+    from scipy import stats  # half a second, which training never needs
+
+    n = len(differences)
+    if n == 0:
+        return Difference(math.nan, math.nan, math.nan, math.nan, "mcnemar", 0)
+    low, high = bootstrap(differences, range(n))
+    test, p = "mcnemar", 1.0
+    if all(value in (-1, 0, 1) for value in differences):
+        gained, lost = sum(value == 1 for value in differences), sum(value == -1 for value in differences)
+        if gained + lost:
+            p = float(stats.binomtest(gained, gained + lost).pvalue)
+    else:
+        test = "wilcoxon"
+        p = float(stats.wilcoxon(differences).pvalue)
+    return Difference(math.fsum(differences) / n, low, high, p, test, n)
+
+
+# ------------------------------------------------------------------------------------------------ several tries
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of `k` tries is right (Chen et al., 2107.03374).
+
+    Args:
+        num_samples: tries there were, at least `k`.
+        num_right: how many of them were right.
+        k: at least 1.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
+        raise ValueError(f"pass@{k} cannot be estimated from {num_right} right of {num_samples} tries")
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.stats import binomtest
 from trajectory_samples import INVERSE, KINDS, TURNS, Policy, digit_task, group
 
-from cv_lightning.evaluation.metrics import crop_fits, must_use, outcomes, summarise, to_upright, turned_image
+from cv_lightning.evaluation.metrics import summarise
+from cv_lightning.evaluation.outcome import crop_fits, must_use, outcomes, to_upright, turned_image
 from cv_lightning.evaluation.statistics import bootstrap, rate, wilson
 from cv_lightning.images import compose, dihedral_affine
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord, to_record

@@ -1,0 +1,171 @@
+"""What an evaluation shows beyond its main figures: who scored, what the tool did, and by what the score differs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of
+from cv_lightning.evaluation.outcome import DIHEDRAL, Outcome
+from cv_lightning.evaluation.statistics import Rate, pass_at_k, rate
+from cv_lightning.types import EndState
+
+TRANSFORMS = ("identity", *DIHEDRAL)
+"""Columns of a robustness table: Source and the five orientations."""
+NONE = Rate(math.nan, math.nan, math.nan, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown:
+    """Figures of one evaluation; failures of the infrastructure are left out but where a field says so."""
+
+    score: Rate
+    """Mean score: by the benchmark's own metric where it has one, else accuracy. Over all tasks."""
+    metrics: tuple[str, ...]
+    """Names of the benchmarks' own metrics that `score` is made of; empty: accuracy."""
+    accuracy_rule: Rate
+    """Right by rule alone, what the judge was asked about counted as wrong; over all tasks, those that the judge failed
+    on included."""
+    accuracy_judged: Rate
+    """Right by rule or by judge, over all tasks that were scored; n = 0 where no judge was asked."""
+    num_judged: int
+    """Answers that the judge decided on."""
+    num_unjudged: int
+    """Answers that the judge failed on: unscored, not wrong."""
+    orientation_fixed: Rate
+    """Share of the trajectories of turned tasks whose last image was upright."""
+    tool_on_upright: Rate
+    """Share of the trajectories of tasks that need no tool in which it was called."""
+    operations_mean: float
+    """Operations that ran and were used, per answered trajectory."""
+    length_mean: float
+    """Tokens of the whole sequence: prompt, images and tool responses included."""
+    crop_iou: Rate
+    """Best overlap of a crop with the ground-truth box, over the trajectories that made one."""
+    crops_faithful: Rate
+    """Share of crops that contain the evidence: 90 % of the ground-truth box."""
+    crops_faithful_when_right: Rate
+    """The same over right answers: of what was seen before a right answer, how much could have told it."""
+    pass_at_k: dict[int, Rate]
+    """Chance that one of k tries is right, for k = 1, 2, 4, ...; empty with one sample a task."""
+    by_transform: dict[str, Rate]
+    """Score by orientation, Source as `identity`; only those that occurred."""
+    mean_of_six: Rate
+    """Mean of Source and the five orientations, as the paper's table prints it; n = 0 where one is missing."""
+    mean_of_transformed: Rate
+    """Mean of the five orientations without Source; n = 0 where one is missing."""
+    by_corruption: dict[str, dict[int, Rate]]
+    """Score by corruption and severity; empty where nothing was corrupted."""
+    by_source: dict[str, Rate]
+    by_category: dict[str, Rate]
+    """Score by category of the data set; empty where it has none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a rate is {value, low, high, n}, NaN is null."""
+        values = {key: json_value(value) for key, value in asdict(self).items()}
+        return values | {"metrics": list(self.metrics)}
+
+
+def breakdown(everything: Sequence[Outcome]) -> Breakdown:
+    """Compute every figure from what the trajectories contributed."""
+    valid = [outcome for outcome in everything if not outcome.end_state.is_error]
+    unjudged = [outcome for outcome in everything if outcome.end_state is EndState.ERROR_JUDGE]
+    judged = [outcome for outcome in valid if outcome.scored_by == "judge"]
+    answered = [outcome for outcome in valid if outcome.end_state is EndState.ANSWERED]
+    scored = [outcome for outcome in valid if outcome.score is not None]
+    by_transform = _by(scored, lambda o: o.shown.orientation, TRANSFORMS)
+    corrupted = [outcome for outcome in scored if outcome.shown.severity]
+    by_corruption = _groups(corrupted, lambda o: o.shown.corruption)
+    return Breakdown(
+        score=rate_of(scored, lambda o: o.score),
+        metrics=tuple(sorted({o.metric for o in scored if o.metric})),
+        accuracy_rule=rate_of([*valid, *unjudged], _right_by_rule),
+        accuracy_judged=rate_of(valid, lambda o: o.correct) if judged or unjudged else NONE,
+        num_judged=len(judged),
+        num_unjudged=len(unjudged),
+        orientation_fixed=rate_of(valid, lambda o: o.fixed),
+        tool_on_upright=rate_of(valid, lambda o: None if o.needs_tool else o.num_calls > 0),
+        operations_mean=mean_of(o.num_operations for o in answered),
+        length_mean=mean_of(o.num_tokens for o in valid),
+        crop_iou=rate_of(valid, lambda o: o.crop_iou),
+        crops_faithful=_crops_showing(valid),
+        crops_faithful_when_right=_crops_showing([o for o in valid if o.correct]),
+        pass_at_k=_pass_at(scored),
+        by_transform=by_transform,
+        mean_of_six=mean_of_columns(scored, TRANSFORMS),
+        mean_of_transformed=mean_of_columns(scored, DIHEDRAL),
+        by_corruption={name: _by(found, lambda o: o.shown.severity) for name, found in by_corruption.items()},
+        by_source=_by(scored, lambda o: o.shown.data_source),
+        by_category=_by([o for o in scored if o.category], lambda o: o.category),
+    )
+
+
+def _right_by_rule(outcome: Outcome) -> float | None:
+    if outcome.end_state is EndState.ERROR_JUDGE:
+        return 0.0  # the judge is asked only where the rule says no
+    return None if outcome.correct is None else float(outcome.correct and outcome.scored_by == "rule")
+
+
+def _groups(found: Sequence[Outcome], key: Callable[[Outcome], Any]) -> dict[Any, list[Outcome]]:
+    groups = defaultdict(list)
+    for outcome in found:
+        groups[key(outcome)].append(outcome)
+    return dict(sorted(groups.items()))
+
+
+def _by(found: Sequence[Outcome], key: Callable[[Outcome], Any], order: Sequence[Hashable] = ()) -> dict[Any, Rate]:
+    """Mean score by a key; in the given order, then by the key itself."""
+    groups = _groups(found, key)
+    first = [name for name in order if name in groups]
+    return {name: rate_of(groups[name], lambda o: o.score) for name in [*first, *(n for n in groups if n not in first)]}
+
+
+def _crops_showing(found: Sequence[Outcome]) -> Rate:
+    crops = [
+        (float(index < outcome.num_crops_showing), outcome.shown.base_id)
+        for outcome in found
+        for index in range(outcome.num_crops)
+    ]
+    return rate([hit for hit, _ in crops], [task for _, task in crops])
+
+
+def mean_of_columns(found: Sequence[Outcome], columns: Sequence[str]) -> Rate:
+    """Mean of the columns of a robustness table, each weighing the same.
+
+    Over the questions that were shown in every column, resampled as a whole; where no question was (every one shown in
+    one form), the columns are independent and their intervals add up. `n` is the number of questions.
+    """
+    columns_found = _groups([o for o in found if o.shown.orientation in columns], lambda o: o.shown.orientation)
+    if len(columns_found) < len(columns):
+        return NONE
+    by_question: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, outcomes in columns_found.items():
+        for outcome in outcomes:
+            by_question[outcome.shown.base_id][name].append(outcome.score or 0.0)
+    whole = {base: shown for base, shown in by_question.items() if len(shown) == len(columns)}
+    if whole:
+        means = [fmean(fmean(scores) for scores in shown.values()) for shown in whole.values()]
+        return rate(means, list(whole))
+    rates = [rate_of(outcomes, lambda o: o.score) for outcomes in columns_found.values()]
+    value = fmean(column.value for column in rates)
+    half = math.sqrt(math.fsum(((column.high - column.low) / 2) ** 2 for column in rates)) / len(rates)
+    return Rate(value, max(0.0, value - half), min(1.0, value + half), len(by_question))
+
+
+def _pass_at(scored: Sequence[Outcome]) -> dict[int, Rate]:
+    """By powers of two, up to the fewest samples that a task has."""
+    tasks = _groups(scored, lambda o: o.task_id)
+    fewest = min((len(samples) for samples in tasks.values()), default=0)
+    if fewest < 2:
+        return {}
+    right = {task: sum(bool(o.correct) for o in samples) for task, samples in tasks.items()}
+    clusters = [samples[0].shown.base_id for samples in tasks.values()]
+    return {
+        k: rate([pass_at_k(len(samples), right[task], k) for task, samples in tasks.items()], clusters)
+        for k in (2**power for power in range(fewest.bit_length()))
+        if k <= fewest
+    }

@@ -1,0 +1,224 @@
+"""What one trajectory did: right or wrong, whether the tool was used as the task needs it, what its crops show.
+
+Pure functions of records; live groups are adapted by `to_record`. *Must-use* holds when the answer was given on an
+upright image and, where a crop is needed, after the model saw a crop that shows the ground-truth box and little else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from cv_lightning.evaluation.scoring import official_score
+from cv_lightning.images import area, compose, dihedral_affine, intersection, iou, is_upright
+from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
+from cv_lightning.types import IDENTITY, Affine, Box, EndState, Group, ToolStatus
+
+DIHEDRAL = ("rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
+QUARTER_TURNS = ("rotate_90", "rotate_270")
+MIN_COVERED = 0.9
+"""Least share of the ground-truth box that a crop must show."""
+MAX_AREA_RATIO = 6.0
+"""Largest area of a crop, in areas of the ground-truth box."""
+
+
+def to_upright(task: TaskRecord) -> Affine:
+    """Map from pixels of the image as given to pixels of the upright picture it was made from.
+
+    Transforms that are no right-angle turn or flip (`crop`, corruptions) are left out.
+    """
+    names = [name for name in task.required_transforms if name in DIHEDRAL]
+    size = task.images[0].size
+    if sum(name in QUARTER_TURNS for name in names) % 2:
+        size = (size[1], size[0])
+    total = IDENTITY
+    for name in names:  # in the order of application, from the upright picture on
+        total = compose(total, dihedral_affine(name, *size))
+        size = (size[1], size[0]) if name in QUARTER_TURNS else size
+    return total
+
+
+def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+    """True if the last image that the model saw is upright: turned and mirrored by nothing, on balance."""
+    if not trajectory.images:
+        return False
+    last = trajectory.images[-1]
+    # only the first image is the one the task's transforms were applied to
+    return is_upright(last.to_source, to_upright(task) if last.source == 0 else None)
+
+
+def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+    """True if some crop that the model saw shows the ground-truth box and little else, in source pixels.
+
+    At least `MIN_COVERED` of the box, at most `MAX_AREA_RATIO` times its area, and less than the whole image.
+    A crop turned by no right angle is taken for its bounding box.
+    """
+    if task.box is None:
+        return False
+    limit = MAX_AREA_RATIO * area(task.box)
+    return any(area(crop) <= limit and shows(crop, task.box) for crop in crops(task, trajectory))
+
+
+def shows(crop: Box, evidence: Box) -> bool:
+    """True if a crop contains at least `MIN_COVERED` of the evidence's box; both in source pixels."""
+    return intersection(crop, evidence) >= MIN_COVERED * area(evidence)
+
+
+def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:
+    """What the crops that the model saw show of the first image, in its pixels and in order.
+
+    A picture that shows the whole image, or just what its parent shows (a turned crop), is none.
+    """
+    width, height = task.images[0].size
+    found = []
+    for image in trajectory.images:
+        frame = image.source_box
+        if image.parent is None or image.source != 0 or frame is None or area(frame) >= width * height:
+            continue
+        if frame != trajectory.images[image.parent].source_box:
+            found.append(frame)
+    return found
+
+
+def must_use(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+    """True if the trajectory answered, and did so on the image that the task needs."""
+    return (
+        trajectory.end_state is EndState.ANSWERED
+        and answered_upright(task, trajectory)
+        and ("crop" not in task.required_transforms or crop_fits(task, trajectory))
+    )
+
+
+def turned_image(trajectory: TrajectoryRecord) -> bool:
+    """True if an orientation operation ran, by name or by its net effect (an array turned by slicing)."""
+    if any(_turns(op.name) for op in trajectory.operations):
+        return True
+    effects = [turn.result.effect for turn in trajectory.turns if turn.result and turn.result.effect]
+    return any(_turns(name) for effect in effects for name in effect.core)
+
+
+def _turns(name: str) -> bool:
+    return name.startswith(("rotate", "flip", "transpose"))
+
+
+# ------------------------------------------------------------------------------------------------ what was shown
+class Shown(NamedTuple):
+    """Which question it was, and in which form."""
+
+    base_id: str
+    """Id of the question, the same in all its forms."""
+    data_source: str
+    """Data set, the same in all forms."""
+    orientation: str
+    """`identity`, one of `DIHEDRAL`, or `several`."""
+    corruption: str
+    """`none` or a name of the suite."""
+    severity: int
+    """1 to 5; 0 for none."""
+
+
+def shown_as(task: TaskRecord) -> Shown:
+    """The form of a task: what `data.corruptions` made of it, else what its data set did to the image."""
+    metadata = task.metadata
+    if isinstance(metadata.get("orientation"), str) and isinstance(metadata.get("corruption"), str):
+        orientation, corruption = metadata["orientation"], metadata["corruption"]
+        severity = int(metadata.get("severity") or 0)
+        ending = f"/{orientation}/{corruption}" + (f"_{severity}" if severity else "")
+        base, source = task.id.removesuffix(ending), task.data_source.removesuffix(ending)
+        if [name for name in task.required_transforms if name in DIHEDRAL] in ([], [orientation]):
+            return Shown(base, source, orientation, corruption, severity)
+        return Shown(base, source, "several", corruption, severity)
+    turns = [name for name in task.required_transforms if name in DIHEDRAL]
+    orientation = "several" if len(turns) > 1 else turns[0] if turns else "identity"
+    return Shown(task.id, task.data_source, orientation, "none", 0)
+
+
+# ------------------------------------------------------------------------------------------------ outcome
+class Outcome(NamedTuple):
+    """What one trajectory contributes; no reference to it is kept, so millions can be summarised."""
+
+    task_id: str
+    sample: int
+    kind: str
+    shown: Shown
+    category: str
+    """Of the question within its data set; empty: the data set has none."""
+    needs_tool: bool
+    end_state: EndState
+    correct: bool | None
+    """By rule, or by the judge where `scored_by` says so; None: unscored."""
+    scored_by: str
+    """`rule` or `judge`; empty: unscored."""
+    score: float | None
+    """In [0, 1]: by the benchmark's own metric where it has one, else 1 for correct; None: unscored."""
+    metric: str
+    """Name of the benchmark's own metric; empty: none."""
+    must_use: bool
+    """False for tasks that need no tool."""
+    fixed: bool | None
+    """The last image was upright; None for tasks that were shown upright."""
+    spurious: bool
+    """An orientation operation ran though none was needed."""
+    num_turns: int
+    num_sampled_tokens: int
+    num_tokens: int
+    """Whole sequence: prompt, images and tool responses included."""
+    num_calls: int
+    num_calls_ok: int
+    """Calls that returned an image."""
+    num_operations: int
+    """Operations that ran and reached the image that was returned."""
+    num_crops: int
+    """Crops that the model saw, where there is a ground-truth box; else 0."""
+    num_crops_showing: int
+    """Of those, the ones that contain the box."""
+    crop_iou: float | None
+    """Best overlap of a crop with the ground-truth box; None without a crop or without a box."""
+
+
+def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
+    """Judge one trajectory."""
+    shown, reward = shown_as(task), trajectory.reward
+    seen = crops(task, trajectory) if task.box is not None else []
+    box = task.box or (0.0, 0.0, 0.0, 0.0)
+    return Outcome(
+        task_id=task.id,
+        sample=trajectory.sample,
+        kind=task.kind,
+        shown=shown,
+        category=str(task.metadata.get("category") or ""),
+        needs_tool=task.needs_tool,
+        end_state=trajectory.end_state,
+        correct=reward.correct if reward else None,
+        scored_by=reward.scored_by if reward else "",
+        score=_score(task.metadata, trajectory),
+        metric=str(task.metadata.get("metric") or ""),
+        must_use=task.needs_tool and must_use(task, trajectory),
+        fixed=None if shown.orientation == "identity" else answered_upright(task, trajectory),
+        spurious=not task.needs_tool and turned_image(trajectory),
+        num_turns=len(trajectory.turns),
+        num_sampled_tokens=trajectory.num_sampled_tokens,
+        num_tokens=trajectory.num_tokens,
+        num_calls=trajectory.num_tool_calls,
+        num_calls_ok=sum(turn.result is not None and turn.result.status is ToolStatus.OK for turn in trajectory.turns),
+        num_operations=sum(operation.used for operation in trajectory.operations),
+        num_crops=len(seen),
+        num_crops_showing=sum(shows(crop, box) for crop in seen),
+        crop_iou=max((iou(crop, box) for crop in seen), default=None),
+    )
+
+
+def _score(metadata: dict[str, Any], trajectory: TrajectoryRecord) -> float | None:
+    if trajectory.reward is None:
+        return None
+    official = official_score(trajectory.reward.answer, metadata)
+    return float(trajectory.reward.correct) if official is None else official
+
+
+def outcomes(groups: Iterable[Group | GroupRecord]) -> list[Outcome]:
+    """Judge every trajectory, live or stored."""
+    found = []
+    for group in groups:
+        record = to_record(group) if isinstance(group, Group) else group
+        found += [judge(record.task, trajectory) for trajectory in record.trajectories]
+    return found

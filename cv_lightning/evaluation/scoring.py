@@ -1,0 +1,166 @@
+"""Scores as the benchmarks' own code gives them, of the answer that was extracted from a response.
+
+A task that came with a metric names it in `metadata["metric"]`; everything else is scored right or wrong by the reward
+module's rule, and by its judge where there is one. Sources: ANLS (Biten et al., 1905.13648), the evaluation code of
+OCRBench (Yuliang-Liu/MultimodalOCR), ChartQAPro (vis-nlp/ChartQAPro) and TIR-Bench (agents-x-project/TIR-Bench).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cv_lightning.rewards.answer import are_answers_equivalent
+
+ANLS_THRESHOLD = 0.5
+"""Normalised edit distance from which on an answer earns nothing."""
+RELAXED_TOLERANCE = 0.05
+"""Relative error of a number that ChartQAPro accepts."""
+
+
+def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | None:
+    """The benchmark's own score of an answer.
+
+    Args:
+        answer: what was extracted; None scores 0.
+        metadata: of the task: `metric`, `answers` and what else the metric reads.
+
+    Returns:
+        In [0, 1]; None where the task names no metric.
+
+    Raises:
+        ValueError: a metric that does not exist.
+    """
+    name = metadata.get("metric")
+    if name is None:
+        return None
+    if name not in METRICS:
+        raise ValueError(f"metadata.metric {name!r}: there are {', '.join(METRICS)}")
+    return METRICS[name](answer, metadata) if answer else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ ANLS
+def anls(answer: str, truths: Sequence[str]) -> float:
+    """1 minus the normalised edit distance to the nearest truth, regardless of case; 0 from a distance of 0.5 on."""
+    return max((_similarity(answer.strip().lower(), truth.strip().lower()) for truth in truths), default=0.0)
+
+
+def _similarity(said: str, truth: str) -> float:
+    longest = max(len(said), len(truth))
+    if longest == 0:
+        return 1.0
+    if abs(len(said) - len(truth)) >= ANLS_THRESHOLD * longest:
+        return 0.0  # the difference in length alone is that far: no need to compare
+    distance = edit_distance(said, truth) / longest
+    return 1.0 - distance if distance < ANLS_THRESHOLD else 0.0
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Least number of insertions, deletions and substitutions (Levenshtein)."""
+    row = list(range(len(other) + 1))
+    for i, left in enumerate(one, start=1):
+        before, row[0] = row[0], i
+        for j, right in enumerate(other, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (left != right))
+    return row[-1]
+
+
+def _anls(answer: str, metadata: Mapping[str, Any]) -> float:
+    return anls(answer, metadata["answers"])
+
+
+# ------------------------------------------------------------------------------------------------ OCRBench
+def _ocrbench(answer: str, metadata: Mapping[str, Any]) -> float:
+    """1 if any truth stands in the answer; formulas (HME100k) are compared without spaces and with their case."""
+    if metadata.get("dataset") == "HME100k":
+        said = "".join(answer.split())
+        return float(any("".join(truth.split()) in said for truth in metadata["answers"]))
+    said = answer.lower().strip().replace("\n", " ")
+    return float(any(truth.lower().strip().replace("\n", " ") in said for truth in metadata["answers"]))
+
+
+# ------------------------------------------------------------------------------------------------ ChartQAPro
+def _chartqapro(answer: str, metadata: Mapping[str, Any]) -> float:
+    """Relaxed correctness, mean over the items of a list.
+
+    As the released code computes the paper's table: years exactly, other numbers within 5 %, text by ANLS. Its exact
+    match for fact checking and multiple choice is computed there but never used.
+    """
+    truths = _items(str(metadata["answers"][-1]).strip(".\n"))
+    said = _items(answer.strip(".\n"))
+    years = [str(flag).upper() == "YES" for flag in metadata.get("year") or ["NO"]]
+    if metadata.get("question_type") == "Conversational":
+        years = years[-1:]
+    if len(years) < len(truths):
+        years = years * len(truths)
+    size = max(len(truths), len(said))
+    scores = [_relaxed(said[i], truths[i], years[i]) for i in range(min(len(truths), len(said)))]
+    return sum(scores) / size
+
+
+def _items(text: str) -> list[str]:
+    """Items of a text that is a list, with or without quotes; else the text alone."""
+    match = re.fullmatch(r"\s*\[(.*)\]\s*", text, flags=re.DOTALL)
+    if match is None:
+        return [text]
+    try:
+        parsed = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        parsed = match[1].split(",")
+    return [str(item).strip(" '\"") for item in parsed] or [text]
+
+
+def _relaxed(said: str, truth: str, is_year: bool) -> float:
+    if is_year:
+        return float(said.strip().lower() == truth.strip().lower())
+    said, truth = said.strip().strip("%").strip(), truth.strip().strip("%").strip()
+    numbers = _float(said), _float(truth)
+    if numbers[0] is None or numbers[1] is None:
+        return anls(said, [truth])
+    if numbers[1] == 0:
+        return float(numbers[0] == 0)
+    return float(abs(numbers[0] - numbers[1]) <= RELAXED_TOLERANCE * abs(numbers[1]))
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ TIR-Bench
+def _tirbench(answer: str, metadata: Mapping[str, Any]) -> float:
+    """By task; what is not named here by the project's rule for letters and numbers.
+
+    Text within the answer (ocr), share of places that are right (jigsaw), overlap of sets (spot_difference), a pair of
+    numbers (word_search).
+    """
+    task, truth = metadata.get("category"), str(metadata["answers"][0]).strip()
+    numbers, wanted = _integers(answer), _integers(truth)
+    single = re.fullmatch(r"-?\d+", truth) is not None
+    if task == "ocr":
+        return float(truth in answer)
+    if task == "jigsaw":
+        places = zip(numbers, wanted, strict=True) if len(numbers) == len(wanted) else ()
+        return sum(one == other for one, other in places) / max(1, len(wanted))
+    if task == "spot_difference" and not single:
+        union = set(numbers) | set(wanted)
+        return len(set(numbers) & set(wanted)) / len(union) if union else 1.0
+    if task == "word_search" and not single:
+        return float(len(wanted) > 1 and numbers[:2] == wanted[:2])
+    return float(are_answers_equivalent(answer, truth))
+
+
+def _integers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d{1,18}", text)]
+
+
+METRICS: dict[str, Callable[[str, Mapping[str, Any]], float]] = {
+    "anls": _anls,
+    "ocrbench": _ocrbench,
+    "chartqapro": _chartqapro,
+    "tirbench": _tirbench,
+}
