@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ VERBS = {
     "sandbox": Verb("cv_lightning.commands.sandbox:main", "test the sandbox, or run one snippet in it"),
     "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
+    "view": Verb("cv_lightning.commands.view:main", "show a run in the browser while it goes on"),
     "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),
     "quickstart": Verb(
         "cv_lightning.commands.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
@@ -37,6 +39,8 @@ VERBS = {
         "cv_lightning.commands.ablations:main", "train the quickstart with parts of reward and recipe taken away"
     ),
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
+    "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
+    "chat": Verb("cv_lightning.commands.chat:main", "ask a model about a picture, in the terminal or a browser"),
     "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
     "quickstart-summary": Verb(
         "cv_lightning.commands.summary:main", "summarise a quickstart run: tables, summary.json"
@@ -86,6 +90,10 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
     """Entry of the installed script."""
+    if "WANDB_SWEEP_ID" in os.environ and any(VERBS[word].lightning for word in sys.argv[1:2] if word in VERBS):
+        from cv_lightning.commands.sweep import agent_arguments
+
+        sys.argv[1:] = agent_arguments(sys.argv[1:], os.environ)  # ranks that Lightning starts read it, too
     sys.exit(main(sys.argv[1:]))
 
 
