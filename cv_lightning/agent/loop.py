@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 Score = Callable[[Trajectory], Coroutine[Any, Any, None]]
 """Judges a finished trajectory while others still run."""
+Settled = Callable[[int, Trajectory], None]
+"""Told of a trajectory that is finished and judged: number of its job, and itself. On the thread that called `run`."""
 
 POLL_S = 0.5
 """With nothing else to do the loop looks at its deadlines this often, in seconds."""
@@ -117,6 +119,7 @@ class Rollout:
         jobs: Sequence[Job],
         sampling: SamplingConfig,
         progress: Callable[[RolloutProgress], None] | None = None,
+        settled: Settled | None = None,
     ) -> list[Trajectory]:
         """One trajectory per job, in the order of the jobs.
 
@@ -124,6 +127,7 @@ class Rollout:
             jobs: what to roll out; jobs of one task share its resized images.
             sampling: temperature, top_p, run seed.
             progress: called after every engine step.
+            settled: called once for every trajectory, as soon as nothing about it changes any more.
 
         Returns:
             As many trajectories as jobs; a failed part is an end state of its trajectory, not an exception.
@@ -132,7 +136,7 @@ class Rollout:
             EngineError: the engine itself failed in a step. Like any other exception, Ctrl-C included, it leaves no
                 request in the engine and no snippet in the sandbox.
         """
-        return _Pass(self, jobs, sampling, progress).run()
+        return _Pass(self, jobs, sampling, progress, settled).run()
 
 
 class _Pass:
@@ -144,6 +148,7 @@ class _Pass:
         jobs: Sequence[Job],
         sampling: SamplingConfig,
         progress: Callable[[RolloutProgress], None] | None,
+        settled: Settled | None,
     ) -> None:
         self.owner, self.sampling = owner, sampling
         self.engine, self.encoder, self.config = owner.engine, owner.encoder, owner.config
@@ -151,12 +156,13 @@ class _Pass:
         self.waiting = deque(enumerate(jobs))
         self.generating: dict[str, _Run] = {}
         self.in_sandbox: dict[str, _Call] = {}
-        self.scoring: list[tuple[Trajectory, Future[None]]] = []
+        self.scoring: list[tuple[int, Trajectory, Future[None] | None]] = []  # ended; None: no verdict is asked for
         self.done: dict[int, Trajectory] = {}
         self.shown: dict[int, tuple[list[TrajectoryImage], list[str]]] = {}
         """By identity of the task: its images as the model sees them, and their hashes."""
         self.state = RolloutProgress(total=len(jobs))
         self.report = progress
+        self.settled = settled
         self.started = time.perf_counter()
 
     # ------------------------------------------------------------------ main loop
@@ -169,9 +175,10 @@ class _Pass:
                 self._admit_jobs()
                 self._admit_tool_results()
                 self._step()
+                self._settle()
                 self._show()
             self._show()
-            self._await_scores()
+            self._settle(wait_until=time.perf_counter() + self.config.deadline_s)
         except BaseException:
             self._abort()
             raise
@@ -242,15 +249,26 @@ class _Pass:
             self.state.elapsed_s = self._elapsed()
             self.report(self.state)
 
-    def _await_scores(self) -> None:
-        end = time.perf_counter() + self.config.deadline_s
-        for trajectory, future in self.scoring:
-            try:
-                future.result(timeout=max(0.0, end - time.perf_counter()))
-            except (TimeoutError, JudgeError) as error:
-                trajectory.end_state = EndState.ERROR_JUDGE
-                trajectory.error = str(error) or f"no verdict within {self.config.deadline_s:g} s (agent.deadline_s)"
-                future.cancel()
+    def _settle(self, wait_until: float | None = None) -> None:
+        """Tell of what is finished and judged; with a time, wait for the other verdicts until then."""
+        under_way = []
+        for order, trajectory, future in self.scoring:
+            if future is not None and wait_until is None and not future.done():
+                under_way.append((order, trajectory, future))
+                continue
+            if future is not None:
+                self._take_verdict(trajectory, future, wait_until or 0.0)
+            if self.settled is not None:
+                self.settled(order, trajectory)
+        self.scoring[:] = under_way
+
+    def _take_verdict(self, trajectory: Trajectory, future: Future[None], wait_until: float) -> None:
+        try:
+            future.result(timeout=max(0.0, wait_until - time.perf_counter()))
+        except (TimeoutError, JudgeError) as error:
+            trajectory.end_state = EndState.ERROR_JUDGE
+            trajectory.error = str(error) or f"no verdict within {self.config.deadline_s:g} s (agent.deadline_s)"
+            future.cancel()
 
     def _reason_to_stop(self) -> str:
         """Why what is unfinished is to end now; empty: it is not."""
@@ -277,7 +295,7 @@ class _Pass:
     def _abort(self) -> None:
         """Leave nothing behind in engine and sandbox after an exception or Ctrl-C."""
         futures: list[Future[ToolOutcome] | Future[None]] = [call.future for call in self.in_sandbox.values()]
-        for future in [*futures, *(future for _, future in self.scoring)]:
+        for future in [*futures, *(future for *_, future in self.scoring if future is not None)]:
             future.cancel()
         try:
             self.engine.abort(list(self.generating))
@@ -470,8 +488,10 @@ class _Pass:
         run.trajectory.total_s = time.perf_counter() - run.started
         self.done[run.order] = run.trajectory
         self.state.finished += 1
+        verdict = None
         if self.owner.score is not None and not state.is_error:
-            self.scoring.append((run.trajectory, self.owner.background.submit(self.owner.score(run.trajectory))))
+            verdict = self.owner.background.submit(self.owner.score(run.trajectory))
+        self.scoring.append((run.order, run.trajectory, verdict))
 
 
 def jobs_of(tasks: Iterable[Task], num_samples: int) -> list[Job]:

@@ -56,6 +56,8 @@ class Collector:
     """Which scored trajectories get no advantage."""
     advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None
     """The rewards that advantages are computed from, of scored trajectories; None: their totals."""
+    on_group: Callable[[Group], None] | None = None
+    """Told of every group as soon as it is complete and scored, while others still roll out."""
 
     def collect(
         self,
@@ -83,13 +85,18 @@ class Collector:
         progress: Callable[[RolloutProgress], None] | None = None,
     ) -> list[Group]:
         """As `collect`, without advantages."""
-        trajectories = self.rollout.run(jobs_of(tasks, num_samples), sampling, progress)
-        groups = []
-        for index, task in enumerate(tasks):
-            members = trajectories[index * num_samples : (index + 1) * num_samples]
-            group = Group(task=task, trajectories=members, iteration=iteration)
-            self.rewards.score_group(group)
-            groups.append(group)
+        groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
+
+        def settled(job: int, trajectory: Trajectory) -> None:
+            group = groups[job // num_samples]
+            group.trajectories.append(trajectory)
+            if len(group.trajectories) == num_samples:
+                group.trajectories.sort(key=lambda member: member.sample)
+                self.rewards.score_group(group)
+                if self.on_group is not None:
+                    self.on_group(group)
+
+        self.rollout.run(jobs_of(tasks, num_samples), sampling, progress, settled)
         return groups
 
     def assign(self, groups: Sequence[Group]) -> None:
