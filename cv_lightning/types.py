@@ -45,6 +45,10 @@ class SandboxError(CVLightningError):
     """The sandbox itself failed (never: the model's code failed; that is a `ToolResult`)."""
 
 
+class EndpointError(CVLightningError):
+    """A served model gave no answer."""
+
+
 class JudgeError(CVLightningError):
     """The judge could not give a verdict."""
 

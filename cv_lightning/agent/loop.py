@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import cut_middle, response_parts, tool_ok_text
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
+from cv_lightning.background import Background
 from cv_lightning.engine.base import Completion, Engine, Request, SamplingConfig
 from cv_lightning.images import content_hash
 from cv_lightning.types import (

@@ -14,9 +14,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Rollout, RolloutProgress
+from cv_lightning.background import Background
 from cv_lightning.callbacks.evaluation import EvaluationConfig, Evaluator, gather_lists
 from cv_lightning.callbacks.parity import check_parity
 from cv_lightning.callbacks.progress import RunProgress

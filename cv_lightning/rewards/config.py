@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+from cv_lightning.endpoint.config import EndpointConfig
 from cv_lightning.rewards.geometry import CropCredit
 from cv_lightning.rewards.process import NecessityOver, Penalties, Rules
 from cv_lightning.rewards.terms import RewardTerm
@@ -15,11 +16,11 @@ Credit = Literal["net", "ran", "steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class JudgeConfig(EndpointConfig):
     """A model behind an OpenAI-compatible endpoint that compares answers where the rules say no."""
 
-    base_url: str = "http://127.0.0.1:8000/v1"
-    """Endpoint; requests go to `<base_url>/chat/completions`."""
+    flag: ClassVar[str] = "reward.judge"
+
     model: str = "Qwen/Qwen3-30B-A3B-Instruct-2507"
     """Name under which the endpoint serves the model. Verdicts are cached by it: one name, one model."""
     api_key_env: str = "JUDGE_API_KEY"
@@ -30,35 +31,17 @@ class JudgeConfig:
     """Prompt for data sources that `task_types` does not name."""
     prompt_folder: str | None = None
     """Folder of `<task type>.txt` files that stand in for the shipped prompts of the same name."""
-    max_parallel: int = 64
-    """Requests under way at once."""
-    requests_per_s: float = 0.0
-    """Rate limit; 0: none."""
     timeout_s: float = 30.0
     """Most seconds that one request may take as a whole, however slowly its bytes drip."""
     give_up_s: float = 120.0
     """Most seconds that a verdict may take with all its tries and pauses once it is its turn; after that the trajectory
     is unscored. A server that has been down for so long fails waiting questions at once."""
-    max_attempts: int = 4
-    """Failed tries per verdict, the first one included. HTTP 429 is no failure: the server asks for a slower pace."""
-    max_backoff_s: float = 20.0
-    """Longest wait between tries; a server's Retry-After is honoured up to this."""
-    breaker_failures: int = 16
-    """Failures in a row after which nothing is sent for `breaker_pause_s`."""
-    breaker_pause_s: float = 10.0
-    """How long the circuit stays open before one request tries again."""
     logprobs: bool = True
     """Read the verdict from the first tokens' probabilities where the server offers them."""
     max_tokens: int = 16
     """Tokens that the judge may answer with."""
     temperature: float = 0.0
     """Sampling temperature of the judge."""
-    extra_fields: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request, such as `chat_template_kwargs: {enable_thinking: false}`. No place for keys."""
-    price_per_million_prompt_tokens: float = 0.0
-    """For the metric `judge/cost`; any currency."""
-    price_per_million_completion_tokens: float = 0.0
-    """For the metric `judge/cost`; any currency."""
     cache_folder: str | None = None
     """Folder of the disk cache of verdicts; None: verdicts are kept in memory only."""
     cache_megabytes: int = 512
@@ -69,42 +52,9 @@ class JudgeConfig:
     """Verdicts that `max_failed_frac` is taken over; it is first looked at when a quarter of them are in."""
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"reward.judge.base_url {self.base_url!r} must begin with http:// or https://")
-        if "@" in self.base_url.split("//", 1)[1].split("/", 1)[0]:
-            raise ValueError(
-                "reward.judge.base_url must not hold a user or password; name the key's variable in api_key_env"
-            )
-        if "?" in self.base_url or "#" in self.base_url:
-            raise ValueError("reward.judge.base_url must not hold a query; name the key's variable in api_key_env")
-        if not self.api_key_env.isidentifier():
-            # the value is not shown: whoever puts a key here would find it in every log
-            raise ValueError(
-                "reward.judge.api_key_env is no name of an environment variable; never put the key itself there"
-            )
-        if taken := {"model", "messages"} & set(self.extra_fields):
-            raise ValueError(f"reward.judge.extra_fields must not hold {sorted(taken)}: the client fills them")
-        for name in (
-            "max_parallel",
-            "max_attempts",
-            "breaker_failures",
-            "max_tokens",
-            "cache_megabytes",
-            "failure_window",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("timeout_s", "give_up_s", "max_backoff_s", "breaker_pause_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be above 0 seconds")
-        for name in (
-            "requests_per_s",
-            "temperature",
-            "price_per_million_prompt_tokens",
-            "price_per_million_completion_tokens",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"reward.judge.{name} is {getattr(self, name)}; it must be 0 or more")
+        super().__post_init__()
+        self.require(("max_tokens", "cache_megabytes", "failure_window"), at_least=1)
+        self.require(("temperature",), at_least=0)
         if not 0 <= self.max_failed_frac <= 1:
             raise ValueError(f"reward.judge.max_failed_frac is {self.max_failed_frac}; it is a share between 0 and 1")
 

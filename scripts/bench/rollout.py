@@ -31,11 +31,11 @@ prepare_environment()
 
 from PIL import Image  # noqa: E402
 
-from cv_lightning.agent.background import Background  # noqa: E402
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
 from cv_lightning.agent.loop import Job, Rollout  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
+from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402

@@ -29,7 +29,7 @@ from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.types import DataError, JudgeError
+from cv_lightning.types import DataError, EndpointError
 
 EQUAL = PlanConfig(shares=dict.fromkeys(KINDS, 1.0))
 SMALL_SANDBOX = SandboxConfig(num_zygotes=1)
@@ -296,7 +296,7 @@ def test_a_dead_endpoint_stops_the_build_and_loses_nothing(tmp_path: Path) -> No
 
         server.misbehave = dies
         config = TeacherConfig(base_url=server.url, **teacher)  # type: ignore[arg-type]
-        with pytest.raises(JudgeError, match="the same command goes on"):
+        with pytest.raises(EndpointError, match="the same command goes on"):
             build(files, out, teacher=config, max_parallel=2)
         done = [json.loads(line) for line in (tmp_path / "sft.progress.jsonl").read_text().split("\n")[1:] if line]
         assert 2 <= sum(entry["problem"] is None for entry in done) < 20

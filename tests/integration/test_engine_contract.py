@@ -13,9 +13,9 @@ import torch
 from engine_samples import WORDS, Policy, finish, request_of, worst_gap
 from PIL import Image
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.background import Background
 from cv_lightning.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine
 from cv_lightning.model.tiny import MARKUP_TOKENS
 from cv_lightning.types import EndState, EngineError, SandboxResult, Task, ToolStatus, Trajectory

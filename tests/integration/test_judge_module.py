@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from reward_samples import Recorder, group, task
 
-from cv_lightning.agent.background import Background
+from cv_lightning.background import Background
 from cv_lightning.rewards import JudgeConfig, RewardConfig, RewardModule
 from cv_lightning.types import EndState, Group, JudgeError
 

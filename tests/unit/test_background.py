@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from cv_lightning.agent import background as module
-from cv_lightning.agent.background import Background
+from cv_lightning import background as module
+from cv_lightning.background import Background
 
 
 def test_closing_cancels_what_runs() -> None:

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from test_loop import ScriptedEngine
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Rollout
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.background import Background
 from cv_lightning.data.demonstrations import answer_text, call_text, crop_code, undo_code
 from cv_lightning.data.digits import KINDS, DigitsConfig, digit_task
 from cv_lightning.engine.base import SamplingConfig

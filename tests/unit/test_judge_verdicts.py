@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_lightning.rewards.judge.client import _retry_after
+from cv_lightning.endpoint.client import retry_after
 from cv_lightning.rewards.judge.prompts import MAX_FIELD_CHARS, SHIPPED, load_prompt
 from cv_lightning.rewards.judge.verdict import parse_verdict, read_verdict
 
@@ -50,13 +50,13 @@ def body(token: str, **top: float) -> dict[str, object]:
 def test_probabilities() -> None:
     found = read_verdict(body("1", _1=0.6, _0=0.2))
     assert found is not None
-    assert found.value == pytest.approx(0.75)
+    assert found == pytest.approx(0.75)
     alone = read_verdict(body("1", _1=1.0))
     assert alone is not None
-    assert alone.value == 1.0  # without the other token's mass the text decides
+    assert alone == 1.0  # without the other token's mass the text decides
     thought = read_verdict(body("yes", _1=0.1, _0=0.9))
     assert thought is not None
-    assert thought.value == 1.0  # the probabilities are not those of a verdict
+    assert thought == 1.0  # the probabilities are not those of a verdict
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_bodies_of_any_shape(value: object) -> None:
 
 
 def test_retry_after() -> None:
-    assert _retry_after("7") == 7.0
-    assert _retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert _retry_after("soon") is None
-    assert _retry_after("nan") is None
-    assert _retry_after(None) is None
+    assert retry_after("7") == 7.0
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert retry_after("soon") is None
+    assert retry_after("nan") is None
+    assert retry_after(None) is None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.txt")))

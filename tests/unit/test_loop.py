@@ -11,11 +11,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Job, Rollout, RolloutProgress, cut_middle, jobs_of
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.background import Background
 from cv_lightning.engine.base import Completion, Request, SamplingConfig
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import EndState, EngineError, Message, SandboxResult, Task, ToolStatus, Trajectory

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from test_loop import ANSWER, TURN, Hanging, ScriptedEngine, task
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.background import Background
 from cv_lightning.engine.base import SamplingConfig
 from cv_lightning.rl.collector import rollout_metrics
 from cv_lightning.types import EndState, Group

@@ -22,7 +22,7 @@ from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations
-from cv_lightning.types import JudgeError, SandboxError, ToolStatus, TrajectoryImage
+from cv_lightning.types import EndpointError, JudgeError, SandboxError, ToolStatus, TrajectoryImage
 
 Verdict = Callable[[str, str, str, str], Awaitable[float]]
 """Judge of (question, ground truth, answer, data source); right above 0.5."""
@@ -79,7 +79,7 @@ class Composer:
             await self._converse(candidate, plan, image, outcome)
         except RowError as error:
             outcome.problem = Problem(error.kind, str(error))
-        except JudgeError as error:
+        except (EndpointError, JudgeError) as error:
             outcome.problem = Problem("endpoint", str(error))
         except SandboxError as error:
             outcome.problem = Problem("sandbox", str(error))

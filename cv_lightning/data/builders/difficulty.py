@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from cv_lightning.agent.background import Background
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Rollout, jobs_of
+from cv_lightning.background import Background
 from cv_lightning.data.builders.progress import ProgressFile
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids

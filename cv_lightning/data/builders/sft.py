@@ -24,7 +24,7 @@ from cv_lightning.data.rows import RowError, RowProblems
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge import Judge
 from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.types import CVLightningError, DataError, JudgeError
+from cv_lightning.types import CVLightningError, DataError, EndpointError
 
 NOT_THE_ROWS_FAULT = ("endpoint", "sandbox")
 """Problems that another run may not have: such candidates are tried again when the build goes on."""
@@ -109,7 +109,7 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
 
     Raises:
         DataError: a table cannot be read, no row can be used, nothing was kept, or the progress is of another build.
-        JudgeError: the endpoint does not answer.
+        EndpointError: the endpoint does not answer.
     """
     teacher: Teacher = OfflineTeacher() if config.teacher is None else EndpointTeacher(config.teacher)
     judge = Judge(config.judge) if config.judge is not None else None
@@ -220,7 +220,7 @@ class _Build:
             unreachable = outcome.problem is not None and outcome.problem.kind == "endpoint"
             self.failures = self.failures + 1 if unreachable else 0
             if outcome.problem is not None and self.failures >= MAX_ENDPOINT_FAILURES:
-                raise JudgeError(
+                raise EndpointError(
                     f"{self.failures} conversations in a row got no answer: {outcome.problem.detail}. What is done is "
                     "kept; the same command goes on"
                 )

@@ -101,7 +101,7 @@ class Teacher(Protocol):
         """The next turn.
 
         Raises:
-            JudgeError: the endpoint behind it gave none.
+            EndpointError: the endpoint behind it gave none.
         """
 
     def usage(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from cv_lightning.rewards.markup import THINK_CLOSE, THINK_OPEN, cut_spans
 
@@ -14,20 +14,14 @@ _WRONG = {"0", "no", "false", "incorrect", "wrong"}
 _LABELLED = re.compile(r"(?:verdict|answer|score|result)\s*(?:is|[:=])\s*\W{0,3}(\w{1,12})\W{0,4}\Z", re.IGNORECASE)
 
 
-class Verdict(NamedTuple):
-    """What the judge said."""
-
-    value: float
-    """Probability that the answer is right where the server gives probabilities, else 0 or 1; right above 0.5."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-def read_verdict(body: object) -> Verdict | None:
+def read_verdict(body: object) -> float | None:
     """Verdict of the body of a chat completion; None where it holds none.
 
     Args:
         body: decoded JSON, of any shape.
+
+    Returns:
+        Probability that the answer is right where the server gives probabilities, else 0 or 1; right above 0.5.
     """
     choice = _at(body, "choices", 0)
     text = _at(choice, "message", "content")
@@ -35,9 +29,7 @@ def read_verdict(body: object) -> Verdict | None:
     if value is None:
         return None
     probability = _first_token_probability(_at(choice, "logprobs", "content", 0))
-    usage = [_at(body, "usage", key) for key in ("prompt_tokens", "completion_tokens")]
-    prompt_tokens, completion_tokens = (int(n) if isinstance(n, int | float) and n >= 0 else 0 for n in usage)
-    return Verdict(value if probability is None else probability, prompt_tokens, completion_tokens)
+    return value if probability is None else probability
 
 
 def parse_verdict(text: str) -> float | None:

@@ -1,0 +1,1 @@
+"""A model behind HTTP: the one client of judge, teacher and served policies."""
