@@ -150,14 +150,21 @@ class Dialogue:
         self.logprobs += [0.0] * len(expanded)
         self.images += images
 
-    def append_sampled(self, ids: Sequence[int], logprobs: Sequence[float], learn: bool = True) -> None:
+    def append_sampled(self, ids: Sequence[int], logprobs: Sequence[float] | None, learn: bool = True) -> None:
         """Append ids that the policy sampled (or, in demonstrations, should have).
+
+        Args:
+            ids: sampled, end of turn included.
+            logprobs: as many; None where the engine tells none: then the ids are never learned from.
+            learn: False: context only.
 
         Raises:
             EngineError: an image pad among them, or another number of log-probabilities.
         """
         if self.encoder.image_pad_id in ids:
             raise EngineError("the policy sampled an image token; ban vision tokens in sampling (trap T6)")
+        if logprobs is None:
+            logprobs, learn = [0.0] * len(ids), False
         if len(ids) != len(logprobs):
             raise EngineError(f"{len(ids)} sampled tokens but {len(logprobs)} log-probabilities")
         self.engine_ids += ids

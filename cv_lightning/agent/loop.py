@@ -396,6 +396,8 @@ class _Pass:
 
     def _finish_turn(self, run: _Run, completion: Completion) -> None:
         """Take a finished turn into the trajectory and do what it asks for."""
+        if completion.error:
+            return self._end(run, EndState.ERROR_ENGINE, completion.error)
         if completion.prompt_ids is not None and completion.prompt_ids != run.dialogue.token_ids:
             message = f"the engine expanded {len(completion.prompt_ids)} ids, training {len(run.dialogue.token_ids)}"
             return self._end(run, EndState.ERROR_ENGINE, message)

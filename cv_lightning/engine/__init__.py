@@ -8,7 +8,7 @@ import logging
 from functools import cache
 from typing import TYPE_CHECKING
 
-from cv_lightning.engine.base import Completion, Engine, EngineConfig, Request, SamplingConfig
+from cv_lightning.engine.base import Completion, Engine, EngineConfig, Request, SamplingConfig, ServerConfig
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = [
     "EngineConfig",
     "Request",
     "SamplingConfig",
+    "ServerConfig",
     "build_engine",
     "engine_kind",
     "vllm_imports",
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def engine_kind(config: EngineConfig) -> str:
-    """`vllm` or `transformers`: what `auto` means on this machine. Imports vLLM for `auto`."""
+    """The kind, with `auto` as what it means on this machine: `vllm` or `transformers`. Imports vLLM for `auto`."""
     if config.kind != "auto":
         return config.kind
     return "vllm" if vllm_imports() else "transformers"
@@ -54,7 +55,7 @@ def vllm_imports() -> bool:
 def build_engine(
     config: EngineConfig, path: str, *, dtype: str, seed: int, model: PreTrainedModel | None, processor: ProcessorMixin
 ) -> Engine:
-    """Build the engine that `config` names.
+    """Build the engine that `config` names, or connect to the server that runs it.
 
     Args:
         config: kind and sizes.
@@ -65,7 +66,7 @@ def build_engine(
         processor: its processor.
 
     Raises:
-        EngineError: vLLM is asked for but cannot be imported, or the engine cannot be built.
+        EngineError: vLLM is asked for but cannot be imported, the engine cannot be built, or no server answers.
     """
     if engine_kind(config) == "vllm":
         try:
@@ -77,6 +78,14 @@ def build_engine(
             ) from error
 
         return VLLMEngine(path, config, dtype=dtype, seed=seed)
+    if config.kind == "server":
+        from cv_lightning.engine.server import ServerEngine
+
+        return ServerEngine(config, processor)
+    if config.kind == "sglang":
+        from cv_lightning.engine.sglang import SGLangEngine
+
+        return SGLangEngine(config, processor, path)
     from cv_lightning.engine.hf import TransformersEngine
 
     if model is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from PIL import Image
 
+from cv_lightning.endpoint.config import EndpointConfig
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
@@ -15,11 +16,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerConfig(EndpointConfig):
+    """A server that runs the engine."""
+
+    flag: ClassVar[str] = "engine.server"
+
+    api_key_env: str = "ENGINE_API_KEY"
+    """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
+    api: Literal["chat", "tokens"] = "chat"
+    """Of kind `server`: `chat`, messages and text, which every server speaks; `tokens`, ids to vLLM's
+    `/inference/v1/generate` (`vllm serve --enable-scale-out`)."""
+    weights_folder: str = "weights"
+    """Of kind `sglang`: folder for the policy's weights, which trainer and server see under the same path."""
+    timeout_s: float = 600.0
+    """Most seconds that one request may take as a whole: a turn, queueing at the server included."""
+    give_up_s: float = 1800.0
+    """Most seconds that a turn may take with all its tries and pauses; then its trajectory ends as an engine error."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How the engine inside the trainer is built."""
 
-    kind: Literal["auto", "vllm", "transformers"] = "auto"
-    """`vllm`; `transformers` (generate on the policy itself); `auto`: vLLM wherever it imports."""
+    kind: Literal["auto", "vllm", "transformers", "sglang", "server"] = "auto"
+    """`vllm`; `transformers` (generate on the policy itself); `auto`: vLLM wherever it imports; `sglang`: a server that
+    takes the policy's weights; `server`: any served model, for evaluations. docs/engines.md tells them apart."""
+    server: ServerConfig | None = None
+    """Where the server is; for `sglang` and `server`."""
     max_model_len: int = 32768
     """Longest sequence in tokens, images expanded: prompt and response."""
     max_num_seqs: int = 128
@@ -34,12 +57,34 @@ class EngineConfig:
     """vLLM's cache of processed images, in GB of main memory (trap T27)."""
 
     def __post_init__(self) -> None:
+        if self.is_remote != (self.server is not None):
+            raise ValueError(
+                f"engine.kind {self.kind}: engine.server names the server of kinds sglang and server, and of no other"
+            )
+        if self.kind == "server" and not self.server_config.model:
+            raise ValueError("engine.server.model is empty: name the model that the server serves")
         if self.max_model_len < 16 or self.max_num_seqs < 1 or self.max_images < 1:
             raise ValueError(
                 "engine.max_model_len must be at least 16, engine.max_num_seqs and engine.max_images at least 1"
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"engine.gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
+
+    @property
+    def is_remote(self) -> bool:
+        """True if a server runs the engine."""
+        return self.kind in ("sglang", "server")
+
+    @property
+    def keeps_own_weights(self) -> bool:
+        """True if the engine samples from a model that is not the policy: it can be evaluated, not trained."""
+        return self.kind == "server"
+
+    @property
+    def server_config(self) -> ServerConfig:
+        """`server` of a remote kind."""
+        assert self.server is not None
+        return self.server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +129,15 @@ class Completion:
     id: str
     token_ids: list[int]
     """Sampled ids, end of turn included where it was sampled."""
-    logprobs: list[float]
-    """Log-probability of each sampled id under the distribution it was drawn from."""
+    logprobs: list[float] | None
+    """Log-probability of each sampled id under the distribution it was drawn from; None: the server tells none, and the
+    ids are its text tokenised anew. They are not trained on."""
     stopped: bool
     """True: ended by the end of turn (or another end token of the checkpoint); False: cut at `max_tokens`."""
     prompt_ids: list[int] | None
     """The prompt as the engine expanded it, where the engine tells."""
+    error: str = ""
+    """Why there is no completion: the request failed for good, the others go on."""
 
 
 class Engine(Protocol):
