@@ -102,6 +102,7 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
     from cv_lightning.model.attention import NAME, attention_name, use_attention
+    from cv_lightning.model.logprobs import use_one_call_head
     from cv_lightning.model.patches import use_linear_patches
 
     attention = attention_name(config.attention)
@@ -121,12 +122,22 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
         )
     use_attention(model, attention)
     use_linear_patches(model)
+    use_one_call_head(model)
+    set_trainable(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def set_trainable(model: PreTrainedModel, config: PolicyConfig) -> None:
+    """Freeze what the config does not train, and add its adapters.
+
+    Raises:
+        CheckpointError: no layer takes the adapters.
+    """
     if config.freeze_vision:
         for name, parameter in model.named_parameters():
             if ".visual." in name and (config.freeze_projector or not is_projector(name)):
                 parameter.requires_grad_(False)
     if config.lora is not None:
         add_adapters(model, config.lora)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model

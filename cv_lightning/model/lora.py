@@ -50,12 +50,12 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
         CheckpointError: no layer has a name in `targets`.
     """
     import peft
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    names = "|".join(map(re.escape, config.targets))
     given = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # an integer by its hint, a factor in its use
-        target_modules=rf".*\.language_model\..*\.({names})",
+        target_modules=target_pattern(config),
         lora_dropout=0.0,
     )
     try:
@@ -64,6 +64,14 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
         raise CheckpointError(f"model.policy.lora.targets {list(config.targets)}: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(mark in name for mark in FACTORS))
+        if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which keeps float32 copies by itself
+            parameter.data = parameter.data.float()  # most steps are smaller than a 16-bit number's last digit
+
+
+def target_pattern(config: LoraConfig) -> str:
+    """The regular expression that the whole name of an adapted layer matches."""
+    names = "|".join(map(re.escape, config.targets))
+    return rf".*\.language_model\..*\.({names})"
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:
