@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ALWAYS = {
@@ -94,3 +96,89 @@ def _open_files() -> set[str]:
             except OSError:  # closed meanwhile
                 continue
     return targets
+
+
+def check_launch(
+    devices: int | list[int] | str, num_nodes: int, environment: Mapping[str, str] = os.environ, *, resolve: bool = True
+) -> int:
+    """Refuse an environment in which the ranks of a run would wait for each other in vain.
+
+    Args:
+        devices: `trainer.devices`.
+        num_nodes: `trainer.num_nodes`.
+        environment: of this process, with what torchrun, srun or a user has set.
+        resolve: look the main node's name up.
+
+    Returns:
+        Number of ranks, as far as `devices` says: 0 for `auto`.
+
+    Raises:
+        ValueError: says which variable or flag contradicts which.
+    """
+    count = _num_devices(devices)
+    ranks, launcher = count * num_nodes, _launcher(environment)
+    numbers = {name: _number(name, environment) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    world, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    if launcher == "torchrun" and (rank is None or world is None or numbers["LOCAL_RANK"] is None):
+        raise ValueError("torchrun's RANK, LOCAL_RANK and WORLD_SIZE are not all set: start every rank with it")
+    if rank is not None and world is not None and not 0 <= rank < world:
+        raise ValueError(f"RANK {rank} is not below WORLD_SIZE {world}: unset both, or start with torchrun")
+    if launcher == "srun":
+        world = _number("SLURM_NTASKS", environment)
+    if launcher and ranks and world is not None and world != ranks:
+        sizes = {
+            "torchrun": f"WORLD_SIZE is {world} (--nnodes x --nproc-per-node)",
+            "srun": f"SLURM_NTASKS is {world} (--nodes x --ntasks-per-node)",
+        }
+        raise ValueError(
+            f"{sizes[launcher]}, but trainer.devices {devices} x trainer.num_nodes {num_nodes} = {ranks}: the ranks "
+            f"that {launcher} starts and those that the trainer expects must be as many"
+        )
+    address = environment.get("MASTER_ADDR", "")
+    if num_nodes > 1 and launcher != "srun" and not address:
+        raise ValueError(
+            f"trainer.num_nodes is {num_nodes}, but nothing says where the ranks meet: start with torchrun "
+            "(--rdzv-endpoint HOST:PORT) or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
+        )
+    if address and resolve:
+        _resolve(address, numbers["MASTER_PORT"])
+    return ranks
+
+
+def _launcher(environment: Mapping[str, str]) -> str:
+    """What started this process; empty: the user or Lightning."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return "torchrun"
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning tells them apart
+    return "srun" if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment and not interactive else ""
+
+
+def _num_devices(devices: int | list[int] | str) -> int:
+    """As far as it is known before torch is asked: 0 for `auto` and -1."""
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    if "," in text:
+        return len([part for part in text.strip("[]").split(",") if part.strip()])
+    return max(0, int(text)) if text.lstrip("-").isdigit() else 0
+
+
+def _number(name: str, environment: Mapping[str, str]) -> int | None:
+    given = environment.get(name)
+    if given is None:
+        return None
+    if not given.strip().isdigit():
+        raise ValueError(f"{name} is {given!r}: a whole number, or unset it")
+    return int(given)
+
+
+def _resolve(address: str, port: int | None) -> None:
+    if port is not None and not 0 <= port < 65536:
+        raise ValueError(f"MASTER_PORT {port} is no port")
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise ValueError(
+            f"MASTER_ADDR {address} cannot be looked up on {socket.gethostname()} ({error.strerror or error}): give the"
+            " first node's name as this node knows it, or its number"
+        ) from error

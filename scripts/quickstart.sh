@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # From nothing to a model that learned to use the tool: install, a tiny Qwen-VL, SFT, GRPO, tests on held-out digits, a report.
 #
-#   bash scripts/quickstart.sh [--seed N] [--smoke] [--ablation] [--model M] [--out FOLDER] [--force]
+#   bash scripts/quickstart.sh [--seed N] [--smoke] [--ablation] [--model M] [--ranks N] [--out FOLDER] [--force]
 #
 # --seed N      another model, other scenes, other samples (default 0)
 # --smoke       every stage once, small: about three minutes, no learning claimed
 # --ablation    train once more with the accuracy and format reward only, shown beside the first
 # --model M     qwen3_vl (default) or qwen2_5_vl
+# --ranks N     N processes under ZeRO-3, an engine in each (default 1)
 # --out FOLDER  default runs/quickstart-seedN, with --smoke runs/quickstart-smoke
 # --force       start anew; without it finished stages are kept and the rest goes on
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for argument in "$@"; do
-  case $argument in -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+  case $argument in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 done
 
 bash scripts/install.sh

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from cv_lightning.callbacks.evaluation import gather_lists
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import ParityError, Trajectory
 
@@ -19,7 +20,7 @@ BF16_MEAN, BF16_P99 = 0.02, 0.2
 
 
 class ParityReport(NamedTuple):
-    """Largest difference, and over how many tokens."""
+    """Largest difference, and over how many tokens of all ranks."""
 
     max_difference: float
     num_tokens: int
@@ -28,31 +29,35 @@ class ParityReport(NamedTuple):
 def check_parity(
     module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float, tolerance: float
 ) -> ParityReport:
-    """Compare the trajectories' own log-probabilities with the trainer's.
+    """Compare the trajectories' own log-probabilities with the trainer's. Call it on all ranks: all judge the same.
 
     Args:
         module: the policy as it is now; the trajectories must come from an engine with the same weights.
-        trajectories: with images, ideally also with tool results.
+        trajectories: of this rank, if it has any; with images, ideally also with tool results.
         temperature: of sampling.
         tolerance: largest accepted difference in float32; in 16 bits `BF16_MEAN` and `BF16_P99` times five.
 
     Raises:
-        ParityError: they differ, or there was nothing to compare.
+        ParityError: they differ on some rank, or there was nothing to compare on any.
     """
     usable = [t for t in trajectories if any(t.loss_mask) and not t.end_state.is_error]
-    if not usable:
-        states = sorted({t.end_state.value for t in trajectories})
+    own = trainer_minus_engine(module, usable, temperature).abs().float().cpu()
+    by_rank = gather_lists([own])
+    differences = torch.cat(by_rank)
+    if not len(differences):
+        states = sorted(set(gather_lists([t.end_state.value for t in trajectories])))
         raise ParityError(f"self-test: no trajectory could be compared; they ended as {', '.join(states)}")
-    differences = trainer_minus_engine(module, usable, temperature).abs()
     worst = float(differences.max())
     if module.policy_config.dtype == "float32":
         failed = not worst <= tolerance
     else:
-        p99 = float(torch.quantile(differences.float(), 0.99))
+        p99 = float(torch.quantile(differences, 0.99))
         failed = not (float(differences.mean()) <= 5 * BF16_MEAN and p99 <= 5 * BF16_P99)
     if failed:
+        ranks = ", ".join(f"{float(part.max()):.2e}" for part in by_rank if len(part))
+        where = f" (by rank: {ranks})" if len(by_rank) > 1 else ""
         raise ParityError(
-            f"engine and trainer disagree: |difference| of log-probabilities max {worst:.2e}, mean "
+            f"engine and trainer disagree: |difference| of log-probabilities max {worst:.2e}{where}, mean "
             f"{float(differences.mean()):.2e} over {len(differences)} tokens (tolerance {tolerance:.0e} in float32). "
             "Weights not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
             "callbacks: RolloutCallback.parity_tolerance switches the test off (0); training would be off-policy."
@@ -62,7 +67,7 @@ def check_parity(
 
 @torch.no_grad()
 def trainer_minus_engine(module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float) -> torch.Tensor:
-    """Trainer minus engine log-probability of every sampled token. Shape [tokens]."""
+    """Trainer minus engine log-probability of every sampled token. Shape [tokens]; call it on all ranks."""
     rows = module.train_rows(trajectories)
     parts = []
     for packed in module.pack_micro_batches(rows):

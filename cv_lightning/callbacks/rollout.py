@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,20 +17,23 @@ import lightning.pytorch as pl
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Rollout, RolloutProgress
 from cv_lightning.background import Background
+from cv_lightning.callbacks.agreement import check_agreement
+from cv_lightning.callbacks.engine_group import EngineGroup, RankCollector
 from cv_lightning.callbacks.evaluation import EvaluationConfig, Evaluator, gather_lists
 from cv_lightning.callbacks.parity import check_parity
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.refill import TaskQueue, refill
+from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import Collector, MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.rl.collector import MaskConfig, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
-from cv_lightning.types import Group, Iteration, Task
+from cv_lightning.types import CVLightningError, Group, Iteration, Task
 
 __all__ = ["EvaluationConfig", "RolloutCallback"]
 
@@ -46,6 +49,8 @@ class _Parts:
     sandbox: Sandbox
     rewards: RewardModule
     background: Background
+    ranks: EngineGroup | None = None
+    """Those that share the engine, where it is tensor-parallel."""
     writer: TrajectoryWriter | None = None
     """Of training; opened by the first rollout."""
 
@@ -103,7 +108,9 @@ class RolloutCallback(pl.Callback):
         self.sandbox_config = sandbox or SandboxConfig()
         self.store = store or StoreConfig()
         self.num_samples = num_samples
-        self.evaluator = Evaluator(evaluations or [EvaluationConfig()], eval_prefix, self.store, self.sampling.seed)
+        about = {"agent": asdict(self.agent), "reward": asdict(self.reward)}
+        settings = evaluations or [EvaluationConfig()]
+        self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, about)
         self.parity_tolerance = parity_tolerance
         self.parts: _Parts | None = None
         self.parity_checked = False
@@ -120,11 +127,28 @@ class RolloutCallback(pl.Callback):
         module = _policy_module(pl_module)
         if self.parts is not None:
             return
+        if self.engine_config.keeps_own_weights:
+            if stage == "fit":
+                raise CVLightningError(
+                    "engine.kind server samples from a model that is not the policy: `test` and `validate` it, or "
+                    "train with engine.kind vllm, transformers or sglang"
+                )
+            module.loads_policy = False
         sandbox = Sandbox(self.sandbox_config)
         sandbox.start()
-        in_process = engine_kind(self.engine_config) == "vllm"
-        engine: Any = self._build_engine(module) if in_process else None
-        self.parts = _Parts(engine, sandbox, RewardModule(self.reward), Background())
+        none_yet: Any = None
+        self.parts = _Parts(none_yet, sandbox, RewardModule(self.reward), Background())
+        size = self.engine_config.tensor_parallel_size
+        if size > 1:
+            self.parts.ranks = EngineGroup(size, trainer)
+        kind = engine_kind(self.engine_config)
+        check_agreement({"engine.kind auto": kind})  # one that cannot import vLLM would join no weight sync
+        if kind == "server":
+            self.parts.engine = self._build_engine(module)
+        if kind == "vllm":
+            # vLLM's start measures memory with a collective of all ranks.
+            with Watchdog.at(trainer, "start of the engine", waits=True):
+                self.parts.engine = self._build_engine(module)
         trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks (trap T41)
 
     def _build_engine(self, module: PolicyModule) -> Engine:
@@ -171,7 +195,7 @@ class RolloutCallback(pl.Callback):
         self.sync(module, version=module.iteration)
         synced = time.perf_counter()
         if self.parity_tolerance and not self.parity_checked:
-            self._parity(trainer, module, batch)
+            self._test_parity(trainer, module, batch)
         begun = time.perf_counter()
         number = module.iteration + 1  # as the metrics count
         with RunProgress.rollout_of(trainer, f"rollout {number}") as show:
@@ -181,11 +205,16 @@ class RolloutCallback(pl.Callback):
             parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
         for group in groups:
             parts.writer.write_group(group, number)
+        stored = time.perf_counter()
+        parts.engine.sleep()
+        with Watchdog.at(trainer, f"end of rollout {number}", waits=True):
+            trainer.strategy.barrier("rollout")
         metrics |= rollout_metrics(groups, elapsed) | parts.rewards.metrics(groups) | _curves(groups)
         metrics |= {
             "time/sync_s": synced - start,
             "time/rollout_s": elapsed,
-            "time/store_s": time.perf_counter() - begun - elapsed,
+            "time/store_s": stored - begun - elapsed,
+            "time/wait_s": time.perf_counter() - stored,
         }
         module.log_dict(merge_metrics(gather_lists([metrics])))
 
@@ -197,7 +226,7 @@ class RolloutCallback(pl.Callback):
         Returns:
             Every group that was rolled out, and what only dynamic sampling has to say.
         """
-        collector = self._collector(module, self.agent, training=True)
+        collector = self._collector(trainer, module, self.agent, training=True)
 
         def roll_out(tasks: Sequence[Task]) -> list[Group]:
             return collector.roll_out(tasks, self.num_samples, self.sampling, module.iteration + 1, show)
@@ -219,20 +248,32 @@ class RolloutCallback(pl.Callback):
         }
 
     def sync(self, module: PolicyModule, version: int) -> None:
-        """Hand the policy's weights to the engine; collective under ZeRO-3."""
+        """Hand the policy's weights to the engine, if it samples from them; collective under ZeRO-3."""
+        if self.engine_config.keeps_own_weights:
+            return
         assert self.parts is not None and module.policy is not None
-        shared = engine_kind(self.engine_config) == "transformers"  # it generates with the policy itself
-        tensors = module.policy.named_parameters() if shared else whole_tensors(module.policy)
-        self.parts.engine.update_weights(tensors, version)
+        if engine_kind(self.engine_config) == "transformers":  # it generates with the policy itself
+            return self.parts.engine.update_weights(module.policy.named_parameters(), version)
+        tensors = whole_tensors(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
+        with Watchdog.at(module.trainer, "weight sync", waits=True):
+            self.parts.engine.update_weights(tensors, version)
 
-    def _parity(self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration) -> None:
-        tasks = batch.tasks[:4]
-        groups = self._collector(module, self.agent).roll_out(tasks, 2, self.sampling, module.iteration)
-        report = check_parity(
-            module, [t for g in groups for t in g.trajectories], self.sampling.temperature, self.parity_tolerance
-        )
+    def _test_parity(self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration) -> None:
+        """The self-test after the first sync and, where the engine sleeps, again after it has slept and woken."""
+        parts = self._ready(module)
+        for after in ("the first sync", "sleeping and waking"):
+            collector = self._collector(trainer, module, self.agent)
+            groups = collector.roll_out(batch.tasks[:4], 2, self.sampling, module.iteration)
+            slept = parts.engine.sleep()
+            trajectories = [t for group in groups for t in group.trajectories]
+            report = check_parity(module, trajectories, self.sampling.temperature, self.parity_tolerance)
+            if trainer.is_global_zero:
+                said = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
+                logger.info(said, after, *report)
+            if not slept:
+                break
+            self.sync(module, version=module.iteration)
         self.parity_checked = True
-        logger.info("engine and trainer agree: max |difference| of log-probabilities %.1e over %d tokens", *report)
 
     # ------------------------------------------------------------------ evaluation
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -272,13 +313,15 @@ class RolloutCallback(pl.Callback):
     def _evaluate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         module = _policy_module(pl_module)
 
-        def collector_of(setting: EvaluationConfig) -> Collector:
-            return self._collector(module, replace(self.agent, tool=setting.tool, finish_share=1.0))
+        def collector_of(setting: EvaluationConfig) -> RankCollector:
+            return self._collector(trainer, module, replace(self.agent, tool=setting.tool, finish_share=1.0))
 
         self.evaluator.run(trainer, module, batch, collector_of)
 
     def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.evaluator.finish(trainer, _policy_module(pl_module))
+        module = _policy_module(pl_module)
+        self.evaluator.finish(trainer, module)
+        self._ready(module).engine.sleep()
 
     # ------------------------------------------------------------------ parts
     def _ready(self, pl_module: pl.LightningModule) -> _Parts:
@@ -288,7 +331,9 @@ class RolloutCallback(pl.Callback):
             self.parts.engine = self._build_engine(_policy_module(pl_module))
         return self.parts
 
-    def _collector(self, module: PolicyModule, agent: AgentConfig, training: bool = False) -> Collector:
+    def _collector(
+        self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig, training: bool = False
+    ) -> RankCollector:
         parts = self._ready(module)
         banned = list(module.vision_ids)
         if not agent.tool:
@@ -304,9 +349,16 @@ class RolloutCallback(pl.Callback):
             score=parts.rewards.score_answer,
             window=2 * self.engine_config.max_num_seqs,
         )
-        if not training:
-            return Collector(rollout, parts.rewards, self.advantage, module.reduce_sum)
-        return Collector(rollout, parts.rewards, self.advantage, module.reduce_sum, self.mask, module.advantage_rewards)
+        return RankCollector(
+            rollout,
+            parts.rewards,
+            self.advantage,
+            module.reduce_sum,
+            self.mask if training else MaskConfig(),
+            module.advantage_rewards if training else None,
+            trainer=trainer,
+            ranks=parts.ranks,
+        )
 
 
 def _policy_module(module: pl.LightningModule) -> PolicyModule:

@@ -12,7 +12,7 @@ from cv_lightning.model.lora import ADAPTER, BASE, FACTORS, adapter_layers
 
 
 @dataclass(frozen=True, slots=True)
-class _Weight:
+class Weight:
     """One tensor of the policy as a checkpoint has it."""
 
     name: str
@@ -36,28 +36,28 @@ class _Weight:
 def whole_tensors(model: torch.nn.Module, bucket_bytes: int = 500_000_000) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) of every parameter; under ZeRO-3 gathered bucket by bucket, on all ranks.
 
-    Every rank must exhaust the iterator (trap T37). Gathered tensors are copies: a view would dangle once its bucket
-    is sharded again (trap T36). Without ZeRO-3 they are the parameters themselves. Adapters are merged into the
-    weights that they adapt (trap T42), one weight at a time.
+    Every rank must exhaust the iterator (trap T37). Nothing is copied: DeepSpeed shards a bucket again by letting go of
+    the gathered memory, which a tensor that somebody keeps holds on to (vLLM keeps the parts of a fused weight until
+    it has them all). Without ZeRO-3 they are the parameters themselves. Adapters are merged into the weights that they
+    adapt (trap T42), one weight at a time.
 
     Args:
         model: the policy; parameters may be ZeRO-3 shards.
         bucket_bytes: how much is gathered at once.
     """
-    weights = _weights(model)
-    if not any(hasattr(parameter, "ds_id") for weight in weights for parameter in weight.parameters):
-        for weight in weights:
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        for weight in _weights(model):
             yield weight.name, weight.tensor()
         return
     import deepspeed
 
-    for bucket in _buckets(weights, bucket_bytes):
+    for bucket in buckets_of(model, bucket_bytes):
         with deepspeed.zero.GatheredParameters([p for weight in bucket for p in weight.parameters]):
             for weight in bucket:
-                yield weight.name, weight.tensor().clone()
+                yield weight.name, weight.tensor()
 
 
-def _weights(model: torch.nn.Module) -> list[_Weight]:
+def _weights(model: torch.nn.Module) -> list[Weight]:
     layers = adapter_layers(model)
     weights = []
     for name, parameter in model.named_parameters():
@@ -67,14 +67,20 @@ def _weights(model: torch.nn.Module) -> list[_Weight]:
         factors: tuple[torch.nn.Parameter, ...] = ()
         if layer is not None:
             factors = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-        weights.append(_Weight(name.replace(BASE, "."), (parameter, *factors), layer))
+        weights.append(Weight(name.replace(BASE, "."), (parameter, *factors), layer))
     return weights
 
 
-def _buckets(weights: list[_Weight], bucket_bytes: int) -> Iterator[list[_Weight]]:
-    bucket: list[_Weight] = []
+def buckets_of(model: torch.nn.Module, bucket_bytes: int) -> Iterator[list[Weight]]:
+    """The weights of a model in order, as many at a time as fit; at least one.
+
+    Args:
+        model: the policy.
+        bucket_bytes: of whole tensors.
+    """
+    bucket: list[Weight] = []
     size = 0
-    for weight in weights:
+    for weight in _weights(model):
         if bucket and size + weight.num_bytes > bucket_bytes:
             yield bucket
             bucket, size = [], 0

@@ -20,6 +20,8 @@ from pathlib import Path
 from cv_lightning.model.tiny import Family
 
 CONFIGS = Path("configs/quickstart")
+SEVERAL_RANKS = Path("configs/hardware/cpu2.yaml")
+"""What `--ranks` puts on top of the configs: ZeRO-3 among CPU ranks."""
 SMOKE_SFT = ["--data.init_args.num_steps", "6"]
 SMOKE_RL = ["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "4"]
 SMOKE_RL += ["--trainer.callbacks.init_args.store.share", "1.0"]  # so few groups that a tenth may be none
@@ -71,7 +73,9 @@ class Stage:
     """Run although it ran before."""
 
 
-def stages(run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family = "qwen3_vl") -> list[Stage]:
+def stages(
+    run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family = "qwen3_vl", ranks: int = 1
+) -> list[Stage]:
     """The stages of a quickstart, in order.
 
     Args:
@@ -80,9 +84,12 @@ def stages(run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family 
         smoke: a few steps of each.
         ablation: also train with accuracy and format only.
         family: which architecture.
+        ranks: processes that train and test together.
     """
     model = MODELS[family]
     scenes = model.scene_flags("data.init_args.")
+    if ranks > 1:
+        scenes += ["--config", str(SEVERAL_RANKS), "--trainer.devices", str(ranks)]
     rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
     digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed), *scenes]
     tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
@@ -191,11 +198,19 @@ def main(args: list[str] | None = None) -> int:
         help="default runs/quickstart-seedN, with --smoke runs/quickstart-smoke (runs/quickstart-qwen2_5_vl-...)",
     )
     parser.add_argument("--force", action="store_true", help="start anew; else finished stages are kept")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that train and test together, under ZeRO-3 (default 1)"
+    )
     given = parser.parse_args(args)
+    if given.ranks not in (1, 2, 4, 8):
+        parser.error(f"--ranks {given.ranks}: 1, 2, 4 or 8, which divide the tasks of a step")
     if not CONFIGS.is_dir():
         parser.error(f"{CONFIGS} is not here; run it in the project's folder")
     run: Path = given.out or Path(
-        "runs", f"quickstart-{MODELS[given.model].prefix}" + ("smoke" if given.smoke else f"seed{given.seed}")
+        "runs",
+        f"quickstart-{MODELS[given.model].prefix}"
+        + (f"ranks{given.ranks}-" if given.ranks > 1 else "")
+        + ("smoke" if given.smoke else f"seed{given.seed}"),
     )
     if given.force:
         shutil.rmtree(run, ignore_errors=True)
@@ -207,7 +222,14 @@ def main(args: list[str] | None = None) -> int:
     if other not in (None, given.model):
         parser.error(f"{run} was made with --model {other}; choose another --out, or --force")
     timing.set("seed", given.seed)
-    wanted = stages(run, seed=given.seed, smoke=given.smoke, ablation=given.ablation, family=given.model)
+    wanted = stages(
+        run,
+        seed=given.seed,
+        smoke=given.smoke,
+        ablation=given.ablation,
+        family=given.model,
+        ranks=given.ranks,
+    )
     try:
         code = run_stages(run, wanted, timing)
     except KeyboardInterrupt:

@@ -55,6 +55,13 @@ class EngineConfig:
     """No CUDA graphs. Ignored on a CPU, where there are none."""
     processor_cache_gb: float = 0.25
     """vLLM's cache of processed images, in GB of main memory (trap T27)."""
+    sync_bucket_gb: float = 0.5
+    """GB of weights that a weight sync gathers at once under ZeRO-3."""
+    sleep: Literal["auto", "always", "never"] = "auto"
+    """Give the GPU's memory back between rollouts: weights to main memory, key-value cache dropped (vLLM's level 1).
+    `auto`: where engine and trainer would not fit side by side, see `must_sleep`. A CPU has no such thing."""
+    tensor_parallel_size: int = 1
+    """Ranks that share one engine, for models too large for one GPU; neighbours of one node."""
 
     def __post_init__(self) -> None:
         if self.is_remote != (self.server is not None):
@@ -69,6 +76,13 @@ class EngineConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"engine.gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
+        if self.sync_bucket_gb <= 0 or self.tensor_parallel_size < 1:
+            raise ValueError(
+                f"engine.sync_bucket_gb {self.sync_bucket_gb} must be above 0 and engine.tensor_parallel_size "
+                f"{self.tensor_parallel_size} at least 1"
+            )
+        if self.tensor_parallel_size > 1 and self.kind == "transformers":
+            raise ValueError("engine.tensor_parallel_size above 1 needs engine.kind vllm")
 
     @property
     def is_remote(self) -> bool:
@@ -167,15 +181,43 @@ class Engine(Protocol):
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Take over the policy's weights (Hugging Face names, whole tensors) and drop every cache that depends on them.
 
-        The iterable is exhausted, as collectives under ZeRO-3 need it.
+        Wakes the engine. The iterable is exhausted, as collectives under ZeRO-3 need it.
 
         Raises:
             EngineError: a request is unfinished, a parameter of the engine got no tensor (trap T38), or a tensor fits
                 none.
         """
 
+    def sleep(self) -> bool:
+        """Give the accelerator's memory back until the next update, where the engine was built to.
+
+        Returns:
+            True if it did; requests are taken again after an update.
+        """
+
     def close(self) -> None:
         """Free the engine's memory and processes."""
+
+
+TRAINER_BYTES = 18
+"""Bytes a parameter of mixed-precision AdamW: 16-bit weights, float32 copy and two moments, gradients."""
+ACTIVATIONS_SHARE = 0.25
+"""Of a GPU's memory: what the trainer needs besides."""
+
+
+def must_sleep(config: EngineConfig, *, memory: float, num_parameters: int, num_ranks: int) -> bool:
+    """True if the engine has to give its memory back while the trainer works.
+
+    Args:
+        config: `sleep` decides, unless it is `auto`.
+        memory: of one GPU, in bytes.
+        num_parameters: of the policy; its states count as sharded over all ranks.
+        num_ranks: of the run.
+    """
+    if config.sleep != "auto":
+        return config.sleep == "always"
+    trainer = TRAINER_BYTES * num_parameters / num_ranks + ACTIVATIONS_SHARE * memory
+    return trainer > (1 - config.gpu_memory_utilization) * memory
 
 
 def check_length(request: Request, factor: int, max_model_len: int, max_images: int) -> None:

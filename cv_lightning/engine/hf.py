@@ -96,6 +96,10 @@ class TransformersEngine:
         check_weights(name for name, parameter in self.model.named_parameters() if id(parameter) not in covered)
         self.weight_version = version
 
+    def sleep(self) -> bool:
+        """Nothing to give back: the weights are the policy's."""
+        return False
+
     def close(self) -> None:
         """Forget all requests; the policy belongs to the trainer."""
         self.queue.clear()

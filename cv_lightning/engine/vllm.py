@@ -6,17 +6,28 @@ The only file that imports vllm. See traps T5, T16, T18, T22-T30 for what each a
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import safe_open
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind
 
-from cv_lightning.engine.base import Completion, EngineConfig, Request, check_idle, check_length, check_weights
+from cv_lightning.engine.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    check_idle,
+    check_length,
+    check_weights,
+    must_sleep,
+)
 from cv_lightning.model.tokens import END_OF_TURN, LOGIT_BAN
 from cv_lightning.types import EngineError
 
@@ -39,9 +50,19 @@ class VLLMEngine:
             config: sizes and memory.
             dtype: `float32`, `bfloat16` or `float16`, the trainer's.
             seed: engine seed; requests carry their own.
+
+        Raises:
+            EngineError: the ranks of the run cannot have the engine that `config` asks for.
         """
-        launched = _join_launched_ranks()
+        num_ranks = _join_launched_ranks()
+        if num_ranks % config.tensor_parallel_size:
+            raise EngineError(
+                f"engine.tensor_parallel_size {config.tensor_parallel_size} does not divide the {num_ranks} rank(s) of "
+                "the run (trainer.devices x trainer.num_nodes)"
+            )
         on_cpu = not torch.cuda.is_available()
+        self.sleeps = _sleeps(path, config, num_ranks)
+        self.asleep = False
         self.llm = LLM(
             model=path,
             dtype=cast(Any, dtype),
@@ -56,12 +77,17 @@ class VLLMEngine:
             enable_prefix_caching=True,
             **(_whole_prompts(config) if on_cpu else {}),
             logprobs_mode="processed_logprobs",
-            tensor_parallel_size=1,
-            distributed_executor_backend="external_launcher" if launched else None,
+            enable_sleep_mode=self.sleeps,
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="external_launcher" if num_ranks > 1 else None,
             disable_log_stats=True,
             use_tqdm_on_load=sys.stderr.isatty(),
         )
         self.engine = self.llm.llm_engine
+        # Above 1 every step would be a collective of all ranks, which take different numbers of them.
+        parallel = self.engine.vllm_config.parallel_config.data_parallel_size
+        if parallel != 1:
+            raise EngineError(f"the engine's data-parallel size is {parallel}, not 1: unset VLLM_DP_SIZE")
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
         self.weight_version = -1
         vision = self.llm.model_config.hf_config.vision_config
@@ -107,6 +133,10 @@ class VLLMEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Load whole tensors by Hugging Face name and drop every cache that depends on weights (T23, T25)."""
         check_idle(self)
+        if self.asleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the trainer has left over is not free for waking
+            self.llm.wake_up(["weights"])
         try:
             (missing,) = self.llm.collective_rpc(_reload, args=(iter(named_tensors),))
         except (ValueError, KeyError, AttributeError) as error:
@@ -115,7 +145,22 @@ class VLLMEngine:
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.engine.reset_encoder_cache()
+        if self.asleep:  # only now, so that weights being gathered and the cache never need memory at once
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
         self.weight_version = version
+
+    def sleep(self) -> bool:
+        """Weights to main memory, key-value cache dropped; see `Engine`.
+
+        Level 1: level 2 forgets buffers that a weight sync does not bring (T22).
+        """
+        if self.sleeps and not self.asleep:
+            check_idle(self)
+            self.engine.reset_encoder_cache()  # which sleeping does not free (T26)
+            self.llm.sleep(level=1)
+            self.asleep = True
+        return self.asleep
 
     def close(self) -> None:
         """Shut the engine core down."""
@@ -126,17 +171,35 @@ class VLLMEngine:
             del self.engine, self.llm
 
 
-def _join_launched_ranks() -> bool:
-    """True if this process is one of several ranks, whose numbers vLLM then reads from the environment.
+def _join_launched_ranks() -> int:
+    """Number of the run's ranks; vLLM reads from the environment which of several this process is.
 
     An earlier engine of a single process leaves `torch.distributed` initialised too, with one rank.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return False
+        return 1
     os.environ.setdefault("RANK", str(distributed.get_rank()))
     os.environ.setdefault("WORLD_SIZE", str(distributed.get_world_size()))
-    return True
+    return distributed.get_world_size()
+
+
+def _sleeps(path: str, config: EngineConfig, num_ranks: int) -> bool:
+    if not torch.cuda.is_available():
+        if config.sleep == "always":
+            raise EngineError("engine.sleep always needs a GPU; on a CPU set it to auto or never")
+        return False
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return must_sleep(config, memory=memory, num_parameters=_num_parameters(path), num_ranks=num_ranks)
+
+
+def _num_parameters(path: str) -> int:
+    """Of a checkpoint, from the headers of its files."""
+    count = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def _reload(worker: Any, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
