@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +16,34 @@ if TYPE_CHECKING:
 
 
 Entropy = Literal["none", "value", "gradient"]
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+class OneCallHead(torch.nn.Linear):
+    """An output layer that runs all chunks of a row in one call.
+
+    Under ZeRO-3 every call of a module gathers its weights on all ranks: one for each chunk would be slow, and would
+    hang where ranks have unequal numbers of them.
+    """
+
+    def forward(self, input: torch.Tensor, inside: Callable[[Head, torch.Tensor], Any] | None = None) -> Any:
+        """Apply the layer, or what `inside` makes of it.
+
+        Args:
+            input: [..., hidden]
+            inside: called with the plain layer and the input.
+
+        Returns:
+            [..., vocabulary], or what `inside` returns.
+        """
+        return super().forward(input) if inside is None else inside(super().forward, input)
+
+
+def use_one_call_head(model: PreTrainedModel) -> None:
+    """Let the output layer run whole rows. Its class changes, its parameters and hooks stay."""
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        head.__class__ = OneCallHead
 
 
 class LogProbs(NamedTuple):
@@ -50,11 +78,11 @@ def packed_logprobs(
         chunk_tokens: positions whose logits are in memory at once.
     """
     hidden = packed_hidden(model, batch)[0].index_select(0, batch.loss_positions)
+    targets = batch.targets
     ban = torch.zeros(model.config.get_text_config().vocab_size, device=hidden.device)
     ban[list(banned_ids)] = LOGIT_BAN
-    head = model.get_output_embeddings()
 
-    def one_chunk(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def one_chunk(head: Head, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(states).float().add_(ban)  # in place: each copy would be chunk x vocabulary
         if temperature != 1.0:
             logits = logits.div_(temperature)
@@ -66,14 +94,18 @@ def packed_logprobs(
             spread = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
         return chosen, spread
 
-    chunks = []
-    for states, targets in zip(hidden.split(chunk_tokens), batch.targets.split(chunk_tokens), strict=True):
-        if torch.is_grad_enabled() and hidden.shape[0] > chunk_tokens:
-            chunks.append(checkpoint(one_chunk, states, targets, use_reentrant=False))
-        else:
-            chunks.append(one_chunk(states, targets))
-    logprobs = torch.cat([chunk[0] for chunk in chunks])
-    return LogProbs(logprobs, torch.cat([chunk[1] for chunk in chunks]) if entropy != "none" else None)
+    def all_chunks(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chunks = []
+        for states, chosen in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+            if torch.is_grad_enabled() and hidden.shape[0] > chunk_tokens:
+                chunks.append(checkpoint(one_chunk, head, states, chosen, use_reentrant=False))
+            else:
+                chunks.append(one_chunk(head, states, chosen))
+        return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
+
+    head = model.get_output_embeddings()
+    whole = head(hidden, inside=all_chunks) if isinstance(head, OneCallHead) else all_chunks(head, hidden)
+    return LogProbs(whole[0], whole[1] if entropy != "none" else None)
 
 
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:

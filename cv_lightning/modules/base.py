@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 import transformers
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +24,7 @@ from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
 from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
 from cv_lightning.model.vision import VisionCache, process_images
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
-from cv_lightning.types import Trajectory
+from cv_lightning.types import CVLightningError, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -75,7 +77,7 @@ class StepResult(NamedTuple):
     """What one optimizer step did."""
 
     grad_norm: float
-    """Before clipping; 0.0 where DeepSpeed clips by itself."""
+    """Before clipping."""
     skipped: bool
     """True: the norm was no number or above `skip_norm_above`, and the weights stayed as they were."""
 
@@ -105,27 +107,35 @@ class PolicyModule(pl.LightningModule):
         self.vision_cache = VisionCache(self.processor)
         """Of the iteration under way: each of its images is processed once, whatever reads it."""
         self.policy: PreTrainedModel | None = None
+        self.loads_policy = True
+        """False where a server samples from a model of its own, and only the processor is needed."""
         self.iteration = 0
         self.steps_per_batch = 1
         """Optimizer steps that one training batch takes."""
-        self._zero3: Any = None
 
     # ------------------------------------------------------------------ building
     def configure_model(self) -> None:
         """Load the policy; idempotent, as Lightning calls it for every stage."""
-        if self.policy is None:
+        if self.policy is None and self.loads_policy:
             if not sys.stderr.isatty():
                 transformers.utils.logging.disable_progress_bar()
-            self._keep_zero3_config()
+            self._check_strategy()
             self.policy = load_policy(self.policy_config).train()
 
-    def _keep_zero3_config(self) -> None:
-        """Under ZeRO-3 transformers shards while loading, as long as an `HfDeepSpeedConfig` is alive."""
-        config = getattr(self.trainer.strategy, "config", None)
-        if isinstance(config, dict) and config.get("zero_optimization", {}).get("stage") == 3:
-            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+    def _check_strategy(self) -> None:
+        """Refuse Lightning's own DeepSpeed strategy, which would silently not clip gradients.
 
-            self._zero3 = HfDeepSpeedConfig(config)
+        Raises:
+            CVLightningError: it is the strategy.
+        """
+        from cv_lightning.strategies import ZeroStrategy
+
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeroStrategy):
+            raise CVLightningError(
+                f"trainer.strategy {type(strategy).__name__} knows nothing of the modules' optimization: use "
+                "class_path: cv_lightning.strategies.ZeroStrategy (on CPU ranks CPUDeepSpeedStrategy)"
+            )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the policy's trainable parameters; decay on matrices only."""
@@ -138,7 +148,10 @@ class PolicyModule(pl.LightningModule):
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        on_host = getattr(self.trainer.strategy, "offload_optimizer", False)
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True if on_host else None
+        )
         total = config.total_steps or self._planned_steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
@@ -256,28 +269,30 @@ class PolicyModule(pl.LightningModule):
         for index, micro_batch in enumerate(micro_batches):
             _announce_backward(self.trainer, is_last=index == len(micro_batches) - 1)
             self.manual_backward(loss(micro_batch) * self.trainer.world_size)
-        result = self._guard_step()
-        optimizer = self.single_optimizer
-        optimizer.step()
-        optimizer.zero_grad()
+        result = self._take_step()
         scheduler = self.lr_schedulers()
         assert scheduler is not None and not isinstance(scheduler, list)
         scheduler.step()
         return result
 
-    def _guard_step(self) -> StepResult:
-        """Clip the gradients, or drop them where they would do harm: a step without any changes no weight.
+    def _take_step(self) -> StepResult:
+        """Clip the gradients and step; gradients that would do harm change no weight.
 
-        It is taken all the same, as every iteration has the same number of steps (trap T51).
-
-        Raises:
-            ValueError: a bound was set, but DeepSpeed knows the norm only within its own step.
+        The step is taken all the same, as every iteration has the same number of steps (trap T51).
         """
+        optimizer = self.single_optimizer
+        engine = _deepspeed_engine(self.trainer)
+        if engine is None:
+            result = self._clip_or_drop()
+            optimizer.step()
+        else:  # which clips by itself, and leaves out a step whose norm is no number
+            optimizer.step()
+            result = StepResult(float(engine.get_global_grad_norm()), not engine.was_step_applied())
+        optimizer.zero_grad()
+        return result
+
+    def _clip_or_drop(self) -> StepResult:
         config = self.optimizer_config
-        if _deepspeed_engine(self.trainer) is not None:
-            if config.skip_norm_above is not None:
-                raise ValueError("model.optimizer.skip_norm_above cannot be had under DeepSpeed; leave it out")
-            return StepResult(0.0, False)
         trained = [p for p in self.parameters() if p.requires_grad]
         norm = float(torch.nn.utils.clip_grad_norm_(trained, config.gradient_clip or math.inf))
         bound = math.inf if config.skip_norm_above is None else config.skip_norm_above
@@ -315,6 +330,11 @@ class PolicyModule(pl.LightningModule):
         return float(values.max())
 
     # ------------------------------------------------------------------ checkpoints
+    @contextmanager
+    def checkpoint_view(self) -> Iterator[None]:
+        """While it lasts, the module has the parts only that a checkpoint holds: here all of them."""
+        yield
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep our own iteration counter: `global_step` counts optimizer steps (trap T51)."""
         checkpoint["iteration"] = self.iteration

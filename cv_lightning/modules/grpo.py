@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -285,17 +286,27 @@ class GRPOModule(PolicyModule):
         self.log_dict(metrics)
 
     # ------------------------------------------------------------------ checkpoints
+    @contextmanager
+    def checkpoint_view(self) -> Iterator[None]:
+        """Without the reference, which is loaded from its own folder."""
+        reference, self.reference = self.reference, None
+        try:
+            yield
+        finally:
+            self.reference = reference
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference out: it is loaded from its own folder."""
+        """Leave the reference out, also where Lightning writes the checkpoint by itself."""
         super().on_save_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(REFERENCE)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference that was loaded."""
+        """Keep the reference that was loaded; DeepSpeed's checkpoints bring no state here."""
         super().on_load_checkpoint(checkpoint)
-        own = self.state_dict()
-        checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(REFERENCE)}
+        if "state_dict" in checkpoint:
+            own = self.state_dict()
+            checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(REFERENCE)}
 
 
 def _largest_gap(logprobs: torch.Tensor, micro_batch: PackedBatch) -> float:

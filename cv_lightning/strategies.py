@@ -1,0 +1,181 @@
+"""DeepSpeed ZeRO for a policy: on GPUs and, for tests and machines without one, on CPU ranks.
+
+Set up for the modules' manual optimisation: a bare `DeepSpeedStrategy` would neither clip gradients nor keep the
+reference policy out of checkpoints, and its `zero.Init` leaves adapters without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+from cv_lightning.modules.base import PolicyModule
+from cv_lightning.types import CVLightningError
+
+PRECISIONS: dict[str, Literal["32-true", "bf16-true", "16-true"]] = {
+    "float32": "32-true",
+    "bfloat16": "bf16-true",
+    "float16": "16-true",
+}
+"""Lightning's word for each `policy.dtype`."""
+
+
+class AsLoaded(DeepSpeedPrecision):
+    """Leaves the module as it was loaded.
+
+    Lightning's own casts buffers, too: rotary frequencies in 16 bits give wrong positions in long rows.
+    """
+
+    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Nothing to convert."""
+        return module
+
+    def tensor_init_context(self) -> nullcontext[None]:
+        """Keep torch's default type."""
+        return nullcontext()
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """ZeRO on GPUs: optimizer states and gradients sharded (stage 2), and parameters too (stage 3).
+
+    The parameters' type is `policy.dtype`; in 16 bits DeepSpeed steps on float32 copies. Gradients are clipped to
+    `optimizer.gradient_clip`. Hugging Face checkpoints are sharded while they are loaded.
+
+    Args:
+        stage: what is sharded.
+        offload_optimizer: keep optimizer states and float32 copies in the host's memory, and step there.
+        offload_parameters: keep the shards of parameters there, too; stage 3 only.
+        bucket_elements: gradient elements that are reduced at once.
+        persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
+        timeout_s: seconds after which a collective that not all ranks join is an error.
+    """
+
+    overlaps_communication = True
+    """Reduce gradients while the backward pass goes on."""
+
+    def __init__(
+        self,
+        stage: Literal[2, 3] = 3,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        bucket_elements: int = 200_000_000,
+        persistent_below: int = 100_000,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        if stage not in (2, 3):
+            raise ValueError(f"--trainer.strategy.stage {stage}: 2 or 3; without sharding use trainer.strategy ddp")
+        if offload_parameters and stage != 3:
+            raise ValueError("--trainer.strategy.offload_parameters needs --trainer.strategy.stage 3")
+        zero: dict[str, Any] = {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": self.overlaps_communication,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
+            "stage3_param_persistence_threshold": persistent_below,
+        }
+        if offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        self.offload_optimizer = offload_optimizer
+        config = {
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on a CPU without a compiled extension
+            # Of no use here, but without it Lightning would build the loaders early to find one.
+            "train_micro_batch_size_per_gpu": 1,
+        }
+        super().__init__(config=config, timeout=timedelta(seconds=timeout_s))
+
+    @property
+    def policy_module(self) -> PolicyModule:
+        """The module that is trained."""
+        module = self.lightning_module
+        if not isinstance(module, PolicyModule):
+            raise TypeError(f"{type(self).__name__} works with a PolicyModule, not with {type(module).__name__}")
+        return module
+
+    def _format_config(self) -> None:
+        """Complete DeepSpeed's config with what the module says."""
+        module = self.policy_module
+        assert isinstance(self.config, dict)
+        if module.optimizer_config.skip_norm_above is not None:
+            raise CVLightningError("model.optimizer.skip_norm_above cannot be had under DeepSpeed; leave it out")
+        precision = PRECISIONS[module.policy_config.dtype]
+        given = self.precision_plugin.precision
+        if given not in ("32-true", precision):
+            raise CVLightningError(
+                f"trainer.precision {given} contradicts model.policy.dtype {module.policy_config.dtype}: leave it out"
+            )
+        self.precision_plugin = AsLoaded(precision)
+        self.config["gradient_clipping"] = module.optimizer_config.gradient_clip
+        if precision == "bf16-true":  # by default a bfloat16 step with a gradient that is no number is taken
+            self.config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        super()._format_config()
+
+    # ------------------------------------------------------------------ loading
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Let transformers shard what it loads, no rank ever holding all of it.
+
+        DeepSpeed's own context would shard every other parameter at birth, before its values are there. It ends with
+        the loading, for an engine built while it lasts would be sharded as well (trap T39).
+        """
+        self._init_config_if_needed()
+        if not self.zero_stage_3:
+            yield
+            return
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        alive = HfDeepSpeedConfig(self.config)  # transformers holds a weak reference
+        yield
+        del alive
+
+    # ------------------------------------------------------------------ checkpoints
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Every rank writes its shard, without what the module keeps out of checkpoints."""
+        with self.policy_module.checkpoint_view():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every rank reads its shard."""
+        with self.policy_module.checkpoint_view():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+class CPUDeepSpeedStrategy(ZeroStrategy):
+    """The same on CPU ranks, which talk through gloo. Lightning's strategy refuses anything but CUDA.
+
+    Args:
+        stage: what is sharded.
+        persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
+        timeout_s: seconds after which a collective that not all ranks join is an error.
+    """
+
+    overlaps_communication = False
+
+    def __init__(self, stage: Literal[2, 3] = 3, persistent_below: int = 0, timeout_s: float = 1800.0) -> None:
+        super().__init__(stage, bucket_elements=50_000_000, persistent_below=persistent_below, timeout_s=timeout_s)
+
+    def setup_environment(self) -> None:
+        """As on a GPU, without looking for one."""
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """Join the process group."""
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        """The CPU; DeepSpeed wants an index."""
+        return torch.device("cpu", 0)
