@@ -201,6 +201,8 @@ class TaskDataModule(EvaluationDataModule):
         tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
         oversample: above 1: dynamic sampling (DAPO, 2503.14476). An iteration brings so many times its tasks, and
             they are rolled out in order until `tasks_per_iteration` groups have rewards that differ.
+        overfit_tasks: above 0: every iteration brings the same so many tasks, the first of the run, instead of
+            `tasks_per_iteration`. For debugging: a policy that cannot learn one group learns nothing.
         curriculum: mix of the kinds of digit scenes over the run (from easy to hard: Kimi k1.5, 2501.12599), instead
             of `digits.kind_shares`; empty: that mix throughout.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
@@ -219,6 +221,7 @@ class TaskDataModule(EvaluationDataModule):
         num_iterations: int = 100,
         tasks_per_iteration: int = 16,
         oversample: float = 1.0,
+        overfit_tasks: int = 0,
         curriculum: list[CurriculumPoint] | None = None,
         val_tasks: dict[str, int] | None = None,
         test_tasks: dict[str, int] | None = None,
@@ -235,9 +238,15 @@ class TaskDataModule(EvaluationDataModule):
         if not oversample >= 1:
             raise ValueError(f"--data.oversample {oversample} must be at least 1 (1: no dynamic sampling)")
         self.oversample = oversample
+        self.overfit_tasks = overfit_tasks
         self.curriculum = sorted(curriculum or [], key=lambda point: point.at)
         if self.curriculum and train_files:
             raise ValueError("--data.curriculum mixes kinds of digit scenes: it cannot be had with --data.train_files")
+        if overfit_tasks < 0 or (overfit_tasks and (oversample > 1 or curriculum)):
+            raise ValueError(
+                f"--data.overfit_tasks {overfit_tasks} must be at least 0, and stands alone: no --data.oversample and "
+                "no --data.curriculum with it"
+            )
         self.train_files = train_files or []
         self.num_iterations = self.num_train_batches = num_iterations
         self.tasks_per_iteration = tasks_per_iteration
@@ -246,16 +255,17 @@ class TaskDataModule(EvaluationDataModule):
     def train_dataloader(self) -> StepLoader[Iteration]:
         """One batch an RL iteration: this rank's share of its tasks."""
         rank, world_size = self._rank_and_world()
-        _check_divisible("tasks_per_iteration", self.tasks_per_iteration, world_size)
+        name = "overfit_tasks" if self.overfit_tasks else "tasks_per_iteration"
+        count, wanted = self.overfit_tasks or self.tasks_per_iteration, None
+        _check_divisible(name, count, world_size)
         files = RowTasks(TaskFiles(self.train_files, self.reader), self.seed) if self.train_files else None
-        count, wanted = self.tasks_per_iteration, None
         if self.oversample > 1:
             count = math.ceil(self.oversample * count / world_size) * world_size
             wanted = self.tasks_per_iteration // world_size
 
         def build(step: int) -> Iteration:
             source: TaskSource = files or DigitTasks(self._digits_at(step))
-            return Iteration(step, source.tasks(step, count, rank, world_size), wanted)
+            return Iteration(step, source.tasks(0 if self.overfit_tasks else step, count, rank, world_size), wanted)
 
         return StepLoader(build, self.num_iterations)
 

@@ -233,7 +233,7 @@ def _trajectory_record(trajectory: Trajectory, name_image: ImageNamer, tokens: b
         logprob=LogprobSummary(total / len(sampled), min(sampled), total) if sampled else None,
         num_prompt_tokens=trajectory.num_prompt_tokens,
         num_tokens=len(trajectory.token_ids),
-        num_sampled_tokens=len(sampled),
+        num_sampled_tokens=len(sampled) or sum(turn.num_tokens for turn in trajectory.turns),  # of a served model
         total_s=trajectory.total_s,
         token_ids=trajectory.token_ids if tokens else None,
         loss_mask=trajectory.loss_mask if tokens else None,

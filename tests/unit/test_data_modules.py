@@ -84,6 +84,17 @@ def task_data(**changes: Any) -> TaskDataModule:
     return TaskDataModule(**{"num_iterations": 6, "tasks_per_iteration": 8, **changes})
 
 
+def test_overfitting_brings_the_same_tasks_again_and_again() -> None:
+    usual, data = task_data(), task_data(overfit_tasks=2)
+    first = [[task.id for task in usual.train_dataloader().build(step).tasks] for step in range(2)]
+    again = [[task.id for task in data.train_dataloader().build(step).tasks] for step in range(4)]
+    assert again == [again[0]] * 4 and len(again[0]) == 2
+    assert set(first[0]).isdisjoint(first[1])
+    for changes in ({"overfit_tasks": -1}, {"overfit_tasks": 2, "oversample": 2.0}):
+        with pytest.raises(ValueError, match=r"--data\.overfit_tasks"):
+            task_data(**changes)
+
+
 def sft_data(**changes: Any) -> SFTDataModule:
     sizes = {"num_steps": 6, "conversations_per_step": 4, "warm_up_conversations_per_step": 6, "warm_up_share": 0.34}
     return SFTDataModule(**{**sizes, **changes})
