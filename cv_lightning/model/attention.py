@@ -1,19 +1,22 @@
-"""Exact attention on packed rows with plain SDPA: no T x T mask, no Python loop per image.
+"""Exact attention on packed rows: no T x T mask, no Python loop per image, shared prompts computed once.
 
-Segments of a packed row are gathered into right-padded batches, which a causal mask isolates for free, and the
-vision tower's images are batched by size. transformers' own path without flash-attention builds a T x T mask for
-the language model and attends image by image in the vision tower.
+On a GPU with flash-attention its variable-length kernel runs; elsewhere plain SDPA: the sequences of a packed row are
+gathered into right-padded batches, which a causal mask isolates for free, and the vision tower's images are batched by
+size. transformers' own path without flash-attention builds a T x T mask for the language model and attends image by
+image in the vision tower; none of its paths lets sequences share a beginning.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,12 +27,24 @@ NAME = "packed_flash_free"
 """`flash` in the name makes transformers hand the vision tower's segment bounds over instead of looping itself."""
 
 
+class Piece(NamedTuple):
+    """A stretch of a packed row whose tokens see each other, and before them the beginning that they share."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+    """0: it is a sequence of its own."""
+
+
+Pieces = tuple[Piece, ...]
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Pieces by the tensor that tells them: every layer is given the same one, and reading it waits for the GPU."""
+
+
 def attention_name(choice: str) -> str:
-    """The attention implementation that `PolicyConfig.attention` means on this machine."""
-    if choice == "auto":
-        flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-        return "flash_attention_2" if flash else NAME
-    return NAME if choice == "packed" else choice
+    """The attention implementation that `PolicyConfig.attention` means."""
+    return NAME if choice in ("auto", "packed") else choice
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
@@ -53,7 +68,7 @@ def packed_attention(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within the segments of a packed row; plain SDPA for anything else.
+    """Attention within the sequences of a packed row; plain SDPA for anything else.
 
     Args:
         module: the attention layer.
@@ -65,85 +80,167 @@ def packed_attention(
         scaling: of the logits.
         is_causal: False in the vision tower.
         cu_seq_lens_q: [segments + 1] bounds, given by the vision tower.
-        position_ids: [1, tokens] text positions; each 0 starts a segment of the language model's row.
+        position_ids: [1, tokens] text positions of the language model's row; a step back begins another sequence.
         **kwargs: what other implementations take.
 
     Returns:
         [batch, tokens, heads, head_dim], and None for the weights.
     """
     causal = is_causal is not False
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     if cu_seq_lens_q is not None:
-        lengths = tuple((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
+        pieces = _pieces(cu_seq_lens_q, _pieces_of_bounds)
     elif query.shape[0] == 1 and query.shape[2] == key.shape[2] and position_ids is not None and attention_mask is None:
-        lengths = _segment_lengths(position_ids[0])
+        pieces = _pieces(position_ids, _pieces_of_positions)
     else:
+        key, value = _for_every_head(query, key, value)
         causal = causal and attention_mask is None and query.shape[2] > 1
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
-    out = _by_segment(q, k, v, lengths, dropout, causal, scaling)
-    return out[None], None
+    if query.is_cuda and query.dtype != torch.float32 and (kernel := _flash_kernel()) is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
+        return _variable_length(kernel, q, k, v, pieces, dropout, causal, scaling)[None], None
+    key, value = _for_every_head(query, key, value)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _by_piece(q, k, v, pieces, dropout, causal, scaling)[None], None
 
 
-def _segment_lengths(positions: torch.Tensor) -> tuple[int, ...]:
-    starts = (positions == 0).nonzero()[:, 0].tolist()
-    bounds = [*starts, positions.numel()]
-    return tuple(b - a for a, b in pairwise(bounds))
+def _for_every_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values repeated for the query heads that share them."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def _by_segment(
+# ------------------------------------------------------------------------------------------------ what sees what
+def _pieces(told_by: torch.Tensor, read: Callable[[list[int]], Pieces]) -> Pieces:
+    found: Pieces | None = _known.get(told_by)
+    if found is None:
+        found = _known[told_by] = read(told_by.flatten().tolist())
+    return found
+
+
+def _pieces_of_bounds(bounds: list[int]) -> Pieces:
+    return tuple(Piece(a, b - a) for a, b in pairwise(bounds))
+
+
+def _pieces_of_positions(positions: list[int]) -> Pieces:
+    """Pieces of a row by its text positions, see `pack_rows`.
+
+    A 0 begins a sequence. Any other step back, to n, begins another sequence with the same first n tokens.
+    """
+    starts = [i for i, at in enumerate(positions) if i == 0 or at != positions[i - 1] + 1]
+    pieces, sequence = [], 0
+    for start, end in pairwise([*starts, len(positions)]):
+        shared = positions[start]
+        sequence = sequence if shared else start
+        pieces.append(Piece(start, end - start, sequence if shared else 0, shared))
+    return tuple(pieces)
+
+
+# ------------------------------------------------------------------------------------------------ flash-attention
+@cache
+def _flash_kernel() -> Callable[..., torch.Tensor] | None:
+    """flash-attention's variable-length function, where it is installed."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_varlen_func
+
+    kernel: Callable[..., torch.Tensor] = flash_attn_varlen_func
+    return kernel
+
+
+def _variable_length(
+    kernel: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: tuple[int, ...],
+    pieces: Pieces,
     dropout: float,
     causal: bool,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attend within segments. `query`, `key`, `value`: [tokens, heads, head_dim]; returns the same shape."""
-    if len(set(lengths)) == 1:
-        shape = (len(lengths), lengths[0], *query.shape[1:])
+    """All pieces in one call; shapes as in `_by_piece`.
+
+    The kernel's causal mask lets the last query see the last key, so that a piece may have more keys, those of its
+    prefix, than queries.
+    """
+    gather, query_bounds, key_bounds = (x if x is None else x.to(query.device) for x in _bounds(pieces))
+    if gather is not None:
+        key, value = key.index_select(0, gather), value.index_select(0, gather)
+    longest = max(piece.length for piece in pieces), max(piece.length + piece.prefix_length for piece in pieces)
+    return kernel(
+        query, key, value, query_bounds, key_bounds, *longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
+    )
+
+
+@lru_cache(maxsize=64)
+def _bounds(pieces: Pieces) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Which token each key is (None: as they stand), and the bounds of the pieces among queries and keys."""
+    queries = torch.tensor([0, *(piece.length for piece in pieces)]).cumsum(0).int()
+    if not any(piece.prefix_length for piece in pieces):
+        return None, queries, queries
+    keys = torch.tensor([0, *(piece.length + piece.prefix_length for piece in pieces)]).cumsum(0).int()
+    return torch.cat([_tokens(piece) for piece in pieces]), queries, keys
+
+
+def _tokens(piece: Piece) -> torch.Tensor:
+    """Where in the row the keys of a piece stand."""
+    prefix = torch.arange(piece.prefix_start, piece.prefix_start + piece.prefix_length)
+    return torch.cat([prefix, torch.arange(piece.start, piece.start + piece.length)])
+
+
+# ------------------------------------------------------------------------------------------------ plain SDPA
+def _by_piece(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pieces: Pieces,
+    dropout: float,
+    causal: bool,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend within pieces. `query`, `key`, `value`: [tokens, heads, head_dim]; returns the same shape."""
+    first = pieces[0].length
+    if all(piece.length == first and not piece.prefix_length for piece in pieces):
+        shape = (len(pieces), first, *query.shape[1:])
         q, k, v = (x.reshape(shape).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
         return out.transpose(1, 2).reshape(query.shape)
-    pieces, order = [], []
-    for gather, valid in _plans(lengths, causal):
+    found, order = [], []
+    for gather, valid in _plans(pieces, causal):
         gather, valid = gather.to(query.device), valid.to(query.device)
         shape = (*gather.shape, *query.shape[1:])
         q, k, v = (x.index_select(0, gather.flatten()).view(shape).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
-        pieces.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, valid))
+        found.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, valid))
         order.append(gather.flatten().index_select(0, valid))
     back = torch.empty(query.shape[0], dtype=torch.long, device=query.device)
     back[torch.cat(order)] = torch.arange(query.shape[0], device=query.device)
-    return torch.cat(pieces).index_select(0, back)
+    return torch.cat(found).index_select(0, back)
 
 
 @lru_cache(maxsize=64)
-def _plans(lengths: tuple[int, ...], causal: bool) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """For every bucket of segments: token indices [segments, longest], and which of them (flat) are no padding.
+def _plans(pieces: Pieces, causal: bool) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """For every bucket of pieces: token indices [pieces, longest], and which of them (flat) are its own.
 
-    Causal segments of up to twice the shortest length share a bucket, right-padded: a token never sees what follows
-    it. Without a causal mask only equal lengths may share one.
+    Causal pieces, prefixes included, of up to twice the shortest length share a bucket, right-padded: a token never
+    sees what follows it. Without a causal mask only equal lengths may share one.
     """
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    buckets: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        limit = 2 * lengths[buckets[-1][0]] if causal and buckets else (lengths[buckets[-1][0]] if buckets else 0)
-        if buckets and lengths[index] <= limit:
-            buckets[-1].append(index)
+    buckets: list[list[tuple[torch.Tensor, int]]] = []
+    for tokens, prefix in sorted(((_tokens(piece), piece.prefix_length) for piece in pieces), key=lambda x: len(x[0])):
+        limit = (2 if causal else 1) * len(buckets[-1][0][0]) if buckets else 0
+        if len(tokens) <= limit:
+            buckets[-1].append((tokens, prefix))
         else:
-            buckets.append([index])
+            buckets.append([(tokens, prefix)])
     plans = []
     for bucket in buckets:
-        longest = lengths[bucket[-1]]
-        counts = torch.tensor([lengths[i] for i in bucket])[:, None]
-        steps = torch.arange(longest)[None]
-        gather = starts[torch.tensor(bucket)][:, None] + torch.minimum(steps, counts - 1)
-        plans.append((gather, (steps < counts).flatten().nonzero()[:, 0]))
+        gather = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in bucket], batch_first=True)
+        steps = torch.arange(gather.shape[1])[None]
+        first = torch.tensor([prefix for _, prefix in bucket])[:, None]
+        end = torch.tensor([len(tokens) for tokens, _ in bucket])[:, None]
+        plans.append((gather, ((steps >= first) & (steps < end)).flatten().nonzero()[:, 0]))
     return tuple(plans)
 
 

@@ -1,7 +1,7 @@
 """Many trajectories with many images in one `[1, T]` row.
 
-Positions start anew for every row (traps T12, T13), attention never crosses rows (`attention.py`), and an image
-that several rows share is encoded once.
+Positions start anew for every row (traps T12, T13), attention never crosses rows (`attention.py`), an image that
+several rows share is encoded once, and so is the prompt that the trajectories of a group share.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cv_lightning.model.attention import NAME
 from cv_lightning.model.vision import VisionInputs
 from cv_lightning.types import DataError
 
@@ -36,6 +37,11 @@ class TrainRow:
     advantage: float = 0.0
     """Of the trajectory; needed for RL only."""
 
+    @property
+    def num_given(self) -> int:
+        """Tokens before the first learned one; all, where none is learned."""
+        return self.loss_mask.index(True) if True in self.loss_mask else len(self.loss_mask)
+
 
 @dataclass(slots=True, kw_only=True)
 class PackedBatch:
@@ -44,7 +50,8 @@ class PackedBatch:
     input_ids: torch.Tensor
     """[1, T]"""
     position_ids: torch.Tensor
-    """[4, 1, T]: the text row, restarting at 0 for every row, then temporal, height and width."""
+    """[4, 1, T]: the text row, then temporal, height and width. The text row restarts at 0 for every row, and at n for
+    a row of which the first n tokens are those of the row before."""
     mm_token_type_ids: torch.Tensor
     """[1, T]: 1 at image tokens"""
     pixel_values: torch.Tensor | None
@@ -88,42 +95,96 @@ class PackedBatch:
         return replace(self, **moved)
 
 
+def families(rows: Sequence[TrainRow], config: PretrainedConfig) -> list[list[int]]:
+    """Numbers of the rows that begin with the same prompt, the trajectories of a group: each prompt is computed once.
+
+    A prompt is what stands before the first learned token; its tokens and the very image objects have to be the same.
+    Only `packed` attention can do it: with any other every row is a family of its own.
+    """
+    if getattr(config, "_attn_implementation", None) != NAME:
+        return [[number] for number in range(len(rows))]
+    found: dict[Any, list[int]] = {}
+    for number, row in enumerate(rows):
+        given = row.num_given
+        alone = given in (0, len(row.token_ids))
+        images = _images_within(row, given, config)
+        key = number if alone else (tuple(row.token_ids[:given]), tuple(map(id, row.vision[:images])))
+        found.setdefault(key, []).append(number)
+    return list(found.values())
+
+
+def prefix_units(rows: Sequence[TrainRow], config: PretrainedConfig, budget: int) -> list[list[TrainRow]]:
+    """Rows that are best kept in one micro-batch: families, cut where they would leave the budget.
+
+    Args:
+        rows: in any order.
+        config: of the model.
+        budget: tokens of one micro-batch. A row longer than that is a unit of its own.
+    """
+    units: list[list[TrainRow]] = []
+    for family in families(rows, config):
+        unit: list[TrainRow] = []
+        for row in (rows[number] for number in family):
+            if unit and packed_length([*unit, row]) > budget:
+                units.append(unit)
+                unit = []
+            unit.append(row)
+        units.append(unit)
+    return units
+
+
+def packed_length(rows: Sequence[TrainRow]) -> int:
+    """Tokens that rows of one family take together."""
+    return sum(len(row.token_ids) for row in rows) - (len(rows) - 1) * rows[0].num_given
+
+
+def _images_within(row: TrainRow, num_tokens: int, config: PretrainedConfig) -> int:
+    """Images among a row's first tokens."""
+    merge = config.vision_config.spatial_merge_size
+    pads, count = row.token_ids[:num_tokens].count(config.image_token_id), 0
+    while pads > 0 and count < len(row.vision):
+        height, width = _merged_shape(row.vision[count].grid_thw[0], merge)
+        pads, count = pads - height * width, count + 1
+    return count
+
+
 def pack_rows(rows: Sequence[TrainRow], config: PretrainedConfig) -> PackedBatch:
-    """Concatenate rows.
+    """Concatenate rows, families together. The loss positions are in that order; `row_index` tells whose they are.
 
     Args:
         rows: at least one.
-        config: of the model: image token, merge size, patch size.
+        config: of the model: image token, merge size, patch size, attention.
 
     Raises:
         DataError: a row's image tokens and image features differ in number or order, or its lists in length.
     """
-    pad, merge = config.image_token_id, config.vision_config.spatial_merge_size
-    distinct: dict[int, int] = {}
-    images: list[VisionInputs] = []
+    pad = config.image_token_id
+    distinct: dict[int, VisionInputs] = {}
     order: list[int] = []
-    parts = []
+    parts: list[_PackedRow] = []
     offset = 0
-    for number, row in enumerate(rows):
-        parts.append(_pack_row(number, row, offset, pad, merge))
-        offset += len(row.token_ids)
-        for vision in row.vision:
-            if id(vision) not in distinct:
-                distinct[id(vision)] = len(images)
-                images.append(vision)
-            order.append(distinct[id(vision)])
+    for family in families(rows, config):
+        start = offset
+        for number in family:
+            row = rows[number]
+            shared = row.num_given if number != family[0] else 0
+            parts.append(_pack_row(number, row, config, start=start, offset=offset, shared=shared))
+            offset += len(row.token_ids) - shared
+            shown = row.vision[_images_within(row, shared, config) :]
+            distinct |= {id(vision): vision for vision in shown}
+            order += map(id, shown)
     packed = {f.name: np.concatenate([getattr(part, f.name) for part in parts], -1) for f in fields(_PackedRow)}
     input_ids = torch.from_numpy(packed["token_ids"])[None]
-    where = torch.from_numpy(packed["loss_positions"])
+    images, places = list(distinct.values()), {key: place for place, key in enumerate(distinct)}
     return PackedBatch(
         input_ids=input_ids,
         position_ids=torch.from_numpy(packed["positions"])[:, None],
         mm_token_type_ids=(input_ids == pad).long(),
         pixel_values=torch.cat([v.pixel_values for v in images]) if images else None,
         image_grid_thw=torch.cat([v.grid_thw for v in images]) if images else None,
-        image_index=torch.tensor(order) if images else None,
-        loss_positions=where,
-        targets=input_ids[0, where + 1],
+        image_index=torch.tensor([places[key] for key in order]) if images else None,
+        loss_positions=torch.from_numpy(packed["loss_positions"]),
+        targets=torch.from_numpy(packed["targets"]),
         row_index=torch.from_numpy(packed["row_index"]),
         engine_logprobs=torch.from_numpy(packed["engine_logprobs"]),
         advantages=torch.from_numpy(packed["advantages"]),
@@ -138,16 +199,20 @@ class _PackedRow:
     token_ids: np.ndarray
     positions: np.ndarray
     loss_positions: np.ndarray
+    targets: np.ndarray
     row_index: np.ndarray
     engine_logprobs: np.ndarray
     advantages: np.ndarray
 
 
-def _pack_row(number: int, row: TrainRow, offset: int, pad: int, merge: int) -> _PackedRow:
+def _pack_row(
+    number: int, row: TrainRow, config: PretrainedConfig, *, start: int, offset: int, shared: int
+) -> _PackedRow:
+    """One row: from its token `shared` on it stands at `offset`, and its first ones at `start`."""
     _check_lengths(number, row)
     token_ids = np.array(row.token_ids, dtype=np.int64)
-    shapes = [_merged_shape(v.grid_thw[0], merge) for v in row.vision]
-    is_image = token_ids == pad
+    shapes = [_merged_shape(v.grid_thw[0], config.vision_config.spatial_merge_size) for v in row.vision]
+    is_image = token_ids == config.image_token_id
     features, tokens = sum(height * width for height, width in shapes), int(is_image.sum())
     if features != tokens:
         raise DataError(
@@ -156,9 +221,10 @@ def _pack_row(number: int, row: TrainRow, offset: int, pad: int, merge: int) -> 
     learned = np.flatnonzero(np.array(row.loss_mask, dtype=bool)[1:])  # position i predicts token i + 1
     given = np.zeros(len(token_ids)) if row.engine_logprobs is None else np.array(row.engine_logprobs)
     return _PackedRow(
-        token_ids=token_ids,
-        positions=_positions(is_image, shapes),
-        loss_positions=learned + offset,
+        token_ids=token_ids[shared:],
+        positions=_positions(is_image, shapes)[:, shared:],
+        loss_positions=learned + np.where(learned < shared, start, offset - shared),
+        targets=token_ids[learned + 1],
         row_index=np.full(len(learned), number, dtype=np.int64),
         engine_logprobs=given[learned + 1].astype(np.float32),
         advantages=np.full(len(learned), row.advantage, dtype=np.float32),

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from cv_lightning.images import to_model_image
+from cv_lightning.model import attention
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import TrainRow, pack_rows, rope_positions
+from cv_lightning.model.packing import TrainRow, families, pack_rows, packed_length, rope_positions
 from cv_lightning.model.tokens import LOGIT_BAN
 from cv_lightning.model.vision import VisionCache, process_images
 from cv_lightning.types import CheckpointError, DataError
@@ -115,6 +119,99 @@ def test_packed_equals_one_by_one(
             )
 
 
+def grouped_rows(model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> list[TrainRow]:
+    """Groups of trajectories about one prompt each, with tool images of their own, and a row without a group."""
+    rng = random.Random(seed)
+    rows = []
+    for prompt in random_rows(model, processor, seed, num_rows=3):
+        for answer in random_rows(model, processor, rng.randrange(1000), num_rows=rng.randint(1, 4)):
+            given = [False] * len(prompt.token_ids)
+            mask = [True, *answer.loss_mask[1:]]  # the first token after the prompt was sampled
+            ids, vision = prompt.token_ids + answer.token_ids, [*prompt.vision, *answer.vision]
+            rows.append(TrainRow(token_ids=ids, loss_mask=given + mask, vision=vision))
+    rng.shuffle(rows)
+    return [*rows, *random_rows(model, processor, seed + 50, num_rows=1)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shared_prompt_is_computed_once_and_changes_nothing(
+    model: PreTrainedModel, stock: PreTrainedModel, processor: ProcessorMixin, seed: int
+) -> None:
+    rows = grouped_rows(model, processor, seed)
+    banned = vision_token_ids(processor.tokenizer)
+    batch = pack_rows(rows, model.config)
+    groups = families(rows, model.config)
+    assert batch.input_ids.shape[1] == sum(packed_length([rows[i] for i in group]) for group in groups)
+    assert batch.input_ids.shape[1] < sum(len(row.token_ids) for row in rows)
+
+    model.zero_grad()
+    packed = packed_logprobs(model, batch, banned_ids=banned).logprobs
+    (packed * (1.0 + batch.row_index)).sum().backward()
+    stock.zero_grad()
+    single = [one_by_one(stock, row, banned) for row in rows]
+    for number, alone in enumerate(single):
+        torch.testing.assert_close(packed[batch.row_index == number], alone, atol=1e-5, rtol=1e-5)
+    torch.stack([(1.0 + number) * part.sum() for number, part in enumerate(single)]).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    largest = max(float(parameter.grad.abs().max()) for parameter in stock.parameters() if parameter.grad is not None)
+    for name, parameter in stock.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                gradients[name] / largest, parameter.grad / largest, atol=1e-5, rtol=1e-4, msg=name
+            )
+
+
+def test_prompts_that_only_look_the_same_are_not_shared(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Same tokens, another image; and attention that knows no shared beginnings."""
+    limits, pad = image_limits(processor), model.config.image_token_id
+    views = [to_model_image(Image.new("RGB", (64, 64), colour), limits) for colour in ("red", "blue", "red")]
+    first, other, _ = VisionCache(processor).get(views)
+    pads = [pad] * (int(first.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2)
+    ids = [5, *pads, 6, 7]
+    mask = [False] * (len(ids) - 1) + [True]
+    rows = [TrainRow(token_ids=ids, loss_mask=mask, vision=[image]) for image in (first, other, first)]
+    assert families(rows, model.config) == [[0, 2], [1]]
+    plain = copy.copy(model.config)
+    plain._attn_implementation = "sdpa"
+    assert families(rows, plain) == [[0], [1], [2]]
+
+
+def variable_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *_: int,
+    dropout_p: float, softmax_scale: float | None, causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """What flash-attention's function of this signature computes: its causal mask ends at the last key."""
+    out = []
+    for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a)) if causal else None
+        out.append(F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+def check_variable_length(kernel: Any, device: str, dtype: torch.dtype, tolerance: float) -> None:
+    positions = [*range(7), *range(4, 9), *range(4, 6), *range(3), *range(2, 40)]
+    pieces = attention._pieces_of_positions(positions)
+    assert [piece[2:] for piece in pieces] == [(0, 0), (0, 4), (0, 4), (0, 0), (14, 2)]
+    q, k, v = (torch.randn(len(positions), 4, 32, device=device, dtype=dtype) for _ in range(3))
+    for causal, these in ((True, pieces), (False, attention._pieces_of_bounds([0, 9, 18, len(positions)]))):
+        plain = attention._by_piece(q, k, v, these, 0.0, causal, None)
+        found = attention._variable_length(kernel, q, k, v, these, 0.0, causal, None)
+        torch.testing.assert_close(found, plain, atol=tolerance, rtol=tolerance)
+
+
+def test_the_variable_length_form_is_the_plain_one() -> None:
+    check_variable_length(variable_length, "cpu", torch.float32, 1e-5)
+
+
+@pytest.mark.gpu
+def test_flash_attention_is_the_plain_one() -> None:
+    kernel = attention._flash_kernel()
+    if kernel is None:
+        pytest.skip("flash-attn is not installed")
+    check_variable_length(kernel, "cuda", torch.bfloat16, 2e-2)
+
+
 def test_positions_equal_the_models_own(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     for row in random_rows(model, processor, seed=9):
         ids = torch.tensor([row.token_ids])
@@ -211,8 +308,8 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, m
 def test_the_patch_projection_is_the_convolution(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     ours, theirs = model.model.visual.patch_embed.proj, stock.model.visual.patch_embed.proj
     assert type(theirs) is torch.nn.Conv3d and type(ours) is not torch.nn.Conv3d
-    patches = torch.randn(10, 3, *ours.kernel_size)
-    torch.testing.assert_close(ours(patches), theirs(patches), atol=1e-5, rtol=1e-5)
+    patches = torch.randn(10, 3, *ours.kernel_size, dtype=torch.float64)
+    torch.testing.assert_close(copy.deepcopy(ours).double()(patches), copy.deepcopy(theirs).double()(patches))
     assert set(model.state_dict()) == set(stock.state_dict())
 
 
