@@ -41,8 +41,8 @@ class PolicyConfig:
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights; null: full fine-tuning."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
-    """`packed`: ours, exact on packed rows with plain SDPA; `auto`: flash-attention 2 on a GPU that has it, else
-    ours."""
+    """`auto` and `packed`: ours, exact on packed rows, with flash-attention's kernel on a GPU that has it and plain SDPA
+    elsewhere; a group's shared prompt is computed once. The others are transformers' own."""
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
-from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
+from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows, packed_length, prefix_units
 from cv_lightning.model.vision import VisionCache, process_images
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
 from cv_lightning.types import CVLightningError, Trajectory
@@ -221,12 +221,14 @@ class PolicyModule(pl.LightningModule):
         that carry no loss. Under ZeRO-3 every forward and backward is collective, and a rank with fewer, or with a
         vision tower that does not run, would hang the others (traps T32, T33). Call it on all ranks.
         """
-        lengths = [len(row.token_ids) for row in rows]
-        chunks = split_by_tokens(rows, lengths, self.max_tokens_per_row)
+        assert self.policy is not None
+        units = prefix_units(rows, self.policy.config, self.max_tokens_per_row)
+        lengths = [packed_length(unit) for unit in units]
+        chunks = _joined(split_by_tokens(units, lengths, self.max_tokens_per_row))
         if self.trainer.world_size == 1:
             return chunks or [[self._dummy_row()]]
         wanted = max(1, int(self.reduce_max(len(chunks))))
-        chunks = split_evenly(rows, lengths, self.max_tokens_per_row, wanted)
+        chunks = _joined(split_evenly(units, lengths, self.max_tokens_per_row, wanted))
         chunks += [[] for _ in range(wanted - len(chunks))]
         return [chunk if any(row.vision for row in chunk) else [*chunk, self._dummy_row()] for chunk in chunks]
 
@@ -358,6 +360,11 @@ def _num_dimensions(parameter: torch.nn.Parameter) -> int:
 def _deepspeed_engine(trainer: pl.Trainer) -> Any:
     model = trainer.strategy.model
     return model if hasattr(model, "set_gradient_accumulation_boundary") else None
+
+
+def _joined(chunks: Sequence[Sequence[Sequence[T]]]) -> list[list[T]]:
+    """The rows of every micro-batch, from its units."""
+    return [[row for unit in chunk for row in unit] for chunk in chunks]
 
 
 def _announce_backward(trainer: pl.Trainer, is_last: bool) -> None:
