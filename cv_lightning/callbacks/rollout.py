@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.rl.collector import END_STATES, MaskConfig, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, Group, Iteration, Task
@@ -81,6 +81,8 @@ class RolloutCallback(pl.Callback):
         evaluations: what `validate` and `test` run; one greedy pass with the tool by default.
         parity_tolerance: largest difference between engine and trainer log-probabilities that the start-up
             self-test accepts in float32; 0 turns the test off.
+        max_failed_frac: share of an iteration's trajectories, of all ranks, that engine, sandbox or judge may fail;
+            above it the run stops.
         eval_prefix: put before the names of the evaluations: `sft_` gives `<run>/eval/sft_greedy`.
     """
 
@@ -97,6 +99,7 @@ class RolloutCallback(pl.Callback):
         num_samples: int = 8,
         evaluations: list[EvaluationConfig] | None = None,
         parity_tolerance: float = 1e-4,
+        max_failed_frac: float = 0.25,
         eval_prefix: str = "",
     ) -> None:
         self.agent = agent or AgentConfig()
@@ -112,6 +115,9 @@ class RolloutCallback(pl.Callback):
         settings = evaluations or [EvaluationConfig()]
         self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, about)
         self.parity_tolerance = parity_tolerance
+        if not 0 <= max_failed_frac <= 1:
+            raise ValueError(f"RolloutCallback: max_failed_frac {max_failed_frac} must be between 0 and 1, a share")
+        self.max_failed_frac = max_failed_frac
         self.parts: _Parts | None = None
         self.parity_checked = False
         self.queue = TaskQueue()
@@ -203,8 +209,7 @@ class RolloutCallback(pl.Callback):
         elapsed = time.perf_counter() - begun
         if parts.writer is None:
             parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
-        for group in groups:
-            parts.writer.write_group(group, number)
+        self._write(parts.writer, groups, number)
         stored = time.perf_counter()
         parts.engine.sleep()
         with Watchdog.at(trainer, f"end of rollout {number}", waits=True):
@@ -216,7 +221,35 @@ class RolloutCallback(pl.Callback):
             "time/store_s": stored - begun - elapsed,
             "time/wait_s": time.perf_counter() - stored,
         }
-        module.log_dict(merge_metrics(gather_lists([metrics])))
+        merged = merge_metrics(gather_lists([metrics]))
+        module.log_dict(merged)
+        self._check_failures(merged, groups)
+
+    def _write(self, writer: TrajectoryWriter, groups: Sequence[Group], number: int) -> None:
+        try:
+            for group in groups:
+                writer.write_group(group, number)
+        except OSError as error:
+            raise CVLightningError(
+                f"trajectories cannot be stored in {writer.folder}: {error.strerror or error}. Checkpoints could not "
+                "be either: free space, lower store.share or store.max_gb, and go on with --ckpt_path last"
+            ) from error
+
+    def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Stop where too much has failed to learn from; the same on all ranks.
+
+        Raises:
+            CVLightningError: says what failed, and the first error of this rank.
+        """
+        shares = {name: share for name, share in metrics.items() if name.startswith(f"{END_STATES}error_")}
+        if sum(shares.values()) <= self.max_failed_frac:
+            return
+        errors = [t.error for group in groups for t in group.trajectories if t.end_state.value.startswith("error:")]
+        raise CVLightningError(
+            f"{sum(shares.values()):.0%} of the trajectories failed, more than max_failed_frac "
+            f"{self.max_failed_frac:.0%}: {', '.join(f'{name} {share:.2f}' for name, share in shares.items())}; "
+            f"{errors[0] if errors else 'none on this rank'}"
+        )
 
     def _collect(
         self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration, show: ShowProgress

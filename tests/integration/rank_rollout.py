@@ -1,6 +1,6 @@
-"""Run by `test_sync.py`: two RL iterations and a validation, with everything real, on as many ranks as started it.
+"""Run by `test_sync.py`: two RL iterations and a validation, with everything real, on some ranks.
 
-    torchrun --nproc-per-node N rank_rollout.py CHECKPOINT FOLDER [TENSOR_PARALLEL]
+    rank_rollout.py CHECKPOINT FOLDER RANKS TENSOR_PARALLEL
 
 Each rank writes what it saw to `FOLDER/rank<r>.json`. Ranks are as unequal as they can be: rank 0 has turns of more
 tokens, in the validation it calls the tool and rank 1 has no task at all.
@@ -8,16 +8,19 @@ tokens, in the validation it calls the tool and rank 1 has no task at all.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning.pytorch as pl
+from forked import fork_ranks, wait
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
@@ -30,6 +33,7 @@ from cv_lightning.model.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardModule
+from cv_lightning.rl.losses import PolicyLossConfig
 from cv_lightning.strategies import CPUDeepSpeedStrategy
 from cv_lightning.types import Group, Iteration, RewardBreakdown, Trajectory
 
@@ -96,11 +100,9 @@ def score(self: RewardModule, group: Group) -> None:
         trajectory.reward = RewardBreakdown(components={}, total=float(trajectory.sample))
 
 
-def main(checkpoint: Path, folder: Path, tensor_parallel: int) -> None:
+def run(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int, rank: int) -> None:
     """Train, validate, write."""
-    prepare_environment()
     RewardModule.score_group = score  # type: ignore[method-assign]
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     agent = AGENT if rank or ranks == 1 or tensor_parallel > 1 else replace(AGENT, max_turn_tokens=40)
     sizes = EngineConfig(
         kind="vllm", max_model_len=256, max_num_seqs=16, max_images=3, tensor_parallel_size=tensor_parallel
@@ -122,11 +124,26 @@ def main(checkpoint: Path, folder: Path, tensor_parallel: int) -> None:
         num_sanity_val_steps=0,
         callbacks=[Watchdog(), watching, rollout],
     )
-    module = GRPOModule(PolicyConfig(path=str(checkpoint), dtype="float32"), OptimizerConfig(lr=1e-3))
+    module = GRPOModule(
+        PolicyConfig(path=str(checkpoint), dtype="float32"),
+        OptimizerConfig(lr=1e-3),
+        loss=PolicyLossConfig(kl_weight=0),
+    )
     data = TaskDataModule(num_iterations=2, tasks_per_iteration=4, val_tasks={"upright": 1})
     trainer.fit(module, datamodule=data)
     (folder / f"rank{rank}.json").write_text(json.dumps(watching.seen))
 
 
+def main(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int) -> int:
+    """Run every rank; 0 if all ended well."""
+    prepare_environment()
+    importlib.import_module("deepspeed")
+    importlib.import_module("cv_lightning.engine.vllm")
+    processes = fork_ranks(
+        ranks, partial(run, checkpoint, folder, ranks, tensor_parallel), lambda rank: folder / f"rank{rank}.txt"
+    )
+    return max(code != 0 for code, _ in map(wait, processes))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))

@@ -2,7 +2,7 @@
 
     rank_watchdog.py FOLDER MODE...
 
-The ranks of a mode are forked, so that the libraries are imported once, and write what they say to
+The ranks of a mode write what they say to
 `FOLDER/<mode>.rank<r>.txt`. Prints a JSON object: by mode, the exit code of each rank and whether it left a child.
 """
 
@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning.pytorch as pl
 import torch
+from forked import fork_ranks, wait
 from torch.utils.data import DataLoader
 
 from cv_lightning.callbacks.watchdog import Watchdog
@@ -67,7 +68,7 @@ class Trouble(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def run(folder: Path, mode: str) -> None:
+def run(folder: Path, mode: str, rank: int) -> None:
     """Train as one rank."""
     watchdog = Watchdog(timeout_s=3.0, silence_s=4.0)
     trainer = pl.Trainer(
@@ -85,43 +86,11 @@ def run(folder: Path, mode: str) -> None:
     trainer.fit(Trouble(mode), DataLoader(torch.ones(8, 1), batch_size=2))
 
 
-def fork(folder: Path, mode: str, rank: int, port: int) -> int:
-    """Start a rank; returns its process id."""
-    if process := os.fork():
-        return process
-    os.setsid()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    out = os.open(folder / f"{mode}.rank{rank}.txt", os.O_CREAT | os.O_WRONLY)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    code = 1
-    try:
-        run(folder, mode)
-        code = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(process: int) -> tuple[int, bool]:
-    """Exit code of a rank, and whether a child outlived it; which is ended here."""
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    try:
-        os.killpg(process, signal.SIGKILL)
-    except ProcessLookupError:
-        return code, False
-    return code, True
-
-
 def main(folder: Path, modes: list[str]) -> None:
     """Run every mode."""
     results = {}
     for mode in modes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [fork(folder, mode, rank, port) for rank in range(2)]
+        ranks = fork_ranks(2, partial(run, folder, mode), lambda rank, mode=mode: folder / f"{mode}.rank{rank}.txt")
         results[mode] = [wait(ranks[0])]
         if mode == "stopped":  # only this signal ends it
             os.kill(ranks[1], signal.SIGKILL)
