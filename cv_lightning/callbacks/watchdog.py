@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn
 
 import lightning.pytorch as pl
 import psutil
-import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 EXIT_CODE = 75
 """Of a process that the watchdog ended: EX_TEMPFAIL, go on from the last checkpoint."""
@@ -79,7 +79,7 @@ class Watchdog(pl.Callback):
         self.place = Place("start", True, time.monotonic())
         self.rank, self.world_size = 0, 1
         self.folder = Path()
-        self._store: torch.distributed.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._over = threading.Event()
         self._heard: dict[int, tuple[str, float]] = {}
         self._thread: threading.Thread | None = None
@@ -192,7 +192,7 @@ class Watchdog(pl.Callback):
         try:
             self._tell()
             if self._store.check([STOP]):
-                return self._store.get(STOP).decode()
+                return str(self._store.get(STOP).decode())
             reports = [self._read(rank) for rank in (range(self.world_size) if self.rank == 0 else (0,))]
         except RuntimeError as error:
             return f"rank 0, which the ranks talk through, is gone ({str(error).splitlines()[0]})"
@@ -264,15 +264,15 @@ def diagnose(reports: list[Report], timeout_s: float, silence_s: float) -> str:
     return ""
 
 
-def _connect(trainer: pl.Trainer, timeout_s: float) -> torch.distributed.TCPStore:
+def _connect(trainer: pl.Trainer, timeout_s: float) -> TCPStore:
     """A store of our own: a call in another one may be held up by whoever waits in it."""
     timeout = timedelta(seconds=timeout_s)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     store = None
     if trainer.is_global_zero:
-        store = torch.distributed.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
     port = trainer.strategy.broadcast(0 if store is None else store.port)
-    return store or torch.distributed.TCPStore(host, port, timeout=timeout, wait_for_workers=False)
+    return store or TCPStore(host, port, timeout=timeout, wait_for_workers=False)
 
 
 def _who() -> str:

@@ -61,7 +61,8 @@ class Trouble(pl.LightningModule):
                     for _ in range(12):
                         time.sleep(0.5)
                         get_on()
-        return self.layer(batch).mean()
+        loss: torch.Tensor = self.layer(batch).mean()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Any."""
@@ -83,7 +84,7 @@ def run(folder: Path, mode: str, rank: int) -> None:
         enable_model_summary=False,
         callbacks=[watchdog],
     )
-    trainer.fit(Trouble(mode), DataLoader(torch.ones(8, 1), batch_size=2))
+    trainer.fit(Trouble(mode), DataLoader([torch.ones(1)] * 8, batch_size=2))  # type: ignore[arg-type]
 
 
 def main(folder: Path, modes: list[str]) -> None:
