@@ -54,7 +54,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_parameters: keep the shards of parameters there, too; stage 3 only.
         bucket_elements: gradient elements that are reduced at once.
         persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
-        timeout_s: seconds after which a collective that not all ranks join is an error.
+        timeout_s: seconds after which a collective that not all ranks join is an error; ranks wait for the longest
+            rollout in one.
     """
 
     overlaps_communication = True
@@ -67,7 +68,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_parameters: bool = False,
         bucket_elements: int = 200_000_000,
         persistent_below: int = 100_000,
-        timeout_s: float = 1800.0,
+        timeout_s: float = 7200.0,
     ) -> None:
         if stage not in (2, 3):
             raise ValueError(f"--trainer.strategy.stage {stage}: 2 or 3; without sharding use trainer.strategy ddp")
@@ -157,12 +158,13 @@ class CPUDeepSpeedStrategy(ZeroStrategy):
     Args:
         stage: what is sharded.
         persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
-        timeout_s: seconds after which a collective that not all ranks join is an error.
+        timeout_s: seconds after which a collective that not all ranks join is an error; ranks wait for the longest
+            rollout in one.
     """
 
     overlaps_communication = False
 
-    def __init__(self, stage: Literal[2, 3] = 3, persistent_below: int = 0, timeout_s: float = 1800.0) -> None:
+    def __init__(self, stage: Literal[2, 3] = 3, persistent_below: int = 0, timeout_s: float = 7200.0) -> None:
         super().__init__(stage, bucket_elements=50_000_000, persistent_below=persistent_below, timeout_s=timeout_s)
 
     def setup_environment(self) -> None:

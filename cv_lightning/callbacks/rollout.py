@@ -33,11 +33,13 @@ from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rl.collector import END_STATES, MaskConfig, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
-from cv_lightning.types import CVLightningError, Group, Iteration, Task
+from cv_lightning.types import CVLightningError, EndState, Group, Iteration, Task
 
 __all__ = ["EvaluationConfig", "RolloutCallback"]
 
 logger = logging.getLogger(__name__)
+FAILURES = (EndState.ERROR_ENGINE, EndState.ERROR_SANDBOX, EndState.ERROR_JUDGE)
+"""Ends that are the fault of neither policy nor data."""
 ShowProgress = Callable[[RolloutProgress], None] | None
 
 
@@ -140,6 +142,7 @@ class RolloutCallback(pl.Callback):
                     "train with engine.kind vllm, transformers or sglang"
                 )
             module.loads_policy = False
+        self._check_patience(trainer)
         sandbox = Sandbox(self.sandbox_config)
         sandbox.start()
         none_yet: Any = None
@@ -156,6 +159,17 @@ class RolloutCallback(pl.Callback):
             with Watchdog.at(trainer, "start of the engine", waits=True):
                 self.parts.engine = self._build_engine(module)
         trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks (trap T41)
+
+    def _check_patience(self, trainer: pl.Trainer) -> None:
+        """A rank that is done waits for one that takes `deadline_s`; the process group must not give up before."""
+        timeout = getattr(trainer.strategy, "_timeout", None)
+        if trainer.world_size > 1 and timeout is not None and timeout.total_seconds() <= self.agent.deadline_s:
+            logger.warning(
+                "agent.deadline_s (%g) is not below the strategy's time-out (%g s): a rank that waits for a long "
+                "rollout would end the run; raise trainer.strategy's time-out or lower the deadline",
+                self.agent.deadline_s,
+                timeout.total_seconds(),
+            )
 
     def _build_engine(self, module: PolicyModule) -> Engine:
         config = module.policy_config
@@ -241,10 +255,11 @@ class RolloutCallback(pl.Callback):
         Raises:
             CVLightningError: says what failed, and the first error of this rank.
         """
-        shares = {name: share for name, share in metrics.items() if name.startswith(f"{END_STATES}error_")}
+        names = {f"{END_STATES}{state.value.replace(':', '_')}_frac" for state in FAILURES}
+        shares = {name: metrics[name] for name in sorted(names & metrics.keys())}
         if sum(shares.values()) <= self.max_failed_frac:
             return
-        errors = [t.error for group in groups for t in group.trajectories if t.end_state.value.startswith("error:")]
+        errors = [t.error for group in groups for t in group.trajectories if t.end_state in FAILURES]
         raise CVLightningError(
             f"{sum(shares.values()):.0%} of the trajectories failed, more than max_failed_frac "
             f"{self.max_failed_frac:.0%}: {', '.join(f'{name} {share:.2f}' for name, share in shares.items())}; "

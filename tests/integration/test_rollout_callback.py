@@ -6,20 +6,24 @@ import json
 from pathlib import Path
 
 import lightning.pytorch as pl
+import psutil
 import pytest
+import torch
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.data.modules import TaskDataModule
-from cv_lightning.engine import EngineConfig
+from cv_lightning.engine import EngineConfig, Request
+from cv_lightning.engine.hf import TransformersEngine
 from cv_lightning.model.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rl.collector import MaskConfig
 from cv_lightning.rl.losses import PolicyLossConfig
-from cv_lightning.types import Group, Iteration, RewardBreakdown
+from cv_lightning.sandbox import SandboxConfig
+from cv_lightning.types import CVLightningError, EngineError, Group, Iteration, RewardBreakdown, SandboxError
 
 AGENT = AgentConfig(max_turns=2, max_turn_tokens=12, max_images=2, prompt=PromptConfig(system="none", state_size=False))
 ENGINE = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=16, max_images=2)
@@ -99,3 +103,56 @@ def test_masked_states_are_not_learned_from(tiny_checkpoint: Path, tmp_path: Pat
     left = [t for g in batches.seen[0].groups for t in g.trajectories if t.advantage is not None]
     assert len(left) == 4 - round(4 * metrics["rollout/masked_frac"])
     assert metrics["policy/trajectories"] == sum(bool(t.advantage) for t in left)
+
+
+# ------------------------------------------------------------------------------------------------ failures
+ONE = TaskDataModule(tasks_per_iteration=2, num_iterations=1)
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+@pytest.mark.parametrize("error", [EngineError("the engine died"), torch.OutOfMemoryError("no memory left")])
+def test_an_engine_that_fails_ends_the_run_with_nothing_left_running(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def step(self: TransformersEngine) -> None:
+        raise error
+
+    monkeypatch.setattr(TransformersEngine, "step", step)
+    before = children()
+    with pytest.raises(type(error), match=str(error)):
+        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE)
+    assert children() <= before
+
+
+def test_too_many_failed_trajectories_end_the_run(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_request(self: TransformersEngine, request: Request) -> None:
+        if "/1/" in request.id:  # every second trajectory
+            raise EngineError("refused")
+        self.queue.append(request)
+
+    monkeypatch.setattr(TransformersEngine, "add_request", add_request)
+    with pytest.raises(
+        CVLightningError, match=r"50% .* max_failed_frac 25%: rollout/end_error_engine_frac 0\.50; refused"
+    ):
+        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, parity_tolerance=0.0)
+    run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, parity_tolerance=0.0, max_failed_frac=0.5)
+
+
+def test_a_full_disk_ends_the_run_and_says_which(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "trajectories" / "groups.rank0.jsonl"
+    lines.parent.mkdir()
+    lines.symlink_to("/dev/full")
+    with pytest.raises(CVLightningError, match=rf"{tmp_path}: No space left on device.*store\.max_gb"):
+        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, parity_tolerance=0.0)
+
+
+def test_a_sandbox_that_cannot_start_ends_the_run_before_it_begins(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    before = children()
+    with pytest.raises(SandboxError, match="lacks landlock"):
+        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, sandbox=SandboxConfig(disabled_layers=("landlock",)))
+    assert children() <= before
