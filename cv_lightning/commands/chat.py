@@ -1,0 +1,204 @@
+"""`python -m cv_lightning chat`: ask a model about a picture, and watch it think, write code and look."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cv_lightning.environment import prepare_environment
+from cv_lightning.types import CheckpointError, CVLightningError
+
+prepare_environment()  # before transformers and vLLM
+
+from cv_lightning.agent.config import AgentConfig  # noqa: E402
+from cv_lightning.engine.base import EngineConfig, SamplingConfig  # noqa: E402
+from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
+
+RUN_CONFIG = "fit_config.yaml"
+PARENTS = 3
+"""Folders, that of the model or checkpoint itself included, in which its run's config is looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """What is asked, and of which model. Agent, engine and sandbox are by default as in the run that trained it."""
+
+    model: str | None = None
+    """Hugging Face folder or hub name of a Qwen-VL model."""
+    ckpt: Path | None = None
+    """A checkpoint of a run instead: .ckpt file, DeepSpeed folder, or the run's folder."""
+    image: Path | None = None
+    """The picture."""
+    question: str | None = None
+    """Ask this, print what happens, and end; exit code 1: not answered. Without it, questions are read from the
+    keyboard."""
+    save: bool = False
+    """Keep the trajectory of `question`."""
+    inline: bool = False
+    """Draw pictures in the terminal, in coloured blocks."""
+    web: bool = False
+    """In a browser instead."""
+    port: int = 8780
+    """Of the browser's page, on 127.0.0.1 only."""
+    out: Path = Path("runs/chat")
+    """Store of saved trajectories and of the pictures."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights."""
+    min_pixels: int | None = None
+    """Smallest picture the model sees, in pixels; None: its processor's own."""
+    max_pixels: int | None = None
+    """Largest picture the model sees, in pixels; None: its processor's own."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """Limits and words of the agent."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What generates."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    """Where the model's code runs."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """How tokens are drawn; greedy."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.ckpt is None):
+            raise ValueError("give --model FOLDER or --ckpt CHECKPOINT, one of them")
+        if self.question is not None and (self.image is None or self.web):
+            raise ValueError("--question needs --image FILE, and goes without --web")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port {self.port} must be between 0 and 65535")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    try:
+        options = parse(sys.argv[1:] if args is None else args)
+        with ExitStack() as stack:
+            return _run(options, stack)
+    except (CVLightningError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: ChatOptions, stack: ExitStack) -> int:
+    from cv_lightning.model.loading import PolicyConfig
+    from cv_lightning.playground.session import PlaygroundConfig, open_playground
+    from cv_lightning.playground.terminal import Terminal, one_question
+
+    path = options.model or str(_exported(options, stack))
+    policy = PolicyConfig(path=path, dtype=options.dtype, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+    config = PlaygroundConfig(
+        policy=policy, agent=options.agent, engine=options.engine, sandbox=options.sandbox, out=options.out
+    )
+    if options.web:
+        from cv_lightning.playground.web import check_port, serve
+
+        check_port(options.port)
+        playground = stack.enter_context(open_playground(config))
+        serve(playground, options.sampling, options.port, options.image)
+        return 0
+    terminal = Terminal(stack.enter_context(open_playground(config)), options.sampling, options.inline)
+    if options.image is not None:
+        terminal.open_image(options.image)
+    if options.question is not None:
+        return one_question(terminal, options.question, options.save)
+    terminal.loop()
+    return 0
+
+
+def _exported(options: ChatOptions, stack: ExitStack) -> Path:
+    """The checkpoint as a Hugging Face folder, which goes when the chat ends."""
+    from cv_lightning.commands.export import ExportRequest, export
+
+    assert options.ckpt is not None
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cv-lightning-"))) / "model"
+    print(export(ExportRequest(ckpt=options.ckpt, out=folder, dtype=options.dtype, verify=False)), file=sys.stderr)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ options
+def parse(arguments: list[str]) -> ChatOptions:
+    """Read the command line, with what the model's run says for defaults.
+
+    Raises:
+        ValueError, CheckpointError: options that cannot be, or a run's config that this version cannot read.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog="cv_lightning chat", description=ChatOptions.__doc__)
+    parser.add_argument("--config", action="config", help="file with any of the arguments below")
+    parser.add_class_arguments(ChatOptions, as_group=False, sub_configs=True)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--model", "--ckpt"):
+        first.add_argument(name)
+    where, _ = first.parse_known_args(arguments)
+    if given := where.model or where.ckpt:
+        _set_defaults(parser, Path(given))
+    switches = {"--save": "--save=true", "--inline": "--inline=true", "--web": "--web=true"}
+    built = parser.instantiate(parser.parse_args([switches.get(word, word) for word in arguments]))
+    return ChatOptions(**{name: getattr(built, name) for name in ChatOptions.__dataclass_fields__})
+
+
+def _set_defaults(parser: Any, path: Path) -> None:
+    file = find_run_config(path)
+    defaults = run_defaults(file) if file is not None else {}
+    if "engine.max_model_len" not in defaults and (longest := _max_positions(path)):
+        defaults["engine.max_model_len"] = min(longest, EngineConfig.max_model_len)
+    try:
+        parser.set_defaults({**defaults, "engine.max_num_seqs": 1})
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be used by this version ({error}); move it away to go without"
+        ) from error
+
+
+def find_run_config(path: Path) -> Path | None:
+    """The config of the run that a model folder or checkpoint lies in; None: it lies in none."""
+    folders = [path, *path.absolute().parents][:PARENTS]
+    return next((folder / RUN_CONFIG for folder in folders if (folder / RUN_CONFIG).is_file()), None)
+
+
+def run_defaults(file: Path) -> dict[str, Any]:
+    """What a run's config says of agent, engine, sandbox and weights, as values by flag.
+
+    Raises:
+        CheckpointError: it is no config of a run.
+    """
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        model = config["model"]["init_args"]
+        callbacks = config["trainer"]["callbacks"] or []
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: no config of a run ({error!r}); move it away to go without") from error
+    found: dict[str, Any] = {name: model["policy"][name] for name in ("dtype", "min_pixels", "max_pixels")}
+    if model.get("prompt"):  # SFT
+        found["agent"] = {"prompt": model["prompt"]}
+    for callback in callbacks:
+        if callback["class_path"].endswith("RolloutCallback"):
+            found |= {name: callback["init_args"].get(name) or {} for name in ("agent", "engine", "sandbox")}
+    return dict(_flat(found))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _max_positions(path: Path) -> int | None:
+    """Longest sequence that a model folder says it can take; None where it does not say."""
+    file = path / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    value = config.get("text_config", config).get("max_position_embeddings")
+    return value if isinstance(value, int) else None

@@ -1,0 +1,61 @@
+"""A playground whose model says what a test wrote: real agent loop, tokenizer and sandbox. Run it to serve the page."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from test_loop import ScriptedEngine
+
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.loop import Rollout
+from cv_lightning.background import Background
+from cv_lightning.engine import Completion, SamplingConfig
+from cv_lightning.playground.session import Playground
+from cv_lightning.playground.turns import with_code
+from cv_lightning.sandbox import Sandbox
+
+HOSTILE = "</script><img src=x onerror=document.title='owned'>"
+TURN = with_code("<think>turned</think>", "result = image.rotate(90, expand=True)", 0)
+ANSWER = f"<think>it reads {HOSTILE}</think><answer>42 {HOSTILE}</answer>"
+
+
+class PatientEngine(ScriptedEngine):
+    """Calls the tool on the first picture, answers on the second; waits before each turn."""
+
+    def __init__(self, encoder: DialogueEncoder, seconds: float) -> None:
+        super().__init__(encoder, lambda _, turn: ANSWER if len(self.requests[-1].images) > 1 else TURN)
+        self.seconds, self.begun = seconds, time.monotonic()
+
+    def step(self) -> list[Completion]:
+        time.sleep(0.01)
+        if not self.pending or time.monotonic() < self.begun + self.seconds:
+            return []
+        self.begun = time.monotonic()
+        return super().step()
+
+
+@contextmanager
+def playground(encoder: DialogueEncoder, out: Path, seconds: float = 0.0) -> Iterator[Playground]:
+    background = Background("test-io")
+    try:
+        with Sandbox() as sandbox:
+            engine = PatientEngine(encoder, seconds)
+            yield Playground(Rollout(engine, sandbox, encoder, background, AgentConfig(), ()), "scripted", out)
+    finally:
+        background.close()
+
+
+if __name__ == "__main__":
+    from cv_lightning.model.loading import image_limits, load_processor
+    from cv_lightning.playground.web import serve
+
+    checkpoint, store, port = sys.argv[1:]
+    processor = load_processor(checkpoint)
+    with playground(DialogueEncoder(processor.tokenizer, image_limits(processor)), Path(store), seconds=0.5) as served:
+        serve(served, SamplingConfig(), int(port))
