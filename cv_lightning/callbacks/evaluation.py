@@ -1,27 +1,36 @@
-"""Evaluation by rollouts: every configured setting over the same tasks, all trajectories written, all ranks counted."""
+"""Evaluation by rollouts: every configured setting over the same tasks, all trajectories written, all ranks counted.
+
+Every question is on disk as soon as its trajectories are judged. An interrupted `test` goes on with the questions that
+are missing, if model, settings and questions are the same; see `resume`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
 
 from cv_lightning.callbacks.progress import RunProgress
+from cv_lightning.callbacks.resume import RETRIED, Answered, prepare, read_answered, write_state
 from cv_lightning.engine import SamplingConfig
-from cv_lightning.evaluation.metrics import Outcome, outcomes, summarise_outcomes
+from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, write_results, write_text
+from cv_lightning.evaluation.tables import Evaluated
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rl.collector import Collector
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
-from cv_lightning.types import Iteration
+from cv_lightning.types import Group, Iteration
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -36,7 +45,16 @@ class EvaluationConfig:
     tool: bool = True
     """False: the tool is neither offered nor callable."""
     num_samples: int = 1
-    """Trajectories per task."""
+    """Trajectories per task; with several, pass@k is reported."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"evaluations.name {self.name!r} becomes a folder: letters, digits and _")
+        if self.temperature < 0 or self.num_samples < 1:
+            raise ValueError(
+                f"evaluations.temperature {self.temperature} must not be negative and evaluations.num_samples "
+                f"{self.num_samples} at least 1 ({self.name})"
+            )
 
 
 class Evaluator:
@@ -47,23 +65,68 @@ class Evaluator:
         prefix: put before the names of the folders.
         store: how trajectories are kept on disk; all of them, whatever its share in training.
         seed: of sampling.
+        about: what else the numbers depend on, as JSON values: limits of the agent, reward.
+
+    Raises:
+        ValueError: two settings of one name.
     """
 
-    def __init__(self, settings: Sequence[EvaluationConfig], prefix: str, store: StoreConfig, seed: int) -> None:
+    def __init__(
+        self,
+        settings: Sequence[EvaluationConfig],
+        prefix: str,
+        store: StoreConfig,
+        seed: int,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.settings = list(settings)
+        names = [setting.name for setting in self.settings]
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluations: the names {names} must differ, each is a folder")
         self.prefix = prefix
         self.store = replace(store, share=1.0)
         self.seed = seed
+        self.about = dict(about or {})
         self.outcomes: dict[str, list[Outcome]] = {}
+        self._answered: dict[str, dict[str, Answered]] = {}
+        self._identity: dict[str, Any] = {}
 
+    # ------------------------------------------------------------------ start
     def start(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        """Clear what an earlier run of the same evaluation left in its folders."""
+        """Clear the folders, but for what an interrupted test of the same left in them."""
         self.outcomes = {setting.name: [] for setting in self.settings}
-        for setting in self.settings:
-            if trainer.is_global_zero:
-                shutil.rmtree(self._folder(trainer, module, setting), ignore_errors=True)
+        self._identity = self._describe(trainer, module)
+        if trainer.is_global_zero:
+            for setting in self.settings:
+                self._prepare(trainer, module, setting)
         trainer.strategy.barrier("evaluation")
+        self._answered = {
+            setting.name: read_answered(self._folder(trainer, module, setting)) for setting in self.settings
+        }
 
+    def _prepare(self, trainer: pl.Trainer, module: PolicyModule, setting: EvaluationConfig) -> None:
+        folder = self._folder(trainer, module, setting)
+        identity = self._identity | {"setting": asdict(setting)}
+        testing = trainer.state.fn is TrainerFn.TESTING
+        if not testing or prepare(folder, identity) != "goes on":
+            shutil.rmtree(folder, ignore_errors=True)
+        write_state(folder, identity, finished=False)
+
+    def _describe(self, trainer: pl.Trainer, module: PolicyModule) -> dict[str, Any]:
+        """Model, seed and what else makes the numbers."""
+        checkpoint = trainer.ckpt_path
+        model = Path(module.policy_config.path)
+        return {
+            "model": str(model),
+            "dtype": module.policy_config.dtype,
+            "weights": fingerprint(model) if model.exists() else {},
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "checkpoint_weights": fingerprint(Path(checkpoint)) if checkpoint and Path(checkpoint).exists() else {},
+            "iteration": module.iteration,
+            "seed": self.seed,
+        } | self.about
+
+    # ------------------------------------------------------------------ run
     def run(
         self,
         trainer: pl.Trainer,
@@ -71,31 +134,104 @@ class Evaluator:
         batch: Iteration,
         collector_of: Callable[[EvaluationConfig], Collector],
     ) -> None:
-        """Run every setting over the batch's tasks."""
+        """Run every setting over the batch's tasks, but for those that are answered already."""
         for setting in self.settings:
-            sampling = SamplingConfig(temperature=setting.temperature, seed=self.seed)
-            with RunProgress.rollout_of(trainer, f"evaluate {setting.name}") as show:
-                groups = collector_of(setting).collect(batch.tasks, setting.num_samples, sampling, 0, show)
-            # From an evaluation anybody must be able to recount its table.
+            answered, found = self._answered[setting.name], self.outcomes[setting.name]
+            tasks = []
+            for task in batch.tasks:
+                known = answered.get(task.id)
+                if known is not None and known.is_answer_to(task, setting.num_samples):
+                    found += known.outcomes
+                else:
+                    tasks.append(task)
+            if len(tasks) < len(batch.tasks):
+                logger.info("%s: %d questions were answered before", setting.name, len(batch.tasks) - len(tasks))
             folder = self._folder(trainer, module, setting)
             with TrajectoryWriter(folder, self.store, rank=trainer.global_rank) as writer:
-                for group in groups:
-                    writer.write_group(group, module.iteration)
-            self.outcomes[setting.name] += outcomes(groups)
+                written: set[int] = set()
 
+                def keep(
+                    group: Group,
+                    writer: TrajectoryWriter = writer,
+                    written: set[int] = written,
+                    found: list[Outcome] = found,
+                ) -> None:
+                    written.add(id(group))
+                    writer.write_group(group, module.iteration)
+                    found += outcomes([group])
+
+                collector = collector_of(setting)
+                collector.on_group = keep
+                sampling = SamplingConfig(temperature=setting.temperature, seed=self.seed)
+                with RunProgress.rollout_of(trainer, f"evaluate {setting.name}") as show:
+                    groups = collector.roll_out(tasks, setting.num_samples, sampling, 0, show)
+                for group in groups:  # an engine that ranks share hands them over at the end
+                    if id(group) not in written:
+                        keep(group)
+
+    # ------------------------------------------------------------------ finish
     def finish(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        """Summarise, log and write `metrics.json` per setting."""
+        """Summarise, log and write `metrics.json` per setting; a test also writes and prints its results."""
+        everything = {setting.name: gather_lists(self.outcomes[setting.name]) for setting in self.settings}
+        figures = {name: evaluated(found) for name, found in everything.items()}
         for setting in self.settings:
-            summary = summarise_outcomes(gather_lists(self.outcomes[setting.name]))
-            values = {f"{setting.name}/{key}": value for key, value in summary.scalars().items()}
-            module.log_dict(values, sync_dist=True)  # the same on all ranks
+            entry = figures[setting.name]
+            values = entry.summary.scalars() | {"score": entry.breakdown.score.value}
+            # the same on all ranks
+            module.log_dict({f"{setting.name}/{key}": value for key, value in values.items()}, sync_dist=True)
             if trainer.is_global_zero:
-                write_json(self._folder(trainer, module, setting) / "metrics.json", summary.to_json())
+                folder = self._folder(trainer, module, setting)
+                write_json(folder / "metrics.json", entry.summary.to_json() | {"breakdown": entry.breakdown.to_json()})
+                failed = sum(outcome.end_state.value in RETRIED for outcome in everything[setting.name])
+                write_state(folder, self._identity | {"setting": asdict(setting)}, finished=failed == 0)
+                if failed:
+                    logger.warning(
+                        "%s: %d of %d trajectories failed around the model and count nowhere; the same command again "
+                        "makes only those anew",
+                        setting.name, failed, len(everything[setting.name]),
+                    )  # fmt: skip
+        if trainer.is_global_zero and trainer.state.fn is TrainerFn.TESTING:
+            self._write_results(trainer, everything, figures)
+
+    def _write_results(
+        self, trainer: pl.Trainer, everything: Mapping[str, Sequence[Outcome]], figures: Mapping[str, Evaluated]
+    ) -> None:
+        from cv_lightning.callbacks.record import describe_run  # which needs `gather_lists`
+
+        root = Path(trainer.default_root_dir)
+        config = root / "test_config.yaml"
+        about = self._identity | {
+            "settings": [asdict(setting) for setting in self.settings],
+            "data": _describe_data(trainer),
+            "run": describe_run(),
+            "config": config.read_text() if config.is_file() else None,
+        }
+        pairs = tool_pairs(everything, self._without_tool())
+        grids = write_results(root / "eval", self.prefix, figures, pairs, about)
+        console = Console()
+        for grid in grids:
+            console.print(grid.rich())
+        console.print(f"written to {root / 'eval'}/{self.prefix}results.json, .md and .png", highlight=False)
+
+    def _without_tool(self) -> dict[str, str]:
+        """By the name of a setting with the tool, that of the same without it."""
+        bare = {replace(setting, name="setting"): setting.name for setting in self.settings}
+        return {
+            name: bare[replace(setting, tool=False)]
+            for setting, name in bare.items()
+            if setting.tool and replace(setting, tool=False) in bare
+        }
 
     def _folder(self, trainer: pl.Trainer, module: PolicyModule, setting: EvaluationConfig) -> Path:
         """`eval/<prefix><name>`; a validation in the midst of training names its iteration, too."""
         when = f"iteration{module.iteration:06d}_" if trainer.state.fn is TrainerFn.FITTING else ""
         return Path(trainer.default_root_dir) / "eval" / f"{self.prefix}{when}{setting.name}"
+
+
+def _describe_data(trainer: pl.Trainer) -> dict[str, Any]:
+    """The files that the questions came from, by path."""
+    files = getattr(trainer.datamodule, "eval_files", [])  # type: ignore[attr-defined]
+    return {"files": {str(path): fingerprint(Path(path)) for path in files}}
 
 
 def gather_lists(items: list[T]) -> list[T]:
@@ -110,6 +246,4 @@ def gather_lists(items: list[T]) -> list[T]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1))

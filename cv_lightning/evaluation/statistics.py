@@ -52,7 +52,8 @@ def bootstrap(values: Sequence[float], clusters: Sequence[Hashable], seed: int =
         return math.nan, math.nan
     index: dict[Hashable, int] = {}
     ids = np.array([index.setdefault(cluster, len(index)) for cluster in clusters])
-    sums, counts = np.bincount(ids, weights=np.asarray(values, float)), np.bincount(ids).astype(float)
+    sums = np.bincount(ids, weights=np.asarray(values, float)).astype(float)
+    counts = np.bincount(ids).astype(float)
     rng = np.random.default_rng(seed)
     # Clusters that look alike are drawn together: how often each look occurs in a resample is multinomial.
     looks, times = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
@@ -102,9 +103,9 @@ class Difference(NamedTuple):
     p: float
     """Two-sided; NaN where `n` is 0."""
     test: str
-    """`mcnemar` (exact, one trajectory a task) or `wilcoxon` (signed rank of the tasks' means)."""
+    """`mcnemar` (exact) or `wilcoxon` (signed rank)."""
     n: int
-    """Tasks."""
+    """Differences."""
 
     def __str__(self) -> str:
         if self.n == 0:
@@ -112,27 +113,40 @@ class Difference(NamedTuple):
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p {self.p:.2g}"
 
 
-def paired_difference(differences: Sequence[float]) -> Difference:
-    """Summarise one difference a task: bootstrap interval of the mean, exact McNemar where all are -1, 0 or 1.
+def paired_difference(differences: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
+    """Summarise differences: bootstrap interval of the mean, and a test of no difference.
+
+    Exact McNemar where there is one difference of -1, 0 or 1 a cluster, else Wilcoxon's signed rank of the clusters'
+    means.
 
     Args:
-        differences: second minus first, one a task.
+        differences: second minus first.
+        clusters: what each belongs to; the forms of one question are not independent.
     """
     from scipy import stats  # half a second, which training never needs
 
     n = len(differences)
     if n == 0:
         return Difference(math.nan, math.nan, math.nan, math.nan, "mcnemar", 0)
-    low, high = bootstrap(differences, range(n))
+    low, high = bootstrap(differences, clusters)
+    means = _cluster_means(differences, clusters)
     test, p = "mcnemar", 1.0
-    if all(value in (-1, 0, 1) for value in differences):
+    if len(means) == n and all(value in (-1, 0, 1) for value in differences):
         gained, lost = sum(value == 1 for value in differences), sum(value == -1 for value in differences)
         if gained + lost:
             p = float(stats.binomtest(gained, gained + lost).pvalue)
     else:
         test = "wilcoxon"
-        p = float(stats.wilcoxon(differences).pvalue)
+        if any(means):
+            p = float(stats.wilcoxon(means).pvalue)
     return Difference(math.fsum(differences) / n, low, high, p, test, n)
+
+
+def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float]:
+    groups: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        groups.setdefault(cluster, []).append(value)
+    return [math.fsum(group) / len(group) for group in groups.values()]
 
 
 # ------------------------------------------------------------------------------------------------ several tries

@@ -1,0 +1,112 @@
+"""Which questions an interrupted evaluation has already answered, and whether its trajectories may be kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.images import content_hash
+from cv_lightning.trajectory import read_groups
+from cv_lightning.trajectory.store import LINES
+from cv_lightning.types import EndState, Task
+
+STATE = "evaluation.json"
+"""In an evaluation's folder: what was evaluated, and whether it is finished."""
+RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
+"""End states of trajectories that a resumed evaluation makes anew: something around the model had failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question that is in the store."""
+
+    question: str
+    ground_truth: str
+    images: tuple[str, ...]
+    """Content hashes of the task's images."""
+    outcomes: list[Outcome]
+
+    def is_answer_to(self, task: Task, num_samples: int) -> bool:
+        """True if it was this very question, words and pixels, and all its samples are there."""
+        return (
+            len(self.outcomes) == num_samples
+            and (self.question, self.ground_truth) == (task.question, task.ground_truth)
+            and self.images == tuple(content_hash(image) for image in task.images)
+        )
+
+
+def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "finished"]:
+    """Make a folder ready: what an interrupted run of the same evaluation left is kept, anything else must go.
+
+    Args:
+        folder: of one evaluation.
+        identity: what makes the numbers: model, settings, limits, reward.
+
+    Returns:
+        `goes on`: failed trajectories and torn lines were taken out, the rest counts. `new` and `finished`: the caller
+        clears the folder; `finished` says that the same evaluation had been completed.
+    """
+    state = read_state(folder)
+    if state is None or state.get("identity") != _plain(identity):
+        return "new"
+    if state.get("finished"):
+        return "finished"
+    for path in sorted((folder / LINES).glob("*.jsonl")):
+        kept = b"".join(_good_lines(path))
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(kept)
+        os.replace(temporary, path)
+    return "goes on"
+
+
+def _good_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                states = {trajectory["end_state"] for trajectory in json.loads(line)["trajectories"]}
+            except (ValueError, KeyError, TypeError):
+                continue  # torn
+            if not states & RETRIED:
+                yield line.rstrip(b"\n") + b"\n"
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The state file; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_state(folder: Path, identity: dict[str, Any], *, finished: bool) -> None:
+    """Write the state file, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / (STATE + ".tmp")
+    temporary.write_text(json.dumps({"finished": finished, "identity": _plain(identity)}, indent=1) + "\n")
+    os.replace(temporary, folder / STATE)
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    """As it comes back from JSON, so that tuples and lists compare equal."""
+    return json.loads(json.dumps(value, default=repr, sort_keys=True))
+
+
+def read_answered(folder: Path) -> dict[str, Answered]:
+    """The questions of a store, by id; of one that is there twice, the last."""
+    if not (folder / LINES).is_dir():
+        return {}
+    return {
+        group.task.id: Answered(
+            question=group.task.question,
+            ground_truth=group.task.ground_truth,
+            images=tuple(Path(image.file).stem for image in group.task.images),
+            outcomes=outcomes([group]),
+        )
+        for group in read_groups(folder)
+    }

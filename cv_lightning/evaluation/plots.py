@@ -1,0 +1,64 @@
+"""The picture of an evaluation: score by orientation, by kind or source, and by severity, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cv_lightning.evaluation.statistics import Rate
+from cv_lightning.evaluation.tables import COLUMN_NAMES, Evaluated
+
+
+def plot_results(found: Mapping[str, Evaluated], path: Path) -> None:
+    """Write a PNG: one panel for every way in which the evaluations can be split, one colour an evaluation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(title, series) for title, series in _panels(found).items() if any(series.values())]
+    figure = Figure(figsize=(max(6.0, 5.5 * len(panels)), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, series) in enumerate(panels, start=1):
+        _bars(figure.add_subplot(1, len(panels), number), title, series)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+
+
+def _panels(found: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[str, Rate]]]:
+    """By title: rates by label, by evaluation."""
+    titles = ("score", "by orientation", "by kind", "by severity")
+    panels: dict[str, dict[str, dict[str, Rate]]] = {title: {} for title in titles}
+    for name, entry in found.items():
+        part = entry.breakdown
+        turned = {COLUMN_NAMES.get(key, key): value for key, value in part.by_transform.items()}
+        kinds = {kind: value.accuracy for kind, value in entry.summary.by_kind.items()}
+        severities = {
+            f"{corruption} {level}": value
+            for corruption, rates in part.by_corruption.items()
+            for level, value in rates.items()
+        }
+        panels["score"][name] = {"score": part.score, "must-use": entry.summary.must_use}
+        panels["by orientation"][name] = turned if len(turned) > 1 else {}
+        panels["by kind"][name] = kinds if len(kinds) > 1 else {}
+        panels["by severity"][name] = severities
+    return panels
+
+
+def _bars(axes: Any, title: str, series: Mapping[str, Mapping[str, Rate]]) -> None:
+    labels = list(dict.fromkeys(label for rates in series.values() for label in rates))
+    width = 0.8 / len(series)
+    for offset, (name, rates) in enumerate(series.items()):
+        shown = [(at, rates[label]) for at, label in enumerate(labels) if label in rates and rates[label].n]
+        if not shown:
+            continue
+        places = [at - 0.4 + (offset + 0.5) * width for at, _ in shown]
+        values = [value.value for _, value in shown]
+        below = [max(0.0, value.value - value.low) for _, value in shown]
+        above = [max(0.0, value.high - value.value) for _, value in shown]
+        axes.bar(places, values, width, label=name)
+        axes.errorbar(places, values, [below, above], fmt="none", ecolor="black", lw=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
+    axes.set_ylim(0, 1)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7)

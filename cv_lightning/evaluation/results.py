@@ -1,0 +1,123 @@
+"""The files of a finished evaluation: one JSON with all that reproduces it, one Markdown page, one picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cv_lightning.evaluation.breakdown import breakdown
+from cv_lightning.evaluation.metrics import summarise_outcomes
+from cv_lightning.evaluation.outcome import Outcome
+from cv_lightning.evaluation.paired import PairedSummary, pair_outcomes, summarise_pairs
+from cv_lightning.evaluation.published import published_on
+from cv_lightning.evaluation.tables import (
+    Evaluated,
+    Grid,
+    corruption_table,
+    main_table,
+    published_table,
+    split_table,
+    tool_table,
+    transform_table,
+)
+
+SAMPLED_BYTES = 1 << 20
+"""Bytes at either end of a file that its fingerprint reads."""
+
+
+def evaluated(outcomes: Sequence[Outcome]) -> Evaluated:
+    """All figures; the same for the same outcomes in any order."""
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.task_id, outcome.sample))
+    return Evaluated(summarise_outcomes(ordered), breakdown(ordered))
+
+
+def tool_pairs(outcomes: Mapping[str, Sequence[Outcome]], without: Mapping[str, str]) -> dict[str, PairedSummary]:
+    """What the tool brings, by the name of the evaluation with it.
+
+    Args:
+        outcomes: by name of the evaluation.
+        without: name of the evaluation without the tool, by that of the same with it.
+    """
+    return {name: summarise_pairs(pair_outcomes(outcomes[other], outcomes[name])) for name, other in without.items()}
+
+
+def tables(found: Mapping[str, Evaluated], pairs: Mapping[str, PairedSummary]) -> list[Grid]:
+    """Every table that has something to say."""
+    sources = list(dict.fromkeys(source for entry in found.values() for source in entry.breakdown.by_source))
+    grids = [
+        main_table(found),
+        transform_table(found),
+        corruption_table(found),
+        split_table(found, "by_source", "By data source"),
+        split_table(found, "by_category", "By category"),
+        tool_table(pairs),
+        *(published_table(source, found) for source in sources),
+    ]
+    return [grid for grid in grids if grid is not None]
+
+
+def write_results(
+    folder: Path,
+    prefix: str,
+    found: Mapping[str, Evaluated],
+    pairs: Mapping[str, PairedSummary],
+    about: Mapping[str, Any],
+) -> list[Grid]:
+    """Write `<prefix>results.json`, `.md` and `.png` into a folder.
+
+    Args:
+        folder: `<run>/eval`.
+        prefix: of the names.
+        found: figures by name of the evaluation.
+        pairs: what the tool brings.
+        about: model, data, settings, config and versions: what somebody needs to do it again.
+
+    Returns:
+        The tables of the Markdown page.
+    """
+    from cv_lightning.evaluation.plots import plot_results
+
+    sources = dict.fromkeys(source for entry in found.values() for source in entry.breakdown.by_source)
+    published = [entry for source in sources for entry in published_on(source)]
+    value = {
+        "about": dict(about),
+        "evaluations": {
+            name: entry.summary.to_json() | {"breakdown": entry.breakdown.to_json()} for name, entry in found.items()
+        },
+        "tool": {name: entry.to_json() for name, entry in pairs.items()},
+        "published": [{name: getattr(entry, name) for name in entry.__slots__} for entry in published],
+    }
+    grids = tables(found, pairs)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{prefix}results.json", json.dumps(value, indent=1) + "\n")
+    write_text(folder / f"{prefix}results.md", "\n".join(grid.markdown() for grid in grids))
+    plot_results(found, folder / f"{prefix}results.png")
+    return grids
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def fingerprint(path: Path) -> dict[str, str]:
+    """Size and hash of a file, or of the weights and configs in a folder, by name; large files by both their ends."""
+    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in (".safetensors", ".json"))
+    return {file.name: _fingerprint_of_file(file) for file in files}
+
+
+def _fingerprint_of_file(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        digest.update(file.read(SAMPLED_BYTES))
+        if size > SAMPLED_BYTES:
+            file.seek(max(SAMPLED_BYTES, size - SAMPLED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
