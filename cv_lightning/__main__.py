@@ -31,6 +31,7 @@ VERBS = {
     "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
     "plan": Verb("cv_lightning.commands.plan:main", "say before a run what it takes, and whether it fits"),
     "export": Verb("cv_lightning.commands.export:main", "write a checkpoint as a Hugging Face folder"),
+    "rescore": Verb("cv_lightning.commands.rescore:main", "apply another reward recipe to stored trajectories"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
     "view": Verb("cv_lightning.commands.view:main", "show a run in the browser while it goes on"),
     "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),

@@ -19,6 +19,7 @@ class SubVerb(NamedTuple):
 
 
 SUB_VERBS = {
+    "show": SubVerb("cv_lightning.commands.data_show:main", "print one conversation with its tokens, mask and images"),
     "check": SubVerb("cv_lightning.commands.data_check:main", "say what files hold and whether they will train"),
     "export": SubVerb("cv_lightning.commands.data_export:main", "write the embedded digits as RL Parquet or SFT JSON"),
     "build-sft": SubVerb("cv_lightning.commands.data_build:build_sft", "make SFT conversations from a table of VQA"),

@@ -1,0 +1,220 @@
+"""`python -m cv_lightning data show FILE`: one conversation as the model reads it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.data.digits import DigitsConfig
+from cv_lightning.data.rows import ReaderConfig, RowError
+from cv_lightning.types import CVLightningError, DataError, Task
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
+    from cv_lightning.data.demonstrations import Conversation
+
+DIGITS = "digits"
+TRAINED, CONTEXT, PICTURE = "bold green", "default", "magenta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowData:
+    """Print one conversation with its tokens, loss mask and images.
+
+    Tokens that are trained on are green, and stand between `{+` and `+}` where there are no colours. Of RL rows there
+    is the prompt only: what is trained on is sampled. Exit code 0: shown; 2: it cannot be.
+    """
+
+    file: str
+    """.json or .jsonl of conversations (SFT), .parquet of tasks (RL), or `digits` for an embedded demonstration."""
+    processor: str
+    """Model folder, whose tokenizer and image sizes count."""
+    row: int = 0
+    """Which row of the file or scene of the digits, from 0."""
+    tokens: bool = False
+    """List the tokens one by one: position, id, text, whether it is trained on."""
+    tool: bool = True
+    """Of RL rows: the prompt with the tool, or the one without."""
+    min_pixels: int | None = None
+    """Smallest image that the model sees, as in policy.min_pixels; null: the processor's own."""
+    max_pixels: int | None = None
+    """Largest image that the model sees, as in policy.max_pixels; null: the processor's own."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """The words, as in agent.prompt and model.prompt."""
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    """How files are read, as in data.reader."""
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
+    """The scenes."""
+
+    def __post_init__(self) -> None:
+        if self.row < 0:
+            raise ValueError(f"--row {self.row}: rows are counted from 0")
+
+
+class Piece(NamedTuple):
+    """A stretch of tokens that is shown as one."""
+
+    text: str
+    """Of a picture: what stands for it."""
+    num_tokens: int
+    trained: bool
+    is_picture: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What there is to see."""
+
+    title: str
+    dialogue: Dialogue
+    originals: Sequence[Image.Image]
+    """The images at their own size, in order."""
+
+
+def load(config: ShowData) -> Shown:
+    """Read and tokenise the row.
+
+    Raises:
+        DataError: no such file or row, or it cannot be used.
+        CheckpointError: no such model folder.
+    """
+    from cv_lightning.agent.dialogue import DialogueEncoder
+    from cv_lightning.data.readers import TaskFiles
+    from cv_lightning.data.sft_json import ConversationFiles
+    from cv_lightning.model.loading import image_limits, load_processor
+
+    processor = load_processor(config.processor, config.min_pixels, config.max_pixels)
+    encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+    if config.file == DIGITS:
+        return _conversation(_demonstration(config), encoder, config)
+    suffix = Path(config.file).suffix
+    if suffix not in (".json", ".jsonl", ".parquet"):
+        raise DataError(f"{config.file}: a .json, .jsonl or .parquet file is wanted, or {DIGITS}")
+    is_task = suffix == ".parquet"
+    rows = TaskFiles([config.file], config.reader) if is_task else ConversationFiles([config.file], config.reader)
+    if config.row >= rows.num_rows:
+        raise DataError(f"--row {config.row}: {config.file} has {rows.num_rows} rows, counted from 0")
+    try:
+        row = rows.read(config.row)
+    except RowError as error:
+        raise DataError(f"{config.file}, row {config.row} is skipped in training: {error}") from error
+    return _task(row, encoder, config) if isinstance(row, Task) else _conversation(row, encoder, config)
+
+
+def _demonstration(config: ShowData) -> Conversation:
+    from cv_lightning.data.demonstrations import DemonstrationConfig
+    from cv_lightning.data.sources import DigitDemonstrations
+    from cv_lightning.sandbox import Sandbox, SandboxConfig
+
+    with Sandbox(SandboxConfig()) as sandbox:
+        source = DigitDemonstrations(config.digits, DemonstrationConfig(tool_share=1.0), sandbox.run_sync)
+        return source.conversations(config.row, 1)[0]
+
+
+def _task(task: Task, encoder: DialogueEncoder, config: ShowData) -> Shown:
+    images = [encoder.model_image(image) for image in task.images]
+    title = f"task {task.id}, answer {task.ground_truth!r}"
+    dialogue = encoder.start(task, images, config.prompt, config.tool)
+    return Shown(title=title, dialogue=dialogue, originals=task.images)
+
+
+def _conversation(conversation: Conversation, encoder: DialogueEncoder, config: ShowData) -> Shown:
+    from cv_lightning.modules.sft import encode_conversation
+
+    made = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
+    return Shown(
+        title=f"conversation {conversation.task.id}, {len(conversation.turns)} turns",
+        dialogue=encode_conversation(encoder, conversation, config.prompt),
+        originals=[*conversation.task.images, *made],
+    )
+
+
+def pieces(dialogue: Dialogue) -> Iterator[Piece]:
+    """A dialogue in stretches of the same mask; each picture is one of its own.
+
+    Args:
+        dialogue: its `token_ids` hold as many pads in a row as a picture has features.
+    """
+    encoder = dialogue.encoder
+    pad, number = encoder.image_pad_id, 0
+
+    def kind(at: int) -> tuple[bool, bool]:
+        return dialogue.token_ids[at] == pad, dialogue.loss_mask[at]
+
+    for (is_picture, trained), run in groupby(range(len(dialogue.token_ids)), key=kind):
+        ids = [dialogue.token_ids[at] for at in run]
+        if not is_picture:
+            text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            yield Piece(text, len(ids), trained, False)
+            continue
+        yield Piece(f"[image {number}: {len(ids)} tokens]", len(ids), trained, True)
+        number += 1
+
+
+def print_shown(shown: Shown, console: Console) -> None:
+    """Title, images and the whole text."""
+    dialogue = shown.dialogue
+    console.print(shown.title, style="bold", highlight=False)
+    length, trained = len(dialogue.token_ids), sum(dialogue.loss_mask)
+    table = Table("image", "size", "the model sees", "tokens")
+    for number, (original, seen) in enumerate(zip(shown.originals, dialogue.images, strict=True)):
+        sizes = (f"{image.width}x{image.height}" for image in (original, seen))
+        table.add_row(str(number), *sizes, str(dialogue.encoder.num_image_tokens(seen.size)))
+    console.print(table)
+    console.print(f"{length} tokens, {trained} of them trained on", highlight=False)
+    console.print()
+    text = Text()
+    for piece in pieces(dialogue):
+        style = PICTURE if piece.is_picture else TRAINED if piece.trained else CONTEXT
+        marked = piece.trained and not console.color_system
+        text.append("{+" + piece.text + "+}" if marked else piece.text, style=style)
+    console.print(text, soft_wrap=True)
+
+
+def print_tokens(dialogue: Dialogue, console: Console) -> None:
+    """One line a token; the pads of a picture are one line."""
+    table = Table("position", "id", "text", "trained")
+    position = 0
+    for piece in pieces(dialogue):
+        ids = dialogue.token_ids[position : position + piece.num_tokens]
+        if piece.is_picture:
+            table.add_row(f"{position}-{position + len(ids) - 1}", str(ids[0]), piece.text, "")
+        else:
+            for offset, token in enumerate(ids):
+                text = repr(dialogue.encoder.tokenizer.decode([token], skip_special_tokens=False))
+                style = TRAINED if piece.trained else None
+                table.add_row(
+                    str(position + offset), str(token), Text(text), "yes" if piece.trained else "", style=style
+                )
+        position += piece.num_tokens
+    console.print(table)
+
+
+def main(args: list[str]) -> int:
+    """Command line entry; returns the exit code."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    flags = ["--file", *args] if args and not args[0].startswith("-") else args
+    try:
+        config = jsonargparse.auto_cli(ShowData, as_positional=False, args=flags, prog="cv_lightning data show")
+        shown = load(config)
+    except (CVLightningError, ValueError, OSError) as error:
+        print(f"data show: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    print_shown(shown, console)
+    if config.tokens:
+        print_tokens(shown.dialogue, console)
+    return 0

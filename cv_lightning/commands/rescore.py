@@ -1,0 +1,184 @@
+"""`python -m cv_lightning rescore RUN --reward NEW.yaml --out STORE`: another reward recipe on stored trajectories."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+
+from cv_lightning.background import Background
+from cv_lightning.rewards.config import RewardConfig
+from cv_lightning.rewards.module import RewardModule
+from cv_lightning.trajectory.reader import find_files, read_groups
+from cv_lightning.trajectory.record import GroupRecord
+from cv_lightning.trajectory.replay import to_group
+from cv_lightning.trajectory.store import IMAGES, LINES, encode_line
+from cv_lightning.types import CVLightningError, DataError, Group, RewardBreakdown
+
+GROUPS_AT_ONCE = 64
+"""Groups that a judge is asked about at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescore:
+    """Score stored trajectories with another recipe, and write them as a store of their own.
+
+    What was rolled out stays; rewards are new, advantages are left out, and a trajectory that only the judge failed
+    gets another chance. Exit code 0: written; 1: the judge failed too often; 2: it cannot be done.
+    """
+
+    run: Path
+    """A trajectory store (a folder with `trajectories/`), or one of its files."""
+    out: Path
+    """The new store, which does not exist yet; its pictures are a link to the old one's."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The recipe: a file of configs/reward, and single keys such as `--reward.usage`."""
+
+
+@dataclass(slots=True)
+class Change:
+    """What a recipe says of some trajectories."""
+
+    components: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Unweighted values by component, `total` and `correct`."""
+    scored: int = 0
+    trajectories: int = 0
+    telling: int = 0
+    """Groups whose totals differ, which are those that GRPO learns from."""
+
+    def add(self, rewards: Iterable[RewardBreakdown | None]) -> None:
+        """Count one group."""
+        totals = set()
+        for reward in rewards:
+            self.trajectories += 1
+            if reward is None:
+                continue
+            self.scored += 1
+            totals.add(reward.total)
+            for name, value in {**reward.components, "total": reward.total, "correct": float(reward.correct)}.items():
+                self.components[name].append(value)
+        self.telling += len(totals) > 1
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Before and after."""
+
+    before: Change = field(default_factory=Change)
+    after: Change = field(default_factory=Change)
+    groups: int = 0
+    changed: int = 0
+    """Trajectories whose total is another, or that are scored in one of both only."""
+    unreadable: int = 0
+    """Lines that are no group."""
+
+
+def rescore(config: Rescore) -> Comparison:
+    """Write the new store.
+
+    Raises:
+        DataError: there are no trajectories, or `out` exists.
+        JudgeError: too many verdicts failed.
+    """
+    if config.out.exists():
+        raise DataError(f"--out {config.out} exists; name a folder that does not")
+    reader, found = read_groups(config.run), Comparison()
+    temporary = config.out.with_name(f".{config.out.name}.tmp")
+    (temporary / LINES).mkdir(parents=True, exist_ok=True)
+    with (temporary / LINES / "groups.rank0.jsonl").open("wb") as file:
+        for record in _scored(reader, config.reward, found):
+            file.write(encode_line(record))
+    found.unreadable = len(reader.bad_lines)
+    images = find_files(config.run)[0].parent.parent / IMAGES
+    link = temporary / IMAGES
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(images.resolve(), config.out.parent.resolve() / config.out.name))
+    temporary.rename(config.out)
+    return found
+
+
+def _scored(groups: Iterator[GroupRecord], reward: RewardConfig, found: Comparison) -> Iterator[GroupRecord]:
+    """The groups with new rewards, in their order."""
+    rewards, background = RewardModule(reward), Background("cv-lightning-rescore")
+    try:
+        while records := list(islice(groups, GROUPS_AT_ONCE)):
+            live = [to_group(record, pixels=bool(reward.terms)) for record in records]
+            waiting = [
+                background.submit(rewards.score_answer(trajectory))
+                for group in live
+                for trajectory in group.trajectories
+                if not trajectory.end_state.is_error
+            ]
+            for future in waiting:
+                future.result()
+            for record, group in zip(records, live, strict=True):
+                rewards.score_group(group)
+                yield _compared(record, group, found)
+    finally:
+        rewards.close()
+        background.close()
+
+
+def _compared(record: GroupRecord, group: Group, found: Comparison) -> GroupRecord:
+    old, new = [t.reward for t in record.trajectories], [t.reward for t in group.trajectories]
+    found.before.add(old)
+    found.after.add(new)
+    found.groups += 1
+    pairs = zip(old, new, strict=True)
+    found.changed += sum((one and one.total) != (other and other.total) for one, other in pairs)
+    rescored = [
+        replace(before, reward=after.reward, advantage=None, end_state=after.end_state, error=after.error)
+        for before, after in zip(record.trajectories, group.trajectories, strict=True)
+    ]
+    return replace(record, trajectories=rescored)
+
+
+def print_comparison(found: Comparison, out: Path) -> None:
+    """The table of components."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    title = f"{found.groups} groups, {found.before.trajectories} trajectories; {found.changed} rewards changed"
+    table = Table("mean of", title=title, title_justify="left")
+    for column in ("before", "after"):
+        table.add_column(column, justify="right")
+    before, after = found.before, found.after
+    for name in dict.fromkeys([*after.components, *before.components]):
+        values = (each.components.get(name) for each in (before, after))
+        table.add_row(name, *("-" if not value else f"{fmean(value):.4f}" for value in values))
+    table.add_section()
+    table.add_row("trajectories scored", str(before.scored), str(after.scored))
+    table.add_row("groups whose totals differ", str(before.telling), str(after.telling))
+    console.print(table)
+    if found.unreadable:
+        console.print(f"{found.unreadable} lines could not be read and are left out", highlight=False)
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    import jsonargparse
+
+    from cv_lightning.types import JudgeError
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    given = list(sys.argv[1:] if args is None else args)
+    if given and not given[0].startswith("-"):
+        given = ["--run", *given]
+    try:
+        config = jsonargparse.auto_cli(Rescore, as_positional=False, args=given, prog="cv_lightning rescore")
+        found = rescore(config)
+    except JudgeError as error:
+        print(f"rescore: {error}", file=sys.stderr)
+        return 1
+    except (CVLightningError, ValueError, OSError) as error:
+        print(f"rescore: {error}", file=sys.stderr)
+        return 2
+    print_comparison(found, config.out)
+    return 0
