@@ -12,13 +12,16 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from PIL import Image
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
+from cv_lightning.agent.job import Job, jobs_of
 from cv_lightning.agent.prompt import cut_middle, response_parts, tool_ok_text
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
@@ -30,7 +33,6 @@ from cv_lightning.types import (
     EndState,
     EngineError,
     JudgeError,
-    Task,
     ToolCall,
     ToolStatus,
     Trajectory,
@@ -49,14 +51,6 @@ Settled = Callable[[int, Trajectory], None]
 
 POLL_S = 0.5
 """With nothing else to do the loop looks at its deadlines this often, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One trajectory to make."""
-
-    task: Task
-    sample: int
 
 
 @dataclass(slots=True)
@@ -160,6 +154,9 @@ class _Pass:
         self.done: dict[int, Trajectory] = {}
         self.shown: dict[int, tuple[list[TrajectoryImage], list[str]]] = {}
         """By identity of the task: its images as the model sees them, and their hashes."""
+        self.views: dict[str, Image.Image] = {}
+        """By hash: trajectories that made the same image share one object, which training then processes and encodes
+        once."""
         self.state = RolloutProgress(total=len(jobs))
         self.report = progress
         self.settled = settled
@@ -460,7 +457,8 @@ class _Pass:
         if len(run.trajectory.images) >= self.config.max_images:
             return self._end(run, EndState.MAX_IMAGES, f"agent.max_images is {self.config.max_images}")
         assert turn.tool_call is not None
-        view = derived_image(run.trajectory.images, turn.tool_call.image_index, outcome)
+        seen = self.views.setdefault(outcome.image_hash, outcome.model_image)
+        view = derived_image(run.trajectory.images, turn.tool_call.image_index, replace(outcome, model_image=seen))
         text = tool_ok_text(prompt, len(run.trajectory.images), view.original.size, view.model_image.size)
         self._respond(run, turn, text, view, outcome.image_hash)
 
@@ -494,8 +492,3 @@ class _Pass:
         if self.owner.score is not None and not state.is_error:
             verdict = self.owner.background.submit(self.owner.score(run.trajectory))
         self.scoring.append((run.order, run.trajectory, verdict))
-
-
-def jobs_of(tasks: Iterable[Task], num_samples: int) -> list[Job]:
-    """`num_samples` jobs per task, the samples of one task next to each other so that they share the prompt's cache."""
-    return [Job(task, sample) for task in tasks for sample in range(num_samples)]
