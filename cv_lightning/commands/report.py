@@ -10,7 +10,7 @@ from cv_lightning.types import CVLightningError
 
 
 def report(
-    run: Path, out: Path | None = None, max_trajectories: int = 600, max_image_mb: float = 8.0, thumbnail_px: int = 384
+    run: Path, out: Path | None = None, max_trajectories: int = 5000, max_image_mb: float = 8.0, thumbnail_px: int = 384
 ) -> None:
     """Write a page that shows what a run did: results, curves, and trajectories with their images.
 
@@ -18,7 +18,7 @@ def report(
         run: the run's folder.
         out: the page; by default report.html in the run.
         max_trajectories: embedded at most, a stratified sample beyond; the page says how many of how many.
-        max_image_mb: pictures embedded at most; the page links to the files of the others.
+        max_image_mb: pictures embedded at most; the page loads the others from the run's folder.
         thumbnail_px: longest side of an embedded picture.
     """
     config = ReportConfig(max_trajectories=max_trajectories, max_image_mb=max_image_mb, thumbnail_px=thumbnail_px)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cv_lightning.evaluation.highlight import highlight
 from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
 from cv_lightning.types import DataError, Turn

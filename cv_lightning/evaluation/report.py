@@ -1,16 +1,22 @@
 """The report: one self-contained HTML page that shows what a run did.
 
-The page needs no network and no server: styles, script, data and pictures are inside. Text of models and data is
-escaped by the template and set as text by the script; a content security policy allows the page's own script only.
+The page needs no network and no server: styles, script, data and pictures are inside (pictures beyond a limit are
+loaded from the run's folder). Text of models and data is escaped by the template and set as text by the script; a
+content security policy allows the page's own script only.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -21,18 +27,18 @@ from cv_lightning.evaluation.ablation import FULL, REDUCED
 from cv_lightning.evaluation.content import Evaluated
 from cv_lightning.evaluation.curves import chart_groups, compared_charts
 from cv_lightning.evaluation.gallery import Gallery, GroupSampler, relative_folder
-from cv_lightning.evaluation.metrics import summarise
-from cv_lightning.evaluation.runs import Run, load_run, stage_label
+from cv_lightning.evaluation.metrics import EvalSummary, summarise
+from cv_lightning.evaluation.runs import Run, Store, load_run, stage_label
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.evaluation.training import training_story
-from cv_lightning.trajectory import read_groups
-from cv_lightning.trajectory.store import finite
+from cv_lightning.trajectory import BadLine, GroupRecord, read_groups
+from cv_lightning.trajectory.store import LINES, finite
 
 LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 NONE = "\N{EN DASH}"
 """Stands where nothing was measured, and between the ends of an interval."""
-SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "examples.js")
+SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "examples.js", "live.js", "start.js")
 """Parts of the page's one script, in order."""
 
 
@@ -40,10 +46,10 @@ SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "ex
 class ReportConfig:
     """How much the page embeds."""
 
-    max_trajectories: int = 600
+    max_trajectories: int = 5000
     """Trajectories in the gallery, over all stores; a stratified sample beyond. The page says how many of how many."""
     max_image_mb: float = 8.0
-    """Pictures embedded, in MB; the page links to the files of the others."""
+    """Pictures embedded, in MB; the page loads the others from the run's folder when they are looked at."""
     thumbnail_px: int = 384
     """Longest side of an embedded picture."""
 
@@ -71,7 +77,7 @@ def write_report(folder: str | Path, config: ReportConfig | None = None, out: st
     """
     run = load_run(folder)
     page = Path(out) if out is not None else run.folder / "report.html"
-    html = render_report(run, config or ReportConfig(), page)
+    html = Report(run, config or ReportConfig(), page).html()
     page.parent.mkdir(parents=True, exist_ok=True)
     temporary = page.with_name(page.name + ".tmp")
     temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
@@ -79,77 +85,160 @@ def write_report(folder: str | Path, config: ReportConfig | None = None, out: st
     return page
 
 
-def render_report(run: Run, config: ReportConfig, page: Path) -> str:
-    """The page's HTML; `page` is where it will stand, for links to whole pictures."""
-    gallery = Gallery(config.thumbnail_px, int(config.max_image_mb * 1e6))
-    evaluated, bad_lines = _read_stores(run, config, gallery, page)
-    style = (TEMPLATES / "report.css").read_text()
-    script = '"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS)
-    ablation = content.ablation(run, evaluated)
-    num_total = sum(store["total"] for store in gallery.stores)
-    data = {
-        "stores": gallery.stores,
-        "groups": gallery.groups,
-        "trajectories": gallery.trajectories,
-        "curves": [
-            {"stage": stage, "label": stage_label(stage), "groups": chart_groups(curves)}
-            for stage, curves in run.curves.items()
-        ],
-        "compared": compared_charts(run.curves, (FULL, REDUCED)) if ablation else [],
-        "intervals": content.interval_rows(evaluated),
-        "examples": content.examples(gallery),
-    }
-    return (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            run=run,
-            name=run.folder.resolve().name,
-            version=__version__,
-            style=Markup(style),
-            script=Markup(script),
-            policy=_policy(style, script),
-            data=finite(data),
-            images=gallery.images,
-            gallery=gallery,
-            lead=content.lead(run, num_total, len(evaluated)),
-            evaluated=evaluated,
-            headlines=content.headlines(evaluated),
-            comparison=content.comparison(evaluated, ("base", "sft", "rl")),
-            ablation=ablation,
-            story=training_story(run.configs),
-            facts=content.facts(run),
-            settings=content.settings(run),
-            num_shown=len(gallery.trajectories),
-            num_total=num_total,
-            bad_lines=bad_lines,
+@dataclass(slots=True, kw_only=True)
+class StoreContent:
+    """What the page needs of one store."""
+
+    figures: EvalSummary | None
+    """None for a store of training."""
+    groups: list[GroupRecord]
+    """The gallery's sample."""
+    num_seen: int
+    """Trajectories that it was drawn from."""
+    bad_lines: list[BadLine]
+
+
+@dataclass(slots=True)
+class StoreCache:
+    """Content of stores by the state of their files, so that a page of a run under way reads only what is new."""
+
+    _known: dict[Path, tuple[object, StoreContent]] = field(default_factory=dict)
+
+    def read(self, store: Store, most: int) -> StoreContent:
+        """What a store holds, read once.
+
+        Args:
+            store: of the run.
+            most: trajectories in the sample.
+        """
+        state = (most, file_state((store.path / LINES).glob("*.jsonl")))
+        known = self._known.get(store.path)
+        if known is None or known[0] != state:
+            known = self._known[store.path] = (state, _read_store(store, most))
+        return known[1]
+
+
+def file_state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of files; one that is gone meanwhile is left out."""
+    found = []
+    for path in sorted(paths):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        found.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def _read_store(store: Store, most: int) -> StoreContent:
+    sampler = GroupSampler(most)
+    reader = read_groups(store.path)
+    figures = summarise(sampler.watch(reader)) if store.is_evaluation else None
+    if figures is None:
+        for _ in sampler.watch(reader):
+            pass
+    return StoreContent(figures=figures, groups=sampler.chosen(), num_seen=sampler.num_seen, bad_lines=reader.bad_lines)
+
+
+class Report:
+    """The page of a run, whole or as the data that its script draws.
+
+    Args:
+        run: the run.
+        config: how much is embedded.
+        page: where the page stands or is served, for the paths of pictures that are not embedded.
+        cache: what was read before.
+        is_live: the page asks its server for new data.
+    """
+
+    def __init__(
+        self, run: Run, config: ReportConfig, page: Path, cache: StoreCache | None = None, *, is_live: bool = False
+    ) -> None:
+        self.run = run
+        self.is_live = is_live
+        self.gallery = Gallery(config.thumbnail_px, int(config.max_image_mb * 1e6))
+        self.evaluated: list[Evaluated] = []
+        self.bad_lines: dict[str, Counter[str]] = {}
+        cache = cache or StoreCache()
+        shares = _shares([store.is_evaluation for store in run.stores], config.max_trajectories)
+        for store, share in zip(run.stores, shares, strict=True):
+            found = cache.read(store, share)
+            if found.figures is not None:
+                self.evaluated.append(Evaluated(store, found.figures))
+            if found.bad_lines:
+                self.bad_lines[store.label] = Counter(_why(line) for line in found.bad_lines)
+            folder = relative_folder(store.path, page)
+            self.gallery.add_store(store.name, store.label, found.groups, found.num_seen, folder)
+        self.ablation = content.ablation(run, self.evaluated)
+
+    @cached_property
+    def num_total(self) -> int:
+        """Trajectories in all stores."""
+        return sum(store["total"] for store in self.gallery.stores)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """JSON values that the page's script draws."""
+        curves = self.run.curves
+        found = {
+            "stores": self.gallery.stores,
+            "groups": self.gallery.groups,
+            "trajectories": self.gallery.trajectories,
+            "codes": self.gallery.codes,
+            "curves": [
+                {"stage": stage, "label": stage_label(stage), "groups": chart_groups(of_stage)}
+                for stage, of_stage in curves.items()
+            ],
+            "compared": compared_charts(curves, (FULL, REDUCED)) if self.ablation else [],
+            "intervals": content.interval_rows(self.evaluated),
+            "examples": content.examples(self.gallery),
+            "lead": content.lead(self.run, self.num_total, len(self.evaluated)),
+            "live": self.is_live,
+        }
+        # what the script does not draw: where this differs, the page has to be loaded anew
+        written = [found["intervals"], found["examples"], self.bad_lines, bool(self.num_total), bool(curves)]
+        found["fixed"] = hashlib.sha256(json.dumps(written, default=str).encode()).hexdigest()[:16]
+        cleaned: dict[str, Any] = finite(found)
+        return cleaned
+
+    def html(self) -> str:
+        """The whole page."""
+        style = (TEMPLATES / "report.css").read_text()
+        script = '"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS)
+        run, gallery = self.run, self.gallery
+        return (
+            _environment()
+            .get_template("report.html.jinja")
+            .render(
+                run=run,
+                name=run.folder.resolve().name,
+                version=__version__,
+                style=Markup(style),
+                script=Markup(script),
+                policy=_policy(style, script, "connect-src 'self'; " if self.is_live else ""),
+                data=self.data,
+                images=gallery.images,
+                gallery=gallery,
+                evaluated=self.evaluated,
+                headlines=content.headlines(self.evaluated),
+                comparison=content.comparison(self.evaluated, ("base", "sft", "rl")),
+                ablation=self.ablation,
+                story=training_story(run.configs),
+                facts=content.facts(run),
+                settings=content.settings(run),
+                num_shown=len(gallery.trajectories),
+                num_total=self.num_total,
+                bad_lines=self.bad_lines,
+            )
         )
-    )
 
 
-def _read_stores(
-    run: Run, config: ReportConfig, gallery: Gallery, page: Path
-) -> tuple[list[Evaluated], dict[str, int]]:
-    """Read every store once: figures of the evaluations, and the gallery's sample."""
-    evaluated, bad_lines = [], {}
-    shares = _shares([store.is_evaluation for store in run.stores], config.max_trajectories)
-    for store, share in zip(run.stores, shares, strict=True):
-        sampler = GroupSampler(share)
-        reader = read_groups(store.path)
-        if store.is_evaluation:
-            evaluated.append(Evaluated(store, summarise(sampler.watch(reader))))
-        else:
-            for _ in sampler.watch(reader):
-                pass
-        if reader.bad_lines:
-            bad_lines[store.label] = len(reader.bad_lines)
-        gallery.add_store(
-            store.name, store.label, sampler.chosen(), sampler.num_seen, relative_folder(store.path, page)
-        )
-    return evaluated, bad_lines
+def _why(line: BadLine) -> str:
+    """Why a line could not be read, in the words of the page."""
+    return "of an older schema" if "older than" in line.reason else "torn or damaged"
 
 
-def _shares(is_evaluation: list[bool], total: int) -> list[int]:
+def _shares(is_evaluation: Sequence[bool], total: int) -> list[int]:
     """Trajectories of the gallery by store: half for the evaluations where there is training too, split evenly."""
     counts = {True: sum(is_evaluation), False: len(is_evaluation) - sum(is_evaluation)}
     half = total // 2 if all(counts.values()) else total
@@ -178,10 +267,17 @@ def _rate(value: Rate | None) -> Markup:
     return Markup('<b>{:.3f}</b> <span class="range">{}</span>').format(value.value, interval)
 
 
-def _policy(style: str, script: str) -> str:
-    """Content security policy: this style and this script, pictures from the page itself, nothing else."""
+def _policy(style: str, script: str, more: str) -> str:
+    """Content security policy: this style, this script, pictures of the page and of the run, nothing else.
+
+    Args:
+        style: the page's own.
+        script: the page's own.
+        more: further directives.
+    """
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        f"default-src 'none'; img-src data: 'self' file:; style-src 'sha256-{hashes[0]}'; "
+        f"script-src 'sha256-{hashes[1]}'; {more}"
         "base-uri 'none'; form-action 'none'"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cv_lightning.commands.report import main as report_main
 from cv_lightning.commands.summary import main as summary_main
 from cv_lightning.evaluation.ablation import needless_while_sampling
 from cv_lightning.evaluation.curves import chart_groups, mean_between, thin
+from cv_lightning.evaluation.highlight import highlight
 from cv_lightning.evaluation.report import ReportConfig, write_report
 from cv_lightning.evaluation.runs import Curve, load_run, parity_max, read_curves
 from cv_lightning.evaluation.summary import write_summary
@@ -224,9 +226,9 @@ def test_a_torn_line_is_told_on_the_page(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_limit_on_pictures_leaves_links(run: Path, tmp_path: Path) -> None:
-    data_images = write_report(run, ReportConfig(max_image_mb=0.0)).read_text()
-    assert "pictures are not embedded; their files are linked" in data_images
-    assert "data:image/png" not in data_images
+    text = write_report(run, ReportConfig(max_image_mb=0.0)).read_text()
+    assert "pictures are loaded from the run's folder" in text
+    assert "data:image/png" not in text
     write_report(run)
 
 
@@ -239,6 +241,30 @@ def test_the_sample_holds_the_same_tasks_of_every_evaluation(run: Path) -> None:
         if name.startswith("eval/"):
             tasks.setdefault(name, set()).add(group["task"]["id"])
     assert len(set.intersection(*tasks.values())) >= 2
+
+
+def test_pictures_and_lines_that_cannot_be_had_are_counted(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "eval" / "rl_greedy_tool", tmp_path / "eval" / "rl_greedy_tool")
+    (path,) = tmp_path.glob("eval/*/trajectories/*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line.replace('"schema":1', '"schema":0') for line in lines[:2]) + "".join(lines[2:]))
+    last = json.loads(lines[-1])["trajectories"][0]["images"]
+    for image in last:
+        (tmp_path / "eval" / "rl_greedy_tool" / "images" / image["file"]).unlink(missing_ok=True)
+    noun = "picture is" if len({image["file"] for image in last}) == 1 else "pictures are"
+    for limit in (8.0, 0.0):
+        text = write_report(tmp_path, ReportConfig(max_image_mb=limit)).read_text()
+        assert re.search(rf"{len({image['file'] for image in last})} {noun}\s+missing in the run's folder", text)
+        assert re.search(r"2 unreadable lines in RL, greedy skipped:\s+of an older schema", text)
+
+
+def test_code_comes_in_pieces_that_make_it_up() -> None:
+    code = "for x in range(3):\r\n\timage.crop((0, 1, 2, 3))  # <b>'half\n\x00 '"
+    pieces = highlight(code)
+    assert "".join(text for _, text in pieces) == code
+    assert [text for tone, text in pieces if tone == "fn"] == ["range", "crop"]
+    assert [text for tone, text in pieces if tone == "k"] == ["for", "in"]
+    assert ("com", "# <b>'half") in pieces
 
 
 @pytest.mark.parametrize("command", [report_main, summary_main])

@@ -208,7 +208,7 @@ function showStage(stage) {
 
 const axisOf = (stage) => (stage === "sft" ? "step" : "iteration");
 
-function startCurves() {
+function startCurves(chosen = null) {
   const stages = data.curves.map((entry) => entry.stage);
   if (!stages.length) return;
   const go = (event) => {
@@ -218,15 +218,15 @@ function startCurves() {
     showStage(next);
     [...byId("stages").children].find((tab) => tab.dataset.stage === next).focus();
   };
-  byId("stages").append(...data.curves.map(({ stage, label }) => make("button", {
+  byId("stages").replaceChildren(...data.curves.map(({ stage, label }) => make("button", {
     type: "button", role: "tab", "data-stage": stage, "aria-controls": "charts", text: label,
     on: { click: () => showStage(stage), keydown: go },
   })));
-  byId("smoothing").addEventListener("input", (event) => {
+  byId("smoothing").oninput = (event) => {
     smoothing = Number(event.target.value);
     for (const figure of document.querySelectorAll("#charts figure, #compared figure")) figure.redraw();
-  });
-  showStage(stages.includes("rl") ? "rl" : stages[0]);
+  };
+  showStage([chosen, "rl", stages[0]].find((stage) => stages.includes(stage)));
 }
 
 /** The runs with and without process reward in the same charts. */

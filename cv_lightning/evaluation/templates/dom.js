@@ -1,5 +1,5 @@
 // Small building blocks. Text is only ever set as text: nothing that a model wrote is parsed as HTML.
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
 /** An element: `props` are attributes, except class, text and on (event handlers); children may be null. */
@@ -32,35 +32,48 @@ function short(value) {
 }
 
 let pixels = null; // parsed when the first picture is looked at
-const waiting = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    waiting.unobserve(entry.target);
-    pixels ??= JSON.parse(byId("images").textContent);
-    entry.target.src = pixels[entry.target.dataset.file];
-  }
-}, { rootMargin: "300px" });
 const embedded = (file) => {
   pixels ??= JSON.parse(byId("images").textContent);
   return Object.hasOwn(pixels, file);
 };
+const waiting = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    waiting.unobserve(target);
+    target.src = target.dataset.url ?? pixels[target.dataset.file];
+  }
+}, { rootMargin: "300px" });
 
-/** A picture that is decoded when it comes into view. */
-function picture(image, alt) {
-  const [width, height] = image.size;
-  const node = make("img", { class: "pic", alt, width, height, decoding: "async", "data-file": image.file });
-  if (Math.max(width, height) <= 128) node.classList.add("pixelated");
+/** Where the run's folder has the picture's file; null: nowhere. */
+const fileUrl = (file, folder) => (folder === null || !file ? null
+  : `${encodeURI(folder ? `${folder}/` : "")}images/${encodeURIComponent(file)}`);
+
+/** A picture's size at the model, as its server makes it; null where there is no server. */
+function seenUrl(image, folder) {
+  const url = data.live ? fileUrl(image.file, folder) : null;
+  return url && `${url}?size=${image.model.join("x")}`;
+}
+
+const noPicture = (text) => put("span", "pic none", text);
+
+/** A picture that is loaded when it comes into view: from the page, else from the run's folder. */
+function picture(image, alt, folder, key = image.file) {
+  const [width, height] = key === image.file ? image.size : image.model;
+  const inside = embedded(key);
+  const url = inside ? null : key === image.file ? fileUrl(image.file, folder) : seenUrl(image, folder);
+  if (!inside && !url) return noPicture(image.missing ? "picture missing in the run" : "picture not on this page");
+  const node = make("img", {
+    class: Math.max(width, height) <= 128 ? "pic pixelated" : "pic",
+    alt, width, height, decoding: "async", "data-file": key, "data-url": url,
+  });
+  node.addEventListener("error", () => node.replaceWith(noPicture("picture not found")), { once: true });
   waiting.observe(node);
   return node;
 }
 
 /** The picture, linked to its file where the page stands in the run's folder. */
 function linkedPicture(image, alt, folder) {
-  const link = folder === null || !image.file ? null : `${encodeURI(folder)}/images/${encodeURIComponent(image.file)}`;
-  if (!embedded(image.file)) {
-    const file = link && make("a", { href: link, target: "_blank", text: "Open its file" });
-    return put("p", "note", "Picture not embedded. ", file);
-  }
-  const node = picture(image, alt);
+  const node = picture(image, alt, folder);
+  const link = fileUrl(image.file, folder);
   return link ? make("a", { href: link, target: "_blank", title: "open the whole picture" }, node) : node;
 }

@@ -1,4 +1,4 @@
-// The same tasks before and after, on the page itself; then everything starts.
+// The same tasks before and after, on the page itself.
 
 /** One trajectory in short: what was said, the code, what ran, the image, turn by turn. */
 function exampleColumn(item, title) {
@@ -29,9 +29,3 @@ function exampleCard(example) {
 function startExamples() {
   byId("example-list")?.append(...data.examples.map(exampleCard));
 }
-
-startIntervals();
-startCurves();
-startCompared();
-startExamples();
-startGallery();

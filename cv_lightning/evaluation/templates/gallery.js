@@ -1,7 +1,8 @@
 // The gallery: filters, tiles, and what a link to this page remembers.
 const PAGE = 24;
 const OPERATORS = { min: (value, bound) => value >= bound, max: (value, bound) => value <= bound };
-const all = data.trajectories.map((trajectory, index) => {
+/** The page's trajectories with what they belong to and what they are filtered by. */
+const readItems = () => data.trajectories.map((trajectory, index) => {
   const group = data.groups[trajectory.group];
   const used = trajectory.turns.filter((turn) => turn.result);
   return {
@@ -12,6 +13,8 @@ const all = data.trajectories.map((trajectory, index) => {
     text: null,
   };
 });
+const codeText = (turn) => (turn.call ? data.codes[turn.call.code].map(([, text]) => text).join("") : "");
+let all = readItems();
 let found = [];
 let shown = 0;
 
@@ -19,7 +22,7 @@ let shown = 0;
 function haystack(item) {
   item.text ??= [
     item.task.id, item.task.question, item.task.truth, item.trajectory.answer ?? "", item.trajectory.error,
-    ...item.trajectory.turns.flatMap((turn) => [turn.text, turn.call?.code, turn.response, turn.parseError]),
+    ...item.trajectory.turns.flatMap((turn) => [turn.text, codeText(turn), turn.response, turn.parseError]),
     ...item.operations,
   ].join("\n").toLowerCase();
   return item.text;
@@ -57,7 +60,7 @@ function strip(item) {
   const { images } = item.trajectory;
   const pictures = images.slice(0, 4).flatMap((image, i) => [
     i ? make("span", { class: "then", "aria-hidden": "true", text: "→" }) : null,
-    embedded(image.file) ? picture(image, imageAlt(item, i)) : put("span", "pic blank"),
+    picture(image, imageAlt(item, i), item.store.folder),
   ]);
   return put("span", "strip", pictures, images.length > 4 ? put("span", "then", `+${images.length - 4}`) : null);
 }
@@ -92,8 +95,22 @@ const CONTROLS = [
 const control = (name) => byId(`f-${name}`);
 
 function options(name, values, first, label = words) {
+  const select = control(name);
+  const chosen = select.value;
   const entries = values.map((value) => make("option", { value, text: label(value) }));
-  control(name).replaceChildren(make("option", { value: "", text: first }), ...entries);
+  select.replaceChildren(make("option", { value: "", text: first }), ...entries);
+  if (chosen) select.value = chosen;
+}
+
+/** What can be chosen, from the trajectories that are there. */
+function fillFilters() {
+  const unique = (values) => [...new Set(values)].sort();
+  const storeText = ({ label, shown: some, total }) => `${label} (${some} of ${total})`;
+  options("store", [...data.stores.keys()], "all", (i) => storeText(data.stores[i]));
+  options("kind", unique(all.map((item) => item.task.kind)), "all");
+  options("transform", [...unique(all.flatMap((item) => item.task.transforms)), "none"], "any");
+  options("end", unique(all.map((item) => item.trajectory.end)), "any");
+  options("component", unique(all.flatMap((item) => Object.keys(item.trajectory.components))), "total");
 }
 
 const TOOL_TESTS = {
@@ -156,7 +173,8 @@ const SORT_KEYS = {
   tokens: (item) => item.trajectory.tokens[1],
 };
 
-function applyFilters() {
+/** Show what passes the filters, `PAGE` tiles or as many as asked for. */
+function applyFilters(most = PAGE) {
   const { list, sort } = tests();
   found = all.filter((item) => list.every((test) => test(item)));
   if (sort !== "run") {
@@ -168,11 +186,11 @@ function applyFilters() {
   shown = 0;
   byId("cards").replaceChildren();
   if (!found.length) byId("cards").append(make("li", { class: "empty", text: "Nothing matches these filters." }));
-  showMore();
+  showMore(most);
 }
 
-function showMore() {
-  const next = found.slice(shown, shown + PAGE);
+function showMore(count = PAGE) {
+  const next = found.slice(shown, shown + count);
   byId("cards").append(...next.map(tile));
   shown += next.length;
   byId("more").hidden = shown >= found.length;
@@ -188,13 +206,7 @@ function remember(extra = {}) {
 
 function startGallery() {
   if (!byId("filters")) return;
-  const unique = (values) => [...new Set(values)].sort();
-  const storeText = ({ label, shown: some, total }) => `${label} (${some} of ${total})`;
-  options("store", [...data.stores.keys()], "all", (i) => storeText(data.stores[i]));
-  options("kind", unique(all.map((item) => item.task.kind)), "all");
-  options("transform", [...unique(all.flatMap((item) => item.task.transforms)), "none"], "any");
-  options("end", unique(all.map((item) => item.trajectory.end)), "any");
-  options("component", unique(all.flatMap((item) => Object.keys(item.trajectory.components))), "total");
+  fillFilters();
   const state = new URLSearchParams(location.hash.slice(1));
   for (const name of CONTROLS) if (state.has(name)) control(name).value = state.get(name);
   let timer = 0;
@@ -204,7 +216,7 @@ function startGallery() {
   });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("filters").addEventListener("reset", () => setTimeout(() => { applyFilters(); remember(); }));
-  byId("more").addEventListener("click", showMore);
+  byId("more").addEventListener("click", () => showMore());
   applyFilters();
   if (state.has("t") && all[Number(state.get("t"))]) openViewer(Number(state.get("t")));
 }

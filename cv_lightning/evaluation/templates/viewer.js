@@ -2,29 +2,9 @@
 const viewer = byId("viewer");
 
 // ------------------------------------------------------------------ code
-const KEYWORDS = "False|None|True|and|as|break|class|continue|def|elif|else|except|finally|for|from|if|import|in|is"
-  + "|lambda|not|or|pass|raise|return|try|while|with";
-const PYTHON = new RegExp([
-  "(#[^\\n]*)",
-  "(\"\"\"[\\s\\S]*?\"\"\"|'''[\\s\\S]*?'''|\"(?:\\\\.|[^\"\\\\\\n])*\"|'(?:\\\\.|[^'\\\\\\n])*')",
-  `\\b(${KEYWORDS})\\b`,
-  "\\b(\\d+(?:\\.\\d+)?(?:e[+-]?\\d+)?)\\b",
-  "\\b([A-Za-z_]\\w*)(?=\\s*\\()",
-].join("|"), "g");
-const TONES = ["com", "str", "k", "num", "fn"];
-
-/** Python with light highlighting. */
-function codeBlock(code) {
-  const block = make("pre", { class: "code", tabindex: 0 });
-  let end = 0;
-  for (const match of code.matchAll(PYTHON)) {
-    const tone = TONES[match.slice(1).findIndex((part) => part !== undefined)];
-    block.append(code.slice(end, match.index), put("span", tone, match[0]));
-    end = match.index + match[0].length;
-  }
-  block.append(code.slice(end));
-  return block;
-}
+/** Code in its coloured pieces. */
+const codePieces = (turn) => data.codes[turn.call.code].map(([tone, text]) => (tone ? put("span", tone, text) : text));
+const codeBlock = (turn) => make("pre", { class: "code", tabindex: 0 }, codePieces(turn));
 
 // ------------------------------------------------------------------ parts of a turn
 const MARKS = ["think", "answer", "tool_call"].map((name) => `<${name}>[\\s\\S]*?(?:</${name}>|$)`).join("|");
@@ -73,7 +53,7 @@ function toolPart(item, turn, brief = false) {
   if (call) {
     nodes.push(put("p", "label", `Code, on image ${call.image}`));
     if (call.description) nodes.push(put("p", "think", call.description));
-    nodes.push(codeBlock(call.code));
+    nodes.push(codeBlock(turn));
   }
   if (turn.parseError) nodes.push(make("p", {}, put("span", "chip bad", "malformed call"), ` ${turn.parseError}`));
   if (result) nodes.push(...resultPart(result, brief));
@@ -91,14 +71,14 @@ function imageFigures(item, index) {
   const same = image.model[0] === image.size[0] && image.model[1] === image.size[1];
   const caption = `image ${index}: ${sizeText(image.size)}${same ? "" : `, seen at ${sizeText(image.model)}`}`;
   const whole = linkedPicture(image, imageAlt(item, index), item.store.folder);
-  return [make("figure", {}, whole, make("figcaption", { text: caption })), seenFigure(image)];
+  return [make("figure", {}, whole, make("figcaption", { text: caption })), seenFigure(image, item.store.folder)];
 }
 
 /** A picture that the model saw much smaller than it is, at that size and enlarged without smoothing. */
-function seenFigure(image) {
-  if (!image.seen || !embedded(image.seen)) return null;
+function seenFigure(image, folder) {
+  if (!image.seen || !(embedded(image.seen) || seenUrl(image, folder))) return null;
   const size = sizeText(image.model);
-  const small = picture({ file: image.seen, size: image.model }, `The same as the model saw it, ${size} pixels`);
+  const small = picture(image, `The same as the model saw it, ${size} pixels`, folder, image.seen);
   return put("figure", "seen", small, make("figcaption", { text: `what the model saw: ${size}` }));
 }
 
@@ -166,11 +146,9 @@ function sourcePanel(item) {
   const first = trajectory.images.find((candidate) => candidate.parent === null);
   return put("div", "panel",
     make("h3", { text: `Source image, ${sizeText(image.size)}` }),
-    embedded(image.file)
-      ? put("div", "source", picture(image, alt), make("svg:svg", frame, marks.flatMap(outline)))
-      : linkedPicture(image, alt, store.folder),
+    put("div", "source", picture(image, alt, store.folder), make("svg:svg", frame, marks.flatMap(outline))),
     put("ul", "keys", marks.map(markKey)),
-    first ? seenFigure(first) : null);
+    first ? seenFigure(first, store.folder) : null);
 }
 
 // ------------------------------------------------------------------ reward and facts
@@ -264,9 +242,9 @@ function answerLine({ trajectory, task }) {
 function column(item) {
   const { trajectory } = item;
   const numbers = [["advantage", trajectory.advantage], ["reward", trajectory.reward]];
-  const chain = trajectory.images.map((image, i) => (embedded(image.file) ? picture(image, imageAlt(item, i)) : null));
+  const chain = trajectory.images.map((image, i) => picture(image, imageAlt(item, i), item.store.folder));
   const turns = trajectory.turns.map((turn) => make("li", {},
-    turn.call ? make("code", { text: turn.call.code }) : spoken(turn),
+    turn.call ? make("code", {}, codePieces(turn)) : spoken(turn),
     turn.result && turn.result.status !== "ok" ? put("p", "note", turn.result.error) : null));
   const open = { type: "button", class: "quiet", text: "Open", "aria-label": `Open sample ${trajectory.sample}` };
   return put("div", "panel column",

@@ -1,0 +1,7 @@
+// Everything starts.
+startIntervals();
+startCurves();
+startCompared();
+startExamples();
+startGallery();
+startLive();
