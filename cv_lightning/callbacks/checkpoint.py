@@ -1,0 +1,300 @@
+"""Checkpoints from which a run goes on exactly: each is whole or not there, and the newest few are kept.
+
+    RUN/checkpoints/iteration000120.ckpt    a file; under DeepSpeed a folder with a part per rank
+
+A checkpoint is written beside its final name and renamed once it is on disk, so a kill during saving leaves the one
+before. It holds what Lightning knows (weights, optimizer, schedule, loops, loaders, callbacks) and the states of every
+rank's random generators. A resumed run first takes back what the killed one did after the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from cv_lightning.callbacks.evaluation import gather_lists
+from cv_lightning.callbacks.metrics_file import MetricsLogger
+from cv_lightning.modules.base import PolicyModule
+from cv_lightning.trajectory.store import drop_after
+from cv_lightning.types import CVLightningError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+KEY = "cv_lightning"
+"""Of our own part in a checkpoint."""
+NAME = re.compile(r"iteration(\d+)\.ckpt")
+UNFINISHED = ".unfinished-"
+"""Before the name of what is being written or removed."""
+
+
+class CheckpointCallback(Checkpoint):
+    """Saves every so often, at the last batch and on SIGTERM; restores what Lightning does not.
+
+    Args:
+        every_minutes: wall-clock minutes between two checkpoints, which are taken at the end of an iteration.
+        every_iterations: also save whenever the iteration is a multiple of this; 0: only by time.
+        keep: how many of the newest stay on disk.
+    """
+
+    def __init__(self, every_minutes: float = 30.0, every_iterations: int = 0, keep: int = 2) -> None:
+        if not every_minutes > 0 or every_iterations < 0 or keep < 1:
+            raise ValueError(
+                f"CheckpointCallback: every_minutes {every_minutes} must be above 0, every_iterations "
+                f"{every_iterations} at least 0, keep {keep} at least 1"
+            )
+        self.every_minutes = every_minutes
+        self.every_iterations = every_iterations
+        self.keep = keep
+        self._saved_at = 0.0
+        self._after_validation = False
+        self._restored: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------ saving
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write plain files without a copy in memory."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = StreamingCheckpointIO()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time; where a validation follows, after it, so that no resumed run misses its figures."""
+        module = _policy_module(pl_module)
+        if not self._is_due(trainer, module.iteration):
+            return
+        fetcher = trainer.fit_loop._data_fetcher
+        # Lightning has no public word for a validation that is about to start.
+        self._after_validation = sum(trainer.num_val_batches) > 0 and (
+            fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+        )
+        if not self._after_validation:
+            self._save(trainer, module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was due before the validation."""
+        if self._after_validation:
+            self._after_validation = False
+            self._save(trainer, _policy_module(pl_module))
+
+    def _is_due(self, trainer: pl.Trainer, iteration: int) -> bool:
+        """The same answer on every rank."""
+        ends = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step
+        stops = trainer.should_stop or trainer.received_sigterm
+        by_count = self.every_iterations > 0 and iteration % self.every_iterations == 0
+        by_time = time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        return trainer.strategy.reduce_boolean_decision(ends or stops or by_count or by_time, all=False)
+
+    def _save(self, trainer: pl.Trainer, module: PolicyModule) -> None:
+        """Write beside the final name, rename, then remove the oldest. Called on all ranks."""
+        start = time.monotonic()
+        folder = Path(trainer.default_root_dir) / FOLDER
+        final = folder / f"iteration{module.iteration:06d}.ckpt"
+        unfinished = final.with_name(UNFINISHED + final.name)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)  # ends with a barrier
+        if trainer.is_global_zero:
+            _sync(unfinished)
+            os.replace(unfinished, final)
+            _sync_entries(folder)
+            for _, old in checkpoints(folder)[: -self.keep]:
+                _remove(old)
+            logger.info("saved %s in %.1f s", final, time.monotonic() - start)
+        self._saved_at = time.monotonic()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning leaves out; the same on every rank, as a checkpoint keeps one. Collective."""
+        row: dict[str, float] = {}
+        if trainer.training:  # Lightning logs the iteration's metrics only after the hook that saves
+            row = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+            row["epoch"] = trainer.current_epoch
+        checkpoint[KEY] = {
+            "rng": gather_lists([rng_state()]),
+            "row": row,
+            "step": trainer.fit_loop.epoch_loop._batches_that_stepped,
+        }
+
+    # ------------------------------------------------------------------ resuming
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remember what to restore once training starts."""
+        self._restored = checkpoint.get(KEY)
+        done = checkpoint.get("iteration", 0)
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        # Finished under fewer iterations than the data now has: the epoch goes on.
+        if progress and done < getattr(trainer.datamodule, "num_train_batches", 0):
+            progress["is_last_batch"] = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take back what came after the checkpoint, then restore the random generators.
+
+        Raises:
+            CVLightningError: a new run in a folder that holds another run's checkpoints.
+        """
+        self._saved_at = time.monotonic()
+        folder = Path(trainer.default_root_dir)
+        if trainer.ckpt_path is None:
+            refuse_used(folder)
+        if trainer.is_global_zero:
+            for leftover in (folder / FOLDER).glob(f"{UNFINISHED}*"):
+                _remove(leftover)
+        if self._restored is None:
+            return
+        state, self._restored = self._restored, None
+        iteration = _policy_module(pl_module).iteration
+        if trainer.is_global_zero:
+            own = folder.resolve() in Path(str(trainer.ckpt_path)).resolve().parents
+            rewind(folder, iteration)
+            for log in trainer.loggers:
+                if isinstance(log, MetricsLogger):
+                    log.experiment.rewind(state["step"], state["row"] if own else {})
+        trainer.strategy.barrier("rewind")
+        if len(state["rng"]) == trainer.world_size:
+            restore_rng(state["rng"][trainer.global_rank])
+        elif trainer.is_global_zero:
+            logger.info(
+                "the checkpoint was written by %d ranks, this run has %d: random generators start anew, and the "
+                "run is no longer bit for bit that of one world size",
+                len(state["rng"]),
+                trainer.world_size,
+            )
+
+
+class StreamingCheckpointIO(TorchCheckpointIO):
+    """Lightning's, but written straight to the file: no second and third copy in memory, no temporary elsewhere."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a file; `CheckpointCallback` makes it atomic."""
+        torch.save(checkpoint, path)
+
+
+# ---------------------------------------------------------------------------------------------- folders
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(iteration, path) of the finished checkpoints in a folder, oldest first."""
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("*.ckpt")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def is_whole(path: Path) -> bool:
+    """False for a file or folder that was cut short, as by a copy that failed; ours appear only when they are whole."""
+    return (path / "latest").is_file() if path.is_dir() else zipfile.is_zipfile(path)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that can be read; None if there is none."""
+    for _, path in reversed(checkpoints(run / FOLDER)):
+        if is_whole(path):
+            return path
+        logger.warning("%s is not whole; trying the one before", path)
+    return None
+
+
+def refuse_used(run: Path) -> None:
+    """Stop a new run in the folder of an earlier one, whose checkpoints it would mix with its own.
+
+    Raises:
+        CVLightningError: there are checkpoints.
+    """
+    if found := checkpoints(run / FOLDER):
+        raise CVLightningError(
+            f"{run} holds a run's checkpoints, the last of iteration {found[-1][0]}: --ckpt_path last goes on with "
+            f"it; for a new run choose another --trainer.default_root_dir, or remove {run / FOLDER}"
+        )
+
+
+def check_world_size(path: Path, world_size: int) -> None:
+    """DeepSpeed's folders hold one share of the optimizer per rank.
+
+    Raises:
+        CVLightningError: the checkpoint is of another number of ranks.
+    """
+    shares = len(list(path.glob("checkpoint/*_optim_states.pt")))
+    if shares and shares != world_size:
+        raise CVLightningError(
+            f"{path} holds the optimizer of {shares} ranks, this run has {world_size}: ZeRO cannot share it out anew. "
+            f"Start {shares} ranks (--trainer.devices, --trainer.num_nodes), or begin a new run from exported weights "
+            "(--model.init_args.policy.path)"
+        )
+
+
+def rewind(run: Path, iteration: int) -> None:
+    """Drop the trajectories and checkpoints that a run made after an iteration: it is about to make them anew."""
+    for path, groups in drop_after(run, iteration).items():
+        logger.info("%s: dropped %d groups after iteration %d", path, groups, iteration)
+    for number, path in checkpoints(run / FOLDER):
+        if number > iteration:
+            logger.warning("removing %s: the run goes on from iteration %d", path, iteration)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A folder first loses its name, so that half of it never passes for a checkpoint."""
+    if path.is_dir():
+        doomed = path if path.name.startswith(UNFINISHED) else path.rename(path.with_name(UNFINISHED + path.name))
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or every file of a folder, is on disk."""
+    for file in (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _sync_entries(folder: Path) -> None:
+    """Wait until a folder's list of names is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- random generators
+def rng_state() -> dict[str, Any]:
+    """Of this process, in types that `torch.load(weights_only=True)` reads."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """The reverse of `rng_state`; a device that is not there is passed over."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _policy_module(module: pl.LightningModule) -> PolicyModule:
+    if not isinstance(module, PolicyModule):
+        raise TypeError(f"CheckpointCallback works with a PolicyModule, not with {type(module).__name__}")
+    return module
