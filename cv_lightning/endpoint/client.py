@@ -121,7 +121,8 @@ class EndpointClient:
         self.wanted = wanted
         self.max_body_bytes = max_body_bytes
         self.spent = Spent()
-        self._key = os.environ.get(config.api_key_env, "")
+        self.key = os.environ.get(config.api_key_env, "")
+        """Empty: none."""
         self._unknown: set[str] = set()
         """Options that the server says it does not know."""
         self._connection: _Connection | None = None
@@ -298,7 +299,7 @@ class EndpointClient:
     def _shown(self, body: bytes) -> str:
         """Begin of a body for an error message; an echoed key is blotted out."""
         text = body[:2000].decode(errors="replace")
-        return (text.replace(self._key, "***") if self._key else text)[:160]
+        return (text.replace(self.key, "***") if self.key else text)[:160]
 
     # ------------------------------------------------------------------ life cycle
     def _connected(self) -> _Connection:
@@ -306,7 +307,7 @@ class EndpointClient:
         loop = asyncio.get_running_loop()
         if self._connection is None or self._connection.loop is not loop:
             config, rate = self.config, self.config.requests_per_s
-            clients = _clients(config, self._key)
+            clients = _clients(config, self.key)
             slots: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
             for number in reversed(range(config.max_parallel)):
                 slots.put_nowait(clients[number // POOL_SIZE])

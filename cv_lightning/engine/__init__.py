@@ -62,7 +62,7 @@ def build_engine(
         path: Hugging Face folder (vLLM builds its model from it).
         dtype: the trainer's parameter type.
         seed: engine seed.
-        model: the policy itself, which the transformers engine generates with.
+        model: the policy itself, which the transformers engine generates with and SGLang gets its weights from.
         processor: its processor.
 
     Raises:
@@ -85,9 +85,13 @@ def build_engine(
     if config.kind == "sglang":
         from cv_lightning.engine.sglang import SGLangEngine
 
-        return SGLangEngine(config, processor, path)
+        return SGLangEngine(config, processor, _required(model, config))
     from cv_lightning.engine.hf import TransformersEngine
 
+    return TransformersEngine(_required(model, config), processor, config)
+
+
+def _required(model: PreTrainedModel | None, config: EngineConfig) -> PreTrainedModel:
     if model is None:
-        raise ValueError("the transformers engine generates with the policy: pass `model`")
-    return TransformersEngine(model, processor, config)
+        raise ValueError(f"engine.kind {config.kind} works with the policy: pass `model`")
+    return model

@@ -7,42 +7,41 @@ the last one.
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import torch
 
-from cv_lightning.engine.base import Completion, EngineConfig, Request, check_idle
+from cv_lightning.engine.base import Completion, EngineConfig, Request, check_idle, check_weights
 from cv_lightning.engine.remote import RemoteEngine
+from cv_lightning.model.export import whole_folder, write_companions, write_weights
+from cv_lightning.model.lora import BASE, FACTORS
 from cv_lightning.model.tokens import LOGIT_BAN
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import ProcessorMixin
-
-SHARD_BYTES = 4_000_000_000
-"""Of one weights file; what is collected in memory before it is written."""
+    from transformers import PreTrainedModel, ProcessorMixin
 
 
 class SGLangEngine(RemoteEngine):
-    """A policy that an SGLang server samples from. Only rank 0 may give it weights."""
+    """A policy that an SGLang server samples from; all ranks share the server."""
 
-    def __init__(self, config: EngineConfig, processor: ProcessorMixin, path: str) -> None:
+    def __init__(self, config: EngineConfig, processor: ProcessorMixin, model: PreTrainedModel) -> None:
         """Look whether the server is there.
 
         Args:
             config: `server` says where, `server.weights_folder` how weights get there.
             processor: of the policy.
-            path: Hugging Face folder of the policy, whose config files are copied next to new weights.
+            model: the policy, whose tensors have to reach the server whole and under their published names.
 
         Raises:
             EngineError: nothing answers.
         """
         super().__init__(config, processor)
-        self.path = Path(path)
+        self.model, self.processor = model, processor
+        self.expected = _weight_names(model)
         self.folder = Path(self.server.weights_folder).absolute()
         self.root = httpx.URL(self.server.base_url)
         try:
@@ -89,37 +88,59 @@ class SGLangEngine(RemoteEngine):
         )
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Write a folder and have the server read it. See `Engine`."""
+        """Write a folder and have the server read it; all ranks call it, the first one writes. See `Engine`."""
         check_idle(self)
-        folder = self.folder / f"weights{version % 2}"
-        write_weights(folder, named_tensors, self.path)
-        body = {"model_path": str(folder), "flush_cache": True, "weight_version": str(version)}
-        answer = self.ask(self.client.post(str(self.root.join("/update_weights_from_disk")), body, _success))
-        if not answer["success"]:
-            raise EngineError(f"SGLang cannot take the weights in {folder}: {answer.get('message', '')}")
+        error = ""
+        if _rank() == 0:
+            try:
+                self._hand_over(named_tensors, version)
+            except (EngineError, OSError) as caught:
+                error = str(caught)
+        for _ in named_tensors:  # every rank takes part in gathering (trap T37), also after an error
+            pass
+        if error := _same_on_all_ranks(error):
+            raise EngineError(error)
         self.weight_version = version
 
+    def _hand_over(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        given: set[str] = set()
 
-def write_weights(folder: Path, named_tensors: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
-    """Write tensors as a Hugging Face folder, whole or not at all.
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in named_tensors:
+                given.add(name)
+                yield name, tensor
 
-    Args:
-        folder: to be replaced.
-        named_tensors: exhausted; tensors of one storage are written under their first name only.
-        path: folder whose config, tokenizer and processor files are copied.
-    """
-    from huggingface_hub import save_torch_state_dict
+        target = self.folder / f"weights{version % 2}"
+        with whole_folder(target) as folder:
+            write_weights(folder, noted(), self.model)
+            check_weights(name for name in self.expected if name not in given)
+            write_companions(folder, self.model, self.processor, self.processor.chat_template or "")
+        body = {"model_path": str(target), "flush_cache": True, "weight_version": str(version)}
+        answer = self.ask(self.client.post(str(self.root.join("/update_weights_from_disk")), body, _success))
+        if not answer["success"]:
+            raise EngineError(f"SGLang cannot take the weights in {target}: {answer.get('message', '')}")
 
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for file in path.iterdir():
-        if file.is_file() and "safetensors" not in file.name and not file.name.endswith(".bin"):
-            shutil.copy2(file, temporary / file.name)
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in named_tensors}
-    save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_BYTES)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+
+def _weight_names(model: PreTrainedModel) -> set[str]:
+    """Names of what an update brings: of a layer with an adapter its merged weight."""
+    names = (name for name, _ in model.named_parameters() if not any(mark in name for mark in FACTORS))
+    return {name.replace(BASE, ".") for name in names}
+
+
+def _rank() -> int:
+    """Of this process in the run; 0 in a run of one."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _same_on_all_ranks(error: str) -> str:
+    """Rank 0's message, on all ranks."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return error
+    told = [error]
+    distributed.broadcast_object_list(told)
+    return told[0]
 
 
 def _meta_info(body: Any) -> dict[str, Any] | None:
