@@ -153,20 +153,18 @@ class CheckpointCallback(Checkpoint):
         folder = Path(trainer.default_root_dir)
         if trainer.ckpt_path is None:
             refuse_used(folder)
+        state, self._restored = self._restored, None
         if trainer.is_global_zero:
             for leftover in (folder / FOLDER).glob(f"{UNFINISHED}*"):
                 _remove(leftover)
-        if self._restored is None:
-            return
-        state, self._restored = self._restored, None
-        iteration = _policy_module(pl_module).iteration
-        if trainer.is_global_zero:
+            rewind(folder, _policy_module(pl_module).iteration)  # 0: a run without checkpoints starts over
             own = folder.resolve() in Path(str(trainer.ckpt_path)).resolve().parents
-            rewind(folder, iteration)
-            for log in trainer.loggers:
+            for log in trainer.loggers if state is not None else []:
                 if isinstance(log, MetricsLogger):
                     log.experiment.rewind(state["step"], state["row"] if own else {})
         trainer.strategy.barrier("rewind")
+        if state is None:
+            return
         if len(state["rng"]) == trainer.world_size:
             restore_rng(state["rng"][trainer.global_rank])
         elif trainer.is_global_zero:

@@ -318,9 +318,10 @@ class RolloutCallback(pl.Callback):
             if trainer.is_global_zero:
                 said = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
                 logger.info(said, after, *report)
+            # Nothing cached stays: a resumed run is tested where the one that was not killed is not.
+            self.sync(module, version=module.iteration)
             if not slept:
                 break
-            self.sync(module, version=module.iteration)
         self.parity_checked = True
 
     # ------------------------------------------------------------------ evaluation
