@@ -14,6 +14,7 @@ import torch
 import transformers
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -148,6 +149,13 @@ class PolicyModule(pl.LightningModule):
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
+        deepspeed = isinstance(self.trainer.strategy, DeepSpeedStrategy)
+        if not deepspeed and any(p.dtype != torch.float32 for p in trainable):
+            rank_zero_warn(
+                f"model.policy.dtype {self.policy_config.dtype}: most steps are smaller than a 16-bit weight's last "
+                "digit and are lost. trainer.strategy cv_lightning.strategies.ZeroStrategy steps on float32 copies, "
+                "on one GPU too; so does LoRA (model.policy.lora)"
+            )
         on_host = getattr(self.trainer.strategy, "offload_optimizer", False)
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True if on_host else None

@@ -1,0 +1,199 @@
+"""Training runs on fixed data, each under one strategy, of which the ranks have unequal shares.
+
+`test_zero.py` runs them in its own process, which sees everything, and on several ranks:
+
+    torchrun --nproc-per-node 2 rank_runs.py FOLDER NAME...
+
+FOLDER/runs.json holds the runs by name. The first rank writes what came out to FOLDER/NAME.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from module_samples import PROMPT, groups
+
+from cv_lightning.callbacks.weights import whole_tensors
+from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader
+from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.model.logprobs import packed_logprobs
+from cv_lightning.model.lora import LoraConfig
+from cv_lightning.modules import base
+from cv_lightning.modules.base import OptimizerConfig, PolicyModule
+from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.modules.sft import SFTModule
+from cv_lightning.rl.losses import PolicyLossConfig
+from cv_lightning.strategies import CPUDeepSpeedStrategy
+from cv_lightning.types import Group, Iteration
+
+SHARES = ((4, 5), (0, 9), (7, 2), (9, 0))
+"""Conversations or trajectories of each rank, one after the other; a rank may have none."""
+OPTIMIZER = OptimizerConfig(lr=3e-4, weight_decay=0.01, gradient_clip=0.5, warmup_steps=3)
+BUDGET = {1: 100_000, 2: 220}
+"""Tokens of a micro-batch by world size: one process takes everything at once, ranks two or three rows."""
+CHUNK = 16
+"""Loss positions whose logits ranks hold at once, so that they differ in how many chunks they have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    checkpoint: str
+    module: Literal["sft", "grpo"] = "grpo"
+    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    steps: int = 10
+    freeze_vision: bool = False
+    recompute: bool = False
+    lora: bool = False
+    resume_at: int = 0
+    """Stop after this many batches and go on in a new module from the checkpoint; 0: in one go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came out of it."""
+
+    metrics: dict[str, list[float]]
+    """Of every batch, by name."""
+    weights: dict[str, torch.Tensor]
+    shapes: list[tuple[int, ...]]
+    """Of this rank's parameters before the first step, policy and reference."""
+    loaded: dict[str, torch.Tensor]
+    """The whole tensors before the first step."""
+
+
+class Watch(pl.Callback):
+    """Keeps metrics of every batch, shapes and whole weights."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = {}
+        self.shapes: list[tuple[int, ...]] = []
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.shapes = [tuple(p.shape) for p in pl_module.parameters()]
+        self.loaded = self._whole(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        for name, value in trainer.callback_metrics.items():
+            self.metrics.setdefault(name, []).append(float(value))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights = self._whole(pl_module)
+
+    @staticmethod
+    def _whole(module: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in whole_tensors(module.policy)}
+
+
+def perform(run: Run, folder: Path) -> Outcome:
+    """Train, on all ranks."""
+    watch = Watch()
+    if not run.resume_at:
+        fit(run, watch, run.steps)
+    else:
+        trainer = fit(run, watch, run.resume_at)
+        trainer.save_checkpoint(folder / "saved")
+        fit(run, watch, run.steps, folder / "saved")
+    return Outcome(metrics=watch.metrics, weights=watch.weights, shapes=watch.shapes, loaded=watch.loaded)
+
+
+def fit(run: Run, watch: Watch, last: int, resume: Path | None = None) -> pl.Trainer:
+    """Go on until `last` batches are done."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.manual_seed(0)  # adapters start from random numbers
+    module = build_module(run, BUDGET[world_size])
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy(run.strategy),
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_train_batches=last,
+        callbacks=[watch],
+    )
+    build = build_batch(module, trainer)
+    trainer.fit(
+        module, train_dataloaders=StepLoader(build, run.steps), ckpt_path=None if resume is None else str(resume)
+    )
+    return trainer
+
+
+def strategy(name: str) -> str | Strategy:
+    """The strategy of a run."""
+    stages: dict[str, Literal[2, 3]] = {"zero2": 2, "zero3": 3}
+    return CPUDeepSpeedStrategy(stages[name]) if name in stages else name
+
+
+def build_module(run: Run, budget: int) -> PolicyModule:
+    """SFT as in the recipe, or GRPO with everything that needs a further forward."""
+    policy = PolicyConfig(
+        path=run.checkpoint,
+        dtype="float32",
+        freeze_vision=run.freeze_vision,
+        freeze_projector=run.freeze_vision,
+        gradient_checkpointing=run.recompute,
+        lora=LoraConfig(rank=4) if run.lora else None,
+    )
+    if run.module == "sft":
+        return SFTModule(policy, OPTIMIZER, budget, PROMPT)
+    loss = PolicyLossConfig(kl_weight=0.05, entropy_weight=1e-3)
+    return GRPOModule(policy, OPTIMIZER, budget, loss, num_minibatches=2, old_logprobs="trainer")
+
+
+def build_batch(module: PolicyModule, trainer: pl.Trainer) -> Callable[[int], object]:
+    """This rank's share of a batch by its number: nine conversations or trajectories in all."""
+
+    def own(step: int) -> range:
+        shares = SHARES[step % len(SHARES)]
+        first = sum(shares[: trainer.global_rank])
+        return range(first, first + shares[trainer.global_rank]) if trainer.world_size > 1 else range(9)
+
+    if isinstance(module, SFTModule):
+        conversations = SFTDataModule(num_steps=4, conversations_per_step=9, warm_up_share=0.0).train_dataloader()
+        return lambda step: DemonstrationBatch(
+            step, [conversations.build(step % 4).conversations[number] for number in own(step)]
+        )
+    trajectories = [t for group in groups(module, 3) for t in group.trajectories][:9]
+    for trajectory in trajectories:
+        trajectory.advantage = trajectory.advantage or 0.5  # a group without signal would change its mini-batch
+
+    def iteration(step: int) -> Iteration:
+        batch = Iteration(step, [])
+        # Which mini-batch a trajectory belongs to must not depend on the shares.
+        halves = [[trajectories[n] for n in own(step) if n % 2 == half] for half in range(2)]
+        batch.groups = [Group(task=trajectories[0].task, trajectories=half) for half in halves]
+        return batch
+
+    return iteration
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Perform runs one after the other."""
+    base.packed_logprobs = partial(packed_logprobs, chunk_tokens=CHUNK)  # type: ignore[attr-defined]
+    runs = json.loads((folder / "runs.json").read_text())
+    for name in names:
+        outcome = perform(Run(**runs[name]), folder / f"{name}-{os.environ['WORLD_SIZE']}")
+        if os.environ["RANK"] == "0":
+            torch.save(asdict(outcome), folder / f"{name}.pt")
+            print(name, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
