@@ -1,0 +1,60 @@
+"""What the sbatch files start, on a cluster whose commands only write down how they were called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SRUN = """#!/bin/bash
+printf '%s\\n' "$*" >> calls
+case $* in *serve_judge*) touch judge-7.log.up; exec sleep 30 ;; esac
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "srun").write_text(SRUN)
+    (programs / "scontrol").write_text("#!/bin/bash\nprintf '%s\\n' node0 node1 node2\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    return tmp_path
+
+
+def calls(cluster: Path, script: str, **environment: str) -> list[str]:
+    given = {"SLURM_SUBMIT_DIR": str(cluster), "SLURM_JOB_NODELIST": "node[0-2]", "SLURM_JOB_ID": "7"}
+    given |= {"SLURM_GPUS_ON_NODE": "8", "PATH": f"{cluster}/bin:{os.environ['PATH']}"} | environment
+    command = ["bash", str(ROOT / "scripts/slurm" / script), "--config", "grpo.yaml"]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return (cluster / "calls").read_text().splitlines()
+
+
+def test_sft_takes_every_node(cluster: Path) -> None:
+    (training,) = calls(cluster, "sft.sbatch", VIRTUAL_ENV="/env")
+    assert "--nodelist node0,node1,node2 " in training and "/env/bin/python -m torch.distributed.run" in training
+    assert "--nnodes 3 --nproc-per-node 8" in training and "--rdzv-endpoint node0:29500" in training
+    assert training.endswith(
+        "-m cv_lightning fit --ckpt_path auto --config grpo.yaml --trainer.devices 8 --trainer.num_nodes 3"
+    )
+
+
+def test_grpo_leaves_the_last_node_to_the_judge(cluster: Path) -> None:
+    judge, training = calls(cluster, "grpo.sbatch", CVL_JUDGE_MODEL="some/judge")
+    assert "--nodelist node2 " in judge and "--model 'some/judge' --tp 8 --host 0.0.0.0" in judge
+    assert "--nodelist node0,node1 " in training and "--nnodes 2" in training
+    assert "reward.judge.base_url http://node2:8000/v1" in training
+    assert "reward.judge.model some/judge" in training
+    assert training.endswith("--trainer.devices 8 --trainer.num_nodes 2")
+    assert not (cluster / "judge-7.log.up").exists(), "a later job must wait for its own"
+
+
+def test_grpo_without_a_judge_of_its_own(cluster: Path) -> None:
+    (training,) = calls(cluster, "grpo.sbatch", CVL_JUDGE_NODES="0")
+    assert "--nnodes 3" in training and "reward.judge" not in training
