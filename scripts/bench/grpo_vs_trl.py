@@ -214,6 +214,7 @@ def train_trl(folder: str, tool: bool, batch_size: int, vllm: bool = False) -> N
     prompts = [messages_of(task, processor) for step in range(4) for task in tasks_of(step)]
     if tool:
         _plan_calls(library)
+        processor.tokenizer.response_template = {}  # what it reads turns by; never looked into
 
     class Report(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
