@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cv_lightning.endpoint.messages import reply_text, text_part
+from cv_lightning.endpoint.messages import text_part
 from cv_lightning.engine.base import Completion, EngineConfig, Request
 from cv_lightning.engine.remote import RemoteEngine
 from cv_lightning.model.tokens import END_OF_TURN, IMAGE_PAD, LOGIT_BAN, VISION_END, VISION_START
@@ -128,8 +128,13 @@ def messages_of(prompt: str, urls: list[str]) -> list[dict[str, Any]]:
 
 
 def _read_text(body: Any) -> tuple[str, str] | None:
-    text = reply_text(body)
-    return None if text is None else (text, str(body["choices"][0].get("finish_reason") or "stop"))
+    """Text and why it ended; a model may say nothing, and one whose thoughts took all its tokens has no text."""
+    try:
+        choice = body["choices"][0]
+        text, reason = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
+    return (text, str(reason)) if isinstance(text, str) else None
 
 
 def _read_tokens(name: str, body: Any) -> Completion | None:

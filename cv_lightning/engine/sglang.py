@@ -114,7 +114,7 @@ class SGLangEngine(RemoteEngine):
         with whole_folder(target) as folder:
             write_weights(folder, noted(), self.model)
             check_weights(name for name in self.expected if name not in given)
-            write_companions(folder, self.model, self.processor, self.processor.chat_template or "")
+            write_companions(folder, self.model, self.processor, str(self.processor.chat_template or ""))
         body = {"model_path": str(target), "flush_cache": True, "weight_version": str(version)}
         answer = self.ask(self.client.post(str(self.root.join("/update_weights_from_disk")), body, _success))
         if not answer["success"]:
