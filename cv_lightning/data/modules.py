@@ -15,10 +15,11 @@ from typing import Generic, TypeVar
 import lightning.pytorch as pl
 from PIL import Image
 
+from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
 from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig
 from cv_lightning.data.digits import DigitsConfig, check_kind_shares
-from cv_lightning.data.readers import TaskFiles
+from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import (
@@ -92,11 +93,12 @@ class EvaluationDataModule(pl.LightningDataModule):
     Args:
         digits: the embedded scenes.
         reader: how files are read.
-        eval_files: Parquet files that `validate` and `test` go through instead of digits.
+        eval_files: files that `validate` and `test` go through instead of digits, in the format that `reader` names.
         val_tasks: held-out scenes of each kind in a validation; none: no validation.
         test_tasks: held-out scenes of each kind in a test.
         tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
         corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
+        probe: ask of the pictures of `validate` and `test` only which way they were turned.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 1024,
         corruptions: CorruptionConfig | None = None,
+        probe: ProbeConfig | None = None,
     ) -> None:
         super().__init__()
         if tasks_per_eval_batch < 0:
@@ -118,7 +121,10 @@ class EvaluationDataModule(pl.LightningDataModule):
         self.val_tasks = val_tasks or {}
         self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
         self.tasks_per_eval_batch = tasks_per_eval_batch
+        if corruptions is not None and probe is not None:
+            raise ValueError("--data.probe turns the pictures itself: it cannot be had with --data.corruptions")
         self.corruptions = corruptions
+        self.probe = probe
         self.num_train_batches = 0
         for counts in (self.val_tasks, self.test_tasks):
             HeldOutScenes(self.digits, counts)
@@ -137,7 +143,9 @@ class EvaluationDataModule(pl.LightningDataModule):
         rank, world_size = self._rank_and_world()
         rows: Rows[Task] = HeldOutScenes(self.digits, counts)
         if self.eval_files:
-            rows = TaskFiles(self.eval_files, self.reader)
+            rows = task_files(self.eval_files, self.reader)
+        if self.probe is not None:
+            rows = ProbeRows(rows, self.probe)
         if self.corruptions is not None:
             rows = CorruptedRows(rows, self.corruptions)
         size = len(rows)
@@ -196,7 +204,7 @@ class TaskDataModule(EvaluationDataModule):
         digits: the embedded scenes.
         reader: how files are read.
         train_files: Parquet files to train on instead of digits.
-        eval_files: Parquet files that `validate` and `test` go through instead of digits.
+        eval_files: files that `validate` and `test` go through instead of digits, in the format that `reader` names.
         num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
         tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
         oversample: above 1: dynamic sampling (DAPO, 2503.14476). An iteration brings so many times its tasks, and
@@ -209,6 +217,7 @@ class TaskDataModule(EvaluationDataModule):
         test_tasks: held-out scenes of each kind in a test.
         tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
         corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
+        probe: ask of the pictures of `validate` and `test` only which way they were turned.
         seed: order of the rows of files (scenes have their own seed).
     """
 
@@ -227,9 +236,10 @@ class TaskDataModule(EvaluationDataModule):
         test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 1024,
         corruptions: CorruptionConfig | None = None,
+        probe: ProbeConfig | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions)
+        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions, probe)
         if num_iterations < 1 or tasks_per_iteration < 1:
             raise ValueError(
                 f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
@@ -258,7 +268,7 @@ class TaskDataModule(EvaluationDataModule):
         name = "overfit_tasks" if self.overfit_tasks else "tasks_per_iteration"
         count, wanted = self.overfit_tasks or self.tasks_per_iteration, None
         _check_divisible(name, count, world_size)
-        files = RowTasks(TaskFiles(self.train_files, self.reader), self.seed) if self.train_files else None
+        files = RowTasks(task_files(self.train_files, self.reader), self.seed) if self.train_files else None
         if self.oversample > 1:
             count = math.ceil(self.oversample * count / world_size) * world_size
             wanted = self.tasks_per_iteration // world_size
@@ -284,7 +294,7 @@ class SFTDataModule(EvaluationDataModule):
         reader: how files are read.
         sandbox: runs the snippets of the demonstrations.
         train_files: JSON files of conversations to train on instead of digits; they have no warm-up.
-        eval_files: Parquet files that `validate` and `test` go through instead of digits.
+        eval_files: files that `validate` and `test` go through instead of digits, in the format that `reader` names.
         num_steps: optimizer steps of the whole run; set `trainer.max_epochs: 1`.
         conversations_per_step: of all ranks; a multiple of their number.
         warm_up_share: share of the steps, at the start, that show single turns only.
@@ -293,6 +303,7 @@ class SFTDataModule(EvaluationDataModule):
         test_tasks: held-out scenes of each kind in a test.
         tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
         corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
+        probe: ask of the pictures of `validate` and `test` only which way they were turned.
         seed: order of the rows of files (scenes have their own seed).
     """
 
@@ -312,9 +323,10 @@ class SFTDataModule(EvaluationDataModule):
         test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 1024,
         corruptions: CorruptionConfig | None = None,
+        probe: ProbeConfig | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions)
+        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions, probe)
         if min(num_steps, conversations_per_step, warm_up_conversations_per_step) < 1 or not 0 <= warm_up_share <= 1:
             raise ValueError(
                 f"--data.num_steps {num_steps}, --data.conversations_per_step {conversations_per_step} and "

@@ -121,7 +121,7 @@ def task_of_row(
         question=str(question).replace(IMAGE_MARK, "").strip(),
         images=images,
         ground_truth=_ground_truth(_parsed(row.get("reward_model"), "reward_model"), extra),
-        data_source=str(row.get("data_source") or extra.get("dataset_name") or path.stem),
+        data_source=config.data_source or str(row.get("data_source") or extra.get("dataset_name") or path.stem),
         required_transforms=transforms,
         box=_box(extra, images[0].size, transforms, config),
         messages=messages if config.prompt == "given" else (),

@@ -101,9 +101,35 @@ class RowProblems:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FieldNames:
+    """Columns of a benchmark of format `fields`."""
+
+    question: str = "question"
+    answer: str = "answer"
+    """One answer, or a list of which any is right."""
+    image: str = "image"
+    """Bytes, a path, base64 text, or a list of these."""
+    options: str = ""
+    """A list of options, lettered in the prompt; the answer is then a letter. Empty: none."""
+    category: str = ""
+    """What results are split by; empty: nothing."""
+    metric: Literal["anls", "ocrbench"] | None = None
+    """The benchmark's own metric; null: the project's rule, and the judge where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReaderConfig:
     """How files of tasks and conversations are read."""
 
+    format: Literal["codevision", "ocrbench", "chartqapro", "vstar", "hrbench", "tirbench", "docvqa", "fields"] = (
+        "codevision"
+    )
+    """Of files of tasks: the RL and benchmark format of CodeVision, a public benchmark's own, or plain columns under
+    the names in `fields`."""
+    fields: FieldNames = field(default_factory=FieldNames)
+    """For format `fields`."""
+    data_source: str = ""
+    """What metrics and published results call the data set; empty: what the file says."""
     bbox_frame: Literal["given", "upright"] = "given"
     """Whether boxes are in pixels of the image as given, or of the upright image before its transform; `data check`
     says which fits."""

@@ -83,8 +83,12 @@ class ConversationFiles(RowFiles[Conversation]):
         return rng.sample(range(self.num_rows), self.num_rows)
 
 
-def read_items(path: Path) -> list[Any]:
+def read_items(path: Path, under: str = "") -> list[Any]:
     """The items of a file; of JSON Lines, a line that is no JSON is an item that cannot be used.
+
+    Args:
+        path: .json or .jsonl.
+        under: key of the list where the file holds an object.
 
     Raises:
         DataError: no JSON, or no list.
@@ -96,8 +100,10 @@ def read_items(path: Path) -> list[Any]:
         items = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); is it cut off?") from error
+    if under and isinstance(items, dict):
+        items = items.get(under)
     if not isinstance(items, list):
-        raise DataError(f"{path}: holds a {type(items).__name__}; a list of conversations is wanted")
+        raise DataError(f"{path}: holds a {type(items).__name__}; a list is wanted")
     return items
 
 

@@ -1,0 +1,265 @@
+"""Public benchmarks in the formats that they are published in, to tasks.
+
+Each format is one function from a row to a `Question`; `configs/eval` says for each benchmark which files to download.
+What the benchmark's own metric needs (`metric`, `answers`, ...) goes into the task's metadata: `evaluation.scoring`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cv_lightning.data.readers import TaskFiles, image_source, is_inside, load_image
+from cv_lightning.data.rows import FieldNames, ReaderConfig, RowError, RowFiles, expand_files, unique_names
+from cv_lightning.data.tables import Table, open_table
+from cv_lightning.types import Box, Task
+
+LETTERS = "ABCDEFGHIJ"
+BY_LETTER = "Answer with the letter of the right option."
+MIN_BASE64 = 256
+"""A text of so many characters or more where an image is wanted is the image itself, not its path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a row says."""
+
+    text: str
+    images: Sequence[Any]
+    """Bytes, paths, mappings with either, or base64 texts."""
+    answers: list[str]
+    """Any of them is right; the first is the ground truth that the rule compares with."""
+    metric: str | None = None
+    """Of `evaluation.scoring`; None: the project's rule."""
+    category: str = ""
+    box: Box | None = None
+    """Where the evidence is, in pixels of the first image."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Format(NamedTuple):
+    """How one benchmark is laid out."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any], Path], Question]
+    """From a row and the folder that its image paths start from."""
+
+
+def task_files(files: Sequence[str | Path], config: ReaderConfig) -> RowFiles[Task]:
+    """The tasks of files in whichever format the config names.
+
+    Raises:
+        DataError: a file is missing or of another format, or none of its rows can be used.
+    """
+    return TaskFiles(files, config) if config.format == "codevision" else BenchmarkFiles(files, config)
+
+
+class BenchmarkFiles(RowFiles[Task]):
+    """The questions of a public benchmark.
+
+    Args:
+        files: .parquet, .tsv, .json or .jsonl.
+        config: format and names.
+
+    Raises:
+        DataError: a file is missing or of another format, or none of its rows can be used.
+    """
+
+    def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
+        super().__init__(expand_files(files, "--data.eval_files"), config)
+        self._names = unique_names(self.paths)
+        self._format = by_fields(config.fields) if config.format == "fields" else FORMATS[config.format]
+        self._tables: list[Table] = [
+            open_table(path, self._format.needed, self._format.optional) for path in self.paths
+        ]
+        self._starts = [0]
+        for table in self._tables:
+            self._starts.append(self._starts[-1] + len(table))
+        self._file_of = [number for number, table in enumerate(self._tables) for _ in range(len(table))]
+        self.check_each_file()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files, unusable ones too."""
+        return self._starts[-1]
+
+    def rows_of_file(self, file: int) -> range:
+        """Indices of a file's rows."""
+        return range(self._starts[file], self._starts[file + 1])
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File of a row, and its number there, from 0."""
+        file = self._file_of[index]
+        return self.paths[file], index - self._starts[file]
+
+    def order(self, rng: random.Random) -> list[int]:
+        """All rows, shuffled."""
+        return rng.sample(range(self.num_rows), self.num_rows)
+
+    def read(self, index: int, *, decode: bool = True) -> Task:
+        """One question; with `decode` False its images have sizes but no pixels.
+
+        Raises:
+            RowError: the row cannot be used.
+        """
+        file = self._file_of[index]
+        number = index - self._starts[file]
+        folder = Path(self.config.image_folder or self.paths[file].parent)
+        try:
+            question = self._format.parse(self._tables[file].row(number), folder)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RowError("schema", f"not a row of format {self.config.format!r} ({error!r})") from error
+        return self._task(question, f"{self._names[file]}:{number}", folder, decode)
+
+    def _task(self, question: Question, name: str, folder: Path, decode: bool) -> Task:
+        images = tuple(
+            load_image(image_source(_unpacked(cell), f"image {at}", folder), f"image {at}", decode)
+            for at, cell in enumerate(question.images)
+        )
+        if not images or not question.text.strip() or not question.answers:
+            raise RowError("incomplete", "no image, no question or no answer")
+        # an annotation beyond its picture shows nothing, but the question can still be asked
+        box = question.box if question.box is not None and is_inside(question.box, images[0].size) else None
+        metadata = dict(question.metadata)
+        if question.metric:
+            metadata |= {"metric": question.metric, "answers": question.answers}
+        if question.category:
+            metadata["category"] = question.category
+        return Task(
+            id=name,
+            question=question.text.strip(),
+            images=images,
+            ground_truth=question.answers[0],
+            data_source=self.config.data_source or self.config.format,
+            box=box,
+            metadata=metadata,
+        )
+
+
+def _unpacked(cell: Any) -> Any:
+    """An image cell with base64 text decoded."""
+    if not isinstance(cell, str) or len(cell) < MIN_BASE64:
+        return cell
+    try:
+        return base64.b64decode(cell.rpartition("base64,")[2], validate=True)
+    except binascii.Error as error:
+        raise RowError("unreadable image", f"a text of {len(cell)} characters that is no base64 ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------ the formats
+def _ocrbench(row: Mapping[str, Any], folder: Path) -> Question:
+    return Question(
+        text=str(row["question"]),
+        images=[row["image"]],
+        answers=_texts(row["answer"]),
+        metric="ocrbench",
+        category=str(row.get("question_type") or ""),
+        metadata={"dataset": row.get("dataset")},
+    )
+
+
+def _chartqapro(row: Mapping[str, Any], folder: Path) -> Question:
+    """Of a conversation the earlier turns are given with their answers, and the last one is asked."""
+    questions, answers, kind = _texts(row["Question"]), _texts(row["Answer"]), str(row["Question Type"])
+    parts = [str(row.get("Paragraph") or "").strip()]
+    if kind == "Conversational":
+        parts += [f"Q: {asked}\nA: {said}" for asked, said in zip(questions[:-1], answers[:-1], strict=True)]
+    return Question(
+        text="\n\n".join([*(part for part in parts if part), questions[-1]]),
+        images=[row["image"]],
+        answers=answers[-1:],
+        metric="chartqapro",
+        category=kind,
+        metadata={"question_type": kind, "year": _texts(row["Year"])},
+    )
+
+
+def _vstar(row: Mapping[str, Any], folder: Path) -> Question:
+    """The boxes of the targets stand in a JSON file beside the image; without one there is no evidence to compare."""
+    beside = (folder / str(row["image"])).with_suffix(".json")
+    boxes = json.loads(beside.read_text()).get("bbox", []) if beside.is_file() else []
+    corners = [(x, y, x + width, y + height) for x, y, width, height in boxes]
+    around: Box | None = None
+    if corners:
+        left, top, right, bottom = zip(*corners, strict=True)
+        around = (float(min(left)), float(min(top)), float(max(right)), float(max(bottom)))
+    return Question(
+        text=str(row["text"]),
+        images=[row["image"]],
+        answers=[str(row["label"]).strip()],
+        category=str(row.get("category") or ""),
+        box=around,
+    )
+
+
+def _hrbench(row: Mapping[str, Any], folder: Path) -> Question:
+    options = [f"{letter}. {row[letter]}" for letter in LETTERS if row.get(letter) is not None]
+    return Question(
+        text="\n".join([str(row["question"]), *options, BY_LETTER]),
+        images=[row["image"]],
+        answers=[str(row["answer"]).strip()],
+        category=str(row.get("category") or ""),
+        metadata={"cycle_category": row.get("cycle_category")},
+    )
+
+
+def _tirbench(row: Mapping[str, Any], folder: Path) -> Question:
+    images = [row[key] for key in ("image_1", "image_2") if row.get(key)]
+    return Question(
+        text=str(row["prompt"]),
+        images=images,
+        answers=[str(row["answer"])],
+        metric="tirbench",
+        category=str(row["task"]),
+    )
+
+
+def _docvqa(row: Mapping[str, Any], folder: Path) -> Question:
+    return Question(
+        text=str(row["question"]),
+        images=[row["image"]],
+        answers=_texts(row["answers"]),
+        metric="anls",
+        metadata={"question_id": row.get("questionId")},
+    )
+
+
+def by_fields(names: FieldNames) -> Format:
+    """The format of files that hold plain columns under names of their own."""
+
+    def parse(row: Mapping[str, Any], folder: Path) -> Question:
+        options = _texts(row[names.options]) if names.options and row.get(names.options) else []
+        lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+        return Question(
+            text="\n".join([str(row[names.question]), *lettered, *([BY_LETTER] if lettered else [])]),
+            images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],
+            answers=_texts(row[names.answer]),
+            metric=names.metric,
+            category=str(row.get(names.category) or "") if names.category else "",
+        )
+
+    optional = tuple(name for name in (names.options, names.category) if name)
+    return Format((names.question, names.answer, names.image), optional, parse)
+
+
+def _texts(value: Any) -> list[str]:
+    """A list of texts from a list, one text, or a number."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [str(item) for item in values if item is not None and str(item).strip()]
+
+
+FORMATS = {
+    "ocrbench": Format(("question", "answer", "image"), ("dataset", "question_type"), _ocrbench),
+    "chartqapro": Format(("Question", "Answer", "Question Type", "Year", "image"), ("Paragraph",), _chartqapro),
+    "vstar": Format(("image", "text", "label"), ("category",), _vstar),
+    "hrbench": Format(("question", "answer", "image"), (*LETTERS, "category", "cycle_category"), _hrbench),
+    "tirbench": Format(("image_1", "prompt", "answer", "task"), ("image_2",), _tirbench),
+    "docvqa": Format(("question", "answers", "image"), ("questionId",), _docvqa),
+}
