@@ -38,6 +38,7 @@ VERBS = {
     "quickstart": Verb(
         "cv_lightning.commands.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
     ),
+    "compare": Verb("cv_lightning.commands.compare:main", "compare two evaluations question by question"),
     "ablations": Verb(
         "cv_lightning.commands.ablations:main", "train the quickstart with parts of reward and recipe taken away"
     ),
@@ -79,14 +80,19 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(_no_such_verb(argv[0], verbs))
         return 2
     verb = verbs[argv[0]]
-    if verb.lightning:
-        from cv_lightning.environment import prepare_environment
+    from cv_lightning.environment import prepare_environment, set_up_logging, take_verbosity
 
+    is_own = argv == sys.argv[1:]
+    argv = [argv[0], *take_verbosity(argv[1:])]
+    if is_own:  # ranks that Lightning starts read it, too
+        sys.argv[1:] = argv
+    if verb.lightning:
         prepare_environment()
+    set_up_logging()
     module, function = verb.target.split(":")
     arguments: list[str] | None = argv[1:]
     if verb.lightning:  # Lightning reads the command line itself, and warns if it is given a second one
-        arguments = None if argv == sys.argv[1:] else argv
+        arguments = None if is_own else argv
     result = getattr(importlib.import_module(module), function)(arguments)
     return result if isinstance(result, int) else 0
 
@@ -111,6 +117,7 @@ def _help(verbs: dict[str, Verb]) -> str:
     ]
     lines += [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
     lines += ["", "options of a verb: python -m cv_lightning VERB --help"]
+    lines += ["options of all: --quiet (warnings and results only), --verbose (everything, libraries too)"]
     return "\n".join(lines) + "\n"
 
 

@@ -53,7 +53,7 @@ class Grid:
         """For a terminal."""
         table = Table(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
         for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="left" if number == 0 else "right")
+            table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -1,0 +1,47 @@
+"""`python -m cv_lightning compare A B`: two evaluations question by question, as tables, a page and JSON."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cv_lightning.types import CVLightningError
+
+
+def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: int = 30) -> None:
+    """Compare two evaluations of the same questions.
+
+    Args:
+        a: folder of one evaluation, RUN/eval/NAME.
+        b: folder of the other.
+        out: folder of compare.html and compare.json; by default beside B.
+        max_flips: flipped questions of each direction whose trajectories the page shows.
+    """
+    from rich.console import Console
+
+    from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation, write_comparison
+
+    if max_flips < 0:
+        raise CVLightningError(f"--max_flips {max_flips}: a number of questions, or 0 for none")
+    first, second = load_evaluation(a), load_evaluation(b)
+    found = compare(first, second, (str(a), str(b)))
+    folder = out or b.resolve().parent / f"compare_{a.resolve().name}_{b.resolve().name}"
+    write_comparison(found, first, second, folder, max_flips)
+    console = Console()
+    console.print(f"A: {a}\nB: {b}\n{found.matching}", highlight=False)
+    for grid in comparison_tables(found):
+        console.print(grid.rich())
+    console.print(f"{len(found.gained)} questions gained, {len(found.lost)} lost", highlight=False)
+    console.print(f"{(folder / 'compare.html').resolve().as_uri()}, compare.json beside it", highlight=False)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    import jsonargparse
+
+    try:
+        jsonargparse.auto_cli(compare_evaluations, args=args, prog="cv_lightning compare")
+    except CVLightningError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
