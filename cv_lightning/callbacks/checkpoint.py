@@ -82,13 +82,13 @@ class CheckpointCallback(Checkpoint):
             fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
         )
         if not self._after_validation:
-            self._save(trainer, module)
+            self.save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what was due before the validation."""
         if self._after_validation:
             self._after_validation = False
-            self._save(trainer, _policy_module(pl_module))
+            self.save(trainer, _policy_module(pl_module))
 
     def _is_due(self, trainer: pl.Trainer, iteration: int) -> bool:
         """The same answer on every rank."""
@@ -98,7 +98,7 @@ class CheckpointCallback(Checkpoint):
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_minutes
         return trainer.strategy.reduce_boolean_decision(ends or stops or by_count or by_time, all=False)
 
-    def _save(self, trainer: pl.Trainer, module: PolicyModule) -> None:
+    def save(self, trainer: pl.Trainer, module: PolicyModule) -> None:
         """Write beside the final name, rename, then remove the oldest. Called on all ranks."""
         start = time.monotonic()
         folder = Path(trainer.default_root_dir) / FOLDER

@@ -1,0 +1,141 @@
+"""Measures a checkpoint of a 0.5 B model against writing the same bytes.
+
+    python scripts/bench/checkpoint.py --json FILE [--folder DIR]
+
+A random Qwen3-VL in bfloat16 and its AdamW moments, 3 GB together. The checkpoint is what a run saves: everything
+collected, written beside its name, on disk, renamed, the oldest removed. The floor writes the same tensors' memory to a
+file that is on disk when the clock stops. Both take turns in one run; medians of wall-clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from cv_lightning.environment import prepare_environment  # noqa: E402
+
+prepare_environment()
+
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+
+from cv_lightning.callbacks.checkpoint import CheckpointCallback, last_checkpoint  # noqa: E402
+from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
+from cv_lightning.data.modules import StepLoader  # noqa: E402
+from cv_lightning.model.loading import PolicyConfig  # noqa: E402
+from cv_lightning.model.tiny import TinyModelConfig  # noqa: E402
+from cv_lightning.modules.sft import SFTModule  # noqa: E402
+
+HALF_BILLION = TinyModelConfig(
+    hidden_size=1024, head_dim=64, num_key_value_heads=16, num_layers=24, vision_depth=12, deepstack_layers=(3, 6, 9)
+)
+BAR = 1.3
+
+
+class Stepped(SFTModule):
+    """Has an optimizer with moments, without the hours that learning takes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One step along nothing."""
+        for parameter in self.policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.single_optimizer.step()
+        self.single_optimizer.zero_grad()
+        self.iteration += 1
+
+
+class Measure(pl.Callback):
+    """Takes turns at the end of the only batch; notes seconds."""
+
+    def __init__(self, saver: CheckpointCallback, repeats: int) -> None:
+        self.saver = saver
+        self.repeats = repeats
+        self.checkpoint: list[float] = []
+        self.floor: list[float] = []
+        self.num_bytes = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """All turns."""
+        folder = Path(trainer.default_root_dir)
+        for turn in range(self.repeats + 1):
+            seconds = self._write(module, folder / "floor.bin")
+            module.iteration = turn + 1
+            start = time.perf_counter()
+            self.saver.save(trainer, module)
+            if turn:  # the first round warms up
+                self.checkpoint.append(time.perf_counter() - start)
+                self.floor.append(seconds)
+            print(f"checkpoint {time.perf_counter() - start:.2f} s, floor {seconds:.2f} s", flush=True)
+        size = last_checkpoint(folder).stat().st_size
+        assert abs(size / self.num_bytes - 1) < 0.01, (size, self.num_bytes)
+
+    def _write(self, module: pl.LightningModule, path: Path) -> float:
+        states = module.single_optimizer.state.values()
+        tensors = [*module.parameters(), *(v for state in states for v in state.values() if torch.is_tensor(v))]
+        arrays = [tensor.detach().view(-1).view(torch.uint8).numpy() for tensor in tensors]
+        self.num_bytes = sum(array.nbytes for array in arrays)
+        start = time.perf_counter()
+        with path.open("wb", buffering=0) as file:
+            for array in arrays:
+                file.write(array.data)
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - start
+        path.unlink()
+        return seconds
+
+
+def measure(folder: Path, repeats: int) -> dict[str, float]:
+    """Figures by name."""
+    write(TinyCheckpoint(out=folder / "model", model=HALF_BILLION))
+    saver = CheckpointCallback(every_minutes=1e9, keep=1)
+    turns = Measure(saver, repeats)
+    module = Stepped(PolicyConfig(path=str(folder / "model"), dtype="bfloat16"))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[turns, saver],
+    )
+    trainer.fit(module, train_dataloaders=StepLoader(lambda step: object(), 1))
+    checkpoint, floor = statistics.median(turns.checkpoint), statistics.median(turns.floor)
+    return {
+        "checkpoint_over_write": checkpoint / floor,
+        "checkpoint_s": checkpoint,
+        "checkpoint_write_s": floor,
+        "checkpoint_gb": turns.num_bytes / 1e9,
+        "checkpoint_parameters": float(sum(p.numel() for p in module.parameters())),
+    }
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: where temporary files go")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        figures = measure(Path(folder), given.repeats)
+    for name, value in figures.items():
+        print(f"{name:24} {value:.4g}")
+    print(f"bar: checkpoint_over_write <= {BAR}")
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=1))
+    return int(figures["checkpoint_over_write"] > BAR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
