@@ -211,6 +211,8 @@ class RolloutCallback(pl.Callback):
         if not isinstance(batch, Iteration):
             return
         module, parts = _policy_module(pl_module), self._ready(pl_module)
+        if trainer._results is not None:
+            trainer._results.reset()  # else Lightning logs a figure of the last iteration again if this one has none
         start = time.perf_counter()
         self.sync(module, version=module.iteration)
         synced = time.perf_counter()
