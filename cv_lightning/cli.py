@@ -23,11 +23,12 @@ from cv_lightning.callbacks.checkpoint import (
     last_checkpoint,
     refuse_used,
 )
-from cv_lightning.callbacks.metrics_file import MetricsLogger
+from cv_lightning.callbacks.loggers import run_loggers
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
+from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.environment import check_launch
+from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
 
@@ -63,9 +64,10 @@ class CVLightningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the metrics file, the checkpoints and the progress bar where the config names none."""
         config = self._get(self.config_init, "trainer", default={})
-        if config.get("logger") in (None, True):
-            kwargs["logger"] = MetricsLogger(config["default_root_dir"])
+        kwargs["logger"] = run_loggers(config.get("logger"), config["default_root_dir"])
         callbacks = [*(config.get("callbacks") or [])]
+        loggers = kwargs["logger"] if isinstance(kwargs["logger"], list) else []
+        callbacks += [WandbTrajectories(logger) for logger in loggers if isinstance(logger, WandbRun)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RunProgress) for c in callbacks):
             callbacks.append(RunProgress())
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
@@ -203,8 +205,12 @@ UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")
 
 
 def _quiet_libraries() -> None:
-    """Silence messages and warnings of libraries that a user can do nothing about."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    """Silence messages and warnings of libraries that a user can do nothing about, unless --verbose wants them."""
+    set_up_logging()
+    if is_quiet():
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if is_verbose():
+        return
     for name in ("httpx", "matplotlib", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)

