@@ -1,0 +1,78 @@
+"""The benchmarks' own scores, against independent computations and worked cases."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+
+from cv_lightning.evaluation.scoring import anls, edit_distance, official_score
+
+
+def naive_distance(one: str, other: str) -> int:
+    @cache
+    def rest(i: int, j: int) -> int:
+        if i == len(one) or j == len(other):
+            return len(one) - i + len(other) - j
+        if one[i] == other[j]:
+            return rest(i + 1, j + 1)
+        return 1 + min(rest(i + 1, j), rest(i, j + 1), rest(i + 1, j + 1))
+
+    return rest(0, 0)
+
+
+def test_edit_distance_agrees_with_its_definition() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        one, other = ("".join(rng.choices("abc", k=rng.randrange(9))) for _ in range(2))
+        assert edit_distance(one, other) == naive_distance(one, other), (one, other)
+
+
+def test_anls_is_the_best_truth_above_the_threshold() -> None:
+    rng = random.Random(4)
+    for _ in range(300):
+        said, *truths = ("".join(rng.choices("abc", k=rng.randrange(1, 9))) for _ in range(3))
+        distances = [naive_distance(said, truth) / max(len(said), len(truth)) for truth in truths]
+        assert anls(said, truths) == pytest.approx(max(1 - d if d < 0.5 else 0.0 for d in distances))
+    assert anls(" The END ", ["the end"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "metadata", "score"),
+    [
+        ("It says CENTRE.", {"metric": "ocrbench", "answers": ["centre"]}, 1.0),
+        ("center", {"metric": "ocrbench", "answers": ["centre", "middle"]}, 0.0),
+        ("\\frac { a } { b }", {"metric": "ocrbench", "answers": ["\\frac{a}{b}"], "dataset": "HME100k"}, 1.0),
+        ("\\FRAC{a}{b}", {"metric": "ocrbench", "answers": ["\\frac{a}{b}"], "dataset": "HME100k"}, 0.0),
+        ("104", {"metric": "chartqapro", "answers": ["100"], "year": ["NO"]}, 1.0),
+        ("106", {"metric": "chartqapro", "answers": ["100"], "year": ["NO"]}, 0.0),
+        ("2017", {"metric": "chartqapro", "answers": ["2016"], "year": ["YES"]}, 0.0),
+        ("2017", {"metric": "chartqapro", "answers": ["2016"], "year": ["NO"]}, 1.0),
+        ("12%", {"metric": "chartqapro", "answers": ["12"], "year": ["NO"]}, 1.0),
+        ("[Spain, 10]", {"metric": "chartqapro", "answers": ["['Spain', '20']"], "year": ["NO"]}, 0.5),
+        ("Spain", {"metric": "chartqapro", "answers": ["[Spain, Italy]"], "year": ["NO"]}, 0.5),
+        (
+            "2017",
+            {"metric": "chartqapro", "answers": ["2016"], "year": ["YES", "NO"], "question_type": "Conversational"},
+            1.0,
+        ),
+        ("3, 1, 2, 4", {"metric": "tirbench", "answers": ["[3, 1, 4, 2]"], "category": "jigsaw"}, 0.5),
+        ("1, 2, 3", {"metric": "tirbench", "answers": ["2, 3, 4"], "category": "spot_difference"}, 0.5),
+        ("(4, 7)", {"metric": "tirbench", "answers": ["4, 7"], "category": "word_search"}, 1.0),
+        ("(7, 4)", {"metric": "tirbench", "answers": ["4, 7"], "category": "word_search"}, 0.0),
+        ("the word mobility", {"metric": "tirbench", "answers": ["mobi"], "category": "ocr"}, 1.0),
+        ("The answer is B", {"metric": "tirbench", "answers": ["B"], "category": "maze"}, 1.0),
+        ("A or B", {"metric": "tirbench", "answers": ["B"], "category": "maze"}, 0.0),
+        (None, {"metric": "anls", "answers": ["x"]}, 0.0),
+        ("anything", {}, None),
+    ],
+)
+def test_worked_cases(answer: str | None, metadata: dict[str, Any], score: float | None) -> None:
+    assert official_score(answer, metadata) == (score if score is None else pytest.approx(score))
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'bleu'.*anls"):
+        official_score("x", {"metric": "bleu"})
