@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 STEP_S = 0.05
 """Longest that a step waits for an answer, in seconds; tool results wait for no longer."""
-KEPT_IMAGES = 4096
-"""Images kept in the form in which they are sent."""
+KEPT_IMAGES = 256
+"""Images kept in the form in which they are sent, some MB each."""
 
 
 class RemoteEngine(ABC):

@@ -62,7 +62,7 @@ class SGLangEngine(RemoteEngine):
             "logit_bias": {str(token): LOGIT_BAN for token in request.banned_ids},
         }
         body: dict[str, Any] = {"input_ids": list(request.prompt_ids), "sampling_params": sampling}
-        body |= {"return_logprob": True, "logprob_start_len": -1, "rid": f"{request.id}@{self.weight_version}"}
+        body |= {"return_logprob": True, "logprob_start_len": -1}
         if request.images:
             body["image_data"] = await asyncio.to_thread(self.urls, request)
         answer = await self.client.post(str(self.root.join("/generate")), body, _meta_info)

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 import cv_lightning.engine as engine_package
-from cv_lightning.engine import EngineConfig, Request, SamplingConfig, build_engine, engine_kind, vllm_imports
+from cv_lightning.engine import (
+    EngineConfig,
+    Request,
+    SamplingConfig,
+    ServerConfig,
+    build_engine,
+    engine_kind,
+    vllm_imports,
+)
 from cv_lightning.engine.base import check_length, check_weights
 from cv_lightning.types import EngineError
 
@@ -105,3 +113,32 @@ def test_sizes_that_cannot_be_are_refused_by_name(settings: dict[str, float], ke
 def test_sampling_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="sampling"):
         SamplingConfig(temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "server"}, r"engine\.server names the server"),
+        ({"kind": "vllm", "server": ServerConfig(model="m")}, r"engine\.server names the server"),
+        ({"kind": "server", "server": ServerConfig()}, r"engine\.server\.model is empty"),
+    ],
+)
+def test_kind_and_server_go_together(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"base_url": "localhost:8000"}, r"engine\.server\.base_url 'localhost:8000' must begin with http"),
+        ({"base_url": "http://me:secret@host/v1"}, "must not hold a user or password"),
+        ({"api_key_env": "sk-123"}, "never put the key itself there"),
+        ({"max_parallel": 0}, r"engine\.server\.max_parallel is 0; it must be at least 1"),
+        ({"timeout_s": 0.0}, r"engine\.server\.timeout_s is 0\.0; it must be above 0"),
+        ({"extra_fields": {"model": "x"}}, "the client fills them"),
+    ],
+)
+def test_servers_that_cannot_be_are_refused_by_name(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ServerConfig(**settings)
