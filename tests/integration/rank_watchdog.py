@@ -58,7 +58,7 @@ class Trouble(pl.LightningModule):
                     time.sleep(NEVER_S)
             if self.mode == "slow":
                 with Watchdog.at(self.trainer, "rollout 2", waits=False) as get_on:
-                    for _ in range(12):
+                    for _ in range(16):
                         time.sleep(0.5)
                         get_on()
         loss: torch.Tensor = self.layer(batch).mean()
@@ -71,7 +71,7 @@ class Trouble(pl.LightningModule):
 
 def run(folder: Path, mode: str, rank: int) -> None:
     """Train as one rank."""
-    watchdog = Watchdog(timeout_s=3.0, silence_s=4.0)
+    watchdog = Watchdog(timeout_s=4.0, silence_s=6.0)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,

@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 TOLERANCE = 1e-4
 TROUBLE = ("fine", "slow", "stuck", "killed", "first_killed", "raises", "stopped")
 SETTINGS = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+SETTINGS |= {"TORCH_COMPILE_DISABLE": "1"}  # of which vLLM has one small function, and half a minute goes into it
 
 
 def rolled_out(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int = 1) -> list[list[dict[str, Any]]]:
@@ -76,7 +77,8 @@ def test_both_engines_sample_from_the_weights_of_the_iteration(two: list[list[di
 
 
 def test_figures_are_those_of_all_ranks_and_the_same_on_each(two: list[list[dict[str, Any]]]) -> None:
-    first, second = (rank[-1]["metrics"] for rank in two)
+    own = ("time/update_s", "policy/tokens_per_s")  # how long the update of the rank took
+    first, second = ({k: v for k, v in rank[-1]["metrics"].items() if k not in own} for rank in two)
     assert first == second
     assert first["rollout/trajectories"] == 12 and first["policy/trajectories"] == 8, "the middle one is the mean"
     lengths = [[len(t["tokens"]) for group in rank[-1]["groups"] for t in group] for rank in two]
