@@ -61,7 +61,7 @@ class EndpointTeacher:
         self.tries = config.tries
         self._client = EndpointClient(config, "turn")
         self._options = {"max_tokens": config.max_tokens, "temperature": config.temperature}
-        self._prompt = Path(config.prompt_file or PROMPT_FILE).readtext_part(encoding="utf-8").strip()
+        self._prompt = Path(config.prompt_file or PROMPT_FILE).read_text(encoding="utf-8").strip()
 
     async def write(self, request: TurnRequest) -> Written:
         """The next turn; see `Teacher`."""
