@@ -26,6 +26,7 @@ export PATH=$environment/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two test processes' worth of threads on two cores only get in each other's way
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
+export CVL_SMOKE_RUN=$results/run # the notebooks read what the smoke stage left
 
 stages=0 failed_stages=()
 stage() { # stage NAME COMMAND...: run, time, remember; later stages run all the same

@@ -30,8 +30,8 @@ def quickstart(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a smoke run with the ablation."""
-    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    """Folder of a smoke run with the ablation; scripts/test.sh keeps it for the notebooks."""
+    folder = Path(os.environ.get("CVL_SMOKE_RUN") or tmp_path_factory.mktemp("quickstart") / "run")
     done = quickstart(folder, "--ablation", "--seed", "3")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "report.html" in done.stdout
