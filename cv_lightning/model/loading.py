@@ -41,8 +41,11 @@ class PolicyConfig:
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights; null: full fine-tuning."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
-    """`auto` and `packed`: ours, exact on packed rows, with flash-attention's kernel on a GPU that has it and plain SDPA
+    """`auto` and `packed`: ours, exact on packed rows, with flash-attention's kernel on a GPU that has it, plain SDPA
     elsewhere; a group's shared prompt is computed once. The others are transformers' own."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """`liger`: fused norms, rotary embeddings and (Qwen2.5-VL) gated units of liger-kernel; `auto`: those on a GPU that
+    has them, else PyTorch's operations."""
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:
@@ -101,9 +104,7 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from cv_lightning.model.attention import NAME, attention_name, use_attention
-    from cv_lightning.model.logprobs import use_one_call_head
-    from cv_lightning.model.patches import use_linear_patches
+    from cv_lightning.model.attention import NAME, attention_name
 
     attention = attention_name(config.attention)
     try:
@@ -120,13 +121,28 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
         raise CheckpointError(
             f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}"
         )
-    use_attention(model, attention)
+    prepare_policy(model, config)
+    return model
+
+
+def prepare_policy(model: PreTrainedModel, config: PolicyConfig) -> None:
+    """Make a freshly built model ours: attention, faster operations, what is trained.
+
+    Raises:
+        CheckpointError: no layer takes the adapters, or the kernels asked for cannot be had.
+    """
+    from cv_lightning.model.attention import attention_name, use_attention
+    from cv_lightning.model.logprobs import use_one_call_head
+    from cv_lightning.model.patches import use_liger, use_linear_patches
+
+    use_attention(model, attention_name(config.attention))
     use_linear_patches(model)
     use_one_call_head(model)
+    if config.kernels != "torch":
+        use_liger(model, required=config.kernels == "liger")
     set_trainable(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def set_trainable(model: PreTrainedModel, config: PolicyConfig) -> None:

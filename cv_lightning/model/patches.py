@@ -1,22 +1,25 @@
-"""The patch projection of the vision tower as the matrix product that it is.
-
-Qwen-VL cuts images into patches beforehand and then applies a `Conv3d` whose kernel and stride are one whole patch.
-Convolution kernels are slow at that: on a CPU they take two fifths of a training step of the tiny model.
-"""
+"""Operations of the model replaced by faster ones that compute the same; parameters and their names stay."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from cv_lightning.types import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class PatchProjection(torch.nn.Conv3d):
-    """A `Conv3d` on single patches; the same parameters under the same names."""
+    """The patch projection of the vision tower as the matrix product that it is.
+
+    Qwen-VL cuts images into patches beforehand and then applies a `Conv3d` whose kernel and stride are one whole patch.
+    Convolution kernels are slow at that: on a CPU they take two fifths of a training step of the tiny model.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Project patches.
@@ -37,3 +40,28 @@ def use_linear_patches(model: PreTrainedModel) -> None:
     projection = model.model.visual.patch_embed.proj
     if type(projection) is torch.nn.Conv3d and projection.stride == projection.kernel_size:
         projection.__class__ = PatchProjection
+
+
+def use_liger(model: PreTrainedModel, *, required: bool = False) -> None:
+    """Fused norms, rotary embeddings and gated units of liger-kernel, where there is a GPU that runs them.
+
+    Its fused losses are left out: ours computes log-probabilities at the loss positions only.
+
+    Args:
+        model: Qwen2.5-VL or Qwen3-VL.
+        required: refuse to go on without them.
+
+    Raises:
+        CheckpointError: they are required and there is no GPU, or no liger-kernel.
+    """
+    missing = "no GPU" if not torch.cuda.is_available() else ""
+    if not missing and importlib.util.find_spec("liger_kernel") is None:
+        missing = "no liger-kernel (pip install liger-kernel)"
+    if missing and required:
+        raise CheckpointError(f"policy.kernels liger: there is {missing}; take auto or torch")
+    if missing:
+        return
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, apply_liger_kernel_to_qwen3_vl
+
+    apply = {"qwen2_5_vl": apply_liger_kernel_to_qwen2_5_vl, "qwen3_vl": apply_liger_kernel_to_qwen3_vl}
+    apply[model.config.model_type](cross_entropy=False, fused_linear_cross_entropy=False, model=model)

@@ -334,3 +334,20 @@ def test_a_folder_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
         load_processor(str(tmp_path))
     with pytest.raises(CheckpointError, match="no such folder"):
         load_processor(str(tmp_path / "nowhere"))
+
+
+def test_kernels_that_this_machine_lacks_are_refused_by_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CheckpointError, match=r"policy\.kernels liger: there is no GPU"):
+        load_policy(PolicyConfig(path=str(checkpoint), dtype="float32", kernels="liger"))
+
+
+@pytest.mark.gpu
+def test_fused_kernels_compute_the_same(checkpoint: Path, processor: ProcessorMixin) -> None:
+    pytest.importorskip("liger_kernel")
+    found = []
+    for kernels in ("torch", "liger"):
+        model = load_policy(PolicyConfig(path=str(checkpoint), dtype="float32", kernels=kernels)).cuda()
+        batch = pack_rows(random_rows(model, processor, seed=1), model.config).to(torch.device("cuda"))
+        found.append(packed_logprobs(model, batch).logprobs)
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
