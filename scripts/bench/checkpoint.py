@@ -32,25 +32,32 @@ from cv_lightning.callbacks.checkpoint import CheckpointCallback, last_checkpoin
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader  # noqa: E402
 from cv_lightning.model.loading import PolicyConfig  # noqa: E402
-from cv_lightning.model.tiny import TinyModelConfig  # noqa: E402
 from cv_lightning.modules.sft import SFTModule  # noqa: E402
 
-HALF_BILLION = TinyModelConfig(
-    hidden_size=1024, head_dim=64, num_key_value_heads=16, num_layers=24, vision_depth=12, deepstack_layers=(3, 6, 9)
-)
 BAR = 1.3
 
 
-class Stepped(SFTModule):
-    """Has an optimizer with moments, without the hours that learning takes."""
+class HalfBillion(SFTModule):
+    """A random model of 0.5 B parameters with an optimizer that has moments, without the hours that learning takes."""
+
+    def configure_model(self) -> None:
+        """The tiny model's architecture, wider and deeper."""
+        super().configure_model()
+        config = self.policy.config
+        config.text_config.update({"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 30})
+        config.text_config.update({"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64})
+        config.vision_config.out_hidden_size = 1024
+        config._attn_implementation = "eager"
+        torch.set_default_dtype(torch.bfloat16)
+        self.policy = type(self.policy)(config)
+        torch.set_default_dtype(torch.float32)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One step along nothing."""
+        """The moments of a first step along nothing."""
+        optimizer = self.single_optimizer.optimizer
         for parameter in self.policy.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.single_optimizer.step()
-        self.single_optimizer.zero_grad()
-        self.iteration += 1
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
 
 
 class Measure(pl.Callback):
@@ -79,7 +86,7 @@ class Measure(pl.Callback):
         assert abs(size / self.num_bytes - 1) < 0.01, (size, self.num_bytes)
 
     def _write(self, module: pl.LightningModule, path: Path) -> float:
-        states = module.single_optimizer.state.values()
+        states = module.single_optimizer.optimizer.state.values()
         tensors = [*module.parameters(), *(v for state in states for v in state.values() if torch.is_tensor(v))]
         arrays = [tensor.detach().view(-1).view(torch.uint8).numpy() for tensor in tensors]
         self.num_bytes = sum(array.nbytes for array in arrays)
@@ -95,10 +102,10 @@ class Measure(pl.Callback):
 
 def measure(folder: Path, repeats: int) -> dict[str, float]:
     """Figures by name."""
-    write(TinyCheckpoint(out=folder / "model", model=HALF_BILLION))
+    write(TinyCheckpoint(out=folder / "model"))
     saver = CheckpointCallback(every_minutes=1e9, keep=1)
     turns = Measure(saver, repeats)
-    module = Stepped(PolicyConfig(path=str(folder / "model"), dtype="bfloat16"))
+    module = HalfBillion(PolicyConfig(path=str(folder / "model"), dtype="bfloat16"))
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,

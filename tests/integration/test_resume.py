@@ -1,0 +1,170 @@
+"""A run that was killed and resumed is the run that was not: trajectories, losses and weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from resume_samples import (
+    EVERY,
+    Run,
+    assert_same_run,
+    figures,
+    random_moment,
+    rows,
+    state,
+    trajectories,
+    write_grpo,
+    write_sft,
+)
+
+ITERATIONS, STEPS = 5, 8
+ZERO = ["--trainer.strategy", "cv_lightning.strategies.CPUDeepSpeedStrategy", "--trainer.devices", "2"]
+DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+
+
+@pytest.fixture(scope="module")
+def grpo(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config of a GRPO run."""
+    return write_grpo(tmp_path_factory.mktemp("grpo") / "grpo.yaml", tiny_checkpoint, iterations=ITERATIONS)
+
+
+@pytest.fixture(scope="module")
+def straight(grpo: Path) -> Path:
+    """Folder of a GRPO run that nothing has disturbed."""
+    folder = grpo.with_name("straight")
+    Run(grpo, folder).finish()
+    return folder
+
+
+def killed_and_resumed(config: Path, folder: Path, moment: float, *flags: str) -> None:
+    Run(config, folder, *flags).kill_at(moment)
+    Run(config, folder, "--ckpt_path", "auto", *flags).finish()
+
+
+# ---------------------------------------------------------------------------------------------- GRPO
+def test_the_run_is_worth_resuming(straight: Path) -> None:
+    """Else the tests below would compare nothing."""
+    training = [row for row in rows(straight) if row["iteration"]]
+    assert [float(row["iteration"]) for row in training] == [1, 2, 3, 4, 5]
+    assert len(rows(straight)) == ITERATIONS + 1, "one validation, after the fourth"
+    assert float(training[-1]["policy/kl_to_reference"]) > 1e-3, "the weights move"
+    assert any(float(row["policy/surrogate_loss"]) for row in training)
+    assert any(float(row["rollout/tasks_waiting"]) for row in training), "dynamic sampling leaves tasks over"
+    kept = state(straight)
+    assert not any(name.startswith("reference") for name in kept["state_dict"])
+    assert "hyper_parameters" not in kept, "Lightning would let them override flags"
+    names = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert names == ["iteration000004.ckpt", "iteration000005.ckpt"], "the newest two, and nothing besides"
+
+
+def test_resumed_is_not_interrupted(grpo: Path, straight: Path, tmp_path: Path) -> None:
+    killed_and_resumed(grpo, tmp_path / "run", random_moment(ITERATIONS))
+    assert_same_run(straight, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", range(5))
+def test_resumed_after_any_moment(grpo: Path, straight: Path, tmp_path: Path, kill: int) -> None:
+    killed_and_resumed(grpo, tmp_path / "run", random_moment(ITERATIONS))
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_the_folder_of_another_run_is_left_alone(grpo: Path, straight: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+    said = Run(grpo, straight).finish(expect=1)
+    assert "--ckpt_path last goes on with it" in said and "iteration 5" in said
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+    said = Run(grpo, tmp_path / "new", "--ckpt_path", "last").finish(expect=1)
+    assert f"no checkpoint in {tmp_path / 'new' / 'checkpoints'}" in said and "Traceback" not in said
+
+
+# ---------------------------------------------------------------------------------------------- SFT
+def test_sft_killed_while_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=STEPS)
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    Run(config, straight).finish()
+    run = Run(config, folder)
+    unfinished = folder / "checkpoints" / f".unfinished-iteration{2 * EVERY:06d}.ckpt"
+    while not unfinished.exists():
+        assert run.exit_code is None, run.log.read_text()[-3000:]
+        time.sleep(0.001)
+    run.kill()
+    assert unfinished.exists() and not unfinished.with_name("iteration000004.ckpt").exists()
+    assert state(folder)["iteration"] == EVERY, "the one before stands"
+    said = Run(config, folder, "--ckpt_path", "last").finish()
+    assert "iteration000002.ckpt" in said and not unfinished.exists()
+    assert_same_run(straight, folder)
+    # Killed after its last checkpoint, it has nothing left to do but the export.
+    shutil.rmtree(folder / "model")
+    Run(config, folder, "--ckpt_path", "last").finish()
+    assert figures(folder) == figures(straight)
+    weights = [run / "model" / "model.safetensors" for run in (straight, folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    # A longer run goes on where the shorter one ended.
+    Run(config, folder, "--ckpt_path", "last", "--data.init_args.num_steps", str(STEPS + 2)).finish()
+    assert [float(row["iteration"]) for row in rows(folder)] == list(range(1, STEPS + 3))
+    assert figures(folder)[:STEPS] == figures(straight)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=10_000, every=0)
+    run = Run(config, folder)
+    while len(rows(folder)) < 3:
+        assert run.exit_code is None, run.log.read_text()[-3000:]
+        time.sleep(0.01)
+    assert run.process.pid is not None
+    os.kill(run.process.pid, signal.SIGTERM)
+    while run.exit_code is None:
+        time.sleep(0.01)
+    assert state(folder)["iteration"] == float(rows(folder)[-1]["iteration"]) >= 3
+
+
+# ---------------------------------------------------------------------------------------------- several ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [DDP, ZERO], ids=["ddp", "zero3"])
+def test_two_ranks(tiny_checkpoint: Path, tmp_path: Path, flags: list[str]) -> None:
+    engine = "transformers" if flags is DDP else "vllm"
+    config = write_grpo(tmp_path / "grpo.yaml", tiny_checkpoint, iterations=ITERATIONS, engine=engine)
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    Run(config, straight, *flags).finish()
+    killed_and_resumed(config, folder, random_moment(ITERATIONS), *flags)
+    assert_same_run(straight, folder)
+    longer = ["--ckpt_path", "last", "--data.init_args.num_iterations", str(ITERATIONS + 1)]
+    if flags is DDP:
+        said = Run(config, folder, *longer).finish()
+        assert "written by 2 ranks" in said
+        assert float(rows(folder)[-1]["iteration"]) == ITERATIONS + 1
+    else:
+        said = Run(config, folder, *longer).finish(expect=1)
+        assert "holds the optimizer of 2 ranks, this run has 1" in said
+
+
+# ---------------------------------------------------------------------------------------------- asynchronous
+@pytest.mark.slow
+def test_asynchronous_runs_agree(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """With vLLM and a policy that calls tools, whose results come in any order."""
+    taught = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=120)
+    conversations = ["--data.init_args.conversations_per_step", "32", "--data.init_args.warm_up_share", "0"]
+    export = "--trainer.callbacks+={class_path: cv_lightning.callbacks.export.ExportCallback}"
+    Run(
+        taught, tmp_path / "sft", *conversations, "--trainer.callbacks.init_args.every_iterations", "0", export
+    ).finish()
+    policy = tmp_path / "sft" / "model"
+    config = write_grpo(tmp_path / "grpo.yaml", policy, iterations=ITERATIONS, engine="vllm", deterministic=False)
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    Run(config, straight).finish()
+    groups = [group for lines in trajectories(straight).values() for group in lines]
+    calls = [turn for g in groups for t in g["trajectories"] for turn in t["turns"] if turn["tool_call"]]
+    assert len(calls) >= 3, "without tool results there is no order that could differ"
+    killed_and_resumed(config, folder, 2.5)
+    for left, right in zip(figures(straight), figures(folder), strict=True):
+        for name in ("policy/loss", "policy/grad_norm"):
+            if left[name]:
+                assert float(left[name]) == pytest.approx(float(right[name]), abs=1e-4)
