@@ -45,7 +45,7 @@ def test_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == nine, "DeepSpeed writes `latest` when all else is there"
     (sharded / "latest").write_text("checkpoint")
     assert last_checkpoint(tmp_path) == sharded
-    with pytest.raises(CVLightningError, match="iteration 12.*--ckpt_path last"):
+    with pytest.raises(CVLightningError, match=r"iteration 12.*--ckpt_path last"):
         refuse_used(tmp_path)
 
 
