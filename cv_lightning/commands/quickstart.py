@@ -1,7 +1,7 @@
 """`python -m cv_lightning quickstart`: from a random tiny model to one that learned to use the tool, and the report.
 
 Every stage is a command of its own, shown before it runs; `timing.json` remembers what is finished, so that an
-interrupted quickstart goes on with the stage that was cut off.
+interrupted quickstart goes on with the stage that was cut off: training from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ def stages(
 
 
 def fit_stage(name: str, title: str, run: Path, start: str, extra: list[str], config: str = "sft") -> Stage:
-    """Training from the checkpoint `run/start` into `run/name`, which exports `run/name/model`."""
+    """Training from the weights `run/start` into `run/name`, which exports `run/name/model`; one cut off goes on."""
     arguments = ["fit", "--config", f"{CONFIGS}/{config}.yaml", "--trainer.default_root_dir", f"{run}/{name}"]
-    arguments += ["--model.init_args.policy.path", f"{run}/{start}", *extra]
-    return Stage(name=name, title=title, arguments=arguments, writes=[run / name])
+    arguments += ["--model.init_args.policy.path", f"{run}/{start}", "--ckpt_path", "auto", *extra]
+    return Stage(name=name, title=title, arguments=arguments)
 
 
 def test_stage(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
@@ -133,7 +133,7 @@ def test_stage(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
 
 
 class Timing:
-    """`timing.json` of a run: seconds by finished stage, and the seed."""
+    """`timing.json` of a run: seconds by finished stage, since its last start, and the seed."""
 
     def __init__(self, run: Path) -> None:
         self.path = run / "timing.json"
