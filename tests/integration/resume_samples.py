@@ -221,15 +221,20 @@ def _timeless(value: Any) -> Any:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """The run's last checkpoint."""
+    """The run's last checkpoint; of DeepSpeed's every file."""
     path = last_checkpoint(folder)
     assert path is not None
+    if path.is_dir():
+        shards = sorted(path.glob("checkpoint/*.pt"))
+        return {shard.name: torch.load(shard, weights_only=False) for shard in shards}
     loaded: dict[str, Any] = torch.load(path, weights_only=True)
     return loaded
 
 
 def assert_same_state(left: Any, right: Any, where: str = "checkpoint") -> None:
     """Bit for bit; times in the logged row aside."""
+    if left is right:
+        return
     assert type(left) is type(right), where
     if isinstance(left, torch.Tensor):
         assert torch.equal(left, right), where
@@ -242,6 +247,8 @@ def assert_same_state(left: Any, right: Any, where: str = "checkpoint") -> None:
         assert len(left) == len(right), where
         for number, pair in enumerate(zip(left, right, strict=True)):
             assert_same_state(*pair, f"{where}[{number}]")
+    elif hasattr(left, "__dict__"):
+        assert_same_state(vars(left), vars(right), where)
     else:
         assert repr(left) == repr(right), where  # NaN is itself
 
