@@ -82,19 +82,27 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 def print_table(sweep: SweepFile, rows: Sequence[TrialRow]) -> None:
     """Print all trials, the best first."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     short = short_names(list(sweep.parameters))
     best = best_of(sweep, rows)
-    table = Table("trial", sweep.metric, *short.values(), "state", "s", title=f"{sweep.path.stem}: {len(rows)} trials")
+    title = f"{sweep.path.stem}: {len(rows)} trials"
+    table = Table(box=SIMPLE, title=title, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("trial", sweep.metric):
+        table.add_column(name, overflow="fold", min_width=6)
+    for name in sweep.parameters:  # a long name breaks, a value never
+        width = max((len(_cell(row.parameters.get(name))) for row in rows), default=0)
+        table.add_column(short[name], overflow="fold", min_width=width)
+    table.add_column("state", min_width=13 if any(row.state.startswith("stopped") for row in rows) else 8)
     worst = float("-inf" if sweep.maximize else "inf")
     ranked = sorted(rows, key=lambda row: worst if row.value is None else row.value, reverse=sweep.maximize)
     for row in ranked:
         value = "" if row.value is None else f"{row.value:.4g}"
         shown = [_cell(row.parameters.get(name)) for name in sweep.parameters]
         style = "bold" if row is best else "dim" if row.state != FINISHED else None
-        table.add_row(str(row.number), value, *shown, row.state, f"{row.seconds:.0f}", style=style)
+        table.add_row(str(row.number), value, *shown, row.state, style=style)
     console = Console()
     console.print(table)
     for row in rows:
@@ -103,7 +111,7 @@ def print_table(sweep: SweepFile, rows: Sequence[TrialRow]) -> None:
 
 
 def _cell(value: Scalar) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def plot(sweep: SweepFile, rows: Sequence[TrialRow]) -> bytes:
