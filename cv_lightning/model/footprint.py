@@ -1,0 +1,227 @@
+"""What training and sampling take: memory from shapes, seconds from floating-point operations and bandwidth.
+
+Formulas count what PyTorch keeps (activations: what autograd saves of one packed row; tests compare them with that).
+Times are estimates: of a good implementation at a stated share of the hardware's peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAM_MOMENTS, FLOAT32 = 2, 4
+LOGIT_COPIES = 3
+"""Float32 copies of a chunk's logits that are alive at once: the logits, their gradient, and the softmax between."""
+LOGIT_CHUNK = 1024
+"""Positions whose logits are in memory at once (`model.logprobs`)."""
+GATHERED_ELEMENTS = 1_000_000_000
+"""Elements of whole parameters that ZeRO-3 holds at most for the layers it is about to run: DeepSpeed's default."""
+STEP_ELEMENTS = 1_000_000_000
+"""Elements whose gradients ZeRO-3 has in float32 at once while it steps: DeepSpeed's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """An architecture in numbers."""
+
+    parameters: int
+    """Of the whole model, adapters included."""
+    trained: int
+    trained_bytes: int
+    """Of one trained parameter."""
+    dtype_bytes: int
+    """Of one parameter or activation."""
+    vision_parameters: int
+    vision_trained: bool
+    """True: autograd saves the vision tower's activations."""
+    layers: int
+    hidden: int
+    intermediate: int
+    query_width: int
+    """Heads times their width."""
+    key_width: int
+    """Key-value heads times their width."""
+    head_norm: bool
+    """Queries and keys are normalised by head (Qwen3-VL)."""
+    vocabulary: int
+    looked_up: int
+    """Parameters of the word embeddings where they are no output head as well: no product is taken with them."""
+    vision_depth: int
+    vision_hidden: int
+    vision_intermediate: int
+    vision_gated: bool
+    """The vision tower's blocks have RMS norms and a gated MLP (Qwen2.5-VL), not layer norms and two matrices."""
+    mergers: int
+    """Projections from the vision tower: one, and one a deepstack level."""
+    merge: int
+    """Patches a side that become one token."""
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Key-value cache of one token."""
+        return 2 * self.layers * self.key_width * self.dtype_bytes
+
+    @property
+    def patches_per_token(self) -> int:
+        """Of an image token."""
+        return self.merge**2
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Count a model, which may be on the meta device; what requires no gradient is not trained."""
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tower = list(model.model.visual.parameters())
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = model.get_input_embeddings().weight.dtype
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in trained),
+        trained_bytes=max((parameter.element_size() for parameter in trained), default=0),
+        dtype_bytes=dtype.itemsize,
+        vision_parameters=sum(parameter.numel() for parameter in tower),
+        vision_trained=any(parameter.requires_grad for parameter in tower),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        query_width=text.num_attention_heads * head_width,
+        key_width=text.num_key_value_heads * head_width,
+        head_norm=model.config.model_type == "qwen3_vl",
+        vocabulary=text.vocab_size,
+        looked_up=0 if model.config.tie_word_embeddings else text.vocab_size * text.hidden_size,
+        vision_depth=vision.depth,
+        vision_hidden=vision.hidden_size,
+        vision_intermediate=vision.intermediate_size,
+        vision_gated=model.config.model_type == "qwen2_5_vl",
+        mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+        merge=vision.spatial_merge_size,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ activations
+def norm_bytes(width: int, dtype_bytes: int) -> int:
+    """Saved by an RMS norm of one token: its input in float32, the normalised input, and the result."""
+    return width * (FLOAT32 + 2 * dtype_bytes)
+
+
+def layer_bytes(shape: Shape) -> int:
+    """Saved for the backward pass by one layer of the language model, per token."""
+    b, queries, keys = shape.dtype_bytes, shape.query_width, shape.key_width
+    norms = 2 * norm_bytes(shape.hidden, b)
+    head_norms = (queries + keys) * (FLOAT32 + b) if shape.head_norm else 0
+    attention = b * (queries + 2 * keys) + 2 * b * queries  # queries, keys, values; result as heads and as rows
+    gated = 4 * b * shape.intermediate  # gate, its activation, the other factor, their product
+    return norms + head_norms + attention + gated
+
+
+def vision_block_bytes(shape: Shape) -> int:
+    """Saved for the backward pass by one block of the vision tower, per patch."""
+    b, width = shape.dtype_bytes, shape.vision_hidden
+    norms = 2 * (norm_bytes(width, b) if shape.vision_gated else 2 * b * width)
+    mlp = (4 if shape.vision_gated else 2) * b * shape.vision_intermediate
+    return norms + 6 * b * width + mlp  # queries, keys and values, two of them turned; the result in both its forms
+
+
+def activation_bytes(shape: Shape, tokens: int, image_tokens: int, checkpointing: bool) -> float:
+    """Of one packed row, at the peak.
+
+    Args:
+        shape: of the model.
+        tokens: of the row.
+        image_tokens: those of them that are images'.
+        checkpointing: only the inputs of layers are kept, and one layer at a time is run again.
+    """
+    b, patches = shape.dtype_bytes, image_tokens * shape.patches_per_token
+    layer, block = tokens * layer_bytes(shape), patches * vision_block_bytes(shape)
+    depth = shape.vision_depth if shape.vision_trained else 0
+    merged = shape.mergers * 5 * b * shape.vision_hidden * patches * shape.vision_trained
+    if checkpointing:
+        kept = b * (shape.layers * tokens * shape.hidden + depth * patches * shape.vision_hidden)
+        kept += max(layer, block if depth else 0)
+    else:
+        kept = shape.layers * layer + depth * block
+    ends = tokens * (norm_bytes(shape.hidden, b) + b * shape.hidden)  # embeddings, last norm
+    return kept + merged + ends + logit_bytes(shape, tokens)
+
+
+def logit_bytes(shape: Shape, tokens: int) -> float:
+    """Of the loss: logits exist for one chunk at a time."""
+    return min(tokens, LOGIT_CHUNK) * shape.vocabulary * (shape.dtype_bytes + LOGIT_COPIES * FLOAT32)
+
+
+# ------------------------------------------------------------------------------------------------ states
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How many ranks share what."""
+
+    ranks: int = 1
+    zero_stage: Literal[0, 2, 3] = 0
+    """0: every rank has everything; 2: gradients and optimizer states are shared out, 3: parameters, too."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    bucket_elements: int = 200_000_000
+    """Gradient elements that are reduced at once, two buckets of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Bytes on one GPU that last through training, and what its share takes in the host's memory."""
+
+    weights: float
+    reference: float
+    gradients: float
+    optimizer: float
+    """Moments, and float32 copies of 16-bit weights under DeepSpeed."""
+    buffers: float
+    """ZeRO's: whole parameters for the layers that run, buckets, float32 gradients while it steps."""
+    host: float
+
+
+def states(shape: Shape, sharding: Sharding, has_reference: bool) -> States:
+    """What training holds.
+
+    Args:
+        shape: of the policy.
+        sharding: over ranks.
+        has_reference: a frozen copy of the policy is loaded beside it.
+    """
+    whole = shape.parameters * shape.dtype_bytes
+    zero, ranks = sharding.zero_stage, sharding.ranks
+    share = ranks if zero else 1
+    weights = whole / (ranks if zero == 3 else 1)
+    copies = FLOAT32 if zero and shape.trained_bytes < FLOAT32 else 0
+    element = FLOAT32 if zero else shape.trained_bytes
+    optimizer = shape.trained * (ADAM_MOMENTS * element + copies) / share
+    gradients = shape.trained * shape.trained_bytes / share
+    buffers = 0.0
+    if zero:
+        buffers += 2 * min(sharding.bucket_elements, shape.trained) * shape.trained_bytes
+    if zero == 3:
+        buffers += min(GATHERED_ELEMENTS, shape.parameters) * shape.dtype_bytes
+        buffers += min(STEP_ELEMENTS, shape.trained / ranks) * copies
+    host = (optimizer if sharding.offload_optimizer else 0) + (weights if sharding.offload_parameters else 0)
+    return States(
+        weights=0.0 if sharding.offload_parameters else weights,
+        reference=0.0 if sharding.offload_parameters else weights * has_reference,
+        gradients=0.0 if sharding.offload_optimizer else gradients,
+        optimizer=0.0 if sharding.offload_optimizer else optimizer,
+        buffers=buffers,
+        host=host + weights * has_reference * sharding.offload_parameters,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ time
+def forward_flops(shape: Shape, tokens: float, length: float, image_tokens: float) -> float:
+    """Of `tokens` tokens in sequences of `length`, images included: two a parameter, and causal attention."""
+    language = shape.parameters - shape.vision_parameters - shape.looked_up
+    attention = 2 * shape.layers * shape.query_width * length  # half of the full matrix, twice: scores and values
+    return tokens * (2 * language + attention) + 2 * shape.vision_parameters * image_tokens * shape.patches_per_token
+
+
+def training_flops(shape: Shape, forward: float, checkpointing: bool) -> float:
+    """Of forward and backward: three forwards, with recomputation four; adapters save the weights' gradients."""
+    backward = 2.0 if shape.trained > shape.parameters / 2 else 1.0
+    return forward * (1 + backward + checkpointing)
