@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Which part of reward and recipe does what, on handwritten digits: 7 arms x 3 seeds, hours on a CPU.
 #
-#   bash scripts/ablations.sh [--seeds 0 1 2] [--arms full no_process ...] [--iterations N] [--per-kind N] [--out FOLDER] [--smoke] [--table]
+#   bash scripts/ablations.sh [--seeds 0 1 2] [--arms full no_process ...] [--iterations N] [--per-kind N] [--out FOLDER]
+#       [--no-tests] [--smoke] [--table]
 #
 # --iterations N  of RL (default 100, as in the quickstart)
 # --per-kind N    held-out scenes of each kind (default the quickstart's 602 in all)
+# --no-tests      train only: the table then has the figures of the last training iterations
 # --table         only write the table of what is finished
 #
 # Finished stages are kept and the rest goes on; seeds may run side by side in processes of their own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for argument in "$@"; do
-  case $argument in -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+  case $argument in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 done
 
 environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}

@@ -61,6 +61,7 @@ def stages(
     iterations: int | None = None,
     per_kind: int | None = None,
     smoke: bool = False,
+    tests: bool = True,
 ) -> list[Stage]:
     """The stages of one seed, in order.
 
@@ -71,6 +72,7 @@ def stages(
         iterations: of RL; None: the quickstart's number.
         per_kind: held-out scenes of each kind; None: the quickstart's numbers.
         smoke: a few steps of each.
+        tests: test every arm on held-out scenes, too.
     """
     digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
     rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
@@ -83,13 +85,13 @@ def stages(
     found = [
         Stage(name="tiny", title="a tiny model with random weights", arguments=tiny, writes=[run / "tiny"]),
         fit_stage("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
-        test_stage("sft", run, seed, test),
+        *([test_stage("sft", run, seed, test)] if tests else []),
     ]
     for name in arms:
         arm = ARMS[name]
         reward = ["--trainer.callbacks.init_args.reward", arm.reward] if arm.reward else []
         found.append(fit_stage(name, f"GRPO: {arm.title}", run, arm.start, [*digits, *rl, *reward], config="grpo"))
-        found.append(test_stage(name, run, seed, test))
+        found += [test_stage(name, run, seed, test)] if tests else []
     return found
 
 
@@ -118,6 +120,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default all")
     parser.add_argument("--iterations", type=int, help="of RL (default the quickstart's 100)")
     parser.add_argument("--per-kind", type=int, help="held-out scenes of each kind (default the quickstart's)")
+    parser.add_argument("--no-tests", action="store_true", help="train only: figures of the last iterations")
     parser.add_argument("--smoke", action="store_true", help="every stage once, small; nothing can be learned from it")
     parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
     given = parser.parse_args(args)
@@ -158,5 +161,6 @@ def _run_seed(given: argparse.Namespace, seed: int) -> int:
         iterations=given.iterations,
         per_kind=given.per_kind,
         smoke=given.smoke,
+        tests=not given.no_tests,
     )
     return run_stages(run, wanted, timing)

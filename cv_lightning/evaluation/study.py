@@ -30,19 +30,22 @@ class Column:
 
 
 COLUMNS = (
-    Column(key="must_use_greedy", title="must-use, greedy"),
-    Column(key="must_use_sampled", title="must-use, sampled"),
-    Column(key="accuracy_greedy", title="accuracy, greedy"),
-    Column(key="accuracy_upright_greedy", title="accuracy upright, greedy"),
-    Column(key="calls_sampled", title="calls, sampled"),
-    Column(key="spurious_sampled", title="needless turning, sampled", digits=3),
+    Column(key="must_use_training", title="must-use, end of training"),
+    Column(key="accuracy_training", title="accuracy, end of training"),
     Column(key="calls_training", title="calls, end of training"),
+    Column(key="spurious_training", title="needless turning, end of training", digits=3),
     Column(key="found_at", title="tool found at iteration", digits=0),
+    Column(key="must_use_greedy", title="test, greedy: must-use"),
+    Column(key="accuracy_greedy", title="test, greedy: accuracy"),
+    Column(key="must_use_sampled", title="test, sampled: must-use"),
+    Column(key="calls_sampled", title="test, sampled: calls"),
+    Column(key="spurious_sampled", title="test, sampled: needless turning", digits=3),
 )
+TRAINING = ("must_use", "accuracy", "tool_calls_mean", "spurious")
 
 
-def seed_figures(folder: Path, arm: str) -> dict[str, float] | None:
-    """Figures of one arm and seed; None where it was not tested.
+def seed_figures(folder: Path, arm: str) -> dict[str, float]:
+    """Figures of one arm and seed; empty where it was neither trained nor tested.
 
     Args:
         folder: of the seed: `<arm>/metrics.csv`, `eval/<arm>_<greedy|sampled>_tool/metrics.json`.
@@ -50,47 +53,47 @@ def seed_figures(folder: Path, arm: str) -> dict[str, float] | None:
 
     Returns:
         By the keys of `COLUMNS`; `found_at` is infinite where must-use never reached `FOUND_AT` while training. Over
-        tasks that need the tool, but for `accuracy_upright_greedy`, `spurious_sampled` and the calls (all tasks).
+        tasks that need the tool, but for needless turning (upright tasks) and calls (all tasks).
     """
+    figures: dict[str, float | None] = {}
+    if arm != "sft" and (folder / arm / "model").is_dir():  # training is finished
+        figures |= _training(read_curves(folder / arm / "metrics.csv"))
     tests = {mode: folder / "eval" / f"{arm}_{mode}_tool" / "metrics.json" for mode in ("greedy", "sampled")}
-    if not all(path.is_file() for path in tests.values()):
-        return None
-    greedy, sampled = (json.loads(path.read_text()) for path in tests.values())
-    figures = {
-        "must_use_greedy": greedy["must_use"]["value"],
-        "must_use_sampled": sampled["must_use"]["value"],
-        "accuracy_greedy": greedy["accuracy"]["value"],
-        "accuracy_upright_greedy": greedy["accuracy_upright"]["value"],
-        "calls_sampled": sampled["tool_calls_mean"],
-        "spurious_sampled": sampled["spurious"]["value"],
-    }
-    if arm != "sft" and (path := folder / arm / "metrics.csv").is_file():
-        figures |= _training(read_curves(path))
+    if all(path.is_file() for path in tests.values()):
+        greedy, sampled = (json.loads(path.read_text()) for path in tests.values())
+        figures |= {
+            "must_use_greedy": greedy["must_use"]["value"],
+            "accuracy_greedy": greedy["accuracy"]["value"],
+            "must_use_sampled": sampled["must_use"]["value"],
+            "calls_sampled": sampled["tool_calls_mean"],
+            "spurious_sampled": sampled["spurious"]["value"],
+        }
     return {key: value for key, value in figures.items() if value is not None}
 
 
 def _training(curves: list[Curve]) -> dict[str, float]:
-    last = max((max(curve.steps) for curve in curves if curve.steps), default=0.0)
-    calls, count = mean_between(curves, "rollout/tool_calls_mean", int(last) - LAST_ITERATIONS + 1, int(last))
-    found = [curve for curve in curves if curve.name == "rollout/must_use"]
-    pairs = zip(found[0].steps, found[0].values, strict=True) if found else ()
-    first = next((step for step, value in pairs if value >= FOUND_AT), math.inf)
-    return ({"calls_training": calls} if count else {}) | {"found_at": first}
+    last = int(max((max(curve.steps) for curve in curves if curve.steps), default=0))
+    found: dict[str, float] = {}
+    for name in TRAINING:
+        mean, count = mean_between(curves, f"rollout/{name}", last - LAST_ITERATIONS + 1, last)
+        if count:
+            found[f"{name.replace('tool_calls_mean', 'calls')}_training"] = mean
+    must_use = [curve for curve in curves if curve.name == "rollout/must_use"]
+    pairs = zip(must_use[0].steps, must_use[0].values, strict=True) if must_use else ()
+    return found | {"found_at": next((step for step, value in pairs if value >= FOUND_AT), math.inf)}
 
 
 def study(folder: Path, arms: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Figures by arm and seed folder (`seed0`, ...) of what has been tested so far.
+    """Figures by arm and seed folder (`seed0`, ...) of what is finished so far.
 
     Raises:
         DataError: nothing has.
     """
     seeds = sorted(path for path in folder.glob("seed*") if path.is_dir())
-    found = {
-        arm: {seed.name: figures for seed in seeds if (figures := seed_figures(seed, arm)) is not None} for arm in arms
-    }
+    found = {arm: {seed.name: figures for seed in seeds if (figures := seed_figures(seed, arm))} for arm in arms}
     found = {arm: by_seed for arm, by_seed in found.items() if by_seed}
     if not found:
-        raise DataError(f"{folder}: no arm has been tested yet (expected seed*/eval/<arm>_greedy_tool/metrics.json)")
+        raise DataError(f"{folder}: no arm is finished yet (expected seed*/<arm>/metrics.csv)")
     return found
 
 
