@@ -27,6 +27,10 @@ NAME = "packed_flash_free"
 """`flash` in the name makes transformers hand the vision tower's segment bounds over instead of looping itself."""
 
 
+LONG = 192
+"""Tokens from which a sequence is attended to by a call of its own where there is no flash-attention."""
+
+
 class Piece(NamedTuple):
     """A stretch of a packed row whose tokens see each other, and before them the beginning that they share."""
 
@@ -209,33 +213,45 @@ def _by_piece(
         return out.transpose(1, 2).reshape(query.shape)
     found, order = [], []
     for gather, valid in _plans(pieces, causal):
+        if valid is None:  # one piece, as it stands
+            stretch = slice(int(gather[0, 0]), int(gather[0, -1]) + 1)
+            q, k, v = (x[stretch].transpose(0, 1)[None] for x in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
+            found.append(out[0].transpose(0, 1))
+            order.append(gather[0])
+            continue
         gather, valid = gather.to(query.device), valid.to(query.device)
         shape = (*gather.shape, *query.shape[1:])
         q, k, v = (x.index_select(0, gather.flatten()).view(shape).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
         found.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, valid))
         order.append(gather.flatten().index_select(0, valid))
-    back = torch.empty(query.shape[0], dtype=torch.long, device=query.device)
-    back[torch.cat(order)] = torch.arange(query.shape[0], device=query.device)
+    places = torch.cat([tokens.to(query.device) for tokens in order])
+    back = torch.empty_like(places)
+    back[places] = torch.arange(query.shape[0], device=query.device)
     return torch.cat(found).index_select(0, back)
 
 
 @lru_cache(maxsize=64)
-def _plans(pieces: Pieces, causal: bool) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+def _plans(pieces: Pieces, causal: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
     """For every bucket of pieces: token indices [pieces, longest], and which of them (flat) are its own.
 
     Causal pieces, prefixes included, of up to twice the shortest length share a bucket, right-padded: a token never
-    sees what follows it. Without a causal mask only equal lengths may share one.
+    sees what follows it. Without a causal mask only equal lengths may share one. A long piece has one for itself, and
+    None for its own tokens if all are: from `LONG` on padding costs more than a call.
     """
     buckets: list[list[tuple[torch.Tensor, int]]] = []
     for tokens, prefix in sorted(((_tokens(piece), piece.prefix_length) for piece in pieces), key=lambda x: len(x[0])):
         limit = (2 if causal else 1) * len(buckets[-1][0][0]) if buckets else 0
-        if len(tokens) <= limit:
+        if len(tokens) <= limit and not (causal and len(tokens) >= LONG):
             buckets[-1].append((tokens, prefix))
         else:
             buckets.append([(tokens, prefix)])
-    plans = []
+    plans: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for bucket in buckets:
+        if len(bucket) == 1 and not bucket[0][1]:
+            plans.append((bucket[0][0][None], None))
+            continue
         gather = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in bucket], batch_first=True)
         steps = torch.arange(gather.shape[1])[None]
         first = torch.tensor([prefix for _, prefix in bucket])[:, None]
