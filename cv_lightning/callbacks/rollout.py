@@ -113,7 +113,12 @@ class RolloutCallback(pl.Callback):
         self.sandbox_config = sandbox or SandboxConfig()
         self.store = store or StoreConfig()
         self.num_samples = num_samples
-        about = {"agent": asdict(self.agent), "reward": asdict(self.reward)}
+        server = self.engine_config.server
+        about = {
+            "agent": asdict(self.agent),
+            "reward": asdict(self.reward),
+            "server": None if server is None else {"base_url": server.base_url, "model": server.model},
+        }
         settings = evaluations or [EvaluationConfig()]
         self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, about)
         self.parity_tolerance = parity_tolerance
