@@ -177,11 +177,19 @@ class CheckpointCallback(Checkpoint):
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Lightning's, but written straight to the file: no second and third copy in memory, no temporary elsewhere."""
+    """Lightning's, but written straight to the file: no second and third copy in memory, no temporary elsewhere.
+
+    Without checksums, which would take longer than a fast disk takes to write.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a file; `CheckpointCallback` makes it atomic."""
-        torch.save(checkpoint, path)
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(checkpoint, path)
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 # ---------------------------------------------------------------------------------------------- folders

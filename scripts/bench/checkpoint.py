@@ -4,7 +4,8 @@
 
 A random Qwen3-VL in bfloat16 and its AdamW moments, 3 GB together. The checkpoint is what a run saves: everything
 collected, written beside its name, on disk, renamed, the oldest removed. The floor writes the same tensors' memory to a
-file that is on disk when the clock stops. Both take turns in one run; medians of wall-clock.
+file that is on disk when the clock stops. Both take turns in one run; medians of wall-clock, and of the process's CPU
+seconds (`_cpu`), which a busy machine hardly disturbs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,43 +63,46 @@ class HalfBillion(SFTModule):
 
 
 class Measure(pl.Callback):
-    """Takes turns at the end of the only batch; notes seconds."""
+    """Takes turns at the end of the only batch; notes (wall-clock, CPU) seconds."""
 
     def __init__(self, saver: CheckpointCallback, repeats: int) -> None:
         self.saver = saver
         self.repeats = repeats
-        self.checkpoint: list[float] = []
-        self.floor: list[float] = []
+        self.seconds: dict[str, list[tuple[float, float]]] = {"checkpoint": [], "write": []}
         self.num_bytes = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """All turns."""
         folder = Path(trainer.default_root_dir)
         for turn in range(self.repeats + 1):
-            seconds = self._write(module, folder / "floor.bin")
             module.iteration = turn + 1
-            start = time.perf_counter()
-            self.saver.save(trainer, module)
-            if turn:  # the first round warms up
-                self.checkpoint.append(time.perf_counter() - start)
-                self.floor.append(seconds)
-            print(f"checkpoint {time.perf_counter() - start:.2f} s, floor {seconds:.2f} s", flush=True)
+            seconds = {
+                "write": timed(lambda: self._write(module, folder / "floor.bin")),
+                "checkpoint": timed(lambda: self.saver.save(trainer, module)),
+            }
+            (folder / "floor.bin").unlink()
+            print(" ".join(f"{name} {wall:.2f} s ({cpu:.2f} CPU)" for name, (wall, cpu) in seconds.items()), flush=True)
+            for name, figures in seconds.items():
+                self.seconds[name] += [figures] if turn else []  # the first round warms up
         size = last_checkpoint(folder).stat().st_size
         assert abs(size / self.num_bytes - 1) < 0.01, (size, self.num_bytes)
 
-    def _write(self, module: pl.LightningModule, path: Path) -> float:
+    def _write(self, module: pl.LightningModule, path: Path) -> None:
         states = module.single_optimizer.optimizer.state.values()
         tensors = [*module.parameters(), *(v for state in states for v in state.values() if torch.is_tensor(v))]
         arrays = [tensor.detach().view(-1).view(torch.uint8).numpy() for tensor in tensors]
         self.num_bytes = sum(array.nbytes for array in arrays)
-        start = time.perf_counter()
         with path.open("wb", buffering=0) as file:
             for array in arrays:
                 file.write(array.data)
             os.fsync(file.fileno())
-        seconds = time.perf_counter() - start
-        path.unlink()
-        return seconds
+
+
+def timed(work: Callable[[], None]) -> tuple[float, float]:
+    """Wall-clock and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def measure(folder: Path, repeats: int) -> dict[str, float]:
@@ -117,9 +122,12 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         callbacks=[turns, saver],
     )
     trainer.fit(module, train_dataloaders=StepLoader(lambda step: object(), 1))
-    checkpoint, floor = statistics.median(turns.checkpoint), statistics.median(turns.floor)
+    (checkpoint, checkpoint_cpu), (floor, floor_cpu) = (
+        [statistics.median(kind) for kind in zip(*turns.seconds[name], strict=True)] for name in ("checkpoint", "write")
+    )
     return {
         "checkpoint_over_write": checkpoint / floor,
+        "checkpoint_over_write_cpu": checkpoint_cpu / floor_cpu,
         "checkpoint_s": checkpoint,
         "checkpoint_write_s": floor,
         "checkpoint_gb": turns.num_bytes / 1e9,
