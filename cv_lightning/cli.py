@@ -28,7 +28,7 @@ from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
+from cv_lightning.environment import check_launch, is_verbose, set_up_logging
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
 
@@ -207,8 +207,9 @@ UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")
 def _quiet_libraries() -> None:
     """Silence messages and warnings of libraries that a user can do nothing about, unless --verbose wants them."""
     set_up_logging()
-    if is_quiet():
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()  # each writes to stderr by itself; ours also knows the log file
+        logging.getLogger(name).propagate = True
     if is_verbose():
         return
     for name in ("httpx", "matplotlib", "DeepSpeed"):

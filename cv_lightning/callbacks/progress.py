@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from cv_lightning.agent.loop import RolloutProgress
 from cv_lightning.environment import FILE_ONLY, is_quiet
@@ -178,15 +179,16 @@ class RunProgress(ProgressBar):
         self.started = time.perf_counter()
         self.first = None
         if self.enabled and self.console.is_terminal and not is_quiet():
+            fixed = Column(no_wrap=True, width=8)
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=20, table_column=Column(no_wrap=True, width=20)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(table_column=fixed),
+                TimeRemainingColumn(table_column=fixed),
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis")),
             )
-            self.live = Progress(*columns, console=self.console, refresh_per_second=4)
+            self.live = Progress(*columns, console=self.console, refresh_per_second=4, expand=True)
             self.live.start()
             self.bar = self.live.add_task(title, total=total, note="")
 

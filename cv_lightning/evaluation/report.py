@@ -159,17 +159,18 @@ class Report:
         self.gallery = Gallery(config.thumbnail_px, int(config.max_image_mb * 1e6))
         self.evaluated: list[Evaluated] = []
         self.bad_lines: dict[str, Counter[str]] = {}
-        cache = cache or StoreCache()
-        shares = _shares([store.is_evaluation for store in run.stores], config.max_trajectories)
-        for store, share in zip(run.stores, shares, strict=True):
-            found = cache.read(store, share)
-            if found.figures is not None:
-                self.evaluated.append(Evaluated(store, found.figures))
-            if found.bad_lines:
-                self.bad_lines[store.label] = Counter(_why(line) for line in found.bad_lines)
-            folder = relative_folder(store.path, page)
-            self.gallery.add_store(store.name, store.label, found.groups, found.num_seen, folder)
+        found = _read_stores(run.stores, config.max_trajectories, cache or StoreCache())
+        for store in run.stores:
+            self._add(store, found[store.path], page)
         self.ablation = content.ablation(run, self.evaluated)
+
+    def _add(self, store: Store, found: StoreContent, page: Path) -> None:
+        if found.figures is not None:
+            self.evaluated.append(Evaluated(store, found.figures))
+        if found.bad_lines:
+            self.bad_lines[store.label] = Counter(_why(line) for line in found.bad_lines)
+        folder = relative_folder(store.path, page)
+        self.gallery.add_store(store.name, store.label, found.groups, found.num_seen, folder)
 
     @cached_property
     def num_total(self) -> int:
@@ -238,11 +239,14 @@ def _why(line: BadLine) -> str:
     return "of an older schema" if "older than" in line.reason else "torn or damaged"
 
 
-def _shares(is_evaluation: Sequence[bool], total: int) -> list[int]:
-    """Trajectories of the gallery by store: half for the evaluations where there is training too, split evenly."""
-    counts = {True: sum(is_evaluation), False: len(is_evaluation) - sum(is_evaluation)}
-    half = total // 2 if all(counts.values()) else total
-    return [half // counts[evaluation] for evaluation in is_evaluation]
+def _read_stores(stores: Sequence[Store], most: int, cache: StoreCache) -> dict[Path, StoreContent]:
+    """Contents by path; of the sample training gets at most half where there are evaluations, and they get the rest."""
+    training = [store for store in stores if not store.is_evaluation]
+    evaluations = [store for store in stores if store.is_evaluation]
+    half = most // 2 if evaluations else most
+    found = {store.path: cache.read(store, half // len(training)) for store in training}
+    left = most - sum(len(group.trajectories) for content in found.values() for group in content.groups)
+    return found | {store.path: cache.read(store, max(0, left) // len(evaluations)) for store in evaluations}
 
 
 def _environment() -> jinja2.Environment:
