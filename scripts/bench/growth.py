@@ -4,7 +4,7 @@
 
 Tokens a second of the update, from trajectories to weights, on the tiny Qwen3-VL. `rows`: the same trajectories of
 some 345 tokens in packed rows of 1,024, 4,096 and 16,384 tokens. `sequence`: single trajectories of those lengths with
-one image. `iteration`: 8, 32 and 128 trajectories in rows of 1,536 tokens, no two with the same prompt; `grouped`: the
+one image. `iteration`: 8, 32 and 128 trajectories in rows of 1,024 tokens, no two with the same prompt; `grouped`: the
 same numbers in groups of 8 that share theirs (tokens are counted as if they did not). Settings take turns, medians.
 """
 

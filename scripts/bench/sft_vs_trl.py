@@ -49,7 +49,7 @@ BARS = {"digits": 1.1, "lengths": 1.5}
 BATCH, CYCLE = 32, 3
 """Conversations of a step, and the steps after which the same ones come again."""
 TRL_BATCHES = (1, 4, 8, 16, 32)
-ROW_TOKENS = {"digits": 2048, "lengths": 1536}
+ROW_TOKENS = {"digits": 2048, "lengths": 1024}
 STEPS_A_ROUND = {"digits": 4, "lengths": 2}
 STEPS_TO_AGREE = 20
 LEARNING_RATE = 5e-4

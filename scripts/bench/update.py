@@ -52,7 +52,7 @@ from cv_lightning.types import Group, Iteration, Task, Trajectory, TrajectoryIma
 
 LENGTHS = Path(__file__).parent / "lengths.json"
 VARIANTS = ("packed", "single", "padded", "bare")
-ROW_TOKENS, PADDED_ROWS = 1536, 8
+ROW_TOKENS, PADDED_ROWS = 1024, 8
 """Of a packed row: what still fits a CPU's cache; on a GPU longer rows are faster."""
 STEPS_TO_AGREE = 20
 VOCABULARY, LOSS_TOKENS = 151_936, 8192
