@@ -53,7 +53,7 @@ def result(out: Path) -> dict[str, Any]:
 
 def test_failed_trials_are_shown_and_finished_ones_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = sweep_file(tmp_path), tmp_path / "out"
-    assert main([str(path), "--count", "2", "--out", str(out)]) == 0 or result(out)["failed"] == 2
+    assert main([str(path), "--count", "2", "--out", str(out)]) == 0
     first = result(out)["trials"]
     assert len(first) == 2
     assert main([str(path), "--count", "99", "--out", str(out)]) == 0  # a grid has an end
