@@ -1,15 +1,38 @@
-"""Write the policy as a Hugging Face folder when training ends."""
+"""Hugging Face folders of a policy: of the one in training, and of one in a checkpoint."""
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import lightning.pytorch as pl
+import torch
+from transformers import GenerationConfig
 
 from cv_lightning.agent.prompt import chat_template
+from cv_lightning.callbacks.card import model_card
+from cv_lightning.callbacks.stored import StoredPolicy
 from cv_lightning.callbacks.weights import whole_tensors
+from cv_lightning.model.export import (
+    SHARD_BYTES,
+    check_shapes,
+    whole_folder,
+    write_adapter,
+    write_companions,
+    write_processor,
+    write_weights,
+)
+from cv_lightning.model.loading import PolicyConfig, load_processor
+from cv_lightning.model.shapes import empty_policy
+from cv_lightning.model.verify import check_same, folder_logits, probe, reference_logits
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.types import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ExportCallback(pl.Callback):
@@ -25,30 +48,109 @@ class ExportCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather on all ranks, write on the first; the folder appears whole or not at all."""
         assert isinstance(pl_module, PolicyModule)
-        export_policy(pl_module, Path(trainer.default_root_dir) / self.folder, trainer.is_global_zero)
+        run = Path(trainer.default_root_dir)
+        export_policy(pl_module, run / self.folder, trainer.is_global_zero, run)
         trainer.strategy.barrier("export")
 
 
-def export_policy(module: PolicyModule, folder: Path, write: bool) -> None:
+def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | None = None) -> None:
     """Write a policy as a Hugging Face folder.
 
     Args:
         module: its weights may be sharded: call it on every rank.
         folder: replaced as a whole.
         write: True on the one rank that writes.
+        run: folder of the run, for the model card.
     """
     assert module.policy is not None
-    state = {}
-    for name, tensor in whole_tensors(module.policy):
-        if write:
-            state[name] = tensor.cpu()
+    tensors = whole_tensors(module.policy)
     if not write:
+        for _ in tensors:
+            pass
         return
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    module.policy.save_pretrained(temporary, state_dict=state)
-    module.processor.chat_template = chat_template()
-    module.processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with whole_folder(folder) as temporary:
+        write_companions(temporary, module.policy, module.processor, chat_template())
+        write_weights(temporary, tensors, module.policy)
+        config = module.policy_config
+        (temporary / "README.md").write_text(
+            model_card(config.path, config.dtype, run, f"iteration {module.iteration}")
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointExport:
+    """One checkpoint, and what is to be made of it."""
+
+    source: StoredPolicy
+    policy: PolicyConfig
+    """As it was trained; `path` is the folder that it began with, `dtype` what is written."""
+    run: Path | None
+    """Folder of the run, for the model card."""
+    lora: Literal["merged", "separate"] = "merged"
+    """Adapters are added to the weights, or written alone."""
+    shard_bytes: int = SHARD_BYTES
+
+    def write(self, folder: Path) -> int:
+        """Write into an existing folder.
+
+        Returns:
+            Bytes of weights.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the model, or holds no adapters that could be separate.
+        """
+        self._check_adapters()
+        policy = self.policy
+        model, processor = self._model(), load_processor(policy.path)
+        tied = self._tied(model)
+        given = {name: shape for name, shape in self.source.merged_shapes.items() if name not in tied}
+        check_shapes(given, model, f"--ckpt {self.source.path}", "give the folder that the run began with as --base")
+        if self.lora == "separate":
+            assert policy.lora is not None
+            size = write_adapter(folder, self.source.factors(), policy.lora, policy.path)
+            write_processor(folder, processor, chat_template())
+        else:
+            write_companions(folder, model, processor, chat_template())
+            size = write_weights(folder, self._tensors(tied), model, self.shard_bytes)
+        (folder / "README.md").write_text(model_card(policy.path, policy.dtype, self.run, self.source.path.name))
+        return size
+
+    def verify(self, folder: Path) -> float:
+        """Load a written folder back and compare its logits with those of the checkpoint's own tensors.
+
+        Returns:
+            Largest difference over the largest logit.
+
+        Raises:
+            CheckpointError: above what rounding explains.
+        """
+        policy, inputs = self.policy, probe(folder)
+        model = self._model()
+        tensors = self._tensors(self._tied(model))
+        expected = reference_logits(tensors, model.config, getattr(torch, policy.dtype), inputs)
+        found = folder_logits(folder, policy.dtype, policy.path, inputs)
+        return check_same(expected, found, policy.dtype, self.lora == "separate")
+
+    def _check_adapters(self) -> None:
+        if self.source.has_adapters and self.policy.lora is None:
+            raise CheckpointError(
+                f"--ckpt {self.source.path} holds adapters, but the config trains none: give the run's own "
+                "fit_config.yaml with --config"
+            )
+        if self.lora == "separate" and not self.source.has_adapters:
+            raise CheckpointError(f"--lora separate: {self.source.path} holds no adapters; leave it out")
+
+    def _model(self) -> PreTrainedModel:
+        """Names, shapes and configs; no weights."""
+        model = empty_policy(replace(self.policy, lora=None))
+        with contextlib.suppress(OSError):  # few folders of our own making lack it, and then the default stands
+            model.generation_config = GenerationConfig.from_pretrained(self.policy.path)
+        return model
+
+    def _tied(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Names that the model ties to others, and a checkpoint holds all the same."""
+        own, all_names = {name for name, _ in model.named_parameters()}, model.state_dict().keys()
+        return tuple(name for name in self.source.merged_shapes if name in all_names and name not in own)
+
+    def _tensors(self, tied: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.source.tensors(getattr(torch, self.policy.dtype), self.policy.lora, tied)

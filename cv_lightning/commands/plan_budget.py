@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from cv_lightning.engine.base import must_sleep
 from cv_lightning.model.footprint import (
     States,
     activation_bytes,
@@ -176,6 +175,8 @@ def machine_memory_gb() -> float:
 
 
 def _engine(run: RunFacts, rollout: RolloutFacts, memory: float) -> EngineBudget | None:
+    from cv_lightning.engine.base import must_sleep  # not above: --help reads this file for its options
+
     config, shape = rollout.engine, run.shape
     if config.kind not in ("auto", "vllm", "transformers"):
         return None  # it samples elsewhere

@@ -96,7 +96,7 @@ def read_run(args: list[str]) -> RunFacts:
         shape=shape_of(empty_policy(policy)),
         policy=policy,
         sharding=_sharding(trainer["strategy"], devices * nodes),
-        on_gpu=trainer["accelerator"] in ("gpu", "cuda", "auto"),
+        on_gpu=_on_gpu(trainer["accelerator"]),
         gpus_per_node=devices,
         tokens_per_row=given["max_tokens_per_row"],
         sequences_per_step=sequences,
@@ -143,6 +143,15 @@ def _class(path: str) -> type:
     found = getattr(importlib.import_module(module), name)
     assert isinstance(found, type)
     return found
+
+
+def _on_gpu(accelerator: str) -> bool:
+    """What `auto` means is this machine's to say."""
+    if accelerator != "auto":
+        return accelerator in ("gpu", "cuda")
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _num_devices(given: Any) -> int:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 RELEASED_FOLDER = Path(__file__).parent / "released"
-RELEASED = {"qwen3-vl-8b": "qwen3_vl_8b.json", "qwen2-5-vl-7b": "qwen2_5_vl_7b.json"}
+RELEASED = {
+    "qwen3-vl-8b": "qwen3_vl_8b.json",
+    "qwen3-vl-4b": "qwen3_vl_4b.json",
+    "qwen2-5-vl-7b": "qwen2_5_vl_7b.json",
+}
 """config.json of published models, by what their names, and folders made of them, have in common."""
 
 
