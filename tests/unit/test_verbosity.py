@@ -38,7 +38,7 @@ def test_who_is_heard(flags: list[str], heard: list[str], tmp_path: Path, capsys
     set_up_logging()  # twice is once
     handler = log_to(tmp_path / "log.txt")
     try:
-        for name, who in (("cv_lightning.agent", "ours"), ("httpx", "theirs")):
+        for name, who in (("cv_lightning.agent", "ours"), ("a_library", "theirs")):
             logger = logging.getLogger(name)
             for level in ("debug", "info", "warning"):
                 logger.log(getattr(logging, level.upper()), "%s %s", who, level)
