@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from cv_lightning.callbacks.evaluation import gather_lists
 from cv_lightning.callbacks.metrics_file import MetricsLogger
@@ -140,7 +141,7 @@ class CheckpointCallback(Checkpoint):
         done = checkpoint.get("iteration", 0)
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
         # Finished under fewer iterations than the data now has: the epoch goes on.
-        if progress and done < getattr(trainer.datamodule, "num_train_batches", 0):
+        if progress and done < getattr(getattr(trainer, "datamodule", None), "num_train_batches", 0):
             progress["is_last_batch"] = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,10 +159,11 @@ class CheckpointCallback(Checkpoint):
             for leftover in (folder / FOLDER).glob(f"{UNFINISHED}*"):
                 _remove(leftover)
             rewind(folder, _policy_module(pl_module).iteration)  # 0: a run without checkpoints starts over
-            own = folder.resolve() in Path(str(trainer.ckpt_path)).resolve().parents
-            for log in trainer.loggers if state is not None else []:
-                if isinstance(log, MetricsLogger):
-                    log.experiment.rewind(state["step"], state["row"] if own else {})
+            if state is not None:
+                own = folder.resolve() in Path(str(trainer.ckpt_path)).resolve().parents
+                for log in trainer.loggers:
+                    if isinstance(log, MetricsLogger):
+                        log.experiment.rewind(state["step"], state["row"] if own else {})
         trainer.strategy.barrier("rewind")
         if state is None:
             return
@@ -180,6 +182,9 @@ class StreamingCheckpointIO(TorchCheckpointIO):
     """Lightning's, but written straight to the file: no second and third copy in memory, no temporary elsewhere.
 
     Without checksums, which would take longer than a fast disk takes to write.
+
+    Raises:
+        CVLightningError: the file cannot be written.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -188,6 +193,11 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         torch.serialization.set_crc32_options(False)
         try:
             torch.save(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # what torch says of a full disk
+            raise CVLightningError(
+                f"{path} cannot be written: {error}. The checkpoint before it stands: free space and go on with "
+                "--ckpt_path last"
+            ) from error
         finally:
             torch.serialization.set_crc32_options(before)
 
@@ -226,12 +236,19 @@ def refuse_used(run: Path) -> None:
         )
 
 
-def check_world_size(path: Path, world_size: int) -> None:
-    """DeepSpeed's folders hold one share of the optimizer per rank.
+def check_fits(path: Path, trainer: pl.Trainer) -> None:
+    """DeepSpeed goes on from its own folders only, and these hold one share of the optimizer per rank.
 
     Raises:
-        CVLightningError: the checkpoint is of another number of ranks.
+        CVLightningError: the checkpoint is another strategy's, or of another number of ranks.
     """
+    world_size, sharded = trainer.world_size, isinstance(trainer.strategy, DeepSpeedStrategy)
+    if sharded != path.is_dir():
+        raise CVLightningError(
+            f"{path} is a {'folder of DeepSpeed' if path.is_dir() else 'plain file'}, --trainer.strategy is "
+            f"{type(trainer.strategy).__name__}: give the strategy that wrote it, or begin a new run from exported "
+            "weights (--model.init_args.policy.path)"
+        )
     shares = len(list(path.glob("checkpoint/*_optim_states.pt")))
     if shares and shares != world_size:
         raise CVLightningError(

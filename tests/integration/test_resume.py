@@ -143,7 +143,7 @@ def test_two_ranks(tiny_checkpoint: Path, tmp_path: Path, flags: list[str]) -> N
         assert float(rows(folder)[-1]["iteration"]) == ITERATIONS + 1
     else:
         said = Run(config, folder, *longer).finish(expect=1)
-        assert "holds the optimizer of 2 ranks, this run has 1" in said
+        assert "folder of DeepSpeed" in said
 
 
 # ---------------------------------------------------------------------------------------------- asynchronous

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from trajectory_samples import digit_task, group
 
 from cv_lightning.callbacks.checkpoint import (
     CheckpointCallback,
-    check_world_size,
+    check_fits,
     last_checkpoint,
     refuse_used,
     restore_rng,
@@ -49,15 +52,24 @@ def test_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
         refuse_used(tmp_path)
 
 
-def test_shards_fit_their_own_number_of_ranks(tmp_path: Path) -> None:
+def test_a_checkpoint_fits_its_own_strategy_and_number_of_ranks(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 1).parent / "iteration000002.ckpt"
     (folder / "checkpoint").mkdir(parents=True)
     for rank in range(2):
         (folder / "checkpoint" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    check_world_size(folder, 2)
+    plain = folder.with_name("iteration000001.ckpt")
+    check_fits(folder, trainer(DeepSpeedStrategy(), 2))
     with pytest.raises(CVLightningError, match=r"optimizer of 2 ranks, this run has 4.*--trainer\.devices"):
-        check_world_size(folder, 4)
-    check_world_size(folder.with_name("iteration000001.ckpt"), 4)
+        check_fits(folder, trainer(DeepSpeedStrategy(), 4))
+    check_fits(plain, trainer(DDPStrategy(), 4))
+    with pytest.raises(CVLightningError, match=r"folder of DeepSpeed, --trainer\.strategy is DDPStrategy"):
+        check_fits(folder, trainer(DDPStrategy(), 2))
+    with pytest.raises(CVLightningError, match=r"plain file, --trainer\.strategy is DeepSpeedStrategy"):
+        check_fits(plain, trainer(DeepSpeedStrategy(), 4))
+
+
+def trainer(strategy: Strategy, world_size: int) -> Any:
+    return SimpleNamespace(strategy=strategy, world_size=world_size)
 
 
 def test_an_older_checkpoint_rewinds_the_run(tmp_path: Path) -> None:
