@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -28,7 +29,7 @@ from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.environment import check_launch, is_verbose, set_up_logging
+from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
 
@@ -210,6 +211,8 @@ def _quiet_libraries() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()  # each writes to stderr by itself; ours also knows the log file
         logging.getLogger(name).propagate = True
+    if is_quiet():
+        transformers.utils.logging.disable_progress_bar()
     if is_verbose():
         return
     for name in ("httpx", "matplotlib", "DeepSpeed"):
