@@ -17,8 +17,20 @@ from cv_lightning.agent.loop import Job, Rollout, RolloutProgress, cut_middle, j
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.background import Background
 from cv_lightning.engine.base import Completion, Request, SamplingConfig
+from cv_lightning.rl.advantages import AdvantageConfig
+from cv_lightning.rl.collector import Collector
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.types import EndState, EngineError, Message, SandboxResult, Task, ToolStatus, Trajectory
+from cv_lightning.types import (
+    EndState,
+    EngineError,
+    Group,
+    JudgeError,
+    Message,
+    SandboxResult,
+    Task,
+    ToolStatus,
+    Trajectory,
+)
 
 TURN = (
     '<think>turned</think><tool_call>\n{"name": "code_image_tool", "arguments": '
@@ -252,6 +264,37 @@ def test_no_trajectory_waits_for_a_slow_tool(encoder: DialogueEncoder, backgroun
     assert [t.task.id for t in trajectories] == ["slow", "slow", "quick-a", "quick-a", "quick-b", "quick-b"]
     assert {t.end_state for t in trajectories} == {EndState.ANSWERED}
     assert set(finished[:4]) == {"quick-a", "quick-b"}
+
+
+def test_a_group_is_told_of_as_soon_as_it_is_judged(encoder: DialogueEncoder, background: Background) -> None:
+    """Whole and scored, while others still run; a judge that fails costs its own trajectory only."""
+    first_told = asyncio.Event()
+    told: list[list[EndState]] = []
+
+    class Slow:
+        async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+            if owner.startswith("slow"):
+                await first_told.wait()
+            return SandboxResult(status=ToolStatus.OK, image=image)
+
+    class Rewards:
+        def score_group(self, group: Group) -> None:
+            assert [trajectory.sample for trajectory in group.trajectories] == [0, 1]
+
+    async def score(trajectory: Trajectory) -> None:
+        if trajectory.task.id == "quick" and trajectory.sample == 1:
+            raise JudgeError("the judge is down")
+
+    def on_group(group: Group) -> None:
+        told.append([trajectory.end_state for trajectory in group.trajectories])
+        background.loop.call_soon_threadsafe(first_told.set)
+
+    engine = ScriptedEngine(encoder, lambda _, turn: (TURN, ANSWER)[turn])
+    rollout = Rollout(engine, Slow(), encoder, background, AgentConfig(deadline_s=10), banned_ids=(), score=score)
+    collector = Collector(rollout, Rewards(), AdvantageConfig(), on_group=on_group)  # type: ignore[arg-type]
+    groups = collector.roll_out([task("slow"), task("quick")], 2, SamplingConfig())
+    assert told == [[EndState.ANSWERED, EndState.ERROR_JUDGE], [EndState.ANSWERED, EndState.ANSWERED]]
+    assert [group.task.id for group in groups] == ["slow", "quick"]
 
 
 class Hanging:
