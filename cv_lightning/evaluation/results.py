@@ -27,6 +27,8 @@ from cv_lightning.evaluation.tables import (
 
 SAMPLED_BYTES = 1 << 20
 """Bytes at either end of a file that its fingerprint reads."""
+FINGERPRINTED = (".safetensors", ".json", ".jinja", ".pt", ".bin", ".ckpt")
+"""Files of a checkpoint's folder that make its numbers."""
 
 
 def evaluated(outcomes: Sequence[Outcome]) -> Evaluated:
@@ -108,8 +110,10 @@ def write_text(path: Path, text: str) -> None:
 
 def fingerprint(path: Path) -> dict[str, str]:
     """Size and hash of a file, or of the weights and configs in a folder, by name; large files by both their ends."""
-    files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in (".safetensors", ".json"))
-    return {file.name: _fingerprint_of_file(file) for file in files}
+    if path.is_file():
+        return {path.name: _fingerprint_of_file(path)}
+    files = sorted(file for file in path.rglob("*") if file.suffix in FINGERPRINTED and file.is_file())
+    return {str(file.relative_to(path)): _fingerprint_of_file(file) for file in files}
 
 
 def _fingerprint_of_file(path: Path) -> str:
