@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +23,9 @@ from lightning.pytorch.loggers import WandbLogger
 
 from cv_lightning.callbacks.agreement import check_agreement
 from cv_lightning.environment import FILE_ONLY, log_to
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LOG = logging.getLogger(__name__)
 
@@ -50,7 +55,8 @@ class RunRecord(SaveConfigCallback):
         stage = trainer.state.fn.value if trainer.state.fn is not None else stage
         text = self.parser.dump(self.config, skip_none=False)
         (folder / f"{stage}_config.yaml").write_text(text)
-        (folder / f"{stage}_run.json").write_text(json.dumps(describe_run(), indent=1))
+        about = describe_run() | {"settings": settings_in_force(pl_module, trainer)}
+        (folder / f"{stage}_run.json").write_text(json.dumps(about, indent=1))
         self._close_log()
         self.log_file = log_to(folder / f"{stage}_log.txt")
         LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})
@@ -59,7 +65,7 @@ class RunRecord(SaveConfigCallback):
                 (folder / WANDB_ID).write_text(logger.experiment.id)
             update = getattr(getattr(getattr(logger, "experiment", None), "config", None), "update", None)
             if update is not None:
-                update(yaml.safe_load(text) | {"run": describe_run()}, allow_val_change=True)
+                update(yaml.safe_load(text) | {"run": about}, allow_val_change=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What stopped the run is the last thing in its log."""
@@ -83,6 +89,24 @@ def continue_wandb_run(folder: Path) -> None:
     """Let the W&B logger, if there is one, go on under the id of the run in this folder, unless an id is given."""
     if (folder / WANDB_ID).is_file():
         os.environ.setdefault("WANDB_RUN_ID", (folder / WANDB_ID).read_text().strip())
+
+
+def settings_in_force(module: pl.LightningModule, trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
+    """Every setting of module, data and callbacks as JSON values, by class and attribute.
+
+    The config says null where a part was left at its defaults; here they stand.
+    """
+    parts = [module, getattr(trainer, "datamodule", None), *getattr(trainer, "callbacks", ())]
+    found: dict[str, dict[str, Any]] = {}
+    for part in filter(None, parts):
+        configs = {name: value for name, value in vars(part).items() if type(value).__name__.endswith("Config")}
+        if plain := {name: dataclasses.asdict(value) for name, value in configs.items() if _is_settings(value)}:
+            found[type(part).__name__] = json.loads(json.dumps(plain, default=str))
+    return found
+
+
+def _is_settings(value: object) -> TypeGuard[DataclassInstance]:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def describe_run() -> dict[str, object]:

@@ -25,6 +25,7 @@ from cv_lightning.callbacks.loggers import TensorBoardRun, run_loggers
 from cv_lightning.callbacks.wandb import PROGRESS_FILE, WandbRun, WandbTrajectories, live_rows, stratified
 from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as cli_main
+from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.trajectory import TrajectoryWriter
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,10 @@ def test_wandb_has_the_whole_config(done: Done) -> None:
     assert found["data"]["init_args"]["tasks_per_iteration"] == 4
     assert {"commit", "command", "versions", "python"} <= found["run"].keys()
     assert {"torch", "lightning", "transformers"} <= found["run"]["versions"].keys()
+    settings = found["run"]["settings"]
+    assert resolved["trainer"]["callbacks"][-1]["init_args"]["advantage"] is None
+    assert settings["RolloutCallback"]["advantage"]["method"] == AdvantageConfig().method, "defaults are told, too"
+    assert settings["GRPOModule"]["loss"]["clip_high"] == 0.28
 
 
 def test_wandb_has_tables_with_pictures_and_the_model(done: Done) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ BLOCK, HEADER = 32768, 7
 FULL, LAST = 1, 4
 
 
-def records(path: Path) -> Iterator[Record]:
-    """Records of one `.wandb` file."""
+def records(path: Path) -> list[Record]:
+    """Records of one `.wandb` file of a finished run; W&B's service may still be writing the last of them."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = list(_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{path} was never finished"
+        time.sleep(0.1)
+
+
+def _records(path: Path) -> Iterator[Record]:
     data = path.read_bytes()
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     place, whole = HEADER, b""
     while place + HEADER <= len(data):
         if BLOCK - place % BLOCK < HEADER:
@@ -25,6 +36,8 @@ def records(path: Path) -> Iterator[Record]:
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + HEADER])
         place += HEADER
+        if place + length > len(data):
+            return
         whole += data[place : place + length]
         place += length
         if kind in (FULL, LAST):
