@@ -75,12 +75,12 @@ class LiveReport:
             DataError: the folder holds no run yet.
         """
         with self._lock:
-            if self._page is None or time.monotonic() > self._rest_until:
+            begun = time.monotonic()
+            if self._page is None or begun > self._rest_until:
                 state = self._state()
                 if self._page is None or self._page.state != state:
-                    begun = time.monotonic()
                     self._page = self._build(state)
-                    self._rest_until = time.monotonic() + IDLE_PER_BUILD * (time.monotonic() - begun)
+                self._rest_until = time.monotonic() + IDLE_PER_BUILD * (time.monotonic() - begun)
             return self._page
 
     def _state(self) -> str:
@@ -224,7 +224,7 @@ def main(args: list[str] | None = None) -> int:
         "--port", type=int, default=PORT, help=f"default {PORT}; the next free one if it is taken; 0: any"
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    parser.add_argument("--max-trajectories", type=int, default=5000, help="on the page, a stratified sample beyond")
+    parser.add_argument("--max_trajectories", type=int, default=5000, help="on the page, a stratified sample beyond")
     given = parser.parse_args(args)
     if not 0 <= given.port <= 65535:
         parser.error(f"--port {given.port}: must be between 0 and 65535")
