@@ -103,7 +103,8 @@ def read_items(path: Path, under: str = "") -> list[Any]:
     if under and isinstance(items, dict):
         items = items.get(under)
     if not isinstance(items, list):
-        raise DataError(f"{path}: holds a {type(items).__name__}; a list is wanted")
+        wanted = "a list" if under else "a list of conversations"
+        raise DataError(f"{path}: holds a {type(items).__name__}; {wanted} is wanted")
     return items
 
 
