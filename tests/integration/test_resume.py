@@ -23,7 +23,7 @@ from resume_samples import (
 )
 
 ITERATIONS, STEPS = 5, 8
-ZERO = ["--trainer.strategy", "cv_lightning.strategies.CPUDeepSpeedStrategy", "--trainer.devices", "2"]
+ZERO = ["--trainer.strategy", "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}", "--trainer.devices", "2"]
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
 
 
