@@ -20,6 +20,9 @@ def plot_results(found: Mapping[str, Evaluated], path: Path) -> None:
     FigureCanvasAgg(figure)
     for number, (title, series) in enumerate(panels, start=1):
         _bars(figure.add_subplot(1, len(panels), number), title, series)
+    named = dict(pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    if named:
+        figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=len(named), fontsize=8)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)
@@ -61,4 +64,3 @@ def _bars(axes: Any, title: str, series: Mapping[str, Mapping[str, Rate]]) -> No
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
     axes.set_ylim(0, 1)
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7)
