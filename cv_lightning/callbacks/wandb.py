@@ -320,4 +320,4 @@ class WandbTrajectories(pl.Callback):
             key = re.sub(r"iteration\d+_", "", folder.name)  # one key, whichever iteration was validated
             self.logger.log_rows(f"eval/{key}", stratified(stored_rows(folder), self.logger.table_rows))
             if self.logger.log_evaluations:
-                self.logger.log_folder(folder, f"eval-{folder.name}", "evaluation")
+                self.logger.log_folder(folder, f"eval-{key}", "evaluation")
