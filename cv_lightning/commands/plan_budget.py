@@ -262,7 +262,8 @@ def problems(run: RunFacts, found: Budget) -> list[str]:
 
 def hints(run: RunFacts, found: Budget, given: Assumptions) -> list[str]:
     """What works, but not as the config seems to mean it."""
-    rollout, engine, lines = run.rollout, found.engine, []
+    rollout, engine = run.rollout, found.engine
+    lines: list[str] = []
     if rollout is None:
         return lines
     wanted = rollout.agent.max_prompt_tokens + rollout.agent.max_response_tokens

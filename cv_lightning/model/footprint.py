@@ -76,12 +76,12 @@ def shape_of(model: PreTrainedModel) -> Shape:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tower = list(model.model.visual.parameters())
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype = model.get_input_embeddings().weight.dtype
+    embeddings = next(iter(model.get_input_embeddings().parameters()))
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=max((parameter.element_size() for parameter in trained), default=0),
-        dtype_bytes=dtype.itemsize,
+        dtype_bytes=embeddings.element_size(),
         vision_parameters=sum(parameter.numel() for parameter in tower),
         vision_trained=any(parameter.requires_grad for parameter in tower),
         layers=text.num_hidden_layers,
