@@ -165,7 +165,9 @@ function togetherOrder() {
 }
 let together = null;
 
+const SORT_DEFAULT = data.live ? "-iteration" : "together";
 const SORT_KEYS = {
+  iteration: (item) => item.group.iteration,
   together: (item) => (together ??= togetherOrder()).get(item),
   reward: (item) => item.trajectory.reward ?? -Infinity,
   advantage: (item) => item.trajectory.advantage ?? -Infinity,
@@ -199,7 +201,8 @@ function showMore(count = PAGE) {
 
 function remember(extra = {}) {
   const values = CONTROLS.map((name) => [name, control(name).value]);
-  const state = new URLSearchParams(values.filter(([name, value]) => value && `${name}=${value}` !== "sort=together"));
+  const isSet = ([name, value]) => value && !(name === "sort" && value === SORT_DEFAULT);
+  const state = new URLSearchParams(values.filter(isSet));
   for (const [name, value] of Object.entries(extra)) state.set(name, value);
   history.replaceState(null, "", state.size ? `#${state}` : "#trajectories");
 }
