@@ -69,10 +69,11 @@ class Watchdog(pl.Callback):
     Args:
         timeout_s: seconds without progress after which a rank counts as stuck. A rank that waits for others is not
             stuck as long as they get on.
-        silence_s: seconds without a sign of life after which a rank counts as dead.
+        silence_s: seconds without a sign of life after which a rank counts as dead. Time in which the watching rank
+            was held up itself does not count: a machine that is overloaded or was suspended holds up all of them.
     """
 
-    def __init__(self, timeout_s: float = 1800.0, silence_s: float = 60.0) -> None:
+    def __init__(self, timeout_s: float = 1800.0, silence_s: float = 300.0) -> None:
         if timeout_s <= 0 or silence_s <= 0:
             raise ValueError(f"Watchdog: timeout_s {timeout_s} and silence_s {silence_s} must be above 0 seconds")
         self.timeout_s, self.silence_s = timeout_s, silence_s
@@ -82,6 +83,9 @@ class Watchdog(pl.Callback):
         self._store: TCPStore | None = None
         self._over = threading.Event()
         self._heard: dict[int, tuple[str, float]] = {}
+        """By rank: what it said last, and when."""
+        self._now = 0.0
+        """Seconds that this thread has watched."""
         self._thread: threading.Thread | None = None
 
     # ------------------------------------------------------------------ where this rank is
@@ -117,7 +121,7 @@ class Watchdog(pl.Callback):
     # ------------------------------------------------------------------ hooks
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Connect the ranks and start watching."""
-        self._go(f"setup of {stage}")
+        self._go(f"setup of {getattr(stage, 'value', stage)}")
         if trainer.world_size == 1 or self._thread is not None:
             return
         self.rank, self.world_size, self.folder = (
@@ -156,7 +160,7 @@ class Watchdog(pl.Callback):
         """Stop watching once all ranks have come as far: the first one holds what the others talk through."""
         if self._thread is None:
             return
-        self._go(f"end of {stage}")
+        self._go(f"end of {getattr(stage, 'value', stage)}")
         trainer.strategy.barrier("watchdog")
         self._close()
 
@@ -179,7 +183,11 @@ class Watchdog(pl.Callback):
     # ------------------------------------------------------------------ the thread
     def _watch(self) -> None:
         pause = min(2.0, self.timeout_s / 4, self.silence_s / 4)
+        last = time.monotonic()
         while not self._over.wait(pause):
+            now = time.monotonic()
+            self._now += min(now - last, 2 * pause)
+            last = now
             reason = self._reason_to_stop()
             if reason and not self._over.is_set():
                 self._end(reason, pause)
@@ -210,9 +218,9 @@ class Watchdog(pl.Callback):
         assert self._store is not None
         said = self._store.get(f"rank{rank}").decode()
         if self._heard.get(rank, ("", 0.0))[0] != said:
-            self._heard[rank] = (said, time.monotonic())
+            self._heard[rank] = (said, self._now)
         who, place, waits, idle_s, over, _ = json.loads(said)
-        return Report(rank, who, place, waits, idle_s, time.monotonic() - self._heard[rank][1], over)
+        return Report(rank, who, place, waits, idle_s, self._now - self._heard[rank][1], over)
 
     def _end(self, reason: str, pause: float) -> NoReturn:
         """Leave the reason for the others, show where this rank is, and end the process with all its children."""
