@@ -35,10 +35,16 @@ def render(
     )
     sections = []
     for title, names in (("Right in B only", found.gained), ("Right in A only", found.lost)):
-        shown = flips(names[:max_flips], found.matching, first, second)
+        shown = flips(_spread(names, max_flips), found.matching, first, second)
         questions = [_question(one, other) for one, other in shown]
         sections.append({"title": title, "total": len(names), "questions": questions})
     return environment.get_template("compare.html.jinja").render(found=found, grids=grids, sections=sections)
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many, evenly spaced: ids stand by kind, and a page of one kind would mislead."""
+    count = min(most, len(names))
+    return [names[at * len(names) // count] for at in range(count)]
 
 
 def _question(one: GroupRecord, other: GroupRecord) -> dict[str, Any]:
