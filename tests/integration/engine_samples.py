@@ -108,6 +108,7 @@ def worst_gap(policy: Policy, engine: Engine, temperature: float = 1.0) -> float
     requests = [request_of(d, policy.banned, name=n, temperature=temperature, seed=7) for n, d in dialogues.items()]
     gaps = []
     for name, done in finish(engine, requests).items():
+        assert not done.error, done.error
         assert done.prompt_ids in (None, dialogues[name].token_ids)  # SGLang does not tell
         gaps.append((policy.logprobs(dialogues[name], done, temperature) - torch.tensor(done.logprobs)).abs().max())
     return float(torch.stack(gaps).max())

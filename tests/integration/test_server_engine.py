@@ -271,7 +271,7 @@ def vllm_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("api", ["tokens", "chat"])
 def test_a_real_vllm_server(vllm_server: str, tiny_checkpoint: Path, encoder: DialogueEncoder, api: str) -> None:
     policy = Policy.load(tiny_checkpoint)
-    engine = connect(config_of(vllm_server, api=api), policy)
+    engine = connect(config_of(vllm_server, api=api, give_up_s=600.0), policy)  # its first request warms it up
     try:
         if api == "tokens":
             assert worst_gap(policy, engine) <= 1e-4
