@@ -18,23 +18,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.strategies import Strategy
-from module_samples import PROMPT, groups
+from cv_lightning.environment import prepare_environment
 
-from cv_lightning.callbacks.weights import whole_tensors
-from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader
-from cv_lightning.model.loading import PolicyConfig
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.lora import LoraConfig
-from cv_lightning.modules import base
-from cv_lightning.modules.base import OptimizerConfig, PolicyModule
-from cv_lightning.modules.grpo import GRPOModule
-from cv_lightning.modules.sft import SFTModule
-from cv_lightning.rl.losses import PolicyLossConfig
-from cv_lightning.strategies import CPUDeepSpeedStrategy
-from cv_lightning.types import Group, Iteration
+prepare_environment()
+
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.strategies import Strategy  # noqa: E402
+from module_samples import PROMPT, groups  # noqa: E402
+
+from cv_lightning.callbacks.weights import whole_tensors  # noqa: E402
+from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
+from cv_lightning.model.loading import PolicyConfig  # noqa: E402
+from cv_lightning.model.logprobs import packed_logprobs  # noqa: E402
+from cv_lightning.model.lora import LoraConfig  # noqa: E402
+from cv_lightning.modules import base  # noqa: E402
+from cv_lightning.modules.base import OptimizerConfig, PolicyModule  # noqa: E402
+from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
+from cv_lightning.modules.sft import SFTModule  # noqa: E402
+from cv_lightning.rl.losses import PolicyLossConfig  # noqa: E402
+from cv_lightning.strategies import CPUDeepSpeedStrategy, ZeroStrategy  # noqa: E402
+from cv_lightning.types import Group, Iteration  # noqa: E402
 
 SHARES = ((4, 5), (0, 9), (7, 2), (9, 0))
 """Conversations or trajectories of each rank, one after the other; a rank may have none."""
@@ -51,7 +55,8 @@ class Run:
 
     checkpoint: str
     module: Literal["sft", "grpo"] = "grpo"
-    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    strategy: Literal["auto", "ddp", "zero2", "zero3", "zero2_offload", "zero3_offload"] = "auto"
+    accelerator: Literal["cpu", "gpu"] = "cpu"
     steps: int = 10
     freeze_vision: bool = False
     recompute: bool = False
@@ -74,9 +79,11 @@ class Outcome:
 
 
 class Watch(pl.Callback):
-    """Keeps metrics of every batch, shapes and whole weights."""
+    """Keeps metrics of every batch, shapes and whole weights; saves and stops after `save_after` batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, save_after: int, folder: Path) -> None:
+        self.save_after = save_after
+        self.folder = folder
         self.metrics: dict[str, list[float]] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.loaded: dict[str, torch.Tensor] = {}
@@ -86,9 +93,14 @@ class Watch(pl.Callback):
         self.shapes = [tuple(p.shape) for p in pl_module.parameters()]
         self.loaded = self._whole(pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         for name, value in trainer.callback_metrics.items():
             self.metrics.setdefault(name, []).append(float(value))
+        if batch_idx + 1 == self.save_after:
+            trainer.save_checkpoint(self.folder)
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.weights = self._whole(pl_module)
@@ -100,45 +112,54 @@ class Watch(pl.Callback):
 
 def perform(run: Run, folder: Path) -> Outcome:
     """Train, on all ranks."""
-    watch = Watch()
-    if not run.resume_at:
-        fit(run, watch, run.steps)
-    else:
-        trainer = fit(run, watch, run.resume_at)
-        trainer.save_checkpoint(folder / "saved")
-        fit(run, watch, run.steps, folder / "saved")
+    watch = Watch(run.resume_at, folder / "saved")
+    fit(run, watch)
+    if run.resume_at:
+        fit(run, watch, folder / "saved")
     return Outcome(metrics=watch.metrics, weights=watch.weights, shapes=watch.shapes, loaded=watch.loaded)
 
 
-def fit(run: Run, watch: Watch, last: int, resume: Path | None = None) -> pl.Trainer:
-    """Go on until `last` batches are done."""
+def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
+    """Train from the start or from a checkpoint."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)  # adapters start from random numbers
     module = build_module(run, BUDGET[world_size])
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator=run.accelerator,
         devices=world_size,
-        strategy=strategy(run.strategy),
+        strategy=strategy(run),
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        limit_train_batches=last,
         callbacks=[watch],
     )
     build = build_batch(module, trainer)
     trainer.fit(
         module, train_dataloaders=StepLoader(build, run.steps), ckpt_path=None if resume is None else str(resume)
     )
-    return trainer
 
 
-def strategy(name: str) -> str | Strategy:
+class OffloadingRanks(CPUDeepSpeedStrategy):
+    """What only GPUs have a use for, for its bookkeeping."""
+
+    def __init__(self, stage: Literal[2, 3]) -> None:
+        super().__init__(stage)
+        self.offload_optimizer = True
+        self.config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+
+
+def strategy(run: Run) -> str | Strategy:
     """The strategy of a run."""
     stages: dict[str, Literal[2, 3]] = {"zero2": 2, "zero3": 3}
-    return CPUDeepSpeedStrategy(stages[name]) if name in stages else name
+    name, _, offload = run.strategy.partition("_")
+    if name not in stages:
+        return name
+    if run.accelerator == "gpu":
+        return ZeroStrategy(stages[name], offload_optimizer=bool(offload), offload_parameters=bool(offload))
+    return (OffloadingRanks if offload else CPUDeepSpeedStrategy)(stages[name])
 
 
 def build_module(run: Run, budget: int) -> PolicyModule:
