@@ -27,6 +27,7 @@ AGENT = {
     "max_turns": 2,
     "max_turn_tokens": 10,
     "max_images": 2,
+    "deterministic": True,
     "prompt": {"system": "none", "state_size": False, "tool_ok": "<image>Look at the result."},
 }
 EVERY = 2
@@ -39,12 +40,12 @@ def variety(trajectory: Trajectory, score: float) -> float:
 
 
 def write_grpo(
-    path: Path, policy: Path, *, iterations: int, engine: str = "transformers", deterministic: bool = True
+    path: Path, policy: Path, *, iterations: int, engine: str = "transformers", agent: dict[str, Any] | None = None
 ) -> Path:
     """A run with all that has a state: optimizer, schedule, reference, leftover tasks; and with a validation."""
     rollout = {
         "num_samples": 2,
-        "agent": AGENT | {"deterministic": deterministic},
+        "agent": AGENT | (agent or {}),
         "engine": {"kind": engine, "max_model_len": 512, "max_num_seqs": 16, "max_images": 2},
         "reward": {"terms": [{"class_path": "cv_lightning.rewards.FunctionTerm", "init_args": TERM}]},
         "store": {"tokens": True},

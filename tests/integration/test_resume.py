@@ -150,14 +150,12 @@ def test_two_ranks(tiny_checkpoint: Path, tmp_path: Path, flags: list[str]) -> N
 @pytest.mark.slow
 def test_asynchronous_runs_agree(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """With vLLM and a policy that calls tools, whose results come in any order."""
-    taught = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=120)
+    taught = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=120, every=0)
     conversations = ["--data.init_args.conversations_per_step", "32", "--data.init_args.warm_up_share", "0"]
-    export = "--trainer.callbacks+={class_path: cv_lightning.callbacks.export.ExportCallback}"
-    Run(
-        taught, tmp_path / "sft", *conversations, "--trainer.callbacks.init_args.every_iterations", "0", export
-    ).finish()
+    Run(taught, tmp_path / "sft", *conversations).finish()
     policy = tmp_path / "sft" / "model"
-    config = write_grpo(tmp_path / "grpo.yaml", policy, iterations=ITERATIONS, engine="vllm", deterministic=False)
+    agent = {"deterministic": False, "max_turn_tokens": 32}
+    config = write_grpo(tmp_path / "grpo.yaml", policy, iterations=ITERATIONS, engine="vllm", agent=agent)
     straight, folder = tmp_path / "straight", tmp_path / "run"
     Run(config, straight).finish()
     groups = [group for lines in trajectories(straight).values() for group in lines]
