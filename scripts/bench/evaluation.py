@@ -169,8 +169,8 @@ def _yaml(name: str) -> dict[str, Any]:
     return found
 
 
-def metrics_seconds(store: Path, folder: Path, repeats: int) -> float:
-    """Median seconds of reading and summarising `NUM_STORED` trajectories, made by repeating those of a store."""
+def metrics_seconds(store: Path, folder: Path, repeats: int) -> tuple[float, float]:
+    """Median seconds, and processor seconds, of reading and summarising `NUM_STORED` trajectories of a store's kind."""
     lines = [json.loads(line) for path in (store / "trajectories").glob("*.jsonl") for line in path.open()]
     many = folder / "many/trajectories/groups.rank0.jsonl"
     many.parent.mkdir(parents=True)
@@ -179,13 +179,14 @@ def metrics_seconds(store: Path, folder: Path, repeats: int) -> float:
             line = lines[number % len(lines)]
             line["task"] = line["task"] | {"id": f"question-{number}"}
             file.write(json.dumps(line) + "\n")
-    seconds = []
+    seconds, processor = [], []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         figures = evaluated(outcomes(read_groups(folder / "many")))
         seconds.append(time.perf_counter() - begun)
+        processor.append(time.process_time() - worked)
         assert figures.summary.num_trajectories == NUM_STORED
-    return statistics.median(seconds)
+    return statistics.median(seconds), statistics.median(processor)
 
 
 def measure(model: Path | None, questions: int, repeats: int) -> dict[str, float]:
@@ -204,11 +205,12 @@ def measure(model: Path | None, questions: int, repeats: int) -> dict[str, float
                 seconds["eval"].append(elapsed)
                 seconds["replay"].append(alone)
         bench.close()
-        ten_thousand = metrics_seconds(folder / "0", folder, repeats)
+        ten_thousand, processor = metrics_seconds(folder / "0", folder, repeats)
     medians = {part: statistics.median(times) for part, times in seconds.items()}
     return {
         "eval_over_replay": medians["replay"] / medians["eval"],
         "metrics_of_10k_s": ten_thousand,
+        "metrics_of_10k_processor_s": processor,
         "questions_per_s": questions / medians["eval"],
         **{f"{part}_s": value for part, value in medians.items()},
         "turns": float(sum(map(len, requests.values()))),
