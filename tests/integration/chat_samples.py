@@ -26,26 +26,28 @@ ANSWER = f"<think>it reads {HOSTILE}</think><answer>42 {HOSTILE}</answer>"
 
 
 class PatientEngine(ScriptedEngine):
-    """Calls the tool on the first picture, answers on the second; waits before each turn."""
+    """Calls the tool on the first picture, and answers on the second once the file `gate`, if any, is there."""
 
-    def __init__(self, encoder: DialogueEncoder, seconds: float) -> None:
+    def __init__(self, encoder: DialogueEncoder, seconds: float, gate: Path | None) -> None:
         super().__init__(encoder, lambda _, turn: ANSWER if len(self.requests[-1].images) > 1 else TURN)
-        self.seconds, self.begun = seconds, time.monotonic()
+        self.begun, self.seconds, self.gate = time.monotonic(), seconds, gate
 
     def step(self) -> list[Completion]:
         time.sleep(0.01)
-        if not self.pending or time.monotonic() < self.begun + self.seconds:
+        shut = self.gate is not None and len(self.requests[-1].images) > 1 and not self.gate.exists()
+        if not self.pending or shut or time.monotonic() < self.begun + self.seconds:
             return []
-        self.begun = time.monotonic()
         return super().step()
 
 
 @contextmanager
-def playground(encoder: DialogueEncoder, out: Path, seconds: float = 0.0) -> Iterator[Playground]:
+def playground(
+    encoder: DialogueEncoder, out: Path, seconds: float = 0.0, gate: Path | None = None
+) -> Iterator[Playground]:
     background = Background("test-io")
     try:
         with Sandbox() as sandbox:
-            engine = PatientEngine(encoder, seconds)
+            engine = PatientEngine(encoder, seconds, gate)
             yield Playground(Rollout(engine, sandbox, encoder, background, AgentConfig(), ()), "scripted", out)
     finally:
         background.close()
@@ -57,5 +59,6 @@ if __name__ == "__main__":
 
     checkpoint, store, port = sys.argv[1:]
     processor = load_processor(checkpoint)
-    with playground(DialogueEncoder(processor.tokenizer, image_limits(processor)), Path(store), seconds=0.5) as served:
+    encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+    with playground(encoder, Path(store), gate=Path(store, "gate")) as served:
         serve(served, SamplingConfig(), int(port))

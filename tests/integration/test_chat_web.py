@@ -74,8 +74,9 @@ def test_upload_ask_watch_edit_and_save(served: tuple[str, Path], tmp_path: Path
         browser.run("document.querySelector('textarea').focus()")
         browser.call("Input.insertText", text="What is written?")
         press(browser, "Ask")
-        browser.until("document.querySelectorAll('.result img').length === 1")  # before the answer is there
-        assert browser.run("document.querySelector('.answer')") is None
+        browser.until("document.querySelectorAll('.result img').length === 1")  # while the model still thinks
+        assert browser.run("document.querySelectorAll('.answer').length") == 0
+        (store / "gate").touch()
         browser.until("document.querySelector('.answer') !== null")
         assert HOSTILE in browser.run("document.querySelector('.answer').textContent")
         assert "64x96 pixels (ran: rotate_90" in browser.run("document.body.textContent")
