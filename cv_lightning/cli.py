@@ -143,7 +143,7 @@ class ConfigOnly(CVLightningCLI):
     def as_dict(self) -> dict[str, Any]:
         """The resolved config, defaults included."""
         plain: dict[str, Any] = yaml.safe_load(
-            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
         )
         return plain
 
