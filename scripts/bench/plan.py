@@ -1,6 +1,6 @@
 """Measures the plan against what a run takes: growth of resident memory of SFT and GRPO with a 0.5 B model on the CPU.
 
-    python scripts/bench/plan.py --json FILE [--dtype bfloat16] [--only sft]
+    python scripts/bench/plan.py --json FILE [--dtype bfloat16] [--layers 7] [--only sft]
 
 A random Qwen3-VL is trained for two iterations on digits by `fit`, in a process of its own whose libraries are loaded
 before the count begins. `plan_over_measured_sft` and `plan_over_measured_grpo` are the plan's peak for the same command
@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 BAR = 0.15
 NEEDED_GB = {"sft": 10.5, "grpo": 16.5}
 """In float32."""
-SIZES = {"hidden_size": 1280, "num_layers": 28, "head_dim": 64, "num_key_value_heads": 4}
+SIZES = {"hidden_size": 1280, "head_dim": 64, "num_key_value_heads": 4}
+LAYERS = 28
 ROLLOUT = "--trainer.callbacks.init_args"
 COMMON = [
     "--trainer.accelerator=cpu",
@@ -96,16 +97,19 @@ def child(args: list[str], *more: str) -> dict[str, Any]:
     return found
 
 
-def check_memory(stage: str, dtype: str) -> None:
+def check_memory(stage: str, dtype: str, layers: int) -> None:
     """Refuse to push this machine's other processes out of memory."""
     import psutil
 
-    free, needed = psutil.virtual_memory().available / 1e9, NEEDED_GB[stage] * (1 if dtype == "float32" else 0.5)
+    free = psutil.virtual_memory().available / 1e9
+    needed = NEEDED_GB[stage] * (1 if dtype == "float32" else 0.5) * (layers + 4) / (LAYERS + 4)
     if free < needed:
-        sys.exit(f"{stage} in {dtype} needs {needed:.1f} GB, {free:.1f} are free; wait, or take --dtype bfloat16")
+        sys.exit(
+            f"{stage} in {dtype} needs {needed:.1f} GB, {free:.1f} are free; wait, or take --dtype bfloat16, --layers"
+        )
 
 
-def measure(stages: list[str], dtype: str) -> dict[str, float]:
+def measure(stages: list[str], dtype: str, layers: int) -> dict[str, float]:
     """All figures."""
     from cv_lightning.commands.tiny import TinyCheckpoint, write
     from cv_lightning.model.tiny import TinyModelConfig
@@ -114,10 +118,10 @@ def measure(stages: list[str], dtype: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         figures["plan_model_parameters"] = float(
-            write(TinyCheckpoint(out=folder / "base", model=TinyModelConfig(**SIZES)))  # type: ignore[arg-type]
+            write(TinyCheckpoint(out=folder / "base", model=TinyModelConfig(num_layers=layers, **SIZES)))
         )
         for stage in stages:
-            check_memory(stage, dtype)
+            check_memory(stage, dtype, layers)
             args = arguments(stage, folder / "base", folder / stage, dtype)
             plan, run = child(args, "plan"), child(args)
             peak = max(plan["training_peak"], plan["rollout_peak"])
@@ -131,10 +135,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the policy")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller model")
     parser.add_argument("--only", choices=list(NEEDED_GB), help="one of the two")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")
     options = parser.parse_args()
-    figures = measure([options.only] if options.only else list(NEEDED_GB), options.dtype)
+    figures = measure([options.only] if options.only else list(NEEDED_GB), options.dtype, options.layers)
     for name, value in figures.items():
         print(f"{name:34} {value:14.4f}")
     if options.json:
