@@ -126,8 +126,8 @@ def more(
     runs = {
         "recompute": replace(run, strategy="zero3", recompute=True),
         "lora": replace(run, strategy="zero3", lora=True),
-        "tied": replace(run, strategy="zero3", checkpoint=str(tiny_qwen25), steps=3),
-        "tied_zero2": replace(run, strategy="zero2", checkpoint=str(tiny_qwen25), steps=3),
+        "tied": replace(run, strategy="zero3", checkpoint=str(tiny_qwen25), steps=2),
+        "tied_zero2": replace(run, strategy="zero2", checkpoint=str(tiny_qwen25), steps=2),
         "lora_ddp": replace(run, strategy="ddp", lora=True),
         "offload": replace(run, strategy="zero3_offload"),
         "resumed": replace(run, strategy="zero3", resume_at=2),
