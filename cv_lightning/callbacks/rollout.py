@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.seed import isolate_rng
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Rollout, RolloutProgress
@@ -222,7 +223,8 @@ class RolloutCallback(pl.Callback):
         self.sync(module, version=module.iteration)
         synced = time.perf_counter()
         if self.parity_tolerance and not self.parity_checked:
-            self._test_parity(trainer, module, batch)
+            with isolate_rng():  # a resumed run is tested where the one that was not killed is not
+                self._test_parity(trainer, module, batch)
         begun = time.perf_counter()
         number = module.iteration + 1  # as the metrics count
         with RunProgress.rollout_of(trainer, f"rollout {number}") as show:
@@ -325,7 +327,7 @@ class RolloutCallback(pl.Callback):
             if trainer.is_global_zero:
                 said = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
                 logger.info(said, after, *report)
-            # Nothing cached stays: a resumed run is tested where the one that was not killed is not.
+            # Nothing cached stays either.
             self.sync(module, version=module.iteration)
             if not slept:
                 break
