@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def run_trial(trial: Trial, sweep: SweepFile, extra: Mapping[str, Scalar], folde
         known, values = len(values), metric_values(folder, sweep.metric)
         _falls_behind(trial, values, known)  # later trials are compared with these values
         if code:
-            raise TrialFailure(f"exit code {code}: {_last_line(folder / 'output.log')}")
+            raise TrialFailure(f"exit code {code}: {_said(folder / 'output.log')}")
         if not values:
             raise TrialFailure(f"no value of {sweep.metric} in {folder / 'metrics.csv'}")
     except TrialFailure as error:
@@ -141,9 +142,11 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         return None
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
+def _said(log: Path) -> str:
+    """What a failed command said last: its last error message, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]+Error: ", line)]
+    return ([*lines, *errors] or ["it printed nothing"])[-1][:300]
 
 
 # ------------------------------------------------------------------------------------------------ all trials
