@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Rollout, RolloutProgress
@@ -58,14 +59,16 @@ class _Parts:
     """Of training; opened by the first rollout."""
 
     def close(self) -> None:
-        """Close everything; no child outlives the run."""
+        """Close everything, whatever fails to close; no child outlives the run."""
+        with ExitStack() as parts:
+            for part in (self.engine, self.sandbox, self.rewards, self.background):
+                if part is not None:
+                    parts.callback(part.close)
         if self.writer is not None:
-            self.writer.close()
-        self.background.close()
-        self.rewards.close()
-        self.sandbox.close()
-        if self.engine is not None:
-            self.engine.close()
+            try:
+                self.writer.close()
+            except OSError as error:  # a full disk, which has ended the run with a message of its own
+                logger.warning("the last trajectories are not in %s: %s", self.writer.folder, error)
 
 
 class RolloutCallback(pl.Callback):
