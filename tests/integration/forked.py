@@ -34,7 +34,7 @@ def fork_ranks(count: int, run: Callable[[int], None], said: Callable[[int], Pat
         if count > 1:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
             os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-        out = os.open(said(rank), os.O_CREAT | os.O_WRONLY)
+        out = os.open(said(rank), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
         code = 1
