@@ -39,13 +39,11 @@ def variety(trajectory: Trajectory, score: float) -> float:
     return float(sum(trajectory.token_ids) % 4)
 
 
-def write_grpo(
-    path: Path, policy: Path, *, iterations: int, engine: str = "transformers", agent: dict[str, Any] | None = None
-) -> Path:
+def write_grpo(path: Path, policy: Path, *, iterations: int, engine: str = "transformers") -> Path:
     """A run with all that has a state: optimizer, schedule, reference, leftover tasks; and with a validation."""
     rollout = {
         "num_samples": 2,
-        "agent": AGENT | (agent or {}),
+        "agent": AGENT,
         "engine": {"kind": engine, "max_model_len": 512, "max_num_seqs": 16, "max_images": 2},
         "reward": {"terms": [{"class_path": "cv_lightning.rewards.FunctionTerm", "init_args": TERM}]},
         "store": {"tokens": True},

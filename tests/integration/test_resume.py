@@ -17,7 +17,6 @@ from resume_samples import (
     random_moment,
     rows,
     state,
-    trajectories,
     write_grpo,
     write_sft,
 )
@@ -144,25 +143,3 @@ def test_two_ranks(tiny_checkpoint: Path, tmp_path: Path, flags: list[str]) -> N
     else:
         said = Run(config, folder, *longer).finish(expect=1)
         assert "folder of DeepSpeed" in said
-
-
-# ---------------------------------------------------------------------------------------------- asynchronous
-@pytest.mark.slow
-def test_asynchronous_runs_agree(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """With vLLM and a policy that calls tools, whose results come in any order."""
-    taught = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=120, every=0)
-    conversations = ["--data.init_args.conversations_per_step", "32", "--data.init_args.warm_up_share", "0"]
-    Run(taught, tmp_path / "sft", *conversations).finish()
-    policy = tmp_path / "sft" / "model"
-    agent = {"deterministic": False, "max_turn_tokens": 32}
-    config = write_grpo(tmp_path / "grpo.yaml", policy, iterations=ITERATIONS, engine="vllm", agent=agent)
-    straight, folder = tmp_path / "straight", tmp_path / "run"
-    Run(config, straight).finish()
-    groups = [group for lines in trajectories(straight).values() for group in lines]
-    calls = [turn for g in groups for t in g["trajectories"] for turn in t["turns"] if turn["tool_call"]]
-    assert len(calls) >= 3, "without tool results there is no order that could differ"
-    killed_and_resumed(config, folder, 2.5)
-    for left, right in zip(figures(straight), figures(folder), strict=True):
-        for name in ("policy/loss", "policy/grad_norm"):
-            if left[name]:
-                assert float(left[name]) == pytest.approx(float(right[name]), abs=1e-4)
