@@ -246,7 +246,8 @@ def _checkpoint_names(model: Any) -> set[str]:
 
 def _tied_head(model: Any) -> Any:
     """The output head where it shares the word embeddings, else None."""
-    if not model.config.get_text_config().tie_word_embeddings:
+    whole = getattr(model.config, "tie_word_embeddings", False)  # published configs say it in either place
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", whole):
         return None
     return getattr(model.language_model, "lm_head", None)
 

@@ -143,6 +143,7 @@ def test_exported_adapters_alone_work_on_top_of_the_base_model(
 
 
 # ---------------------------------------------------------------------------------------------- DeepSpeed
+@pytest.mark.slow
 def test_export_joins_the_shards_of_a_deepspeed_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = fit_two_ranks(tiny_checkpoint, tmp_path / "run")
     folder = checkpoint_of(run)
