@@ -153,6 +153,6 @@ def test_a_full_disk_ends_the_run_and_says_which(tiny_checkpoint: Path, tmp_path
 
 def test_a_sandbox_that_cannot_start_ends_the_run_before_it_begins(tiny_checkpoint: Path, tmp_path: Path) -> None:
     before = children()
-    with pytest.raises(SandboxError, match="lacks landlock"):
-        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, sandbox=SandboxConfig(disabled_layers=("landlock",)))
+    with pytest.raises(SandboxError):  # no fork server is up so soon
+        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, sandbox=SandboxConfig(start_timeout_s=0.001))
     assert children() <= before
