@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 
 def fork_ranks(count: int, run: Callable[[int], None], said: Callable[[int], Path]) -> list[int]:
@@ -53,8 +54,14 @@ def fork_ranks(count: int, run: Callable[[int], None], said: Callable[[int], Pat
 def wait(process: int) -> tuple[int, bool]:
     """Exit code of a rank, and whether a child outlived it; which is ended here."""
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    try:
-        os.killpg(process, signal.SIGKILL)
-    except ProcessLookupError:
-        return code, False
-    return code, True
+    left = [child for child in psutil.process_iter() if _is_running_in(child, process)]
+    for child in left:
+        child.kill()
+    return code, bool(left)
+
+
+def _is_running_in(child: psutil.Process, group: int) -> bool:
+    try:  # one that was ended and that nobody has asked for yet is a zombie
+        return os.getpgid(child.pid) == group and child.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False

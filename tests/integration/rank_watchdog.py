@@ -50,6 +50,7 @@ class Trouble(pl.LightningModule):
             if self.mode in ("killed", "first_killed"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.mode == "stopped":
+                time.sleep(3)  # long enough to have told where it is
                 os.kill(os.getpid(), signal.SIGSTOP)
             if self.mode == "raises":
                 raise RuntimeError("the engine died")
