@@ -150,7 +150,15 @@ def training(run: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str],
         str(run / "sft/model"),
     ]
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=SETTINGS, stdout=out, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=SETTINGS,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
     deadline = time.monotonic() + 240
     while "engine and trainer agree" not in log.read_text():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
