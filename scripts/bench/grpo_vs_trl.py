@@ -31,7 +31,7 @@ from cv_lightning.environment import prepare_environment  # noqa: E402
 prepare_environment()
 
 import torch  # noqa: E402
-from peer import Referee, Round, Worker, WorkerFailed, take_turns, trl_python  # noqa: E402
+from peer import Referee, Round, Worker, WorkerFailed, against_trl, best_batch, take_turns, trl_python  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
@@ -308,24 +308,8 @@ def seconds(rounds: list[Round]) -> float:
 def compare(tool: bool, folder: Path, rounds: int, batches: Sequence[int]) -> dict[str, float]:
     """Figures with or without the tool."""
     options: dict[str, Any] = {"folder": str(folder), "tool": tool}
-    found: dict[int, float] = {}
-    for size in batches:
-        worker = Worker(trl_python(), __file__, "trl", options | {"batch_size": size})
-        try:
-            found[size] = seconds(take_turns([worker], 2)[0])
-        finally:
-            worker.close()
-        print(f"tool {tool}: TRL, batches of {size}: {found[size]:.2f} s", file=sys.stderr)
-    best = min(found, key=found.__getitem__)
-    workers = [
-        Worker(sys.executable, __file__, "ours", options),
-        Worker(trl_python(), __file__, "trl", options | {"batch_size": best}),
-    ]
-    try:
-        ours, trl = take_turns(workers, rounds, warm_up=2)
-    finally:
-        for worker in workers:
-            worker.close()
+    best = best_batch(__file__, options, batches, seconds)
+    ours, trl = against_trl(__file__, options, best, rounds, warm_up=2)
     name = "grpo_tools_over_trl" if tool else "grpo_over_trl"
     return {
         name: seconds(trl) / seconds(ours),

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -156,3 +156,34 @@ def take_turns(workers: Sequence[Worker], rounds: int, warm_up: int = 1) -> list
             if number >= warm_up:
                 mine.append(done)
     return found
+
+
+def best_batch(script: str, options: dict[str, Any], sizes: Sequence[int], cost: Callable[[list[Round]], float]) -> int:
+    """TRL's best batch size: the one of the lowest cost over two rounds; all are said on the terminal."""
+    found: dict[int, float] = {}
+    for size in sizes:
+        worker = Worker(trl_python(), script, "trl", options | {"batch_size": size})
+        try:
+            rounds = take_turns([worker], 2)[0]
+        finally:
+            worker.close()
+        found[size] = cost(rounds)
+        taken = " ".join(f"{done.seconds:.2f}" for done in rounds)
+        print(f"{options}: TRL, batches of {size}: rounds of {taken} s", file=sys.stderr)
+    return min(found, key=found.__getitem__)
+
+
+def against_trl(
+    script: str, options: dict[str, Any], batch_size: int, rounds: int, warm_up: int
+) -> tuple[list[Round], list[Round]]:
+    """Rounds of ours and of TRL's trainer, taking turns."""
+    workers = [
+        Worker(sys.executable, script, "ours", options),
+        Worker(trl_python(), script, "trl", options | {"batch_size": batch_size}),
+    ]
+    try:
+        ours, trl = take_turns(workers, rounds, warm_up)
+    finally:
+        for worker in workers:
+            worker.close()
+    return ours, trl

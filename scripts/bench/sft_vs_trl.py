@@ -30,7 +30,7 @@ from cv_lightning.environment import prepare_environment  # noqa: E402
 prepare_environment()
 
 import torch  # noqa: E402
-from peer import Referee, Round, Worker, take_turns, trl_python  # noqa: E402
+from peer import Referee, Round, against_trl, best_batch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder  # noqa: E402
@@ -226,24 +226,9 @@ def compare(mix: Mix, folder: Path, rounds: int) -> dict[str, float]:
         AssertionError: the losses of the two sides part.
     """
     options: dict[str, Any] = {"folder": str(folder), "mix": mix}
-    found: dict[int, float] = {}
-    for size in TRL_BATCHES:
-        worker = Worker(trl_python(), __file__, "trl", options | {"batch_size": size})
-        try:
-            found[size] = speed(take_turns([worker], 2)[0])
-        finally:
-            worker.close()
-        print(f"{mix}: TRL, batches of {size}: {found[size]:.0f} tokens/s", file=sys.stderr)
-    best = max(found, key=found.__getitem__)
-    workers = [
-        Worker(sys.executable, __file__, "ours", options),
-        Worker(trl_python(), __file__, "trl", options | {"batch_size": best}),
-    ]
-    try:
-        ours, trl = take_turns(workers, max(rounds, STEPS_TO_AGREE // STEPS_A_ROUND[mix]), warm_up=0)
-    finally:
-        for worker in workers:
-            worker.close()
+    best = best_batch(__file__, options, TRL_BATCHES, lambda found: -speed(found))
+    rounds = max(rounds, STEPS_TO_AGREE // STEPS_A_ROUND[mix])
+    ours, trl = against_trl(__file__, options, best, rounds, warm_up=0)
     losses = [[loss for done in side for loss in done.losses][:STEPS_TO_AGREE] for side in (ours, trl)]
     moved = losses[0][0] - losses[0][-1]
     gap = abs(losses[0][-1] - losses[1][-1])
