@@ -9,14 +9,21 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cv_lightning.data.readers import TaskFiles, image_source, is_inside, load_image
-from cv_lightning.data.rows import FieldNames, ReaderConfig, RowError, RowFiles, expand_files, unique_names
+from cv_lightning.data.rows import (
+    FieldNames,
+    ListedRowFiles,
+    ReaderConfig,
+    RowError,
+    RowFiles,
+    expand_files,
+    unique_names,
+)
 from cv_lightning.data.tables import Table, open_table
 from cv_lightning.types import Box, Task
 
@@ -61,7 +68,7 @@ def task_files(files: Sequence[str | Path], config: ReaderConfig) -> RowFiles[Ta
     return TaskFiles(files, config) if config.format == "codevision" else BenchmarkFiles(files, config)
 
 
-class BenchmarkFiles(RowFiles[Task]):
+class BenchmarkFiles(ListedRowFiles[Task]):
     """The questions of a public benchmark.
 
     Args:
@@ -79,29 +86,7 @@ class BenchmarkFiles(RowFiles[Task]):
         self._tables: list[Table] = [
             open_table(path, self._format.needed, self._format.optional) for path in self.paths
         ]
-        self._starts = [0]
-        for table in self._tables:
-            self._starts.append(self._starts[-1] + len(table))
-        self._file_of = [number for number, table in enumerate(self._tables) for _ in range(len(table))]
-        self.check_each_file()
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all files, unusable ones too."""
-        return self._starts[-1]
-
-    def rows_of_file(self, file: int) -> range:
-        """Indices of a file's rows."""
-        return range(self._starts[file], self._starts[file + 1])
-
-    def place(self, index: int) -> tuple[Path, int]:
-        """File of a row, and its number there, from 0."""
-        file = self._file_of[index]
-        return self.paths[file], index - self._starts[file]
-
-    def order(self, rng: random.Random) -> list[int]:
-        """All rows, shuffled."""
-        return rng.sample(range(self.num_rows), self.num_rows)
+        self._open([len(rows) for rows in self._tables])
 
     def read(self, index: int, *, decode: bool = True) -> Task:
         """One question; with `decode` False its images have sizes but no pixels.
@@ -109,8 +94,7 @@ class BenchmarkFiles(RowFiles[Task]):
         Raises:
             RowError: the row cannot be used.
         """
-        file = self._file_of[index]
-        number = index - self._starts[file]
+        file, number = self.locate(index)
         folder = Path(self.config.image_folder or self.paths[file].parent)
         try:
             question = self._format.parse(self._tables[file].row(number), folder)

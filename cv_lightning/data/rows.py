@@ -11,10 +11,12 @@ import os
 import random
 import threading
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -256,6 +258,45 @@ class RowFiles(ABC, Generic[Row]):
             DataError: the pixels of no row can be decoded.
         """
         return self.take(self._usable, position)
+
+
+class ListedRowFiles(RowFiles[Row]):
+    """Row files of which every one is opened at once and knows its length."""
+
+    def _open(self, sizes: Sequence[int]) -> None:
+        """Number the rows and read one of each file; the end of a subclass's constructor.
+
+        Args:
+            sizes: rows of each file.
+
+        Raises:
+            DataError: none of a file's rows can be used.
+        """
+        self._starts = [0, *accumulate(sizes)]
+        self.check_each_file()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files, unusable ones too."""
+        return self._starts[-1]
+
+    def rows_of_file(self, file: int) -> range:
+        """Indices of a file's rows."""
+        return range(self._starts[file], self._starts[file + 1])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of a row's file, and its number there, both from 0."""
+        file = bisect_right(self._starts, index) - 1
+        return file, index - self._starts[file]
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File of a row, and its number there, from 0."""
+        file, number = self.locate(index)
+        return self.paths[file], number
+
+    def order(self, rng: random.Random) -> list[int]:
+        """All rows, shuffled."""
+        return rng.sample(range(self.num_rows), self.num_rows)
 
 
 def _candidates(order: Sequence[int], at: int) -> Iterator[int]:

@@ -8,7 +8,6 @@ An item has `conversations` (a list of `{from: human|gpt|tool, value}`), `images
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 
 from cv_lightning.data.demonstrations import Conversation, DemoTurn
 from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image
-from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, expand_files, unique_names
+from cv_lightning.data.rows import ListedRowFiles, ReaderConfig, RowError, expand_files, unique_names
 from cv_lightning.types import DataError, Message, Task, ToolCall
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -32,7 +31,7 @@ SPEAKERS = {
 """Other words for who speaks, as common tools write them."""
 
 
-class ConversationFiles(RowFiles[Conversation]):
+class ConversationFiles(ListedRowFiles[Conversation]):
     """The conversations of JSON files. Texts are in memory, images are read when a conversation is.
 
     Args:
@@ -47,25 +46,7 @@ class ConversationFiles(RowFiles[Conversation]):
         super().__init__(expand_files(files, "--data train_files"), config)
         self._names = unique_names(self.paths)
         self._items = [read_items(path) for path in self.paths]
-        self._starts = [0]
-        for items in self._items:
-            self._starts.append(self._starts[-1] + len(items))
-        self._file_of = [file for file, items in enumerate(self._items) for _ in items]
-        self.check_each_file()
-
-    @property
-    def num_rows(self) -> int:
-        """Items of all files, unusable ones too."""
-        return self._starts[-1]
-
-    def rows_of_file(self, file: int) -> range:
-        """Indices of a file's items."""
-        return range(self._starts[file], self._starts[file + 1])
-
-    def place(self, index: int) -> tuple[Path, int]:
-        """File of an item, and its number there, from 0."""
-        file = self._file_of[index]
-        return self.paths[file], index - self._starts[file]
+        self._open([len(rows) for rows in self._items])
 
     def read(self, index: int, *, decode: bool = True) -> Conversation:
         """One conversation; with `decode` False its images have sizes but no pixels.
@@ -73,14 +54,9 @@ class ConversationFiles(RowFiles[Conversation]):
         Raises:
             RowError: the item cannot be used.
         """
-        file = self._file_of[index]
-        number = index - self._starts[file]
+        file, number = self.locate(index)
         item = self._items[file][number]
         return conversation_of_item(item, self.paths[file], number, self.config, decode=decode, name=self._names[file])
-
-    def order(self, rng: random.Random) -> list[int]:
-        """All items, shuffled."""
-        return rng.sample(range(self.num_rows), self.num_rows)
 
 
 def read_items(path: Path, under: str = "") -> list[Any]:
