@@ -166,7 +166,7 @@ def _chartqapro(row: Mapping[str, Any], folder: Path) -> Question:
 
 
 def _vstar(row: Mapping[str, Any], folder: Path) -> Question:
-    """The boxes of the targets stand in a JSON file beside the image; without one there is no evidence to compare."""
+    """The targets' boxes, as left, top, width, height, stand in a JSON file beside the image; else there is no box."""
     beside = (folder / str(row["image"])).with_suffix(".json")
     boxes = json.loads(beside.read_text()).get("bbox", []) if beside.is_file() else []
     corners = [(x, y, x + width, y + height) for x, y, width, height in boxes]
@@ -184,14 +184,35 @@ def _vstar(row: Mapping[str, Any], folder: Path) -> Question:
 
 
 def _hrbench(row: Mapping[str, Any], folder: Path) -> Question:
-    options = [f"{letter}. {row[letter]}" for letter in LETTERS if row.get(letter) is not None]
     return Question(
-        text="\n".join([str(row["question"]), *options, BY_LETTER]),
+        text=_with_options(str(row["question"]), _letter_columns(row)),
         images=[row["image"]],
         answers=[str(row["answer"]).strip()],
         category=str(row.get("category") or ""),
         metadata={"cycle_category": row.get("cycle_category")},
     )
+
+
+def _vtcbench(row: Mapping[str, Any], folder: Path) -> Question:
+    """With options in columns, or without any; the reference chain of tools is kept, never shown."""
+    return Question(
+        text=_with_options(str(row["question"]), _letter_columns(row)),
+        images=[row["image"]],
+        answers=[str(row["answer"]).strip()],
+        category=str(row.get("category") or ""),
+        metadata={"reference_tools": row["model_tools_gt"]} if row.get("model_tools_gt") else {},
+    )
+
+
+def _letter_columns(row: Mapping[str, Any]) -> dict[str, str]:
+    """Letter to option, of the columns `A`, `B`, ... that are filled."""
+    return {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
+
+
+def _with_options(question: str, options: Mapping[str, str]) -> str:
+    """The question with its options and how to name one; alone where it has none."""
+    lettered = [f"{letter}. {option}" for letter, option in options.items()]
+    return "\n".join([question, *lettered, *([BY_LETTER] if lettered else [])])
 
 
 def _tirbench(row: Mapping[str, Any], folder: Path) -> Question:
@@ -220,9 +241,8 @@ def by_fields(names: FieldNames) -> Format:
 
     def parse(row: Mapping[str, Any], folder: Path) -> Question:
         options = _texts(row[names.options]) if names.options and row.get(names.options) else []
-        lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
         return Question(
-            text="\n".join([str(row[names.question]), *lettered, *([BY_LETTER] if lettered else [])]),
+            text=_with_options(str(row[names.question]), dict(zip(LETTERS, options, strict=False))),
             images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],
             answers=_texts(row[names.answer]),
             metric=names.metric,
@@ -244,6 +264,7 @@ FORMATS = {
     "chartqapro": Format(("Question", "Answer", "Question Type", "Year", "image"), ("Paragraph",), _chartqapro),
     "vstar": Format(("image", "text", "label"), ("category",), _vstar),
     "hrbench": Format(("question", "answer", "image"), (*LETTERS, "category", "cycle_category"), _hrbench),
+    "vtcbench": Format(("question", "answer", "image"), (*LETTERS, "category", "model_tools_gt"), _vtcbench),
     "tirbench": Format(("image_1", "prompt", "answer", "task"), ("image_2",), _tirbench),
     "docvqa": Format(("question", "answers", "image"), ("questionId",), _docvqa),
 }

@@ -123,9 +123,9 @@ class FieldNames:
 class ReaderConfig:
     """How files of tasks and conversations are read."""
 
-    format: Literal["codevision", "ocrbench", "chartqapro", "vstar", "hrbench", "tirbench", "docvqa", "fields"] = (
-        "codevision"
-    )
+    format: Literal[
+        "codevision", "ocrbench", "chartqapro", "vstar", "hrbench", "tirbench", "vtcbench", "docvqa", "fields"
+    ] = "codevision"
     """Of files of tasks: the RL and benchmark format of CodeVision, a public benchmark's own, or plain columns under
     the names in `fields`."""
     fields: FieldNames = field(default_factory=FieldNames)

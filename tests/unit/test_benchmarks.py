@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 from collections import Counter
@@ -18,7 +19,7 @@ import yaml
 from PIL import Image
 from trajectory_samples import digit_task
 
-from cv_lightning.data.benchmarks import task_files
+from cv_lightning.data.benchmarks import BY_LETTER, task_files
 from cv_lightning.data.corruptions import CorruptionConfig
 from cv_lightning.data.modules import TaskDataModule
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
@@ -89,6 +90,18 @@ def hrbench(folder: Path) -> Path:
     return path
 
 
+def vtcbench(folder: Path) -> Path:
+    header = ["index", "id", "category", "image", "question", "answer", "A", "B", "C", "D", "model_tools_gt"]
+    lettered = ["1", "chart_1", "chart", "images/chart/chart_1.png", "How high?", "C", "1", "2", "3", "4", '["Crop"]']
+    open_ended = ["2", "ocr_1", "ocr", "images/chart/chart_1.png", "What is written?", "STOP", *[""] * 5]
+    (folder / "images/chart").mkdir(parents=True)
+    (folder / "images/chart/chart_1.png").write_bytes(picture())
+    path = folder / "VTC-Bench.tsv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([header, lettered, open_ended])
+    return path
+
+
 def tirbench(folder: Path) -> Path:
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(picture())
@@ -145,6 +158,15 @@ def test_tirbench_has_one_or_two_pictures(tmp_path: Path) -> None:
     jigsaw, spot = read(tirbench(tmp_path), format="tirbench")
     assert (len(jigsaw.images), len(spot.images)) == (1, 2)
     assert (spot.ground_truth, spot.metadata["category"]) == ("4", "spot_difference")
+
+
+def test_vtcbench_has_options_in_columns_or_none_and_never_shows_its_chain(tmp_path: Path) -> None:
+    lettered, open_ended = read(vtcbench(tmp_path), format="vtcbench")
+    assert lettered.question == f"How high?\nA. 1\nB. 2\nC. 3\nD. 4\n{BY_LETTER}"
+    assert (lettered.ground_truth, lettered.metadata["category"], lettered.images[0].size) == ("C", "chart", (60, 40))
+    assert lettered.metadata["reference_tools"] == '["Crop"]'
+    assert (open_ended.question, open_ended.ground_truth) == ("What is written?", "STOP")
+    assert "reference_tools" not in open_ended.metadata
 
 
 def test_docvqa(tmp_path: Path) -> None:
