@@ -124,6 +124,8 @@ class CVLightningCLI(LightningCLI):
         if path is not None:
             check_fits(Path(path), self.trainer)
 
+    before_test = before_validate = before_fit
+
 
 class ConfigOnly(CVLightningCLI):
     """Reads the command line as fit does, and stops there: nothing is built or run."""

@@ -107,6 +107,9 @@ class Rollout:
     score: Score | None = None
     window: int = 256
     """Trajectories under way at once."""
+    new_samples: bool = True
+    """Every policy version draws samples of its own. An evaluation says no: wherever weights come from, the same ones
+    say the same."""
 
     def run(
         self,
@@ -380,13 +383,13 @@ class _Pass:
             self._end(run, EndState.ERROR_ENGINE, str(error))
 
     def _seed(self, run: _Run) -> int:
-        """Of one request: a function of run seed, task, sample, turn and policy version, and of nothing else."""
+        """Of one request: a function of run seed, task, sample, turn and, training, policy version; of nothing else."""
         parts = (
             self.sampling.seed,
             run.job.task.id,
             run.job.sample,
             len(run.trajectory.turns),
-            self.engine.weight_version,
+            self.engine.weight_version if self.owner.new_samples else 0,
         )
         digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=4)
         return int.from_bytes(digest.digest(), "big")

@@ -246,15 +246,15 @@ def check_fits(path: Path, trainer: pl.Trainer) -> None:
     if sharded != path.is_dir():
         raise CVLightningError(
             f"{path} is a {'folder of DeepSpeed' if path.is_dir() else 'plain file'}, --trainer.strategy is "
-            f"{type(trainer.strategy).__name__}: give the strategy that wrote it, or begin a new run from exported "
-            "weights (--model.init_args.policy.path)"
+            f"{type(trainer.strategy).__name__}: give the strategy that wrote it, or `export` it and give the folder "
+            "as --model.init_args.policy.path"
         )
     shares = len(list(path.glob("checkpoint/*_optim_states.pt")))
     if shares and shares != world_size:
         raise CVLightningError(
             f"{path} holds the optimizer of {shares} ranks, this run has {world_size}: ZeRO cannot share it out anew. "
-            f"Start {shares} ranks (--trainer.devices, --trainer.num_nodes), or begin a new run from exported weights "
-            "(--model.init_args.policy.path)"
+            f"Start {shares} ranks (--trainer.devices, --trainer.num_nodes), or `export` it and give the folder as "
+            "--model.init_args.policy.path"
         )
 
 

@@ -104,7 +104,9 @@ class CheckpointExport:
         model, processor = self._model(), load_processor(policy.path)
         tied = self._tied(model)
         given = {name: shape for name, shape in self.source.merged_shapes.items() if name not in tied}
-        check_shapes(given, model, f"--ckpt {self.source.path}", "give the folder that the run began with as --base")
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        remedy = "give the folder that the run began with as --base"
+        check_shapes(given, wanted, model.config.model_type, f"--ckpt {self.source.path}", remedy)
         if self.lora == "separate":
             assert policy.lora is not None
             size = write_adapter(folder, self.source.factors(), policy.lora, policy.path)

@@ -409,6 +409,7 @@ class RolloutCallback(pl.Callback):
             banned_ids=tuple(banned),
             score=parts.rewards.score_answer,
             window=2 * self.engine_config.max_num_seqs,
+            new_samples=training,
         )
         return RankCollector(
             rollout,

@@ -159,19 +159,21 @@ def write_adapter(folder: Path, factors: Mapping[str, torch.Tensor], lora: LoraC
     return sum(tensor.nbytes for tensor in named.values())
 
 
-def check_shapes(given: Mapping[str, torch.Size], model: PreTrainedModel, where: str, remedy: str) -> None:
+def check_shapes(
+    given: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], family: str, where: str, remedy: str
+) -> None:
     """Refuse weights of another model.
 
     Args:
-        given: shape of every parameter that there is, tied ones once.
-        model: the one they are meant for; may be on the meta device.
+        given: shape of every tensor that there is.
+        wanted: shapes that the model has.
+        family: its `model_type`, for the message.
         where: they come from, for the message.
         remedy: what to change.
 
     Raises:
         CheckpointError: names or shapes differ.
     """
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in wanted]
     problems += [
@@ -181,6 +183,6 @@ def check_shapes(given: Mapping[str, torch.Size], model: PreTrainedModel, where:
     ]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit the {model.config.model_type} that it should be of: {problems[0]} "
+            f"{where} does not fit the {family} that it should be of: {problems[0]} "
             f"(one of {len(problems)} differences); {remedy}"
         )

@@ -20,12 +20,13 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.model.export import check_shapes
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
 from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows, packed_length, prefix_units
 from cv_lightning.model.vision import VisionCache, process_images
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
-from cv_lightning.types import CVLightningError, Trajectory
+from cv_lightning.types import CheckpointError, CVLightningError, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -350,8 +351,28 @@ class PolicyModule(pl.LightningModule):
         checkpoint["iteration"] = self.iteration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the iteration counter."""
+        """Restore the iteration counter, and refuse weights of another model before torch lists every one of them.
+
+        Raises:
+            CheckpointError: they are, or there is no policy here that could take them.
+        """
         self.iteration = checkpoint.get("iteration", 0)
+        where = f"--ckpt_path {self.trainer.ckpt_path}"
+        if not self.loads_policy:
+            raise CheckpointError(
+                f"{where}: a server samples from a model of its own; leave it out, or `export` it and serve the folder"
+            )
+        given = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
+        if self.policy is None or not given:  # DeepSpeed brings its tensors itself
+            return
+        prefix = "policy."
+        check_shapes(
+            {name.removeprefix(prefix): shape for name, shape in given.items() if name.startswith(prefix)},
+            {name: tensor.shape for name, tensor in self.policy.state_dict().items()},
+            self.policy.config.model_type,
+            where,
+            "give the folder that its run began with as --model.init_args.policy.path, and its run's policy.lora",
+        )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Rolled out and scored by `RolloutCallback`."""

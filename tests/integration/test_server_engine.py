@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from engine_samples import Policy, finish, request_of, worst_gap
 from model_server import ModelServer
@@ -177,7 +179,7 @@ def test_a_server_that_cannot_be_used_is_told_before_the_run(server: ModelServer
 def test_the_engine_is_evaluated_from_the_command_line(
     server: ModelServer, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`test` on a folder that holds a processor and no weights; `fit` is refused."""
+    """`test` on a folder that holds a processor and no weights; `fit` and a checkpoint are refused."""
     folder = tmp_path / "processor"
     folder.mkdir()
     for file in tiny_checkpoint.iterdir():
@@ -221,6 +223,10 @@ def test_the_engine_is_evaluated_from_the_command_line(
     with pytest.raises(SystemExit) as refused:
         main(["fit", "--config", str(file), "--trainer.default_root_dir", str(tmp_path / "other")])
     assert "engine.kind server" in f"{refused.value.code}{capsys.readouterr().err}"
+    torch.save({"state_dict": {}, "pytorch-lightning_version": pl.__version__}, tmp_path / "some.ckpt")
+    with pytest.raises(SystemExit) as refused:
+        main(["test", "--config", str(file), "--ckpt_path", str(tmp_path / "some.ckpt")])
+    assert "a server samples from a model of its own" in str(refused.value.code)
 
 
 # ------------------------------------------------------------------------------------------------ the real vLLM

@@ -75,6 +75,9 @@ class ScriptedEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
         self.weight_version = version
 
+    def sleep(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.pending.clear()
 
