@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from trajectory_samples import INVERSE, KINDS, TURNS, Policy, digit_task, group
 
 from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.evaluation.outcome import crop_fits, must_use, outcomes, to_upright, turned_image
+from cv_lightning.evaluation.results import WHOLE_BYTES, fingerprint
 from cv_lightning.evaluation.statistics import bootstrap, rate, wilson
 from cv_lightning.images import compose, dihedral_affine
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord, to_record
@@ -222,3 +224,18 @@ def test_rate_interval_shrinks_with_n() -> None:
     widths = [rate([0.0, 1.0] * k, list(range(2 * k))) for k in (5, 50, 500)]
     assert all(a.high - a.low > b.high - b.low for a, b in pairwise(widths))
     assert str(rate([1.0, 0.0], [1, 2])).startswith("0.500 [")
+
+
+# ------------------------------------------------------------------------------------------------ fingerprints
+@pytest.mark.parametrize("size", [WHOLE_BYTES // 4, WHOLE_BYTES + 12345])
+def test_a_fingerprint_sees_a_change_of_one_layer_anywhere(tmp_path: Path, size: int) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(size))
+    before = fingerprint(tmp_path)
+    for start in (0, size // 3, size // 2 + 777, size - 1):
+        with weights.open("r+b") as file:
+            file.seek(start)
+            file.write(bytes([1]) * min(size // 64, size - start))
+        after = fingerprint(tmp_path)
+        assert after.keys() == {"model.safetensors"} and after != before
+        before = after
