@@ -23,8 +23,9 @@ from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.resume import RETRIED, Answered, prepare, read_answered, write_state
 from cv_lightning.engine import SamplingConfig
 from cv_lightning.evaluation.outcome import Outcome, outcomes
-from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, write_results, write_text
+from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, write_results
 from cv_lightning.evaluation.tables import Evaluated
+from cv_lightning.files import write_text
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rl.collector import Collector
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter

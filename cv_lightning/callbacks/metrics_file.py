@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
+
+from cv_lightning.files import whole_file
 
 STEP = "step"
 
@@ -71,12 +72,10 @@ class MetricsFile:
     def _replace(self, rows: list[dict[str, Any]]) -> None:
         self.columns = sorted({name for row in rows for name in row})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
+        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
 
 
 class MetricsLogger(CSVLogger):

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from cv_lightning.callbacks.agreement import check_agreement
 from cv_lightning.environment import FILE_ONLY, log_to
+from cv_lightning.files import write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -54,9 +55,9 @@ class RunRecord(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         stage = trainer.state.fn.value if trainer.state.fn is not None else stage
         text = self.parser.dump(self.config, skip_none=False)
-        (folder / f"{stage}_config.yaml").write_text(text)
+        write_text(folder / f"{stage}_config.yaml", text)
         about = describe_run() | {"settings": settings_in_force(pl_module, trainer)}
-        (folder / f"{stage}_run.json").write_text(json.dumps(about, indent=1))
+        write_text(folder / f"{stage}_run.json", json.dumps(about, indent=1))
         self._close_log()
         self.log_file = log_to(folder / f"{stage}_log.txt")
         LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import LINES
@@ -58,9 +58,8 @@ def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on",
         return "finished"
     for path in sorted((folder / LINES).glob("*.jsonl")):
         kept = b"".join(_good_lines(path))
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(kept)
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(kept)
     return "goes on"
 
 
@@ -87,9 +86,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 def write_state(folder: Path, identity: dict[str, Any], *, finished: bool) -> None:
     """Write the state file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (STATE + ".tmp")
-    temporary.write_text(json.dumps({"finished": finished, "identity": _plain(identity)}, indent=1) + "\n")
-    os.replace(temporary, folder / STATE)
+    write_text(folder / STATE, json.dumps({"finished": finished, "identity": _plain(identity)}, indent=1) + "\n")
 
 
 def _plain(value: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from cv_lightning.callbacks.checkpoint import last_checkpoint
+from cv_lightning.files import write_text
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.trajectory import GroupRecord, TrajectoryRecord, read_groups, to_record
 from cv_lightning.trajectory.reader import flat_row
@@ -195,9 +196,7 @@ class WandbRun(WandbLogger):
         return found
 
     def _write_progress(self, run_id: str) -> None:
-        temporary = self._progress_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({run_id: self.iteration}))
-        temporary.replace(self._progress_path)
+        write_text(self._progress_path, json.dumps({run_id: self.iteration}))
 
 
 # ------------------------------------------------------------------------------------------------ rows of a table

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from cv_lightning.commands.quickstart import (
     run_stages,
     test_stage,
 )
+from cv_lightning.files import write_text
 from cv_lightning.types import CVLightningError
 
 
@@ -106,9 +106,7 @@ def write_table(out: Path) -> str:
     found = study(out, ["sft", *ARMS])
     table = markdown(found, lambda arm: ARMS[arm].title if arm in ARMS else "after SFT")
     for name, text in (("ablations.json", json.dumps(to_json(found), indent=1) + "\n"), ("ablations.md", table)):
-        temporary = out / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, out / name)
+        write_text(out / name, text)
     return table
 
 

@@ -62,7 +62,8 @@ def corrupt(args: list[str]) -> int:
     from cv_lightning.data.builders.robustness import Corrupt, write_corrupted
 
     def run(config: Corrupt) -> int:
-        counts = write_corrupted(config)
+        with BuildProgress("tasks") as progress:
+            counts = write_corrupted(config, progress.show)
         console = Console()
         table = Table("form", title=f"{sum(counts.values())} tasks", title_justify="left")
         table.add_column("tasks", justify="right")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.files import write_text
 from cv_lightning.types import CVLightningError
 
 LISTED_ROWS = 12
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"data check: {error}\n")
         return 2
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if options.page:
         from cv_lightning.data.page import write_page
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cv_lightning.files import write_text
 from cv_lightning.types import CVLightningError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     print(text_of(plan))
     if options.json:
-        options.json.write_text(json.dumps(figures_of(plan), indent=1))
+        write_text(options.json, json.dumps(figures_of(plan), indent=1))
     return int(options.strict and bool(plan.problems))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cv_lightning.files import write_text
 from cv_lightning.model.tiny import Family
 
 CONFIGS = Path("configs/quickstart")
@@ -142,9 +142,7 @@ class Timing:
     def set(self, name: str, value: float) -> None:
         """Remember a value; on disk at once, whole or not at all."""
         self.values[name] = value
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.values, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(self.values, indent=1) + "\n")
 
 
 def run_stages(run: Path, wanted: list[Stage], timing: Timing) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cv_lightning.commands.sweep_file import Scalar, SweepFile
+from cv_lightning.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,15 +57,10 @@ def write_result(out: Path, sweep: SweepFile, rows: Sequence[TrialRow]) -> None:
         "best": None if best is None else asdict(best),
         "trials": [asdict(row) for row in rows],
     }
-    _replace(out / "sweep.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_text(out / "sweep.json", json.dumps(content, indent=1) + "\n")
     if any(row.value is not None for row in rows):
-        _replace(out / "sweep.png", plot(sweep, rows))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+        with whole_file(out / "sweep.png") as temporary:
+            temporary.write_bytes(plot(sweep, rows))
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

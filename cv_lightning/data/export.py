@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from cv_lightning.data.demonstrations import Conversation
 from cv_lightning.data.digits import DigitsConfig, Split
 from cv_lightning.data.readers import IMAGE_MARK
 from cv_lightning.data.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
+from cv_lightning.files import whole_file, write_text
 from cv_lightning.types import Task
 
 ROWS_PER_GROUP = 256
-"""Rows of a row group, which is what a reader holds in memory."""
+"""Rows of a row group, which is what a reader or writer holds in memory."""
+IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, count: int) -> None:
@@ -44,13 +47,28 @@ def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, c
 def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> None:
     """Write tasks to an RL file, images as PNG bytes.
 
+    Pictures wait in a file without a name, since the columns of `extra_info` are known after the last task only.
+
     Args:
-        path: file to write.
-        tasks: each with its `metadata` in `extra_info`.
+        path: file to write; it appears whole or not at all.
+        tasks: each with its `metadata` in `extra_info`. Taken one by one.
         split: what `extra_info.split` says.
     """
-    rows = [_row(task, split, index) for index, task in enumerate(tasks)]
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=ROWS_PER_GROUP)
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    sizes: list[list[int]] = []
+    with tempfile.TemporaryFile(dir=path.parent) as pictures:
+        for index, task in enumerate(tasks):
+            rows.append(_row(task, split, index))
+            sizes.append([pictures.write(_png(image)) for image in task.images])
+        schema = pa.Table.from_pylist(rows).schema.append(pa.field("images", IMAGES))
+        pictures.seek(0)
+        with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for start in range(0, len(rows), ROWS_PER_GROUP):
+                some = slice(start, start + ROWS_PER_GROUP)
+                cells = [[{"bytes": pictures.read(size), "path": None} for size in row] for row in sizes[some]]
+                table = [row | {"images": images} for row, images in zip(rows[some], cells, strict=True)]
+                writer.write_table(pa.Table.from_pylist(table, schema))
 
 
 def _row(task: Task, split: str, index: int) -> dict[str, Any]:
@@ -60,7 +78,6 @@ def _row(task: Task, split: str, index: int) -> dict[str, Any]:
     return {
         "data_source": task.data_source,
         "prompt": prompt,
-        "images": [{"bytes": _png(image), "path": None} for image in task.images],
         "reward_model": {"ground_truth": task.ground_truth, "style": "rule"},
         "extra_info": {
             **task.metadata,
@@ -95,14 +112,14 @@ def write_sft_json(path: str | Path, conversations: Iterable[Conversation]) -> N
     """Write conversations to an SFT file, images into a folder beside it.
 
     Args:
-        path: file to write; the folder has its stem and `_images`.
+        path: file to write, whole or not at all; the folder has its stem and `_images`.
         conversations: in the order in which they are written.
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_images")
     folder.mkdir(parents=True, exist_ok=True)
     items = [_item(conversation, index, folder) for index, conversation in enumerate(conversations)]
-    path.write_text(json.dumps(items, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_text(path, json.dumps(items, indent=1, ensure_ascii=False))
 
 
 def _item(conversation: Conversation, index: int, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cv_lightning.data.check_facts import FileKind, images_of_row
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 THUMBNAIL_PX = 128
@@ -35,7 +36,7 @@ def write_page(path: Path, report: Mapping[str, Any]) -> None:
     names = [Path(file["path"]).name for file in report["files"]]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     page = environment.get_template("check.html.jinja").render(report=report, title=title, pictures=_pictures(report))
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _whole(number: float) -> str:

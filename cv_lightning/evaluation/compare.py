@@ -12,8 +12,9 @@ from typing import Any
 from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.evaluation.paired import FLIPPED_AT, Pair, PairedSummary, pair_outcomes, split, summarise_pairs
-from cv_lightning.evaluation.results import evaluated, write_text
+from cv_lightning.evaluation.results import evaluated
 from cv_lightning.evaluation.tables import Evaluated, Grid, change, number, percent
+from cv_lightning.files import write_text
 from cv_lightning.trajectory import GroupRecord, read_groups
 from cv_lightning.types import DataError
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.evaluation.tables import COLUMN_NAMES, Evaluated
+from cv_lightning.files import whole_file
 
 
 def plot_results(found: Mapping[str, Evaluated], path: Path) -> None:
@@ -23,9 +24,8 @@ def plot_results(found: Mapping[str, Evaluated], path: Path) -> None:
     named = dict(pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     if named:
         figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=len(named), fontsize=8)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _panels(found: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[str, Rate]]]:

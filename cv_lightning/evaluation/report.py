@@ -31,6 +31,7 @@ from cv_lightning.evaluation.metrics import EvalSummary, summarise
 from cv_lightning.evaluation.runs import Run, Store, load_run, stage_label
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.evaluation.training import training_story
+from cv_lightning.files import write_text
 from cv_lightning.trajectory import BadLine, GroupRecord, read_groups
 from cv_lightning.trajectory.store import LINES, finite
 
@@ -79,9 +80,7 @@ def write_report(folder: str | Path, config: ReportConfig | None = None, out: st
     page = Path(out) if out is not None else run.folder / "report.html"
     html = Report(run, config or ReportConfig(), page).html()
     page.parent.mkdir(parents=True, exist_ok=True)
-    temporary = page.with_name(page.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(page)
+    write_text(page, html, errors="backslashreplace")
     return page
 
 

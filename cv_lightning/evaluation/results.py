@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from cv_lightning.evaluation.tables import (
     tool_table,
     transform_table,
 )
+from cv_lightning.files import write_text
 
 WHOLE_BYTES = 16 << 20
 """Files up to this size are read whole for their fingerprint."""
@@ -102,13 +102,6 @@ def write_results(
     write_text(folder / f"{prefix}results.md", "\n".join(grid.markdown() for grid in grids))
     plot_results(found, folder / f"{prefix}results.png")
     return grids
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def fingerprint(path: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
 from cv_lightning.evaluation.runs import EVALUATION_NAME, parity_max, read_curves, read_timing, stage_order
+from cv_lightning.files import write_text
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import DataError
 
@@ -117,9 +118,7 @@ def write_summary(run: str | Path, seed: int | None = None) -> tuple[dict[str, A
     run = Path(run)
     found = evaluations(run)
     result = summary(run, found, seed)
-    temporary = run / "summary.json.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(run / "summary.json")
+    write_text(run / "summary.json", json.dumps(result, indent=2) + "\n")
     return result, found
 
 

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cv_lightning.files import whole_file
 from cv_lightning.trajectory.reader import FLAT_COLUMNS, flat_row, read_groups
 from cv_lightning.trajectory.record import GroupRecord, ImageRecord
 from cv_lightning.types import DataError, Turn
@@ -53,17 +54,15 @@ def write_parquet(stores: Mapping[str, Path], out: Path) -> Exported:
     schema = _schema(group for path in stores.values() for group in read_groups(path))
     done = Exported()
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        # dictionaries of pictures would only be tried and given up
-        plain = [field.name for field in schema if field.name != "images"]
-        with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=plain) as writer:
-            rows = _rows(stores, schema, done)
-            while some := list(islice(rows, ROWS_AT_ONCE)):
-                writer.write_table(pa.Table.from_pylist(some, schema=schema))
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # dictionaries of pictures would only be tried and given up
+    plain = [field.name for field in schema if field.name != "images"]
+    with (
+        whole_file(out) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=plain) as writer,
+    ):
+        rows = _rows(stores, schema, done)
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(some, schema=schema))
     return done
 
 

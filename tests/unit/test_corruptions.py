@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 from PIL import Image, ImageDraw
@@ -23,6 +27,7 @@ from cv_lightning.data.corruptions import (
 from cv_lightning.data.export import write_task_parquet
 from cv_lightning.data.readers import ORIENTATIONS, TaskFiles
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.evaluation.scoring import official_score
 from cv_lightning.images import is_upright
 from cv_lightning.rewards.transforms import expected_operations, to_upright
 from cv_lightning.types import Box, Task
@@ -136,6 +141,40 @@ def test_a_benchmark_is_written_in_all_its_forms(tmp_path: Path) -> None:
             assert task.box == red_box(task.images[0])
         turned = {"crop"} | expected_operations([task.metadata["orientation"]])
         assert expected_operations(task.required_transforms) == turned - {"identity"}
+
+
+def test_a_public_benchmark_keeps_its_metric(tmp_path: Path) -> None:
+    source = tmp_path / "ocr.parquet"
+    row = {"question": "what is written?", "answer": ["CENTRE", "CENTER"], "question_type": "Scene Text"}
+    picture = io.BytesIO()
+    marked().images[0].save(picture, "PNG")
+    pq.write_table(pa.Table.from_pylist([row | {"image": {"bytes": picture.getvalue(), "path": None}}]), source)
+    shown: list[tuple[int, int]] = []
+    suite = CorruptionConfig(corruptions=("none",), severities=(1,))
+    reader = ReaderConfig(format="ocrbench", data_source="ocrbench")
+    write_corrupted(
+        Corrupt(files=[str(source)], out=tmp_path / "turned.parquet", suite=suite, reader=reader),
+        lambda done, count: shown.append((done, count)),
+    )
+    tasks = TaskFiles([str(tmp_path / "turned.parquet")], ReaderConfig())
+    assert len(tasks) == 6 and shown == [(1, 1)]
+    assert official_score("in the CENTER", tasks.row(3).metadata) == 1.0
+    assert official_score("elsewhere", tasks.row(3).metadata) == 0.0
+
+
+def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    write_task_parquet(out, [marked()] * 600, "test")
+    assert pq.ParquetFile(out).num_row_groups == 3 and len(TaskFiles([str(out)], ReaderConfig())) == 600
+    before = out.read_bytes()
+
+    def stopped() -> Iterator[Task]:
+        yield marked()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_task_parquet(out, stopped(), "test")
+    assert out.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
 
 
 def test_boxes_map_there_and_back() -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cv_lightning.files import write_text
 from cv_lightning.types import DataError
 
 
 def write_report(out: Path, report: Mapping[str, Any]) -> Path:
     """Write a build's report beside its file, as `<stem>.report.json`; where it is."""
     path = out.with_name(f"{out.stem}.report.json")
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from cv_lightning.data.builders.table import TableConfig, VqaRow, VqaTable
 from cv_lightning.data.builders.teacher import Frame, OfflineTeacher, Teacher
 from cv_lightning.data.builders.verify import verify_file
 from cv_lightning.data.rows import RowError, RowProblems
+from cv_lightning.files import whole_file
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge import Judge
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -326,15 +326,14 @@ def _save_images(outcome: Outcome, config: BuildSFT) -> list[str]:
 
 
 def _write_items(path: Path, progress: ProgressFile) -> int:
-    """Write the kept items, one by one, under another name first; how many there are.
+    """Write the kept items, one by one; how many there are.
 
     Raises:
         DataError: none is.
     """
     count = 0
-    draft = path.with_name(f"{path.name}.part")
     reasons: Counter[str] = Counter()
-    with draft.open("w", encoding="utf-8") as file:
+    with whole_file(path) as draft, draft.open("w", encoding="utf-8") as file:
         file.write("[")
         for entry in progress.entries():
             if entry["item"] is None:
@@ -343,9 +342,7 @@ def _write_items(path: Path, progress: ProgressFile) -> int:
             file.write((",\n" if count else "\n") + json.dumps(entry["item"], ensure_ascii=False))
             count += 1
         file.write("\n]\n")
-    if count == 0:
-        draft.unlink()
-        said = ", ".join(f"{number} x {reason}" for reason, number in reasons.most_common())
-        raise DataError(f"no conversation was kept: {said or 'no row can be any of the kinds (--plan.shares)'}")
-    os.replace(draft, path)
+        if count == 0:
+            said = ", ".join(f"{number} x {reason}" for reason, number in reasons.most_common())
+            raise DataError(f"no conversation was kept: {said or 'no row can be any of the kinds (--plan.shares)'}")
     return count
