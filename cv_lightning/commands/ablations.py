@@ -35,21 +35,31 @@ class Arm:
     title: str
     reward: str | None = None
     """Reward config; None: the quickstart's."""
-    start: str = "sft/model"
-    """Checkpoint that RL starts from, below the seed's folder."""
+    sft: str | None = "sft"
+    """Name in `SFTS` of what RL starts from; None: random weights."""
 
 
 ARMS = {
     "full": Arm(title="quickstart's reward"),
     "no_process": Arm(title="no process reward", reward="configs/ablations/no_process.yaml"),
     "no_penalty": Arm(title="no penalty", reward="configs/ablations/no_penalty.yaml"),
-    "no_sft": Arm(title="RL without SFT", start="tiny"),
+    "no_sft": Arm(title="RL without SFT", sft=None),
     "paper": Arm(title="paper's reward", reward="configs/reward/paper.yaml"),
     "reference": Arm(title="released code's reward, from the trace", reward="configs/reward/reference.yaml"),
     "reference_static": Arm(
         title="released code's reward, from the code's text", reward="configs/ablations/reference_static.yaml"
     ),
+    "needless": Arm(title="quickstart's reward after SFT with needless turns", sft="sft_needless"),
+    "needless_no_penalty": Arm(
+        title="no penalty after SFT with needless turns", reward="configs/ablations/no_penalty.yaml", sft="sft_needless"
+    ),
 }
+SFTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sft": ("SFT", ()),
+    "sft_needless": ("SFT with needless turns", ("--data.init_args.demonstrations.needless_share", "0.5")),
+}
+"""Title and options of each SFT. The quickstart's own never calls without need, so that a penalty has nothing to do;
+the other turns half of the upright pictures first, for no reason."""
 KINDS = ("upright", "turned", "small", "turned_and_small")
 
 
@@ -84,13 +94,17 @@ def stages(
     tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
     found = [
         Stage(name="tiny", title="a tiny model with random weights", arguments=tiny, writes=[run / "tiny"]),
-        fit_stage("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
-        *([test_stage("sft", run, seed, test)] if tests else []),
     ]
+    for sft, (title, options) in SFTS.items():
+        if sft not in {ARMS[name].sft for name in arms}:
+            continue
+        found.append(fit_stage(sft, title, run, "tiny", [*digits, *(SMOKE_SFT if smoke else []), *options]))
+        found += [test_stage(sft, run, seed, test)] if tests else []
     for name in arms:
         arm = ARMS[name]
+        start = f"{arm.sft}/model" if arm.sft else "tiny"
         reward = ["--trainer.callbacks.init_args.reward", arm.reward] if arm.reward else []
-        found.append(fit_stage(name, f"GRPO: {arm.title}", run, arm.start, [*digits, *rl, *reward], config="grpo"))
+        found.append(fit_stage(name, f"GRPO: {arm.title}", run, start, [*digits, *rl, *reward], config="grpo"))
         found += [test_stage(name, run, seed, test)] if tests else []
     return found
 
@@ -103,8 +117,8 @@ def write_table(out: Path) -> str:
     """
     from cv_lightning.evaluation.study import markdown, study, to_json
 
-    found = study(out, ["sft", *ARMS])
-    table = markdown(found, lambda arm: ARMS[arm].title if arm in ARMS else "after SFT")
+    found = study(out, [*SFTS, *ARMS])
+    table = markdown(found, lambda name: ARMS[name].title if name in ARMS else f"{SFTS[name][0]} alone")
     for name, text in (("ablations.json", json.dumps(to_json(found), indent=1) + "\n"), ("ablations.md", table)):
         write_text(out / name, text)
     return table

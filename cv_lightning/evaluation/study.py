@@ -49,14 +49,14 @@ def seed_figures(folder: Path, arm: str) -> dict[str, float]:
 
     Args:
         folder: of the seed: `<arm>/metrics.csv`, `eval/<arm>_<greedy|sampled>_tool/metrics.json`.
-        arm: its name; `sft` has no training figures.
+        arm: its name; of an SFT there are no training figures.
 
     Returns:
         By the keys of `COLUMNS`; `found_at` is infinite where must-use never reached `FOUND_AT` while training. Over
         tasks that need the tool, but for needless turning (upright tasks) and calls (all tasks).
     """
     figures: dict[str, float | None] = {}
-    if arm != "sft" and (folder / arm / "model").is_dir():  # training is finished
+    if (folder / arm / "model").is_dir():  # training is finished
         figures |= _training(read_curves(folder / arm / "metrics.csv"))
     tests = {mode: folder / "eval" / f"{arm}_{mode}_tool" / "metrics.json" for mode in ("greedy", "sampled")}
     if all(path.is_file() for path in tests.values()):
@@ -79,7 +79,9 @@ def _training(curves: list[Curve]) -> dict[str, float]:
         if count:
             found[f"{name.replace('tool_calls_mean', 'calls')}_training"] = mean
     must_use = [curve for curve in curves if curve.name == "rollout/must_use"]
-    pairs = zip(must_use[0].steps, must_use[0].values, strict=True) if must_use else ()
+    if not must_use:
+        return {}
+    pairs = zip(must_use[0].steps, must_use[0].values, strict=True)
     return found | {"found_at": next((step for step, value in pairs if value >= FOUND_AT), math.inf)}
 
 

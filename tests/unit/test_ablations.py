@@ -27,7 +27,7 @@ def test_an_arm_changes_only_what_it_is_named_after() -> None:
         return {part for part, weight in rewards[name].weights.items() if weight != full[part]}
 
     assert changed("no_process") == {"mandatory", "exact"} and not rewards["no_process"].gate
-    assert changed("no_penalty") == {"usage", "spurious"}
+    assert changed("no_penalty") == changed("needless_no_penalty") == {"usage", "spurious"} and not changed("needless")
     trace, static = rewards["reference"], rewards["reference_static"]
     assert (trace.evidence, static.evidence) == ("trace", "code") and trace.weights == static.weights
 
@@ -37,6 +37,9 @@ def test_the_stages_of_a_seed() -> None:
     assert list(found) == ["tiny", "sft", "sft_eval", "full", "full_eval", "no_sft", "no_sft_eval"]
     assert "r/tiny" in found["no_sft"] and "r/sft/model" in found["full"]
     assert found["full"][found["full"].index("--data.init_args.num_iterations") + 1] == "7"
+    needless = {s.name: s.arguments for s in stages(Path("r"), seed=0, arms=["needless", "needless_no_penalty"])}
+    assert list(needless)[:3] == ["tiny", "sft_needless", "sft_needless_eval"] and "sft" not in needless
+    assert "r/sft_needless/model" in needless["needless"] and "r/sft_needless/model" in needless["needless_no_penalty"]
     trained = stages(Path("r"), seed=3, arms=["paper"], tests=False)
     assert [stage.name for stage in trained] == ["tiny", "sft", "paper"]
 
