@@ -110,15 +110,21 @@ def stages(
 
 
 def write_table(out: Path) -> str:
-    """Write `ablations.json` and `ablations.md` over all seeds that `out` holds.
+    """Write `ablations.json`, `.md` and `.png` over all seeds that `out` holds.
 
     Returns:
         The table.
     """
-    from cv_lightning.evaluation.study import markdown, study, to_json
+    from cv_lightning.evaluation.plots import plot_study
+    from cv_lightning.evaluation.study import markdown, study, to_json, training_curves
+
+    def label(name: str) -> str:
+        return ARMS[name].title if name in ARMS else f"{SFTS[name][0]} alone"
 
     found = study(out, [*SFTS, *ARMS])
-    table = markdown(found, lambda name: ARMS[name].title if name in ARMS else f"{SFTS[name][0]} alone")
+    table = markdown(found, label)
+    if curves := training_curves(out, ARMS, label):
+        plot_study(curves, out / "ablations.png")
     for name, text in (("ablations.json", json.dumps(to_json(found), indent=1) + "\n"), ("ablations.md", table)):
         write_text(out / name, text)
     return table
@@ -145,7 +151,7 @@ def main(args: list[str] | None = None) -> int:
         for seed in [] if given.table else given.seeds:
             if code := _run_seed(given, seed):
                 return code
-        sys.stdout.write(f"\n{write_table(given.out)}\nwritten to {given.out}/ablations.md and .json\n")
+        sys.stdout.write(f"\n{write_table(given.out)}\nwritten to {given.out}/ablations.md, .json and .png\n")
     except CVLightningError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

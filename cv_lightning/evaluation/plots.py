@@ -1,14 +1,19 @@
-"""The picture of an evaluation: score by orientation, by kind or source, and by severity, with intervals."""
+"""Pictures: of an evaluation, its scores with intervals; of an ablation study, how its arms train."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from cv_lightning.evaluation.runs import Curve
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.evaluation.tables import COLUMN_NAMES, Evaluated
 from cv_lightning.files import whole_file
+
+SMOOTH = 7
+"""Iterations that a point of a study's lines is the mean of."""
 
 
 def plot_results(found: Mapping[str, Evaluated], path: Path) -> None:
@@ -26,6 +31,44 @@ def plot_results(found: Mapping[str, Evaluated], path: Path) -> None:
         figure.legend(list(named.values()), list(named), loc="outside upper center", ncols=len(named), fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def plot_study(curves: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path) -> None:
+    """Write a PNG: a panel for each metric, a line for each arm, a band from least to largest seed.
+
+    Args:
+        curves: by title of the panel, by name of the arm: one curve a seed. Averaged over `SMOOTH` iterations.
+        path: the file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(curves), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    arms = list(dict.fromkeys(arm for by_arm in curves.values() for arm in by_arm))
+    for number, (title, by_arm) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(1, len(curves), number)
+        for arm, seeds in by_arm.items():
+            lines = [dict(zip(curve.steps, _smooth(curve.values), strict=True)) for curve in seeds]
+            steps = sorted(set.intersection(*map(set, lines)))
+            values = [[line[step] for line in lines] for step in steps]
+            colour, dashes = f"C{arms.index(arm) % 10}", "--" if arms.index(arm) >= len(arms) / 2 else "-"
+            axes.plot(steps, [fmean(several) for several in values], dashes, color=colour, label=arm, lw=1.4)
+            axes.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.12, lw=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+    named = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend([*named.values()], [*named], loc="outside lower center", ncols=3, fontsize=8)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred means; at the ends over what there is."""
+    half = SMOOTH // 2
+    return [fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
 
 
 def _panels(found: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[str, Rate]]]:

@@ -41,7 +41,13 @@ COLUMNS = (
     Column(key="calls_sampled", title="test, sampled: calls"),
     Column(key="spurious_sampled", title="test, sampled: needless turning", digits=3),
 )
-TRAINING = ("must_use", "accuracy", "tool_calls_mean", "spurious")
+TRAINING = {
+    "must_use": "must-use",
+    "accuracy": "accuracy, tool needed",
+    "tool_calls_mean": "calls",
+    "spurious": "needless turning of upright",
+}
+"""Metrics of the rollouts, and what they are called."""
 
 
 def seed_figures(folder: Path, arm: str) -> dict[str, float]:
@@ -96,6 +102,20 @@ def study(folder: Path, arms: Iterable[str]) -> dict[str, dict[str, dict[str, fl
     found = {arm: by_seed for arm, by_seed in found.items() if by_seed}
     if not found:
         raise DataError(f"{folder}: no arm is finished yet (expected seed*/<arm>/metrics.csv)")
+    return found
+
+
+def training_curves(
+    folder: Path, arms: Iterable[str], label: Callable[[str], str]
+) -> dict[str, dict[str, list[Curve]]]:
+    """By title of the metric, by label of the arm: the curve of every seed that is trained."""
+    found: dict[str, dict[str, list[Curve]]] = {}
+    for arm in arms:
+        for seed in sorted(folder.glob("seed*")):
+            for curve in read_curves(seed / arm / "metrics.csv") if (seed / arm / "model").is_dir() else []:
+                title = TRAINING.get(curve.name.removeprefix("rollout/"))
+                if title and curve.name.startswith("rollout/"):
+                    found.setdefault(title, {}).setdefault(label(arm), []).append(curve)
     return found
 
 
