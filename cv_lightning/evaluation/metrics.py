@@ -103,7 +103,8 @@ def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
     upright = [outcome for outcome in valid if not outcome.needs_tool]
     kinds: dict[str, list[Outcome]] = {}
     for outcome in valid:
-        kinds.setdefault(outcome.kind, []).append(outcome)
+        if outcome.kind:
+            kinds.setdefault(outcome.kind, []).append(outcome)
     states = Counter(outcome.end_state.value for outcome in everything)
     return EvalSummary(
         num_tasks=len({outcome.task_id for outcome in everything}),

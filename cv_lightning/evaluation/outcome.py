@@ -133,6 +133,12 @@ def shown_as(task: TaskRecord) -> Shown:
     return Shown(task.id, task.data_source, orientation, "none", 0)
 
 
+def _is_changed(task: TaskRecord) -> bool:
+    """True if `data.corruptions` turned or corrupted it: an upright digit is no longer one of the upright kind."""
+    form = task.metadata.get("orientation"), task.metadata.get("corruption")
+    return None not in form and form != ("identity", "none")
+
+
 # ------------------------------------------------------------------------------------------------ outcome
 class Outcome(NamedTuple):
     """What one trajectory contributes; no reference to it is kept, so millions can be summarised."""
@@ -140,6 +146,7 @@ class Outcome(NamedTuple):
     task_id: str
     sample: int
     kind: str
+    """Of the task; empty where `data.corruptions` made another of it than its data set did."""
     shown: Shown
     category: str
     """Of the question within its data set; empty: the data set has none."""
@@ -184,7 +191,7 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
     return Outcome(
         task_id=task.id,
         sample=trajectory.sample,
-        kind=task.kind,
+        kind="" if _is_changed(task) else task.kind,
         shown=shown,
         category=str(task.metadata.get("category") or ""),
         needs_tool=task.needs_tool,

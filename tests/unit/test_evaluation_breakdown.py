@@ -13,6 +13,7 @@ from trajectory_samples import Policy, digit_task, group
 
 from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
 from cv_lightning.evaluation.breakdown import breakdown
+from cv_lightning.evaluation.metrics import summarise_outcomes
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.paired import pair_outcomes, summarise_pairs
 from cv_lightning.evaluation.statistics import bootstrap, paired_difference, pass_at_k
@@ -66,6 +67,10 @@ def test_severities() -> None:
     by = breakdown(found).by_corruption
     assert {level: rate.value for level, rate in by["fog"].items()} == {1: 1.0, 5: 0.0}
     assert set(by) == {"fog"}
+    # what the suite changed is of no kind that the data set has
+    assert {o.shown.severity: o.kind for o in found} == {0: "upright", 1: "", 5: ""}
+    kinds = summarise_outcomes(found).by_kind
+    assert list(kinds) == ["upright"] and kinds["upright"].n == 4
 
 
 def test_rule_and_judge_are_never_mixed_and_a_dead_judge_is_not_wrong() -> None:
