@@ -126,9 +126,9 @@ def _item(conversation: Conversation, index: int, folder: Path) -> dict[str, Any
     task = conversation.task
     images = list(task.images)
     user = next((m.content for m in task.messages if m.role == "user"), IMAGE_MARK * len(images) + task.question)
-    turns = [{"from": "human", "value": user}]
+    turns: list[dict[str, Any]] = [{"from": "human", "value": user}]
     for turn in conversation.turns:
-        turns.append({"from": "gpt", "value": turn.text})
+        turns.append({"from": "gpt", "value": turn.text, **({} if turn.learn else {"loss": False})})
         if turn.result_image is not None:
             images.append(turn.result_image)
         if turn.result_image is not None or turn.response_text:

@@ -2,7 +2,8 @@
 
 An item has `conversations` (a list of `{from: human|gpt|tool, value}`), `images` (paths in the order of the
 `<image>` marks) and may have `system`. The first turn is the human's question, then `gpt` and `tool` alternate.
-`messages` with `{role, content}` are read too.
+`messages` with `{role, content}` are read too. A `gpt` turn with `"loss": false` (or `"weight": 0`) is read and not
+learnt from: a call that goes wrong on purpose, say.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -109,7 +110,7 @@ def conversation_of_item(
         RowError: the item cannot be used.
     """
     system, speakers = _speakers(item)
-    marks = sum(value.count(IMAGE_MARK) for _, value in speakers)
+    marks = sum(said.text.count(IMAGE_MARK) for said in speakers)
     names = item.get("images") or []
     if not isinstance(names, list):
         raise RowError("no image", f"images is a {type(names).__name__}; a list of paths is wanted")
@@ -119,7 +120,7 @@ def conversation_of_item(
     images = [
         load_image(image_source(cell, f"images[{i}]", folder), f"images[{i}]", decode) for i, cell in enumerate(names)
     ]
-    question = speakers[0][1]
+    question = speakers[0].text
     num_given = question.count(IMAGE_MARK)
     if num_given == 0:
         raise RowError("image marks", f"the question has no {IMAGE_MARK} mark; the model would see nothing")
@@ -138,8 +139,17 @@ def conversation_of_item(
     return Conversation(task=task, turns=turns)
 
 
-def _speakers(item: Any) -> tuple[str, list[tuple[str, str]]]:
-    """The system message, and (speaker, text) of each turn, checked to be human, then gpt and tool in turn."""
+class _Said(NamedTuple):
+    """One entry of a conversation."""
+
+    speaker: str
+    text: str
+    learn: bool
+    """Of a gpt turn: it carries loss."""
+
+
+def _speakers(item: Any) -> tuple[str, list[_Said]]:
+    """The system message, and who said what, checked to be human, then gpt and tool in turn."""
     if not isinstance(item, Mapping):
         raise RowError("conversations", f"an item is a mapping with `conversations`; this is {str(item)[:200]!r}")
     is_chat = "conversations" not in item and "messages" in item
@@ -147,29 +157,41 @@ def _speakers(item: Any) -> tuple[str, list[tuple[str, str]]]:
         (item["messages"], "role", "content") if is_chat else (item.get("conversations", ()), "from", "value")
     )
     try:
-        speakers = [(SPEAKERS.get(str(turn[who]), str(turn[who])), str(turn[what])) for turn in turns]
-    except (TypeError, KeyError) as error:
+        speakers = [
+            _Said(SPEAKERS.get(str(turn[who]), str(turn[who])), str(turn[what]), _is_learnt(turn)) for turn in turns
+        ]
+    except (TypeError, KeyError, AttributeError) as error:
         raise RowError("conversations", f"conversations is no list of {{from, value}} ({error!r})") from error
     system = str(item.get("system") or "")
-    if speakers and speakers[0][0] == "system":
-        system = system or speakers[0][1]
+    if speakers and speakers[0].speaker == "system":
+        system = system or speakers[0].text
         speakers = speakers[1:]
     expected = ["human"] + ["gpt", "tool"] * (len(speakers) // 2)
-    if len(speakers) < 2 or [speaker for speaker, _ in speakers] != expected[: len(speakers)]:
-        order = ", ".join(speaker for speaker, _ in speakers)[:300]
+    given = [said.speaker for said in speakers]
+    if len(speakers) < 2 or given != expected[: len(speakers)]:
+        order = ", ".join(given)[:300]
         raise RowError("conversations", f"turns must be human, then gpt and tool in turn; they are: {order}")
+    if not any(said.learn for said in speakers[1::2]):
+        raise RowError("nothing to learn", "every gpt turn says loss: false or weight: 0")
     return system, speakers
 
 
-def _turns(speakers: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -> tuple[DemoTurn, ...]:
+def _is_learnt(turn: Mapping[str, Any]) -> bool:
+    loss, weight = turn.get("loss", True), turn.get("weight", 1)
+    if loss not in (True, False, None) or weight not in (0, 1, None):
+        raise RowError("loss mark", f"loss must be true or false and weight 0 or 1, not {loss!r} and {weight!r}")
+    return loss is not False and weight != 0
+
+
+def _turns(speakers: Sequence[_Said], images: Sequence[Image.Image]) -> tuple[DemoTurn, ...]:
     """Assistant turns, each with what the tool said after it."""
     turns = []
     remaining = iter(images)
     for at in range(0, len(speakers), 2):
-        text = speakers[at][1].strip()
+        text = speakers[at].text.strip()
         if IMAGE_MARK in text:
             raise RowError("image marks", f"a gpt turn holds an {IMAGE_MARK} mark; only human and tool turns may")
-        response = speakers[at + 1][1] if at + 1 < len(speakers) else ""
+        response = speakers[at + 1].text if at + 1 < len(speakers) else ""
         if response.count(IMAGE_MARK) > 1:
             raise RowError("image marks", f"a tool turn shows {response.count(IMAGE_MARK)} images; one at most")
         image = next(remaining) if IMAGE_MARK in response else None
@@ -180,6 +202,7 @@ def _turns(speakers: Sequence[tuple[str, str]], images: Sequence[Image.Image]) -
                 call=call,
                 result_image=image,
                 response_text=response.replace(IMAGE_MARK, "").strip(),
+                learn=speakers[at].learn,
             )
         )
     return tuple(turns)

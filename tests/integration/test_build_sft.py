@@ -69,6 +69,20 @@ def test_all_that_is_kept_verifies_and_trains(built: Path, sandbox: Sandbox) -> 
     assert {0, 1, 2, 3} <= set(calls)
 
 
+def test_faults_can_be_shown_without_being_learnt(tmp_path: Path) -> None:
+    plan = PlanConfig(shares={"error_recovery": 1.0})
+    build([table(tmp_path, 6)], tmp_path / "sft.json", plan=plan, learn_faults=False)
+    items = read(tmp_path / "sft.json")
+    assert len(items) == 6
+    for item in items:
+        said = [turn for turn in item["conversations"] if turn["from"] == "gpt"]
+        marked = [turn for turn in said if turn.get("loss") is False]
+        assert len(marked) == 1 and said[-1] not in marked, "the fault alone"
+        if item["build"]["fault"] == "exception":
+            after = item["conversations"][item["conversations"].index(marked[0]) + 1]
+            assert after["from"] == "tool" and "<image>" not in after["value"]
+
+
 def tampered(built: Path, kind: str, change: Any) -> Path:
     """The built file with the first conversation of a kind changed; its images are the same files."""
     items = read(built)

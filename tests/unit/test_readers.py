@@ -18,7 +18,7 @@ from PIL import Image
 from cv_lightning.data import chunks
 from cv_lightning.data.demonstrations import DemonstrationConfig
 from cv_lightning.data.digits import TRANSFORMS, DigitsConfig
-from cv_lightning.data.export import write_digits_parquet, write_digits_sft_json, write_task_parquet
+from cv_lightning.data.export import write_digits_parquet, write_digits_sft_json, write_sft_json, write_task_parquet
 from cv_lightning.data.readers import TaskFiles, parse_transforms
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
@@ -283,6 +283,17 @@ def test_an_item_becomes_a_conversation(tmp_path: Path) -> None:
     assert last.text == "<answer>4</answer>"
 
 
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}])
+def test_a_turn_that_carries_no_loss(tmp_path: Path, mark: dict[str, Any]) -> None:
+    marked = item()
+    marked["conversations"][1] |= mark
+    conversation = ConversationFiles([sft_file(tmp_path, [marked])], ReaderConfig()).row(0)
+    assert [turn.learn for turn in conversation.turns] == [False, True]
+    write_sft_json(tmp_path / "again.json", [conversation])
+    again = ConversationFiles([str(tmp_path / "again.json")], ReaderConfig()).row(0)
+    assert [turn.learn for turn in again.turns] == [False, True]
+
+
 def test_digits_come_back_from_sft_json_as_they_were(tmp_path: Path) -> None:
     source = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(tool_share=0.7), execute)
     write_digits_sft_json(tmp_path / "digits.json", source, 12)
@@ -307,6 +318,8 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path) -> None:
         item(conversations=[{"speaker": "human"}]),
         "text",
         item(conversations=[{"from": "human", "value": "What?"}, turns[3]], images=[]),
+        item(conversations=[turns[0], turns[1] | {"loss": False}], images=["a.png"]),
+        item(conversations=[turns[0], turns[1] | {"loss": "maybe"}], images=["a.png"]),
     ]
     files = ConversationFiles([sft_file(tmp_path, items)], ReaderConfig())
     assert len(files) == 1
@@ -318,6 +331,8 @@ def test_bad_items_are_listed_and_skipped(tmp_path: Path) -> None:
         (4, "conversations"),
         (5, "conversations"),
         (6, "image marks"),
+        (7, "nothing to learn"),
+        (8, "loss mark"),
     ]
     with pytest.raises(DataError, match=r"(?s)no usable row.*sft\.json"):
         ConversationFiles([sft_file(tmp_path, items[1:])], ReaderConfig())

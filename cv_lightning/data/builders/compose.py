@@ -50,6 +50,8 @@ class Outcome:
     """Why it is not kept; None if it is."""
     facts: Facts | None = None
     turns: list[Played] = field(default_factory=list)
+    steps: tuple[Step, ...] = ()
+    """What each turn was planned to do."""
     images: list[Image.Image] = field(default_factory=list)
     """In the order in which the conversation shows them."""
     prompt_tokens: int = 0
@@ -107,7 +109,7 @@ class Composer:
         facts = await self._judged(facts, player.turns[-1])
         found = problems_of(facts, player.turns, player.images)
         outcome.problem = found[0] if found else None
-        outcome.facts, outcome.turns = facts, player.turns
+        outcome.facts, outcome.turns, outcome.steps = facts, player.turns, tuple(plan.steps)
         outcome.images = [each.original for each in player.images]
 
     async def _turn(self, request: TurnRequest, facts: Facts, player: Player, outcome: Outcome) -> str:
@@ -226,18 +228,20 @@ def _crop_refusal(core: set[str], image: TrajectoryImage, facts: Facts, player: 
 
 
 # ------------------------------------------------------------------------------------------------ SFT item
-def item_of(outcome: Outcome, names: list[str], system: str | None) -> dict[str, Any]:
+def item_of(outcome: Outcome, names: list[str], system: str | None, learn_faults: bool = True) -> dict[str, Any]:
     """The entry of an SFT file; its `build` key holds the facts, by which `verify_file` checks it.
 
     Args:
         outcome: of a kept candidate.
         names: paths of its images, relative to the file.
         system: system message; None leaves it to the agent's own.
+        learn_faults: False marks the turns that go wrong on purpose with `loss: false`.
     """
     assert outcome.facts is not None
-    speakers = [{"from": "human", "value": IMAGE_MARK + outcome.facts.question}]
-    for turn in outcome.turns:
-        speakers.append({"from": "gpt", "value": turn.text})
+    speakers: list[dict[str, Any]] = [{"from": "human", "value": IMAGE_MARK + outcome.facts.question}]
+    for turn, step in zip(outcome.turns, outcome.steps, strict=True):
+        mark = {} if learn_faults or step.fault is None else {"loss": False}
+        speakers.append({"from": "gpt", "value": turn.text, **mark})
         if turn.image_index is not None:
             speakers.append({"from": "tool", "value": IMAGE_MARK})
         elif turn.result is not None:

@@ -61,6 +61,8 @@ class BuildSFT:
     """Conversations under way at once; raise it for an endpoint."""
     system: bool = False
     """Write the agent's system prompt into the file; without, the trainer puts its own before each conversation."""
+    learn_faults: bool = True
+    """False: calls that go wrong on purpose are marked `loss: false`: seen and recovered from, never imitated."""
     verify: bool = False
     """Afterwards verify the written file from disk, every call run again."""
 
@@ -80,7 +82,7 @@ def image_folder_of(out: Path) -> Path:
 
 def settings_of(config: BuildSFT) -> dict[str, Any]:
     """What the conversations depend on; a build that goes on must have the same."""
-    names = ("files", "seed", "table", "plan", "frame", "teacher", "judge", "system")
+    names = ("files", "seed", "table", "plan", "frame", "teacher", "judge", "system", "learn_faults")
     return {name: value for name, value in asdict(config).items() if name in names}
 
 
@@ -213,7 +215,8 @@ class _Build:
             item = None
             if outcome.problem is None:
                 names = await asyncio.to_thread(_save_images, outcome, self.config)
-                item = item_of(outcome, names, PromptConfig().system_text(tool=True) if self.config.system else None)
+                system = PromptConfig().system_text(tool=True) if self.config.system else None
+                item = item_of(outcome, names, system, self.config.learn_faults)
             self.progress.add(_entry(outcome, item))
             self.new += 1
             self._count(item is not None)
