@@ -43,7 +43,8 @@ class StoreConfig:
     share: float = 1.0
     """Share of groups that are stored, in [0, 1]; chosen by task and iteration, the same on every rank."""
     max_gb: float = 20.0
-    """Each rank stops storing (and says so once) when what it wrote exceeds this many GB."""
+    """A rank stops storing (and says so once) when the images and lines that it found, of a run that it goes on with,
+    and those that it wrote exceed this many GB. What other ranks write meanwhile is not in it."""
     image_format: Literal["png", "webp"] = "png"
     """Both are lossless; WebP is smaller and about ten times slower to write."""
     tokens: bool = False
@@ -78,6 +79,7 @@ class TrajectoryWriter:
         self.num_skipped = 0
         """Groups left out by `share` or `max_gb`."""
         self.num_bytes = 0
+        """Of the images that were here before, of this file, and of what was written since."""
         self._images = self.folder / IMAGES
         self._images.mkdir(parents=True, exist_ok=True)
         path = self.folder / LINES / f"{name}.rank{rank}.jsonl"
@@ -85,12 +87,17 @@ class TrajectoryWriter:
         self.path = path
         self._temporary = f".{os.getpid()}.{rank}.tmp"
         self._names: dict[int, tuple[weakref.ref[Image.Image], str]] = {}
-        self._stored: set[str] = {entry.name for entry in os.scandir(self._images)}
+        self._stored: set[str] = set()
+        for entry in os.scandir(self._images):
+            self._stored.add(entry.name)
+            self.num_bytes += _size_of(entry)
         self._file = path.open("ab")
+        self.num_bytes += self._file.tell()
         if torn := _ends_torn(path):
             # whatever the last writer left unfinished becomes a line of its own, which the reader counts as bad
             self._file.write(b"\n")
             LOG.warning("%s ends in %d bytes of an unfinished line (a killed run); appending after it", path, torn)
+        self._warn_if_full()
 
     def write_group(self, group: Group, iteration: int) -> None:
         """Store one group: its new images, then its line, flushed to the operating system.
@@ -107,8 +114,7 @@ class TrajectoryWriter:
         self._file.flush()
         self.num_written += 1
         self.num_bytes += len(line)
-        if self.num_bytes > self.config.max_gb * 1e9:
-            LOG.warning("%s: %.1f GB written, store.max_gb reached; storing no more", self.path, self.num_bytes / 1e9)
+        self._warn_if_full()
 
     def close(self) -> None:
         """Finish; closing twice is fine."""
@@ -122,8 +128,16 @@ class TrajectoryWriter:
     ) -> None:
         self.close()
 
+    @property
+    def _is_full(self) -> bool:
+        return self.num_bytes > self.config.max_gb * 1e9
+
+    def _warn_if_full(self) -> None:
+        if self._is_full:
+            LOG.warning("%s: %.1f GB stored, store.max_gb reached; storing no more", self.path, self.num_bytes / 1e9)
+
     def _wanted(self, task_id: str, iteration: int) -> bool:
-        if self.num_bytes > self.config.max_gb * 1e9:
+        if self._is_full:
             return False
         if self.config.share >= 1.0:
             return True
@@ -183,6 +197,14 @@ def drop_after(folder: str | Path, iteration: int) -> dict[Path, int]:
         if groups:
             dropped[path] = groups
     return dropped
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    """0 for a temporary file of another rank that is gone by now."""
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _iteration_of(line: bytes) -> int | None:

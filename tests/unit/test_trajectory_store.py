@@ -143,6 +143,10 @@ def test_size_cap_stops_the_store_and_not_the_run(tmp_path: Path, caplog: pytest
     assert 0 < writer.num_written < 40
     assert writer.num_written + writer.num_skipped == 40
     assert sum("max_gb" in message for message in caplog.messages) == 1
+    caplog.clear()
+    with TrajectoryWriter(tmp_path, StoreConfig(max_gb=20e-6)) as again:  # a run that goes on
+        again.write_group(sample_groups(41)[-1], 0)
+    assert again.num_written == 0 and sum("max_gb" in message for message in caplog.messages) == 1
 
 
 def test_awkward_values_survive(tmp_path: Path) -> None:
