@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which part of reward and recipe does what, on handwritten digits: 9 arms x 3 seeds, hours on a CPU.
+# Which part of reward and recipe does what, on handwritten digits: 11 arms x 3 seeds, hours on a CPU.
 #
 #   bash scripts/ablations.sh [--seeds 0 1 2] [--arms full no_process ...] [--iterations N] [--per-kind N] [--out FOLDER]
 #       [--no-tests] [--smoke] [--table]

@@ -49,6 +49,12 @@ ARMS = {
     "reference_static": Arm(
         title="released code's reward, from the code's text", reward="configs/ablations/reference_static.yaml"
     ),
+    "rare": Arm(title="quickstart's reward after SFT that seldom shows the tool", sft="sft_rare"),
+    "rare_no_process": Arm(
+        title="no process reward after SFT that seldom shows the tool",
+        reward="configs/ablations/no_process.yaml",
+        sft="sft_rare",
+    ),
     "needless": Arm(title="quickstart's reward after SFT with needless turns", sft="sft_needless"),
     "needless_no_penalty": Arm(
         title="no penalty after SFT with needless turns", reward="configs/ablations/no_penalty.yaml", sft="sft_needless"
@@ -56,10 +62,12 @@ ARMS = {
 }
 SFTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("SFT", ()),
+    "sft_rare": ("SFT that seldom shows the tool", ("--data.init_args.demonstrations.tool_share", "0.05")),
     "sft_needless": ("SFT with needless turns", ("--data.init_args.demonstrations.needless_share", "0.5")),
 }
-"""Title and options of each SFT. The quickstart's own never calls without need, so that a penalty has nothing to do;
-the other turns half of the upright pictures first, for no reason."""
+"""Title and options of each SFT. The quickstart's own shows the tool in a third of the tasks that need it, so that
+right answers alone lead to it, and never calls without need, so that a penalty has nothing to do. The second shows it
+in a twentieth; the third turns half of the upright pictures first, for no reason."""
 KINDS = ("upright", "turned", "small", "turned_and_small")
 
 

@@ -26,7 +26,8 @@ def test_an_arm_changes_only_what_it_is_named_after() -> None:
     def changed(name: str) -> set[str]:
         return {part for part, weight in rewards[name].weights.items() if weight != full[part]}
 
-    assert changed("no_process") == {"mandatory", "exact"} and not rewards["no_process"].gate
+    assert changed("no_process") == changed("rare_no_process") == {"mandatory", "exact"} and not changed("rare")
+    assert not rewards["no_process"].gate
     assert changed("no_penalty") == changed("needless_no_penalty") == {"usage", "spurious"} and not changed("needless")
     trace, static = rewards["reference"], rewards["reference_static"]
     assert (trace.evidence, static.evidence) == ("trace", "code") and trace.weights == static.weights
