@@ -16,6 +16,8 @@ from cv_lightning.types import DataError
 
 FOUND_AT = 0.5
 """Share of must-use while training from which on an arm has found the tool."""
+EARLY = (6, 25)
+"""Iterations, both included, whose must-use says how fast the tool is taken up."""
 LAST_ITERATIONS = 5
 """Iterations at the end that training figures are means of."""
 
@@ -34,6 +36,7 @@ COLUMNS = (
     Column(key="accuracy_training", title="accuracy, end of training"),
     Column(key="calls_training", title="calls, end of training"),
     Column(key="spurious_training", title="needless turning, end of training", digits=3),
+    Column(key="must_use_early", title="must-use, iterations 6-25"),
     Column(key="found_at", title="tool found at iteration", digits=0),
     Column(key="must_use_greedy", title="test, greedy: must-use"),
     Column(key="accuracy_greedy", title="test, greedy: accuracy"),
@@ -84,6 +87,9 @@ def _training(curves: list[Curve]) -> dict[str, float]:
         mean, count = mean_between(curves, f"rollout/{name}", last - LAST_ITERATIONS + 1, last)
         if count:
             found[f"{name.replace('tool_calls_mean', 'calls')}_training"] = mean
+    early, count = mean_between(curves, "rollout/must_use", *EARLY)
+    if count:
+        found["must_use_early"] = early
     must_use = [curve for curve in curves if curve.name == "rollout/must_use"]
     if not must_use:
         return {}

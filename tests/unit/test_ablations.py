@@ -60,8 +60,11 @@ def test_the_table(tmp_path: Path) -> None:
         (test / "metrics.json").write_text(json.dumps(figures))
     found = study(tmp_path, ["sft", "full"])
     assert list(found) == ["full"]
+    assert found["full"]["seed0"]["must_use_early"] == 0.9  # of iterations 6 to 8: there are no more
     assert found["full"]["seed0"]["must_use_training"] == 0.9 and math.isinf(found["full"]["seed1"]["found_at"])
     assert "must_use_greedy" not in found["full"]["seed1"] and "spurious_training" not in found["full"]["seed0"]
     row = markdown(found, str.upper).splitlines()[2]
-    assert row.startswith("| FULL | 2 | 0.50 (0.10-0.90) | 0.50 (0.50-0.50) | 2.00 (1.00-3.00) | - | 2, never | 0.75 |")
+    assert row.startswith(
+        "| FULL | 2 | 0.50 (0.10-0.90) | 0.50 (0.50-0.50) | 2.00 (1.00-3.00) | - | 0.50 (0.10-0.90) | 2, never | 0.75 |"
+    )
     assert to_json(found)["full"]["seed1"]["found_at"] is None
