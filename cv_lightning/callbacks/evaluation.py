@@ -17,14 +17,13 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.resume import RETRIED, Answered, prepare, read_answered, write_state
 from cv_lightning.engine import SamplingConfig
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, write_results
-from cv_lightning.evaluation.tables import Evaluated
+from cv_lightning.evaluation.tables import Evaluated, print_grids
 from cv_lightning.files import write_text
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rl.collector import Collector
@@ -209,10 +208,7 @@ class Evaluator:
         }
         pairs = tool_pairs(everything, self._without_tool())
         grids = write_results(root / "eval", self.prefix, figures, pairs, about)
-        console = Console()
-        for grid in grids:
-            console.print(grid.rich())
-        console.print(f"written to {root / 'eval'}/{self.prefix}results.json, .md and .png", highlight=False)
+        print_grids(grids, after=f"written to {root / 'eval'}/{self.prefix}results.json, .md and .png")
 
     def _without_tool(self) -> dict[str, str]:
         """By the name of a setting with the tool, that of the same without it."""

@@ -17,9 +17,8 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
         out: folder of compare.html and compare.json; by default beside B.
         max_flips: flipped questions of each direction whose trajectories the page shows.
     """
-    from rich.console import Console
-
     from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation, write_comparison
+    from cv_lightning.evaluation.tables import print_grids
 
     if max_flips < 0:
         raise CVLightningError(f"--max_flips {max_flips}: a number of questions, or 0 for none")
@@ -27,12 +26,12 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
     found = compare(first, second, (str(a), str(b)))
     folder = out or b.resolve().parent / f"compare_{a.resolve().name}_{b.resolve().name}"
     write_comparison(found, first, second, folder, max_flips)
-    console = Console()
-    console.print(f"A: {a}\nB: {b}\n{found.matching}", highlight=False)
-    for grid in comparison_tables(found):
-        console.print(grid.rich())
-    console.print(f"{len(found.gained)} questions gained, {len(found.lost)} lost", highlight=False)
-    console.print(f"{(folder / 'compare.html').resolve().as_uri()}, compare.json beside it", highlight=False)
+    print_grids(
+        comparison_tables(found),
+        before=f"A: {a}\nB: {b}\n{found.matching}",
+        after=f"{len(found.gained)} questions gained, {len(found.lost)} lost\n"
+        f"{(folder / 'compare.html').resolve().as_uri()}, compare.json beside it",
+    )
 
 
 def main(args: list[str] | None = None) -> int:

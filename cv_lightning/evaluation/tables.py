@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
 
 from cv_lightning.evaluation.breakdown import TRANSFORMS, Breakdown
@@ -14,6 +15,8 @@ from cv_lightning.evaluation.paired import PairedSummary
 from cv_lightning.evaluation.published import published_on
 from cv_lightning.evaluation.statistics import Difference, Rate
 
+LOG_WIDTH = 200
+"""Characters that a table may have where it does not go to a terminal."""
 COLUMN_NAMES = {
     "identity": "Source",
     "rotate_90": "R90",
@@ -57,6 +60,18 @@ class Grid:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+def print_grids(grids: Sequence[Grid], before: str = "", after: str = "") -> None:
+    """Print tables, and plain lines around them; in a log, which has no width, without a break in any cell."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    for text in (before, *grids, after):
+        if isinstance(text, Grid):
+            console.print(text.rich())
+        elif text:
+            console.print(text, highlight=False, soft_wrap=True)
 
 
 def _line(cells: Sequence[str]) -> str:
