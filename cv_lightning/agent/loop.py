@@ -25,9 +25,9 @@ from cv_lightning.agent.job import Job, jobs_of
 from cv_lightning.agent.prompt import cut_middle, response_parts, tool_ok_text
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
+from cv_lightning.agent.views import TaskViews
 from cv_lightning.background import Background
 from cv_lightning.engine.base import Completion, Engine, Request, SamplingConfig
-from cv_lightning.images import content_hash
 from cv_lightning.types import (
     DataError,
     EndState,
@@ -155,8 +155,7 @@ class _Pass:
         self.in_sandbox: dict[str, _Call] = {}
         self.scoring: list[tuple[int, Trajectory, Future[None] | None]] = []  # ended; None: no verdict is asked for
         self.done: dict[int, Trajectory] = {}
-        self.shown: dict[int, tuple[list[TrajectoryImage], list[str]]] = {}
-        """By identity of the task: its images as the model sees them, and their hashes."""
+        self.task_views = TaskViews(self.encoder, (job.task for job in jobs))
         self.views: dict[str, Image.Image] = {}
         """By hash: trajectories that made the same image share one object, which training then processes and encodes
         once."""
@@ -182,6 +181,8 @@ class _Pass:
         except BaseException:
             self._abort()
             raise
+        finally:
+            self.task_views.close()
         return [self.done[order] for order in range(self.state.total)]
 
     def _admit_jobs(self) -> None:
@@ -339,13 +340,7 @@ class _Pass:
             DataError: it cannot be built.
         """
         task = run.job.task
-        if id(task) not in self.shown:
-            views = [
-                TrajectoryImage(original=image, model_image=self.encoder.model_image(image), source=index)
-                for index, image in enumerate(task.images)
-            ]
-            self.shown[id(task)] = views, [content_hash(view.model_image) for view in views]
-        views, hashes = self.shown[id(task)]
+        views, hashes = self.task_views.of(task)
         seen = [view.model_image for view in views]
         self.encoder.open(run.dialogue, task, seen, self.config.prompt, self.config.tool)
         run.trajectory.images += views

@@ -147,7 +147,7 @@ class Evaluator:
             if len(tasks) < len(batch.tasks):
                 logger.info("%s: %d questions were answered before", setting.name, len(batch.tasks) - len(tasks))
             folder = self._folder(trainer, module, setting)
-            with TrajectoryWriter(folder, self.store, rank=trainer.global_rank) as writer:
+            with TrajectoryWriter(folder, self.store, rank=trainer.global_rank, background=True) as writer:
                 written: set[int] = set()
 
                 def keep(

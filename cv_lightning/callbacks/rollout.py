@@ -65,10 +65,7 @@ class _Parts:
                 if part is not None:
                     parts.callback(part.close)
         if self.writer is not None:
-            try:
-                self.writer.close()
-            except OSError as error:  # a full disk, which has ended the run with a message of its own
-                logger.warning("the last trajectories are not in %s: %s", self.writer.folder, error)
+            self.writer.close()
 
 
 class RolloutCallback(pl.Callback):
@@ -235,7 +232,8 @@ class RolloutCallback(pl.Callback):
         elapsed = time.perf_counter() - begun
         if parts.writer is None:
             parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
-        self._write(parts.writer, groups, number)
+        for group in groups:
+            parts.writer.write_group(group, number)
         stored = time.perf_counter()
         parts.engine.sleep()
         with Watchdog.at(trainer, f"end of rollout {number}", waits=True):
@@ -250,16 +248,6 @@ class RolloutCallback(pl.Callback):
         merged = merge_metrics(gather_lists([metrics]))
         module.log_dict(merged)
         self._check_failures(merged, groups)
-
-    def _write(self, writer: TrajectoryWriter, groups: Sequence[Group], number: int) -> None:
-        try:
-            for group in groups:
-                writer.write_group(group, number)
-        except OSError as error:
-            raise CVLightningError(
-                f"trajectories cannot be stored in {writer.folder}: {error.strerror or error}. Checkpoints could not "
-                "be either: free space, lower store.share or store.max_gb, and go on with --ckpt_path last"
-            ) from error
 
     def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Stop where too much has failed to learn from; the same on all ranks.

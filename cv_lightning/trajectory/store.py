@@ -19,6 +19,8 @@ import math
 import mmap
 import os
 import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,11 +31,13 @@ from PIL import Image
 
 from cv_lightning.images import content_hash
 from cv_lightning.trajectory.record import GroupRecord, group_to_json, to_record
-from cv_lightning.types import Group
+from cv_lightning.types import CVLightningError, Group
 
 LOG = logging.getLogger(__name__)
 LINES = "trajectories"
 IMAGES = "images"
+MAX_WAITING = 256
+"""Groups that may wait to be written in the background, with their images in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +72,18 @@ class TrajectoryWriter:
         config: what is kept.
         rank: of this process.
         name: stem of the file, to keep apart what one folder holds.
+        background: a thread encodes and writes, while the caller goes on and leaves the groups as they are. What is
+            wrong is raised by a later call, by `close` at the latest; until then the last groups may not be on disk.
     """
 
     def __init__(
-        self, folder: str | Path, config: StoreConfig | None = None, rank: int = 0, *, name: str = "groups"
+        self,
+        folder: str | Path,
+        config: StoreConfig | None = None,
+        rank: int = 0,
+        *,
+        name: str = "groups",
+        background: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.config = config or StoreConfig()
@@ -97,6 +109,8 @@ class TrajectoryWriter:
             # whatever the last writer left unfinished becomes a line of its own, which the reader counts as bad
             self._file.write(b"\n")
             LOG.warning("%s ends in %d bytes of an unfinished line (a killed run); appending after it", path, torn)
+        self._thread = ThreadPoolExecutor(1, "store") if background else None
+        self._waiting: deque[Future[None]] = deque()
         self._warn_if_full()
 
     def write_group(self, group: Group, iteration: int) -> None:
@@ -105,20 +119,53 @@ class TrajectoryWriter:
         Args:
             group: scored or not.
             iteration: RL iteration; 0 in evaluations.
+
+        Raises:
+            CVLightningError: this group, or in the background one before it, cannot be written.
         """
         if not self._wanted(group.task.id, iteration):
             self.num_skipped += 1
             return
-        line = encode_line(to_record(group, iteration, name_image=self._store_image, tokens=self.config.tokens))
-        self._file.write(line)
-        self._file.flush()
+        if self._thread is None:
+            self._write(group, iteration)
+            return
+        self._waiting.append(self._thread.submit(self._write, group, iteration))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > MAX_WAITING):
+            self._waiting.popleft().result()
+
+    def _write(self, group: Group, iteration: int) -> None:
+        if self._is_full:
+            self.num_skipped += 1
+            return
+        try:
+            line = encode_line(to_record(group, iteration, name_image=self._store_image, tokens=self.config.tokens))
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise CVLightningError(
+                f"trajectories cannot be stored in {self.folder}: {error.strerror or error}. Free space, or lower "
+                "store.share or store.max_gb, and go on with the same command (fit: with --ckpt_path last)"
+            ) from error
         self.num_written += 1
         self.num_bytes += len(line)
         self._warn_if_full()
 
     def close(self) -> None:
-        """Finish; closing twice is fine."""
-        self._file.close()
+        """Finish; closing twice is fine.
+
+        Raises:
+            CVLightningError: what still waited cannot be written.
+        """
+        try:
+            while self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown(cancel_futures=True)
+            try:
+                self._file.close()
+            except OSError as error:  # on a full disk: bytes of the group that could not be written
+                LOG.warning("the last trajectories are not in %s: %s", self.path, error)
 
     def __enter__(self) -> Self:
         return self

@@ -127,7 +127,7 @@ class Bench:
         collector = Collector(rollout, self.rewards, AdvantageConfig())
         found: list[Outcome] = []
         begun = time.perf_counter()
-        with TrajectoryWriter(self.folder / str(number)) as writer:
+        with TrajectoryWriter(self.folder / str(number), background=True) as writer:
 
             def keep(group: Group) -> None:
                 writer.write_group(group, 0)

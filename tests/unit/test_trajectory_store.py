@@ -19,7 +19,7 @@ from trajectory_samples import KINDS, Policy, digit_task, group
 from cv_lightning.commands.trajectories import main as export_main
 from cv_lightning.images import decode_image
 from cv_lightning.trajectory import StoreConfig, TrajectoryWriter, read_groups, to_dataframe, to_record, write_parquet
-from cv_lightning.types import SCHEMA_VERSION, DataError, Group
+from cv_lightning.types import SCHEMA_VERSION, CVLightningError, DataError, Group
 
 
 def write(folder: Path, groups: list[Group], config: StoreConfig | None = None, **options: object) -> Path:
@@ -147,6 +147,29 @@ def test_size_cap_stops_the_store_and_not_the_run(tmp_path: Path, caplog: pytest
     with TrajectoryWriter(tmp_path, StoreConfig(max_gb=20e-6)) as again:  # a run that goes on
         again.write_group(sample_groups(41)[-1], 0)
     assert again.num_written == 0 and sum("max_gb" in message for message in caplog.messages) == 1
+
+
+def test_in_the_background_all_is_there_after_the_context(tmp_path: Path) -> None:
+    groups = sample_groups(40)
+    write(tmp_path / "at_once", groups)
+    write(tmp_path / "later", groups, background=True)
+    read = [list(read_groups(tmp_path / name)) for name in ("at_once", "later")]
+    assert [g.task.id for g in read[0]] == [g.task.id for g in read[1]] == [g.task.id for g in groups]
+    names = [sorted(path.name for path in (tmp_path / name / "images").iterdir()) for name in ("at_once", "later")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_told(tmp_path: Path, background: bool) -> None:
+    lines = tmp_path / "trajectories/groups.rank0.jsonl"
+    lines.parent.mkdir()
+    lines.symlink_to("/dev/full")
+    with (
+        pytest.raises(CVLightningError, match=rf"{tmp_path}: No space left on device.*store\.max_gb"),
+        TrajectoryWriter(tmp_path, background=background) as writer,
+    ):
+        for item in sample_groups(3):
+            writer.write_group(item, 0)
 
 
 def test_awkward_values_survive(tmp_path: Path) -> None:
