@@ -13,8 +13,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place once the context ends without an error.
 
     Args:
-        path: the file; its folder exists. Two processes must not write the same one at a time.
+        path: the file; its folder exists. Two processes must not write the same one at a time. A link, device or pipe
+            (`/dev/stdout`) is written itself: nothing could take its place.
     """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        yield path
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary

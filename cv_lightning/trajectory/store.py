@@ -36,7 +36,7 @@ from cv_lightning.types import CVLightningError, Group
 LOG = logging.getLogger(__name__)
 LINES = "trajectories"
 IMAGES = "images"
-MAX_WAITING = 256
+MAX_WAITING = 32
 """Groups that may wait to be written in the background, with their images in memory."""
 
 
