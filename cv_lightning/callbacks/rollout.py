@@ -231,7 +231,8 @@ class RolloutCallback(pl.Callback):
             groups, metrics = self._collect(trainer, module, batch, show)
         elapsed = time.perf_counter() - begun
         if parts.writer is None:
-            parts.writer = TrajectoryWriter(trainer.default_root_dir, self.store, rank=trainer.global_rank)
+            folder, rank = trainer.default_root_dir, trainer.global_rank
+            parts.writer = TrajectoryWriter(folder, self.store, rank, background=True)
         for group in groups:
             parts.writer.write_group(group, number)
         stored = time.perf_counter()
@@ -248,6 +249,13 @@ class RolloutCallback(pl.Callback):
         merged = merge_metrics(gather_lists([metrics]))
         module.log_dict(merged)
         self._check_failures(merged, groups)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Wait until the trajectories are on disk, which went on during the update; a checkpoint may come next."""
+        if self.parts is not None and self.parts.writer is not None:
+            self.parts.writer.flush()
 
     def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Stop where too much has failed to learn from; the same on all ranks.

@@ -72,8 +72,8 @@ class TrajectoryWriter:
         config: what is kept.
         rank: of this process.
         name: stem of the file, to keep apart what one folder holds.
-        background: a thread encodes and writes, while the caller goes on and leaves the groups as they are. What is
-            wrong is raised by a later call, by `close` at the latest; until then the last groups may not be on disk.
+        background: a thread encodes and writes, while the caller goes on and leaves the groups as they are. The last
+            ones may not be on disk before `flush` or `close`, which raise what is wrong if no call before them did.
     """
 
     def __init__(
@@ -150,15 +150,23 @@ class TrajectoryWriter:
         self.num_bytes += len(line)
         self._warn_if_full()
 
+    def flush(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            CVLightningError: something that waited cannot be.
+        """
+        while self._waiting:
+            self._waiting.popleft().result()
+
     def close(self) -> None:
         """Finish; closing twice is fine.
 
         Raises:
-            CVLightningError: what still waited cannot be written.
+            CVLightningError: as of `flush`.
         """
         try:
-            while self._waiting:
-                self._waiting.popleft().result()
+            self.flush()
         finally:
             if self._thread is not None:
                 self._thread.shutdown(cancel_futures=True)
