@@ -175,8 +175,9 @@ class _Build:
                         continue
                     await slots.acquire()
                     group.create_task(self._try(candidate, slots))
-        except* (CVLightningError, OSError) as errors:
-            raise errors.exceptions[0] from None
+        except ExceptionGroup as errors:  # not except*: before 3.11.4 what that raises comes in a group of its own
+            ours = [error for error in errors.exceptions if isinstance(error, CVLightningError | OSError)]
+            raise ours[0] if ours else errors from None
         finally:
             await self.composer.teacher.close()
         self.rows.report(sum(self.dealer.dealt.values()))
