@@ -1,4 +1,4 @@
-"""The pictures of tasks as the model sees them, made ahead so that the engine's thread never waits for a resize."""
+"""The pictures of tasks as the model sees them, made ahead, beside the engine's thread."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class TaskViews:
         self._encoder = encoder
         self._ahead = deque({id(task): task for task in tasks}.values())
         self._made: dict[int, Future[Views]] = {}
+        """By identity of the task."""
         self._opened: set[int] = set()
         threads = min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(threads, "views")

@@ -235,7 +235,7 @@ class RolloutCallback(pl.Callback):
             parts.writer = TrajectoryWriter(folder, self.store, rank, background=True)
         for group in groups:
             parts.writer.write_group(group, number)
-        stored = time.perf_counter()
+        handed_over = time.perf_counter()
         parts.engine.sleep()
         with Watchdog.at(trainer, f"end of rollout {number}", waits=True):
             trainer.strategy.barrier("rollout")
@@ -243,8 +243,7 @@ class RolloutCallback(pl.Callback):
         metrics |= {
             "time/sync_s": synced - start,
             "time/rollout_s": elapsed,
-            "time/store_s": stored - begun - elapsed,
-            "time/wait_s": time.perf_counter() - stored,
+            "time/wait_s": time.perf_counter() - handed_over,
         }
         merged = merge_metrics(gather_lists([metrics]))
         module.log_dict(merged)
@@ -255,7 +254,9 @@ class RolloutCallback(pl.Callback):
     ) -> None:
         """Wait until the trajectories are on disk, which went on during the update; a checkpoint may come next."""
         if self.parts is not None and self.parts.writer is not None:
+            begun = time.perf_counter()
             self.parts.writer.flush()
+            pl_module.log("time/store_s", time.perf_counter() - begun)
 
     def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Stop where too much has failed to learn from; the same on all ranks.

@@ -92,7 +92,7 @@ def _training(curves: list[Curve]) -> dict[str, float]:
         found["must_use_early"] = early
     must_use = [curve for curve in curves if curve.name == "rollout/must_use"]
     if not must_use:
-        return {}
+        return found  # of an SFT: nothing is rolled out
     pairs = zip(must_use[0].steps, must_use[0].values, strict=True)
     return found | {"found_at": next((step for step, value in pairs if value >= FOUND_AT), math.inf)}
 
@@ -117,11 +117,11 @@ def training_curves(
     """By title of the metric, by label of the arm: the curve of every seed that is trained."""
     found: dict[str, dict[str, list[Curve]]] = {}
     for arm in arms:
-        for seed in sorted(folder.glob("seed*")):
-            for curve in read_curves(seed / arm / "metrics.csv") if (seed / arm / "model").is_dir() else []:
-                title = TRAINING.get(curve.name.removeprefix("rollout/"))
-                if title and curve.name.startswith("rollout/"):
-                    found.setdefault(title, {}).setdefault(label(arm), []).append(curve)
+        trained = [path.parent for path in sorted(folder.glob(f"seed*/{arm}/model"))]
+        curves = [curve for run in trained for curve in read_curves(run / "metrics.csv")]
+        for name, title in TRAINING.items():
+            if wanted := [curve for curve in curves if curve.name == f"rollout/{name}"]:
+                found.setdefault(title, {})[label(arm)] = wanted
     return found
 
 

@@ -97,7 +97,7 @@ def test_a_checkpoint_says_what_its_exported_folder_says(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "nothing to warn of"
 
 
-def test_a_checkpoint_of_another_family(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_family(trained: Path, tmp_path: Path) -> None:
     write(TinyCheckpoint(out=tmp_path / "other", model=TinyModelConfig(family="qwen2_5_vl")))
     with pytest.raises(SystemExit) as ended:
         main(arguments(tmp_path / "other", tmp_path / "run", "--ckpt_path", str(checkpoint_of(trained))))
@@ -106,9 +106,7 @@ def test_a_checkpoint_of_another_family(trained: Path, tmp_path: Path, capsys: p
     assert len(said) < 600, "one difference, not every name"
 
 
-def test_a_checkpoint_folder_of_deepspeed_on_one_process(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_folder_of_deepspeed_on_one_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "iteration_1.ckpt/checkpoint").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         main(arguments(tiny_checkpoint, tmp_path / "run", "--ckpt_path", str(tmp_path / "iteration_1.ckpt")))

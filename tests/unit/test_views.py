@@ -1,0 +1,33 @@
+"""Pictures of tasks made ahead: the same as when asked for, no further ahead than said, errors where they belong."""
+
+from __future__ import annotations
+
+import pytest
+from trajectory_samples import digit_task
+
+from cv_lightning.agent import views as module
+from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.views import TaskViews
+from cv_lightning.images import content_hash
+from cv_lightning.types import Task
+
+
+def test_no_further_ahead_than_said(encoder: DialogueEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AHEAD", 3)
+    made: list[str] = []
+    whole = module._views_of
+
+    def noted(encoder: DialogueEncoder, task: Task) -> module.Views:
+        made.append(task.id)
+        return whole(encoder, task)
+
+    monkeypatch.setattr(module, "_views_of", noted)
+    tasks = [digit_task(index, "small") for index in range(8)]
+    views = TaskViews(encoder, [task for task in tasks for _ in range(2)])
+    for at, task in enumerate(tasks):
+        first, again = views.of(task), views.of(task)
+        assert first is again and first.images[0].original is task.images[0]
+        assert first.hashes == [content_hash(encoder.model_image(task.images[0]))]
+        assert len(made) <= at + 1 + 3
+    views.close()
+    assert sorted(made) == sorted(task.id for task in tasks), "each once"
