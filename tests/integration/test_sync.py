@@ -77,7 +77,7 @@ def test_both_engines_sample_from_the_weights_of_the_iteration(two: list[list[di
 
 
 def test_figures_are_those_of_all_ranks_and_the_same_on_each(two: list[list[dict[str, Any]]]) -> None:
-    own = ("time/update_s", "policy/tokens_per_s")  # how long the update of the rank took
+    own = ("time/update_s", "time/store_s", "policy/tokens_per_s")  # how long the rank's own update and storing took
     first, second = ({k: v for k, v in rank[-1]["metrics"].items() if k not in own} for rank in two)
     assert first == second
     assert first["rollout/trajectories"] == 12 and first["policy/trajectories"] == 8, "the middle one is the mean"
