@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cv_lightning.evaluation.breakdown import TRANSFORMS
 from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.evaluation.paired import FLIPPED_AT, Pair, PairedSummary, pair_outcomes, split, summarise_pairs
 from cv_lightning.evaluation.results import evaluated
-from cv_lightning.evaluation.tables import Evaluated, Grid, change, number, percent
+from cv_lightning.evaluation.tables import COLUMN_NAMES, Evaluated, Grid, change, number, percent
 from cv_lightning.files import write_text
 from cv_lightning.trajectory import GroupRecord, read_groups
 from cv_lightning.types import DataError
@@ -66,7 +67,7 @@ class Comparison:
     """Over all of each side's own questions."""
     overall: PairedSummary
     splits: dict[str, dict[str, PairedSummary]]
-    """By what, by value; only splits with more than one value."""
+    """By what, by value; only splits with more than one value. Orientations as everywhere, the rest by name."""
     gained: list[str]
     """Ids (in A) of the questions that only B gets right."""
     lost: list[str]
@@ -158,7 +159,7 @@ def compare(
     for by, key in SPLITS.items():
         parts = split(pair_outcomes(one, renamed, by=key))
         if len(parts) > 1:
-            splits[by] = {value: summarise_pairs(found) for value, found in parts.items()}
+            splits[by] = {value: summarise_pairs(parts[value]) for value in sorted(parts, key=_place)}
     return Comparison(
         names=names,
         matching=matching,
@@ -170,6 +171,10 @@ def compare(
     )
 
 
+def _place(value: str) -> tuple[int, str]:
+    return TRANSFORMS.index(value) if value in TRANSFORMS else len(TRANSFORMS), value
+
+
 def _change(pair: Pair) -> float:
     return pair.correct[1] - pair.correct[0]
 
@@ -179,11 +184,20 @@ def _outcomes(groups: Mapping[str, GroupRecord]) -> list[Outcome]:
 
 
 # ------------------------------------------------------------------------------------------------ tables
+def differences(found: Comparison) -> dict[str, dict[str, PairedSummary]]:
+    """By the title of a table: B against A, by the name of a row. All questions come first."""
+    return {"B against A": {"all": found.overall}} | {
+        f"By {by}": {COLUMN_NAMES.get(value, value) or "-": part for value, part in parts.items()}
+        for by, parts in found.splits.items()
+    }
+
+
 def comparison_tables(found: Comparison) -> list[Grid]:
-    """The differences, overall and by split."""
-    grids = [Grid("B against A", HEADINGS, [_row("all", found.overall)], NOTE)]
-    for by, parts in found.splits.items():
-        grids.append(Grid(f"By {by}", HEADINGS, [_row(value or "-", part) for value, part in parts.items()]))
+    """The tables of `differences`, in that order, and one of both sides."""
+    grids = [
+        Grid(title, HEADINGS, [_row(name, part) for name, part in parts.items()], "" if place else NOTE)
+        for place, (title, parts) in enumerate(differences(found).items())
+    ]
     sides = [entry.summary for entry in found.sides]
     rows = [
         ["accuracy, all tasks", *(percent(side.accuracy_all) for side in sides)],
@@ -233,7 +247,7 @@ def write_comparison(
 
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")
-    write_text(out / "compare.html", render(found, first, second, comparison_tables(found), max_flips))
+    write_text(out / "compare.html", render(found, first, second, max_flips))
 
 
 def flips(

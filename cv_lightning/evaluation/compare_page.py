@@ -1,33 +1,45 @@
-"""The page of a comparison: differences in tables, and the flipped questions with both trajectories side by side."""
+"""The page of a comparison: differences, as numbers and drawn, and the flipped questions, both trajectories beside."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
-from cv_lightning.evaluation.compare import Comparison, flips
+from cv_lightning.evaluation.compare import Comparison, comparison_tables, differences, flips
 from cv_lightning.evaluation.gallery import thumbnail
-from cv_lightning.evaluation.tables import Grid
+from cv_lightning.evaluation.highlight import highlight
+from cv_lightning.evaluation.statistics import Difference
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
-from cv_lightning.types import DataError
+from cv_lightning.types import DataError, Turn
 
 LOG = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL_PX = 224
+CALL = "<tool_call>"
 MAX_TEXT = 4000
 """Characters of a turn that the page shows."""
+MARGIN = 0.03
+"""Of the width of a drawing, left free at both of its ends for the dots."""
+
+
+class Span(NamedTuple):
+    """An interval as it is drawn: places in percent of the width."""
+
+    low: float
+    value: float
+    high: float
+    zero: float
+    """Place of no difference."""
+    tone: str
+    """`right` or `wrong` where the interval lies above or below zero, else empty."""
 
 
 def render(
-    found: Comparison,
-    first: Mapping[str, GroupRecord],
-    second: Mapping[str, GroupRecord],
-    grids: Sequence[Grid],
-    max_flips: int,
+    found: Comparison, first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord], max_flips: int
 ) -> str:
     """The page as HTML, pictures inside, no script. Texts of models and data are escaped."""
     environment = jinja2.Environment(
@@ -38,7 +50,28 @@ def render(
         shown = flips(_spread(names, max_flips), found.matching, first, second)
         questions = [_question(one, other) for one, other in shown]
         sections.append({"title": title, "total": len(names), "questions": questions})
-    return environment.get_template("compare.html.jinja").render(found=found, grids=grids, sections=sections)
+    tables = comparison_tables(found)
+    drawn = iter(spans([part.score for parts in differences(found).values() for part in parts.values()]))
+    drawings = [[next(drawn) for _ in parts] for parts in differences(found).values()]
+    return environment.get_template("compare.html.jinja").render(
+        found=found, differences=zip(tables, drawings, strict=False), sides=tables[-1], sections=sections
+    )
+
+
+def spans(found: Sequence[Difference]) -> list[Span | None]:
+    """Where intervals are drawn, all on one axis that has zero on it; None for one of no questions."""
+    ends = [end for part in found if part.n for end in (part.low, part.high)]
+    start = min(0.0, *ends) if ends else 0.0
+    width = (max(0.0, *ends) - start if ends else 0.0) or 1.0
+
+    def place(value: float) -> float:
+        return 100 * (MARGIN + (1 - 2 * MARGIN) * (value - start) / width)
+
+    def span(part: Difference) -> Span:
+        tone = "right" if part.low > 0 else "wrong" if part.high < 0 else ""
+        return Span(place(part.low), place(part.value), place(part.high), place(0.0), tone)
+
+    return [span(part) if part.n else None for part in found]
 
 
 def _spread(names: Sequence[str], most: int) -> list[str]:
@@ -68,7 +101,8 @@ def _trajectory(trajectory: TrajectoryRecord) -> dict[str, Any]:
         "given": [_picture(image) for image in trajectory.images if image.parent is None],
         "turns": [
             {
-                "text": turn.text[:MAX_TEXT],
+                "text": _said(turn)[:MAX_TEXT],
+                "code": highlight(turn.tool_call.code[:MAX_TEXT]) if turn.tool_call else [],
                 "status": turn.result.status.value if turn.result else "",
                 "error": turn.result.error[:MAX_TEXT] if turn.result else "",
                 "operations": ", ".join(op.name for op in turn.result.operations) if turn.result else "",
@@ -77,6 +111,11 @@ def _trajectory(trajectory: TrajectoryRecord) -> dict[str, Any]:
             for turn in trajectory.turns
         ],
     }
+
+
+def _said(turn: Turn) -> str:
+    """The turn's text; without the call where it was understood, since its code is shown as code."""
+    return turn.text.partition(CALL)[0].strip() if turn.tool_call else turn.text
 
 
 def _picture(image: ImageRecord) -> dict[str, Any]:

@@ -10,7 +10,10 @@ import pytest
 from trajectory_samples import Policy, digit_task, group
 
 from cv_lightning.commands.compare import main
-from cv_lightning.evaluation.compare import compare, load_evaluation, match_questions
+from cv_lightning.evaluation.breakdown import TRANSFORMS
+from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation, match_questions
+from cv_lightning.evaluation.compare_page import spans
+from cv_lightning.evaluation.statistics import paired_difference
 from cv_lightning.trajectory import TrajectoryWriter
 from cv_lightning.types import DataError, Task
 
@@ -39,8 +42,29 @@ def test_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert by["identity"]["accuracy"]["value"] == 0 and sum(part["num_pairs"] for part in by.values()) == 9
     page = (tmp_path / "out/compare.html").read_text()
     assert page.count("<details>") == len(found["gained"])
-    assert "data:image/png" in page and "rotate" in page
+    assert "data:image/png" in page and '<span class="fn">transpose</span>' in page and "&lt;tool_call&gt;" not in page
+    assert page.count("<circle") == 1 + sum(map(len, found["splits"].values())) and '<svg class="span right"' in page
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_intervals_are_drawn_on_one_axis_with_zero_on_it() -> None:
+    better, worse = paired_difference([1.0] * 30, range(30)), paired_difference([-1.0] * 10 + [0.0] * 10, range(20))
+    above, none, below = spans([better, paired_difference([], []), worse])
+    assert above and below and none is None
+    assert above.zero == below.zero and below.low < below.value < below.high < below.zero < above.value
+    assert (above.tone, below.tone) == ("right", "wrong")
+    assert below.low > 0 and above.high < 100
+    assert spans([]) == []
+
+
+def test_orientations_stand_as_in_every_other_table(tmp_path: Path) -> None:
+    tasks = [digit_task(index, "turned") for index in range(12)] + [digit_task(0, "upright")]
+    side = load_evaluation(store(tmp_path / "a", tasks, GOOD))
+    found = compare(side, side)
+    names = list(found.splits["orientation"])
+    assert names == [name for name in TRANSFORMS if name in names] and len(names) > 3
+    grid = next(grid for grid in comparison_tables(found) if grid.title == "By orientation")
+    assert grid.rows[0][0] == "Source"
 
 
 def test_different_sets_are_said_and_paired_as_far_as_they_go(tmp_path: Path) -> None:
