@@ -32,7 +32,7 @@ from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import END_STATES, MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.rl.collector import MaskConfig, end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, EndState, Group, Iteration, Task
@@ -264,8 +264,7 @@ class RolloutCallback(pl.Callback):
         Raises:
             CVLightningError: says what failed, and the first error of this rank.
         """
-        names = {f"{END_STATES}{state.value.replace(':', '_')}_frac" for state in FAILURES}
-        shares = {name: metrics[name] for name in sorted(names & metrics.keys())}
+        shares = {name: metrics[name] for name in sorted(map(end_state_metric, FAILURES)) if metrics.get(name)}
         if sum(shares.values()) <= self.max_failed_frac:
             return
         errors = [t.error for group in groups for t in group.trajectories if t.end_state in FAILURES]

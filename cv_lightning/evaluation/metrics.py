@@ -51,7 +51,7 @@ class EvalSummary:
     """Share of tool calls that returned an image."""
     tool_calls_mean: float
     turns_mean: float
-    tokens_mean: float
+    sampled_tokens_mean: float
     """Sampled tokens per trajectory."""
     end_states: dict[str, float]
     """Share of trajectories by end state."""
@@ -63,7 +63,7 @@ class EvalSummary:
             kinds: add `<kind>/accuracy`, `<kind>/must_use`, `<kind>/turns` for the kinds that occurred.
         """
         rates = ("accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_all", "tool_success")
-        means = ("tool_calls_mean", "turns_mean", "tokens_mean")
+        means = ("tool_calls_mean", "turns_mean", "sampled_tokens_mean")
         values = {name: getattr(self, name).value for name in rates} | {name: getattr(self, name) for name in means}
         for kind, found in self.by_kind.items() if kinds else ():
             values |= {
@@ -120,7 +120,7 @@ def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
         tool_success=_tool_success(valid),
         tool_calls_mean=mean_of(o.num_calls for o in valid),
         turns_mean=mean_of(o.num_turns for o in valid),
-        tokens_mean=mean_of(o.num_sampled_tokens for o in valid),
+        sampled_tokens_mean=mean_of(o.num_sampled_tokens for o in valid),
         end_states={state: count / len(everything) for state, count in states.most_common()},
     )
 

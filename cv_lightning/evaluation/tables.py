@@ -132,7 +132,7 @@ def main_table(found: Mapping[str, Evaluated]) -> Grid:
     row("calls", [number(entry.summary.tool_calls_mean) for entry in each])
     row("operations per answer", [number(entry.breakdown.operations_mean) for entry in each])
     row("turns", [number(entry.summary.turns_mean) for entry in each])
-    row("sampled tokens", [number(entry.summary.tokens_mean) for entry in each])
+    row("sampled tokens", [number(entry.summary.sampled_tokens_mean) for entry in each])
     row("all tokens", [number(entry.breakdown.length_mean) for entry in each])
     row("trajectories", [str(entry.summary.num_trajectories) for entry in each])
     row("failed (left out)", [str(entry.summary.num_errors) for entry in each])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -10,12 +11,10 @@ from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
 from cv_lightning.engine.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages
-from cv_lightning.types import EndState, Group, Task, ToolStatus, Trajectory
+from cv_lightning.types import EndState, Group, Task, Trajectory
 
 ADDED_METRICS = ("rollout/trajectories", "rollout/tasks_waiting", "rollout/tasks_dropped")
 """Metrics that are sums over ranks."""
-END_STATES = "rollout/end_"
-"""What the metrics of end states start with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,10 @@ def carries_signal(group: Group) -> bool:
 
 
 def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, float]:
-    """`rollout/*` numbers of one iteration on this rank: lengths, turns, end states, tools, speed."""
+    """`rollout/*` numbers of one iteration on this rank: lengths, end states, signal, speed.
+
+    What evaluations measure too (accuracy, tool use, turns, sampled tokens) is `EvalSummary`'s, under the same words.
+    """
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
         return {"rollout/trajectories": 0.0}
@@ -158,10 +160,7 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
     sampled = sum(sum(t.loss_mask) for t in trajectories)
     metrics = {
         "rollout/trajectories": float(len(trajectories)),
-        "rollout/turns_mean": fmean(len(t.turns) for t in trajectories),
-        "rollout/tool_calls_mean": fmean(t.num_tool_calls for t in trajectories),
         "rollout/tool_used_frac": fmean(t.num_tool_calls > 0 for t in trajectories),
-        "rollout/sampled_tokens_mean": sampled / len(trajectories),
         "rollout/length_mean": fmean(len(t.token_ids) for t in trajectories),
         "rollout/length_max": float(max(len(t.token_ids) for t in trajectories)),
         "rollout/parse_errors_mean": fmean(sum(turn.parse_error is not None for turn in t.turns) for t in trajectories),
@@ -171,31 +170,31 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
         "rollout/tokens_per_s": sampled / max(elapsed_s, 1e-9),
         "rollout/tool_calls_per_s": len(results) / max(elapsed_s, 1e-9),
     }
-    if results:
-        metrics["rollout/tool_ok_frac"] = fmean(r.status is ToolStatus.OK for r in results)
     for state in EndState:
-        share = fmean(t.end_state is state for t in trajectories)
-        if share:
-            metrics[f"{END_STATES}{state.value.replace(':', '_')}_frac"] = share
+        metrics[end_state_metric(state)] = fmean(t.end_state is state for t in trajectories)
     return metrics
+
+
+def end_state_metric(state: EndState) -> str:
+    """Name of the metric that gives the share of trajectories which ended so."""
+    return f"rollout/end_{state.value.replace(':', '_')}_frac"
 
 
 def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """One number per name from those of all ranks, which need not have the same names.
 
-    Counts and speeds are added, `*_max` is the largest, the rest are means over the ranks that have any; an end state
-    that a rank does not name has a share of 0 there.
+    Counts and speeds are added, `*_max` is the largest, the rest are means over the ranks that have any; NaN says that
+    a rank has none.
     """
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):
-        values = [float(part[name]) for part in parts if name in part]
+        values = [float(part[name]) for part in parts if name in part and not math.isnan(part[name])] or [math.nan]
         if name in ADDED_METRICS or name.endswith("_per_s"):
             merged[name] = sum(values)
         elif name.endswith("_max"):
             merged[name] = max(values)
         else:
-            count = sum("rollout/turns_mean" in part for part in parts) if name.startswith(END_STATES) else len(values)
-            merged[name] = sum(values) / count
+            merged[name] = fmean(values)
     return merged
 
 

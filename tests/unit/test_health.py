@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +188,10 @@ def test_ranks_need_not_have_the_same_metrics() -> None:
     merged = merge_metrics([one, two, none])
     assert merged["rollout/trajectories"] == 4
     assert merged["rollout/end_max_turns_frac"] == 0.25 and merged["rollout/end_answered_frac"] == 0.75
+    assert merged["rollout/end_error_judge_frac"] == 0.0, "every end state has its number in every iteration"
     assert merged["rollout/length_max"] == 2 and merged["rollout/tokens_per_s"] == 2.0
     assert merge_metrics([one]) == one
+    shares = merge_metrics([{"rollout/spurious": 0.25, "rollout/must_use": math.nan}, {"rollout/spurious": math.nan}])
+    assert shares["rollout/spurious"] == 0.25, "a rank without upright tasks has no share of them"
+    assert math.isnan(shares["rollout/must_use"])
     assert all(name.startswith("rollout/") for name in merged)

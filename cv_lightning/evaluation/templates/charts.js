@@ -65,7 +65,7 @@ function chartFigure(chart, height, axis) {
   const tip = make("div", { class: "tip", hidden: true });
   const last = chart.series[0];
   const now = several ? null : make("span", { text: short(last.y.at(-1)) });
-  const caption = captioned && chart.title ? make("figcaption", {}, make("b", { text: chart.title }), now) : null;
+  const caption = captioned && chart.title ? make("figcaption", {}, make("b", {}, breakable(chart.title)), now) : null;
   const figure = make("figure", {}, caption, plot, tip);
   const state = { plot, tip, chart, hidden, height, axis, at: null };
   if (several) figure.append(legend(chart, state));
@@ -90,6 +90,9 @@ function chartFigure(chart, height, axis) {
   figure.redraw = () => draw(state);
   return figure;
 }
+
+/** A metric's name that may be broken after its separators, and copies as it is. */
+const breakable = (name) => name.split(/(?<=[/_])/).flatMap((part) => [part, make("wbr")]);
 
 /** What each line is; a press hides it. */
 function legend(chart, state) {
