@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,16 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cv_lightning.callbacks.progress import RunProgress
-from cv_lightning.callbacks.resume import RETRIED, Answered, prepare, read_answered, write_state
+from cv_lightning.callbacks.resume import (
+    RETRIED,
+    Answered,
+    keep_only,
+    prepare,
+    read_answered,
+    sizes_of,
+    write_state,
+)
+from cv_lightning.data.rows import RowProblem
 from cv_lightning.engine import SamplingConfig
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, write_results
@@ -89,12 +99,17 @@ class Evaluator:
         self.about = dict(about or {})
         self.outcomes: dict[str, list[Outcome]] = {}
         self._answered: dict[str, dict[str, Answered]] = {}
+        self._kept: dict[str, list[str]] = {}
+        """Ids of the questions of this rank whose earlier answer stands, by setting."""
+        self._sizes: dict[str, dict[str, int]] = {}
+        """Bytes of the files that an earlier test left, by setting and name; on the first rank."""
         self._identity: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ start
     def start(self, trainer: pl.Trainer, module: PolicyModule) -> None:
         """Clear the folders, but for what an interrupted test of the same left in them."""
         self.outcomes = {setting.name: [] for setting in self.settings}
+        self._kept = {setting.name: [] for setting in self.settings}
         self._identity = self._describe(trainer, module)
         if trainer.is_global_zero:
             for setting in self.settings:
@@ -111,6 +126,7 @@ class Evaluator:
         if not testing or prepare(folder, identity) != "goes on":
             shutil.rmtree(folder, ignore_errors=True)
         write_state(folder, identity, finished=False)
+        self._sizes[setting.name] = sizes_of(folder)
 
     def _describe(self, trainer: pl.Trainer, module: PolicyModule) -> dict[str, Any]:
         """Model, seed and what else makes the numbers."""
@@ -119,6 +135,8 @@ class Evaluator:
         return {
             "model": str(model),
             "dtype": module.policy_config.dtype,
+            "min_pixels": module.policy_config.min_pixels,
+            "max_pixels": module.policy_config.max_pixels,
             "weights": fingerprint(model) if model.exists() else {},
             "checkpoint": str(checkpoint) if checkpoint else None,
             "checkpoint_weights": fingerprint(Path(checkpoint)) if checkpoint and Path(checkpoint).exists() else {},
@@ -142,6 +160,7 @@ class Evaluator:
                 known = answered.get(task.id)
                 if known is not None and known.is_answer_to(task, setting.num_samples):
                     found += known.outcomes
+                    self._kept[setting.name].append(task.id)
                 else:
                     tasks.append(task)
             if len(tasks) < len(batch.tasks):
@@ -173,7 +192,10 @@ class Evaluator:
     def finish(self, trainer: pl.Trainer, module: PolicyModule) -> None:
         """Summarise, log and write `metrics.json` per setting; a test also writes and prints its results."""
         everything = {setting.name: gather_lists(self.outcomes[setting.name]) for setting in self.settings}
+        kept = {setting.name: gather_lists(self._kept[setting.name]) for setting in self.settings}
+        skipped = gather_skipped(trainer)
         figures = {name: evaluated(found) for name, found in everything.items()}
+        unfinished = set()
         for setting in self.settings:
             entry = figures[setting.name]
             values = entry.summary.scalars() | {"score": entry.breakdown.score.value}
@@ -182,19 +204,29 @@ class Evaluator:
             if trainer.is_global_zero:
                 folder = self._folder(trainer, module, setting)
                 write_json(folder / "metrics.json", entry.summary.to_json() | {"breakdown": entry.breakdown.to_json()})
+                if self._sizes.get(setting.name):
+                    keep_only(folder, self._sizes[setting.name], set(kept[setting.name]))
                 failed = sum(outcome.end_state.value in RETRIED for outcome in everything[setting.name])
-                write_state(folder, self._identity | {"setting": asdict(setting)}, finished=failed == 0)
                 if failed:
+                    unfinished.add(setting.name)
                     logger.warning(
-                        "%s: %d of %d trajectories failed around the model and count nowhere; the same command again "
-                        "makes only those anew",
+                        "%s: %d of %d trajectories failed around the model or were not judged; the same command again "
+                        "asks their questions anew",
                         setting.name, failed, len(everything[setting.name]),
                     )  # fmt: skip
         if trainer.is_global_zero and trainer.state.fn is TrainerFn.TESTING:
-            self._write_results(trainer, everything, figures)
+            self._write_results(trainer, everything, figures, skipped)
+        for setting in self.settings if trainer.is_global_zero else ():  # last: until then it can go on
+            folder = self._folder(trainer, module, setting)
+            identity = self._identity | {"setting": asdict(setting)}
+            write_state(folder, identity, finished=setting.name not in unfinished)
 
     def _write_results(
-        self, trainer: pl.Trainer, everything: Mapping[str, Sequence[Outcome]], figures: Mapping[str, Evaluated]
+        self,
+        trainer: pl.Trainer,
+        everything: Mapping[str, Sequence[Outcome]],
+        figures: Mapping[str, Evaluated],
+        skipped: Sequence[RowProblem],
     ) -> None:
         from cv_lightning.callbacks.record import describe_run  # which needs `gather_lists`
 
@@ -202,12 +234,12 @@ class Evaluator:
         config = root / "test_config.yaml"
         about = self._identity | {
             "settings": [asdict(setting) for setting in self.settings],
-            "data": _describe_data(trainer),
+            "data": _describe_data(trainer, skipped),
             "run": describe_run(),
             "config": config.read_text() if config.is_file() else None,
         }
         pairs = tool_pairs(everything, self._without_tool())
-        grids = write_results(root / "eval", self.prefix, figures, pairs, about)
+        grids = write_results(root / "eval", self.prefix, figures, pairs, about, skipped_note(skipped))
         print_grids(grids, after=f"written to {root / 'eval'}/{self.prefix}results.json, .md and .png")
 
     def _without_tool(self) -> dict[str, str]:
@@ -220,15 +252,33 @@ class Evaluator:
         }
 
     def _folder(self, trainer: pl.Trainer, module: PolicyModule, setting: EvaluationConfig) -> Path:
-        """`eval/<prefix><name>`; a validation in the midst of training names its iteration, too."""
-        when = f"iteration{module.iteration:06d}_" if trainer.state.fn is TrainerFn.FITTING else ""
+        """`eval/<prefix><name>`; a validation says so, in the midst of training by its iteration."""
+        when = {
+            TrainerFn.FITTING: f"iteration{module.iteration:06d}_",
+            TrainerFn.VALIDATING: "validation_",
+        }.get(trainer.state.fn, "")  # type: ignore[arg-type]
         return Path(trainer.default_root_dir) / "eval" / f"{self.prefix}{when}{setting.name}"
 
 
-def _describe_data(trainer: pl.Trainer) -> dict[str, Any]:
-    """The files that the questions came from, by path."""
+def _describe_data(trainer: pl.Trainer, skipped: Sequence[RowProblem]) -> dict[str, Any]:
+    """The files that the questions came from, by path, and what of them could not be used."""
     files = getattr(trainer.datamodule, "eval_files", [])  # type: ignore[attr-defined]
-    return {"files": {str(path): fingerprint(Path(path)) for path in files}}
+    rows = [{"file": str(row.file), "row": row.row, "kind": row.kind, "message": row.message} for row in skipped]
+    return {"files": {str(path): fingerprint(Path(path)) for path in files}, "skipped": rows}
+
+
+def gather_skipped(trainer: pl.Trainer) -> list[RowProblem]:
+    """Rows of the evaluation's files that some rank could not use, each once, in order."""
+    problems = getattr(getattr(trainer, "datamodule", None), "skipped", None)
+    found = gather_lists(list(problems.problems) if problems is not None else [])
+    return sorted({(row.file, row.row): row for row in found}.values(), key=lambda row: (row.file, row.row))
+
+
+def skipped_note(skipped: Sequence[RowProblem]) -> str:
+    """What a table says of them; empty where there are none."""
+    kinds = Counter(row.kind for row in skipped)
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    return f"{len(skipped)} rows of the files could not be used and count nowhere: {listed}." if skipped else ""
 
 
 def gather_lists(items: list[T]) -> list[T]:

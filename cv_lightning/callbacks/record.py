@@ -57,7 +57,7 @@ class RunRecord(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         write_text(folder / f"{stage}_config.yaml", text)
         about = describe_run() | {"settings": settings_in_force(pl_module, trainer)}
-        write_text(folder / f"{stage}_run.json", json.dumps(about, indent=1))
+        write_text(folder / f"{stage}_run.json", json.dumps(about, indent=1, default=repr))
         self._close_log()
         self.log_file = log_to(folder / f"{stage}_log.txt")
         LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})

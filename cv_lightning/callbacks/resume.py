@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
-from cv_lightning.trajectory import read_groups
+from cv_lightning.trajectory import read_groups, task_digest
 from cv_lightning.trajectory.store import LINES
 from cv_lightning.types import EndState, Task
 
@@ -25,17 +26,17 @@ RETRIED = frozenset(state.value for state in EndState if state.is_error and stat
 class Answered:
     """A question that is in the store."""
 
-    question: str
-    ground_truth: str
+    digest: str
+    """Of all but its pixels: `trajectory.task_digest`."""
     images: tuple[str, ...]
     """Content hashes of the task's images."""
     outcomes: list[Outcome]
 
     def is_answer_to(self, task: Task, num_samples: int) -> bool:
-        """True if it was this very question, words and pixels, and all its samples are there."""
+        """True if it was this very question in all that is known of it, and all its samples are there."""
         return (
             len(self.outcomes) == num_samples
-            and (self.question, self.ground_truth) == (task.question, task.ground_truth)
+            and self.digest == task_digest(task)
             and self.images == tuple(content_hash(image) for image in task.images)
         )
 
@@ -61,6 +62,36 @@ def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on",
         with whole_file(path) as temporary:
             temporary.write_bytes(kept)
     return "goes on"
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Bytes of every file of lines in a store, by name."""
+    return {path.name: path.stat().st_size for path in (folder / LINES).glob("*.jsonl")}
+
+
+def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> int:
+    """Take out of a store what was answered before and is not asked any more, or was asked anew since.
+
+    Args:
+        folder: of one evaluation; nobody writes to it.
+        sizes: bytes that each file of lines had when this test started, by name; what came after stays.
+        kept: ids of the questions whose earlier answer stands.
+
+    Returns:
+        Groups taken out.
+    """
+    dropped = 0
+    for path in sorted((folder / LINES).glob("*.jsonl")):
+        end = sizes.get(path.name, 0)
+        with path.open("rb") as file, whole_file(path) as temporary, temporary.open("wb") as out:
+            while file.tell() < end:
+                line = file.readline()
+                if json.loads(line)["task"]["id"] in kept:
+                    out.write(line)
+                else:
+                    dropped += 1
+            shutil.copyfileobj(file, out)
+    return dropped
 
 
 def _good_lines(path: Path) -> Iterator[bytes]:
@@ -100,8 +131,7 @@ def read_answered(folder: Path) -> dict[str, Answered]:
         return {}
     return {
         group.task.id: Answered(
-            question=group.task.question,
-            ground_truth=group.task.ground_truth,
+            digest=group.task.digest,
             images=tuple(Path(image.file).stem for image in group.task.images),
             outcomes=outcomes([group]),
         )

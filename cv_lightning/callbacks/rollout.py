@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +22,7 @@ from cv_lightning.background import Background
 from cv_lightning.callbacks.agreement import check_agreement
 from cv_lightning.callbacks.engine_group import EngineGroup, RankCollector
 from cv_lightning.callbacks.evaluation import EvaluationConfig, Evaluator, gather_lists
+from cv_lightning.callbacks.identity import describe_rollouts
 from cv_lightning.callbacks.parity import check_parity
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.refill import TaskQueue, refill
@@ -114,12 +115,7 @@ class RolloutCallback(pl.Callback):
         self.sandbox_config = sandbox or SandboxConfig()
         self.store = store or StoreConfig()
         self.num_samples = num_samples
-        server = self.engine_config.server
-        about = {
-            "agent": asdict(self.agent),
-            "reward": asdict(self.reward),
-            "server": None if server is None else {"base_url": server.base_url, "model": server.model},
-        }
+        about = describe_rollouts(self.agent, self.reward, self.engine_config, self.sandbox_config)
         settings = evaluations or [EvaluationConfig()]
         self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, about)
         self.parity_tolerance = parity_tolerance

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -20,7 +21,7 @@ from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
 from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig
 from cv_lightning.data.digits import DigitsConfig, check_kind_shares
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
-from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import (
     ConversationSource,
@@ -125,6 +126,8 @@ class EvaluationDataModule(pl.LightningDataModule):
             raise ValueError("--data.probe turns the pictures itself: it cannot be had with --data.corruptions")
         self.corruptions = corruptions
         self.probe = probe
+        self.skipped: RowProblems | None = None
+        """Rows of `eval_files` that could not be used so far; None before there is a loader, and for digits."""
         self.num_train_batches = 0
         for counts in (self.val_tasks, self.test_tasks):
             HeldOutScenes(self.digits, counts)
@@ -143,7 +146,8 @@ class EvaluationDataModule(pl.LightningDataModule):
         rank, world_size = self._rank_and_world()
         rows: Rows[Task] = HeldOutScenes(self.digits, counts)
         if self.eval_files:
-            rows = task_files(self.eval_files, self.reader)
+            rows = files = task_files(self.eval_files, self.reader)
+            self.skipped = files.problems
         if self.probe is not None:
             rows = ProbeRows(rows, self.probe)
         if self.corruptions is not None:
@@ -154,8 +158,11 @@ class EvaluationDataModule(pl.LightningDataModule):
         at_once = self.tasks_per_eval_batch or size
 
         def build(step: int) -> Iteration:
-            positions = range(step * at_once, min(size, (step + 1) * at_once))
-            return Iteration(step, [rows.row(at) for at in share_of_rank(positions, rank, world_size)])
+            tasks = []
+            for position in share_of_rank(range(step * at_once, min(size, (step + 1) * at_once)), rank, world_size):
+                with suppress(RowError):  # broken behind a good header: one of `skipped`, counted nowhere else
+                    tasks.append(rows.row(position))
+            return Iteration(step, tasks)
 
         return StepLoader(build, math.ceil(size / at_once))
 

@@ -81,5 +81,5 @@ class ProbeRows:
             required_transforms=(),
             box=None,
             messages=(),
-            metadata={"category": done},
+            metadata={"category": done, "orientation": done},
         )

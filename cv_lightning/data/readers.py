@@ -276,7 +276,12 @@ def parse_transforms(value: Any) -> tuple[str, ...]:
         if not re.fullmatch(r"rotate_-?\d+", name) and name not in ORIENTATIONS and name not in OTHER_TRANSFORMS:
             known = ", ".join((*ORIENTATIONS, *sorted(OTHER_TRANSFORMS)))
             raise RowError("unknown transform", f"extra_info.transform names {name!r}; known are {known} and rotate_N")
-    return names
+    return tuple(_turn(name) for name in names if _turn(name) != "rotate_0")
+
+
+def _turn(name: str) -> str:
+    """`rotate_-90` is `rotate_270`: every turn under one name."""
+    return f"rotate_{int(name.removeprefix('rotate_')) % 360}" if name.startswith("rotate_") else name
 
 
 def raw_box(extra: Mapping[str, Any]) -> Box | None:

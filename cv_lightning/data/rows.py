@@ -65,6 +65,9 @@ class RowProblems:
     _seen: set[tuple[Path, int]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __contains__(self, place: tuple[Path, int]) -> bool:
+        return place in self._seen
+
     def add(self, file: Path, row: int, error: RowError) -> None:
         """Keep a skipped row; the first of each kind is logged in full, and the counts at 10, 100, ... rows."""
         with self._lock:
@@ -155,7 +158,7 @@ class RowFiles(ABC, Generic[Row]):
 
     Two views: `take` goes through all rows in an order and puts a neighbour in the place of an unusable one (training,
     which needs no look at the whole set first); `len` and `row` know the usable rows only (evaluation, where each row
-    counts once) and look at every row's texts and image headers when first asked.
+    counts once), look at every row's texts and image headers when first asked, and never replace one.
 
     Args:
         paths: the files.
@@ -244,7 +247,8 @@ class RowFiles(ABC, Generic[Row]):
     # ---------------------------------------------------------------------------------------- the usable rows
     @cached_property
     def _usable(self) -> list[int]:
-        usable = [index for index in range(self.num_rows) if self._is_usable(index, decode=False)]
+        rows = (index for index in range(self.num_rows) if self.place(index) not in self.problems)
+        usable = [index for index in rows if self._is_usable(index, decode=False)]
         self.problems.report(len(usable))
         return usable
 
@@ -252,12 +256,17 @@ class RowFiles(ABC, Generic[Row]):
         return len(self._usable)
 
     def row(self, position: int) -> Row:
-        """The usable row at a position; one near it if its pixels turn out to be broken behind a good header.
+        """The usable row at a position.
 
         Raises:
-            DataError: the pixels of no row can be decoded.
+            RowError: its pixels are broken behind a good header; it is counted as a problem.
         """
-        return self.take(self._usable, position)
+        index = self._usable[position]
+        try:
+            return self.read(index)
+        except RowError as error:
+            self.problems.add(*self.place(index), error)
+            raise
 
 
 class ListedRowFiles(RowFiles[Row]):

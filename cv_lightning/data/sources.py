@@ -46,7 +46,11 @@ class Rows(Protocol[Row]):
         """Number of usable rows."""
 
     def row(self, position: int) -> Row:
-        """The usable row at a position."""
+        """The usable row at a position.
+
+        Raises:
+            RowError: it turns out that it cannot be used after all.
+        """
 
 
 # ------------------------------------------------------------------------------------------------ digits

@@ -6,12 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import Any
 
 from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of
-from cv_lightning.evaluation.outcome import DIHEDRAL, Outcome
-from cv_lightning.evaluation.statistics import Rate, pass_at_k, rate
+from cv_lightning.evaluation.outcome import ANSWERED, DIHEDRAL, Outcome
+from cv_lightning.evaluation.statistics import Rate, pass_at_k, rate, rate_of_columns
 from cv_lightning.types import EndState
 
 TRANSFORMS = ("identity", *DIHEDRAL)
@@ -24,7 +23,10 @@ class Breakdown:
     """Figures of one evaluation; failures of the infrastructure are left out but where a field says so."""
 
     score: Rate
-    """Mean score: by the benchmark's own metric where it has one, else accuracy. Over all tasks."""
+    """Mean score: by the benchmark's own metric where it has one, else accuracy. Over all tasks that were scored."""
+    score_bounds: tuple[float, float] | None
+    """The score if all that the judge failed on were wrong, and if all were right; None where it failed on none. What
+    was scored is no fair sample, since the judge is asked only where the rule says no."""
     metrics: tuple[str, ...]
     """Names of the benchmarks' own metrics that `score` is made of; empty: accuracy."""
     accuracy_rule: Rate
@@ -51,16 +53,19 @@ class Breakdown:
     crops_faithful_when_right: Rate
     """The same over right answers: of what was seen before a right answer, how much could have told it."""
     pass_at_k: dict[int, Rate]
-    """Chance that one of k tries is right, for k = 1, 2, 4, ...; empty with one sample a task."""
+    """Chance that one of k tries is right, for k = 1, 2, 4, ..., over the tasks with as many; empty with one sample a
+    task."""
     by_transform: dict[str, Rate]
-    """Score by orientation, Source as `identity`; only those that occurred."""
+    """Score by orientation, Source as `identity`, of uncorrupted pictures; only those that occurred."""
     mean_of_six: Rate
     """Mean of Source and the five orientations, as the paper's table prints it; n = 0 where one is missing."""
     mean_of_transformed: Rate
     """Mean of the five orientations without Source; n = 0 where one is missing."""
     by_corruption: dict[str, dict[int, Rate]]
-    """Score by corruption and severity; empty where nothing was corrupted."""
+    """Score by corruption and severity, at 0 that of all uncorrupted pictures; empty where nothing was corrupted."""
     by_source: dict[str, Rate]
+    as_given: dict[str, Rate]
+    """Score by data source, of what `data.corruptions` left as it was: to stand beside published scores."""
     by_category: dict[str, Rate]
     """Score by category of the data set; empty where it has none."""
 
@@ -72,36 +77,49 @@ class Breakdown:
 
 def breakdown(everything: Sequence[Outcome]) -> Breakdown:
     """Compute every figure from what the trajectories contributed."""
-    valid = [outcome for outcome in everything if not outcome.end_state.is_error]
-    unjudged = [outcome for outcome in everything if outcome.end_state is EndState.ERROR_JUDGE]
+    valid = [outcome for outcome in everything if outcome.counts]
+    unjudged = [outcome for outcome in valid if outcome.end_state is EndState.ERROR_JUDGE]
     judged = [outcome for outcome in valid if outcome.scored_by == "judge"]
-    answered = [outcome for outcome in valid if outcome.end_state is EndState.ANSWERED]
+    answered = [outcome for outcome in valid if outcome.end_state in ANSWERED]
     scored = [outcome for outcome in valid if outcome.score is not None]
-    by_transform = _by(scored, lambda o: o.shown.orientation, TRANSFORMS)
-    corrupted = [outcome for outcome in scored if outcome.shown.severity]
-    by_corruption = _groups(corrupted, lambda o: o.shown.corruption)
+    clean = [outcome for outcome in scored if not outcome.shown.severity]
     return Breakdown(
         score=rate_of(scored, lambda o: o.score),
+        score_bounds=_bounds(valid),
         metrics=tuple(sorted({o.metric for o in scored if o.metric})),
-        accuracy_rule=rate_of([*valid, *unjudged], _right_by_rule),
+        accuracy_rule=rate_of(valid, _right_by_rule),
         accuracy_judged=rate_of(valid, lambda o: o.correct) if judged or unjudged else NONE,
         num_judged=len(judged),
         num_unjudged=len(unjudged),
         orientation_fixed=rate_of(valid, lambda o: o.fixed),
-        tool_on_upright=rate_of(valid, lambda o: None if o.needs_tool else o.num_calls > 0),
+        tool_on_upright=rate_of(valid, lambda o: o.num_calls > 0 if o.is_upright else None),
         operations_mean=mean_of(o.num_operations for o in answered),
         length_mean=mean_of(o.num_tokens for o in valid),
         crop_iou=rate_of(valid, lambda o: o.crop_iou),
         crops_faithful=_crops_showing(valid),
-        crops_faithful_when_right=_crops_showing([o for o in valid if o.correct]),
+        crops_faithful_when_right=_crops_showing([o for o in valid if o.right]),
         pass_at_k=_pass_at(scored),
-        by_transform=by_transform,
-        mean_of_six=mean_of_columns(scored, TRANSFORMS),
-        mean_of_transformed=mean_of_columns(scored, DIHEDRAL),
-        by_corruption={name: _by(found, lambda o: o.shown.severity) for name, found in by_corruption.items()},
+        by_transform=_by(clean, lambda o: o.shown.orientation, TRANSFORMS),
+        mean_of_six=mean_of_columns(clean, TRANSFORMS),
+        mean_of_transformed=mean_of_columns(clean, DIHEDRAL),
+        by_corruption=_by_corruption(scored, clean),
         by_source=_by(scored, lambda o: o.shown.data_source),
+        as_given=_by([o for o in scored if o.shown.as_given], lambda o: o.shown.data_source),
         by_category=_by([o for o in scored if o.category], lambda o: o.category),
     )
+
+
+def _bounds(valid: Sequence[Outcome]) -> tuple[float, float] | None:
+    scores = [outcome.score for outcome in valid]
+    if not any(o.score is None and o.end_state is EndState.ERROR_JUDGE for o in valid):
+        return None
+    return mean_of(score or 0.0 for score in scores), mean_of(1.0 if score is None else score for score in scores)
+
+
+def _by_corruption(scored: Sequence[Outcome], clean: Sequence[Outcome]) -> dict[str, dict[int, Rate]]:
+    corrupted = _groups([outcome for outcome in scored if outcome.shown.severity], lambda o: o.shown.corruption)
+    beside = {0: rate_of(clean, lambda o: o.score)} if clean else {}
+    return {name: beside | _by(found, lambda o: o.shown.severity) for name, found in corrupted.items()}
 
 
 def _right_by_rule(outcome: Outcome) -> float | None:
@@ -126,7 +144,7 @@ def _by(found: Sequence[Outcome], key: Callable[[Outcome], Any], order: Sequence
 
 def _crops_showing(found: Sequence[Outcome]) -> Rate:
     crops = [
-        (float(index < outcome.num_crops_showing), outcome.shown.base_id)
+        (float(index < outcome.num_crops_showing), outcome.shown.cluster)
         for outcome in found
         for index in range(outcome.num_crops)
     ]
@@ -136,36 +154,31 @@ def _crops_showing(found: Sequence[Outcome]) -> Rate:
 def mean_of_columns(found: Sequence[Outcome], columns: Sequence[str]) -> Rate:
     """Mean of the columns of a robustness table, each weighing the same.
 
-    Over the questions that were shown in every column, resampled as a whole; where no question was (every one shown in
-    one form), the columns are independent and their intervals add up. `n` is the number of questions.
+    A question that was shown in several columns is resampled with all of its forms. `n` is the number of pictures.
+
+    Args:
+        found: scored outcomes.
+        columns: orientations.
+
+    Returns:
+        n = 0 where a column is empty.
     """
-    columns_found = _groups([o for o in found if o.shown.orientation in columns], lambda o: o.shown.orientation)
-    if len(columns_found) < len(columns):
+    shown = [[outcome for outcome in found if outcome.shown.orientation == name] for name in columns]
+    if not all(shown):
         return NONE
-    by_question: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name, outcomes in columns_found.items():
-        for outcome in outcomes:
-            by_question[outcome.shown.base_id][name].append(outcome.score or 0.0)
-    whole = {base: shown for base, shown in by_question.items() if len(shown) == len(columns)}
-    if whole:
-        means = [fmean(fmean(scores) for scores in shown.values()) for shown in whole.values()]
-        return rate(means, list(whole))
-    rates = [rate_of(outcomes, lambda o: o.score) for outcomes in columns_found.values()]
-    value = fmean(column.value for column in rates)
-    half = math.sqrt(math.fsum(((column.high - column.low) / 2) ** 2 for column in rates)) / len(rates)
-    return Rate(value, max(0.0, value - half), min(1.0, value + half), len(by_question))
+    scores = [[outcome.score or 0.0 for outcome in column] for column in shown]
+    return rate_of_columns(scores, [[outcome.shown.cluster for outcome in column] for column in shown])
 
 
 def _pass_at(scored: Sequence[Outcome]) -> dict[int, Rate]:
-    """By powers of two, up to the fewest samples that a task has."""
+    """By powers of two, over the tasks that have as many samples, which some lack where something had failed."""
     tasks = _groups(scored, lambda o: o.task_id)
-    fewest = min((len(samples) for samples in tasks.values()), default=0)
-    if fewest < 2:
+    most = max((len(samples) for samples in tasks.values()), default=0)
+    if most < 2:
         return {}
-    right = {task: sum(bool(o.correct) for o in samples) for task, samples in tasks.items()}
-    clusters = [samples[0].shown.base_id for samples in tasks.values()]
-    return {
-        k: rate([pass_at_k(len(samples), right[task], k) for task, samples in tasks.items()], clusters)
-        for k in (2**power for power in range(fewest.bit_length()))
-        if k <= fewest
-    }
+    found = {}
+    for k in (2**power for power in range(most.bit_length())):
+        enough = [samples for samples in tasks.values() if len(samples) >= k]
+        chances = [pass_at_k(len(samples), sum(bool(o.right) for o in samples), k) for samples in enough]
+        found[k] = rate(chances, [samples[0].shown.cluster for samples in enough])
+    return found

@@ -14,7 +14,16 @@ from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.evaluation.paired import FLIPPED_AT, Pair, PairedSummary, pair_outcomes, split, summarise_pairs
 from cv_lightning.evaluation.results import evaluated
-from cv_lightning.evaluation.tables import COLUMN_NAMES, Evaluated, Grid, change, number, percent
+from cv_lightning.evaluation.tables import (
+    COLUMN_NAMES,
+    Evaluated,
+    Grid,
+    change,
+    number,
+    p_value,
+    percent,
+    unscored_note,
+)
 from cv_lightning.files import write_text
 from cv_lightning.trajectory import GroupRecord, read_groups
 from cv_lightning.types import DataError
@@ -166,8 +175,8 @@ def compare(
         sides=(evaluated(one), evaluated(other)),
         overall=summarise_pairs(pairs),
         splits=splits,
-        gained=[pair.task_id for pair in pairs if _change(pair) >= FLIPPED_AT],
-        lost=[pair.task_id for pair in pairs if _change(pair) <= -FLIPPED_AT],
+        gained=[pair.task_id for pair in pairs if pair.scored and _change(pair) >= FLIPPED_AT],
+        lost=[pair.task_id for pair in pairs if pair.scored and _change(pair) <= -FLIPPED_AT],
     )
 
 
@@ -176,7 +185,7 @@ def _place(value: str) -> tuple[int, str]:
 
 
 def _change(pair: Pair) -> float:
-    return pair.correct[1] - pair.correct[0]
+    return pair.right[1] - pair.right[0]
 
 
 def _outcomes(groups: Mapping[str, GroupRecord]) -> list[Outcome]:
@@ -195,7 +204,7 @@ def differences(found: Comparison) -> dict[str, dict[str, PairedSummary]]:
 def comparison_tables(found: Comparison) -> list[Grid]:
     """The tables of `differences`, in that order, and one of both sides."""
     grids = [
-        Grid(title, HEADINGS, [_row(name, part) for name, part in parts.items()], "" if place else NOTE)
+        Grid(title, HEADINGS, [_row(name, part) for name, part in parts.items()], "" if place else _note(found))
         for place, (title, parts) in enumerate(differences(found).items())
     ]
     sides = [entry.summary for entry in found.sides]
@@ -211,7 +220,11 @@ def comparison_tables(found: Comparison) -> list[Grid]:
 
 
 HEADINGS = ("", "questions", "score, B - A", "gained", "lost", "p", "calls, B - A")
-NOTE = "Percent with 95 % intervals. Gained, lost: right in B only, in A only. p: McNemar or Wilcoxon on right answers."
+NOTE = "Percent with 95 % intervals. Gained, lost: right in B only, in A only. p: of the score's difference."
+
+
+def _note(found: Comparison) -> str:
+    return " ".join([NOTE, *([unscored_note(found.overall)] if found.overall.num_unscored else [])])
 
 
 def _row(name: str, found: PairedSummary) -> list[str]:
@@ -221,7 +234,7 @@ def _row(name: str, found: PairedSummary) -> list[str]:
         change(found.score).partition(", p")[0],
         percent(found.gain),
         percent(found.harm),
-        f"{found.accuracy.p:.2g}",
+        p_value(found),
         change(found.calls, scale=1, digits=2).partition(", p")[0],
     ]
 

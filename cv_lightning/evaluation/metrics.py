@@ -34,9 +34,9 @@ class EvalSummary:
     num_tasks: int
     num_trajectories: int
     num_errors: int
-    """Failures of engine, sandbox or judge: left out of every rate below."""
+    """Failures of engine or sandbox: left out of every rate below."""
     num_unscored: int
-    """Without a reward: left out of accuracy."""
+    """Not judged, or without a reward: left out of accuracy."""
     accuracy: Rate
     """Over tasks that need the tool."""
     must_use: Rate
@@ -44,7 +44,7 @@ class EvalSummary:
     spurious: Rate
     """Share of trajectories of upright tasks in which an orientation operation ran."""
     accuracy_upright: Rate
-    """Over tasks that need no tool."""
+    """Over tasks that need no tool, shown upright."""
     accuracy_all: Rate
     by_kind: dict[str, KindSummary]
     tool_success: Rate
@@ -98,9 +98,9 @@ def summarise(groups: Iterable[Group | GroupRecord]) -> EvalSummary:
 
 def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
     """Compute every figure from what the trajectories contributed, whichever rank rolled them out."""
-    valid = [outcome for outcome in everything if not outcome.end_state.is_error]
+    valid = [outcome for outcome in everything if outcome.counts]
     needing = [outcome for outcome in valid if outcome.needs_tool]
-    upright = [outcome for outcome in valid if not outcome.needs_tool]
+    upright = [outcome for outcome in valid if outcome.is_upright]
     kinds: dict[str, list[Outcome]] = {}
     for outcome in valid:
         if outcome.kind:
@@ -130,20 +130,20 @@ def _kind_summary(found: list[Outcome]) -> KindSummary:
         n=len(found),
         accuracy=rate_of(found, lambda o: o.correct),
         must_use=rate_of([outcome for outcome in found if outcome.needs_tool], lambda o: o.must_use),
-        spurious=rate_of([outcome for outcome in found if not outcome.needs_tool], lambda o: o.spurious),
+        spurious=rate_of([outcome for outcome in found if outcome.is_upright], lambda o: o.spurious),
         turns=mean_of(o.num_turns for o in found),
     )
 
 
 def rate_of(found: Iterable[Outcome], value: Callable[[Outcome], float | None]) -> Rate:
-    """Mean of a value over trajectories; None leaves one out. Forms and samples of one question are one cluster."""
-    pairs = [(float(hit), outcome.shown.base_id) for outcome in found if (hit := value(outcome)) is not None]
+    """Mean of a value over trajectories; None leaves one out. What shares a picture is one cluster."""
+    pairs = [(float(hit), outcome.shown.cluster) for outcome in found if (hit := value(outcome)) is not None]
     return rate([hit for hit, _ in pairs], [task for _, task in pairs])
 
 
 def _tool_success(found: list[Outcome]) -> Rate:
     calls = [
-        (float(index < outcome.num_calls_ok), outcome.shown.base_id)
+        (float(index < outcome.num_calls_ok), outcome.shown.cluster)
         for outcome in found
         for index in range(outcome.num_calls)
     ]

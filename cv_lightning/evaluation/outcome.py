@@ -11,24 +11,42 @@ from typing import Any, NamedTuple
 
 from cv_lightning.evaluation.scoring import official_score
 from cv_lightning.images import area, compose, dihedral_affine, intersection, iou, is_upright
+from cv_lightning.rewards.markup import final_answer
 from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
 from cv_lightning.types import IDENTITY, Affine, Box, EndState, Group, ToolStatus
 
 DIHEDRAL = ("rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
 QUARTER_TURNS = ("rotate_90", "rotate_270")
+ANSWERED = (EndState.ANSWERED, EndState.ERROR_JUDGE)
+"""End states of trajectories that have an answer; the second's was not judged."""
+RIGHT_FROM = 0.5
+"""Score by a benchmark's own metric from which on an answer counts as right where only right and wrong count."""
 MIN_COVERED = 0.9
 """Least share of the ground-truth box that a crop must show."""
 MAX_AREA_RATIO = 6.0
 """Largest area of a crop, in areas of the ground-truth box."""
 
 
-def to_upright(task: TaskRecord) -> Affine:
-    """Map from pixels of the image as given to pixels of the upright picture it was made from.
+def turns_of(task: TaskRecord, source: int = 0) -> list[str]:
+    """The right-angle turns and flips that were done to one of the task's images, in the order of application.
+
+    What a data set's transforms say is true of its first image; `data.corruptions` and the orientation probe, which
+    need no transform to be undone, turn all of them.
+    """
+    names = [name for name in task.required_transforms if name in DIHEDRAL]
+    form = task.metadata.get("orientation")
+    if form not in DIHEDRAL:
+        return names if source == 0 else []
+    return names or [form] if source == 0 else [form]
+
+
+def to_upright(task: TaskRecord, source: int = 0) -> Affine:
+    """Map from pixels of one of the images as given to pixels of the upright picture it was made from.
 
     Transforms that are no right-angle turn or flip (`crop`, corruptions) are left out.
     """
-    names = [name for name in task.required_transforms if name in DIHEDRAL]
-    size = task.images[0].size
+    names = turns_of(task, source)
+    size = task.images[source].size
     if sum(name in QUARTER_TURNS for name in names) % 2:
         size = (size[1], size[0])
     total = IDENTITY
@@ -43,8 +61,7 @@ def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     if not trajectory.images:
         return False
     last = trajectory.images[-1]
-    # only the first image is the one the task's transforms were applied to
-    return is_upright(last.to_source, to_upright(task) if last.source == 0 else None)
+    return is_upright(last.to_source, to_upright(task, last.source))
 
 
 def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
@@ -83,7 +100,7 @@ def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:
 def must_use(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     """True if the trajectory answered, and did so on the image that the task needs."""
     return (
-        trajectory.end_state is EndState.ANSWERED
+        trajectory.end_state in ANSWERED
         and answered_upright(task, trajectory)
         and ("crop" not in task.required_transforms or crop_fits(task, trajectory))
     )
@@ -107,36 +124,36 @@ class Shown(NamedTuple):
 
     base_id: str
     """Id of the question, the same in all its forms."""
+    cluster: str
+    """What is drawn together where intervals are resampled: all questions about a picture, in all forms."""
     data_source: str
     """Data set, the same in all forms."""
     orientation: str
-    """`identity`, one of `DIHEDRAL`, or `several`."""
+    """`identity`, one of `DIHEDRAL`, or `other`: several, or by another angle."""
     corruption: str
     """`none` or a name of the suite."""
     severity: int
     """1 to 5; 0 for none."""
+    as_given: bool
+    """False where `data.corruptions` turned or corrupted it."""
 
 
 def shown_as(task: TaskRecord) -> Shown:
     """The form of a task: what `data.corruptions` made of it, else what its data set did to the image."""
     metadata = task.metadata
+    orientation, corruption = "identity", "none"
+    severity, base, source = 0, task.id, task.data_source
     if isinstance(metadata.get("orientation"), str) and isinstance(metadata.get("corruption"), str):
         orientation, corruption = metadata["orientation"], metadata["corruption"]
         severity = int(metadata.get("severity") or 0)
         ending = f"/{orientation}/{corruption}" + (f"_{severity}" if severity else "")
         base, source = task.id.removesuffix(ending), task.data_source.removesuffix(ending)
-        if [name for name in task.required_transforms if name in DIHEDRAL] in ([], [orientation]):
-            return Shown(base, source, orientation, corruption, severity)
-        return Shown(base, source, "several", corruption, severity)
-    turns = [name for name in task.required_transforms if name in DIHEDRAL]
-    orientation = "several" if len(turns) > 1 else turns[0] if turns else "identity"
-    return Shown(task.id, task.data_source, orientation, "none", 0)
-
-
-def _is_changed(task: TaskRecord) -> bool:
-    """True if `data.corruptions` turned or corrupted it: an upright digit is no longer one of the upright kind."""
-    form = task.metadata.get("orientation"), task.metadata.get("corruption")
-    return None not in form and form != ("identity", "none")
+    as_given = (orientation, corruption) == ("identity", "none")
+    turns = [name for name in task.required_transforms if name.startswith(("rotate", "flip"))] or turns_of(task)
+    if turns not in ([], [orientation]):
+        single = orientation == "identity" and len(turns) == 1 and turns[0] in DIHEDRAL
+        orientation = turns[0] if single else "other"
+    return Shown(base, str(metadata.get("picture") or base), source, orientation, corruption, severity, as_given)
 
 
 # ------------------------------------------------------------------------------------------------ outcome
@@ -154,16 +171,19 @@ class Outcome(NamedTuple):
     end_state: EndState
     correct: bool | None
     """By rule, or by the judge where `scored_by` says so; None: unscored."""
+    right: bool | None
+    """What gain, harm and pass@k count: by the benchmark's own metric `RIGHT_FROM`, else `correct`."""
     scored_by: str
     """`rule` or `judge`; empty: unscored."""
     score: float | None
-    """In [0, 1]: by the benchmark's own metric where it has one, else 1 for correct; None: unscored."""
+    """In [0, 1]: by the benchmark's own metric where it has one, for which no judge is needed, else 1 for correct;
+    None: unscored."""
     metric: str
     """Name of the benchmark's own metric; empty: none."""
     must_use: bool
     """False for tasks that need no tool."""
     fixed: bool | None
-    """The last image was upright; None for tasks that were shown upright."""
+    """The last image was upright; None for tasks that were shown upright, or turned by no right angle."""
     spurious: bool
     """An orientation operation ran though none was needed."""
     num_turns: int
@@ -182,26 +202,39 @@ class Outcome(NamedTuple):
     crop_iou: float | None
     """Best overlap of a crop with the ground-truth box; None without a crop or without a box."""
 
+    @property
+    def counts(self) -> bool:
+        """False after a failure of the infrastructure, but for a judge's: what the model did counts without it, too."""
+        return not self.end_state.is_error or self.end_state is EndState.ERROR_JUDGE
+
+    @property
+    def is_upright(self) -> bool:
+        """True for a task that needs no tool, shown upright."""
+        return not self.needs_tool and self.shown.orientation == "identity"
+
 
 def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
     """Judge one trajectory."""
     shown, reward = shown_as(task), trajectory.reward
     seen = crops(task, trajectory) if task.box is not None else []
     box = task.box or (0.0, 0.0, 0.0, 0.0)
+    correct = reward.correct if reward else None
+    official = _official(task.metadata, trajectory)
     return Outcome(
         task_id=task.id,
         sample=trajectory.sample,
-        kind="" if _is_changed(task) else task.kind,
+        kind=task.kind if shown.as_given else "",
         shown=shown,
         category=str(task.metadata.get("category") or ""),
         needs_tool=task.needs_tool,
         end_state=trajectory.end_state,
-        correct=reward.correct if reward else None,
+        correct=correct,
+        right=correct if official is None else official >= RIGHT_FROM,
         scored_by=reward.scored_by if reward else "",
-        score=_score(task.metadata, trajectory),
+        score=official if official is not None or correct is None else float(correct),
         metric=str(task.metadata.get("metric") or ""),
         must_use=task.needs_tool and must_use(task, trajectory),
-        fixed=None if shown.orientation == "identity" else answered_upright(task, trajectory),
+        fixed=answered_upright(task, trajectory) if shown.orientation in DIHEDRAL or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),
         num_turns=len(trajectory.turns),
         num_sampled_tokens=trajectory.num_sampled_tokens,
@@ -215,11 +248,13 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
     )
 
 
-def _score(metadata: dict[str, Any], trajectory: TrajectoryRecord) -> float | None:
-    if trajectory.reward is None:
-        return None
-    official = official_score(trajectory.reward.answer, metadata)
-    return float(trajectory.reward.correct) if official is None else official
+def _official(metadata: dict[str, Any], trajectory: TrajectoryRecord) -> float | None:
+    """Score by the benchmark's own metric; None: it has none, or infrastructure failed."""
+    if trajectory.reward is not None:
+        return official_score(trajectory.reward.answer, metadata)
+    if trajectory.end_state is EndState.ERROR_JUDGE and trajectory.turns:
+        return official_score(final_answer(trajectory.turns[-1].text), metadata)
+    return None
 
 
 def outcomes(groups: Iterable[Group | GroupRecord]) -> list[Outcome]:

@@ -13,7 +13,9 @@ from cv_lightning.evaluation.outcome import Outcome
 from cv_lightning.evaluation.statistics import Difference, Rate, paired_difference, rate
 
 FLIPPED_AT = 0.5
-"""Change of a question's mean correctness from which on it counts as flipped."""
+"""Change of a question's share of right answers from which on it counts as flipped."""
+SHARES = (-1.0, 1.0)
+"""What differences of scores are between."""
 
 
 class Pair(NamedTuple):
@@ -21,10 +23,13 @@ class Pair(NamedTuple):
 
     task_id: str
     """In the first."""
-    base_id: str
+    cluster: str
+    """What is resampled together: see `Shown.cluster`."""
     group: str
     """What `by` splits by."""
-    correct: tuple[float, float]
+    scored: bool
+    """False where a judge left an answer of either unscored; the next two are then without meaning."""
+    right: tuple[float, float]
     score: tuple[float, float]
     calls: tuple[float, float]
 
@@ -34,9 +39,13 @@ class PairedSummary:
     """Second minus first, over the questions that were scored in both."""
 
     num_pairs: int
+    num_unscored: int
+    """Questions that both answered and a judge left unscored in one. What is left is no fair sample: the judge is asked
+    only where the rule says no."""
     score: Difference
     """Of the mean score (the benchmark's own metric where it has one)."""
     accuracy: Difference
+    """Of the share of right answers: see `Outcome.right`."""
     gain: Rate
     """Share of questions that only the second gets right."""
     harm: Rate
@@ -55,7 +64,7 @@ def pair_outcomes(
     key: Callable[[Outcome], str | None] = lambda outcome: outcome.task_id,
     by: Callable[[Outcome], str] = lambda outcome: "",
 ) -> list[Pair]:
-    """The questions that were scored in both, in order of their ids.
+    """The questions that were answered in both, in order of their ids.
 
     Args:
         first: one evaluation.
@@ -70,9 +79,10 @@ def pair_outcomes(
         pairs.append(
             Pair(
                 task_id=one[0].task_id,
-                base_id=one[0].shown.base_id,
+                cluster=one[0].shown.cluster,
                 group=by(one[0]),
-                correct=(_mean(one, _correct), _mean(other, _correct)),
+                scored=all(outcome.right is not None for outcome in (*one, *other)),
+                right=(_mean(one, _right), _mean(other, _right)),
                 score=(_mean(one, _score), _mean(other, _score)),
                 calls=(_mean(one, _calls), _mean(other, _calls)),
             )
@@ -84,7 +94,7 @@ def _by_question(side: Sequence[Outcome], key: Callable[[Outcome], str | None]) 
     found = defaultdict(list)
     for outcome in side:
         name = key(outcome)
-        if name is not None and not outcome.end_state.is_error and outcome.correct is not None:
+        if name is not None and outcome.counts:
             found[name].append(outcome)
     return found
 
@@ -93,8 +103,8 @@ def _mean(samples: Sequence[Outcome], value: Callable[[Outcome], float]) -> floa
     return fmean(value(outcome) for outcome in samples)
 
 
-def _correct(outcome: Outcome) -> float:
-    return float(bool(outcome.correct))
+def _right(outcome: Outcome) -> float:
+    return float(bool(outcome.right))
 
 
 def _score(outcome: Outcome) -> float:
@@ -107,15 +117,17 @@ def _calls(outcome: Outcome) -> float:
 
 def summarise_pairs(pairs: Sequence[Pair]) -> PairedSummary:
     """Differences with intervals and tests; gain and harm."""
-    clusters = [pair.base_id for pair in pairs]
-    changes = [pair.correct[1] - pair.correct[0] for pair in pairs]
+    scored = [pair for pair in pairs if pair.scored]
+    clusters = [pair.cluster for pair in scored]
+    changes = [pair.right[1] - pair.right[0] for pair in scored]
     return PairedSummary(
-        num_pairs=len(pairs),
-        score=paired_difference([pair.score[1] - pair.score[0] for pair in pairs], clusters),
-        accuracy=paired_difference(changes, clusters),
+        num_pairs=len(scored),
+        num_unscored=len(pairs) - len(scored),
+        score=paired_difference([pair.score[1] - pair.score[0] for pair in scored], clusters, SHARES),
+        accuracy=paired_difference(changes, clusters, SHARES),
         gain=rate([float(change >= FLIPPED_AT) for change in changes], clusters),
         harm=rate([float(change <= -FLIPPED_AT) for change in changes], clusters),
-        calls=paired_difference([pair.calls[1] - pair.calls[0] for pair in pairs], clusters),
+        calls=paired_difference([pair.calls[1] - pair.calls[0] for pair in scored], clusters),
     )
 
 

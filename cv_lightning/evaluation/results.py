@@ -50,11 +50,11 @@ def tool_pairs(outcomes: Mapping[str, Sequence[Outcome]], without: Mapping[str, 
     return {name: summarise_pairs(pair_outcomes(outcomes[other], outcomes[name])) for name, other in without.items()}
 
 
-def tables(found: Mapping[str, Evaluated], pairs: Mapping[str, PairedSummary]) -> list[Grid]:
-    """Every table that has something to say."""
+def tables(found: Mapping[str, Evaluated], pairs: Mapping[str, PairedSummary], note: str = "") -> list[Grid]:
+    """Every table that has something to say; the note goes under the first."""
     sources = list(dict.fromkeys(source for entry in found.values() for source in entry.breakdown.by_source))
     grids = [
-        main_table(found),
+        main_table(found, note),
         transform_table(found),
         corruption_table(found),
         split_table(found, "by_source", "By data source"),
@@ -71,6 +71,7 @@ def write_results(
     found: Mapping[str, Evaluated],
     pairs: Mapping[str, PairedSummary],
     about: Mapping[str, Any],
+    note: str = "",
 ) -> list[Grid]:
     """Write `<prefix>results.json`, `.md` and `.png` into a folder.
 
@@ -80,6 +81,7 @@ def write_results(
         found: figures by name of the evaluation.
         pairs: what the tool brings.
         about: model, data, settings, config and versions: what somebody needs to do it again.
+        note: what the page must say of the data.
 
     Returns:
         The tables of the Markdown page.
@@ -96,9 +98,9 @@ def write_results(
         "tool": {name: entry.to_json() for name, entry in pairs.items()},
         "published": [{name: getattr(entry, name) for name in entry.__slots__} for entry in published],
     }
-    grids = tables(found, pairs)
+    grids = tables(found, pairs, note)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{prefix}results.json", json.dumps(value, indent=1) + "\n")
+    write_text(folder / f"{prefix}results.json", json.dumps(value, indent=1, default=repr) + "\n")
     write_text(folder / f"{prefix}results.md", "\n".join(grid.markdown() for grid in grids))
     plot_results(found, folder / f"{prefix}results.png")
     return grids

@@ -25,7 +25,7 @@ def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | N
 
     Args:
         answer: what was extracted; None scores 0.
-        metadata: of the task: `metric`, `answers` and what else the metric reads.
+        metadata: of the task: `metric`, `accepted_answers` and what else the metric reads.
 
     Returns:
         In [0, 1]; None where the task names no metric.
@@ -68,7 +68,7 @@ def edit_distance(one: str, other: str) -> int:
 
 
 def _anls(answer: str, metadata: Mapping[str, Any]) -> float:
-    return anls(answer, metadata["answers"])
+    return anls(answer, metadata["accepted_answers"])
 
 
 # ------------------------------------------------------------------------------------------------ OCRBench
@@ -76,9 +76,9 @@ def _ocrbench(answer: str, metadata: Mapping[str, Any]) -> float:
     """1 if any truth stands in the answer; formulas (HME100k) are compared without spaces and with their case."""
     if metadata.get("dataset") == "HME100k":
         said = "".join(answer.split())
-        return float(any("".join(truth.split()) in said for truth in metadata["answers"]))
+        return float(any("".join(truth.split()) in said for truth in metadata["accepted_answers"]))
     said = answer.lower().strip().replace("\n", " ")
-    return float(any(truth.lower().strip().replace("\n", " ") in said for truth in metadata["answers"]))
+    return float(any(truth.lower().strip().replace("\n", " ") in said for truth in metadata["accepted_answers"]))
 
 
 # ------------------------------------------------------------------------------------------------ ChartQAPro
@@ -86,10 +86,12 @@ def _chartqapro(answer: str, metadata: Mapping[str, Any]) -> float:
     """Relaxed correctness, mean over the items of a list.
 
     As the released code computes the paper's table: years exactly, other numbers within 5 %, text by ANLS. Its exact
-    match for fact checking and multiple choice is computed there but never used.
+    match for fact checking and multiple choice is computed there but never used. Of a list, the truth may lack quotes;
+    an answer that lacks them is one text.
     """
-    truths = _items(str(metadata["answers"][-1]).strip(".\n"))
-    said = _items(answer.strip(".\n"))
+    truth = str(metadata["accepted_answers"][-1]).strip(".").strip("\n")
+    said = _items(answer.strip(".").strip("\n"))
+    truths = _items(_quoted(truth))
     years = [str(flag).upper() == "YES" for flag in metadata.get("year") or ["NO"]]
     if metadata.get("question_type") == "Conversational":
         years = years[-1:]
@@ -100,16 +102,27 @@ def _chartqapro(answer: str, metadata: Mapping[str, Any]) -> float:
     return sum(scores) / size
 
 
-def _items(text: str) -> list[str]:
-    """Items of a text that is a list, with or without quotes; else the text alone."""
-    match = re.fullmatch(r"\s*\[(.*)\]\s*", text, flags=re.DOTALL)
+def _quoted(truth: str) -> str:
+    """A list without quotes as a Python list, word by word, as the released code mends it; else the text as it is."""
+    match = re.fullmatch(r"\[(.*)\]", truth.strip())
     if match is None:
-        return [text]
+        return truth
+    mended = "[" + re.sub(r"(?<![\w'])\w[\w']*", lambda word: f"'{word[0]}'", match[1]) + "]"
+    return mended if _parsed_list(mended) is not None else truth
+
+
+def _items(text: str) -> list[str]:
+    """Items of a text that is a Python list; else the text alone, even a list without quotes: no answer is mended."""
+    parsed = _parsed_list(text)
+    return [str(item).strip(" '") for item in parsed] if parsed else [text]
+
+
+def _parsed_list(text: str) -> list[Any] | None:
     try:
-        parsed = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        parsed = match[1].split(",")
-    return [str(item).strip(" '\"") for item in parsed] or [text]
+        parsed = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, list) else None
 
 
 def _relaxed(said: str, truth: str, is_year: bool) -> float:
@@ -136,9 +149,9 @@ def _tirbench(answer: str, metadata: Mapping[str, Any]) -> float:
     """By task; what is not named here by the project's rule for letters and numbers.
 
     Text within the answer (ocr), share of places that are right (jigsaw), overlap of sets (spot_difference), a pair of
-    numbers (word_search).
+    numbers (word_search), several letters in any order.
     """
-    task, truth = metadata.get("category"), str(metadata["answers"][0]).strip()
+    task, truth = metadata.get("category"), str(metadata["accepted_answers"][0]).strip()
     numbers, wanted = _integers(answer), _integers(truth)
     single = re.fullmatch(r"-?\d+", truth) is not None
     if task == "ocr":
@@ -150,8 +163,16 @@ def _tirbench(answer: str, metadata: Mapping[str, Any]) -> float:
         union = set(numbers) | set(wanted)
         return len(set(numbers) & set(wanted)) / len(union) if union else 1.0
     if task == "word_search" and not single:
-        return float(len(wanted) > 1 and numbers[:2] == wanted[:2])
+        said, cell = _first_pair(answer), _first_pair(truth)
+        return float(said is not None and said == cell)
+    if len(truth) > 1 and truth.isalpha() and truth.isupper():  # several options, in any order
+        return float(sorted(re.sub(r"[\s,*]", "", answer)) == sorted(truth))
     return float(are_answers_equivalent(answer, truth))
+
+
+def _first_pair(text: str) -> tuple[int, int] | None:
+    match = re.search(r"\b(\d{1,18})\s*,\s*(\d{1,18})\b", text)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _integers(text: str) -> list[int]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 NUM_RESAMPLES = 2000
+SAME = 1e-9
+"""Means of clusters that differ by less are equal but for rounding."""
 
 
 class Rate(NamedTuple):
@@ -40,13 +42,22 @@ def wilson(num_hits: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    seed: int = 0,
+    extremes: tuple[float, float] | None = None,
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, resampling whole clusters (tasks).
+
+    Where all clusters have the same mean, no resample differs, which says nothing of the clusters that were not drawn:
+    the interval is then what the mean could be if as many others as Wilson's bound allows were at an extreme.
 
     Args:
         values: one number per trajectory.
         clusters: the task of each; trajectories of one task are not independent.
         seed: of the resampling; the same values give the same interval.
+        extremes: least and largest value there can be; None: unbounded, where equal clusters give no width.
     """
     if not values:
         return math.nan, math.nan
@@ -54,6 +65,9 @@ def bootstrap(values: Sequence[float], clusters: Sequence[Hashable], seed: int =
     ids = np.array([index.setdefault(cluster, len(index)) for cluster in clusters])
     sums = np.bincount(ids, weights=np.asarray(values, float)).astype(float)
     counts = np.bincount(ids).astype(float)
+    if extremes is not None and np.ptp(sums / counts) < SAME:
+        mean, unseen = math.fsum(values) / len(values), wilson(0, len(index))[1]
+        return mean - unseen * (mean - extremes[0]), mean + unseen * (extremes[1] - mean)
     rng = np.random.default_rng(seed)
     # Clusters that look alike are drawn together: how often each look occurs in a resample is multinomial.
     looks, times = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
@@ -82,14 +96,48 @@ def _resampled(
 
 
 def rate(values: Sequence[float], clusters: Sequence[Hashable]) -> Rate:
-    """Mean with an interval: Wilson's for yes/no values of one trajectory per task, else the cluster bootstrap."""
+    """Mean of values in [0, 1] with an interval.
+
+    Wilson's for yes/no values of one trajectory per task, else the cluster bootstrap.
+    """
     n = len(values)
     if n == 0:
         return Rate(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(values) / n
     independent = len(set(clusters)) == n and all(value in (0, 1) for value in values)
-    low, high = wilson(math.fsum(values), n) if independent else bootstrap(values, clusters)
+    low, high = wilson(math.fsum(values), n) if independent else bootstrap(values, clusters, extremes=(0, 1))
     return Rate(mean, low, high, n)
+
+
+def rate_of_columns(columns: Sequence[Sequence[float]], clusters: Sequence[Sequence[Hashable]]) -> Rate:
+    """Mean of the means of columns, each weighing the same; the clusters are resampled over all columns together.
+
+    Args:
+        columns: values in [0, 1] of each column, none empty.
+        clusters: of each value; what is in several columns goes into a resample with all of them.
+
+    Returns:
+        `n` is the number of clusters.
+    """
+    index: dict[Hashable, int] = {}
+    ids = [np.array([index.setdefault(name, len(index)) for name in names]) for names in clusters]
+    size = len(index)
+    sums = [np.bincount(at, weights=np.asarray(v, float), minlength=size) for at, v in zip(ids, columns, strict=True)]
+    counts = [np.bincount(at, minlength=size) for at in ids]
+    value = math.fsum(math.fsum(column) / len(column) for column in columns) / len(columns)
+    both = np.stack([*sums, *counts], axis=1).astype(float)  # [clusters, 2 columns]
+    rng, means = np.random.default_rng(0), []
+    for times in _parts(size):
+        weights = rng.multinomial(size, np.full(size, 1 / size), size=times)
+        totals = weights @ both
+        totals = totals[(totals[:, len(columns) :] > 0).all(axis=1)]  # a resample may miss a column
+        means.append((totals[:, : len(columns)] / totals[:, len(columns) :]).mean(axis=1))
+    found = np.concatenate(means)
+    if not len(found) or np.ptp(found) < SAME:
+        unseen = wilson(0, size)[1]
+        return Rate(value, value * (1 - unseen), value + unseen * (1 - value), size)
+    low, high = np.percentile(found, [2.5, 97.5])
+    return Rate(value, float(low), float(high), size)
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -113,7 +161,9 @@ class Difference(NamedTuple):
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p {self.p:.2g}"
 
 
-def paired_difference(differences: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
+def paired_difference(
+    differences: Sequence[float], clusters: Sequence[Hashable], extremes: tuple[float, float] | None = None
+) -> Difference:
     """Summarise differences: bootstrap interval of the mean, and a test of no difference.
 
     Exact McNemar where there is one difference of -1, 0 or 1 a cluster, else Wilcoxon's signed rank of the clusters'
@@ -122,13 +172,14 @@ def paired_difference(differences: Sequence[float], clusters: Sequence[Hashable]
     Args:
         differences: second minus first.
         clusters: what each belongs to; the forms of one question are not independent.
+        extremes: as of `bootstrap`.
     """
     from scipy import stats  # half a second, which training never needs
 
     n = len(differences)
     if n == 0:
         return Difference(math.nan, math.nan, math.nan, math.nan, "mcnemar", 0)
-    low, high = bootstrap(differences, clusters)
+    low, high = bootstrap(differences, clusters, extremes=extremes)
     means = _cluster_means(differences, clusters)
     test, p = "mcnemar", 1.0
     if len(means) == n and all(value in (-1, 0, 1) for value in differences):
@@ -146,7 +197,8 @@ def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable]) -> lis
     groups: dict[Hashable, list[float]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         groups.setdefault(cluster, []).append(value)
-    return [math.fsum(group) / len(group) for group in groups.values()]
+    # a difference of thirds that cancel is not quite zero, and signed ranks would take it for one
+    return [round(math.fsum(group) / len(group), 9) for group in groups.values()]
 
 
 # ------------------------------------------------------------------------------------------------ several tries

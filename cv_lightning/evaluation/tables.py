@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from cv_lightning.evaluation.breakdown import TRANSFORMS, Breakdown
+from cv_lightning.evaluation.breakdown import NONE, TRANSFORMS, Breakdown
 from cv_lightning.evaluation.metrics import EvalSummary
 from cv_lightning.evaluation.paired import PairedSummary
 from cv_lightning.evaluation.published import published_on
@@ -24,6 +24,7 @@ COLUMN_NAMES = {
     "rotate_270": "R270",
     "flip_horizontal": "FlipH",
     "flip_vertical": "FlipV",
+    "other": "otherwise",
     "mean_of_six": "mean of 6",
     "mean_of_transformed": "mean of 5 turned",
 }
@@ -86,6 +87,11 @@ def percent(value: Rate | None) -> str:
     return f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
+def between(bounds: tuple[float, float] | None) -> str:
+    """In percent; - where there are none."""
+    return "-" if bounds is None else f"{100 * bounds[0]:.1f} - {100 * bounds[1]:.1f}"
+
+
 def number(value: float) -> str:
     """With two digits."""
     return "-" if math.isnan(value) else f"{value:.2f}"
@@ -99,8 +105,21 @@ def change(value: Difference, *, scale: float = 100, digits: int = 1) -> str:
     return "{} [{}, {}]".format(*parts) + f", p {value.p:.2g}"
 
 
+def p_value(found: PairedSummary) -> str:
+    """Of the difference of scores; none where questions are missing because of what their answers were."""
+    return "-" if found.num_unscored or not found.num_pairs else f"{found.score.p:.2g}"
+
+
+def unscored_note(found: PairedSummary) -> str:
+    """Why there is no p."""
+    return (
+        f"{found.num_unscored} questions that a judge left unscored are not compared; the rest is no fair sample of "
+        "them, so there is no p."
+    )
+
+
 # ------------------------------------------------------------------------------------------------ main table
-def main_table(found: Mapping[str, Evaluated]) -> Grid:
+def main_table(found: Mapping[str, Evaluated], note: str = "") -> Grid:
     """Every figure, one column an evaluation; rows of which no evaluation has a value are left out."""
     rows: list[list[str]] = []
 
@@ -111,6 +130,7 @@ def main_table(found: Mapping[str, Evaluated]) -> Grid:
     each = list(found.values())
     metrics = ", ".join(sorted({name for entry in each for name in entry.breakdown.metrics}))
     row(f"score ({metrics or 'accuracy'})", [percent(entry.breakdown.score) for entry in each])
+    row("... with the unjudged wrong - right", [between(entry.breakdown.score_bounds) for entry in each])
     judged = any(entry.breakdown.accuracy_judged.n for entry in each)
     row("accuracy, rule alone", [percent(entry.breakdown.accuracy_rule) for entry in each])
     if judged:
@@ -136,7 +156,7 @@ def main_table(found: Mapping[str, Evaluated]) -> Grid:
     row("all tokens", [number(entry.breakdown.length_mean) for entry in each])
     row("trajectories", [str(entry.summary.num_trajectories) for entry in each])
     row("failed (left out)", [str(entry.summary.num_errors) for entry in each])
-    return Grid("Results", ["", *found], rows, "Percent with 95 % intervals where brackets are.")
+    return Grid("Results", ["", *found], rows, f"Percent with 95 % intervals where brackets are. {note}".strip())
 
 
 def transform_table(found: Mapping[str, Evaluated]) -> Grid | None:
@@ -145,24 +165,27 @@ def transform_table(found: Mapping[str, Evaluated]) -> Grid | None:
         return None
     rows = [
         [COLUMN_NAMES[column], *(percent(entry.breakdown.by_transform.get(column)) for entry in found.values())]
-        for column in TRANSFORMS
+        for column in [*TRANSFORMS, "other"]
+        if column in TRANSFORMS or any(column in entry.breakdown.by_transform for entry in found.values())
     ]
     for name in ("mean_of_six", "mean_of_transformed"):
         rows.append([COLUMN_NAMES[name], *(percent(getattr(entry.breakdown, name)) for entry in found.values())])
-    return Grid("By orientation", ["", *found], rows, "The published mean of 6 has Source in it.")
+    note = "Uncorrupted pictures alone. The published mean of 6 has Source in it."
+    return Grid("By orientation", ["", *found], rows, note)
 
 
 def corruption_table(found: Mapping[str, Evaluated]) -> Grid | None:
-    """Score by corruption and severity; None where nothing was corrupted."""
+    """Score by corruption and severity, beside that of the uncorrupted; None where nothing was corrupted."""
     levels = sorted({level for e in found.values() for rates in e.breakdown.by_corruption.values() for level in rates})
-    if not levels:
+    if not any(levels):
         return None
     rows = [
         [name, corruption, *(percent(rates.get(level)) for level in levels)]
         for name, entry in found.items()
         for corruption, rates in entry.breakdown.by_corruption.items()
     ]
-    return Grid("By corruption and severity", ["", "corruption", *(f"severity {level}" for level in levels)], rows)
+    headings = [f"severity {level}" if level else "uncorrupted" for level in levels]
+    return Grid("By corruption and severity", ["", "corruption", *headings], rows)
 
 
 def split_table(found: Mapping[str, Evaluated], name: str, title: str) -> Grid | None:
@@ -182,15 +205,18 @@ def tool_table(pairs: Mapping[str, PairedSummary]) -> Grid | None:
         [
             name,
             str(found.num_pairs),
-            change(found.score),
+            change(found.score).partition(", p")[0],
             percent(found.gain),
             percent(found.harm),
-            f"{found.accuracy.test}, p {found.accuracy.p:.2g}",
+            found.score.test,
+            p_value(found),
         ]
         for name, found in pairs.items()
     ]
-    headings = ["with - without tool", "questions", "score", "gain", "harm", "test of right answers"]
-    return Grid("What the tool brings", headings, rows, "Gain, harm: right only with, only without the tool.")
+    headings = ["with - without tool", "questions", "score", "gain", "harm", "test of the score", "p"]
+    unscored = max(pairs.values(), key=lambda found: found.num_unscored)
+    note = ["Gain, harm: right only with, only without the tool.", unscored_note(unscored)]
+    return Grid("What the tool brings", headings, rows, " ".join(note[: 1 + bool(unscored.num_unscored)]))
 
 
 def published_table(source: str, found: Mapping[str, Evaluated]) -> Grid | None:
@@ -203,11 +229,13 @@ def published_table(source: str, found: Mapping[str, Evaluated]) -> Grid | None:
     for name, entry in found.items():
         part = entry.breakdown
         own = part.by_transform | {"mean_of_six": part.mean_of_six, "mean_of_transformed": part.mean_of_transformed}
-        own["score"] = part.by_source.get(source, part.score)
+        own["score"] = part.as_given.get(source, NONE)
         cells = [percent(own.get(column)) for column in columns]
         rows.append([f"this: {name}", "this model", "this code base", *cells])
     for other in published:
         cells = [f"{other.scores[column]:g}" if column in other.scores else "-" for column in columns]
         rows.append([other.work, other.base, f"{other.source}: {other.harness}", *cells])
     headings = ["", "base model", "source: harness", *(COLUMN_NAMES.get(column, column) for column in columns)]
-    return Grid(f"Published on {source}", headings, rows, "Rows of other harnesses were not measured as this one was.")
+    note = "Rows of other harnesses were not measured as this one was. Ours are over uncorrupted pictures"
+    note += ", score over those that no --data.corruptions turned." if "score" in columns else "."
+    return Grid(f"Published on {source}", headings, rows, note)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -234,7 +234,7 @@ def is_copied(answer: str, question: str) -> bool:
 
 def rule_score(
     answer: str | None,
-    ground_truth: str,
+    ground_truth: str | Sequence[str],
     question: str = "",
     *,
     symbolic: Callable[[str, str], bool] | None = None,
@@ -243,14 +243,15 @@ def rule_score(
 
     Args:
         answer: from `markup.final_answer`; None, an empty one or a copy of the question is wrong.
-        ground_truth: the right answer.
+        ground_truth: the right answer, or several of which any is right.
         question: the bare question.
         symbolic: decides on what the rules refuse, given normalised answer and ground truth: a
             `symbolic.SymbolicComparer`.
     """
     if not answer or is_copied(answer, question):
         return AnswerScore(0.0, answer)
-    correct = are_answers_equivalent(answer, ground_truth)
+    accepted = [ground_truth] if isinstance(ground_truth, str) else ground_truth
+    correct = any(are_answers_equivalent(answer, truth) for truth in accepted)
     if not correct and symbolic is not None and len(answer) <= MAX_ANSWER_CHARS:
-        correct = symbolic(normalise(answer), normalise(ground_truth))
+        correct = any(symbolic(normalise(answer), normalise(truth)) for truth in accepted)
     return AnswerScore(float(correct), answer)

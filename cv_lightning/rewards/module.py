@@ -79,7 +79,8 @@ class RewardModule:
             task = trajectory.task
             assert score.answer is not None
             try:
-                value = await self.judge.verdict(task.question, task.ground_truth, score.answer, task.data_source)
+                truth = "; or: ".join(task.accepted)
+                value = await self.judge.verdict(task.question, truth, score.answer, task.data_source)
             except JudgeError as error:
                 trajectory.end_state, trajectory.error = EndState.ERROR_JUDGE, str(error)
                 return
@@ -93,7 +94,7 @@ class RewardModule:
         if trajectory.end_state is EndState.ANSWERED and trajectory.turns:
             answer = final_answer(trajectory.turns[-1].text)
         task = trajectory.task
-        return rule_score(answer, task.ground_truth, task.question, symbolic=self._symbolic)
+        return rule_score(answer, task.accepted, task.question, symbolic=self._symbolic)
 
     # ------------------------------------------------------------------ one group
     def score_group(self, group: Group) -> None:

@@ -34,6 +34,12 @@ class RewardTerm(ABC):
         self.name = name
         self.weight = weight
 
+    def __repr__(self) -> str:
+        """Class and settings, the same in every process: what an evaluation notes, and compares when it goes on."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        settings = (f"{name}={_named(value)}" for name, value in sorted(vars(self).items()))
+        return f"{kind}({', '.join(settings)})"
+
     @abstractmethod
     def value(self, trajectory: Trajectory, score: float) -> float:
         """Unweighted value of the component.
@@ -42,6 +48,13 @@ class RewardTerm(ABC):
             trajectory: finished and scoreable; read it, change nothing.
             score: answer score in [0, 1].
         """
+
+
+def _named(value: object) -> str:
+    """A function by its name; anything else as Python writes it, which for what has no such form is its class."""
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 class FunctionTerm(RewardTerm):

@@ -10,6 +10,8 @@ read records only; live groups become records by `to_record`, which copies nothi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,6 +101,8 @@ class TaskRecord:
     """Ground-truth box in pixels of the first image as given."""
     metadata: dict[str, Any]
     images: list[ImageRecord]
+    digest: str = ""
+    """Of all that was asked but the pixels: see `task_digest`. Empty in stores of earlier versions."""
 
     @property
     def needs_tool(self) -> bool:
@@ -205,7 +209,17 @@ def _task_record(task: Task, name_image: ImageNamer) -> TaskRecord:
             ImageRecord(file=name_image(image), size=image.size, model_size=image.size, source=index)
             for index, image in enumerate(task.images)
         ],
+        digest=task_digest(task),
     )
+
+
+def task_digest(task: Task) -> str:
+    """Of everything about a task but its id and its pixels: the same where the same is asked and expected."""
+    messages = [[message.role, message.content] for message in task.messages]
+    expected = [task.ground_truth, task.data_source, task.required_transforms, task.box, task.metadata]
+    parts = [task.question, messages, expected]
+    text = json.dumps(parts, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
 
 
 def _trajectory_record(trajectory: Trajectory, name_image: ImageNamer, tokens: bool) -> TrajectoryRecord:
@@ -258,6 +272,7 @@ def group_to_json(group: GroupRecord) -> dict[str, Any]:
             "box": task.box,
             "metadata": task.metadata,
             "images": [_image_to_json(image) for image in task.images],
+            "digest": task.digest,
         },
         "trajectories": [_trajectory_to_json(trajectory) for trajectory in group.trajectories],
     }
@@ -386,6 +401,7 @@ def group_from_json(data: dict[str, Any], folder: Path | None = None) -> GroupRe
             box=_box(task["box"]),
             metadata=task["metadata"],
             images=[_image_from_json(image, folder) for image in task["images"]],
+            digest=task.get("digest", ""),
         ),
         trajectories=[_trajectory_from_json(trajectory, folder) for trajectory in data["trajectories"]],
     )

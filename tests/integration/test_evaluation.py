@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import EvaluationConfig, RolloutCallback
 from cv_lightning.data.modules import TaskDataModule
+from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.engine import EngineConfig, SamplingConfig
 from cv_lightning.model.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.rewards import RewardConfig
+from cv_lightning.rewards.terms import FunctionTerm
 from cv_lightning.rl.losses import PolicyLossConfig
 from cv_lightning.trajectory import TrajectoryWriter, read_groups
-from cv_lightning.types import Group
+from cv_lightning.types import Group, Trajectory
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from trajectory_samples import digit_task
 
 AGENT = AgentConfig(max_turns=2, max_turn_tokens=8, max_images=2, prompt=PromptConfig(system="none", state_size=False))
 ENGINE = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=4, max_images=2)
@@ -33,9 +40,21 @@ class Pulled(Exception):
     """The plug."""
 
 
-def evaluate(checkpoint: Path, run: Path, seed: int = 0) -> None:
-    module = GRPOModule(PolicyConfig(path=str(checkpoint), dtype="float32"), loss=PolicyLossConfig(kl_weight=0.0))
-    callback = RolloutCallback(agent=AGENT, engine=ENGINE, evaluations=SETTINGS, sampling=SamplingConfig(seed=seed))
+def evaluate(
+    checkpoint: Path,
+    run: Path,
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+    reward: RewardConfig | None = None,
+    max_pixels: int | None = None,
+    verb: str = "test",
+) -> None:
+    """`test` or `validate` three upright and three turned digits, or the `data`."""
+    policy = PolicyConfig(path=str(checkpoint), dtype="float32", max_pixels=max_pixels)
+    module = GRPOModule(policy, loss=PolicyLossConfig(kl_weight=0.0))
+    callback = RolloutCallback(
+        agent=AGENT, engine=ENGINE, evaluations=SETTINGS, sampling=SamplingConfig(seed=seed), reward=reward
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         default_root_dir=run,
@@ -44,7 +63,23 @@ def evaluate(checkpoint: Path, run: Path, seed: int = 0) -> None:
         enable_model_summary=False,
         callbacks=[callback],
     )
-    trainer.test(module, datamodule=TaskDataModule(test_tasks={"upright": 3, "turned": 3}), verbose=False)
+    digits = {"upright": 3, "turned": 3}
+    source = TaskDataModule(**data) if data else TaskDataModule(test_tasks=digits, val_tasks=digits)
+    getattr(trainer, verb)(module, datamodule=source, verbose=False)
+
+
+def benchmark(folder: Path, answers: list[str], cut: int | None = None) -> dict[str, Any]:
+    """A file of questions, each with a picture of its own; that of number `cut` ends in the middle."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for number, answer in enumerate(answers):
+        path = folder / f"{number}.png"
+        digit_task(number, "upright").images[0].save(path)
+        if number == cut:
+            path.write_bytes(path.read_bytes()[:-200])
+        rows.append({"question": f"Question {number}?", "answer": answer, "image": path.name})
+    (folder / "asked.json").write_text(json.dumps(rows))
+    return {"eval_files": [str(folder / "asked.json")], "reader": ReaderConfig(format="fields", data_source="asked")}
 
 
 def texts(run: Path, setting: str) -> dict[str, list[str]]:
@@ -143,3 +178,90 @@ def test_other_settings_start_anew_and_failed_trajectories_are_made_again(
         "one question with the tool; the other setting was finished"
     )
     assert json.loads(state.read_text())["finished"] is True
+
+
+def test_a_broken_picture_is_skipped_and_said_never_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    data = benchmark(tmp_path / "files", ["1", "2", "3", "4"], cut=2)
+    evaluate(tiny_checkpoint, tmp_path / "run", data=data)
+    assert list(texts(tmp_path / "run", "tool")) == ["asked:0", "asked:1", "asked:3"]
+    found = json.loads((tmp_path / "run/eval/results.json").read_text())
+    tool = found["evaluations"]["tool"]
+    assert (tool["num_tasks"], tool["num_trajectories"]) == (3, 6)
+    [skipped] = found["about"]["data"]["skipped"]
+    assert (skipped["row"], skipped["kind"]) == (2, "unreadable image")
+    assert (
+        "1 rows of the files could not be used and count nowhere: 1 x unreadable image."
+        in (tmp_path / "run/eval/results.md").read_text()
+    )
+
+
+def test_a_question_that_changed_is_asked_anew_and_one_that_went_is_gone(
+    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
+) -> None:
+    data = benchmark(tmp_path / "files", ["1", "2", "3", "4", "5"])
+    first = written(4)
+    with pytest.raises(Pulled):
+        evaluate(tiny_checkpoint, tmp_path / "run", data=data)
+    changed = benchmark(tmp_path / "files", ["another", "2", "3", "4"])
+    again = written(None)
+    evaluate(tiny_checkpoint, tmp_path / "run", data=changed)
+    kept = sorted(set(first) - {"asked:0", "asked:4"})
+    asked = [f"asked:{number}" for number in range(4)]
+    assert sorted(again) == sorted([*(name for name in asked if name not in kept), *asked])
+    groups = list(read_groups(tmp_path / "run/eval/tool"))
+    assert sorted(group.task.id for group in groups) == asked, "each once, and none that is not asked"
+    assert {group.task.id: group.task.ground_truth for group in groups}["asked:0"] == "another"
+
+
+def test_another_size_of_pictures_starts_anew(
+    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
+) -> None:
+    written(3)
+    with pytest.raises(Pulled):
+        evaluate(tiny_checkpoint, tmp_path)
+    anew = written(None)
+    evaluate(tiny_checkpoint, tmp_path, max_pixels=64 * 96)
+    assert len(anew) == 12
+    seen = [t.images[0].model_size for group in read_groups(tmp_path / "eval/tool") for t in group.trajectories]
+    assert len(seen) == 12 and all(width * height <= 64 * 96 for width, height in seen)
+
+
+def brief(trajectory: Trajectory, score: float) -> float:
+    """A component of a user's own."""
+    return float(len(trajectory.turns) == 1)
+
+
+def test_components_of_a_users_own_do_not_keep_an_evaluation_from_its_results(
+    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
+) -> None:
+    reward = RewardConfig(terms=[FunctionTerm("brief", 0.1, f"{__name__}.brief")])
+    written(3)
+    with pytest.raises(Pulled):
+        evaluate(tiny_checkpoint, tmp_path, reward=reward)
+    rest = written(None)
+    evaluate(tiny_checkpoint, tmp_path, reward=RewardConfig(terms=[FunctionTerm("brief", 0.1, f"{__name__}.brief")]))
+    assert len(rest) == 12 - 3, "the same function is the same reward"
+    about = json.loads((tmp_path / "eval/results.json").read_text())["about"]
+    assert f"{__name__}.brief" in str(about["reward"]["terms"])
+
+
+def test_a_test_is_finished_when_its_results_are_written(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    written: Callable[[int | None], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("cv_lightning.callbacks.evaluation.write_results", lambda *_: (_ for _ in ()).throw(OSError))
+        with pytest.raises(OSError):
+            evaluate(tiny_checkpoint, tmp_path)
+    again = written(None)
+    evaluate(tiny_checkpoint, tmp_path)
+    assert again == [] and (tmp_path / "eval/results.json").is_file()
+
+
+def test_validate_leaves_a_test_alone(finished: Path, tiny_checkpoint: Path) -> None:
+    before = texts(finished, "tool")
+    evaluate(tiny_checkpoint, finished, verb="validate")
+    assert texts(finished, "tool") == before
+    assert len(texts(finished, "validation_tool")) == 6

@@ -26,6 +26,7 @@ from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.rows import FieldNames, ReaderConfig
 from cv_lightning.evaluation.published import plain_name, published_on, published_results
+from cv_lightning.rewards.answer import rule_score
 from cv_lightning.types import DataError, Task
 
 CONFIGS = Path(__file__).parents[2] / "configs/eval"
@@ -128,7 +129,7 @@ def read(path: Path, **reader: Any) -> list[Task]:
 def test_ocrbench(tmp_path: Path) -> None:
     [task] = read(ocrbench(tmp_path), format="ocrbench", data_source="ocrbench")
     assert (task.question, task.ground_truth, task.data_source) == ("what is written?", "CENTRE", "ocrbench")
-    assert task.metadata["answers"] == ["CENTRE", "CENTER"]
+    assert task.metadata["accepted_answers"] == ["CENTRE", "CENTER"]
     assert (task.metadata["metric"], task.metadata["category"]) == ("ocrbench", "Regular Text Recognition")
 
 
@@ -152,12 +153,19 @@ def test_hrbench_rows_with_quotes_and_line_breaks(tmp_path: Path) -> None:
     assert one.question.startswith('What does the "sign"\nsay?\nA. Stop\nB. Go\nC. Left\nD. Right\n')
     assert (one.ground_truth, one.metadata["category"], one.images[0].size) == ("B", "single", (60, 40))
     assert one.id != other.id and one.question == other.question
+    assert one.metadata["picture"] == other.metadata["picture"], "rotations of a question's options are one cluster"
 
 
 def test_tirbench_has_one_or_two_pictures(tmp_path: Path) -> None:
     jigsaw, spot = read(tirbench(tmp_path), format="tirbench")
     assert (len(jigsaw.images), len(spot.images)) == (1, 2)
     assert (spot.ground_truth, spot.metadata["category"]) == ("4", "spot_difference")
+    (tmp_path / "ocr").mkdir()
+    (tmp_path / "ocr/60.jpg").write_bytes(picture())
+    row = {"image_1": "ocr/60.jpg", "prompt": "What is written?", "answer": "mobl", "id": 0, "task": "ocr"}
+    (tmp_path / "ocr.json").write_text(json.dumps([row]))
+    [mended] = read(tmp_path / "ocr.json", format="tirbench")
+    assert mended.ground_truth == "mobi", "as the benchmark's own scoring has it"
 
 
 def test_vtcbench_has_options_in_columns_or_none_and_never_shows_its_chain(tmp_path: Path) -> None:
@@ -171,7 +179,8 @@ def test_vtcbench_has_options_in_columns_or_none_and_never_shows_its_chain(tmp_p
 
 def test_docvqa(tmp_path: Path) -> None:
     [task] = read(docvqa(tmp_path), format="docvqa", data_source="docvqa_turned")
-    assert (task.metadata["metric"], task.metadata["answers"]) == ("anls", ["1 May", "May 1"])
+    assert (task.metadata["metric"], task.metadata["accepted_answers"]) == ("anls", ["1 May", "May 1"])
+    assert rule_score("May 1", task.accepted).value == 1.0 and rule_score("May 2", task.accepted).value == 0.0
 
 
 def test_columns_under_names_of_their_own(tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ from scipy.stats import binomtest
 from trajectory_samples import Policy, digit_task, group
 
 from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
+from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.evaluation.breakdown import breakdown
 from cv_lightning.evaluation.metrics import summarise_outcomes
-from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.evaluation.outcome import DIHEDRAL, Outcome, outcomes
 from cv_lightning.evaluation.paired import pair_outcomes, summarise_pairs
-from cv_lightning.evaluation.statistics import bootstrap, paired_difference, pass_at_k
-from cv_lightning.types import EndState
+from cv_lightning.evaluation.results import evaluated
+from cv_lightning.evaluation.statistics import bootstrap, paired_difference, pass_at_k, rate, wilson
+from cv_lightning.evaluation.tables import corruption_table, main_table, p_value
+from cv_lightning.types import EndState, Task
 
 PERFECT = Policy(turn=1, crop=1, needless=0, error=0, read=1)
 
@@ -29,7 +32,11 @@ def forms(num: int, config: CorruptionConfig) -> list[Outcome]:
 
 
 def set_score(outcome: Outcome, right: bool) -> Outcome:
-    return outcome._replace(correct=right, score=float(right))
+    return outcome._replace(correct=right, right=right, score=float(right))
+
+
+UNJUDGED = {"correct": None, "right": None, "score": None, "scored_by": "", "end_state": EndState.ERROR_JUDGE}
+"""What is not known of an answer that the judge failed on."""
 
 
 def test_columns_of_a_robustness_table_and_both_means() -> None:
@@ -65,8 +72,10 @@ def test_severities() -> None:
     config = CorruptionConfig(orientations=("identity",), corruptions=("none", "fog"), severities=(1, 5))
     found = [set_score(o, o.shown.severity < 5) for o in forms(4, config)]
     by = breakdown(found).by_corruption
-    assert {level: rate.value for level, rate in by["fog"].items()} == {1: 1.0, 5: 0.0}
+    assert {level: rate.value for level, rate in by["fog"].items()} == {0: 1.0, 1: 1.0, 5: 0.0}
     assert set(by) == {"fog"}
+    grid = corruption_table({"greedy": evaluated(found)})
+    assert grid is not None and grid.headings[2:] == ["uncorrupted", "severity 1", "severity 5"]
     # what the suite changed is of no kind that the data set has
     assert {o.shown.severity: o.kind for o in found} == {0: "upright", 1: "", 5: ""}
     kinds = summarise_outcomes(found).by_kind
@@ -79,15 +88,120 @@ def test_rule_and_judge_are_never_mixed_and_a_dead_judge_is_not_wrong() -> None:
         *base[:4],  # right by rule
         *(o._replace(scored_by="judge") for o in base[4:6]),  # right by judge
         *(set_score(o, False)._replace(scored_by="judge") for o in base[6:8]),  # the judge says no
-        *(
-            o._replace(correct=None, score=None, scored_by="", end_state=EndState.ERROR_JUDGE) for o in base[8:]
-        ),  # the judge was down
+        *(o._replace(**UNJUDGED) for o in base[8:]),  # the judge was down
     ]
     table = breakdown(found)
     assert (table.accuracy_rule.value, table.accuracy_rule.n) == (0.4, 10)
     assert (table.accuracy_judged.value, table.accuracy_judged.n) == (0.75, 8)
     assert (table.num_judged, table.num_unjudged) == (4, 2)
-    assert breakdown(base).accuracy_judged.n == 0
+    assert table.score_bounds == pytest.approx((0.6, 0.8)), "what was scored is no fair sample: 0.75 is not the score"
+    assert any(row[:2] == ["... with the unjudged wrong - right", "60.0 - 80.0"] for row in main_table(
+        {"greedy": evaluated(found)}
+    ).rows)  # fmt: skip
+    assert (breakdown(base).accuracy_judged.n, breakdown(base).score_bounds) == (0, None)
+
+
+def test_what_a_model_did_counts_although_the_judge_was_down() -> None:
+    base = outcomes([group(digit_task(index, "turned"), 1, PERFECT) for index in range(4)])
+    summary = summarise_outcomes([*base[:2], *(o._replace(**UNJUDGED) for o in base[2:])])
+    assert (summary.must_use.value, summary.must_use.n, summary.num_errors, summary.num_unscored) == (1.0, 4, 0, 2)
+    failed = summarise_outcomes([*base[:2], *(o._replace(end_state=EndState.ERROR_SANDBOX) for o in base[2:])])
+    assert (failed.must_use.n, failed.num_errors) == (2, 2)
+
+
+def test_a_benchmarks_own_metric_needs_no_judge_and_decides_what_is_right() -> None:
+    task = replace(digit_task(0, "upright"), metadata={"metric": "anls", "accepted_answers": ["10 May", "May 10"]})
+    rolled = group(task, 3, PERFECT)
+    states = EndState.ANSWERED, EndState.ERROR_JUDGE, EndState.ERROR_ENGINE
+    for trajectory, state in zip(rolled.trajectories, states, strict=True):
+        trajectory.turns[-1].text = "<think>read</think>\n<answer>May 10</answer>"
+        assert trajectory.reward is not None
+        wrong = replace(trajectory.reward, answer="May 10", correct=False)
+        trajectory.reward = wrong if state is EndState.ANSWERED else None
+        trajectory.end_state = state
+    judged, unjudged, failed = outcomes([rolled])
+    assert (judged.score, judged.right, judged.correct) == (1.0, True, False)
+    assert (unjudged.score, unjudged.right, unjudged.correct) == (1.0, True, None)
+    assert (failed.score, failed.right) == (None, None)
+    assert judge_free_pairs([judged], [judged._replace(score=0.0, right=False)]) == (1.0, -1.0)
+
+
+def judge_free_pairs(first: list[Outcome], second: list[Outcome]) -> tuple[float, float]:
+    found = summarise_pairs(pair_outcomes(first, second))
+    return found.harm.value, found.score.value
+
+
+def test_questions_about_one_picture_are_resampled_together() -> None:
+    tasks = [
+        replace(digit_task(at, "upright"), metadata={"picture": f"picture-{at // 4}"}) for at in range(80)
+    ]  # four questions a picture
+    found = [set_score(o, (at // 4) % 2 == 0) for at, o in enumerate(outcomes([group(t, 1, PERFECT) for t in tasks]))]
+    alone = [o._replace(shown=o.shown._replace(cluster=o.task_id)) for o in found]
+    together, apart = breakdown(found).score, breakdown(alone).score
+    assert together.value == apart.value == 0.5
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)
+    gains = [summarise_pairs(pair_outcomes([set_score(o, False) for o in side], side)).score for side in (found, alone)]
+    assert gains[0].high - gains[0].low > 1.5 * (gains[1].high - gains[1].low)
+
+
+def test_corrupted_pictures_stand_in_no_column_of_orientations() -> None:
+    config = CorruptionConfig(orientations=("identity", "rotate_90"), corruptions=("none", "fog"))
+    table = breakdown([set_score(o, o.shown.corruption == "none") for o in forms(4, config)])
+    assert {name: rate.value for name, rate in table.by_transform.items()} == {"identity": 1.0, "rotate_90": 1.0}
+    assert (table.score.value, [rate.value for rate in table.as_given.values()]) == (0.5, [1.0])
+
+
+def test_a_failed_try_takes_a_question_out_of_no_more_than_it_must() -> None:
+    found = outcomes([group(digit_task(index, "upright"), 4, PERFECT) for index in range(6)])
+    lost = [o._replace(end_state=EndState.ERROR_ENGINE) if at in (1, 2, 3) else o for at, o in enumerate(found)]
+    assert {k: rate.n for k, rate in breakdown(lost).pass_at_k.items()} == {1: 6, 2: 5, 4: 5}
+    shown = forms(8, CorruptionConfig())
+    half = [set_score(o, at % 2 == 0) for at, o in enumerate(shown)]
+    whole = breakdown(half).mean_of_six
+    partly = breakdown([o._replace(end_state=EndState.ERROR_ENGINE) if at % 9 == 0 else o for at, o in enumerate(half)])
+    assert partly.mean_of_six.n == whole.n == 8
+    assert partly.mean_of_six.value == pytest.approx(np.mean([r.value for r in partly.by_transform.values()]))
+
+
+def test_both_pictures_of_a_task_are_turned_by_the_suite() -> None:
+    upright = digit_task(0, "upright")
+    task = replace(upright, images=(upright.images[0], digit_task(1, "upright").images[0]))
+    turned = next(iter(CorruptionSuite(CorruptionConfig(orientations=("rotate_90",)))([task])))
+    lazy = group(turned, 1, replace(PERFECT, turn=0, crop=0))
+    given = lazy.trajectories[0].images
+    given.append(replace(given[0], original=turned.images[1], model_image=turned.images[1], source=1))
+    (found,) = outcomes([lazy])
+    assert (found.fixed, found.must_use) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "orientation", "fixed"),
+    [((), "identity", None), (("rotate_90",), "rotate_90", False), (("rotate_45",), "other", None),
+     (("rotate_90", "flip_vertical"), "other", False)],
+)  # fmt: skip
+def test_how_a_picture_was_shown(transforms: tuple[str, ...], orientation: str, fixed: bool | None) -> None:
+    task = replace(digit_task(0, "upright"), required_transforms=transforms)
+    (found,) = outcomes([group(task, 1, replace(PERFECT, turn=0, crop=0))])
+    assert (found.shown.orientation, found.fixed) == (orientation, fixed)
+    suite = CorruptionSuite(CorruptionConfig(orientations=("identity",)))
+    (again,) = outcomes([group(form, 1, replace(PERFECT, turn=0, crop=0)) for form in suite([task])])
+    assert again.shown == found.shown, "the form that changes nothing is the task itself"
+
+
+def test_the_probe_is_neither_upright_nor_needlessly_turned() -> None:
+    class Rows:
+        def __len__(self) -> int:
+            return 10
+
+        def row(self, position: int) -> Task:
+            return digit_task(position, "upright")
+
+    asked = ProbeRows(Rows(), ProbeConfig(num_images=10))
+    found = outcomes([group(asked.row(at), 1, replace(PERFECT, needless=1)) for at in range(10)])
+    assert {o.shown.orientation for o in found} == set(DIHEDRAL)
+    summary, table = summarise_outcomes(found), breakdown(found)
+    assert (summary.spurious.n, summary.accuracy_upright.n, table.tool_on_upright.n) == (0, 0, 0)
+    assert summary.accuracy_all.n == 10 and table.orientation_fixed.n == 10
 
 
 def test_crops_and_orientation() -> None:
@@ -144,8 +258,29 @@ def test_gain_harm_and_an_exact_test() -> None:
 
 def test_pairs_leave_out_what_either_side_could_not_score() -> None:
     base = outcomes([group(digit_task(index, "turned"), 1, PERFECT) for index in range(3)])
-    broken = [base[0]._replace(end_state=EndState.ERROR_ENGINE), base[1]._replace(correct=None), base[2]]
-    assert [pair.task_id for pair in pair_outcomes(base, broken)] == [base[2].task_id]
+    broken = [base[0]._replace(end_state=EndState.ERROR_ENGINE), base[1]._replace(**UNJUDGED), base[2]]
+    pairs = pair_outcomes(base, broken)
+    assert [pair.task_id for pair in pairs if pair.scored] == [base[2].task_id]
+    found = summarise_pairs(pairs)
+    assert (found.num_pairs, found.num_unscored) == (1, 1)
+    assert p_value(found) == "-", "what a judge left unscored is not missing at random"
+    assert p_value(summarise_pairs(pair_outcomes(base, base))) == "1"
+
+
+def test_equal_clusters_tell_no_more_than_their_number() -> None:
+    several = [f"question-{at // 4}" for at in range(80)]
+    assert rate([1.0] * 80, several).low == pytest.approx(wilson(20, 20)[0])
+    assert rate([0.0] * 80, several).high == pytest.approx(wilson(0, 20)[1])
+    low, high = rate([1.0, 0.0] * 40, several)[1:3]
+    assert low < 0.5 < high and high - low == pytest.approx(wilson(0, 20)[1])
+    none = paired_difference([0.0] * 5, range(5), (-1, 1))
+    assert none.high == -none.low == pytest.approx(wilson(0, 5)[1])
+    assert paired_difference([1.0, 1.0], range(2), (-1, 1)).low < 0
+
+
+def test_rounding_is_no_difference() -> None:
+    changes = [2 / 3 - 1, 1 / 3 - 0] * 20
+    assert paired_difference(changes, [at // 2 for at in range(40)]).p == 1.0
 
 
 def test_no_difference_and_nothing_to_compare() -> None:

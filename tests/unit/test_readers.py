@@ -162,12 +162,20 @@ def test_files_that_are_missing_or_no_parquet(tmp_path: Path) -> None:
 
 def test_pixels_cut_off_behind_a_good_header_are_skipped_when_read(tmp_path: Path) -> None:
     cut = row(images=[{"bytes": png(200, 200)[:3000], "path": None}])
-    files = TaskFiles(
-        [parquet(tmp_path / "cut.parquet", [cut, row(reward_model={"ground_truth": "7"})])], ReaderConfig()
-    )
-    assert len(files) == 2
+    rows = [cut, row(reward_model={"ground_truth": "7"}), cut]
+    files = TaskFiles([parquet(tmp_path / "cut.parquet", rows)], ReaderConfig())
+    assert len(files) == 2, "the first row was tried when the file was opened"
     assert files.row(0).ground_truth == "7"
-    assert [(p.row, p.kind) for p in files.problems.problems] == [(0, "unreadable image")]
+    with pytest.raises(RowError, match="truncated"):  # which an evaluation leaves out: no row counts twice
+        files.row(1)
+    assert [(p.row, p.kind) for p in files.problems.problems] == [(0, "unreadable image"), (2, "unreadable image")]
+    assert files.take([0, 1, 2], 2).ground_truth == "7", "training takes a neighbour"
+
+
+@pytest.mark.parametrize(("given", "read"), [("rotate_-90", ("rotate_270",)), ("rotate_450", ("rotate_90",)),
+                                             ("rotate_0", ()), ("rotate_45", ("rotate_45",))])  # fmt: skip
+def test_every_turn_has_one_name(given: str, read: tuple[str, ...]) -> None:
+    assert parse_transforms([given]) == read
 
 
 def test_images_by_path_and_turned_by_exif(tmp_path: Path) -> None:

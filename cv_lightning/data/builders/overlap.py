@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -128,11 +129,10 @@ def pictures_of(files: Sequence[str], table: TableConfig) -> Iterator[Image.Imag
         if path.suffix == ".parquet" and "images" in pq.read_schema(path).names:
             tasks: Any = TaskFiles([str(path)], ReaderConfig())
             for position in range(len(tasks)):
-                yield from tasks.row(position).images
+                with suppress(RowError):  # what cannot be read cannot leak
+                    yield from tasks.row(position).images
             continue
         rows = VqaTable([str(path)], table)
         for position in range(len(rows)):
-            try:
+            with suppress(RowError):
                 yield rows.row(position).image()
-            except RowError:
-                continue  # what cannot be read cannot leak

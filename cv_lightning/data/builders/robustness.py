@@ -10,7 +10,7 @@ from pathlib import Path
 from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
 from cv_lightning.data.export import write_task_parquet
-from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.types import Task
 
 
@@ -58,7 +58,10 @@ def write_corrupted(config: Corrupt, show: Callable[[int, int], None] | None = N
 
     def forms() -> Iterator[Task]:
         for position in range(count):
-            task = tasks.row(position)
+            try:
+                task = tasks.row(position)
+            except RowError:
+                continue  # counted among the problems of `tasks`
             for form in suite.tasks_of(task, position):
                 shown = form.metadata
                 level = f"_{shown['severity']}" if shown["severity"] else ""
