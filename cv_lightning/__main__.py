@@ -25,7 +25,6 @@ VERBS = {
     "fit": Verb("cv_lightning.cli:main", "train: SFT or GRPO, as the config says", lightning=True),
     "validate": Verb("cv_lightning.cli:main", "evaluate on the validation tasks", lightning=True),
     "test": Verb("cv_lightning.cli:main", "evaluate on the held-out tasks and store the trajectories", lightning=True),
-    "predict": Verb("cv_lightning.cli:main", "LightningCLI's predict", lightning=True),
     "doctor": Verb("cv_lightning.commands.doctor:main", "show what works on this machine, and what would add the rest"),
     "sandbox": Verb("cv_lightning.commands.sandbox:main", "test the sandbox, or run one snippet in it"),
     "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),

@@ -1,4 +1,4 @@
-"""fit, validate, test and predict through LightningCLI."""
+"""fit, validate and test through LightningCLI."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import cv_lightning.data.modules
@@ -25,8 +27,10 @@ from cv_lightning.callbacks.checkpoint import (
     refuse_used,
 )
 from cv_lightning.callbacks.loggers import run_loggers
+from cv_lightning.callbacks.preflight import check_evaluation, check_fit
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
+from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
@@ -50,6 +54,11 @@ class ShortErrorParser(LightningArgumentParser):
 class CVLightningCLI(LightningCLI):
     """LightningCLI with our defaults: a run folder, metrics and checkpoints in it, progress bar, run record."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, but for `predict`: what a policy says is a trajectory, which `test` stores."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that a research run wants."""
         parser.set_defaults(
@@ -66,7 +75,7 @@ class CVLightningCLI(LightningCLI):
         """Add the metrics file, the checkpoints and the progress bar where the config names none."""
         config = self._get(self.config_init, "trainer", default={})
         kwargs["logger"] = run_loggers(config.get("logger"), config["default_root_dir"])
-        callbacks = [*(config.get("callbacks") or [])]
+        callbacks = without_earlier(config.get("callbacks") or [])
         loggers = kwargs["logger"] if isinstance(kwargs["logger"], list) else []
         callbacks += [WandbTrajectories(logger) for logger in loggers if isinstance(logger, WandbRun)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, RunProgress) for c in callbacks):
@@ -86,11 +95,11 @@ class CVLightningCLI(LightningCLI):
         """
         try:
             super().instantiate_classes()
-        except (ValueError, CVLightningError) as error:
+        except (ValueError, MisconfigurationException, CVLightningError) as error:
             if os.environ.get("JSONARGPARSE_DEBUG"):
                 raise
             cause: BaseException = error
-            while cause.__cause__ is not None:
+            while cause.__cause__ is not None and not isinstance(cause, CVLightningError):
                 cause = cause.__cause__
             raise CVLightningError(str(cause)) from error
 
@@ -119,12 +128,24 @@ class CVLightningCLI(LightningCLI):
             continue_wandb_run(run)
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint that this strategy or number of ranks cannot take up."""
+        """Refuse a checkpoint that this strategy or number of ranks cannot take up, and what would fail later."""
+        self._check_checkpoint()
+        check_fit(self.trainer, self.model, self.datamodule)
+
+    def before_validate(self) -> None:
+        """Likewise."""
+        self._check_checkpoint()
+        check_evaluation(self.trainer, self.model, self.datamodule, "validate")
+
+    def before_test(self) -> None:
+        """Likewise."""
+        self._check_checkpoint()
+        check_evaluation(self.trainer, self.model, self.datamodule, "test")
+
+    def _check_checkpoint(self) -> None:
         path = self.config[self.subcommand].ckpt_path
         if path is not None:
             check_fits(Path(path), self.trainer)
-
-    before_test = before_validate = before_fit
 
 
 class ConfigOnly(CVLightningCLI):
@@ -148,6 +169,13 @@ class ConfigOnly(CVLightningCLI):
             self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
         )
         return plain
+
+
+def without_earlier(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Of what a run has once, the last: a config's `callbacks+:` adds one to take the place of the recipe's."""
+    once = (CheckpointCallback, RolloutCallback, RunProgress, Watchdog)
+    last = {kind: next((c for c in reversed(callbacks) if isinstance(c, kind)), None) for kind in once}
+    return [c for c in callbacks if all(c is last[kind] for kind in once if isinstance(c, kind))]
 
 
 def find_checkpoint(given: str | None, run: Path) -> str | None:
@@ -178,7 +206,7 @@ def find_checkpoint(given: str | None, run: Path) -> str | None:
 
 
 def main(args: ArgsType = None, cli_class: type[CVLightningCLI] = CVLightningCLI) -> CVLightningCLI:
-    """Run one of fit, validate, test, predict.
+    """Run one of fit, validate, test.
 
     Args:
         args: the command line without the program's name; `sys.argv[1:]` by default.

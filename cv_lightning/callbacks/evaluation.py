@@ -23,6 +23,7 @@ from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.resume import (
     RETRIED,
     Answered,
+    differences,
     keep_only,
     prepare,
     read_answered,
@@ -38,7 +39,7 @@ from cv_lightning.files import write_text
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rl.collector import Collector
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
-from cv_lightning.types import Group, Iteration
+from cv_lightning.types import CVLightningError, Group, Iteration
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,14 +108,23 @@ class Evaluator:
 
     # ------------------------------------------------------------------ start
     def start(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        """Clear the folders, but for what an interrupted test of the same left in them."""
+        """Clear the folders, but for what an interrupted test of the same left in them.
+
+        Raises:
+            CVLightningError: a test would take the place of another one's results.
+        """
         self.outcomes = {setting.name: [] for setting in self.settings}
         self._kept = {setting.name: [] for setting in self.settings}
         self._identity = self._describe(trainer, module)
+        refused = ""
         if trainer.is_global_zero:
-            for setting in self.settings:
-                self._prepare(trainer, module, setting)
-        trainer.strategy.barrier("evaluation")
+            try:
+                for setting in self.settings:
+                    self._prepare(trainer, module, setting)
+            except CVLightningError as error:
+                refused = str(error)
+        if refused := trainer.strategy.broadcast(refused):  # on all ranks alike
+            raise CVLightningError(refused)
         self._answered = {
             setting.name: read_answered(self._folder(trainer, module, setting)) for setting in self.settings
         }
@@ -122,8 +132,14 @@ class Evaluator:
     def _prepare(self, trainer: pl.Trainer, module: PolicyModule, setting: EvaluationConfig) -> None:
         folder = self._folder(trainer, module, setting)
         identity = self._identity | {"setting": asdict(setting)}
-        testing = trainer.state.fn is TrainerFn.TESTING
-        if not testing or prepare(folder, identity) != "goes on":
+        found = prepare(folder, identity) if trainer.state.fn is TrainerFn.TESTING else "new"
+        if found == "another":
+            raise CVLightningError(
+                f"{folder} holds another evaluation (it differs in {', '.join(differences(folder, identity))}); give "
+                "this one a place of its own with --trainer.callbacks.init_args.eval_prefix NAME_ or "
+                "--trainer.default_root_dir, or remove that folder"
+            )
+        if found != "goes on":
             shutil.rmtree(folder, ignore_errors=True)
         write_state(folder, identity, finished=False)
         self._sizes[setting.name] = sizes_of(folder)

@@ -41,7 +41,7 @@ class Answered:
         )
 
 
-def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "finished"]:
+def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "finished", "another"]:
     """Make a folder ready: what an interrupted run of the same evaluation left is kept, anything else must go.
 
     Args:
@@ -50,11 +50,12 @@ def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on",
 
     Returns:
         `goes on`: failed trajectories and torn lines were taken out, the rest counts. `new` and `finished`: the caller
-        clears the folder; `finished` says that the same evaluation had been completed.
+        clears the folder; `finished` says that the same evaluation had been completed. `another`: it holds trajectories
+        of another one.
     """
     state = read_state(folder)
     if state is None or state.get("identity") != _plain(identity):
-        return "new"
+        return "another" if any(sizes_of(folder).values()) else "new"
     if state.get("finished"):
         return "finished"
     for path in sorted((folder / LINES).glob("*.jsonl")):
@@ -62,6 +63,20 @@ def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on",
         with whole_file(path) as temporary:
             temporary.write_bytes(kept)
     return "goes on"
+
+
+def differences(folder: Path, identity: dict[str, Any]) -> list[str]:
+    """The settings in which the evaluation in a folder is another one, by dotted name."""
+    known = (read_state(folder) or {}).get("identity") or {}
+    old, new = _flat(known), _flat(_plain(identity))
+    return sorted(name for name in old | new if old.get(name) != new.get(name)) if known else ["all: it is not named"]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted names to values that are no mappings."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: item for part in value for key, item in _flat(value[part], f"{name}.{part}".strip(".")).items()}
 
 
 def sizes_of(folder: Path) -> dict[str, int]:

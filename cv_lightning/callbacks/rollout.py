@@ -7,6 +7,7 @@ In evaluations it hands the agent to `Evaluator`.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,8 @@ from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engi
 from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
+from cv_lightning.rewards.config import JudgeConfig
+from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rl.collector import MaskConfig, end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -149,6 +152,8 @@ class RolloutCallback(pl.Callback):
         sandbox.start()
         none_yet: Any = None
         self.parts = _Parts(none_yet, sandbox, RewardModule(self.reward), Background())
+        if stage == "fit" and self.reward.judge is not None and trainer.is_global_zero:
+            threading.Thread(target=warn_of_judge, args=(self.reward.judge,), daemon=True).start()
         size = self.engine_config.tensor_parallel_size
         if size > 1:
             self.parts.ranks = EngineGroup(size, trainer)
@@ -419,6 +424,13 @@ def _policy_module(module: pl.LightningModule) -> PolicyModule:
     if not isinstance(module, PolicyModule):
         raise TypeError(f"RolloutCallback works with a PolicyModule, not with {type(module).__name__}; change --model")
     return module
+
+
+def warn_of_judge(config: JudgeConfig) -> None:
+    """Say at once what else would show as failed verdicts after the first rollout; a judge may still be loading."""
+    found = check_endpoint(config)
+    if not found.ok:
+        logger.warning("reward.judge: %s. Answers that it does not judge stay unscored", found.message)
 
 
 def _curves(groups: Sequence[Group]) -> dict[str, float]:

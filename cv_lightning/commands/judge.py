@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.config import JudgeConfig
+from cv_lightning.rewards.judge.check import check_endpoint, verdicts
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.types import JudgeError
 
@@ -38,56 +37,14 @@ class JudgeQuestion:
             raise ValueError("--ground-truth and --answer are needed, or --check")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointReport:
-    """What a check of the endpoint found."""
-
-    ok: bool
-    message: str
-    """One line for people: what works, or what to change."""
-    latency_s: float = 0.0
-
-
-def check_endpoint(config: JudgeConfig) -> EndpointReport:
-    """Ask two comparisons that any judge gets right; nothing is cached. Used by `doctor`."""
-    probe = replace(config, cache_folder=None, max_attempts=1, give_up_s=min(config.give_up_s, config.timeout_s + 5))
-    begun = time.perf_counter()
-    try:
-        verdicts = _verdicts(probe, [("4", "four", "math"), ("4", "seven", "math")])
-    except (JudgeError, ValueError) as error:
-        return EndpointReport(ok=False, message=str(error))
-    elapsed = time.perf_counter() - begun
-    right, wrong = (value > CORRECT_ABOVE for value in verdicts)
-    if right and not wrong:
-        return EndpointReport(ok=True, message=f"{config.model} at {config.base_url} judges", latency_s=elapsed)
-    found = f"takes 'four' for '4' with {verdicts[0]:.2f} and 'seven' with {verdicts[1]:.2f}"
-    message = f"{config.model} at {config.base_url} answers, but {found}; use a stronger model"
-    return EndpointReport(ok=False, message=message, latency_s=elapsed)
-
-
-def _verdicts(
-    config: JudgeConfig, cases: list[tuple[str, str, str]], question: str = "How much is 2 + 2?"
-) -> list[float]:
-    """Verdicts on (ground truth, answer, data source), asked at once."""
-    from cv_lightning.rewards.judge import Judge
-
-    judge = Judge(config)
-
-    async def ask() -> list[float]:
-        return list(await asyncio.gather(*(judge.verdict(question, *case) for case in cases)))
-
-    try:
-        return asyncio.run(ask())
-    finally:
-        judge.close()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    flags = [_underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
+    given = [_underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
+    after = [*given[1:], "--"]
+    flags = [f"{f}=true" if f in SWITCHES and n.startswith("--") else f for f, n in zip(given, after, strict=True)]
     try:
         asked = jsonargparse.auto_cli(JudgeQuestion, as_positional=False, args=flags, prog="cv_lightning judge")
         return _check(asked) if asked.check else _ask(asked)
@@ -99,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 def _ask(asked: JudgeQuestion) -> int:
     rule = rule_score(asked.answer, asked.ground_truth, asked.question)
     try:
-        [value] = _verdicts(asked.judge, [(asked.ground_truth, asked.answer, asked.data_source)], asked.question)
+        [value] = verdicts(asked.judge, [(asked.ground_truth, asked.answer, asked.data_source)], asked.question)
     except JudgeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -107,6 +64,10 @@ def _ask(asked: JudgeQuestion) -> int:
     text = f"rule: {_word(said['rule'])}, judge: {_word(said['judge'])} ({value:.3f})"
     print(json.dumps(said) if asked.as_json else text)
     return 0
+
+
+SWITCHES = ("--check", "--as_json")
+"""Flags that need no value."""
 
 
 def _check(asked: JudgeQuestion) -> int:

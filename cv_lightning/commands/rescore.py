@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -94,6 +95,11 @@ def rescore(config: Rescore) -> Comparison:
         for record in _scored(reader, config.reward, found):
             file.write(encode_line(record))
     found.unreadable = len(reader.bad_lines)
+    if not found.groups:
+        shutil.rmtree(temporary)
+        raise DataError(
+            f"{config.run}: no line of it is a group of trajectories ({found.unreadable} could not be read)"
+        )
     images = find_files(config.run)[0].parent.parent / IMAGES
     link = temporary / IMAGES
     link.unlink(missing_ok=True)

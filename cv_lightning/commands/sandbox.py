@@ -51,7 +51,11 @@ def _self_test(sandbox: Sandbox, options: argparse.Namespace) -> int:
 
 
 def _run(sandbox: Sandbox, options: argparse.Namespace) -> int:
-    code, picture = Path(options.run[0]).read_text(encoding="utf-8"), decode_image(options.run[1])
+    try:
+        code = Path(options.run[0]).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CVLightningError(f"{options.run[0]} is no text: --run CODE.py IMAGE, the code first") from error
+    picture = decode_image(options.run[1])
     result = sandbox.run_sync(picture, code)
     shown = {
         "status": str(result.status),
@@ -75,5 +79,8 @@ def _run(sandbox: Sandbox, options: argparse.Namespace) -> int:
     }
     print(json.dumps(shown, indent=None if options.json else 1))
     if result.image is not None and options.output:
-        result.image.save(options.output)
+        try:
+            result.image.save(options.output)
+        except ValueError as error:
+            raise CVLightningError(f"-o {options.output}: {error}; end it in .png, .jpg or .webp") from error
     return int(result.image is None)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 RUN_FOLDER = "trainer.default_root_dir"
+FAIL_ALIKE = 5
+"""So many failures of the first trials, with the same error, end a sweep."""
 POLL_S = 1.0
 """A running trial's metrics are read this often, in seconds."""
 STOP_S = 60.0
@@ -150,7 +152,15 @@ def _said(log: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ all trials
-def run_sweep(sweep: SweepFile, count: int, out: Path, extra: Mapping[str, Scalar], seed: int = 0) -> list[TrialRow]:
+def run_sweep(
+    sweep: SweepFile,
+    count: int,
+    out: Path,
+    extra: Mapping[str, Scalar],
+    seed: int = 0,
+    *,
+    retry: bool = False,
+) -> list[TrialRow]:
     """Run trials until there are `count`; those of an earlier call count, interrupted ones do not.
 
     Args:
@@ -159,19 +169,21 @@ def run_sweep(sweep: SweepFile, count: int, out: Path, extra: Mapping[str, Scala
         out: the sweep's folder; made if missing.
         extra: further flags of every trial.
         seed: of the sampler.
+        retry: run trials that failed in an earlier call again, with the same parameters.
 
     Returns:
         All trials, failed ones too.
 
     Raises:
         DataError: the folder is in use, or holds another sweep.
+        CVLightningError: the first trials all failed, and alike.
     """
     from optuna.samplers import GridSampler
 
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         study = _open_study(sweep, out, extra)
-        _requeue_interrupted(study, out)
+        _requeue(study, out, failed=retry)
         study.sampler, study.pruner = _sampler(sweep, seed), _pruner(sweep)
         done = len(_counted(study))
         if isinstance(study.sampler, GridSampler):
@@ -187,12 +199,24 @@ def run_sweep(sweep: SweepFile, count: int, out: Path, extra: Mapping[str, Scala
         def show(study: Study, trial: FrozenTrial) -> None:
             _say(f"  {_row(out, trial).summary(sweep.metric)}")
             write_result(out, sweep, _rows(out, study))
+            if fails_alike(_rows(out, study)):
+                study.stop()
 
         if count > done:
             study.optimize(objective, n_trials=count - done, catch=TrialFailure, callbacks=[show])
         rows = _rows(out, study)
         write_result(out, sweep, rows)
+        if count > done and fails_alike(rows):
+            raise CVLightningError(
+                f"the first {len(rows)} trials failed alike: {rows[0].error} ({rows[0].folder}/output.log). Mend that, "
+                "and run the same command with --retry"
+            )
         return rows
+
+
+def fails_alike(rows: Sequence[TrialRow]) -> bool:
+    """True if so many trials have failed with one error, and none has done anything else, that no further one will."""
+    return len(rows) >= FAIL_ALIKE and all(row.state == FAILED and row.error == rows[0].error for row in rows)
 
 
 def _open_study(sweep: SweepFile, out: Path, extra: Mapping[str, Scalar]) -> Study:
@@ -248,12 +272,12 @@ def _pruner(sweep: SweepFile) -> BasePruner:
     return SuccessiveHalvingPruner(min_resource=sweep.early_stop.min_iter, reduction_factor=sweep.early_stop.eta)
 
 
-def _requeue_interrupted(study: Study, out: Path) -> None:
-    """Give trials that Ctrl-C or a kill cut off another go with the same parameters."""
+def _requeue(study: Study, out: Path, *, failed: bool) -> None:
+    """Give trials that Ctrl-C or a kill cut off another go with the same parameters; failed ones, too, where asked."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL)):
-        if "error" in trial.user_attrs or f"requeued-{trial.number}" in study.user_attrs:
+        if ("error" in trial.user_attrs and not failed) or _is_requeued(study, trial):
             continue
         if trial.state is TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
@@ -263,12 +287,20 @@ def _requeue_interrupted(study: Study, out: Path) -> None:
         shutil.rmtree(out / f"trial-{trial.number:03d}", ignore_errors=True)
 
 
+def _is_requeued(study: Study, trial: FrozenTrial) -> bool:
+    return f"requeued-{trial.number}" in study.user_attrs
+
+
 def _counted(study: Study) -> list[FrozenTrial]:
-    """Trials that ran to an end of their own."""
+    """Trials that ran to an end of their own, but for those that were given another go."""
     from optuna.trial import TrialState
 
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    return [trial for trial in ended if trial.state is not TrialState.FAIL or "error" in trial.user_attrs]
+    return [
+        trial
+        for trial in ended
+        if trial.state is not TrialState.FAIL or ("error" in trial.user_attrs and not _is_requeued(study, trial))
+    ]
 
 
 def _rows(out: Path, study: Study) -> list[TrialRow]:
@@ -342,6 +374,7 @@ def main(args: list[str] | None = None) -> int:
         "--set", type=_flag, action="append", default=[], metavar="NAME=VALUE", help="a flag of every trial"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampler (default 0)")
+    parser.add_argument("--retry", action="store_true", help="run trials that failed earlier again")
     given = parser.parse_args(args)
     out: Path = given.out or Path("runs", "sweeps", given.file.stem)
     try:
@@ -350,10 +383,10 @@ def main(args: list[str] | None = None) -> int:
         parser.error("sweeps need Optuna: pip install 'cv-lightning[sweep]'")
     try:
         sweep = read_sweep(given.file)
-        count = given.count or sweep.run_cap
+        count = sweep.run_cap if given.count is None else given.count
         if count is None or count < 1:
             parser.error(f"--count must be at least 1; {given.file} has no run_cap to take instead")
-        rows = run_sweep(sweep, count, out, dict(given.set), given.seed)
+        rows = run_sweep(sweep, count, out, dict(given.set), given.seed, retry=given.retry)
     except CVLightningError as error:
         print(error, file=sys.stderr)
         return 2

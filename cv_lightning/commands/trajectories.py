@@ -24,6 +24,8 @@ def export(run: Path, out: Path | None = None, stores: list[str] | None = None) 
     if unknown := [name for name in stores or () if name not in found]:
         raise DataError(f"--stores {', '.join(unknown)}: not in {run}, which has {', '.join(found)}")
     out = out or run / "trajectories.parquet"
+    if out.suffix != ".parquet":
+        raise DataError(f"--out {out}: a Parquet file is what is written; end its name in .parquet")
     done = write_parquet({name: path for name, path in found.items() if not stores or name in stores}, out)
     missing = f" ({done.num_missing_images} missing)" if done.num_missing_images else ""
     print(f"{out}: {done.num_rows} trajectories, {done.num_images} images{missing}")

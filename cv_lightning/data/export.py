@@ -55,6 +55,7 @@ def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> N
         split: what `extra_info.split` says.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     sizes: list[list[int]] = []
     with tempfile.TemporaryFile(dir=path.parent) as pictures:

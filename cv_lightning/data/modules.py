@@ -35,7 +35,7 @@ from cv_lightning.data.sources import (
     share_of_rank,
 )
 from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.types import Iteration, SandboxResult, Task
+from cv_lightning.types import CVLightningError, Iteration, SandboxResult, Task
 
 Batch = TypeVar("Batch")
 
@@ -126,6 +126,7 @@ class EvaluationDataModule(pl.LightningDataModule):
             raise ValueError("--data.probe turns the pictures itself: it cannot be had with --data.corruptions")
         self.corruptions = corruptions
         self.probe = probe
+        self.train_files: list[str] = []
         self.skipped: RowProblems | None = None
         """Rows of `eval_files` that could not be used so far; None before there is a loader, and for digits."""
         self.num_train_batches = 0
@@ -165,6 +166,13 @@ class EvaluationDataModule(pl.LightningDataModule):
             return Iteration(step, tasks)
 
         return StepLoader(build, math.ceil(size / at_once))
+
+    def check_ranks(self, world_size: int) -> None:
+        """See that the ranks can share every training batch.
+
+        Raises:
+            CVLightningError: names the flag.
+        """
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -269,12 +277,20 @@ class TaskDataModule(EvaluationDataModule):
         self.tasks_per_iteration = tasks_per_iteration
         self.seed = seed
 
+    def check_ranks(self, world_size: int) -> None:
+        """See that the ranks can share every iteration.
+
+        Raises:
+            CVLightningError: names the flag.
+        """
+        name = "overfit_tasks" if self.overfit_tasks else "tasks_per_iteration"
+        _check_divisible(name, getattr(self, name), world_size)
+
     def train_dataloader(self) -> StepLoader[Iteration]:
         """One batch an RL iteration: this rank's share of its tasks."""
         rank, world_size = self._rank_and_world()
-        name = "overfit_tasks" if self.overfit_tasks else "tasks_per_iteration"
+        self.check_ranks(world_size)
         count, wanted = self.overfit_tasks or self.tasks_per_iteration, None
-        _check_divisible(name, count, world_size)
         files = RowTasks(task_files(self.train_files, self.reader), self.seed) if self.train_files else None
         if self.oversample > 1:
             count = math.ceil(self.oversample * count / world_size) * world_size
@@ -356,15 +372,24 @@ class SFTDataModule(EvaluationDataModule):
             self._sandbox.close()
             self._sandbox = None
 
+    def check_ranks(self, world_size: int) -> None:
+        """See that the ranks can share every step.
+
+        Raises:
+            CVLightningError: names the flag.
+        """
+        _check_divisible("conversations_per_step", self.conversations_per_step, world_size)
+        if not self.train_files:
+            _check_divisible("warm_up_conversations_per_step", self.warm_up_conversations_per_step, world_size)
+
     def train_dataloader(self) -> StepLoader[DemonstrationBatch]:
         """One batch an optimizer step: this rank's share of its conversations."""
         rank, world_size = self._rank_and_world()
-        _check_divisible("conversations_per_step", self.conversations_per_step, world_size)
+        self.check_ranks(world_size)
         source: ConversationSource
         if self.train_files:
             source = RowConversations(ConversationFiles(self.train_files, self.reader), self.seed)
         else:
-            _check_divisible("warm_up_conversations_per_step", self.warm_up_conversations_per_step, world_size)
             source = DigitDemonstrations(self.digits, self.demonstrations, self._execute)
         warm_up_steps = 0 if self.train_files else round(self.num_steps * self.warm_up_share)
 
@@ -385,4 +410,6 @@ class SFTDataModule(EvaluationDataModule):
 
 def _check_divisible(name: str, count: int, world_size: int) -> None:
     if count % world_size:
-        raise ValueError(f"--data.{name} {count} cannot be shared by {world_size} ranks; make it a multiple of that")
+        raise CVLightningError(
+            f"--data.init_args.{name} {count} cannot be shared by {world_size} ranks; make it a multiple of that"
+        )

@@ -36,6 +36,7 @@ def write_page(path: Path, report: Mapping[str, Any]) -> None:
     names = [Path(file["path"]).name for file in report["files"]]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     page = environment.get_template("check.html.jinja").render(report=report, title=title, pictures=_pictures(report))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
 
 

@@ -320,9 +320,11 @@ def expand_files(files: Sequence[str | Path], flag: str) -> list[Path]:
     """The files that exist.
 
     Raises:
-        DataError: no file named, or one that does not exist; names the flag.
+        DataError: no file named, a folder, or one that does not exist; names the flag.
     """
     paths = [Path(file).expanduser() for file in files]
+    if folders := [str(path) for path in paths if path.is_dir()]:
+        raise DataError(f"{flag}: {', '.join(folders)} is a folder; name its files")
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
         raise DataError(f"{flag}: {'no such file: ' + ', '.join(missing) if missing else 'no file given'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +11,9 @@ from cv_lightning.images import ImageLimits
 from cv_lightning.model.lora import LoraConfig, add_adapters
 from cv_lightning.model.tokens import vision_token_ids
 from cv_lightning.types import CheckpointError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What the hub's names look like: a model's, or an organisation's and a model's."""
 
 __all__ = ["FAMILIES", "PolicyConfig", "image_limits", "load_policy", "load_processor", "vision_token_ids"]
 
@@ -57,8 +61,7 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     from transformers import AutoProcessor
 
     folder = Path(path)
-    looks_local = folder.is_absolute() or path.startswith((".", "runs/")) or folder.exists()
-    if looks_local:
+    if folder.exists() or not HUB_NAME.fullmatch(path) or path.startswith((".", "runs/")):
         if not folder.is_dir():
             raise CheckpointError(f"policy.path {path}: no such folder; give a Hugging Face folder of a Qwen-VL model")
         if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
@@ -69,7 +72,8 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     try:
         processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"policy.path {path}: its processor cannot be loaded ({error})") from error
+        where = "" if folder.exists() else "there is no such folder here, and as a name on the hub "
+        raise CheckpointError(f"policy.path {path}: {where}its processor cannot be loaded ({error})") from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(
             f"policy.path {path}: {type(processor).__name__} has no image processor; not a Qwen-VL model?"

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import yaml
 
-from cv_lightning.cli import main
+from cv_lightning.callbacks.checkpoint import CheckpointCallback
+from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.cli import CVLightningCLI, main
 from cv_lightning.data.digits import DigitsConfig, digit_task
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -87,6 +90,98 @@ def test_a_checkpoint_path_that_does_not_exist(
 
 def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs/no_model: no such folder" in refused(grpo(Path("runs/no_model"), tmp_path), capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--trainer.max_epochs", "2"], "--data.init_args.num_iterations"),
+        (["--data.init_args.eval_files", "[runs/nowhere.parquet]"], "no such file: runs/nowhere.parquet"),
+        (["--data.init_args.train_files", "[configs]"], "configs is a folder; name its files"),
+        (["--trainer.callbacks.init_args.engine.max_model_len", "5000"], "more than the 4096 positions of"),
+        (["--trainer.accelerator", "gpu"], "gpu"),
+    ],
+)
+def test_what_would_fail_later_fails_before_an_engine_is_loaded(
+    flags: list[str],
+    said: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(RolloutCallback, "setup", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.chdir(CONFIGS.parents[1])
+    assert said in refused(grpo(tiny_checkpoint, tmp_path, *flags), capsys)
+
+
+def test_ranks_that_cannot_share_are_refused_before_there_are_any(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--trainer.devices", "3", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    text = refused(grpo(tiny_checkpoint, tmp_path, *flags), capsys)
+    assert "--data.init_args.tasks_per_iteration 16 cannot be shared by 3 ranks" in text
+
+
+def built(arguments: list[str]) -> pl.Trainer:
+    """The trainer of a `fit` that stops before it fits."""
+
+    class Built(CVLightningCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            self.before_fit()
+
+    return main(arguments, Built).trainer
+
+
+def more(folder: Path, key: str) -> list[str]:
+    """A second config with one callback under `trainer.<key>`."""
+    kind = {"class_path": "cv_lightning.callbacks.checkpoint.CheckpointCallback", "init_args": {"keep": 7}}
+    (folder / "more.yaml").write_text(yaml.safe_dump({"trainer": {key: [kind]}}))
+    return ["--config", str(folder / "more.yaml")]
+
+
+def test_callbacks_that_take_the_place_of_the_recipes_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = refused(grpo(tiny_checkpoint, tmp_path, *more(tmp_path, "callbacks")), capsys)
+    assert "no RolloutCallback: GRPO has nothing to train on" in text and "`callbacks+:`" in text
+
+
+def test_a_callback_that_is_added_takes_the_place_of_its_own_kind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trainer = built(grpo(tiny_checkpoint, tmp_path, *more(tmp_path, "callbacks+")))
+    checkpoints = [c for c in trainer.callbacks if isinstance(c, CheckpointCallback)]  # type: ignore[attr-defined]
+    assert [c.keep for c in checkpoints] == [7]
+    assert any(isinstance(c, RolloutCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def test_an_evaluation_of_nothing_says_what_is_missing(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = grpo(tiny_checkpoint, tmp_path)
+    assert "--data.init_args.val_tasks" in refused(["validate", *command[1:]], capsys)
+    sft = [str(CONFIGS / "sft.yaml") if word.endswith("grpo.yaml") else word for word in command[1:]]
+    text = refused(["test", *sft], capsys)
+    assert "test: trainer.callbacks names no RolloutCallback" in text
+
+
+def test_validations_beyond_the_run_come_at_its_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    flags = ["--trainer.val_check_interval", "20", "--data.init_args.num_iterations", "3"]
+    assert built(grpo(tiny_checkpoint, tmp_path, *flags)).val_check_interval == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("out/sft/model", "no such folder"), ("mine", "no such folder here, and as a name on the hub")],
+)
+def test_a_mistyped_folder_is_no_name_on_the_hub(
+    path: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", from_pretrained)
+    text = refused(grpo(Path(path), tmp_path), capsys)
+    assert f"policy.path {path}" in text and said in text
 
 
 def test_a_model_folder_without_a_processor(

@@ -23,7 +23,7 @@ from cv_lightning.rewards import RewardConfig
 from cv_lightning.rewards.terms import FunctionTerm
 from cv_lightning.rl.losses import PolicyLossConfig
 from cv_lightning.trajectory import TrajectoryWriter, read_groups
-from cv_lightning.types import Group, Trajectory
+from cv_lightning.types import CVLightningError, Group, Trajectory
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from trajectory_samples import digit_task
@@ -156,15 +156,25 @@ def test_an_interrupted_evaluation_goes_on_with_the_questions_that_are_missing(
     assert figures(tmp_path) == figures(finished)
 
 
-def test_other_settings_start_anew_and_failed_trajectories_are_made_again(
-    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
+def test_a_test_takes_the_place_of_no_other_one(
+    finished: Path, tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
+    before = texts(finished, "tool")
+    with pytest.raises(CVLightningError, match=r"holds another evaluation \(it differs in seed\).*eval_prefix"):
+        evaluate(tiny_checkpoint, finished, seed=1)
+    assert texts(finished, "tool") == before
     with pytest.raises(Pulled):
         written(3)
         evaluate(tiny_checkpoint, tmp_path)
-    anew = written(None)
+    with pytest.raises(CVLightningError, match="max_pixels"):
+        evaluate(tiny_checkpoint, tmp_path, max_pixels=64 * 96)
+    assert len(texts(tmp_path, "tool")) == 3
+
+
+def test_failed_trajectories_are_made_again(
+    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
+) -> None:
     evaluate(tiny_checkpoint, tmp_path, seed=1)
-    assert len(anew) == 12, "another seed, other numbers: nothing is kept"
     store = tmp_path / "eval/tool/trajectories/groups.rank0.jsonl"
     lines = [json.loads(line) for line in store.read_text().splitlines()]
     failed = lines[2]["task"]["id"]
@@ -211,19 +221,6 @@ def test_a_question_that_changed_is_asked_anew_and_one_that_went_is_gone(
     groups = list(read_groups(tmp_path / "run/eval/tool"))
     assert sorted(group.task.id for group in groups) == asked, "each once, and none that is not asked"
     assert {group.task.id: group.task.ground_truth for group in groups}["asked:0"] == "another"
-
-
-def test_another_size_of_pictures_starts_anew(
-    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
-) -> None:
-    written(3)
-    with pytest.raises(Pulled):
-        evaluate(tiny_checkpoint, tmp_path)
-    anew = written(None)
-    evaluate(tiny_checkpoint, tmp_path, max_pixels=64 * 96)
-    assert len(anew) == 12
-    seen = [t.images[0].model_size for group in read_groups(tmp_path / "eval/tool") for t in group.trajectories]
-    assert len(seen) == 12 and all(width * height <= 64 * 96 for width, height in seen)
 
 
 def brief(trajectory: Trajectory, score: float) -> float:

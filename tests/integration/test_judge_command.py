@@ -7,8 +7,9 @@ import json
 import pytest
 from judge_server import JudgeServer, completion, respond
 
-from cv_lightning.commands.judge import check_endpoint, main
+from cv_lightning.commands.judge import main
 from cv_lightning.rewards import JudgeConfig
+from cv_lightning.rewards.judge.check import check_endpoint
 
 
 def test_one_verdict(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +43,10 @@ def test_check_tells_a_judge_from_a_yes_sayer() -> None:
 
     with JudgeServer(honest) as server:
         assert check_endpoint(JudgeConfig(base_url=server.url)).ok
+        assert (
+            main(["--check", "--judge.base-url", server.url]) == 0 == main(["--check", "--judge.base_url", server.url])
+        )
+        assert main(["--as-json", "--judge.base-url", server.url, "--check"]) == 0
     with JudgeServer(yes) as server:
         report = check_endpoint(JudgeConfig(base_url=server.url))
     assert not report.ok

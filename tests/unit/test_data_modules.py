@@ -21,7 +21,7 @@ from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoa
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sources import DigitDemonstrations
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.types import Group, Iteration
+from cv_lightning.types import CVLightningError, Group, Iteration
 
 
 class Recorder(pl.LightningModule):
@@ -170,7 +170,7 @@ def test_ranks_share_every_batch_without_gap_or_overlap(loader: str) -> None:
 def test_tasks_that_ranks_cannot_share_name_the_flag() -> None:
     data = task_data(tasks_per_iteration=5)
     data.trainer = SimpleNamespace(global_rank=0, world_size=2)
-    with pytest.raises(ValueError, match=r"--data\.tasks_per_iteration 5"):
+    with pytest.raises(CVLightningError, match=r"--data\.init_args\.tasks_per_iteration 5"):
         data.train_dataloader()
 
 

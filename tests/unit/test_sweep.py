@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cv_lightning.commands.sweep import agent_arguments, main
+from cv_lightning.commands.sweep import FAIL_ALIKE, agent_arguments, main
 from cv_lightning.commands.sweep_file import fill_command, read_sweep
 from cv_lightning.types import DataError
 
@@ -70,6 +70,25 @@ def test_failed_trials_are_shown_and_finished_ones_kept(tmp_path: Path, capsys: 
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert main([str(path), "--count", "99", "--out", str(out)]) == 0
     assert len(result(out)["trials"]) == 6
+
+
+def test_a_sweep_that_cannot_start_stops_and_goes_on_once_it_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = {"kind": {"value": "bad"}, "x": {"min": 0.0, "max": 1.0}}
+    path, out = sweep_file(tmp_path, method="random", parameters=only), tmp_path / "out"
+    assert main([str(path), "--count", "9", "--out", str(out)]) == 2
+    assert len(result(out)["trials"]) == FAIL_ALIKE
+    assert f"the first {FAIL_ALIKE} trials failed alike: exit code 1: this kind is bad" in capsys.readouterr().err
+    parameters = [row["parameters"] for row in result(out)["trials"]]
+    (tmp_path / "job.py").write_text(JOB.replace('== "bad"', '== "mended"'))
+    assert main([str(path), "--count", "6", "--out", str(out), "--retry"]) == 0
+    found = result(out)
+    assert found["failed"] == 0 and len(found["trials"]) == 6
+    assert [row["parameters"] for row in found["trials"]][:FAIL_ALIKE] == parameters
+    with pytest.raises(SystemExit):
+        main([str(path), "--count", "0", "--out", str(out)])
+    assert "--count must be at least 1" in capsys.readouterr().err
 
 
 def test_an_interrupted_trial_gets_another_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,106 @@
+"""What a run lacks, said before an engine is loaded: checks of module, data and trainer that each alone cannot make."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.data.modules import EvaluationDataModule
+from cv_lightning.data.rows import expand_files
+from cv_lightning.modules.base import PolicyModule
+from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.types import CVLightningError
+
+LOG = logging.getLogger(__name__)
+REPLACED = (
+    "a `trainer.callbacks` list in a later --config takes the place of the recipe's; `callbacks+:` there adds to it"
+)
+
+
+def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
+    """Refuse what would train on nothing or fail later; see that validations are due within the run.
+
+    Raises:
+        CVLightningError: what to change.
+    """
+    rollout = _rollout(trainer)
+    if isinstance(module, GRPOModule) and rollout is None:
+        raise CVLightningError(f"trainer.callbacks names no RolloutCallback: GRPO has nothing to train on ({REPLACED})")
+    if isinstance(data, EvaluationDataModule):
+        data.check_ranks(trainer.world_size)
+        if (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
+            raise CVLightningError(
+                f"--trainer.max_epochs {trainer.max_epochs}: another epoch would bring the same batches again. Leave "
+                "it at 1; --data.init_args.num_iterations (SFT: num_steps) is the length of the run. Files are gone "
+                "through again, newly shuffled, as often as that takes"
+            )
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and interval > data.num_train_batches:
+            LOG.info("trainer.val_check_interval %d is beyond the run: validating at its end", interval)
+            trainer.val_check_interval = data.num_train_batches
+        _check_files(data, data.train_files)
+    _check_engine(rollout, module)
+
+
+def check_evaluation(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None, verb: str
+) -> None:
+    """Refuse an evaluation of nothing, and one that would fail once the engine is loaded.
+
+    Raises:
+        CVLightningError: what to change.
+    """
+    rollout = _rollout(trainer)
+    if isinstance(module, PolicyModule) and rollout is None:
+        raise CVLightningError(
+            f"{verb}: trainer.callbacks names no RolloutCallback, which is what rolls tasks out ({REPLACED}); "
+            "configs/eval holds whole configs"
+        )
+    if isinstance(data, EvaluationDataModule):
+        if verb == "validate" and not data.eval_files and not any(data.val_tasks.values()):
+            raise CVLightningError(
+                "validate: the config asks for no validation tasks; set --data.init_args.val_tasks "
+                "'{upright: 20, turned: 20}' or --data.init_args.eval_files, or use test"
+            )
+        _check_files(data, [])
+    _check_engine(rollout, module)
+
+
+def _rollout(trainer: pl.Trainer) -> RolloutCallback | None:
+    found = [callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback)]  # type: ignore[attr-defined]
+    return found[-1] if found else None
+
+
+def _check_files(data: EvaluationDataModule, train_files: list[str]) -> None:
+    for name, files in (("train_files", train_files), ("eval_files", data.eval_files)):
+        if files:
+            expand_files(files, f"--data.init_args.{name}")
+
+
+def _check_engine(rollout: RolloutCallback | None, module: pl.LightningModule) -> None:
+    """VLLM says in sixty lines, after it has started, that a model has fewer positions than it was asked for."""
+    if rollout is None or not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
+        return
+    positions = model_positions(module.policy_config.path)
+    wanted = rollout.engine_config.max_model_len
+    if positions is not None and wanted > positions:
+        raise CVLightningError(
+            f"engine.max_model_len {wanted} is more than the {positions} positions of {module.policy_config.path}: "
+            "lower --trainer.callbacks.init_args.engine.max_model_len"
+        )
+
+
+def model_positions(path: str) -> int | None:
+    """Longest sequence that a model folder was made for; None: not known, or it scales its positions."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    found = text.get("max_position_embeddings")
+    return None if "factor" in scaling or not isinstance(found, int) else found
