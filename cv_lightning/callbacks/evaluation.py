@@ -24,8 +24,9 @@ from cv_lightning.callbacks.resume import (
     RETRIED,
     Answered,
     differences,
+    holds,
+    keep_good,
     keep_only,
-    prepare,
     read_answered,
     sizes_of,
     write_state,
@@ -43,6 +44,8 @@ from cv_lightning.types import CVLightningError, Group, Iteration
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+SHOWN_DIFFERENCES = 5
+"""Settings that a message names in which two evaluations differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,31 +121,40 @@ class Evaluator:
         self._identity = self._describe(trainer, module)
         refused = ""
         if trainer.is_global_zero:
-            try:
-                for setting in self.settings:
-                    self._prepare(trainer, module, setting)
-            except CVLightningError as error:
-                refused = str(error)
+            refused = self._prepare({s.name: self._folder(trainer, module, s) for s in self.settings}, trainer.state.fn)
         if refused := trainer.strategy.broadcast(refused):  # on all ranks alike
             raise CVLightningError(refused)
         self._answered = {
             setting.name: read_answered(self._folder(trainer, module, setting)) for setting in self.settings
         }
 
-    def _prepare(self, trainer: pl.Trainer, module: PolicyModule, setting: EvaluationConfig) -> None:
-        folder = self._folder(trainer, module, setting)
-        identity = self._identity | {"setting": asdict(setting)}
-        found = prepare(folder, identity) if trainer.state.fn is TrainerFn.TESTING else "new"
-        if found == "another":
-            raise CVLightningError(
-                f"{folder} holds another evaluation (it differs in {', '.join(differences(folder, identity))}); give "
-                "this one a place of its own with --trainer.callbacks.init_args.eval_prefix NAME_ or "
-                "--trainer.default_root_dir, or remove that folder"
+    def _prepare(self, folders: Mapping[str, Path], doing: TrainerFn | None) -> str:
+        """Make the folders ready, by name of the setting; nothing is touched where one of them holds something else.
+
+        Returns:
+            Why the evaluation must not be; empty: it may.
+        """
+        identities = {setting.name: self._identity_of(setting) for setting in self.settings}
+        testing = doing is TrainerFn.TESTING
+        found = {name: holds(folder, identities[name]) if testing else "new" for name, folder in folders.items()}
+        if name := next((name for name, what in found.items() if what == "another"), None):
+            changed = differences(folders[name], identities[name])
+            listed = ", ".join(changed[:SHOWN_DIFFERENCES]) + (", ..." if len(changed) > SHOWN_DIFFERENCES else "")
+            return (
+                f"{folders[name]} holds another evaluation (it differs in {listed}); give this one a place of its own by "
+                "--trainer.callbacks.init_args.eval_prefix NAME_ or --trainer.default_root_dir, or remove that folder"
             )
-        if found != "goes on":
-            shutil.rmtree(folder, ignore_errors=True)
-        write_state(folder, identity, finished=False)
-        self._sizes[setting.name] = sizes_of(folder)
+        for name, folder in folders.items():
+            if found[name] == "goes on":
+                keep_good(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            write_state(folder, identities[name], finished=False)
+            self._sizes[name] = sizes_of(folder)
+        return ""
+
+    def _identity_of(self, setting: EvaluationConfig) -> dict[str, Any]:
+        return self._identity | {"setting": asdict(setting)}
 
     def _describe(self, trainer: pl.Trainer, module: PolicyModule) -> dict[str, Any]:
         """Model, seed and what else makes the numbers."""
@@ -234,8 +246,7 @@ class Evaluator:
             self._write_results(trainer, everything, figures, skipped)
         for setting in self.settings if trainer.is_global_zero else ():  # last: until then it can go on
             folder = self._folder(trainer, module, setting)
-            identity = self._identity | {"setting": asdict(setting)}
-            write_state(folder, identity, finished=setting.name not in unfinished)
+            write_state(folder, self._identity_of(setting), finished=setting.name not in unfinished)
 
     def _write_results(
         self,

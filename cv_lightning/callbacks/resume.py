@@ -41,28 +41,29 @@ class Answered:
         )
 
 
-def prepare(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "finished", "another"]:
-    """Make a folder ready: what an interrupted run of the same evaluation left is kept, anything else must go.
+def holds(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "finished", "another"]:
+    """What a folder holds for an evaluation. Reads only.
 
     Args:
         folder: of one evaluation.
         identity: what makes the numbers: model, settings, limits, reward.
 
     Returns:
-        `goes on`: failed trajectories and torn lines were taken out, the rest counts. `new` and `finished`: the caller
-        clears the folder; `finished` says that the same evaluation had been completed. `another`: it holds trajectories
-        of another one.
+        `new`: nothing. `goes on`: what an interrupted run of the same evaluation left. `finished`: all of the same one.
+        `another`: trajectories of another one.
     """
     state = read_state(folder)
     if state is None or state.get("identity") != _plain(identity):
         return "another" if any(sizes_of(folder).values()) else "new"
-    if state.get("finished"):
-        return "finished"
+    return "finished" if state.get("finished") else "goes on"
+
+
+def keep_good(folder: Path) -> None:
+    """Take failed trajectories and torn lines out of a store; the rest counts."""
     for path in sorted((folder / LINES).glob("*.jsonl")):
         kept = b"".join(_good_lines(path))
         with whole_file(path) as temporary:
             temporary.write_bytes(kept)
-    return "goes on"
 
 
 def differences(folder: Path, identity: dict[str, Any]) -> list[str]:

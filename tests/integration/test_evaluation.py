@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def evaluate(
     reward: RewardConfig | None = None,
     max_pixels: int | None = None,
     verb: str = "test",
+    settings: list[EvaluationConfig] = SETTINGS,
 ) -> None:
     """`test` or `validate` three upright and three turned digits, or the `data`."""
     policy = PolicyConfig(path=str(checkpoint), dtype="float32", max_pixels=max_pixels)
     module = GRPOModule(policy, loss=PolicyLossConfig(kl_weight=0.0))
     callback = RolloutCallback(
-        agent=AGENT, engine=ENGINE, evaluations=SETTINGS, sampling=SamplingConfig(seed=seed), reward=reward
+        agent=AGENT, engine=ENGINE, evaluations=settings, sampling=SamplingConfig(seed=seed), reward=reward
     )
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -162,7 +164,9 @@ def test_a_test_takes_the_place_of_no_other_one(
     before = texts(finished, "tool")
     with pytest.raises(CVLightningError, match=r"holds another evaluation \(it differs in seed\).*eval_prefix"):
         evaluate(tiny_checkpoint, finished, seed=1)
-    assert texts(finished, "tool") == before
+    with pytest.raises(CVLightningError, match=r"notool holds another .*differs in setting\.temperature\)"):
+        evaluate(tiny_checkpoint, finished, settings=[SETTINGS[0], replace(SETTINGS[1], temperature=0.5)])
+    assert texts(finished, "tool") == before, "nothing is cleared before all may be"
     with pytest.raises(Pulled):
         written(3)
         evaluate(tiny_checkpoint, tmp_path)
