@@ -141,7 +141,7 @@ class Evaluator:
             changed = differences(folders[name], identities[name])
             listed = ", ".join(changed[:SHOWN_DIFFERENCES]) + (", ..." if len(changed) > SHOWN_DIFFERENCES else "")
             return (
-                f"{folders[name]} holds another evaluation (it differs in {listed}); give this one a place of its own by "
+                f"{folders[name]} holds another evaluation (it differs in {listed}); give this one its own place by "
                 "--trainer.callbacks.init_args.eval_prefix NAME_ or --trainer.default_root_dir, or remove that folder"
             )
         for name, folder in folders.items():
