@@ -33,6 +33,7 @@ from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
+from cv_lightning.commands.command_line import ShortErrors
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
@@ -40,15 +41,11 @@ from cv_lightning.types import CVLightningError
 DEFAULT_FOLDER = "runs/default"
 
 
-class ShortErrorParser(LightningArgumentParser):
+class ShortErrorParser(ShortErrors, LightningArgumentParser):
     """A parser whose errors are not buried under a usage text of a hundred lines, and that wants whole names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
-
-    def print_usage(self, file: Any = None) -> None:
-        """One line."""
-        (file or sys.stdout).write(f"usage: {self.prog.replace(' [options]', '')} [options]\n")
 
 
 class CVLightningCLI(LightningCLI):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import lightning.pytorch as pl
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.data.modules import EvaluationDataModule
 from cv_lightning.data.rows import expand_files
+from cv_lightning.model.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.types import CVLightningError
@@ -85,22 +85,10 @@ def _check_engine(rollout: RolloutCallback | None, module: pl.LightningModule) -
     """VLLM says in sixty lines, after it has started, that a model has fewer positions than it was asked for."""
     if rollout is None or not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
         return
-    positions = model_positions(module.policy_config.path)
+    positions = model_positions(Path(module.policy_config.path))
     wanted = rollout.engine_config.max_model_len
     if positions is not None and wanted > positions:
         raise CVLightningError(
             f"engine.max_model_len {wanted} is more than the {positions} positions of {module.policy_config.path}: "
             "lower --trainer.callbacks.init_args.engine.max_model_len"
         )
-
-
-def model_positions(path: str) -> int | None:
-    """Longest sequence that a model folder was made for; None: not known, or it scales its positions."""
-    try:
-        config = json.loads((Path(path) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    text = config.get("text_config") or config
-    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    found = text.get("max_position_embeddings")
-    return None if "factor" in scaling or not isinstance(found, int) else found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,9 @@ from cv_lightning.types import CheckpointError, CVLightningError
 prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
+from cv_lightning.commands.command_line import ShortErrors  # noqa: E402
 from cv_lightning.engine.base import EngineConfig, SamplingConfig  # noqa: E402
+from cv_lightning.model.loading import model_positions  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
 
 RUN_CONFIG = "fit_config.yaml"
@@ -134,7 +135,11 @@ def parse(arguments: list[str]) -> ChatOptions:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog="cv_lightning chat", description=ChatOptions.__doc__)
+
+    class Parser(ShortErrors, jsonargparse.ArgumentParser):
+        pass
+
+    parser = Parser(prog="cv_lightning chat", description=ChatOptions.__doc__)
     parser.add_argument("--config", action="config", help="file with any of the arguments below")
     parser.add_class_arguments(ChatOptions, as_group=False, sub_configs=True)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -151,7 +156,7 @@ def parse(arguments: list[str]) -> ChatOptions:
 def _set_defaults(parser: Any, path: Path) -> None:
     file = find_run_config(path)
     defaults = run_defaults(file) if file is not None else {}
-    if "engine.max_model_len" not in defaults and (longest := _max_positions(path)):
+    if "engine.max_model_len" not in defaults and (longest := model_positions(path)):
         defaults["engine.max_model_len"] = min(longest, EngineConfig.max_model_len)
     try:
         parser.set_defaults({**defaults, "engine.max_num_seqs": 1})
@@ -194,11 +199,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _max_positions(path: Path) -> int | None:
-    """Longest sequence that a model folder says it can take; None where it does not say."""
-    file = path / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    value = config.get("text_config", config).get("max_position_embeddings")
-    return value if isinstance(value, int) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.types import CVLightningError
 
 
@@ -36,10 +37,8 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
     try:
-        jsonargparse.auto_cli(compare_evaluations, args=args, prog="cv_lightning compare")
+        read_command_line(compare_evaluations, args, prog="cv_lightning compare")
     except CVLightningError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

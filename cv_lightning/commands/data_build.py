@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.environment import is_quiet
 from cv_lightning.types import CVLightningError
 
@@ -78,12 +79,9 @@ def corrupt(args: list[str]) -> int:
 
 def _run(kind: type[Config], args: list[str], name: str, run: Callable[[Config], int]) -> int:
     """Read a config from the command line and run it; errors of ours are one message each, exit code 2."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     flags = _with_files(args)
     try:
-        config: Any = jsonargparse.auto_cli(kind, as_positional=False, args=flags, prog=f"cv_lightning data {name}")
+        config: Any = read_command_line(kind, flags, as_positional=False, prog=f"cv_lightning data {name}")
         return run(config)
     except (CVLightningError, ValueError, OSError) as error:
         print(f"data {name}: {error}", file=sys.stderr)

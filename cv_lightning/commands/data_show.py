@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.types import CVLightningError, DataError, Task
@@ -203,12 +204,9 @@ def print_tokens(dialogue: Dialogue, console: Console) -> None:
 
 def main(args: list[str]) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     flags = ["--file", *args] if args and not args[0].startswith("-") else args
     try:
-        config = jsonargparse.auto_cli(ShowData, as_positional=False, args=flags, prog="cv_lightning data show")
+        config = read_command_line(ShowData, flags, as_positional=False, prog="cv_lightning data show")
         shown = load(config)
     except (CVLightningError, ValueError, OSError) as error:
         print(f"data show: {error}", file=sys.stderr)

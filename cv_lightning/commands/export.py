@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.types import CheckpointError, CVLightningError
 
 if TYPE_CHECKING:
@@ -51,11 +52,8 @@ class ExportRequest:
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        request = jsonargparse.auto_cli(ExportRequest, as_positional=False, args=args, prog="cv_lightning export")
+        request = read_command_line(ExportRequest, args, as_positional=False, prog="cv_lightning export")
         print(export(request))
     except (ValueError, CVLightningError) as error:
         print(error, file=sys.stderr)

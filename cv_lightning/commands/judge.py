@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint, verdicts
@@ -39,14 +40,11 @@ class JudgeQuestion:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     given = [_underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
     after = [*given[1:], "--"]
     flags = [f"{f}=true" if f in SWITCHES and n.startswith("--") else f for f, n in zip(given, after, strict=True)]
     try:
-        asked = jsonargparse.auto_cli(JudgeQuestion, as_positional=False, args=flags, prog="cv_lightning judge")
+        asked = read_command_line(JudgeQuestion, flags, as_positional=False, prog="cv_lightning judge")
         return _check(asked) if asked.check else _ask(asked)
     except ValueError as error:  # a config's own cross-check; it names the flag
         print(error, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.evaluation.report import ReportConfig, write_report
 from cv_lightning.types import CVLightningError
 
@@ -28,10 +29,8 @@ def report(
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
     try:
-        jsonargparse.auto_cli(report, args=args, prog="cv_lightning report")
+        read_command_line(report, args, prog="cv_lightning report")
     except (CVLightningError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

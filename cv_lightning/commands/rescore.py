@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cv_lightning.background import Background
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.module import RewardModule
 from cv_lightning.trajectory.reader import find_files, read_groups
@@ -169,16 +170,13 @@ def print_comparison(found: Comparison, out: Path) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
     from cv_lightning.types import JudgeError
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     given = list(sys.argv[1:] if args is None else args)
     if given and not given[0].startswith("-"):
         given = ["--run", *given]
     try:
-        config = jsonargparse.auto_cli(Rescore, as_positional=False, args=given, prog="cv_lightning rescore")
+        config = read_command_line(Rescore, given, as_positional=False, prog="cv_lightning rescore")
         found = rescore(config)
     except JudgeError as error:
         print(f"rescore: {error}", file=sys.stderr)

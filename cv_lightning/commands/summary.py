@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.evaluation.ablation import FULL, REDUCED, needless_while_sampling
 from cv_lightning.evaluation.runs import stage_label, stage_order
 from cv_lightning.evaluation.statistics import Rate
@@ -130,10 +131,8 @@ def _short(rate: Rate) -> str:
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
     try:
-        jsonargparse.auto_cli(quickstart_summary, args=args, prog="cv_lightning quickstart-summary")
+        read_command_line(quickstart_summary, args, prog="cv_lightning quickstart-summary")
     except CVLightningError as error:
         print(error, file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cv_lightning.commands.command_line import read_command_line
 from cv_lightning.evaluation.runs import find_stores
 from cv_lightning.trajectory.parquet import write_parquet
 from cv_lightning.types import CVLightningError, DataError
@@ -35,10 +36,8 @@ def export(run: Path, out: Path | None = None, stores: list[str] | None = None) 
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    import jsonargparse
-
     try:
-        jsonargparse.auto_cli({"export": export}, args=args, prog="cv_lightning trajectories")
+        read_command_line({"export": export}, args, prog="cv_lightning trajectories")
     except (CVLightningError, ValueError, OSError) as error:
         print(f"trajectories: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,18 @@ def image_limits(processor: ProcessorMixin) -> ImageLimits:
         min_pixels=image_processor.size["shortest_edge"],
         max_pixels=image_processor.size["longest_edge"],
     )
+
+
+def model_positions(folder: Path) -> int | None:
+    """Longest sequence that a model folder says it was made for; None: it does not say, or scales its positions."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    found = text.get("max_position_embeddings")
+    return None if "factor" in scaling or not isinstance(found, int) else found
 
 
 def is_projector(name: str) -> bool:

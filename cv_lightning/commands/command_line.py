@@ -1,0 +1,44 @@
+"""What the verbs' command lines share: flags from types and docstrings, and errors not buried under a usage text."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class ShortErrors:
+    """For a parser class: one line of usage, and a file that is not there is named as such."""
+
+    prog: str
+
+    def print_usage(self, file: Any = None) -> None:
+        """One line."""
+        (file or sys.stdout).write(f"usage: {self.prog.replace(' [options]', '')} [options]\n")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with 2."""
+        files = re.findall(r"Unable to load config [\"'](.+?)[\"']", message)
+        if missing := [name for name in files if not Path(name).exists()]:
+            message = f"{message.splitlines()[0]} no such file: {missing[0]}"
+        super().error(message, ex)  # type: ignore[misc]
+        raise AssertionError("the parser's own error ends the program")
+
+
+def read_command_line(components: Any, args: list[str] | None, prog: str, **options: Any) -> Any:
+    """What `jsonargparse.auto_cli` makes of a command line: an object of a config's class, or a function's result.
+
+    Args:
+        components: the class or function, or several by name.
+        args: the command line without the program's name; None: `sys.argv[1:]`.
+        prog: the verb, for messages.
+        options: further ones of `auto_cli`.
+    """
+    import jsonargparse
+
+    class Parser(ShortErrors, jsonargparse.ArgumentParser):
+        pass
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return jsonargparse.auto_cli(components, args=args, prog=prog, parser_class=Parser, **options)
