@@ -125,11 +125,11 @@ def rate_of_columns(columns: Sequence[Sequence[float]], clusters: Sequence[Seque
     sums = [np.bincount(at, weights=np.asarray(v, float), minlength=size) for at, v in zip(ids, columns, strict=True)]
     counts = [np.bincount(at, minlength=size) for at in ids]
     value = math.fsum(math.fsum(column) / len(column) for column in columns) / len(columns)
-    both = np.stack([*sums, *counts], axis=1).astype(float)  # [clusters, 2 columns]
+    # [looks, 2 columns]; as in `bootstrap`, clusters that look alike are drawn together
+    looks, often = np.unique(np.stack([*sums, *counts], axis=1).astype(float), axis=0, return_counts=True)
     rng, means = np.random.default_rng(0), []
-    for times in _parts(size):
-        weights = rng.multinomial(size, np.full(size, 1 / size), size=times)
-        totals = weights @ both
+    for times in _parts(len(looks)):
+        totals = rng.multinomial(size, often / size, size=times) @ looks
         totals = totals[(totals[:, len(columns) :] > 0).all(axis=1)]  # a resample may miss a column
         means.append((totals[:, : len(columns)] / totals[:, len(columns) :]).mean(axis=1))
     found = np.concatenate(means)
