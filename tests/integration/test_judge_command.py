@@ -7,6 +7,7 @@ import json
 import pytest
 from judge_server import JudgeServer, completion, respond
 
+from cv_lightning.callbacks.rollout import warn_of_judge
 from cv_lightning.commands.judge import main
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
@@ -51,3 +52,16 @@ def test_check_tells_a_judge_from_a_yes_sayer() -> None:
         report = check_endpoint(JudgeConfig(base_url=server.url))
     assert not report.ok
     assert "'seven' with 1.00" in report.message
+
+
+def test_a_training_run_says_at_its_start_that_the_judge_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    async def honest(number: int, writer: object, prompt: str) -> bool:
+        await respond(writer, completion("1" if "four" in prompt else "0"))  # type: ignore[arg-type]
+        return True
+
+    with JudgeServer(honest) as server:
+        warn_of_judge(JudgeConfig(base_url=server.url))
+    assert not caplog.records
+    warn_of_judge(JudgeConfig(base_url=server.url))  # which is closed by now
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and server.url in record.getMessage()
