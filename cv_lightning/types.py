@@ -105,13 +105,12 @@ class Task:
     messages: tuple[Message, ...] = ()
     """The prompt as the data set gives it; empty: the agent's own prompt around `question`."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON values that are stored along. Training reads `accepted_answers` alone: a list of which any is right."""
+    """JSON values that are stored along. Training reads `accepted_answers` alone: texts of which any is right."""
 
     @property
     def accepted(self) -> list[str]:
         """The answers of which any is right, the ground truth first."""
-        further = [str(answer) for answer in self.metadata.get("accepted_answers") or ()]
-        return list(dict.fromkeys([self.ground_truth, *further]))
+        return list(dict.fromkeys([self.ground_truth, *self.metadata.get("accepted_answers", ())]))
 
 
 # ------------------------------------------------------------------------------------------------ tool

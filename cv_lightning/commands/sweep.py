@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 RUN_FOLDER = "trainer.default_root_dir"
 FAIL_ALIKE = 5
 """So many failures of the first trials, with the same error, end a sweep."""
+SEED_STEP = 100_003
+"""Between the seeds of a sweep's calls, so that those of sweeps with neighbouring seeds differ."""
 POLL_S = 1.0
 """A running trial's metrics are read this often, in seconds."""
 STOP_S = 60.0
@@ -184,7 +186,8 @@ def run_sweep(
     with _locked(out):
         study = _open_study(sweep, out, extra)
         _requeue(study, out, failed=retry)
-        study.sampler, study.pruner = _sampler(sweep, seed), _pruner(sweep)
+        # another seed for each call: the same would draw again what an earlier call has drawn
+        study.sampler, study.pruner = _sampler(sweep, seed, len(study.trials)), _pruner(sweep)
         done = len(_counted(study))
         if isinstance(study.sampler, GridSampler):
             count = min(count, math.prod(map(len, _grid(sweep).values())))
@@ -238,13 +241,13 @@ def _open_study(sweep: SweepFile, out: Path, extra: Mapping[str, Scalar]) -> Stu
     return study
 
 
-def _sampler(sweep: SweepFile, seed: int) -> BaseSampler:
+def _sampler(sweep: SweepFile, seed: int, drawn: int) -> BaseSampler:
     from optuna.samplers import GridSampler, RandomSampler, TPESampler
 
     if sweep.method == "random":
-        return RandomSampler(seed=seed)
+        return RandomSampler(seed=seed + SEED_STEP * drawn)
     if sweep.method == "bayes":
-        return TPESampler(seed=seed)
+        return TPESampler(seed=seed + SEED_STEP * drawn)
     return GridSampler(_grid(sweep), seed=seed)
 
 

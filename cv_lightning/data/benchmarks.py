@@ -261,6 +261,8 @@ def by_fields(names: FieldNames) -> Format:
 
     def parse(row: Mapping[str, Any], folder: Path) -> Question:
         options = _texts(row[names.options]) if names.options and row.get(names.options) else []
+        if len(options) > len(LETTERS):
+            raise ValueError(f"{len(options)} options, of {len(LETTERS)} at most")
         return Question(
             text=_with_options(str(row[names.question]), dict(zip(LETTERS, options, strict=False))),
             images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],

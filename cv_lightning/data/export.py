@@ -62,7 +62,7 @@ def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> N
         for index, task in enumerate(tasks):
             rows.append(_row(task, split, index))
             sizes.append([pictures.write(_png(image)) for image in task.images])
-        schema = pa.Table.from_pylist(rows).schema.append(pa.field("images", IMAGES))
+        schema = _schema(rows).append(pa.field("images", IMAGES))
         pictures.seek(0)
         with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for start in range(0, len(rows), ROWS_PER_GROUP):
@@ -70,6 +70,16 @@ def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> N
                 cells = [[{"bytes": pictures.read(size), "path": None} for size in row] for row in sizes[some]]
                 table = [row | {"images": images} for row, images in zip(rows[some], cells, strict=True)]
                 writer.write_table(pa.Table.from_pylist(table, schema))
+
+
+def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
+    """Of the rows; where their `extra_info` fits no columns (a number here, a text there) it becomes JSON text."""
+    try:
+        return pa.Table.from_pylist(rows).schema
+    except (pa.ArrowException, NotImplementedError):
+        for row in rows:
+            row["extra_info"] = json.dumps(row["extra_info"], ensure_ascii=False, default=str)
+        return pa.Table.from_pylist(rows).schema
 
 
 def _row(task: Task, split: str, index: int) -> dict[str, Any]:

@@ -116,16 +116,18 @@ def task_of_row(
     if not question:
         raise RowError("no question", "neither prompt nor extra_info.question holds a question")
     transforms = parse_transforms(extra.get("transform"))
+    truth, accepted = _ground_truth(_parsed(row.get("reward_model"), "reward_model"), extra)
+    metadata = {key: value for key, value in extra.items() if key not in EXTRA_KEYS and key != "accepted_answers"}
     return Task(
         id=f"{name or path.stem}:{number}",
         question=str(question).replace(IMAGE_MARK, "").strip(),
         images=images,
-        ground_truth=_ground_truth(_parsed(row.get("reward_model"), "reward_model"), extra),
+        ground_truth=truth,
         data_source=config.data_source or str(row.get("data_source") or extra.get("dataset_name") or path.stem),
         required_transforms=transforms,
         box=_box(extra, images[0].size, transforms, config),
         messages=messages if config.prompt == "given" else (),
-        metadata={key: value for key, value in extra.items() if key not in EXTRA_KEYS},
+        metadata=metadata | ({"accepted_answers": accepted} if accepted else {}),
     )
 
 
@@ -231,13 +233,13 @@ def _messages(prompt: Any, config: ReaderConfig) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     try:
-        messages = tuple(Message(role=str(m["role"]), content=_content(m["content"])) for m in prompt)
+        messages = tuple(Message(role=str(m["role"]), content=message_text(m["content"])) for m in prompt)
     except (TypeError, KeyError, AttributeError) as error:
         raise RowError("prompt", f"prompt is no list of {{role, content}} ({error!r})") from error
     return messages if config.system == "given" else tuple(m for m in messages if m.role != "system")
 
 
-def _content(content: Any) -> str:
+def message_text(content: Any) -> str:
     """Text of a message; of a list of parts, an image part is a mark."""
     if isinstance(content, list):
         return "".join(IMAGE_MARK if part.get("type") == "image" else str(part.get("text") or "") for part in content)
@@ -249,12 +251,30 @@ def _bare_question(messages: Sequence[Message]) -> str:
     return users[-1].replace(IMAGE_MARK, "").strip() if users else ""
 
 
-def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> str:
+def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The ground truth, and where there are several all answers of which any is right.
+
+    A list of texts as ground truth names several; `extra_info.accepted_answers` adds to it.
+
+    Raises:
+        RowError: there is none, or `accepted_answers` is neither one answer nor a list of them.
+    """
     truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
     truth = extra.get("answer") if truth is None else truth
     if truth is None or truth == [] or (isinstance(truth, str) and not truth.strip()):
         raise RowError("no answer", "neither reward_model.ground_truth nor extra_info.answer holds an answer")
-    return truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False, default=str)
+    several = [text.strip() for text in truth] if isinstance(truth, list) and all(map(_is_said, truth)) else []
+    text = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False, default=str)
+    further = _parsed(extra.get("accepted_answers"), "extra_info.accepted_answers")
+    further = further if isinstance(further, list) else [] if further is None else [further]
+    if not all(isinstance(answer, str | int | float) for answer in further):
+        raise RowError("accepted answers", f"extra_info.accepted_answers {further} is no list of answers")
+    accepted = list(dict.fromkeys([*(several or [text]), *map(str, further)]))
+    return accepted[0], accepted if len(accepted) > 1 else []
+
+
+def _is_said(answer: Any) -> bool:
+    return isinstance(answer, str) and bool(answer.strip())
 
 
 def parse_transforms(value: Any) -> tuple[str, ...]:

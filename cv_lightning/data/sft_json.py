@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from cv_lightning.data.demonstrations import Conversation, DemoTurn
-from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image
+from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image, message_text
 from cv_lightning.data.rows import ListedRowFiles, ReaderConfig, RowError, expand_files, unique_names
 from cv_lightning.types import DataError, Message, Task, ToolCall
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 SPEAKERS = {
     "user": "human",
     "assistant": "gpt",
@@ -73,7 +74,7 @@ def read_items(path: Path, under: str = "") -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [_line(line) for line in text.splitlines() if line.strip()]
+            return [_line(line) for line in text.split("\n") if line.strip()]
         items = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); is it cut off?") from error
@@ -158,7 +159,8 @@ def _speakers(item: Any) -> tuple[str, list[_Said]]:
     )
     try:
         speakers = [
-            _Said(SPEAKERS.get(str(turn[who]), str(turn[who])), str(turn[what]), _is_learnt(turn)) for turn in turns
+            _Said(SPEAKERS.get(str(turn[who]), str(turn[who])), _said(turn, who, what), _is_learnt(turn))
+            for turn in turns
         ]
     except (TypeError, KeyError, AttributeError) as error:
         raise RowError("conversations", f"conversations is no list of {{from, value}} ({error!r})") from error
@@ -174,6 +176,23 @@ def _speakers(item: Any) -> tuple[str, list[_Said]]:
     if not any(said.learn for said in speakers[1::2]):
         raise RowError("nothing to learn", "every gpt turn says loss: false or weight: 0")
     return system, speakers
+
+
+def _said(turn: Mapping[str, Any], who: str, what: str) -> str:
+    """The text of a turn: a text, or the parts of one; a call that stands alone gets the tags that the agent reads.
+
+    Raises:
+        RowError: there is none, such as where the call stands in `tool_calls`.
+    """
+    value = turn[what]
+    if isinstance(value, list):
+        value = message_text(value)
+    if not isinstance(value, str):
+        calls = "; a call must stand in the text, between <tool_call> tags" if turn.get("tool_calls") else ""
+        raise RowError("no text", f"the {what} of a turn of {turn[who]!r} is {value!r}, no text{calls}")
+    if turn[who] == "function_call" and CALL_OPEN not in value:
+        return f"{CALL_OPEN}\n{value.strip()}\n{CALL_CLOSE}"
+    return value
 
 
 def _is_learnt(turn: Mapping[str, Any]) -> bool:
@@ -195,6 +214,8 @@ def _turns(speakers: Sequence[_Said], images: Sequence[Image.Image]) -> tuple[De
         if response.count(IMAGE_MARK) > 1:
             raise RowError("image marks", f"a tool turn shows {response.count(IMAGE_MARK)} images; one at most")
         image = next(remaining) if IMAGE_MARK in response else None
+        if at + 1 < len(speakers) and CALL_OPEN not in text:
+            raise RowError("no tool call", f"a tool turn follows {text[:80]!r}, which holds no {CALL_OPEN}")
         call = parse_call(text)
         turns.append(
             DemoTurn(

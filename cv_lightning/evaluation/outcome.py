@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from cv_lightning.evaluation.scoring import official_score
+from cv_lightning.evaluation.scoring import metric_of, official_score
 from cv_lightning.images import area, compose, dihedral_affine, intersection, iou, is_upright
 from cv_lightning.rewards.markup import final_answer
 from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
@@ -143,9 +143,9 @@ def shown_as(task: TaskRecord) -> Shown:
     metadata = task.metadata
     orientation, corruption = "identity", "none"
     severity, base, source = 0, task.id, task.data_source
-    if isinstance(metadata.get("orientation"), str) and isinstance(metadata.get("corruption"), str):
-        orientation, corruption = metadata["orientation"], metadata["corruption"]
-        severity = int(metadata.get("severity") or 0)
+    form, name, level = metadata.get("orientation"), metadata.get("corruption"), metadata.get("severity")
+    if form in ("identity", *DIHEDRAL) and isinstance(name, str) and level in range(6):  # else words of another's
+        orientation, corruption, severity = str(form), name, int(level or 0)
         ending = f"/{orientation}/{corruption}" + (f"_{severity}" if severity else "")
         base, source = task.id.removesuffix(ending), task.data_source.removesuffix(ending)
     as_given = (orientation, corruption) == ("identity", "none")
@@ -232,7 +232,7 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
         right=correct if official is None else official >= RIGHT_FROM,
         scored_by=reward.scored_by if reward else "",
         score=official if official is not None or correct is None else float(correct),
-        metric=str(task.metadata.get("metric") or ""),
+        metric=metric_of(task.metadata) or "",
         must_use=task.needs_tool and must_use(task, trajectory),
         fixed=answered_upright(task, trajectory) if shown.orientation in DIHEDRAL or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),

@@ -28,17 +28,18 @@ def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | N
         metadata: of the task: `metric`, `accepted_answers` and what else the metric reads.
 
     Returns:
-        In [0, 1]; None where the task names no metric.
-
-    Raises:
-        ValueError: a metric that does not exist.
+        In [0, 1]; None where the task has no metric of ours.
     """
-    name = metadata.get("metric")
+    name = metric_of(metadata)
     if name is None:
         return None
-    if name not in METRICS:
-        raise ValueError(f"metadata.metric {name!r}: there are {', '.join(METRICS)}")
     return METRICS[name](answer, metadata) if answer else 0.0
+
+
+def metric_of(metadata: Mapping[str, Any]) -> str | None:
+    """Name of the benchmark's own metric; None where there is none, whatever else a data set calls `metric`."""
+    name = metadata.get("metric")
+    return name if name in METRICS and isinstance(metadata.get("accepted_answers"), list) else None
 
 
 # ------------------------------------------------------------------------------------------------ ANLS

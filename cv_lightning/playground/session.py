@@ -193,8 +193,12 @@ def _ran(exchange: Exchange, result: SandboxResult | None, watch: Watch) -> None
 
 def _unlearn(trajectory: Trajectory, exchange: Exchange) -> None:
     """Take what the user wrote out of the loss mask: the policy did not sample it."""
+    if not exchange.edited:
+        return
     position = trajectory.num_prompt_tokens
     for index, completion in enumerate(exchange.completions[: len(trajectory.turns)]):
+        if True not in trajectory.loss_mask[position:]:  # a served model's: nothing is learnt anyway
+            return
         position = trajectory.loss_mask.index(True, position)
         end = position + len(completion.token_ids)
         if index in exchange.edited:

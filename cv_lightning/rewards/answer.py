@@ -37,6 +37,7 @@ _VULGAR_AFTER_DIGIT = re.compile("(\\d)([\u00bc-\u00be\u2150-\u215e])")
 _NUMBER = re.compile(rf"[+-]?{_UNSIGNED}(?:[eE][+-]?\d{{1,3}})?\Z")
 _FRACTION = re.compile(r"([+-]?)(?:(\d{1,15}) )?(\d{1,15}) ?/ ?(\d{1,15})\Z")
 _LATEX_FRACTION = re.compile(r"([+-]?)\\[dt]?frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}\Z")
+_CURRENCY = re.compile(r"\A([+-]?) ?[$€£¥]+ ?")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?\Z")
 # A token of digits in running text. What clings to Latin letters (H2O), dots (1.2.3), colons or another number is none.
 _TOKEN = re.compile(rf"(?<![A-Za-z\d.:/,^_])[+-]?{_UNSIGNED}(?: ?/ ?\d+)?(?![\d:^])(?!\.\d)")
@@ -48,6 +49,9 @@ _LEADING_CHOICE = re.compile(r"[^\w]*([A-Z])(?:[):.\],*]|\s*[(\-:=])", re.IGNORE
 _NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)(?: is|:| is:)? *[(*\[]*([A-Z])\b(?![-'])", re.IGNORECASE)
 _LETTER = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
 _MARKED_LETTER = re.compile(r"(?<![\w'-])[(\[]?([A-J]) ?[):.\]]")
+_JOINED_LETTER = re.compile(r"\A(?:or|and) [(\[]?([A-J])(?![\w'-])")
+_LISTED_LETTER = re.compile(r"\A[(\[]?([A-J])(?![\w'-])[)\]]?\s*(?:\Z|[,;/&|]|or\b|and\b)")
+_SINGLE_LETTER = re.compile(r"\A[(\[]?([A-J])[)\]]?\Z")
 _SAID_OF = frozenset(
     "is be was are choose chose pick select say says go with so thus hence therefore it's mean to".split()
 )
@@ -152,7 +156,7 @@ class Number(NamedTuple):
 
 def read_number(text: str) -> Number | None:
     r"""The number that a whole text is: 12, 1,234, -.5, 2/4, 1 1/2, \frac{1}{2}, $5, 50%; None if it is none."""
-    text = text.strip().lstrip("$€£¥").strip()
+    text = _CURRENCY.sub(r"\1", text.strip())
     percent = text.endswith("%")
     text = text.rstrip("%").strip()
     for pattern in (_FRACTION, _LATEX_FRACTION):
@@ -174,7 +178,9 @@ def read_choice(text: str) -> str | None:
         return match.group(1).upper()
     if match := _LEADING_CHOICE.match(text):
         letter, rest = match.group(1).upper(), text[match.end() :].strip(" ),;:/&|")
-        others = set(_MARKED_LETTER.findall(rest)) | set(re.findall(r"\A(?:or |and )?[(\[]?([A-J])(?![\w'])", rest))
+        # behind a comma stands another option, behind "B." the option's own words: "A cat", "A and B"
+        second = (_JOINED_LETTER, _LISTED_LETTER if match.group().endswith(",") else _SINGLE_LETTER)
+        others = {found for pattern in second for found in pattern.findall(rest)} | set(_MARKED_LETTER.findall(rest))
         return letter if others <= {letter} else None
     plain = _ARTICLE.sub(" ", text)
     letters = {letter for letter in _LETTER.findall(plain) if letter <= "J"}

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from PIL import Image
+
 from cv_lightning.images import area, intersection, iou, map_box
 from cv_lightning.types import Box, TrajectoryImage
 
@@ -79,10 +81,10 @@ def source_extent(image: TrajectoryImage, frame: Frame) -> Box | None:
     return frame.clip(map_box(image.to_source, (0.0, 0.0, float(width), float(height))))
 
 
-def density(image: TrajectoryImage, box: Box) -> float:
-    """Pixels that the model sees for each pixel of the part of the source that an image shows; infinite for none."""
+def density(view: Image.Image, box: Box) -> float:
+    """Pixels of a view for each pixel of the part of the source that it shows; infinite for none."""
     shown = area(box)
-    return image.model_image.width * image.model_image.height / shown if shown else math.inf
+    return view.width * view.height / shown if shown else math.inf
 
 
 def best_iou(boxes: Iterable[object], truth: object) -> float:

@@ -66,6 +66,8 @@ OPTIONAL = frozenset(
     ]
 )
 """Operations outside the core that may help to see; a name that is not here earns nothing (hazard 24)."""
+ROUNDING_PX = 16
+"""Half a patch of Qwen3-VL (Qwen2.5-VL: 14): what rounding takes off a side at most."""
 MIN_DENSITY = 0.6
 """Least pixels that the model must see of a piece of the source, as a share of what the first view shows of it."""
 
@@ -178,12 +180,24 @@ def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
         return Use(labels=frozenset(labels), turned=turned)
     frame = Frame(*trajectory.task.images[0].size)
     box = source_extent(image, frame)
-    if box is None or density(image, box) < MIN_DENSITY * density(trajectory.images[0], frame.box):
+    if box is None or is_coarser(image, box, trajectory.images[0], frame.box):
         return Use(labels=frozenset(labels), turned=turned)
     labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
     if not frame.is_cropped_to(box):
         return Use(labels=frozenset(labels), turned=turned)
     return Use(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
+
+
+def is_coarser(image: TrajectoryImage, box: Box, first: TrajectoryImage, whole: Box) -> bool:
+    """True if an image shows a box of the source with far fewer pixels than the first view shows it with.
+
+    A picture of one or two patches loses up to half of its pixels where its sides are rounded to whole patches: that is
+    no fault of the crop, and not counted.
+    """
+    wanted = MIN_DENSITY * density(first.model_image, whole)
+    seen, made = image.model_image, image.original
+    only_rounded = seen.width >= made.width - ROUNDING_PX and seen.height >= made.height - ROUNDING_PX
+    return max(density(seen, box), density(made, box) if only_rounded else 0.0) < wanted
 
 
 def _net_orientation(task: Task, image: TrajectoryImage, wanted: frozenset[str]) -> frozenset[str]:
@@ -238,11 +252,17 @@ def step_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
 
 def turned_labels(trajectory: Trajectory) -> frozenset[str]:
     """Orientation operations that ran in any call, by name or by net effect, whatever became of their result."""
-    ran = {op.name for op in trajectory.operations}
+    ran = {op.name for op in trajectory.operations if not _is_of_channels(op)}
     ran |= {
         label for turn in trajectory.turns if turn.result and turn.result.effect for label in turn.result.effect.core
     }
     return frozenset(name if name in ORIENTATION else TURNED for name in ran if name.startswith(_TURNING))
+
+
+def _is_of_channels(op: Operation) -> bool:
+    """True for `np.flip` along the last axis, which swaps colours; of a grey picture the net effect tells."""
+    axis = op.arguments.get("axis")
+    return op.name == "reverse" and (axis if isinstance(axis, int) else (axis or [0])[-1]) in (-1, 2)
 
 
 def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, SandboxResult]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from PIL import Image
 
 from cv_lightning.trajectory.record import GroupRecord, ImageRecord, TaskRecord, TrajectoryRecord
@@ -66,8 +68,14 @@ def _trajectory(task: Task, record: TrajectoryRecord, pixels: bool) -> Trajector
     )
 
 
+@lru_cache(maxsize=64)
+def _black(size: tuple[int, int]) -> Image.Image:
+    """One for all that ask: nobody looks at its pixels, and thousands of large ones would fill the memory."""
+    return Image.new("1", size)
+
+
 def _picture(image: ImageRecord, size: tuple[int, int], pixels: bool) -> Image.Image:
     if not pixels:
-        return Image.new("1", size)
+        return _black(size)
     picture = image.load()
     return picture if picture.size == size else picture.resize(size)

@@ -6,6 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.loop import Rollout
 from cv_lightning.commands.chat import main, parse
 from cv_lightning.engine import SamplingConfig
 from cv_lightning.playground.session import Exchange, Playground
 from cv_lightning.playground.terminal import Terminal
 from cv_lightning.trajectory import read_groups
-from cv_lightning.types import CVLightningError, EndState
+from cv_lightning.types import CVLightningError, EndState, Trajectory
 
 PICTURE = Image.new("RGB", (96, 64), "white")
 
@@ -161,3 +163,20 @@ model: {init_args: {policy: {path: x, dtype: float16, min_pixels: 64, max_pixels
 def test_bad_options_are_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_served_model_without_log_probabilities_can_be_edited_and_saved(
+    play: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Rollout.run
+
+    def unlearnt(self: Rollout, *arguments: object, **options: object) -> list[Trajectory]:
+        made = run(self, *arguments, **options)  # type: ignore[arg-type]
+        return [replace(trajectory, loss_mask=[False] * len(trajectory.loss_mask)) for trajectory in made]
+
+    monkeypatch.setattr(Rollout, "run", unlearnt)
+    first, _ = ask(play)
+    second = play.try_code(first, 0, "result = image.crop((0, 0, 32, 48))", lambda e: None)
+    for exchange in (first, second):
+        assert exchange.trajectory is not None and not any(exchange.trajectory.loss_mask)
+        assert play.save(exchange).is_file()

@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from cv_lightning.data.builders.overlap import KnownPictures, PictureSet
 from cv_lightning.data.builders.plans import KINDS, KindDealer, PlanConfig, Step, make_plan, possible_kinds
 from cv_lightning.data.builders.progress import ProgressFile
 from cv_lightning.data.builders.rl import BuildRL, TaskPlan, build_rl
-from cv_lightning.data.builders.table import TableConfig, VqaTable
+from cv_lightning.data.builders.table import TableConfig, VqaTable, read_box
 from cv_lightning.data.builders.teacher import Frame, OfflineTeacher, TurnRequest, crop_arguments
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig, RowError
@@ -231,6 +232,46 @@ def test_duplicates_and_test_pictures_are_dropped(tmp_path: Path) -> None:
     }
     config = BuildRL(files=[str(path)], out=tmp_path / "rl2.parquet", duplicates="picture")
     assert build_rl(config)["dropped"]["duplicate"]["rows"] == ["vqa:3", "vqa:5"]
+
+
+@pytest.mark.parametrize(
+    "columns", [("image", "Question", "Answer"), ("image", "question", "answers"), ("image_1", "q", "a")]
+)
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_pictures_are_kept_out_whatever_the_test_file_is(tmp_path: Path, columns: tuple[str, ...], kind: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = rows(6)
+    path, test = tmp_path / "vqa.parquet", tmp_path / f"test.{kind}"
+    pq.write_table(pa.Table.from_pylist(made), path)
+    if kind == "parquet":
+        pq.write_table(
+            pa.Table.from_pylist([{columns[0]: row["image"], columns[1]: "?", columns[2]: ["4"]} for row in made[:4]]),
+            test,
+        )
+    else:
+        for number, row in enumerate(made[:4]):
+            (tmp_path / f"{number}.png").write_bytes(row["image"]["bytes"])
+        test.write_text("".join(json.dumps({columns[0]: f"{number}.png"}) + "\n" for number in range(4)))
+    report = build_rl(BuildRL(files=[str(path)], out=tmp_path / "rl.parquet", test_files=[str(test)]))
+    assert report["kept"] == 2 and report["dropped"]["in the test files"]["rows"] == [f"vqa:{at}" for at in range(4)]
+
+
+def test_a_test_file_without_a_picture_stops_the_build(tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text(json.dumps({"photo": "a.png"}) + "\n")
+    with pytest.raises(DataError, match=r"test\.jsonl: no picture in it could be read.*--table\.image"):
+        build_rl(BuildRL(files=[table(tmp_path, 2)], out=tmp_path / "rl.parquet", test_files=[str(test)]))
+
+
+@pytest.mark.parametrize("cell", [float("nan"), 7, {"x": 1}])
+def test_an_odd_cell_costs_its_row_at_most(cell: Any) -> None:
+    if cell != cell:
+        assert read_box(cell, (100, 80), "bbox") is None
+    else:
+        with pytest.raises(RowError, match="is not four numbers"):
+            read_box(cell, (100, 80), "bbox")
 
 
 def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:

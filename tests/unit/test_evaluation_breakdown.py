@@ -287,3 +287,9 @@ def test_no_difference_and_nothing_to_compare() -> None:
     assert paired_difference([0.0] * 5, range(5)).p == 1.0
     assert math.isnan(paired_difference([], []).value)
     assert paired_difference([0.5, 0.25, 1.0, 0.75, 0.5, 1.0], range(6)).test == "wilcoxon"
+
+
+def test_words_of_a_data_sets_own_mean_nothing_here() -> None:
+    own = {"orientation": "landscape", "corruption": "low", "severity": "very", "metric": "accuracy"}
+    (found,) = outcomes([group(replace(digit_task(0, "upright"), metadata=own), 1, PERFECT)])
+    assert (found.shown.orientation, found.shown.severity, found.metric) == ("identity", 0, "")

@@ -374,3 +374,70 @@ def test_tasks_without_metadata_can_be_written(tmp_path: Path) -> None:
     again = TaskFiles([str(tmp_path / "again.parquet")], ReaderConfig()).row(0)
     assert again.messages == task.messages
     assert again.metadata == {"index": 0, "split": "test"}
+
+
+# ------------------------------------------------------------------------------------------------ odd but plausible
+def test_texts_of_other_tools(tmp_path: Path) -> None:
+    call = {"name": "code_image_tool", "arguments": {"code": "result = image", "image_index": 0}}
+    listed = item()
+    listed["conversations"][1]["value"] = [{"type": "text", "text": listed["conversations"][1]["value"]}]
+    bare = item()
+    bare["conversations"][1] = {"from": "function_call", "value": json.dumps(call)}
+    openai = item()
+    openai["conversations"][1] |= {"value": None, "tool_calls": [{"function": call}]}
+    silent = item()
+    silent["conversations"][1]["value"] = "<think>I shall turn it.</think>"
+    files = ConversationFiles([sft_file(tmp_path, [listed, bare, openai, silent])], ReaderConfig())
+    assert files.row(0).turns[0].text == item()["conversations"][1]["value"]
+    assert files.row(1).turns[0].text == f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    assert all(files.row(at).turns[0].call.code == "result = image" for at in range(2))
+    assert len(files) == 2, "nobody learns to say None, nor to call a tool without a call"
+    assert [(p.row, p.kind) for p in files.problems.problems] == [(2, "no text"), (3, "no tool call")]
+    assert "between <tool_call> tags" in files.problems.problems[0].message
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    said = item()
+    said["conversations"][0]["value"] = "<image>What\u2028is\u0085it?"
+    path = Path(sft_file(tmp_path, []))
+    lines = [json.dumps(said, ensure_ascii=False)] * 3
+    path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert len(ConversationFiles([str(path.with_suffix(".jsonl"))], ReaderConfig())) == 3
+
+
+@pytest.mark.parametrize(
+    ("truth", "further", "accepted"),
+    [
+        ("12", "Paris", ["12", "Paris"]),
+        ("12", '["12", "13"]', ["12", "13"]),
+        ("12", ["twelve", 12], ["12", "twelve"]),
+        ("12", 5, ["12", "5"]),
+        ("12", None, ["12"]),
+        (["blue", "navy"], None, ["blue", "navy"]),
+        ([3, 4], None, ["[3, 4]"]),
+    ],
+)
+def test_several_accepted_answers(tmp_path: Path, truth: Any, further: Any, accepted: list[str]) -> None:
+    extra = json.dumps({"question": "Which?", "accepted_answers": further})
+    one = row(reward_model=json.dumps({"ground_truth": truth})) | {"extra_info": extra}
+    assert TaskFiles([parquet(tmp_path / "set.parquet", [one])], ReaderConfig()).row(0).accepted == accepted
+
+
+def test_accepted_answers_that_are_none(tmp_path: Path) -> None:
+    extra = json.dumps({"question": "Which?", "accepted_answers": [{"text": "12"}]})
+    path = parquet(tmp_path / "set.parquet", [row() | {"extra_info": extra}, row() | {"extra_info": "{}"}])
+    files = TaskFiles([path], ReaderConfig())
+    assert len(files) == 1 and files.problems.problems[0].kind == "accepted answers"
+
+
+def test_metadata_that_fits_no_columns_is_written_as_text(tmp_path: Path) -> None:
+    extras = [
+        {"question": "Which?", "level": 1, "opts": {}},
+        {"question": "Which?", "level": "two", "opts": {"a": [1, "b"]}},
+    ]
+    path = parquet(tmp_path / "set.parquet", [row() | {"extra_info": json.dumps(extra)} for extra in extras])
+    tasks = [TaskFiles([path], ReaderConfig()).row(at) for at in range(2)]
+    write_task_parquet(tmp_path / "new/again.parquet", tasks, "test")
+    again = TaskFiles([str(tmp_path / "new/again.parquet")], ReaderConfig())
+    assert [again.row(at).metadata["level"] for at in range(2)] == [1, "two"]
+    assert again.row(1).metadata["opts"] == {"a": [1, "b"]}

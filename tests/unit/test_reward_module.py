@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonargparse
@@ -15,8 +16,8 @@ from cv_lightning.images import dihedral_affine, iou, map_box
 from cv_lightning.rewards import FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
 from cv_lightning.rewards.config import COMPONENTS
 from cv_lightning.rewards.metrics import added, means, reward_sums
-from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, to_upright
-from cv_lightning.types import Box, EndState, Trajectory
+from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, net_use, to_upright, turned_labels
+from cv_lightning.types import Affine, Box, EndState, Operation, Trajectory
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reward"
 
@@ -293,3 +294,33 @@ def test_importing_rewards_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parents[1], check=True
     )
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("side", "factor"), [(42, 32), (46, 32), (36, 28), (40, 28)])
+def test_a_crop_of_a_patch_or_two_is_not_coarse_because_its_sides_are_rounded(side: int, factor: int) -> None:
+    box: Box = (100.0, 100.0, 100.0 + side, 100.0 + side)
+    wanted = task("crop", box=box)
+    for seen, credited in ((round(side / factor) * factor, True), (factor // 2, False)):
+        made = Recorder(wanted).call(box)
+        made.images[-1] = replace(made.images[-1], model_image=Image.new("RGB", (seen, seen)))
+        assert ("crop" in net_use(made.answer(), frozenset({"crop"})).labels) is credited
+    shrunk = Recorder(wanted).call(box)  # by the code itself
+    tiny = Image.new("RGB", (factor // 2, factor // 2))
+    scale = side / tiny.width
+    shrunk.images[-1] = replace(
+        shrunk.images[-1], original=tiny, model_image=tiny, to_source=Affine(scale, 0, 100, 0, scale, 100)
+    )
+    assert "crop" not in net_use(shrunk.answer(), frozenset({"crop"})).labels
+    enlarged = Recorder(wanted).call(box)  # by the least size, as the first view was
+    for at in (0, 1):
+        view = enlarged.images[at].original
+        enlarged.images[at] = replace(enlarged.images[at], model_image=view.resize((2 * view.width, 2 * view.height)))
+    assert "crop" in net_use(enlarged.answer(), frozenset({"crop"})).labels
+
+
+def test_swapped_colours_turn_nothing() -> None:
+    made = Recorder(task()).call("grayscale")
+    for axis, turned in ((-1, False), (2, False), ([2], False), (0, True), (None, True)):
+        flip = Operation(name="reverse", call="numpy.flip", arguments={"axis": axis})
+        result = replace(made.turns[0].result, operations=(flip,))
+        assert bool(turned_labels(replace(made.answer(), turns=[replace(made.turns[0], result=result)]))) is turned

@@ -91,6 +91,15 @@ def test_a_sweep_that_cannot_start_stops_and_goes_on_once_it_can(
     assert "--count must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_going_on_draws_new_values(tmp_path: Path, method: str) -> None:
+    path = sweep_file(tmp_path, method=method, parameters={"x": {"min": 0.0, "max": 1.0}})
+    for count in (2, 4, 6):
+        assert main([str(path), "--count", str(count), "--out", str(tmp_path / "out")]) == 0
+    drawn = [row["parameters"]["x"] for row in result(tmp_path / "out")["trials"]]
+    assert len(set(drawn)) == 6
+
+
 def test_an_interrupted_trial_gets_another_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = sweep_file(tmp_path, method="bayes", parameters={"x": {"min": 0.0, "max": 1.0}})
     out, arguments = tmp_path / "out", [str(path), "--count", "2", "--out", str(tmp_path / "out")]

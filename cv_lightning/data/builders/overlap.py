@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
-from cv_lightning.data.builders.table import TableConfig, VqaTable
-from cv_lightning.data.readers import TaskFiles
-from cv_lightning.data.rows import ReaderConfig, RowError, expand_files
+from cv_lightning.data.builders.table import TableConfig, all_cells, picture_source
+from cv_lightning.data.readers import load_image
+from cv_lightning.data.rows import RowError, expand_files
 from cv_lightning.images import content_hash, to_rgb
+from cv_lightning.types import DataError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     Bits = npt.NDArray[np.uint8]
     """[..., 32]: 256 bits."""
 
+PICTURES = ("images", "image", "image_1", "image_2")
+"""Columns that hold pictures in the files that this project reads."""
 Match = Literal["pixels", "near"]
 ALL_TURNS = tuple(Image.Transpose)
 HASH_SIDE = 16
@@ -116,23 +119,34 @@ class KnownPictures:
 
 
 def pictures_of(files: Sequence[str], table: TableConfig) -> Iterator[Image.Image]:
-    """All pictures of RL or benchmark files (Parquet with `images`) and of tables.
+    """All pictures of RL and benchmark files and of tables, whatever else their columns are.
 
     Args:
-        files: paths.
-        table: columns of tables.
+        files: paths: .parquet, .json, .jsonl, .tsv or .csv.
+        table: name of the column with the picture, where it is none of `PICTURES`; folder of pictures.
 
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read, or not one picture is found in it: nothing could be kept out then.
     """
     for path in expand_files(files, "--test_files"):
-        if path.suffix == ".parquet" and "images" in pq.read_schema(path).names:
-            tasks: Any = TaskFiles([str(path)], ReaderConfig())
-            for position in range(len(tasks)):
-                with suppress(RowError):  # what cannot be read cannot leak
-                    yield from tasks.row(position).images
-            continue
-        rows = VqaTable([str(path)], table)
-        for position in range(len(rows)):
-            with suppress(RowError):
-                yield rows.row(position).image()
+        found = 0
+        for cell in _cells(path, table):
+            with suppress(RowError, DataError):  # what cannot be read cannot leak
+                image = load_image(
+                    picture_source(cell, Path(table.image_folder or path.parent), "image"), "image", True
+                )
+                found += 1
+                yield image
+        if not found:
+            raise DataError(
+                f"--test_files {path}: no picture in it could be read, so none could be kept out of training; name its "
+                f"column with --table.image (looked for: {', '.join(dict.fromkeys((table.image, *PICTURES)))})"
+            )
+
+
+def _cells(path: Path, table: TableConfig) -> Iterator[Any]:
+    """What stands for each picture of a file."""
+    for row in all_cells(path):
+        for name in dict.fromkeys((table.image, *PICTURES)):
+            if value := row.get(name) if isinstance(row, Mapping) else None:
+                yield from value if isinstance(value, list) else [value]

@@ -8,7 +8,7 @@ import csv
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +21,7 @@ from PIL import Image
 
 from cv_lightning.data.readers import BOX_SLACK_PX, load_image
 from cv_lightning.data.rows import RowError, expand_files
+from cv_lightning.data.sft_json import read_items
 from cv_lightning.types import Box, DataError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -199,6 +200,27 @@ def _open(path: Path, config: TableConfig) -> _Lines | _RowGroups:
     raise DataError(f"--files {path}: a table ends in .parquet, .jsonl, .csv or .tsv")
 
 
+def all_cells(path: Path) -> Iterator[Any]:
+    """The rows of any file that this project reads, column to value; what is no object is given as it is.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            groups = _RowGroups(path)
+            yield from (groups.cells(number) for number in range(len(groups)))
+        elif kind in SEPARATORS:
+            csv.field_size_limit(1 << 30)
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                yield from csv.DictReader(file, delimiter=SEPARATORS[kind])
+        else:
+            yield from read_items(path, under="data")
+    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as {kind[1:]} ({error})") from error
+
+
 def _check_columns(path: Path, columns: Sequence[str], config: TableConfig) -> None:
     if config.image not in columns:
         raise DataError(
@@ -219,7 +241,7 @@ def read_row(cells: Mapping[str, Any], path: Path, number: int, config: TableCon
     Raises:
         RowError: question, answer or picture is missing, or the box cannot be.
     """
-    picture = _picture(cells.get(config.image), Path(config.image_folder or path.parent), config.image)
+    picture = picture_source(cells.get(config.image), Path(config.image_folder or path.parent), config.image)
     size = load_image(picture, config.image, decode=False).size
     regions = _regions(cells.get(config.regions), size, config)
     question, answer = _text(cells.get(config.question)), _text(cells.get(config.answer))
@@ -244,10 +266,15 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         counted = Counter(str(entry) for entry in value if entry not in (None, ""))
         return counted.most_common(1)[0][0].strip() if counted else ""
-    return "" if value is None else str(value).strip()
+    return "" if value is None or value != value else str(value).strip()
 
 
-def _picture(cell: Any, folder: Path, name: str) -> bytes | Path:
+def picture_source(cell: Any, folder: Path, name: str) -> bytes | Path:
+    """Bytes or path of a picture's cell: bytes, a path, base64 text, or a mapping with either.
+
+    Raises:
+        RowError: it is empty, or a text that is neither.
+    """
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if not cell:
@@ -276,7 +303,11 @@ def read_box(value: Any, size: tuple[int, int], name: str) -> Box | None:
     """
     if isinstance(value, str):
         value = value.strip().strip("[]()").replace(",", " ").split()
-    if value is None or len(value) == 0 or all(edge is None for edge in value):
+    if value is None or value != value:  # NaN, as pandas writes what is missing
+        return None
+    if not isinstance(value, list | tuple):
+        raise RowError("box", f"column {name!r}: {value!r} is not four numbers x1, y1, x2, y2")
+    if all(edge is None for edge in value):
         return None
     try:
         x1, y1, x2, y2 = (float(edge) for edge in value)
@@ -296,8 +327,12 @@ def _regions(value: Any, size: tuple[int, int], config: TableConfig) -> tuple[Re
             value = json.loads(value)
         except ValueError as error:
             raise RowError("regions", f"column {config.regions!r} is no JSON ({error})") from error
+    if value is None or value == "" or value != value:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise RowError("regions", f"column {config.regions!r}: {value!r} is no list of objects with text and bbox")
     found = []
-    for entry in list(value or ())[:MAX_BOXES]:
+    for entry in value[:MAX_BOXES]:
         if not isinstance(entry, Mapping):
             raise RowError("regions", f"column {config.regions!r}: {entry!r} is no object with text and bbox")
         try:
