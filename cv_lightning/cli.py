@@ -23,6 +23,7 @@ from cv_lightning.callbacks.checkpoint import (
     FOLDER,
     CheckpointCallback,
     check_fits,
+    is_of,
     last_checkpoint,
     refuse_used,
 )
@@ -119,10 +120,10 @@ class CVLightningCLI(LightningCLI):
         subcommand["ckpt_path"] = path
         if self.subcommand != "fit" or subcommand.trainer.enable_checkpointing is False:
             return
-        if path is None:
-            refuse_used(run)
-        else:
+        if is_of(path, run):
             continue_wandb_run(run)
+        else:
+            refuse_used(run)
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that this strategy or number of ranks cannot take up, and what would fail later."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,8 +15,15 @@ class Job:
 
     task: Task
     sample: int
+    occurrence: int = 0
+    """How often the same task came before among the jobs: a data set smaller than an iteration brings it again."""
 
 
 def jobs_of(tasks: Iterable[Task], num_samples: int) -> list[Job]:
     """`num_samples` jobs per task, the samples of one task next to each other so that they share the prompt's cache."""
-    return [Job(task, sample) for task in tasks for sample in range(num_samples)]
+    jobs: list[Job] = []
+    seen = Counter[str]()
+    for task in tasks:
+        jobs += [Job(task, sample, seen[task.id]) for sample in range(num_samples)]
+        seen[task.id] += 1
+    return jobs

@@ -379,13 +379,14 @@ class _Pass:
 
     def _seed(self, run: _Run) -> int:
         """Of one request: a function of run seed, task, sample, turn and, training, policy version; of nothing else."""
-        parts = (
+        parts: tuple[object, ...] = (
             self.sampling.seed,
             run.job.task.id,
             run.job.sample,
             len(run.trajectory.turns),
             self.engine.weight_version if self.owner.new_samples else 0,
         )
+        parts += (run.job.occurrence,) if run.job.occurrence else ()  # again the same words would teach nothing new
         digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=4)
         return int.from_bytes(digest.digest(), "big")
 

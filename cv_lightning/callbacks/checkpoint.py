@@ -152,7 +152,8 @@ class CheckpointCallback(Checkpoint):
         """
         self._saved_at = time.monotonic()
         folder = Path(trainer.default_root_dir)
-        if trainer.ckpt_path is None:
+        own = is_of(trainer.ckpt_path, folder)
+        if not own:
             refuse_used(folder)
         state, self._restored = self._restored, None
         if trainer.is_global_zero:
@@ -160,7 +161,6 @@ class CheckpointCallback(Checkpoint):
                 _remove(leftover)
             rewind(folder, _policy_module(pl_module).iteration)  # 0: a run without checkpoints starts over
             if state is not None:
-                own = folder.resolve() in Path(str(trainer.ckpt_path)).resolve().parents
                 for log in trainer.loggers:
                     if isinstance(log, MetricsLogger):
                         log.experiment.rewind(state["step"], state["row"] if own else {})
@@ -221,6 +221,11 @@ def last_checkpoint(run: Path) -> Path | None:
             return path
         logger.warning("%s is not whole; trying the one before", path)
     return None
+
+
+def is_of(checkpoint: object, run: Path) -> bool:
+    """True if a run goes on from a checkpoint of its own; False for none, and for one of another run."""
+    return checkpoint is not None and run.resolve() in Path(str(checkpoint)).resolve().parents
 
 
 def refuse_used(run: Path) -> None:

@@ -89,7 +89,7 @@ class RankCollector(Collector):
 
             if self.ranks is None:
                 return super().roll_out(tasks, num_samples, sampling, iteration, report)
-            return self._share(self.ranks, tasks, num_samples, sampling, iteration, report)
+            return self._share(self.ranks, tasks, num_samples, sampling, iteration, report, get_on)
 
     def _share(
         self,
@@ -99,12 +99,13 @@ class RankCollector(Collector):
         sampling: SamplingConfig,
         iteration: int,
         progress: Callable[[RolloutProgress], None],
+        get_on: Callable[[], None],
     ) -> list[Group]:
         by_rank = ranks.gather(list(tasks))
         engine = self.rollout.engine
         groups: list[Group] = []
         if ranks.position:
-            follow(engine, ranks.from_leader)
+            follow(engine, ranks.from_leader, get_on)
         else:
             leading = LeadingEngine(engine, ranks.from_leader)
             shared = Collector(replace(self.rollout, engine=leading), self.rewards, self.advantage)

@@ -46,7 +46,11 @@ def check_parity(
     differences = torch.cat(by_rank)
     if not len(differences):
         states = sorted(set(gather_lists([t.end_state.value for t in trajectories])))
-        raise ParityError(f"self-test: no trajectory could be compared; they ended as {', '.join(states)}")
+        errors = gather_lists([t.error for t in trajectories if t.error])
+        raise ParityError(
+            f"self-test: no trajectory could be compared; they ended as {', '.join(states)}"
+            + (f" ({errors[0]})" if errors else "")
+        )
     worst = float(differences.max())
     if module.policy_config.dtype == "float32":
         failed = not worst <= tolerance

@@ -30,6 +30,12 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
     rollout = _rollout(trainer)
     if isinstance(module, GRPOModule) and rollout is None:
         raise CVLightningError(f"trainer.callbacks names no RolloutCallback: GRPO has nothing to train on ({REPLACED})")
+    if isinstance(module, GRPOModule) and rollout is not None and module.temperature != rollout.sampling.temperature:
+        raise CVLightningError(
+            f"--model.init_args.temperature {module.temperature:g} is what the loss takes samples to be drawn with, "
+            f"--trainer.callbacks.init_args.sampling.temperature {rollout.sampling.temperature:g} what they are: every "
+            "ratio would be wrong. Set both alike"
+        )
     if isinstance(data, EvaluationDataModule):
         data.check_ranks(trainer.world_size)
         if (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:

@@ -30,11 +30,13 @@ from cv_lightning.callbacks.refill import TaskQueue, refill
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.evaluation.metrics import summarise
+from cv_lightning.evaluation.metrics import summarise_outcomes
+from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
+from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rl.collector import MaskConfig, end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -240,13 +242,15 @@ class RolloutCallback(pl.Callback):
         parts.engine.sleep()
         with Watchdog.at(trainer, f"end of rollout {number}", waits=True):
             trainer.strategy.barrier("rollout")
-        metrics |= rollout_metrics(groups, elapsed) | parts.rewards.metrics(groups) | _curves(groups)
+        metrics |= rollout_metrics(groups, elapsed) | parts.rewards.judge_metrics()
         metrics |= {
             "time/sync_s": synced - start,
             "time/rollout_s": elapsed,
             "time/wait_s": time.perf_counter() - handed_over,
         }
-        merged = merge_metrics(gather_lists([metrics]))
+        # what has its own denominator is summed up over all ranks first: a mean of means would weigh by rank
+        merged = merge_metrics(gather_lists([metrics])) | means(added(gather_lists([reward_sums(groups)])))
+        merged |= _curves(gather_lists(outcomes(groups)))
         module.log_dict(merged)
         self._check_failures(merged, groups)
 
@@ -433,6 +437,6 @@ def warn_of_judge(config: JudgeConfig) -> None:
         logger.warning("reward.judge: %s. Answers that it does not judge stay unscored", found.message)
 
 
-def _curves(groups: Sequence[Group]) -> dict[str, float]:
+def _curves(found: Sequence[Outcome]) -> dict[str, float]:
     """Tool use while training, in the words of the evaluation."""
-    return {f"rollout/{key}": value for key, value in summarise(list(groups)).scalars().items()}
+    return {f"rollout/{key}": value for key, value in summarise_outcomes(found).scalars().items()}

@@ -24,6 +24,8 @@ import lightning.pytorch as pl
 import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cv_lightning.modules.base import PolicyModule
+
 EXIT_CODE = 75
 """Of a process that the watchdog ended: EX_TEMPFAIL, go on from the last checkpoint."""
 STOP = "stop"
@@ -122,6 +124,8 @@ class Watchdog(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Connect the ranks and start watching."""
         self._go(f"setup of {getattr(stage, 'value', stage)}")
+        if isinstance(pl_module, PolicyModule):
+            pl_module.on_progress = self.progress  # an update of many long rows may take longer than `timeout_s`
         if trainer.world_size == 1 or self._thread is not None:
             return
         self.rank, self.world_size, self.folder = (

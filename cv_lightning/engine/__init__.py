@@ -77,7 +77,9 @@ def build_engine(
                 "or set engine.kind to transformers"
             ) from error
 
-        return VLLMEngine(path, config, dtype=dtype, seed=seed)
+        from cv_lightning.model.loading import image_limits
+
+        return VLLMEngine(path, config, image_limits(processor), dtype=dtype, seed=seed)
     if config.kind == "server":
         from cv_lightning.engine.server import ServerEngine
 

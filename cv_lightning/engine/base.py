@@ -211,11 +211,13 @@ def must_sleep(config: EngineConfig, *, memory: float, num_parameters: int, num_
     Args:
         config: `sleep` decides, unless it is `auto`.
         memory: of one GPU, in bytes.
-        num_parameters: of the policy; its states count as sharded over all ranks.
+        num_parameters: of the policy; its states count as sharded over all ranks. 0: not known, and so too many.
         num_ranks: of the run.
     """
     if config.sleep != "auto":
         return config.sleep == "always"
+    if not num_parameters:
+        return True
     trainer = TRAINER_BYTES * num_parameters / num_ranks + ACTIVATIONS_SHARE * memory
     return trainer > (1 - config.gpu_memory_utilization) * memory
 

@@ -77,12 +77,13 @@ class LeadingEngine:
         self.tell(Orders(changes, over))
 
 
-def follow(engine: Engine, hear: Callable[[], Orders]) -> None:
+def follow(engine: Engine, hear: Callable[[], Orders], get_on: Callable[[], None] = lambda: None) -> None:
     """Repeat what the leading rank does until its rollout ends.
 
     Args:
         engine: this rank's.
         hear: waits for the next orders.
+        get_on: called after every step.
     """
     while True:
         orders = hear()
@@ -94,3 +95,4 @@ def follow(engine: Engine, hear: Callable[[], Orders]) -> None:
         if orders.over:
             return
         engine.step()
+        get_on()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.logprobs import FlatLogprobs
@@ -34,6 +35,8 @@ from cv_lightning.types import EngineError
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
+    from cv_lightning.images import ImageLimits
+
 
 CPU_STEP_TOKENS = 65536
 """Most tokens that one step of the CPU build processes; its buffers grow with it."""
@@ -42,12 +45,13 @@ CPU_STEP_TOKENS = 65536
 class VLLMEngine:
     """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init (T39, T49)."""
 
-    def __init__(self, path: str, config: EngineConfig, *, dtype: str, seed: int = 0) -> None:
+    def __init__(self, path: str, config: EngineConfig, limits: ImageLimits, *, dtype: str, seed: int = 0) -> None:
         """Build the engine and load the checkpoint's weights.
 
         Args:
             path: Hugging Face folder of the policy; its weights are replaced at the first update.
             config: sizes and memory.
+            limits: the trainer's of image sizes; vLLM alone would resize by those in the folder, which may be others.
             dtype: `float32`, `bfloat16` or `float16`, the trainer's.
             seed: engine seed; requests carry their own.
 
@@ -72,6 +76,7 @@ class VLLMEngine:
             enforce_eager=config.enforce_eager or on_cpu,
             gpu_memory_utilization=config.gpu_memory_utilization,
             limit_mm_per_prompt={"image": config.max_images, "video": 0},
+            mm_processor_kwargs={"size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}},
             skip_mm_profiling=on_cpu,
             mm_processor_cache_gb=config.processor_cache_gb,
             enable_prefix_caching=True,
@@ -194,9 +199,14 @@ def _sleeps(path: str, config: EngineConfig, num_ranks: int) -> bool:
 
 
 def _num_parameters(path: str) -> int:
-    """Of a checkpoint, from the headers of its files."""
-    count = 0
-    for file in Path(path).glob("*.safetensors"):
+    """Of a checkpoint, a folder or a name on the hub, from the headers of its files; 0 where there are none here."""
+    count, folder = 0, Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"], local_files_only=True))
+        except (OSError, ValueError):
+            return 0
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return count

@@ -112,6 +112,10 @@ class PolicyModule(pl.LightningModule):
         self.loads_policy = True
         """False where a server samples from a model of its own, and only the processor is needed."""
         self.iteration = 0
+        self._decays: list[float] = []
+        """Weight decay of each group of the optimizer."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called after every forward and backward; a watchdog of the run sets it."""
         self.steps_per_batch = 1
         """Optimizer steps that one training batch takes."""
 
@@ -146,10 +150,9 @@ class PolicyModule(pl.LightningModule):
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         matrices = [p for p in trainable if _num_dimensions(p) > 1]
         vectors = [p for p in trainable if _num_dimensions(p) <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        with_decay = [(matrices, config.weight_decay), (vectors, 0.0)]
+        groups = [{"params": params, "weight_decay": decay} for params, decay in with_decay if params]
+        self._decays = [decay for params, decay in with_decay if params]
         deepspeed = isinstance(self.trainer.strategy, DeepSpeedStrategy)
         if not deepspeed and any(p.dtype != torch.float32 for p in trainable):
             rank_zero_warn(
@@ -158,12 +161,20 @@ class PolicyModule(pl.LightningModule):
                 "on one GPU too; so does LoRA (model.policy.lora)"
             )
         on_host = getattr(self.trainer.strategy, "offload_optimizer", False)
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True if on_host else None
-        )
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True if on_host else None)
         total = config.total_steps or self._planned_steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_train_start(self) -> None:
+        """The command line's hyper-parameters hold, also where a checkpoint has just brought those of its run."""
+        config, optimizer = self.optimizer_config, self.single_optimizer
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
+            group |= {"weight_decay": decay, "betas": tuple(config.betas), "initial_lr": config.lr}
+            group["lr"] = config.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        scheduler.base_lrs = [config.lr] * len(scheduler.base_lrs)
 
     def _planned_steps(self) -> int:
         """Optimizer steps of the run.
@@ -267,9 +278,11 @@ class PolicyModule(pl.LightningModule):
         """
         model = self.policy if model is None else model
         assert model is not None
-        return packed_logprobs(
+        found = packed_logprobs(
             model, batch.to(self.device), temperature=temperature, banned_ids=self.vision_ids, entropy=entropy
         )
+        self.on_progress()
+        return found
 
     def accumulate_and_step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> StepResult:
         """Backward over every micro-batch, then one optimizer and one scheduler step.
@@ -280,6 +293,7 @@ class PolicyModule(pl.LightningModule):
         for index, micro_batch in enumerate(micro_batches):
             _announce_backward(self.trainer, is_last=index == len(micro_batches) - 1)
             self.manual_backward(loss(micro_batch) * self.trainer.world_size)
+            self.on_progress()
         result = self._take_step()
         scheduler = self.lr_schedulers()
         assert scheduler is not None and not isinstance(scheduler, list)

@@ -109,7 +109,7 @@ class GRPOModule(PolicyModule):
 
     def training_step(self, batch: Iteration, batch_idx: int) -> None:
         """All optimizer steps of one iteration."""
-        start = time.perf_counter()
+        start, learning_rate = time.perf_counter(), self.learning_rate
         totals: defaultdict[str, float] = defaultdict(float)
         scored = self._share_out(batch.groups, totals)
         contributing = [self._contributing(share) for share in scored]
@@ -122,7 +122,7 @@ class GRPOModule(PolicyModule):
                 parity = max(parity, gap)
         self.vision_cache.clear()
         self.iteration += 1
-        self._log_update(totals, parity, time.perf_counter() - start)
+        self._log_update(totals, parity, learning_rate, time.perf_counter() - start)
 
     def _share_out(self, groups: Sequence[Group], totals: defaultdict[str, float]) -> list[list[Trajectory]]:
         """The scored trajectories of each mini-batch: as many groups each, those with signal spread first."""
@@ -163,8 +163,10 @@ class GRPOModule(PolicyModule):
         if self.loss.kl_weight == 0 or self.loss.kl_in != "reward":
             return rewards
         assert self.policy is not None
-        rows = self.train_rows(trajectories)
-        numbers = {id(row): number for number, row in enumerate(rows)}
+        # the update leaves the others out, too: nothing sampled, such as an over-long prompt, or images missing
+        counted = [n for n, t in enumerate(trajectories) if any(t.loss_mask) and self.can_pack(t)]
+        rows = self.train_rows([trajectories[number] for number in counted])
+        numbers = {id(row): number for row, number in zip(rows, counted, strict=True)}
         for chunk in self.split_rows(rows):
             packed = pack_rows(chunk, self.policy.config)
             reference = self._reference_logprobs(packed).cpu()
@@ -173,7 +175,8 @@ class GRPOModule(PolicyModule):
             for row, reward in zip(chunk, penalised, strict=True):
                 if id(row) in numbers:
                     rewards[numbers[id(row)]] = float(reward)
-        self._taken_off += [t - r for t, r in zip(super().advantage_rewards(trajectories), rewards, strict=True)]
+        given = super().advantage_rewards(trajectories)
+        self._taken_off += [given[number] - rewards[number] for number in counted]
         return rewards
 
     # ------------------------------------------------------------------ log-probabilities that stay fixed
@@ -262,8 +265,8 @@ class GRPOModule(PolicyModule):
             entropy=computed.entropy,
         )
 
-    def _log_update(self, totals: dict[str, float], parity: float, seconds: float) -> None:
-        """Log one iteration's update; sums over ranks."""
+    def _log_update(self, totals: dict[str, float], parity: float, learning_rate: float, seconds: float) -> None:
+        """Log one iteration's update; sums over ranks. The learning rate is that of its first step."""
         names = sorted(totals)
         sums = dict(zip(names, self.reduce_sum([totals[name] for name in names]), strict=True))
         tokens, packed_tokens = sums.pop(TOKENS), sums.pop(PACKED_TOKENS)
@@ -275,7 +278,7 @@ class GRPOModule(PolicyModule):
             metrics["policy/kl_penalty"] = penalty / max(count, 1.0)
             self._taken_off.clear()
         metrics |= {
-            "policy/lr": self.learning_rate,
+            "policy/lr": learning_rate,
             "policy/tokens_per_s": packed_tokens / seconds,
             "time/update_s": seconds,
             "iteration": float(self.iteration),

@@ -15,6 +15,10 @@ from cv_lightning.rewards.terms import RewardTerm
 Credit = Literal["net", "ran", "steps"]
 
 
+JUDGE_COUNTS = ("verdicts", "failed", "cost", "requests", "retries", "prompt_tokens", "completion_tokens")
+"""Figures of a judge that add up over ranks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig(EndpointConfig):
     """A model behind an OpenAI-compatible endpoint that compares answers where the rules say no."""

@@ -197,14 +197,12 @@ class RewardModule:
 
     # ------------------------------------------------------------------ numbers
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Means over the scored trajectories (`metrics.reward_sums` lists the names), and `judge/<name>` with a judge.
+        """Means over the scored trajectories (`metrics.reward_sums` lists the names), and `judge_metrics`."""
+        return means(reward_sums(groups)) | self.judge_metrics()
 
-        The judge's counts are those since the last call.
-        """
-        found = means(reward_sums(groups))
-        if self.judge is not None:
-            found |= {f"judge/{name}": value for name, value in self.judge.metrics().items()}
-        return found
+    def judge_metrics(self) -> dict[str, float]:
+        """`judge/<name>`, counted since the last call; nothing without a judge."""
+        return {f"judge/{name}": value for name, value in self.judge.metrics().items()} if self.judge else {}
 
     def close(self) -> None:
         """Forget open verdicts, close the judge's connections and cache, end the process for formulas."""

@@ -10,10 +10,16 @@ from statistics import fmean
 from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
 from cv_lightning.engine.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
+from cv_lightning.rewards.config import JUDGE_COUNTS
 from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages
 from cv_lightning.types import EndState, Group, Task, Trajectory
 
-ADDED_METRICS = ("rollout/trajectories", "rollout/tasks_waiting", "rollout/tasks_dropped")
+ADDED_METRICS = frozenset(
+    [
+        *(f"rollout/{name}" for name in ("trajectories", "tasks_waiting", "tasks_dropped")),
+        *(f"judge/{name}" for name in JUDGE_COUNTS),
+    ]
+)
 """Metrics that are sums over ranks."""
 
 
@@ -183,18 +189,22 @@ def end_state_metric(state: EndState) -> str:
 def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """One number per name from those of all ranks, which need not have the same names.
 
-    Counts and speeds are added, `*_max` is the largest, the rest are means over the ranks that have any; NaN says that
-    a rank has none.
+    Counts and speeds are added, `*_max` and `*_max_s` are the largest, times are means over the ranks; what is a mean
+    over trajectories (`rollout/*`) weighs each rank by how many it has. NaN says that a rank has none.
     """
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):
-        values = [float(part[name]) for part in parts if name in part and not math.isnan(part[name])] or [math.nan]
-        if name in ADDED_METRICS or name.endswith("_per_s"):
+        having = [part for part in parts if name in part and not math.isnan(part[name])]
+        values = [float(part[name]) for part in having]
+        weights = [part.get("rollout/trajectories", 1.0) if name.startswith("rollout/") else 1.0 for part in having]
+        if not sum(weights):
+            merged[name] = values[0] if values else math.nan
+        elif name in ADDED_METRICS or name.endswith("_per_s"):
             merged[name] = sum(values)
-        elif name.endswith("_max"):
+        elif name.endswith(("_max", "_max_s")):
             merged[name] = max(values)
         else:
-            merged[name] = fmean(values)
+            merged[name] = fmean(values, weights)
     return merged
 
 

@@ -37,8 +37,8 @@ class Policy:
     banned: list[int]
 
     @classmethod
-    def load(cls, path: Path) -> Policy:
-        processor = load_processor(str(path))
+    def load(cls, path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Policy:
+        processor = load_processor(str(path), min_pixels, max_pixels)
         model = load_policy(PolicyConfig(path=str(path), dtype="float32"))
         encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
         return cls(path, model, processor, encoder, vision_token_ids(processor.tokenizer))
@@ -102,9 +102,11 @@ def finish(engine: Engine, requests: Sequence[Request]) -> dict[str, Completion]
     return done
 
 
-def worst_gap(policy: Policy, engine: Engine, temperature: float = 1.0) -> float:
+def worst_gap(
+    policy: Policy, engine: Engine, temperature: float = 1.0, shapes: Sequence[Sequence[tuple[int, int]]] = SHAPES
+) -> float:
     """Largest difference between the engine's log-probabilities and the trainer's, over prompts with 1 to 3 images."""
-    dialogues = {f"p{i}": policy.dialogue(sizes, seed=i) for i, sizes in enumerate(SHAPES)}
+    dialogues = {f"p{i}": policy.dialogue(sizes, seed=i) for i, sizes in enumerate(shapes)}
     requests = [request_of(d, policy.banned, name=n, temperature=temperature, seed=7) for n, d in dialogues.items()]
     gaps = []
     for name, done in finish(engine, requests).items():

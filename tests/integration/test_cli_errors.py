@@ -100,6 +100,10 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
         (["--data.init_args.train_files", "[configs]"], "configs is a folder; name its files"),
         (["--trainer.callbacks.init_args.engine.max_model_len", "5000"], "more than the 4096 positions of"),
         (["--trainer.accelerator", "gpu"], "gpu"),
+        (
+            ["--trainer.callbacks.init_args.sampling.temperature", "0.6"],
+            "init_args.temperature 1 is what the loss",
+        ),
     ],
 )
 def test_what_would_fail_later_fails_before_an_engine_is_loaded(

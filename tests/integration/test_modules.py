@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from module_samples import PROMPT, SGD_LIKE, fit, groups, parameters, policy
 
+from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.modules import SFTDataModule, StepLoader
@@ -188,6 +190,21 @@ def test_no_groups_at_all_is_an_iteration_like_any_other(tiny_checkpoint: Path) 
     assert float(trainer.callback_metrics["policy/loss"]) == 0
 
 
+def test_a_watchdog_hears_of_every_forward_and_backward(tiny_checkpoint: Path) -> None:
+    """An update of many long rows may take longer than the watchdog waits for a sign of progress."""
+    module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, max_tokens_per_row=100, num_minibatches=1)
+    heard: list[int] = []
+    module.on_progress = lambda: heard.append(1)
+    batch = Iteration(0, [])
+    batch.groups = groups(module, 2)
+    fit(module, lambda step: batch, 1)
+    assert len(heard) >= 8, "rows of 100 tokens, each with a forward and a backward"
+    watchdog = Watchdog()
+    watchdog.setup(pl.Trainer(accelerator="cpu", logger=False), module, "fit")
+    module.on_progress()
+    assert time.monotonic() - watchdog.place.since < 1.0 and module.on_progress == watchdog.progress
+
+
 # ------------------------------------------------------------------ reference and images, no more often than needed
 def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path, tmp_path: Path) -> None:
     write(TinyCheckpoint(out=tmp_path, model=TinyModelConfig(seed=1)))
@@ -196,6 +213,11 @@ def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path,
     module.trainer = pl.Trainer(accelerator="cpu", logger=False)
     module.policy, module.reference = start(tiny_checkpoint).policy, load_policy(policy(tmp_path))
     trajectories = [t for group in groups(module, 2) for t in group.trajectories]
+    unlearnt = replace(trajectories[1], loss_mask=[False] * len(trajectories[1].loss_mask))
+    odd = [trajectories[0], replace(trajectories[0], images=[]), unlearnt]
+    penalised = module.advantage_rewards(odd)
+    assert penalised[1:] == [t.reward.total for t in odd[1:] if t.reward is not None], "the update leaves them out, too"
+    assert penalised[0] != trajectories[0].reward.total and len(module._taken_off) == 1  # type: ignore[union-attr]
     penalised = module.advantage_rewards(trajectories)
     for trajectory, reward in zip(trajectories, penalised, strict=True):
         (alone,) = module.pack_micro_batches(module.train_rows([trajectory]))

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from export_samples import fit_in_process
 from resume_samples import (
     EVERY,
     Run,
@@ -20,6 +22,8 @@ from resume_samples import (
     write_grpo,
     write_sft,
 )
+
+from cv_lightning.callbacks.checkpoint import last_checkpoint
 
 ITERATIONS, STEPS = 5, 8
 ZERO = ["--trainer.strategy", "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}", "--trainer.devices", "2"]
@@ -78,8 +82,24 @@ def test_the_folder_of_another_run_is_left_alone(grpo: Path, straight: Path, tmp
     said = Run(grpo, straight).finish(expect=1)
     assert "--ckpt_path last goes on with it" in said and "iteration 5" in said
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
+    other = straight / "checkpoints/iteration000004.ckpt"
+    (tmp_path / "used/checkpoints").mkdir(parents=True)
+    mine = tmp_path / "used/checkpoints/iteration000009.ckpt"
+    mine.write_bytes(other.read_bytes())
+    said = Run(grpo, tmp_path / "used", "--ckpt_path", str(other)).finish(expect=1)
+    assert "iteration 9" in said and mine.is_file(), "another run's checkpoint is no leave to clear this one's"
     said = Run(grpo, tmp_path / "new", "--ckpt_path", "last").finish(expect=1)
     assert f"no checkpoint in {tmp_path / 'new' / 'checkpoints'}" in said and "Traceback" not in said
+
+
+def test_the_command_lines_hyper_parameters_hold_after_a_resume(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rate = "--model.init_args.optimizer."
+    fit_in_process(tiny_checkpoint, tmp_path, f"{rate}schedule=constant", f"{rate}warmup_steps=0", f"{rate}lr=0.001")
+    changed = [f"{rate}schedule=constant", f"{rate}warmup_steps=0", f"{rate}lr=0.00001", f"{rate}weight_decay=0.5"]
+    fit_in_process(tiny_checkpoint, tmp_path, *changed, "--data.init_args.num_steps=4", "--ckpt_path=last")
+    assert [float(row["sft/lr"]) for row in rows(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+    groups = torch.load(last_checkpoint(tmp_path), weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-5, 0.5), (1e-5, 0.0)]
 
 
 # ---------------------------------------------------------------------------------------------- SFT

@@ -24,6 +24,7 @@ def test_the_engine_sleeps_where_it_and_the_trainer_do_not_fit(memory: float, ra
     eight_billion = 8_000_000_000
     config = EngineConfig()
     assert must_sleep(config, memory=memory, num_parameters=eight_billion, num_ranks=ranks) is sleeps
+    assert must_sleep(config, memory=memory, num_parameters=0, num_ranks=ranks), "what is not known may be too much"
     for mode, expected in (("always", True), ("never", False)):
         config = EngineConfig(sleep=mode)  # type: ignore[arg-type]
         assert must_sleep(config, memory=memory, num_parameters=eight_billion, num_ranks=ranks) is expected

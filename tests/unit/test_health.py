@@ -191,6 +191,23 @@ def test_ranks_need_not_have_the_same_metrics() -> None:
     assert merged["rollout/end_error_judge_frac"] == 0.0, "every end state has its number in every iteration"
     assert merged["rollout/length_max"] == 2 and merged["rollout/tokens_per_s"] == 2.0
     assert merge_metrics([one]) == one
+    many = {
+        "rollout/trajectories": 24.0,
+        "rollout/end_error_judge_frac": 0.0,
+        "judge/verdicts": 3.0,
+        "judge/latency_max_s": 3.0,
+    }
+    few = {
+        "rollout/trajectories": 2.0,
+        "rollout/end_error_judge_frac": 1.0,
+        "judge/verdicts": 4.0,
+        "judge/latency_max_s": 40.0,
+    }
+    found = merge_metrics([many, few])
+    assert found["rollout/end_error_judge_frac"] == pytest.approx(2 / 26), (
+        "a rank weighs as much as it has trajectories"
+    )
+    assert (found["judge/verdicts"], found["judge/latency_max_s"]) == (7, 40)
     shares = merge_metrics([{"rollout/spurious": 0.25, "rollout/must_use": math.nan}, {"rollout/spurious": math.nan}])
     assert shares["rollout/spurious"] == 0.25, "a rank without upright tasks has no share of them"
     assert math.isnan(shares["rollout/must_use"])

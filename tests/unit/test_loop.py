@@ -544,3 +544,11 @@ def test_deterministic_order_does_not_depend_on_tool_speed(encoder: DialogueEnco
 def test_cut_middle_keeps_both_ends() -> None:
     cut = cut_middle("a" * 50 + "b" * 50, 20)
     assert len(cut) == 20 and cut.startswith("aaa") and cut.endswith("bbb")
+
+
+def test_a_task_that_comes_twice_is_sampled_anew() -> None:
+    of = task()
+    jobs = jobs_of([of, replace(of, id="other"), of], 2)
+    assert [(job.task.id, job.sample, job.occurrence) for job in jobs if job.task.id == of.id] == [
+        (of.id, 0, 0), (of.id, 1, 0), (of.id, 0, 1), (of.id, 1, 1),
+    ]  # fmt: skip
