@@ -111,7 +111,7 @@ def packed_logprobs(
 def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Last hidden states [1, T, hidden]; an image that several rows show is encoded once."""
     images = {}
-    if batch.pixel_values is not None and batch.image_grid_thw is not None and batch.image_index is not None:
+    if batch.image_grid_thw is not None and batch.image_index is not None:
         features = model.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
         if batch.image_index.numel() != batch.image_grid_thw.shape[0]:  # else every image is shown once, in order
             order = batch.image_index.tolist()

@@ -54,8 +54,9 @@ class PackedBatch:
     a row of which the first n tokens are those of the row before."""
     mm_token_type_ids: torch.Tensor
     """[1, T]: 1 at image tokens"""
-    pixel_values: torch.Tensor | None
-    """[patches, dim] of the distinct images"""
+    pixels: tuple[torch.Tensor, ...]
+    """[patches, dim] of each distinct image, in main memory: all rows of an iteration share them with the cache that
+    made them, and only the row that is computed has a copy, see `pixel_values`"""
     image_grid_thw: torch.Tensor | None
     """[distinct images, 3]"""
     image_index: torch.Tensor | None
@@ -75,6 +76,11 @@ class PackedBatch:
     """[N]: what the ratio is taken against, if not the engine's"""
     reference_logprobs: torch.Tensor | None = None
     """[N]: of the reference policy"""
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """[patches, dim] of all distinct images, on the batch's device; made anew at every call."""
+        return torch.cat(self.pixels).to(self.input_ids.device) if self.pixels else None
 
     @property
     def num_loss_tokens(self) -> int:
@@ -180,7 +186,7 @@ def pack_rows(rows: Sequence[TrainRow], config: PretrainedConfig) -> PackedBatch
         input_ids=input_ids,
         position_ids=torch.from_numpy(packed["positions"])[:, None],
         mm_token_type_ids=(input_ids == pad).long(),
-        pixel_values=torch.cat([v.pixel_values for v in images]) if images else None,
+        pixels=tuple(v.pixel_values for v in images),
         image_grid_thw=torch.cat([v.grid_thw for v in images]) if images else None,
         image_index=torch.tensor([places[key] for key in order]) if images else None,
         loss_positions=torch.from_numpy(packed["loss_positions"]),

@@ -264,7 +264,7 @@ def loss_memory(width: int = 128) -> tuple[float, float]:
     batch: Any = SimpleNamespace(
         loss_positions=torch.zeros(LOSS_TOKENS, dtype=torch.long, device="meta"), targets=targets
     )
-    batch.pixel_values = None
+    batch.pixels, batch.image_grid_thw = (), None
     model: Any = SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCABULARY)),
         get_output_embeddings=lambda: head,
