@@ -39,6 +39,7 @@ from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
 
+LOG = logging.getLogger(__name__)
 DEFAULT_FOLDER = "runs/default"
 
 
@@ -72,7 +73,7 @@ class CVLightningCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the metrics file, the checkpoints and the progress bar where the config names none."""
         config = self._get(self.config_init, "trainer", default={})
-        kwargs["logger"] = run_loggers(config.get("logger"), config["default_root_dir"])
+        kwargs["logger"] = run_loggers(config.get("logger"), config["default_root_dir"], self.subcommand or "fit")
         callbacks = without_earlier(config.get("callbacks") or [])
         loggers = kwargs["logger"] if isinstance(kwargs["logger"], list) else []
         callbacks += [WandbTrajectories(logger) for logger in loggers if isinstance(logger, WandbRun)]
@@ -173,7 +174,11 @@ def without_earlier(callbacks: Sequence[Callback]) -> list[Callback]:
     """Of what a run has once, the last: a config's `callbacks+:` adds one to take the place of the recipe's."""
     once = (CheckpointCallback, RolloutCallback, RunProgress, Watchdog)
     last = {kind: next((c for c in reversed(callbacks) if isinstance(c, kind)), None) for kind in once}
-    return [c for c in callbacks if all(c is last[kind] for kind in once if isinstance(c, kind))]
+    kept = [c for c in callbacks if all(c is last[kind] for kind in once if isinstance(c, kind))]
+    for callback in callbacks:
+        if callback not in kept:
+            LOG.info("of several %s in trainer.callbacks the last one holds", type(callback).__name__)
+    return kept
 
 
 def find_checkpoint(given: str | None, run: Path) -> str | None:

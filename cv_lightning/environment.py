@@ -188,7 +188,7 @@ def check_launch(
     Raises:
         ValueError: says which variable or flag contradicts which.
     """
-    count = _num_devices(devices)
+    count = num_devices(devices)
     ranks, launcher = count * num_nodes, _launcher(environment)
     numbers = {name: _number(name, environment) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     world, rank = numbers["WORLD_SIZE"], numbers["RANK"]
@@ -226,7 +226,7 @@ def _launcher(environment: Mapping[str, str]) -> str:
     return "srun" if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment and not interactive else ""
 
 
-def _num_devices(devices: int | list[int] | str) -> int:
+def num_devices(devices: int | list[int] | str) -> int:
     """As far as it is known before torch is asked: 0 for `auto` and -1."""
     if isinstance(devices, list):
         return len(devices)

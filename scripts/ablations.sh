@@ -16,7 +16,7 @@ for argument in "$@"; do
   case $argument in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 done
 
-environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}
+source scripts/environment.sh
 [[ -x $environment/bin/python ]] || environment=$PWD/.venv
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$environment/bin/python" -m cv_lightning ablations "$@"

@@ -40,12 +40,9 @@ find_python() {
   done
   fail "Python 3.11 or later is needed; name one with PYTHON=/path/to/python3.11 bash scripts/install.sh"
 }
-if [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/python ]]; then
-  environment=$VIRTUAL_ENV
-elif [[ -n ${CONDA_PREFIX:-} && -x $CONDA_PREFIX/bin/python && ${CONDA_DEFAULT_ENV:-base} != base ]]; then
-  environment=$CONDA_PREFIX
-else
-  environment=$PWD/.venv
+source scripts/environment.sh
+if [[ -x $environment/bin/python && $environment == "$PWD/.venv" ]] && ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
+  [[ $check == 1 ]] || rm -rf "$environment" # an install that was cut off, or a Python without the module that makes it
 fi
 if [[ ! -x $environment/bin/python ]]; then
   if [[ $check == 1 ]]; then

@@ -17,7 +17,7 @@ for argument in "$@"; do
 done
 
 bash scripts/install.sh
-environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}
+source scripts/environment.sh
 [[ -x $environment/bin/python ]] || environment=$PWD/.venv
 # Trainer, engine and sandbox take turns on the same cores: threads that wait must not spin.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -43,7 +43,11 @@ def _evaluations(run: Path) -> str:
     """Figures with 95 % intervals of every evaluation in the run's folder."""
     rows = []
     for path in sorted(run.glob("eval/*/metrics.json")):
-        for name, figure in json.loads(path.read_text()).items():
+        try:
+            figures = json.loads(path.read_text())
+        except ValueError:  # no reason to go without the export
+            continue
+        for name, figure in figures.items():
             if isinstance(figure, dict) and {"value", "low", "high", "n"} <= figure.keys() and figure["n"]:
                 interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
                 rows.append([path.parent.name, name, f"{figure['value']:.3f}", interval, str(figure["n"])])

@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from cv_lightning.callbacks.identity import describe_questions
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.resume import (
     RETRIED,
@@ -108,6 +109,10 @@ class Evaluator:
         self._sizes: dict[str, dict[str, int]] = {}
         """Bytes of the files that an earlier test left, by setting and name; on the first rank."""
         self._identity: dict[str, Any] = {}
+        self._is_look = False
+        """Only some of the questions are asked this time: what was answered of the others stays."""
+        self._finished: set[str] = set()
+        """Settings whose whole test had been finished before such a look."""
 
     # ------------------------------------------------------------------ start
     def start(self, trainer: pl.Trainer, module: PolicyModule) -> None:
@@ -119,6 +124,8 @@ class Evaluator:
         self.outcomes = {setting.name: [] for setting in self.settings}
         self._kept = {setting.name: [] for setting in self.settings}
         self._identity = self._describe(trainer, module)
+        limit = trainer.limit_test_batches  # 1 is one batch, 1.0 all of them
+        self._is_look = isinstance(limit, int) or limit < 1 or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         refused = ""
         if trainer.is_global_zero:
             refused = self._prepare({s.name: self._folder(trainer, module, s) for s in self.settings}, trainer.state.fn)
@@ -137,6 +144,7 @@ class Evaluator:
         identities = {setting.name: self._identity_of(setting) for setting in self.settings}
         testing = doing is TrainerFn.TESTING
         found = {name: holds(folder, identities[name]) if testing else "new" for name, folder in folders.items()}
+        self._finished = {name for name, what in found.items() if what == "finished"} if self._is_look else set()
         if name := next((name for name, what in found.items() if what == "another"), None):
             changed = differences(folders[name], identities[name])
             listed = ", ".join(changed[:SHOWN_DIFFERENCES]) + (", ..." if len(changed) > SHOWN_DIFFERENCES else "")
@@ -145,7 +153,7 @@ class Evaluator:
                 "--trainer.callbacks.init_args.eval_prefix NAME_ or --trainer.default_root_dir, or remove that folder"
             )
         for name, folder in folders.items():
-            if found[name] == "goes on":
+            if found[name] == "goes on" or name in self._finished:
                 keep_good(folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -170,6 +178,7 @@ class Evaluator:
             "checkpoint_weights": fingerprint(Path(checkpoint)) if checkpoint and Path(checkpoint).exists() else {},
             "iteration": module.iteration,
             "seed": self.seed,
+            "questions": describe_questions(trainer.datamodule),  # type: ignore[attr-defined]
         } | self.about
 
     # ------------------------------------------------------------------ run
@@ -232,7 +241,7 @@ class Evaluator:
             if trainer.is_global_zero:
                 folder = self._folder(trainer, module, setting)
                 write_json(folder / "metrics.json", entry.summary.to_json() | {"breakdown": entry.breakdown.to_json()})
-                if self._sizes.get(setting.name):
+                if self._sizes.get(setting.name) and not self._is_look:
                     keep_only(folder, self._sizes[setting.name], set(kept[setting.name]))
                 failed = sum(outcome.end_state.value in RETRIED for outcome in everything[setting.name])
                 if failed:
@@ -246,7 +255,8 @@ class Evaluator:
             self._write_results(trainer, everything, figures, skipped)
         for setting in self.settings if trainer.is_global_zero else ():  # last: until then it can go on
             folder = self._folder(trainer, module, setting)
-            write_state(folder, self._identity_of(setting), finished=setting.name not in unfinished)
+            done = setting.name not in unfinished and (not self._is_look or setting.name in self._finished)
+            write_state(folder, self._identity_of(setting), finished=done)
 
     def _write_results(
         self,

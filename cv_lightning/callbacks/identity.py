@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cv_lightning.agent.config import AgentConfig
+from cv_lightning.data.modules import EvaluationDataModule
 from cv_lightning.engine import EngineConfig
 from cv_lightning.rewards import RewardConfig
 from cv_lightning.rewards.judge.prompts import load_prompt
@@ -47,3 +48,14 @@ def describe_rollouts(
         "server": None if server is None else {"base_url": server.base_url, "model": server.model, "api": server.api},
         "sandbox": {name: getattr(sandbox, name) for name in OF_SANDBOX},
     }
+
+
+def describe_questions(data: object) -> dict[str, Any]:
+    """Which questions a data module asks, as JSON values: files by path, as what changed in one is asked anew."""
+    if not isinstance(data, EvaluationDataModule):
+        return {"module": type(data).__name__}
+    settings = {name: getattr(data, name) for name in ("reader", "corruptions", "probe")}
+    described = {name: asdict(value) if value is not None else None for name, value in settings.items()}
+    if data.eval_files:
+        return described | {"files": [str(path) for path in data.eval_files]}
+    return described | {"digits": asdict(data.digits), "test_tasks": data.test_tasks}

@@ -22,12 +22,15 @@ class TensorBoardRun(TensorBoardLogger):
         self._root_dir = str(Path(folder, "tensorboard"))
 
 
-def run_loggers(given: Iterable[Logger] | Logger | bool | None, folder: str | Path) -> list[Logger] | bool:
+def run_loggers(
+    given: Iterable[Logger] | Logger | bool | None, folder: str | Path, verb: str = "fit"
+) -> list[Logger] | bool:
     """The loggers of a run.
 
     Args:
         given: what the config names; None and True: only `metrics.csv`; False: none at all.
         folder: of the run.
+        verb: what is run: the training curves in `metrics.csv` are `fit`'s alone, another's go to `<verb>_metrics.csv`.
     """
     if given is False:
         return False
@@ -37,4 +40,4 @@ def run_loggers(given: Iterable[Logger] | Logger | bool | None, folder: str | Pa
             logger.write_to(folder)
     if any(isinstance(logger, CSVLogger) for logger in named):
         return named
-    return [MetricsLogger(str(folder)), *named]
+    return [MetricsLogger(str(folder), "metrics.csv" if verb == "fit" else f"{verb}_metrics.csv"), *named]

@@ -79,16 +79,18 @@ class MetricsFile:
 
 
 class MetricsLogger(CSVLogger):
-    """Writes `<folder>/metrics.csv`.
+    """Writes a CSV file of metrics in a run's folder.
 
     Lightning's own deletes the file that an earlier start has left, and empties it to add a column.
 
     Args:
         folder: of the run.
+        file: its name there.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, file: str = "metrics.csv") -> None:
         super().__init__(folder, name="", version="")
+        self._file = file
         self._metrics_file: MetricsFile | None = None
 
     @property
@@ -96,7 +98,7 @@ class MetricsLogger(CSVLogger):
     def experiment(self) -> MetricsFile:
         """The file."""
         if self._metrics_file is None:
-            self._metrics_file = MetricsFile(Path(self.log_dir, "metrics.csv"))
+            self._metrics_file = MetricsFile(Path(self.log_dir, self._file))
         return self._metrics_file
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:

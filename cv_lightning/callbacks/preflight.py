@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.data.modules import EvaluationDataModule
+from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskDataModule
 from cv_lightning.data.rows import expand_files
 from cv_lightning.model.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
@@ -38,16 +38,17 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
         )
     if isinstance(data, EvaluationDataModule):
         data.check_ranks(trainer.world_size)
-        if (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
+        if type(data) in (TaskDataModule, SFTDataModule) and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
             raise CVLightningError(
                 f"--trainer.max_epochs {trainer.max_epochs}: another epoch would bring the same batches again. Leave "
                 "it at 1; --data.init_args.num_iterations (SFT: num_steps) is the length of the run. Files are gone "
                 "through again, newly shuffled, as often as that takes"
             )
-        interval = trainer.val_check_interval
-        if isinstance(interval, int) and interval > data.num_train_batches:
+        limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+        length = min(data.num_train_batches, limit if isinstance(limit, int) else data.num_train_batches)
+        if isinstance(interval, int) and 0 < length < interval:
             LOG.info("trainer.val_check_interval %d is beyond the run: validating at its end", interval)
-            trainer.val_check_interval = data.num_train_batches
+            trainer.val_check_interval = length
         _check_files(data, data.train_files)
     _check_engine(rollout, module)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as fit
 from cv_lightning.data.modules import SFTDataModule, TaskDataModule
 from cv_lightning.engine import EngineConfig
+from cv_lightning.environment import num_devices
 from cv_lightning.model.footprint import Shape, Sharding, shape_of
 from cv_lightning.model.loading import PolicyConfig
 from cv_lightning.model.shapes import empty_policy
@@ -25,6 +27,7 @@ from cv_lightning.strategies import ZeroStrategy
 from cv_lightning.types import CVLightningError
 
 Built = TypeVar("Built")
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +158,11 @@ def _on_gpu(accelerator: str) -> bool:
 
 
 def _num_devices(given: Any) -> int:
-    if isinstance(given, list):
-        return len(given)
-    return int(given) if str(given).isdigit() and int(given) > 0 else 1
+    """GPUs of a node; one where the machine that runs it would say."""
+    count = num_devices(given)
+    if not count:
+        LOG.warning("trainer.devices %s: planned for one GPU; name the number with --trainer.devices", given)
+    return count or 1
 
 
 def _sharding(strategy: Any, ranks: int) -> Sharding:

@@ -219,7 +219,10 @@ def main(args: list[str] | None = None) -> int:
     other = _family(run)
     if other not in (None, given.model):
         parser.error(f"{run} was made with --model {other}; choose another --out, or --force")
+    if timing.values.get("ranks", given.ranks) != given.ranks:
+        parser.error(f"{run} was made with --ranks {timing.values['ranks']:.0f}; choose another --out, or --force")
     timing.set("seed", given.seed)
+    timing.set("ranks", given.ranks)
     wanted = stages(
         run,
         seed=given.seed,

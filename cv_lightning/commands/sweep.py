@@ -248,7 +248,14 @@ def _sampler(sweep: SweepFile, seed: int, drawn: int) -> BaseSampler:
         return RandomSampler(seed=seed + SEED_STEP * drawn)
     if sweep.method == "bayes":
         return TPESampler(seed=seed + SEED_STEP * drawn)
-    return GridSampler(_grid(sweep), seed=seed)
+
+    class Grid(GridSampler):
+        """Stops by the number of trials alone: Optuna's own would count failed ones as done, also those tried again."""
+
+        def after_trial(self, *_: object, **__: object) -> None:
+            pass
+
+    return Grid(_grid(sweep), seed=seed)
 
 
 def _grid(sweep: SweepFile) -> dict[str, Sequence[Scalar]]:

@@ -269,8 +269,11 @@ def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, lis
     further = further if isinstance(further, list) else [] if further is None else [further]
     if not all(isinstance(answer, str | int | float) for answer in further):
         raise RowError("accepted answers", f"extra_info.accepted_answers {further} is no list of answers")
-    accepted = list(dict.fromkeys([*(several or [text]), *map(str, further)]))
-    return accepted[0], accepted if len(accepted) > 1 else []
+    accepted = [
+        *(several if len(several) > 1 else []),
+        *map(str, further),
+    ]  # as they stand: a metric counts
+    return several[0] if several else text, accepted
 
 
 def _is_said(answer: Any) -> bool:

@@ -187,6 +187,8 @@ def _said(turn: Mapping[str, Any], who: str, what: str) -> str:
     value = turn[what]
     if isinstance(value, list):
         value = message_text(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
         calls = "; a call must stand in the text, between <tool_call> tags" if turn.get("tool_calls") else ""
         raise RowError("no text", f"the {what} of a turn of {turn[who]!r} is {value!r}, no text{calls}")

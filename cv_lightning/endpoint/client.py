@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import os
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ from aiolimiter import AsyncLimiter
 from cv_lightning.endpoint.breaker import CircuitBreaker, OtherSideDownError
 from cv_lightning.endpoint.config import EndpointConfig
 from cv_lightning.types import EndpointError
+
+LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -129,7 +132,11 @@ class EndpointClient:
 
     # ------------------------------------------------------------------ requests
     async def chat(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], read: Callable[[Any], T | None]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        read: Callable[[Any], T | None],
+        needed: Collection[str] = (),
     ) -> T:
         """What `read` finds in the chat completion of messages.
 
@@ -138,12 +145,13 @@ class EndpointClient:
             options: sampling and the like. One that the server says it does not know is left out from then on, and
                 `max_tokens` sent under its newer name.
             read: the answer in a body's JSON; None where there is none, which is worth another try.
+            needed: options without which the answer would be another one's: a server that refuses them is an error.
 
         Raises:
-            EndpointError: no answer within the tries and the time of the config.
+            EndpointError: no answer within the tries and the time of the config, or a needed option is refused.
         """
         fixed = {"model": self.config.model, "messages": list(messages), **self.config.extra_fields}
-        return await self.post("chat/completions", fixed, read, options)
+        return await self.post("chat/completions", fixed, read, options, needed)
 
     async def post(
         self,
@@ -151,6 +159,7 @@ class EndpointClient:
         fixed: Mapping[str, Any],
         read: Callable[[Any], T | None],
         options: Mapping[str, Any] | None = None,
+        needed: Collection[str] = (),
     ) -> T:
         """As `chat`, for any path below the endpoint (or a whole address) and any body."""
         connection = self._connected()
@@ -160,7 +169,8 @@ class EndpointClient:
             async with connection.slot() as http:
                 await connection.paced()
                 async with asyncio.timeout(self.config.give_up_s):
-                    return await self._ask(connection, http, path, dict(fixed), dict(options or {}), read)
+                    asked = dict(options or {}), frozenset(needed)
+                    return await self._ask(connection, http, path, dict(fixed), *asked, read)
         except TimeoutError as error:
             self.spent.failed += 1
             message = f"no {self.wanted} from {self.config.base_url} within {self.config.give_up_s:g} s"
@@ -176,6 +186,7 @@ class EndpointClient:
         path: str,
         fixed: dict[str, Any],
         options: dict[str, Any],
+        needed: frozenset[str],
         read: Callable[[Any], T | None],
     ) -> T:
         """One answer with as many tries as the config allows."""
@@ -194,7 +205,7 @@ class EndpointClient:
                         await connection.paced()
                     async with connection.breaker.admitted():
                         sent = self._known(options)
-                        body = await self._try_once(connection, http, path, fixed, sent)
+                        body = await self._try_once(connection, http, path, fixed, sent, needed)
                     return self._read(connection, body, read)
         except TransientFailureError as error:
             message = f"{self.config.base_url} gave no {self.wanted} in {enough.failed} tries; the last: {error}"
@@ -219,6 +230,7 @@ class EndpointClient:
         path: str,
         fixed: dict[str, Any],
         options: dict[str, Any],
+        needed: frozenset[str],
     ) -> bytes:
         self.spent.requests += 1
         begun = connection.loop.time()
@@ -231,7 +243,7 @@ class EndpointClient:
             raise TransientFailureError(connection.trouble) from error
         if status != 200:
             if status == 400:
-                self._do_without(options, body)
+                self._do_without(options, needed, body)
             self._refuse(connection, status, headers, body)
         connection.breaker.succeeded()
         self.spent.latencies_s.append(connection.loop.time() - begun)
@@ -271,7 +283,7 @@ class EndpointClient:
             known["max_completion_tokens"] = options["max_tokens"]  # its name with newer OpenAI models
         return known
 
-    def _do_without(self, options: dict[str, Any], body: bytes) -> None:
+    def _do_without(self, options: dict[str, Any], needed: frozenset[str], body: bytes) -> None:
         """Ask again without the options that a server says it does not know; raises if it named any.
 
         Options are those that this request had: others under way may have found out already.
@@ -281,6 +293,14 @@ class EndpointClient:
             return
         if unknown & {"logprobs", "top_logprobs"}:
             unknown |= {"logprobs", "top_logprobs"}
+        if lost := unknown & needed:
+            raise EndpointError(
+                f"{self.config.base_url} refuses {', '.join(sorted(lost))}, without which it would not sample as "
+                f"asked: {self._shown(body)}"
+            )
+        if new := unknown - self._unknown:
+            LOG.warning("%s: asking without %s from now on (HTTP 400: %s)",
+                        self.config.base_url, ", ".join(sorted(new)), self._shown(body))  # fmt: skip
         self._unknown |= unknown
         raise TransientFailureError(f"HTTP 400: {self._shown(body)}", 0.0, is_pacing=True)
 
@@ -358,7 +378,7 @@ def _clients(config: EndpointConfig, key: str) -> list[httpx.AsyncClient]:
 
 def is_local(url: str) -> bool:
     """True for an endpoint on this machine, which no proxy of the environment can reach."""
-    return httpx.URL(url).host in ("localhost", "127.0.0.1", "::1")
+    return httpx.URL(url).host in ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 def retry_after(value: str | None) -> float | None:

@@ -71,7 +71,8 @@ class ServerEngine(RemoteEngine):
         )
         options = {"max_tokens": request.max_tokens, "temperature": request.temperature}
         options |= {"top_p": request.top_p, "seed": request.seed % 2**31}
-        text, reason = await self.client.chat(messages_of(prompt, urls), options, _read_text)
+        needed = [name for name in ("temperature", "top_p") if options[name] != 1]
+        text, reason = await self.client.chat(messages_of(prompt, urls), options, _read_text, needed)
         if reason not in ("stop", "length"):
             raise EngineError(f"{self.server.base_url} ended a turn by {reason!r}; only stop and length are known")
         # Nothing that a model writes may pass for a control token of our own template.

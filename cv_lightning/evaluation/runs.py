@@ -20,7 +20,7 @@ from cv_lightning.types import DataError
 EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>tool|notool)")
 STAGES = {"base": "before training", "sft": "SFT", "rl": "RL", "rl_accuracy": "RL, accuracy reward only"}
 """Stages that a run may have, in order, and what people call them."""
-NOT_SECONDS = ("seed", "ranks")
+NOT_SECONDS = ("seed", "ranks", "iterations", "per_kind")
 """What `timing.json` holds besides seconds."""
 
 

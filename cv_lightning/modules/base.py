@@ -168,9 +168,10 @@ class PolicyModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """The command line's hyper-parameters hold, also where a checkpoint has just brought those of its run."""
-        config, optimizer = self.optimizer_config, self.single_optimizer
-        scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        config, scheduler = self.optimizer_config, self.lr_schedulers()
+        if not self._decays or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return  # a subclass has an optimizer of its own
+        optimizer = self.single_optimizer
         for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
             group |= {"weight_decay": decay, "betas": tuple(config.betas), "initial_lr": config.lr}
             group["lr"] = config.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)

@@ -49,9 +49,11 @@ _LEADING_CHOICE = re.compile(r"[^\w]*([A-Z])(?:[):.\],*]|\s*[(\-:=])", re.IGNORE
 _NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)(?: is|:| is:)? *[(*\[]*([A-Z])\b(?![-'])", re.IGNORECASE)
 _LETTER = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
 _MARKED_LETTER = re.compile(r"(?<![\w'-])[(\[]?([A-J]) ?[):.\]]")
-_JOINED_LETTER = re.compile(r"\A(?:or|and) [(\[]?([A-J])(?![\w'-])")
-_LISTED_LETTER = re.compile(r"\A[(\[]?([A-J])(?![\w'-])[)\]]?\s*(?:\Z|[,;/&|]|or\b|and\b)")
-_SINGLE_LETTER = re.compile(r"\A[(\[]?([A-J])[)\]]?\Z")
+_SECOND_LETTER = (
+    _MARKED_LETTER,
+    re.compile(r"\A(?:or|and) [(\[]?([A-J])(?![\w'-])"),
+    re.compile(r"\A[(\[]?([A-J])(?![\w'-])[)\]]?\s*(?:\Z|[,;/&|]|or\b|and\b)"),
+)
 _SAID_OF = frozenset(
     "is be was are choose chose pick select say says go with so thus hence therefore it's mean to".split()
 )
@@ -178,9 +180,8 @@ def read_choice(text: str) -> str | None:
         return match.group(1).upper()
     if match := _LEADING_CHOICE.match(text):
         letter, rest = match.group(1).upper(), text[match.end() :].strip(" ),;:/&|")
-        # behind a comma stands another option, behind "B." the option's own words: "A cat", "A and B"
-        second = (_JOINED_LETTER, _LISTED_LETTER if match.group().endswith(",") else _SINGLE_LETTER)
-        others = {found for pattern in second for found in pattern.findall(rest)} | set(_MARKED_LETTER.findall(rest))
+        # another option, alone or listed, but not a word of the option's own: "B. A cat"
+        others = {found for pattern in _SECOND_LETTER for found in pattern.findall(rest)}
         return letter if others <= {letter} else None
     plain = _ARTICLE.sub(" ", text)
     letters = {letter for letter in _LETTER.findall(plain) if letter <= "J"}

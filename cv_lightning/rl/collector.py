@@ -197,14 +197,14 @@ def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
         having = [part for part in parts if name in part and not math.isnan(part[name])]
         values = [float(part[name]) for part in having]
         weights = [part.get("rollout/trajectories", 1.0) if name.startswith("rollout/") else 1.0 for part in having]
-        if not sum(weights):
-            merged[name] = values[0] if values else math.nan
+        if not values:
+            merged[name] = math.nan
         elif name in ADDED_METRICS or name.endswith("_per_s"):
             merged[name] = sum(values)
         elif name.endswith(("_max", "_max_s")):
             merged[name] = max(values)
         else:
-            merged[name] = fmean(values, weights)
+            merged[name] = fmean(values, weights if sum(weights) else None)
     return merged
 
 

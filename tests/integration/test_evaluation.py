@@ -50,6 +50,7 @@ def evaluate(
     max_pixels: int | None = None,
     verb: str = "test",
     settings: list[EvaluationConfig] = SETTINGS,
+    look: int | None = None,
 ) -> None:
     """`test` or `validate` three upright and three turned digits, or the `data`."""
     policy = PolicyConfig(path=str(checkpoint), dtype="float32", max_pixels=max_pixels)
@@ -64,6 +65,7 @@ def evaluate(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[callback],
+        limit_test_batches=look,
     )
     digits = {"upright": 3, "turned": 3}
     source = TaskDataModule(**data) if data else TaskDataModule(test_tasks=digits, val_tasks=digits)
@@ -266,3 +268,30 @@ def test_validate_leaves_a_test_alone(finished: Path, tiny_checkpoint: Path) -> 
     evaluate(tiny_checkpoint, finished, verb="validate")
     assert texts(finished, "tool") == before
     assert len(texts(finished, "validation_tool")) == 6
+
+
+def test_other_questions_take_the_place_of_no_finished_test(
+    finished: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    before = texts(finished, "tool")
+    with pytest.raises(CVLightningError, match=r"differs in .*questions"):
+        evaluate(tiny_checkpoint, finished, data=benchmark(tmp_path / "files", ["1", "2"]))
+    assert texts(finished, "tool") == before
+
+
+def test_a_look_at_a_few_questions_loses_none_of_the_others(
+    tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
+) -> None:
+    data = {"test_tasks": {"upright": 3, "turned": 3}, "tasks_per_eval_batch": 2}
+    written(8)  # two batches of two questions, each asked with and without the tool
+    with pytest.raises(Pulled):
+        evaluate(tiny_checkpoint, tmp_path, data=data)
+    for _ in range(2):
+        written(None)
+        evaluate(tiny_checkpoint, tmp_path, data=data, look=1)
+        assert len(texts(tmp_path, "tool")) == 4, "two of the four were asked again, none was lost"
+    evaluate(tiny_checkpoint, tmp_path, data=data)
+    assert len(texts(tmp_path, "tool")) == len(texts(tmp_path, "notool")) == 6
+    evaluate(tiny_checkpoint, tmp_path, data=data, look=1)
+    assert len(texts(tmp_path, "tool")) == 6, "nor of a finished one"
+    assert json.loads((tmp_path / "eval/tool/evaluation.json").read_text())["finished"] is True

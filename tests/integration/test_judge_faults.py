@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from judge_server import JudgeServer, completion, respond
 
+from cv_lightning.endpoint.client import EndpointClient
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.rewards.judge import Judge
 from cv_lightning.rewards.judge.client import MAX_BODY_BYTES
-from cv_lightning.types import JudgeError
+from cv_lightning.types import EndpointError, JudgeError
 
 Misbehave = Callable[[int, asyncio.StreamWriter, str], object]
 MOST_PAUSE_S = 1.5
@@ -253,6 +254,29 @@ def test_a_server_is_asked_without_what_it_does_not_know(unknown: str, said: str
     assert metrics["failed"] == 0
     assert sum(unknown in request for request in server.requests) == 10
     assert instead is None or server.requests[-1][instead] == 16
+
+
+def test_what_an_answer_needs_is_never_left_out_silently(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(number: int, writer: asyncio.StreamWriter, prompt: str) -> bool:
+        if "temperature" not in server.requests[number]:
+            return False
+        await respond(writer, json.dumps({"error": {"message": "temperature: only 1"}}).encode(), "400 Bad Request")
+        return True
+
+    async def ask(needed: tuple[str, ...]) -> str:
+        client = EndpointClient(config_of(server), "turn", MAX_BODY_BYTES)
+        try:
+            options = {"temperature": 0.0}
+            return await client.chat([{"role": "user", "content": "a"}], options, lambda body: str(body), needed)
+        finally:
+            await client.aclose()
+
+    with JudgeServer(refuse) as server:
+        with pytest.raises(EndpointError, match="refuses temperature, without which it would not sample as asked"):
+            asyncio.run(ask(("temperature",)))
+        assert not caplog.records
+        asyncio.run(ask(()))
+    assert "asking without temperature from now on" in caplog.text
 
 
 def test_probabilities_decide() -> None:

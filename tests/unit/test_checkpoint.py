@@ -21,6 +21,7 @@ from cv_lightning.callbacks.checkpoint import (
     rewind,
     rng_state,
 )
+from cv_lightning.callbacks.loggers import run_loggers
 from cv_lightning.callbacks.metrics_file import MetricsFile
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import TrajectoryWriter, drop_after
@@ -148,3 +149,13 @@ def test_trajectories_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     drop_after(tmp_path, 0)
     assert list(read_groups(tmp_path)) == []
     assert drop_after(tmp_path / "nowhere", 0) == {}
+
+
+def test_a_test_in_a_runs_folder_leaves_its_curves_alone(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.csv").log_metrics({"loss": 0.5}, 0)
+    before = (tmp_path / "metrics.csv").read_text()
+    found = run_loggers(None, tmp_path, "test")
+    assert isinstance(found, list)
+    found[0].log_metrics({"greedy/accuracy": 0.5}, 0)
+    assert (tmp_path / "metrics.csv").read_text() == before
+    assert "greedy/accuracy" in (tmp_path / "test_metrics.csv").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("pyproject.toml", "scripts/install.sh", "scripts/mend_torchvision.py")
+FILES = ("pyproject.toml", "scripts/install.sh", "scripts/environment.sh", "scripts/mend_torchvision.py")
 FAILING_INIT = """
 import torch
 from .extension import _has_ops
@@ -49,6 +49,21 @@ def test_without_an_active_environment_it_is_dot_venv(project: Path) -> None:
     assert done.returncode == 1
     assert f"{project}/.venv does not exist yet" in done.stdout
     assert not (project / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("active", "expected"),
+    [({}, ".venv"), ({"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base"}, ".venv"),
+     ({"VIRTUAL_ENV": "/gone"}, ".venv")],
+)  # fmt: skip
+def test_every_script_runs_what_was_installed_into(project: Path, active: dict[str, str], expected: str) -> None:
+    command = ["bash", "-c", "source scripts/environment.sh; echo $environment"]
+    done = subprocess.run(
+        command, cwd=project, env={"PATH": os.environ["PATH"]} | active, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(project / expected)
+    for script in ("quickstart.sh", "ablations.sh", "test.sh", "install.sh", "slurm/torchrun.sh"):
+        assert "source scripts/environment.sh" in (ROOT / "scripts" / script).read_text()
 
 
 def test_nothing_is_done_while_nothing_changes(project: Path) -> None:

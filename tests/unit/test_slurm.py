@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -37,8 +39,12 @@ def calls(cluster: Path, script: str, **environment: str) -> list[str]:
 
 
 def test_sft_takes_every_node(cluster: Path) -> None:
-    (training,) = calls(cluster, "sft.sbatch", VIRTUAL_ENV="/env")
-    assert "--nodelist node0,node1,node2 " in training and "/env/bin/python -m torch.distributed.run" in training
+    python = cluster / "env/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    (training,) = calls(cluster, "sft.sbatch", VIRTUAL_ENV=str(cluster / "env"))
+    assert "--nodelist node0,node1,node2 " in training and f"{python} -m torch.distributed.run" in training
+    assert "--shutdown-timeout 290" in training, "30 s by default, in which no iteration ends"
     assert "--nnodes 3 --nproc-per-node 8" in training and "--rdzv-endpoint node0:29500" in training
     assert training.endswith(
         "-m cv_lightning fit --ckpt_path auto --config grpo.yaml --trainer.devices 8 --trainer.num_nodes 3"
@@ -53,6 +59,30 @@ def test_grpo_leaves_the_last_node_to_the_judge(cluster: Path) -> None:
     assert "reward.judge.model some/judge" in training
     assert training.endswith("--trainer.devices 8 --trainer.num_nodes 2")
     assert not (cluster / "judge-7.log.up").exists(), "a later job must wait for its own"
+
+
+def test_a_job_that_is_told_to_end_lets_the_training_finish_and_the_judge_answer(cluster: Path) -> None:
+    """srun hands SIGTERM on to its tasks; here it is the task, which takes a second to save its checkpoint."""
+    (cluster / "bin/srun").write_text(
+        """#!/bin/bash
+case $* in *serve_judge*) trap 'echo judge >> killed' TERM; touch judge-7.log.up; while :; do sleep 0.1; done ;; esac
+trap 'sleep 1; [[ -e killed ]] || echo saved >> calls; exit 0' TERM
+touch started
+while :; do sleep 0.1; done
+"""
+    )
+    given = {"SLURM_SUBMIT_DIR": str(cluster), "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7"}
+    command = ["bash", str(ROOT / "scripts/slurm/grpo.sbatch"), "--config", "grpo.yaml"]
+    environment = given | {"PATH": f"{cluster}/bin:{os.environ['PATH']}"}
+    with subprocess.Popen(command, env=environment) as job:
+        while not (cluster / "started").exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 0
+    assert (cluster / "calls").read_text() == "saved\n"
+    for script in ("grpo.sbatch", "sft.sbatch"):
+        assert "#SBATCH --signal=B:TERM@300\n" in (ROOT / "scripts/slurm" / script).read_text()
 
 
 def test_grpo_without_a_judge_of_its_own(cluster: Path) -> None:

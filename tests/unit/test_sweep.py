@@ -91,6 +91,17 @@ def test_a_sweep_that_cannot_start_stops_and_goes_on_once_it_can(
     assert "--count must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("count", [3, 6])
+def test_failed_points_of_a_grid_are_tried_again(tmp_path: Path, count: int) -> None:
+    points = {"kind": {"values": ["bad"]}, "x": {"values": [i / 10 for i in range(count)]}}
+    path, out = sweep_file(tmp_path, parameters=points), tmp_path / "out"
+    assert main([str(path), "--count", "9", "--out", str(out)]) == (2 if count > FAIL_ALIKE else 1)
+    (tmp_path / "job.py").write_text(JOB.replace('== "bad"', '== "mended"'))
+    assert main([str(path), "--count", "9", "--out", str(out), "--retry"]) == 0
+    found = result(out)
+    assert found["failed"] == 0 and sorted(row["parameters"]["x"] for row in found["trials"]) == points["x"]["values"]
+
+
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_going_on_draws_new_values(tmp_path: Path, method: str) -> None:
     path = sweep_file(tmp_path, method=method, parameters={"x": {"min": 0.0, "max": 1.0}})
