@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,21 +56,6 @@ def engine(engines: dict[str, Engine], policy: Policy, request: pytest.FixtureRe
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_equal_the_trainers(engine: Engine, policy: Policy, temperature: float) -> None:
     assert worst_gap(policy, engine, temperature) <= TOLERANCE
-
-
-@pytest.mark.parametrize("kind", ["vllm", "transformers"])
-def test_image_limits_are_the_trainers_and_not_the_folders(policy: Policy, kind: str) -> None:
-    """An SFT writes its own limits into the folder that RL starts from, with others."""
-    size = policy.processor.image_processor.size
-    least, most = size["shortest_edge"] // 4, 4 * size["longest_edge"]
-    other = Policy.load(policy.path, min_pixels=least, max_pixels=most)
-    large, small = math.isqrt(2 * size["longest_edge"]), math.isqrt(size["shortest_edge"]) // 2
-    engine = built(kind, other)
-    try:
-        engine.update_weights(other.model.named_parameters(), version=1)
-        assert worst_gap(other, engine, shapes=[[(large, large)], [(small, small), (96, 96)]]) <= TOLERANCE
-    finally:
-        engine.close()
 
 
 def test_weights_reach_the_engine_and_only_by_a_sync(engine: Engine, policy: Policy) -> None:

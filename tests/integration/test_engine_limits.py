@@ -1,0 +1,39 @@
+"""Both engines with other image limits than those in the model folder.
+
+In a file of its own: vLLM engines share globals of the process, and closing one ends the others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from engine_samples import Policy, worst_gap
+
+from cv_lightning.engine import EngineConfig, build_engine
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=["tiny_checkpoint", "tiny_qwen25"])
+def policy(request: pytest.FixtureRequest) -> Policy:
+    """Qwen3-VL, then Qwen2.5-VL."""
+    return Policy.load(request.getfixturevalue(request.param))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_image_limits_are_the_trainers_and_not_the_folders(policy: Policy, kind: str) -> None:
+    """An SFT writes its own limits into the folder that RL starts from, with others."""
+    size = policy.processor.image_processor.size
+    least, most = size["shortest_edge"] // 4, 4 * size["longest_edge"]
+    other = Policy.load(policy.path, min_pixels=least, max_pixels=most)
+    large, small = math.isqrt(2 * size["longest_edge"]), math.isqrt(size["shortest_edge"]) // 2
+    config = EngineConfig(kind=kind, max_model_len=256, max_num_seqs=32, max_images=4)  # type: ignore[arg-type]
+    engine = build_engine(
+        config, str(other.path), dtype="float32", seed=0, model=other.model, processor=other.processor
+    )
+    try:
+        engine.update_weights(other.model.named_parameters(), version=1)
+        assert worst_gap(other, engine, shapes=[[(large, large)], [(small, small), (96, 96)]]) <= TOLERANCE
+    finally:
+        engine.close()
