@@ -7,6 +7,8 @@ the trajectories of one task form a `Group`; one RL iteration's work is an `Iter
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -106,6 +108,14 @@ class Task:
     """The prompt as the data set gives it; empty: the agent's own prompt around `question`."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """JSON values that are stored along. Training reads `accepted_answers` alone: texts of which any is right."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything but the id and the pixels: the same where the same is asked and expected."""
+        messages = [[message.role, message.content] for message in self.messages]
+        expected = [self.ground_truth, self.data_source, self.required_transforms, self.box, self.metadata]
+        text = json.dumps([self.question, messages, expected], sort_keys=True, default=repr)
+        return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
 
     @property
     def accepted(self) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
-from cv_lightning.trajectory import read_groups, task_digest
+from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import LINES
 from cv_lightning.types import EndState, Task
 
@@ -27,7 +27,7 @@ class Answered:
     """A question that is in the store."""
 
     digest: str
-    """Of all but its pixels: `trajectory.task_digest`."""
+    """Of all but its pixels: `Task.digest`."""
     images: tuple[str, ...]
     """Content hashes of the task's images."""
     outcomes: list[Outcome]
@@ -36,7 +36,7 @@ class Answered:
         """True if it was this very question in all that is known of it, and all its samples are there."""
         return (
             len(self.outcomes) == num_samples
-            and self.digest == task_digest(task)
+            and self.digest == task.digest
             and self.images == tuple(content_hash(image) for image in task.images)
         )
 

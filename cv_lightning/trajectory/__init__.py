@@ -8,7 +8,6 @@ from cv_lightning.trajectory.record import (
     LogprobSummary,
     TaskRecord,
     TrajectoryRecord,
-    task_digest,
     to_record,
 )
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
@@ -25,7 +24,6 @@ __all__ = [
     "TrajectoryRecord",
     "TrajectoryWriter",
     "read_groups",
-    "task_digest",
     "to_dataframe",
     "to_record",
     "write_parquet",

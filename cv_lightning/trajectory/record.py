@@ -10,11 +10,9 @@ read records only; live groups become records by `to_record`, which copies nothi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +100,7 @@ class TaskRecord:
     metadata: dict[str, Any]
     images: list[ImageRecord]
     digest: str = ""
-    """Of all that was asked but the pixels: see `task_digest`. Empty in stores of earlier versions."""
+    """Of all that was asked but the pixels: see `Task.digest`. Empty in stores of earlier versions."""
 
     @property
     def needs_tool(self) -> bool:
@@ -209,17 +207,8 @@ def _task_record(task: Task, name_image: ImageNamer) -> TaskRecord:
             ImageRecord(file=name_image(image), size=image.size, model_size=image.size, source=index)
             for index, image in enumerate(task.images)
         ],
-        digest=task_digest(task),
+        digest=task.digest,
     )
-
-
-def task_digest(task: Task) -> str:
-    """Of everything about a task but its id and its pixels: the same where the same is asked and expected."""
-    messages = [[message.role, message.content] for message in task.messages]
-    expected = [task.ground_truth, task.data_source, task.required_transforms, task.box, task.metadata]
-    parts = [task.question, messages, expected]
-    text = json.dumps(parts, sort_keys=True, default=repr)
-    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=12).hexdigest()
 
 
 def _trajectory_record(trajectory: Trajectory, name_image: ImageNamer, tokens: bool) -> TrajectoryRecord:
@@ -328,14 +317,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
     return {
         "text": turn.text,
         "num_tokens": turn.num_tokens,
-        "tool_call": None
-        if call is None
-        else {
-            "name": call.name,
-            "code": call.code,
-            "image_index": call.image_index,
-            "description": call.description,
-        },
+        "tool_call": None if call is None else asdict(call),
         "parse_error": turn.parse_error,
         "result": None if result is None else _result_to_json(result),
         "image_index": turn.image_index,
