@@ -17,6 +17,5 @@ for argument in "$@"; do
 done
 
 source scripts/environment.sh
-[[ -x $environment/bin/python ]] || environment=$PWD/.venv
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$environment/bin/python" -m cv_lightning ablations "$@"

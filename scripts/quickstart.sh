@@ -18,7 +18,6 @@ done
 
 bash scripts/install.sh
 source scripts/environment.sh
-[[ -x $environment/bin/python ]] || environment=$PWD/.venv
 # Trainer, engine and sandbox take turns on the same cores: threads that wait must not spin.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$environment/bin/python" -m cv_lightning quickstart "$@"

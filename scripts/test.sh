@@ -21,7 +21,6 @@ if [[ $install == 1 ]]; then
   bash scripts/install.sh || exit 1
 fi
 source scripts/environment.sh
-[[ -x $environment/bin/python ]] || environment=$PWD/.venv
 export PATH=$environment/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two test processes' worth of threads on two cores only get in each other's way
 results=$(mktemp -d)

@@ -89,7 +89,7 @@ def _check_files(data: EvaluationDataModule, train_files: list[str]) -> None:
 
 
 def _check_engine(rollout: RolloutCallback | None, module: pl.LightningModule) -> None:
-    """VLLM says in sixty lines, after it has started, that a model has fewer positions than it was asked for."""
+    """That a model has fewer positions than it is asked for, vLLM says in sixty lines after it has started."""
     if rollout is None or not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
         return
     positions = model_positions(Path(module.policy_config.path))

@@ -19,7 +19,7 @@ from cv_lightning.types import CheckpointError, CVLightningError
 prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
-from cv_lightning.commands.command_line import ShortErrors  # noqa: E402
+from cv_lightning.commands.command_line import short_parser  # noqa: E402
 from cv_lightning.engine.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.model.loading import model_positions  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
@@ -132,14 +132,7 @@ def parse(arguments: list[str]) -> ChatOptions:
     Raises:
         ValueError, CheckpointError: options that cannot be, or a run's config that this version cannot read.
     """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(ShortErrors, jsonargparse.ArgumentParser):
-        pass
-
-    parser = Parser(prog="cv_lightning chat", description=ChatOptions.__doc__)
+    parser = short_parser(prog="cv_lightning chat", description=ChatOptions.__doc__)
     parser.add_argument("--config", action="config", help="file with any of the arguments below")
     parser.add_class_arguments(ChatOptions, as_group=False, sub_configs=True)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -26,6 +26,21 @@ class ShortErrors:
         raise AssertionError("the parser's own error ends the program")
 
 
+def short_parser(**options: Any) -> Any:
+    """A jsonargparse parser with short errors, whose flags are described by the docstrings of attributes."""
+    return _parser_class()(**options)
+
+
+def _parser_class() -> Any:
+    import jsonargparse
+
+    class Parser(ShortErrors, jsonargparse.ArgumentParser):
+        pass
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return Parser
+
+
 def read_command_line(components: Any, args: list[str] | None, prog: str, **options: Any) -> Any:
     """What `jsonargparse.auto_cli` makes of a command line: an object of a config's class, or a function's result.
 
@@ -37,8 +52,4 @@ def read_command_line(components: Any, args: list[str] | None, prog: str, **opti
     """
     import jsonargparse
 
-    class Parser(ShortErrors, jsonargparse.ArgumentParser):
-        pass
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return jsonargparse.auto_cli(components, args=args, prog=prog, parser_class=Parser, **options)
+    return jsonargparse.auto_cli(components, args=args, prog=prog, parser_class=_parser_class(), **options)
