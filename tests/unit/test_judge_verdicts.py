@@ -6,45 +6,22 @@ import math
 from pathlib import Path
 
 import pytest
+from judge_replies import REPLIES
 
 from cv_lightning.endpoint.client import retry_after
 from cv_lightning.rewards.judge.prompts import MAX_FIELD_CHARS, SHIPPED, load_prompt
 from cv_lightning.rewards.judge.verdict import parse_verdict, read_verdict
 
 
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("1", 1.0),
-        (" 0\n", 0.0),
-        ("1.0", 1.0),
-        ("Correct.", 1.0),
-        ("**Incorrect**", 0.0),
-        ("yes", 1.0),
-        ('{"verdict": 1}', 1.0),
-        ('```json\n{"correct": false}\n```', 0.0),
-        ("<think>maybe 1, maybe not</think>\n0", 0.0),
-        ("no opening tag, 1</think>1", 1.0),
-        ("They are the same city.\nVerdict: 1", 1.0),
-        ("Final answer is **0**.", 0.0),
-        ("<think>never ends 1", None),
-        ("1 or 0", None),
-        ("10", None),
-        ("I think it is right because it says so", None),
-        ('{"verdict": "unsure"}', None),
-        ('{"reason": 1}', None),
-        ("{" * 10_000, None),
-        ("", None),
-    ],
-)
-def test_text(text: str, verdict: float | None) -> None:
+@pytest.mark.parametrize(("text", "verdict"), REPLIES, ids=[repr(text)[:50] for text, _ in REPLIES])
+def test_verdict_is_what_the_reply_means(text: str, verdict: float | None) -> None:
     assert parse_verdict(text) == verdict
 
 
-def body(token: str, **top: float) -> dict[str, object]:
+def body(token: str, text: str | None = None, **top: float) -> dict[str, object]:
     alternatives = [{"token": name.strip("_"), "logprob": math.log(p)} for name, p in top.items()]
     content = [{"token": token, "logprob": -0.1, "top_logprobs": alternatives}]
-    return {"choices": [{"message": {"content": token}, "logprobs": {"content": content}}]}
+    return {"choices": [{"message": {"content": token if text is None else text}, "logprobs": {"content": content}}]}
 
 
 def test_probabilities() -> None:
@@ -57,6 +34,15 @@ def test_probabilities() -> None:
     thought = read_verdict(body("yes", _1=0.1, _0=0.9))
     assert thought is not None
     assert thought == 1.0  # the probabilities are not those of a verdict
+
+
+def test_verdict_probabilities_count_only_for_a_reply_of_one_digit() -> None:
+    said = "1. The answers differ. Verdict: 0"
+    assert read_verdict(body("1", said, _1=0.9, _0=0.1)) is None
+    assert read_verdict(body("1", "The answers differ. Verdict: 0", _1=0.9, _0=0.1)) == 0.0
+    assert read_verdict(body("1", "The correct answer is 1", _1=0.9, _0=0.1)) is None
+    assert read_verdict(body("1", "0", _1=0.9, _0=0.1)) == 0.0, "the first token is not that of the text"
+    assert read_verdict(body("1", _1=0.3, _0=0.7)) is None, "text and probabilities contradict each other"
 
 
 @pytest.mark.parametrize(

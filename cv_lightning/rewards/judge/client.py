@@ -10,7 +10,7 @@ from cv_lightning.endpoint.client import EndpointClient, Spent
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.cache import VerdictCache, cache_key
 from cv_lightning.rewards.judge.prompts import load_prompt
-from cv_lightning.rewards.judge.verdict import read_verdict
+from cv_lightning.rewards.judge.verdict import GRAMMAR, read_verdict
 from cv_lightning.types import EndpointError, JudgeError
 
 MAX_BODY_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class Judge:
         """
         config, loop = self.config, asyncio.get_running_loop()
         prompt = self._prompts[config.task_types.get(data_source, config.default_task_type)]
-        settings = [config.model, prompt.version, config.temperature, config.extra_fields]
+        settings = [GRAMMAR, config.model, prompt.version, config.temperature, config.extra_fields]
         key = cache_key([*settings, question, ground_truth, answer])
         self.counters.verdicts += 1
         if self._loop is not loop:

@@ -1,4 +1,9 @@
-"""Reading a verdict out of a chat completion. Pure functions of JSON values."""
+"""Reading a verdict out of a chat completion. Pure functions of JSON values.
+
+A verdict is only what stands where the prompt asked for it: the whole reply is one word of the grammar, a JSON object
+with a verdict, or a text that ends in `Verdict: <word>`. A sentence about the answers is never read as one: "The
+correct answer is 1" repeats the ground truth. Two verdicts that contradict each other are no verdict.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,23 @@ from typing import Any
 
 from cv_lightning.rewards.markup import THINK_CLOSE, THINK_OPEN, cut_spans
 
+GRAMMAR = 2
+"""Version of the grammar, part of a cached verdict's key: what an older one has misread is asked again."""
 _RIGHT = {"1", "yes", "true", "correct", "right"}
 _WRONG = {"0", "no", "false", "incorrect", "wrong"}
-_LABELLED = re.compile(r"(?:verdict|answer|score|result)\s*(?:is|[:=])\s*\W{0,3}(\w{1,12})\W{0,4}\Z", re.IGNORECASE)
+_DECORATION = "`*_\"' \t\r\n"
+_LABELLED = re.compile(
+    r"#*\s*(?:(?:the|my) )?(?:final )?(?:verdict|judge?ment|decision)[*_`\s]*(?:\bis\b|[:=])[*_`\"'\s]*"
+    r"(?P<word>[01]\.0|\w+)[*_`\"'\s]*[.!]?",
+    re.IGNORECASE,
+)
+_SCORE = re.compile(r"(?:final )?score\s*[:=][*_`\s]*(?P<word>[01])[*_`\s]*\.?", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\n|(?<=[.!?;])\s+|(?<=[.!?][*_`\"'])\s+")
+_FIRST_WORD = re.compile(r"\W*(\w+)(?:\Z|[^\w\s]|\s+\W)")
+"""A word that stands alone before punctuation: `1.`, `Yes, ...`, `No - ...`."""
+_JSON_KEYS = ("verdict", "is_correct", "correct", "score")
+_JSON_COMPANIONS = frozenset(("reason", "reasoning", "explanation", "rationale", "confidence", "analysis", "comment"))
+"""Keys that may stand beside `correct` or `score` without giving these another meaning."""
 
 
 def read_verdict(body: object) -> float | None:
@@ -21,36 +40,65 @@ def read_verdict(body: object) -> float | None:
         body: decoded JSON, of any shape.
 
     Returns:
-        Probability that the answer is right where the server gives probabilities, else 0 or 1; right above 0.5.
+        Probability that the answer is right where the reply is one digit and the server gives its probabilities, else
+        0 or 1; right above 0.5. None also where text and probabilities contradict each other.
     """
     choice = _at(body, "choices", 0)
     text = _at(choice, "message", "content")
     value = parse_verdict(text) if isinstance(text, str) else None
     if value is None:
         return None
-    probability = _first_token_probability(_at(choice, "logprobs", "content", 0))
-    return value if probability is None else probability
+    probability = None
+    if text.strip() in ("0", "1"):  # else the first token is not the verdict: "1. The answers differ. Verdict: 0"
+        probability = _first_token_probability(_at(choice, "logprobs", "content", 0), text.strip())
+    if probability is None or probability == 0.5:
+        return value
+    return probability if (probability > 0.5) == (value > 0.5) else None
 
 
 def parse_verdict(text: str) -> float | None:
-    """1.0 or 0.0 from the judge's text: one word (1, correct, no, ...), JSON with such a value, or `Verdict: 1`.
+    """1.0 or 0.0 from the judge's text: one word (1, correct, no, ...), JSON with such a value, or `... Verdict: 1`.
 
     Thoughts are cut out. Anything else is no verdict (None): a sentence is not guessed at.
     """
-    text = cut_spans(text[:20_000], THINK_OPEN, THINK_CLOSE, unclosed=True, mark="")
-    text = text.rpartition(THINK_CLOSE)[2].strip().strip("`*\"' \n")
+    text = cut_spans(text, THINK_OPEN, THINK_CLOSE, unclosed=True, mark="")
+    text = text.rpartition(THINK_CLOSE)[2].strip().strip(_DECORATION)
     text = text.removeprefix("json").strip()
     if text.startswith("{"):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            return None
-        known = [values[key] for key in ("verdict", "score", "correct", "result", "answer") if key in values]
-        return _word(str(known[0])) if known else None
-    word = _word(text)
-    if word is None and len(text) < 2000 and (match := _LABELLED.search(text[-60:])):
-        word = _word(match.group(1))
-    return word
+        return _json_verdict(text)
+    whole = _word(text)
+    if whole is None and (score := _SCORE.fullmatch(text)):
+        whole = _word(score["word"])
+    return _labelled_verdict(text) if whole is None else whole
+
+
+def _labelled_verdict(text: str) -> float | None:
+    """The verdict behind the label that ends a text, unless an earlier one or the first word says otherwise."""
+    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(text) if sentence.strip()]
+    labelled = [_LABELLED.fullmatch(sentence.strip(_DECORATION)) for sentence in sentences]
+    if not sentences or labelled[-1] is None:
+        return None
+    value = _word(labelled[-1]["word"])
+    others = [_word(match["word"]) for match in labelled if match is not None]
+    if first := _FIRST_WORD.match(sentences[0]):
+        others.append(_word(first[1]) if _word(first[1]) is not None else value)
+    return value if all(other == value for other in others) else None
+
+
+def _json_verdict(text: str) -> float | None:
+    """The verdict of a JSON object; None where it holds none, several that differ, or one that may mean another thing."""
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    keys = {key.casefold() for key, _ in pairs}
+    found = []
+    for key, value in pairs:
+        key = key.casefold()
+        # {"correct": "1", "given": "7"} repeats the ground truth, {"score": 1, "max": 5} has another scale
+        if key == "verdict" or (key in _JSON_KEYS and keys <= _JSON_COMPANIONS | {*_JSON_KEYS}):
+            found.append(_word(str(value)) if isinstance(value, str | int | float | bool) else None)
+    return found[0] if found and all(value == found[0] for value in found) else None
 
 
 def _word(text: str) -> float | None:
@@ -60,9 +108,9 @@ def _word(text: str) -> float | None:
     return 1.0 if word in _RIGHT else 0.0 if word in _WRONG else None
 
 
-def _first_token_probability(token: object) -> float | None:
-    """P(1) / (P(1) + P(0)) of the first token, if that is 0 or 1 and the server tells both."""
-    if str(_at(token, "token")).strip() not in ("0", "1"):
+def _first_token_probability(token: object, digit: str) -> float | None:
+    """P(1) / (P(1) + P(0)) of the first token, if that is the digit of the text and the server tells both."""
+    if str(_at(token, "token")).strip() != digit:
         return None
     mass = {"0": 0.0, "1": 0.0}
     alternatives = _at(token, "top_logprobs")
