@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from cv_lightning.agent.prompt import PromptConfig, chat_template, task_messages
+from cv_lightning.agent.prompt import CUT, PromptConfig, chat_template, task_messages, text_part
 from cv_lightning.images import ImageLimits, to_model_image
 from cv_lightning.model.tokens import END_OF_TURN, IMAGE_PAD
 from cv_lightning.types import CheckpointError, EngineError, Task
@@ -50,7 +50,9 @@ class DialogueEncoder:
         self._ids = lru_cache(maxsize=4096)(self._tokenize)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        pieces = [piece for piece in text.split(CUT) if piece]
+        ids = self.tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
+        return tuple(token for piece in ids for token in piece)
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         """Text of messages by our chat template."""
@@ -76,8 +78,11 @@ class DialogueEncoder:
         return missing + self._ids("\n" + rendered)
 
     def assistant_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of an assistant turn as demonstrations teach it, end of turn included."""
-        return (*self._ids(text), self.end_id)
+        """Ids of an assistant turn as demonstrations teach it, end of turn included.
+
+        Its tags are their own tokens; nothing in it can pass for one of the chat format's control tokens.
+        """
+        return (*self._ids(text_part(text)["text"]), self.end_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of sampled ids, special tokens kept, without the end of turn."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,9 @@ from cv_lightning.types import DataError, Message, Task
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
 TEMPLATE_FILE = Path(__file__).parent / "templates" / "qwen.jinja"
 IMAGE_MARK = "<image>"
+CUT = "\0"
+"""Where `DialogueEncoder` cuts a text before it tokenises the pieces: no token reaches across. Never part of a row."""
+_MARKUP = re.compile(r"<(?=/?(?:think|tool_call|tool_response|answer)>)")
 
 Coordinates = Literal["original_px", "model_px", "relative_1000"]
 
@@ -108,6 +111,16 @@ def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text.replace("<|", "< |")}
 
 
+def literal(text: str) -> str:
+    """Text whose tags of the protocol (`<tool_call>`, `<think>`, ...) are tokenised as text, not as tags."""
+    return _MARKUP.sub("<" + CUT, text.replace(CUT, ""))
+
+
+def literal_part(text: str) -> dict[str, str]:
+    """A text part in which neither control tokens nor tags of the protocol are more than text."""
+    return text_part(literal(text))
+
+
 def split_marks(text: str) -> list[dict[str, str]]:
     """Split text at its `<image>` marks into the content parts of a chat message."""
     parts: list[dict[str, str]] = []
@@ -131,9 +144,9 @@ def response_parts(text: str, with_image: bool, limit: int) -> tuple[list[dict[s
         limit: characters of text, the mark not counted; what is above is cut out of the middle.
     """
     if not with_image:
-        harmless = re.sub(r"<(image|/?tool_response)>", r"< \1>", text.strip())
-        parts = [text_part(cut_middle(harmless, limit))]
-        return parts, parts[0]["text"]
+        harmless = re.sub(r"<(image|/?tool_response)>", r"< \1>", text.strip().replace(CUT, ""))
+        shown = text_part(cut_middle(harmless, limit))["text"]
+        return [literal_part(shown)], shown
     before, after = text.strip().split(IMAGE_MARK, 1)
     before = cut_middle(before, limit)
     pieces = split_marks(before + IMAGE_MARK + cut_middle(after, limit - len(before)))
@@ -151,6 +164,11 @@ def cut_middle(text: str, limit: int) -> str:
     return text[:head] + mark + text[len(text) - (limit - len(mark) - head) :]
 
 
+def _from_row(message: Message) -> Message:
+    """A row's message; of a user or a tool nothing but text, while a system message may describe the protocol."""
+    return replace(message, content=literal(message.content)) if message.role in ("user", "tool") else message
+
+
 def task_messages(
     task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]]], config: PromptConfig, tool: bool
 ) -> list[dict[str, Any]]:
@@ -165,10 +183,10 @@ def task_messages(
     Raises:
         DataError: the number of image marks differs from the number of images.
     """
-    messages = list(task.messages)
+    messages = [_from_row(message) for message in task.messages]
     if not messages:
         marks = IMAGE_MARK * len(task.images)
-        messages = [Message(role="user", content=config.question.format(images=marks, question=task.question))]
+        messages = [Message(role="user", content=config.question.format(images=marks, question=literal(task.question)))]
     system = config.system_text(tool)
     if system is not None and messages[0].role != "system":
         messages.insert(0, Message(role="system", content=system))

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cv_lightning.data.readers import TaskFiles, image_source, is_inside, load_image
+from cv_lightning.data.readers import TaskFiles, image_source, is_inside, load_image, without_marks
 from cv_lightning.data.rows import (
     FieldNames,
     ListedRowFiles,
     ReaderConfig,
     RowError,
     RowFiles,
+    check_text,
     expand_files,
+    is_missing,
     unique_names,
 )
 from cv_lightning.data.tables import Table, open_table
@@ -101,7 +103,8 @@ class BenchmarkFiles(ListedRowFiles[Task]):
         file, number = self.locate(index)
         folder = Path(self.config.image_folder or self.paths[file].parent)
         try:
-            question = self._format.parse(self._tables[file].row(number), folder)
+            row = self._tables[file].row(number)
+            question = self._format.parse({k: None if is_missing(v) else v for k, v in row.items()}, folder)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise RowError("schema", f"not a row of format {self.config.format!r} ({error!r})") from error
         return self._task(question, f"{self._names[file]}:{number}", folder, decode)
@@ -111,7 +114,10 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             load_image(image_source(_unpacked(cell), f"image {at}", folder), f"image {at}", decode)
             for at, cell in enumerate(question.images)
         )
-        if not images or not question.text.strip() or not question.answers:
+        text = without_marks(check_text(question.text, "the question"))
+        for answer in question.answers:
+            check_text(answer, "an answer")
+        if not images or not text or not question.answers:
             raise RowError("incomplete", "no image, no question or no answer")
         # an annotation beyond its picture shows nothing, but the question can still be asked
         box = question.box if question.box is not None and is_inside(question.box, images[0].size) else None
@@ -125,7 +131,7 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             metadata["category"] = question.category
         return Task(
             id=name,
-            question=question.text.strip(),
+            question=text,
             images=images,
             ground_truth=question.answers[0],
             data_source=self.config.data_source or self.config.format,
@@ -158,7 +164,7 @@ def _unpacked(cell: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ the formats
 def _ocrbench(row: Mapping[str, Any], folder: Path) -> Question:
     return Question(
-        text=str(row["question"]),
+        text=_said(row, "question"),
         images=[row["image"]],
         answers=_texts(row["answer"]),
         metric="ocrbench",
@@ -193,9 +199,9 @@ def _vstar(row: Mapping[str, Any], folder: Path) -> Question:
         left, top, right, bottom = zip(*corners, strict=True)
         around = (float(min(left)), float(min(top)), float(max(right)), float(max(bottom)))
     return Question(
-        text=str(row["text"]),
+        text=_said(row, "text"),
         images=[row["image"]],
-        answers=[str(row["label"]).strip()],
+        answers=[_said(row, "label").strip()],
         category=str(row.get("category") or ""),
         box=around,
     )
@@ -203,9 +209,9 @@ def _vstar(row: Mapping[str, Any], folder: Path) -> Question:
 
 def _hrbench(row: Mapping[str, Any], folder: Path) -> Question:
     return Question(
-        text=_with_options(str(row["question"]), _letter_columns(row)),
+        text=_with_options(_said(row, "question"), _letter_columns(row)),
         images=[row["image"]],
-        answers=[str(row["answer"]).strip()],
+        answers=[_said(row, "answer").strip()],
         category=str(row.get("category") or ""),
         metadata={"cycle_category": row.get("cycle_category")},
     )
@@ -214,9 +220,9 @@ def _hrbench(row: Mapping[str, Any], folder: Path) -> Question:
 def _vtcbench(row: Mapping[str, Any], folder: Path) -> Question:
     """With options in columns, or without any; the reference chain of tools is kept, never shown."""
     return Question(
-        text=_with_options(str(row["question"]), _letter_columns(row)),
+        text=_with_options(_said(row, "question"), _letter_columns(row)),
         images=[row["image"]],
-        answers=[str(row["answer"]).strip()],
+        answers=[_said(row, "answer").strip()],
         category=str(row.get("category") or ""),
         metadata={"reference_tools": row["model_tools_gt"]} if row.get("model_tools_gt") else {},
     )
@@ -238,9 +244,9 @@ def _tirbench(row: Mapping[str, Any], folder: Path) -> Question:
     is_ocr = row["task"] == "ocr" and isinstance(row["image_1"], str)
     wrong = [name for name in TIRBENCH_MENDED if is_ocr and name in row["image_1"]]
     return Question(
-        text=str(row["prompt"]),
+        text=_said(row, "prompt"),
         images=images,
-        answers=[TIRBENCH_MENDED[wrong[0]] if wrong else str(row["answer"])],
+        answers=[TIRBENCH_MENDED[wrong[0]] if wrong else _said(row, "answer")],
         metric="tirbench",
         category=str(row["task"]),
     )
@@ -248,7 +254,7 @@ def _tirbench(row: Mapping[str, Any], folder: Path) -> Question:
 
 def _docvqa(row: Mapping[str, Any], folder: Path) -> Question:
     return Question(
-        text=str(row["question"]),
+        text=_said(row, "question"),
         images=[row["image"]],
         answers=_texts(row["answers"]),
         metric="anls",
@@ -264,7 +270,7 @@ def by_fields(names: FieldNames) -> Format:
         if len(options) > len(LETTERS):
             raise ValueError(f"{len(options)} options, of {len(LETTERS)} at most")
         return Question(
-            text=_with_options(str(row[names.question]), dict(zip(LETTERS, options, strict=False))),
+            text=_with_options(_said(row, names.question), dict(zip(LETTERS, options, strict=False))),
             images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],
             answers=_texts(row[names.answer]),
             metric=names.metric,
@@ -275,10 +281,21 @@ def by_fields(names: FieldNames) -> Format:
     return Format((names.question, names.answer, names.image), optional, parse)
 
 
+def _said(row: Mapping[str, Any], key: str) -> str:
+    """The text of a column.
+
+    Raises:
+        RowError: it is empty.
+    """
+    if is_missing(row[key]):
+        raise RowError("missing key", f"{key} is empty (null or NaN)")
+    return str(row[key])
+
+
 def _texts(value: Any) -> list[str]:
     """A list of texts from a list, one text, or a number."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [str(item) for item in values if item is not None and str(item).strip()]
+    return [str(item) for item in values if not is_missing(item) and str(item).strip()]
 
 
 FORMATS = {

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from cv_lightning.data.readers import ORIENTATIONS, is_inside, to_given_frame
+from cv_lightning.data.readers import ORIENTATIONS, is_fraction, is_inside, to_given_frame
 from cv_lightning.images import iou
 from cv_lightning.types import Box
 
@@ -46,6 +46,8 @@ class FrameEvidence:
     """log(width / height) of the box as written."""
     edges: int = 0
     """1: more edges where the given frame puts the box, -1: where the upright one does, 0: cannot be told."""
+    fraction: bool = False
+    """All of the box lies within 0..1."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def frame_evidence(
     if all(inside) and turned and pixels is not None and iou(box, mapped) < SAME_PLACE_IOU:
         as_given, as_upright = _edge_density(pixels, box), _edge_density(pixels, mapped)
         edges = int(np.sign(round(as_given - as_upright, 3)))
-    return FrameEvidence(swapped, *inside, log_ratio, edges)
+    return FrameEvidence(swapped, *inside, log_ratio, edges, is_fraction(box, size))
 
 
 def _edge_density(image: Image.Image, box: Box) -> float:
@@ -119,6 +121,7 @@ def judge_frame(evidence: Sequence[FrameEvidence], num_turned_boxes: int) -> Fra
         "on turned pictures": num_turned_boxes,
         "inside as given only": given,
         "inside as upright only": upright,
+        "within 0..1": sum(row.fraction for row in evidence),
         "inside in neither": sum(not row.inside_given and not row.inside_upright for row in evidence),
         "more edges as given": edges_given,
         "more edges as upright": edges_upright,
@@ -132,6 +135,11 @@ def _decide(
 ) -> tuple[Frame, str]:
     if not evidence:
         return "unknown", "no row has a box"
+    if fractions := sum(row.fraction for row in evidence):
+        return "unknown", (
+            f"{fractions} of {len(evidence)} boxes lie within 0..1: fractions of the image, where pixels are wanted. "
+            "Multiply them by width and height; until then their rows are skipped"
+        )
     if not num_turned:
         return "unknown", "no picture with a box was turned or flipped: both frames are the same"
     if max(bounds) >= CLEAR_RATIO * max(1, min(bounds)) or (min(bounds) == 0 and max(bounds) >= 3):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.prompt import PromptConfig, split_marks, task_messages, text_part, tool_ok_text
+from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, task_messages, tool_ok_text
 from cv_lightning.data.demonstrations import Conversation
 from cv_lightning.images import ImageLimits, model_size
 from cv_lightning.types import Task
@@ -53,10 +53,12 @@ class TokenCounter:
             if image is not None:
                 seen = model_size(*image.size, self.limits)
                 text = tool_ok_text(self.prompt, num_images, image.size, seen)
-                parts = [{"type": "image"}, text_part(turn.response_text)] if turn.response_text else split_marks(text)
+                parts = (
+                    [{"type": "image"}, literal_part(turn.response_text)] if turn.response_text else split_marks(text)
+                )
                 total += len(self.encoder.tool_ids(parts)) - 1 + self.encoder.num_image_tokens(seen)
                 num_images += 1
             elif turn is not conversation.turns[-1]:
                 said = turn.response_text or self.prompt.tool_error.format(error="")
-                total += len(self.encoder.tool_ids([text_part(said)]))
+                total += len(self.encoder.tool_ids([literal_part(said)]))
         return total

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from cv_lightning.data.chunks import ParquetRows
-from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, expand_files, unique_names
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, expand_files, is_missing, unique_names
 from cv_lightning.images import MAX_ASPECT, MAX_DECODED_PIXELS, decode_image, dihedral_affine, invert, map_box
 from cv_lightning.types import Box, ImageError, Message, Task
 
@@ -33,6 +34,19 @@ OTHER_TRANSFORMS = frozenset(
     )
 )  # fmt: skip
 """Names, beside turns and flips, that a data set may require; those of the reward's vocabulary."""
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+"""Roles of a prompt's messages by the words that data sets use; the template writes the role as it stands."""
 BOX_SLACK_PX = 1.0
 """Boxes may reach this far outside the image (rounding in data sets); they are clipped."""
 EXIF_ORIENTATION = 0x0112
@@ -113,6 +127,7 @@ def task_of_row(
     if messages and marks != len(images):
         raise RowError("image marks", f"prompt has {marks} {IMAGE_MARK} marks but there are {len(images)} images")
     question = extra.get("question") or _bare_question(messages)
+    question = without_marks(check_text("" if question is None else str(question), "the question"))
     if not question:
         raise RowError("no question", "neither prompt nor extra_info.question holds a question")
     transforms = parse_transforms(extra.get("transform"))
@@ -120,10 +135,10 @@ def task_of_row(
     metadata = {key: value for key, value in extra.items() if key not in EXTRA_KEYS and key != "accepted_answers"}
     return Task(
         id=f"{name or path.stem}:{number}",
-        question=str(question).replace(IMAGE_MARK, "").strip(),
+        question=question,
         images=images,
         ground_truth=truth,
-        data_source=config.data_source or str(row.get("data_source") or extra.get("dataset_name") or path.stem),
+        data_source=config.data_source or _data_source(row, extra) or path.stem,
         required_transforms=transforms,
         box=_box(extra, images[0].size, transforms, config),
         messages=messages if config.prompt == "given" else (),
@@ -140,7 +155,7 @@ def extra_info(row: Mapping[str, Any]) -> dict[str, Any]:
     extra = _parsed(row.get("extra_info"), "extra_info") or {}
     if not isinstance(extra, Mapping):
         raise RowError("extra_info", f"extra_info is a {type(extra).__name__}; a mapping is wanted")
-    return {str(key): value for key, value in extra.items() if value is not None}
+    return {str(key): value for key, value in extra.items() if not is_missing(value)}
 
 
 def image_cells(row: Mapping[str, Any]) -> list[Any]:
@@ -149,8 +164,8 @@ def image_cells(row: Mapping[str, Any]) -> list[Any]:
     Raises:
         RowError: there is none.
     """
-    cells = row.get("images") if row.get("images") is not None else row.get("image")
-    if cells is None or (isinstance(cells, (list, str, bytes)) and not cells):
+    cells = row.get("image") if is_missing(row.get("images")) else row.get("images")
+    if is_missing(cells) or (isinstance(cells, (list, str, bytes)) and not cells):
         raise RowError("no image", "images is empty; a task needs at least one")
     return cells if isinstance(cells, list) else [cells]
 
@@ -160,9 +175,9 @@ def _parsed(value: Any, key: str) -> Any:
     if isinstance(value, str) and value.strip()[:1] in ("{", "["):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(key.rpartition(".")[2], f"{key} is text that is no JSON ({error})") from error
-    return value
+    return None if is_missing(value) else value
 
 
 def _images(cells: Sequence[Any], folder: Path, decode: bool) -> tuple[Image.Image, ...]:
@@ -185,7 +200,14 @@ def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
         return data
     if not isinstance(name, str) or not name or "\0" in name:
         raise RowError("no image", f"{key} has neither bytes nor path")
-    return folder / name.removeprefix("file://")
+    path = folder / name.removeprefix("file://")
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return path  # whoever opens it says why that fails
+    if not stat.S_ISREG(mode):  # a pipe would be waited for, a device may never end
+        raise RowError("unreadable image", f"{key}: {path} is a folder, pipe or device; an image file is wanted")
+    return path
 
 
 def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
@@ -233,14 +255,39 @@ def _messages(prompt: Any, config: ReaderConfig) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     try:
-        messages = tuple(Message(role=str(m["role"]), content=message_text(m["content"])) for m in prompt)
+        messages = tuple(Message(role=_role(m["role"]), content=message_text(m["content"])) for m in prompt)
     except (TypeError, KeyError, AttributeError) as error:
         raise RowError("prompt", f"prompt is no list of {{role, content}} ({error!r})") from error
+    for message in messages:
+        check_text(message.content, f"prompt ({message.role})")
     return messages if config.system == "given" else tuple(m for m in messages if m.role != "system")
 
 
+def _role(given: Any) -> str:
+    """The template's word for a role.
+
+    Raises:
+        RowError: it is unknown.
+    """
+    role = ROLES.get(given.strip().casefold()) if isinstance(given, str) else None
+    if role is None:
+        raise RowError("role", f"prompt has a message of role {str(given)[:60]!r}; known are {', '.join(ROLES)}")
+    return role
+
+
+def _data_source(row: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
+    named = row.get("data_source")
+    return check_text(str(("" if is_missing(named) else named) or extra.get("dataset_name") or ""), "data_source")
+
+
 def message_text(content: Any) -> str:
-    """Text of a message; of a list of parts, an image part is a mark."""
+    """Text of a message; of a list of parts, an image part is a mark.
+
+    Raises:
+        RowError: it is NaN.
+    """
+    if is_missing(content) and content is not None:
+        raise RowError("prompt", "a message's content is NaN, as pandas writes a missing one")
     if isinstance(content, list):
         return "".join(IMAGE_MARK if part.get("type") == "image" else str(part.get("text") or "") for part in content)
     return str(content or "")
@@ -248,7 +295,14 @@ def message_text(content: Any) -> str:
 
 def _bare_question(messages: Sequence[Message]) -> str:
     users = [message.content for message in messages if message.role == "user"]
-    return users[-1].replace(IMAGE_MARK, "").strip() if users else ""
+    return without_marks(users[-1]) if users else ""
+
+
+def without_marks(text: str) -> str:
+    """Text without image marks, stripped; none is left where the pieces around one make another."""
+    while IMAGE_MARK in text:
+        text = text.replace(IMAGE_MARK, "")
+    return text.strip()
 
 
 def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -260,20 +314,30 @@ def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, lis
         RowError: there is none, or `accepted_answers` is neither one answer nor a list of them.
     """
     truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-    truth = extra.get("answer") if truth is None else truth
+    found = (_without_missing(value) for value in (truth, extra.get("answer")))
+    truth = next((value for value in found if not is_missing(value)), None)
     if truth is None or truth == [] or (isinstance(truth, str) and not truth.strip()):
         raise RowError("no answer", "neither reward_model.ground_truth nor extra_info.answer holds an answer")
     several = [text.strip() for text in truth] if isinstance(truth, list) and all(map(_is_said, truth)) else []
     text = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False, default=str)
     further = _parsed(extra.get("accepted_answers"), "extra_info.accepted_answers")
-    further = further if isinstance(further, list) else [] if further is None else [further]
+    further = [answer for answer in (further if isinstance(further, list) else [further]) if not is_missing(answer)]
     if not all(isinstance(answer, str | int | float) for answer in further):
         raise RowError("accepted answers", f"extra_info.accepted_answers {further} is no list of answers")
     accepted = [
         *(several if len(several) > 1 else []),
         *map(str, further),
     ]  # as they stand: a metric counts
+    for answer in (text, *accepted):
+        check_text(answer, "an accepted answer")
     return several[0] if several else text, accepted
+
+
+def _without_missing(value: Any) -> Any:
+    """A list loses what is missing in it, and is missing itself where nothing else was in it."""
+    if isinstance(value, list) and value:
+        return [answer for answer in value if not is_missing(answer)] or None
+    return value
 
 
 def _is_said(answer: Any) -> bool:
@@ -335,6 +399,12 @@ def _box(
     given = raw_box(extra)
     if given is None:
         return None
+    if is_fraction(given, size):
+        raise RowError(
+            "box",
+            f"a box of {list(given)} lies within 0..1: fractions of its {size[0]}x{size[1]} image? Boxes are pixels; "
+            "multiply by width and height",
+        )
     box = to_given_frame(given, size, transforms) if config.bbox_frame == "upright" else given
     if not is_inside(box, size):
         key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
@@ -344,6 +414,11 @@ def _box(
             f"and bbox_frame is {config.bbox_frame!r}",
         )
     return (max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3]))
+
+
+def is_fraction(box: Box, size: tuple[int, int]) -> bool:
+    """True if a box covers less than a pixel of an image that has many: its numbers are fractions of the sides."""
+    return max(box) <= 1 and min(box) >= 0 and min(size) > 2
 
 
 def is_inside(box: Box, size: tuple[int, int]) -> bool:

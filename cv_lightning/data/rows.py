@@ -7,6 +7,7 @@ row that cannot be used is met when its turn comes: it is counted, listed by num
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from cv_lightning.types import DataError
 
@@ -44,6 +45,28 @@ class RowError(DataError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def check_text(text: str, key: str) -> str:
+    """The text, which tokenizer, template and store can hold.
+
+    Raises:
+        RowError: it has NUL characters or halves of a surrogate pair.
+    """
+    if "\0" in text:
+        raise RowError(
+            "NUL character", f"{key} {text[:60]!r} has a NUL character; is it UTF-16 that was read as UTF-8?"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("broken text", f"{key} {text[:60]!r} is no Unicode text ({error.reason})") from error
+    return text
+
+
+def is_missing(value: Any) -> bool:
+    """True for None and for NaN, as pandas writes a value that is not there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,16 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from cv_lightning.data.demonstrations import Conversation, DemoTurn
-from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image, message_text
-from cv_lightning.data.rows import ListedRowFiles, ReaderConfig, RowError, expand_files, unique_names
+from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image, message_text, without_marks
+from cv_lightning.data.rows import (
+    ListedRowFiles,
+    ReaderConfig,
+    RowError,
+    check_text,
+    expand_files,
+    is_missing,
+    unique_names,
+)
 from cv_lightning.types import DataError, Message, Task, ToolCall
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -72,7 +80,7 @@ def read_items(path: Path, under: str = "") -> list[Any]:
         DataError: no JSON, or no list.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is no content
         if path.suffix == ".jsonl":
             return [_line(line) for line in text.split("\n") if line.strip()]
         items = json.loads(text)
@@ -112,6 +120,8 @@ def conversation_of_item(
     """
     system, speakers = _speakers(item)
     marks = sum(said.text.count(IMAGE_MARK) for said in speakers)
+    if IMAGE_MARK in system:
+        raise RowError("image marks", f"the system message holds an {IMAGE_MARK} mark; only human and tool turns may")
     names = item.get("images") or []
     if not isinstance(names, list):
         raise RowError("no image", f"images is a {type(names).__name__}; a list of paths is wanted")
@@ -131,7 +141,7 @@ def conversation_of_item(
     messages.append(Message(role="user", content=question))
     task = Task(
         id=f"{name or path.stem}:{number}",
-        question=question.replace(IMAGE_MARK, "").strip(),
+        question=without_marks(question),
         images=tuple(images[:num_given]),
         ground_truth=answers[-1] if answers else "",
         data_source=path.stem,
@@ -164,7 +174,7 @@ def _speakers(item: Any) -> tuple[str, list[_Said]]:
         ]
     except (TypeError, KeyError, AttributeError) as error:
         raise RowError("conversations", f"conversations is no list of {{from, value}} ({error!r})") from error
-    system = str(item.get("system") or "")
+    system = check_text("" if is_missing(item.get("system")) else str(item["system"]), "system")
     if speakers and speakers[0].speaker == "system":
         system = system or speakers[0].text
         speakers = speakers[1:]
@@ -182,9 +192,11 @@ def _said(turn: Mapping[str, Any], who: str, what: str) -> str:
     """The text of a turn: a text, or the parts of one; a call that stands alone gets the tags that the agent reads.
 
     Raises:
-        RowError: there is none, such as where the call stands in `tool_calls`.
+        RowError: it is broken, or there is none, such as where the call stands in `tool_calls`.
     """
     value = turn[what]
+    if is_missing(value):
+        value = None
     if isinstance(value, list):
         value = message_text(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -192,6 +204,7 @@ def _said(turn: Mapping[str, Any], who: str, what: str) -> str:
     if not isinstance(value, str):
         calls = "; a call must stand in the text, between <tool_call> tags" if turn.get("tool_calls") else ""
         raise RowError("no text", f"the {what} of a turn of {turn[who]!r} is {value!r}, no text{calls}")
+    check_text(value, f"the {what} of a turn of {turn[who]!r}")
     if turn[who] == "function_call" and CALL_OPEN not in value:
         return f"{CALL_OPEN}\n{value.strip()}\n{CALL_CLOSE}"
     return value

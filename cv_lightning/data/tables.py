@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cv_lightning.data.chunks import ParquetRows
-from cv_lightning.data.rows import RowError
+from cv_lightning.data.rows import RowError, is_missing
 from cv_lightning.data.sft_json import read_items
 from cv_lightning.types import DataError
 
@@ -72,7 +72,7 @@ class JsonRows:
         item = self._items[index]
         if not isinstance(item, Mapping):
             raise RowError("no object", f"item {index} is {str(item)[:80]!r}; an object is wanted")
-        if missing := [name for name in self.needed if item.get(name) is None]:
+        if missing := [name for name in self.needed if is_missing(item.get(name))]:
             raise RowError("missing key", f"no key {', '.join(missing)}; it has {', '.join(map(str, item))}")
         return item
 
@@ -127,8 +127,8 @@ class _Lines(Iterator[str]):
         self.position = int(file.tell())
 
     def __next__(self) -> str:
-        line: bytes = self.file.readline()
+        start, line = self.position, bytes(self.file.readline())
         if not line:
             raise StopIteration
         self.position += len(line)
-        return line.decode("utf-8")
+        return line.decode("utf-8-sig" if start == 0 else "utf-8")  # some editors write a byte-order mark

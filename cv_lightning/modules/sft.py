@@ -7,7 +7,7 @@ import time
 import torch
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
-from cv_lightning.agent.prompt import PromptConfig, split_marks, text_part, tool_ok_text
+from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, tool_ok_text
 from cv_lightning.data.demonstrations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.model.loading import PolicyConfig
@@ -89,9 +89,9 @@ def encode_conversation(encoder: DialogueEncoder, conversation: Conversation, pr
         if turn.result_image is not None:
             view = encoder.model_image(turn.result_image)
             text = tool_ok_text(prompt, len(dialogue.images), turn.result_image.size, view.size)
-            parts = [{"type": "image"}, text_part(turn.response_text)] if turn.response_text else split_marks(text)
+            parts = [{"type": "image"}, literal_part(turn.response_text)] if turn.response_text else split_marks(text)
             dialogue.append_given(encoder.tool_ids(parts), [view])
         elif turn is not conversation.turns[-1]:
             text = turn.response_text or prompt.tool_error.format(error="")
-            dialogue.append_given(encoder.tool_ids([text_part(text)]))
+            dialogue.append_given(encoder.tool_ids([literal_part(text)]))
     return dialogue

@@ -1,4 +1,4 @@
-"""Replies of judges by what they mean: 1.0 right, 0.0 wrong, None where nothing stands where a verdict was asked for."""
+"""Replies of judges by what they mean: 1.0 right, 0.0 wrong, None where no verdict stands where one was asked for."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def _labelled_verdict(text: str) -> float | None:
 
 
 def _json_verdict(text: str) -> float | None:
-    """The verdict of a JSON object; None where it holds none, several that differ, or one that may mean another thing."""
+    """The verdict of a JSON object; None where it holds none, several that differ, or a value of another meaning."""
     try:
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError):
