@@ -24,10 +24,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-o", "--output", help="where --run writes the result")
     parser.add_argument("--timeout-s", type=float, default=2.0, help="limit of a snippet in seconds")
+    parser.add_argument("--no-private-root", action="store_true", help="as on a host that allows no private root")
     parser.add_argument("--allow-unsafe", action="store_true", help="start although a required layer is missing")
     options = parser.parse_args(argv)
     config = SandboxConfig(
-        timeout_s=options.timeout_s, max_code_chars=MAX_CODE_CHARS, allow_unsafe=options.allow_unsafe
+        timeout_s=options.timeout_s,
+        max_code_chars=MAX_CODE_CHARS,
+        private_root=not options.no_private_root,
+        allow_unsafe=options.allow_unsafe,
     )
     try:
         with Sandbox(config) as sandbox:

@@ -340,16 +340,17 @@ def cap_recursion() -> None:
 
 def wait_for_job(control: socket.socket, memory_mb: int) -> ChildJob:
     """Block until the fork server hands over a job; its memfds get the numbers `INPUT_FD` and `OUTPUT_FD`."""
-    packet, fds, _, _ = socket.recv_fds(control, 1 << 17, 2)
+    packet, fds, _, _ = socket.recv_fds(control, JOB.size, 2)
     control.close()
     if fds != [INPUT_FD, OUTPUT_FD]:  # nobody will ask any more
         os._exit(0)
     gc.enable()
-    return unpack_job(packet, memory_mb)
+    return unpack_job(packet, INPUT_FD, memory_mb)
 
 
-def unpack_job(packet: bytes, memory_mb: int) -> ChildJob:
-    """A job as the parent packed it."""
-    _, _, _, width, height, flags, max_pixels, seed = JOB.unpack_from(packet)
-    code = packet[JOB.size :].decode("utf-8", "replace")
+def unpack_job(packet: bytes, input_fd: int, memory_mb: int) -> ChildJob:
+    """A job as the parent packed it; its code stands behind the pixels of the input."""
+    _, _, _, width, height, flags, max_pixels, seed = JOB.unpack(packet)
+    num_pixels = PIXEL * width * height
+    code = os.pread(input_fd, os.fstat(input_fd).st_size - num_pixels, num_pixels).decode("utf-8", "replace")
     return ChildJob(code, width, height, max_pixels, memory_mb, seed, bool(flags & FLAG_REFERENCE))

@@ -8,7 +8,7 @@ GENERAL_LAYERS = ("clean_exec", "no_new_privs", "rlimits", "pdeathsig", "seccomp
 """Layers without which no model code runs; `files` is Landlock, or a seccomp filter that denies open()."""
 
 MAX_CODE_CHARS = 32_000
-"""Of up to four bytes each; a packet holds 128 KB."""
+"""Longer code is not written by a model, and parsing it takes the caller's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class SandboxConfig:
     """Pick the result as the reference does (`img` before a rebound `image`), for comparison runs only."""
     disabled_layers: tuple[str, ...] = ()
     """Layers to leave out (landlock, seccomp, rlimits, uid), for measurements; needs allow_unsafe."""
+    private_root: bool = True
+    """Give the fork servers a root folder of their own where the host allows it, so that other paths do not exist."""
     namespaces: bool = False
     """Also try user, network and IPC namespaces; containers often deny them."""
 
@@ -63,9 +65,7 @@ class SandboxConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"sandbox.{name}={getattr(self, name)} must be greater than 0")
         if self.max_code_chars > MAX_CODE_CHARS:
-            raise ValueError(
-                f"sandbox.max_code_chars={self.max_code_chars}: at most {MAX_CODE_CHARS}, sent as one packet"
-            )
+            raise ValueError(f"sandbox.max_code_chars={self.max_code_chars}: at most {MAX_CODE_CHARS}")
         for name in ("num_zygotes", "max_in_flight", "cache_size", "max_queue", "jobs_per_zygote"):
             if getattr(self, name) < 0:
                 raise ValueError(f"sandbox.{name}={getattr(self, name)} must not be negative")

@@ -7,29 +7,20 @@ in the child, because it denies what the earlier layers need.
 from __future__ import annotations
 
 import ctypes
-import errno
+import glob
 import os
 import resource
 import struct
 import sys
+import sysconfig
 from collections.abc import Sequence
+
+from cv_lightning.sandbox.private_root import is_within
 
 SANDBOX_UID = 59_871
 """Dedicated user id of the children where the fork server starts as root."""
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
-ALLOWED_SYSCALLS = (
-    "read write readv writev pread64 pwrite64 lseek mmap munmap mremap mprotect madvise brk close fstat "
-    "newfstatat stat lstat statx readlink readlinkat access faccessat faccessat2 fcntl dup futex rt_sigaction "
-    "rt_sigprocmask rt_sigreturn sigaltstack exit exit_group getpid getppid gettid getuid geteuid getgid getegid "
-    "getrandom clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time sched_yield "
-    "sched_getaffinity getrusage getcwd uname sysinfo restart_syscall poll ppoll select pselect6 set_robust_list "
-    "rseq times membarrier mincore getrlimit getcpu arch_prctl fadvise64 ftruncate getdents64"
-).split()
-OPENING_SYSCALLS = ("open", "openat")
-WAITING_SYSCALLS = ("recvmsg",)
-"""A child is sealed before it gets a job. Its socket is closed when model code starts, and it can make no other."""
-WORKER_SYSCALLS = ("sendto",)
-"""What a warm worker, in which no model code runs, needs on top for its one socket."""
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+DEVICES = ("/dev/urandom",)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,34 +31,43 @@ def prctl(option: int, value: int = 0, pointer: object = 0) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ privileges
-def _reachable_by(uid: int, path: str) -> bool:
-    """True if every folder above `path` may be entered by a user that owns none of them."""
+def _usable_by(uid: int, path: str) -> bool:
+    """True if a user that owns nothing may enter every folder above `path` and read it."""
     path = os.path.realpath(path)
+    readable = bool(os.stat(path).st_mode & 0o004)
     while path != "/":
+        path = os.path.dirname(path)
         state = os.stat(path)
         if state.st_uid != uid and not state.st_mode & 0o001:
             return False
-        path = os.path.dirname(path)
-    return True
+    return readable
 
 
 def drop_privileges(enabled: bool) -> str:
-    """As root become the sandbox's user; where that one cannot reach the interpreter, drop all capabilities."""
+    """As root become the sandbox's user; where that one cannot use the libraries, drop all capabilities.
+
+    Call it after the private root is made, in which the way to an interpreter under /root is open.
+    """
     if os.geteuid() != 0:
+        _drop_capabilities()  # of a user namespace, if there is one
         return f"active (uid {os.geteuid()}, not root)"
     if not enabled:
         return "off"
-    if all(_reachable_by(SANDBOX_UID, path) for path in {sys.base_prefix, sys.prefix}):
+    if all(_usable_by(SANDBOX_UID, path) for path in (os.__file__, *_packages())):
         os.setgroups([])
         os.setresgid(SANDBOX_UID, SANDBOX_UID, SANDBOX_UID)
         os.setresuid(SANDBOX_UID, SANDBOX_UID, SANDBOX_UID)
         return f"active (uid {SANDBOX_UID})"
+    if not _drop_capabilities():
+        return f"unavailable (capset: {os.strerror(ctypes.get_errno())})"
+    return f"active (no capabilities; {sys.base_prefix} is closed to other users)"
+
+
+def _drop_capabilities() -> bool:
     for capability in range(64):
         prctl(PR_CAPBSET_DROP, capability)
     header = struct.pack("<Ii", 0x20080522, 0)
-    if _libc.capset(header, struct.pack("<6I", 0, 0, 0, 0, 0, 0)) != 0:
-        return f"unavailable (capset: {os.strerror(ctypes.get_errno())})"
-    return f"active (no capabilities; {sys.base_prefix} is closed to other users)"
+    return bool(_libc.capset(header, struct.pack("<6I", 0, 0, 0, 0, 0, 0)) == 0)
 
 
 def enter_namespaces(enabled: bool) -> str:
@@ -80,17 +80,46 @@ def enter_namespaces(enabled: bool) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ file system
-def readable_folders() -> list[str]:
-    """What imports need: the standard library, packages, shared objects, fonts. Never the project's data."""
-    packages = [path for path in sys.path if path.startswith("/") and path.endswith(("site-packages", "dist-packages"))]
-    standard = [path for path in sys.path if path.startswith(sys.base_prefix) and os.path.isdir(path)]
+def _packages() -> list[str]:
+    return [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+
+
+def library_paths() -> list[str]:
+    """What imports need, as the interpreter names it: standard library, packages, shared objects, fonts.
+
+    The entries of `sys.path` do not count for it, nor does the interpreter's prefix: a project can lie below both.
+    """
+    shared = glob.glob(os.path.join(glob.escape(sys.base_prefix), "lib", "*.so*"))
+    zipped = [path for path in sys.path if path == os.path.join(sys.base_prefix, "lib", os.path.basename(path))]
     system = ["/usr/lib", "/lib", "/lib64", "/usr/share/fonts", "/usr/share/zoneinfo"]
-    fixed = [os.path.join(sys.base_prefix, "lib"), *system]
-    return sorted({os.path.realpath(path) for path in [*packages, *standard, *fixed] if os.path.isdir(path)})
+    paths = [sysconfig.get_path("stdlib"), *_packages(), *(path for path in zipped if path.endswith(".zip"))]
+    return [path for path in (*paths, *shared, *system) if os.path.exists(path)]
 
 
-def restrict_files(enabled: bool) -> str:
-    """Landlock: read-only libraries, no TCP, signals and abstract sockets only inside; forever, for this process."""
+def readable_paths(private: Sequence[str] = ()) -> list[str]:
+    """The folders and files that model code may read, as real paths.
+
+    Args:
+        private: folders that must stay closed although they may lie inside a library folder: the repository, the
+            working folder. One that holds a library folder, or is one, has no effect on that library folder.
+    """
+    closed = [os.path.realpath(path) for path in private]
+    found = {os.path.realpath(path) for path in library_paths()}
+    return sorted({part for path in found for part in _parts(path, closed)})
+
+
+def _parts(path: str, closed: Sequence[str]) -> list[str]:
+    """`path` itself, or, where closed folders lie inside it, its entries beside the ways to them."""
+    inside = [other for other in closed if other != path and is_within(other, path)]
+    if not inside:
+        return [path]
+    # The target of a link is granted by itself if it lies in a library folder, and not at all otherwise.
+    entries = [entry.path for entry in os.scandir(path) if not entry.is_symlink() and entry.path not in inside]
+    return [part for entry in entries for part in _parts(entry, inside)]
+
+
+def restrict_files(enabled: bool, paths: Sequence[str]) -> str:
+    """Landlock: only `paths` can be read, no TCP, signals and abstract sockets only inside; for ever, this process."""
     if not enabled:
         return "off"
     import landlockpy
@@ -102,58 +131,13 @@ def restrict_files(enabled: bool) -> str:
         abi = landlockpy.abi_version()
         scoped = landlockpy.Scope.SIGNAL | landlockpy.Scope.ABSTRACT_UNIX_SOCKET if abi >= 6 else landlockpy.Scope.NONE
         with landlockpy.Ruleset(scoped=scoped) as ruleset:
-            for path in readable_folders():
-                ruleset.allow_path(path, read)
-            if os.path.exists("/dev/urandom"):
-                ruleset.allow_path("/dev/urandom", landlockpy.AccessFS.READ_FILE)
+            for path in (*paths, *DEVICES):
+                if os.path.exists(path):
+                    ruleset.allow_path(path, read if os.path.isdir(path) else landlockpy.AccessFS.READ_FILE)
             ruleset.restrict()
     except (OSError, landlockpy.LandlockError) as error:
         return f"unavailable ({error})"
     return f"active (ABI {abi})"
-
-
-# ------------------------------------------------------------------------------------------------ system calls
-class _Program(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-
-class SeccompFilter:
-    """A compiled allow-list; what is not on it fails with EPERM. Built once, installed in every child by one call."""
-
-    def __init__(self, *, allow_open: bool, extra: Sequence[str] = ()) -> None:
-        import pyseccomp
-
-        rules = pyseccomp.SyscallFilter(defaction=pyseccomp.ERRNO(errno.EPERM))
-        names = [*ALLOWED_SYSCALLS, *WAITING_SYSCALLS, *extra, *(OPENING_SYSCALLS if allow_open else ())]
-        for name in names:
-            try:
-                rules.add_rule(pyseccomp.ALLOW, name)
-            except (OSError, ValueError, RuntimeError):  # the name does not exist on this architecture
-                continue
-        rules.add_rule(pyseccomp.ERRNO(errno.ENOTTY), "ioctl")
-        # glibc falls back from clone3 to clone only on ENOSYS.
-        rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
-        rules.add_rule(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(2, pyseccomp.EQ, 0))
-        with os.fdopen(os.memfd_create("filter"), "w+b") as file:
-            rules.export_bpf(file)
-            file.seek(0)
-            code = file.read()
-        self._code = ctypes.create_string_buffer(code, len(code))
-        self._program = _Program(len(code) // 8, ctypes.addressof(self._code))
-
-    def install(self) -> bool:
-        """Seal this process; needs NO_NEW_PRIVS or CAP_SYS_ADMIN."""
-        return prctl(PR_SET_SECCOMP, 2, ctypes.byref(self._program)) == 0
-
-
-def build_filter(enabled: bool, *, allow_open: bool, extra: Sequence[str] = ()) -> tuple[SeccompFilter | None, str]:
-    """The filter (with `extra` system calls allowed) and its report."""
-    if not enabled:
-        return None, "off"
-    try:
-        return SeccompFilter(allow_open=allow_open, extra=extra), "active" if allow_open else "active (open denied)"
-    except (ImportError, OSError, RuntimeError) as error:
-        return None, f"unavailable ({error})"
 
 
 # ------------------------------------------------------------------------------------------------ resources

@@ -48,8 +48,11 @@ ALLOWED_NODES = (
     ast.Name, ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.Call, ast.Attribute, ast.keyword,
     ast.IfExp, ast.Compare, ast.cmpop, ast.Load, ast.Store, ast.operator, ast.USub, ast.Subscript, ast.Assign,
 )  # fmt: skip
-FAILURES = (ArithmeticError, ValueError, TypeError, OSError, LookupError, MemoryError, SystemError, AttributeError)
-"""What a checked operation may raise; a child then tells the model about it."""
+FAILURES = (
+    ArithmeticError, ValueError, TypeError, OSError, LookupError, MemoryError, SystemError, AttributeError,
+    RecursionError,
+)  # fmt: skip
+"""What preparing or executing a plan may raise (deep nesting included); a child then tells the model about it."""
 SILENT = ("copy", "convert")
 RESULT_NAMES = ("result", "output", "processed_image", "image", "img")
 """The order in which a child looks for the result; the last two count only if they were bound anew."""

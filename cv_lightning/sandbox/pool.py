@@ -66,11 +66,10 @@ class Job:
 
     id: int
     owner: str
-    code: bytes
     size: tuple[int, int]
     seed: bytes
     make_input: Callable[[], int]
-    """Makes the sealed memfd of the input's pixels; not before it is needed, for a thousand may wait."""
+    """Makes the sealed memfd of the input's pixels and the code; not before it is needed, for a thousand may wait."""
     flags: int
     science: bool
     """Needs a server with SciPy and scikit-image."""
@@ -135,7 +134,6 @@ class Pool:
         self,
         *,
         owner: str,
-        code: str,
         size: tuple[int, int],
         seed: bytes,
         make_input: Callable[[], int],
@@ -146,7 +144,6 @@ class Pool:
         job = Job(
             id=next(self._ids),
             owner=owner,
-            code=code.encode("utf-8", "replace"),
             size=size,
             seed=seed,
             make_input=make_input,
@@ -287,8 +284,8 @@ class Pool:
         self._bytes += job.num_bytes
         heapq.heappush(self._deadlines, (time.monotonic() + job.timeout_s + WATCHDOG_S, job.id))
         most = self.config.max_result_pixels
-        header = JOB.pack(RUN, job.id, job.timeout_s, *job.size, job.flags, most, job.seed)
-        server.send(header + job.code, [job.input_fd, job.output_fd])
+        packet = JOB.pack(RUN, job.id, job.timeout_s, *job.size, job.flags, most, job.seed)
+        server.send(packet, [job.input_fd, job.output_fd])
         if server.served >= self.config.jobs_per_zygote and not server.draining:
             self._retire(server)
 

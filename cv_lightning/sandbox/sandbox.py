@@ -34,6 +34,9 @@ the new file, no future writing is no writing at all."""
 MAX_WORKER_MS = 500.0
 """Plans that are estimated to take longer run in a child, whose CPU time is limited."""
 
+SCIENCE_NAMES = ("skimage", "scipy", "matplotlib")
+"""Code that names one of these runs on a server that has them loaded."""
+
 
 @dataclass(slots=True)
 class _Run:
@@ -233,13 +236,12 @@ class Sandbox:
         flags = FLAG_PLAN * run.as_plan | FLAG_REFERENCE * self.config.reference_results
         # Without Landlock a child cannot open a file, so that what it imports must be loaded.
         closed = "open denied" in pool.report.get("files", "")
-        science = not run.as_plan and (closed or any(name in run.code for name in ("skimage", "scipy")))
+        science = not run.as_plan and (closed or any(name in run.code for name in SCIENCE_NAMES))
         return pool.submit(
             owner=owner,
-            code=run.code,
             size=run.image.size,
             seed=_seed(run.image, run.code),
-            make_input=partial(sealed_pixels, run.image),
+            make_input=partial(sealed_pixels, run.image, run.code.encode()),
             flags=flags,
             science=science,
         )
@@ -329,8 +331,8 @@ def _num_bytes(result: SandboxResult | None) -> int:
     return 0 if result is None or result.image is None else 3 * result.image.width * result.image.height
 
 
-def sealed_pixels(image: Image.Image) -> int:
-    """A memfd with the pixels of an RGB image, four bytes each, that nobody can change any more."""
+def sealed_pixels(image: Image.Image, code: bytes = b"") -> int:
+    """A memfd with the pixels of an RGB image, four bytes each, and then the code; nobody can change it any more."""
     image.load()
     encoder = Image._getencoder("RGB", "raw", ("RGBX",))
     encoder.setimage(image.im, (0, 0, *image.size))
@@ -339,6 +341,7 @@ def sealed_pixels(image: Image.Image) -> int:
         failed = encoder.encode_to_file(fd, 1 << 18)
         if failed < 0:
             raise SandboxError(f"the input of {image.width}x{image.height} pixels could not be copied ({failed})")
+        os.write(fd, code)
         fcntl.fcntl(fd, F_ADD_SEALS, SEAL | SHRINK | GROW | FUTURE_WRITE)
     except BaseException:
         os.close(fd)

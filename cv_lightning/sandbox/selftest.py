@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -35,9 +36,13 @@ SLACK_S = 0.5
 """A timeout must come within its limit and this."""
 MAX_GROWTH_KB = 256 << 10
 """A case may not make this process larger by more."""
+VICTIM = "VICTIM_PID"
+"""Stands in a case's code for the process id of a victim, which belongs to the user that runs the test."""
 NEXT_JOB = "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)"
 """Runs after every case: the state must be clean."""
 _FAILED = (ToolStatus.ERROR, ToolStatus.KILLED)
+_JUDGED_ALWAYS = ("no_leak", "no_attach", "parent_alive", "bounded_stdout", "victim_alive")
+"""Expectations that `_Before.faults` and `_run_case` look at, whichever case it is."""
 _ERRORS = ("error", "killed_or_error", "error_or_timeout", "killed_or_error_or_ok", "ok_or_error", "any")
 
 
@@ -81,6 +86,7 @@ START_NAMES = (
     "fork",
     "execve",
     "kill_parent",
+    "signal_victim",
     "ptrace_parent",
     "memory",
     "benign",
@@ -122,19 +128,55 @@ class Listener:
         self._socket.close()
 
 
+class Victim:
+    """A process that sleeps until a signal ends it. It is started by the first case that names it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def code_for(self, case: Case) -> str:
+        """The case's code with the victim's process id filled in."""
+        if VICTIM not in case.code:
+            return case.code
+        if not self.is_alive():
+            self._process = subprocess.Popen(["sleep", "300"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        return case.code.replace(VICTIM, str(self._process.pid)) if self._process is not None else case.code
+
+    def is_alive(self) -> bool:
+        """True if the victim runs: neither ended nor stopped."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "RSD"
+
+    def close(self) -> None:
+        """End the victim."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the cases may try to reach."""
+
+    listener: Listener
+    victim: Victim
+
+
 @contextlib.contextmanager
-def surroundings() -> Iterator[Listener]:
-    """What the cases may try to reach: a secret in the environment, a readable picture, a listener."""
+def surroundings() -> Iterator[Surroundings]:
+    """Provide what the cases may try to reach: a secret in the environment, an image file, a listener, a victim."""
     before = os.environ.get(SECRET_NAME)
     os.environ[SECRET_NAME] = SECRET
     with contextlib.suppress(OSError):  # another user's file serves as well
         Image.new("RGB", (8, 8), (200, 10, 10)).save(CANARY)
         os.chmod(CANARY, 0o644)
-    listener = Listener()
+    around = Surroundings(Listener(), Victim())
     try:
-        yield listener
+        yield around
     finally:
-        listener.close()
+        around.listener.close()
+        around.victim.close()
         os.environ.pop(SECRET_NAME) if before is None else os.environ.update({SECRET_NAME: before})
         with contextlib.suppress(OSError):
             os.unlink(CANARY)
@@ -142,8 +184,8 @@ def surroundings() -> Iterator[Listener]:
 
 def run_cases(sandbox: Sandbox, cases: Iterable[Case]) -> list[CaseResult]:
     """Run cases one after the other, a harmless job after each."""
-    with surroundings() as listener:
-        return [_run_case(sandbox, case, listener) for case in cases]
+    with surroundings() as around:
+        return [_run_case(sandbox, case, around) for case in cases]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +198,9 @@ class _Before:
     peak_kb: int
 
     @classmethod
-    def take(cls, sandbox: Sandbox, listener: Listener) -> _Before:
+    def take(cls, sandbox: Sandbox, around: Surroundings) -> _Before:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return cls(listener.reached, sandbox.stats.get("restarts", 0), _tracer(), peak)
+        return cls(around.listener.reached, sandbox.stats.get("restarts", 0), _tracer(), peak)
 
     def faults(self, sandbox: Sandbox, result: SandboxResult) -> list[str]:
         """What no case may do, whatever it expects."""
@@ -196,17 +238,18 @@ def strays(sandbox: Sandbox) -> list[int]:
     return found
 
 
-def _run_case(sandbox: Sandbox, case: Case, listener: Listener) -> CaseResult:
+def _run_case(sandbox: Sandbox, case: Case, around: Surroundings) -> CaseResult:
     image = test_image()
     before = image.tobytes()
     for part in case.expect.split(";"):
         if part.startswith("no_side_effect:"):
             with contextlib.suppress(OSError):
                 os.unlink(part.split(":", 1)[1])
-    state, begun = _Before.take(sandbox, listener), time.monotonic()
+    case = replace(case, code=around.victim.code_for(case))
+    state, begun = _Before.take(sandbox, around), time.monotonic()
     result = sandbox.run_sync(image, case.code, owner="self-test")
     seconds = time.monotonic() - begun
-    reached = listener.reached - state.reached
+    reached = around.listener.reached - state.reached
     parts = (_fault(sandbox, part, case, result, seconds, reached) for part in case.expect.split(";"))
     unmet, harm = [fault for fault in parts if fault], state.faults(sandbox, result)
     if image.tobytes() != before:
@@ -218,6 +261,8 @@ def _run_case(sandbox: Sandbox, case: Case, listener: Listener) -> CaseResult:
         # Contained all the same: which of the limits strikes first depends on the machine. `got` says so.
         unmet = []
         result = replace(result, error=f"(another limit struck first; expected {case.expect}) {result.error}")
+    if "victim_alive" in case.expect.split(";") and not around.victim.is_alive():
+        harm.append("a signal reached the victim")
     faults = [*harm, *unmet]
     got = f"{result.status} {result.error_kind} {result.error[:160]}".strip()
     return CaseResult(name=case.name, ok=not faults, got="; ".join([*faults, got]))
@@ -250,8 +295,13 @@ def _fault(sandbox: Sandbox, part: str, case: Case, result: SandboxResult, secon
     if kind == "no_connect":
         return "the listener was reached" if reached else ""
     if kind in _ERRORS:
-        return _status_fault(kind, detail, result)
-    return "" if kind in ("no_leak", "no_attach", "parent_alive", "bounded_stdout") else f"unknown expectation {kind}"
+        hidden = sandbox.layers.get("private_root", "").startswith("active")
+        return _status_fault(kind, detail, result, hidden)
+    return (
+        ""
+        if kind in ("no_leak", "no_attach", "parent_alive", "bounded_stdout", "victim_alive")
+        else f"unknown expectation {kind}"
+    )
 
 
 def _other_limit(case: Case, result: SandboxResult) -> bool:
@@ -261,12 +311,15 @@ def _other_limit(case: Case, result: SandboxResult) -> bool:
     return case.expect in ("error:MemoryError", "killed_or_error") and result.status is ToolStatus.TIMEOUT
 
 
-def _status_fault(kind: str, detail: str, result: SandboxResult) -> str:
+def _status_fault(kind: str, detail: str, result: SandboxResult, hidden: bool) -> str:
+    """Why the status is not the expected one; in a private root (`hidden`) a path outside does not exist at all."""
     if result.status in (ToolStatus.LOST, ToolStatus.REFUSED):
         return f"it did not run: {result.status}"
     if kind == "any" or result.status in _FAILED:
         word = detail if kind == "error" and detail.endswith("Error") else ""
         if word == "MemoryError" and result.error_kind in ("too_large", "SIGKILL"):
+            word = ""
+        if word == "PermissionError" and hidden and result.error_kind in ("FileNotFoundError", "NotADirectoryError"):
             word = ""
         return "" if word in result.error or result.status is ToolStatus.KILLED else f"the error does not name {word}"
     allowed = {

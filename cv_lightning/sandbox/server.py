@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.heap import TUNABLES
+from cv_lightning.sandbox.private_root import is_within
 
 if TYPE_CHECKING:
     from cv_lightning.sandbox.pool import Job
@@ -57,12 +60,19 @@ class Server:
     def launch(cls, config: SandboxConfig, *, science: bool) -> Server:
         """Start one by exec: clean environment, stdio on /dev/null, own session, no descriptor but its socket."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        off = ",".join(config.disabled_layers)
-        numbers = f"{config.memory_mb}:{config.cpu_s}:{config.max_result_pixels}"
-        settings = f"{numbers}:{off}:{int(config.namespaces)}:{int(science)}"
+        settings = {
+            "memory_mb": config.memory_mb,
+            "cpu_s": config.cpu_s,
+            "max_pixels": config.max_result_pixels,
+            "disabled": config.disabled_layers,
+            "namespaces": config.namespaces,
+            "private_root": config.private_root,
+            "science": science,
+            "private_folders": private_folders(),
+        }
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _BOOT, _search_path(), str(theirs.fileno()), settings],
+                [sys.executable, "-I", "-c", _BOOT, _search_path(), str(theirs.fileno()), json.dumps(settings)],
                 pass_fds=[theirs.fileno()],
                 env=_ENVIRONMENT,
                 cwd="/",
@@ -116,5 +126,18 @@ class Server:
 
 def _search_path() -> str:
     """The project and the packages that this process sees; -I drops PYTHONPATH, which may name them."""
-    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    return ":".join([*packages, _ROOT])
+    return ":".join([*filter(_holds_packages, sys.path), _ROOT])
+
+
+def _holds_packages(path: str) -> bool:
+    return os.path.basename(path) in ("site-packages", "dist-packages")
+
+
+def private_folders() -> list[str]:
+    """Folders of this process that no snippet may read: the repository, the working folder, projects on `sys.path`."""
+    libraries = [sysconfig.get_path("stdlib"), *filter(_holds_packages, sys.path)]
+    projects = [path for path in sys.path if not any(is_within(path, folder) for folder in libraries)]
+    with contextlib.suppress(OSError):  # the working folder was deleted
+        projects.append(os.getcwd())
+    found = {os.path.realpath(path) for path in (_ROOT, *projects) if os.path.isdir(path) and not _holds_packages(path)}
+    return sorted(found)

@@ -1,8 +1,9 @@
 """The binary forms between parent, fork server and child: bounded, validated, without pickle or JSON.
 
-A job goes to a fork server as one packet (header and code) with two memfds: the sealed input pixels and an empty
-output. The child writes into the output a fixed header, the pixels, a trace and an error text. What the parent reads
-from it was written by a process in which model code ran: everything is checked, and nothing in it names a type.
+A job goes to a fork server as one packet with two memfds: the sealed input (pixels, then code) and an empty output.
+The fork server never sees the code, so a child of it cannot find another snippet's. The child writes into the output a
+fixed header, the pixels, a trace and an error text. What the parent reads from it was written by a process in which
+model code ran: everything is checked, and nothing in it names a type.
 """
 
 from __future__ import annotations

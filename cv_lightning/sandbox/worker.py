@@ -12,7 +12,7 @@ import socket
 from cv_lightning.sandbox import plan
 from cv_lightning.sandbox.child import load_input, unpack_job, write_error, write_result
 from cv_lightning.sandbox.plan_rules import NotPlannable
-from cv_lightning.sandbox.wire import KIND_NOT_PLAN
+from cv_lightning.sandbox.wire import JOB, KIND_NOT_PLAN
 
 DONE = b"d"
 
@@ -20,7 +20,7 @@ DONE = b"d"
 def serve(control: socket.socket) -> None:
     """Answer plans until the fork server hangs up."""
     while True:
-        packet, fds, _, _ = socket.recv_fds(control, 1 << 17, 2)
+        packet, fds, _, _ = socket.recv_fds(control, JOB.size, 2)
         if len(fds) != 2:
             return
         try:
@@ -33,7 +33,7 @@ def serve(control: socket.socket) -> None:
 
 
 def _answer(packet: bytes, input_fd: int, output_fd: int) -> None:
-    job = unpack_job(packet, memory_mb=0)
+    job = unpack_job(packet, input_fd, memory_mb=0)
     prepared = plan.prepare(job.code, (job.width, job.height))
     try:
         if prepared is None:

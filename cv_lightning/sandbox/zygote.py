@@ -12,16 +12,19 @@ import contextlib
 import gc
 import heapq
 import importlib
+import json
 import os
 import select
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import dataclass
 
-from cv_lightning.sandbox import heap, layers
-from cv_lightning.sandbox.wire import CANCEL, FLAG_PLAN, HEADER, JOB, MAX_TEXT, MAX_TRACE, PIXEL, REPLY, RUN
+from cv_lightning.sandbox import heap, layers, private_root, sealing, syscalls
+from cv_lightning.sandbox.wire import CANCEL, FLAG_PLAN, JOB, REPLY, RUN
 
 BASIC_MODULES = (
     "math random json re collections itertools functools statistics fractions decimal unicodedata colorsys io base64 "
@@ -31,8 +34,6 @@ BASIC_MODULES = (
 SCIENCE_MODULES = "transform filters exposure color morphology restoration util measure segmentation feature".split()
 """Parts of scikit-image. They and SciPy treble the cost of a fork: only servers for code that names them load them."""
 MAX_IDLE_WORKERS = 2
-NOT_SEALED = 97
-"""Exit status of a child that failed before it got a job."""
 OOM_SCORE = 500
 """If memory runs out, the kernel takes a child or a fork server before the trainer."""
 WORKER_JOBS = 2000
@@ -48,14 +49,18 @@ class Settings:
     max_pixels: int
     disabled: frozenset[str]
     namespaces: bool
+    private_root: bool
     science: bool
+    private_folders: tuple[str, ...]
+    """Never readable, wherever they lie."""
 
     @classmethod
     def parse(cls, text: str) -> Settings:
-        """Read `memory_mb:cpu_s:max_pixels:disabled,..:namespaces:science`."""
-        memory, cpu, pixels, disabled, namespaces, science = text.split(":")
-        off = frozenset(disabled.split(","))
-        return cls(int(memory), int(cpu), int(pixels), off, namespaces == "1", science == "1")
+        """Read the JSON object that `Server.launch` writes: the fields by name."""
+        given = json.loads(text)
+        return cls(
+            **{**given, "disabled": frozenset(given["disabled"]), "private_folders": tuple(given["private_folders"])}
+        )
 
 
 @dataclass(slots=True)
@@ -93,6 +98,26 @@ def load_libraries(*, science: bool) -> None:
             module = importlib.import_module(f"skimage.{part}")
             for name in getattr(module, "__all__", ()):
                 getattr(module, name)
+    if science:
+        _load_matplotlib()
+
+
+def _load_matplotlib() -> None:
+    """Import pyplot with its list of fonts, for which it needs a folder to write to; children have none."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ImportError, OSError):
+        os.environ["MPLCONFIGDIR"] = folder
+        importlib.import_module("matplotlib").use("Agg")
+        importlib.import_module("matplotlib.pyplot")
+        # A figure with text loads the fonts and the parts that pyplot puts off.
+        figure = sys.modules["matplotlib.pyplot"].figure(figsize=(1, 1))
+        figure.add_subplot().set_title("1")
+        figure.canvas.draw()
+        sys.modules["matplotlib.pyplot"].close("all")
+    os.environ.pop("MPLCONFIGDIR", None)
+    # The search for fonts has a timer, which may not have ended; forks and user namespaces want a single thread.
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(1.0)
 
 
 class ForkServer:
@@ -101,10 +126,7 @@ class ForkServer:
     def __init__(self, control: socket.socket, settings: Settings) -> None:
         self.control, self.settings = control, settings
         self.report: dict[str, str] = {"clean_exec": "active"}
-        self.filter: layers.SeccompFilter | None = None
-        self.worker_filter: layers.SeccompFilter | None = None
-        self.library_bytes = 0
-        self.pid = os.getpid()
+        self.seal: sealing.Seal | None = None
         self.children: dict[int, _Child] = {}
         self.by_job: dict[int, _Child] = {}
         self.by_control: dict[int, _Child] = {}
@@ -119,40 +141,55 @@ class ForkServer:
         load_libraries(science=self.settings.science)
         from cv_lightning.sandbox import child, guard, tracer
 
-        importlib.import_module("cv_lightning.sandbox.worker")  # a child could not read it any more
         guard.install()
         tracer.install()
         child.cap_recursion()
         child.rehearse()
-        self.library_bytes = layers.virtual_bytes() + heap.RESERVED
-        self._isolate(self.settings.disabled)
+        library_bytes = layers.virtual_bytes() + heap.RESERVED
+        filters = self._isolate(self.settings.disabled)
+        self.seal = sealing.Seal(
+            server_pid=os.getpid(),
+            memory_mb=self.settings.memory_mb,
+            cpu_s=self.settings.cpu_s,
+            max_pixels=self.settings.max_pixels,
+            library_bytes=library_bytes,
+            limited=self.report["rlimits"] == "active",
+            filter=filters[0],
+            worker_filter=filters[1],
+        )
         gc.collect()
         gc.freeze()
         # Children turn it on again: a collection here would only make pages that they have to copy.
         gc.disable()
         heap.align_top()
 
-    def _isolate(self, off: frozenset[str]) -> None:
+    def _isolate(self, off: frozenset[str]) -> tuple[syscalls.SeccompFilter | None, syscalls.SeccompFilter | None]:
+        """Put up the layers of this process; returns the filters of its children and of its workers."""
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write(str(OOM_SCORE))
         # The filters are built before Landlock closes the folders that their library looks for itself in.
-        filters = {allow: layers.build_filter("seccomp" not in off, allow_open=allow) for allow in (True, False)}
-        self.worker_filter, _ = layers.build_filter(
-            "seccomp" not in off, allow_open=False, extra=layers.WORKER_SYSCALLS
-        )
+        filters = {allow: syscalls.build_filter("seccomp" not in off, allow_open=allow) for allow in (True, False)}
+        for_workers, _ = syscalls.build_filter("seccomp" not in off, allow_open=False, extra=syscalls.WORKER)
+        paths = layers.readable_paths(self.settings.private_folders)
+        self.report["private_root"] = "off"
+        if self.settings.private_root:
+            self.report["private_root"] = private_root.enter(
+                paths, aliases=layers.library_paths(), devices=layers.DEVICES
+            )
         self.report["namespaces"] = layers.enter_namespaces(self.settings.namespaces)
         self.report["uid"] = layers.drop_privileges("uid" not in off)
         layers.prctl(layers.PR_SET_DUMPABLE, 0)
         done = layers.prctl(layers.PR_SET_NO_NEW_PRIVS, 1) == 0
         self.report["no_new_privs"] = "active" if done else "unavailable"
-        self.report["landlock"] = layers.restrict_files("landlock" not in off)
+        self.report["landlock"] = layers.restrict_files("landlock" not in off, paths)
         active = self.report["landlock"].startswith("active")
         # Without Landlock no file may be opened at all: everything was imported before.
-        self.filter, self.report["seccomp"] = filters[active]
-        sealed = active or self.filter is not None
+        for_children, self.report["seccomp"] = filters[active]
+        sealed = active or for_children is not None
         self.report["files"] = "active" + ("" if active else " (open denied)") if sealed else "unavailable"
         self.report["rlimits"] = "off" if "rlimits" in off else "active"
         self.report["pdeathsig"] = "active"
+        return for_children, for_workers
 
     def serve(self) -> None:
         """Answer jobs until the parent hangs up."""
@@ -180,7 +217,7 @@ class ForkServer:
 
     # ---------------------------------------------------------------------------------------- jobs
     def _receive(self) -> bool:
-        packet, fds, _, _ = socket.recv_fds(self.control, 1 << 17, 2)
+        packet, fds, _, _ = socket.recv_fds(self.control, JOB.size, 2)
         if not packet:
             return False
         kind, job, wall, _, _, flags, _, _ = JOB.unpack_from(packet)
@@ -248,7 +285,7 @@ class ForkServer:
             self.spare = None
         if child in self.idle_workers:
             self.idle_workers.remove(child)
-        if not child.job and os.WIFEXITED(status) and os.WEXITSTATUS(status) == NOT_SEALED:
+        if not child.job and os.WIFEXITED(status) and os.WEXITSTATUS(status) == sealing.NOT_SEALED:
             # Only before a job does the status say so: model code may exit as it likes. The parent sees our end.
             sys.exit("a child could not be sealed")
         if child.job:
@@ -272,10 +309,7 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
-            try:
-                self._child(theirs.fileno(), is_worker)
-            finally:
-                os._exit(NOT_SEALED)
+            raise sealing.ChildStartError(theirs.detach(), is_worker)
         theirs.close()
         child = _Child(pid, os.pidfd_open(pid), ours, is_worker)
         self.children[child.pidfd] = child
@@ -285,42 +319,28 @@ class ForkServer:
             self.poll.register(ours.fileno(), select.EPOLLIN)
         return child
 
-    def _child(self, control: int, is_worker: bool) -> None:
-        """Between fork and work: close, limit, touch what will be needed, seal, wait."""
-        from cv_lightning.sandbox import child, worker
-
-        jobs = socket.socket(fileno=child.keep_only(control))
-        self._limit(is_worker)
-        if not is_worker:
-            child.rehearse()
-        seal = self.worker_filter if is_worker else self.filter
-        if seal is not None and not seal.install():
-            os._exit(NOT_SEALED)
-        if is_worker:
-            worker.serve(jobs)
-            os._exit(0)
-        child.run_job(child.wait_for_job(jobs, self.settings.memory_mb))
-
-    def _limit(self, is_worker: bool) -> None:
-        if self.report["rlimits"] == "active":
-            layers.limit_resources(
-                memory_bytes=self.settings.memory_mb << 20,
-                library_bytes=self.library_bytes,
-                # A worker lives on; its plans are priced beforehand and its deadlines are kept by the fork server.
-                cpu_s=None if is_worker else self.settings.cpu_s,
-                file_bytes=HEADER.size + PIXEL * self.settings.max_pixels + MAX_TRACE + MAX_TEXT,
-            )
-        layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.pid:
-            os._exit(1)
-
 
 def main(arguments: list[str]) -> None:
-    """Entry: descriptor of the control socket, and the settings."""
+    """Entry: descriptor of the control socket, and the settings.
+
+    Every child comes back here and runs in this frame, from which nothing of the fork server can be reached: neither
+    the process ids of other children nor its socket. It never held any snippet's code.
+    """
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = ForkServer(socket.socket(fileno=int(arguments[0])), Settings.parse(arguments[1]))
+    for names in (arguments, sys.argv, sys.orig_argv):
+        names.clear()  # they name folders of the host
     server.prepare()
     # A change of user clears it.
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
-    server.serve()
+    try:
+        server.serve()
+    except sealing.ChildStartError as start:
+        seal, control, is_worker = server.seal, start.control, start.is_worker
+    else:
+        return
+    vars(server).clear()
+    del server
+    if seal is not None:
+        sealing.run_child(seal, control, is_worker)

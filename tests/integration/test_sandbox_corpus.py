@@ -3,21 +3,25 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from cv_lightning.commands.sandbox import main
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.sandbox.selftest import PACKAGED, load_cases
+from cv_lightning.sandbox.selftest import PACKAGED, Case, load_cases, surroundings
 from cv_lightning.types import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 REACHABLE = "import os, sys; sys.exit(not os.access(sys.executable, os.X_OK))"
-SHARED = ROOT.parent / "shared/escape_corpus.json"
+CORPORA = (PACKAGED, ROOT / "tests/escape_corpus.json", ROOT / "tests/redteam.json")
+NEED_A_PRIVATE_ROOT = ["rt_readlink_outside_denied", "rt_stat_outside_denied"]
+"""Landlock covers neither `stat` nor `readlink`."""
 
 
 def self_test(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object]]:
@@ -112,7 +116,7 @@ def run_as_nobody(*arguments: str) -> dict[str, object]:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join([*packages, str(ROOT)]), "HOME": "/nonexistent"}
     who = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     command = [*who, python, "-m", "cv_lightning", "sandbox", "--self-test", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode in (0, 1), done.stderr
     return {**json.loads(done.stdout), "code": done.returncode}
 
@@ -130,14 +134,38 @@ def test_an_unprivileged_user_contains_the_same(tmp_path: Path) -> None:
     assert "not root" in shown["layers"]["uid"]  # type: ignore[index]
 
 
+def test_redteam_cases_are_contained(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown = self_test(capsys, "--timeout-s", "1.5", "--corpus", str(ROOT / "tests/redteam.json"))
+    expected = [] if "active" in shown["layers"]["private_root"] else NEED_A_PRIVATE_ROOT  # type: ignore[index]
+    assert sorted(failed_cases(shown)) == expected, failed_cases(shown)
+    assert code == bool(expected) and shown["passed"] >= 146  # type: ignore[operator]
+
+
+def failed_cases(shown: dict[str, object]) -> dict[str, str]:
+    return {case["name"]: case["got"] for case in shown["cases"] if not case["ok"]}  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("root", ["--no-private-root", ""])
 @pytest.mark.parametrize("user", ["this", "nobody"])
-@pytest.mark.parametrize("file", [PACKAGED, SHARED])
-def test_every_case_of_every_corpus(user: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not file.exists():
-        pytest.skip(f"{file} is not here")
-    if user == "this":
-        _, shown = self_test(capsys, "--corpus", str(file))
-    else:
-        shown = run_as_nobody("--corpus", str(file))
-    assert shown["failed"] == 0, [case for case in shown["cases"] if not case["ok"]]  # type: ignore[attr-defined]
+@pytest.mark.parametrize("file", CORPORA, ids=lambda file: file.stem)
+def test_redteam_and_every_other_corpus(user: str, root: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--corpus", str(file), *filter(None, [root])]
+    shown = self_test(capsys, *arguments)[1] if user == "this" else run_as_nobody(*arguments)
+    known = NEED_A_PRIVATE_ROOT if root and file.stem == "redteam" else []
+    assert sorted(failed_cases(shown)) == known, failed_cases(shown)
+
+
+def test_a_signal_that_reaches_the_victim_is_seen() -> None:
+    with surroundings() as around:
+        victim = Case(name="a", category="", code="kill(VICTIM_PID)", expect="any")
+        first = int(around.victim.code_for(victim)[5:-1])
+        assert around.victim.is_alive()
+        os.kill(first, signal.SIGSTOP)
+        time.sleep(0.05)
+        assert not around.victim.is_alive()
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.05)
+        second = int(around.victim.code_for(victim)[5:-1])
+        assert around.victim.is_alive() and second != first
+    assert not os.path.exists(f"/proc/{second}")

@@ -102,7 +102,7 @@ def test_random_numbers_depend_on_picture_and_code_only() -> None:
         ("\n\nresult = image.rotate(", "SyntaxError", "line 3"),
         ("a = 1\nresult = image.crop(a)", "TypeError", "line 2"),
         ("import no_such_library", "ModuleNotFoundError", "available: PIL"),
-        ("open('/etc/passwd')", "PermissionError", "files"),
+        ("open('/etc/passwd', 'w')", "PermissionError", "files"),
         ("raise SystemExit", "no_result", "result"),
         ("import os\nos._exit(97)", "no_result", "result"),
         ("import os\nos.close(4)\nresult = image", "no_result", "result"),
@@ -113,6 +113,13 @@ def test_bad_results_are_typed_errors_that_tell_what_to_do(code: str, kind: str,
     result = general().run_sync(NOISE, code)
     assert (result.status, result.error_kind) == (ToolStatus.ERROR, kind), (result.status, result.error)
     assert hint in result.error and result.image is None and len(result.error) <= SandboxConfig().max_error_chars
+
+
+def test_files_of_the_host_are_denied_or_do_not_exist() -> None:
+    sandbox = general()
+    hidden = sandbox.layers["private_root"].startswith("active")
+    result = sandbox.run_sync(NOISE, "open('/etc/passwd')")
+    assert result.error_kind == ("FileNotFoundError" if hidden else "PermissionError") and "files" in result.error
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""A file system of its own for a fork server: library folders, read-only, and nothing else of the host.
+
+Landlock denies reading, but not `stat` and `readlink`; in a private root there is nothing else to ask about. Making one
+needs CAP_SYS_ADMIN or leave to make a user namespace, which many containers deny. It is therefore an additional layer:
+where it cannot be made, Landlock stands alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_MNT_DETACH = 2
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_CAP_SYS_ADMIN = 21
+_STAGES = ("/mnt", "/media", "/srv", "/tmp", "/run", "/opt", "/home", "/var")
+"""Folders over which the new root is mounted while it is built; seen by this process only, and gone at the end."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def enter(paths: Sequence[str], *, aliases: Sequence[str] = (), devices: Sequence[str] = ()) -> str:
+    """Replace the root of this process by one that holds only `paths`, read-only. Call it with one thread.
+
+    Args:
+        paths: folders and files, absolute, without symbolic links.
+        aliases: further absolute paths that lead to one of `paths` by symbolic links.
+        devices: device files.
+
+    Returns:
+        The report of the layer: `active (..)` or `unavailable (why)`. This process alone sees the change.
+    """
+    number = _PIVOT_ROOT.get(platform.machine())
+    if number is None:
+        return f"unavailable (pivot_root on {platform.machine()})"
+    try:
+        how = _own_mounts()
+        stage = _stage(paths)
+        _check("mount a new root", _libc.mount(b"none", stage.encode(), b"tmpfs", _MS_NOSUID, b"mode=755,size=1m"))
+        for path in (*_outermost(paths), *devices):
+            _bind(path, stage, read_only=path not in devices)
+        _add_links(stage, aliases)
+        os.chdir(stage)
+        _check("pivot_root", _libc.syscall(number, b".", b"."))
+        _check("leave the old root", _libc.umount2(b".", _MNT_DETACH))
+        os.chdir("/")
+        _check(
+            "seal the root", _libc.mount(b"none", b"/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID, None)
+        )
+    except OSError as error:
+        return f"unavailable ({error})"
+    return f"active ({how})"
+
+
+def _check(what: str, status: int) -> None:
+    if status != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def _own_mounts() -> str:
+    """Enter a mount namespace that shares nothing, in a user namespace where this process is not privileged."""
+    if _is_privileged():
+        _check("unshare", _libc.unshare(_CLONE_NEWNS))
+        how = "mount namespace"
+    else:
+        user, group = os.geteuid(), os.getegid()
+        _check("unshare", _libc.unshare(_CLONE_NEWNS | _CLONE_NEWUSER))
+        Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="ascii")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="ascii")
+        how = "user and mount namespace"
+    _check("make mounts private", _libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+    return how
+
+
+def _is_privileged() -> bool:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    effective = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def _stage(paths: Sequence[str]) -> str:
+    for folder in _STAGES:
+        if (
+            os.path.realpath(folder) == folder
+            and os.path.isdir(folder)
+            and not any(is_within(p, folder) for p in paths)
+        ):
+            return folder
+    raise OSError("no folder to build it in")
+
+
+def is_within(path: str, folder: str) -> bool:
+    """True if `path` is `folder` or lies in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _outermost(paths: Sequence[str]) -> list[str]:
+    """The paths that lie in no other of them."""
+    kept: list[str] = []
+    for path in sorted(set(paths)):
+        if not any(is_within(path, other) for other in kept):
+            kept.append(path)
+    return kept
+
+
+def _bind(path: str, stage: str, *, read_only: bool) -> None:
+    target = stage + path
+    if os.path.isdir(path):
+        os.makedirs(target, 0o755, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+        Path(target).touch()
+    _check(f"bind {path}", _libc.mount(path.encode(), target.encode(), None, _MS_BIND | _MS_REC, None))
+    if read_only:
+        # Refused where the host's mount has flags that a user namespace may not clear; Landlock denies writing anyway.
+        flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
+        _libc.mount(b"none", target.encode(), None, flags, None)
+
+
+def _add_links(stage: str, aliases: Sequence[str]) -> None:
+    """Repeat the links that lead to what is there: `/lib` to `usr/lib`, and those of `aliases`."""
+    top = [(entry.path, os.readlink(entry.path)) for entry in os.scandir("/") if entry.is_symlink()]
+    for link, goal in (*top, *((alias, os.path.realpath(alias)) for alias in aliases)):
+        target = stage + link
+        there = os.path.lexists(stage + os.path.join(os.path.dirname(link), goal))
+        if there and not os.path.lexists(target):
+            os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+            os.symlink(goal, target)
