@@ -40,11 +40,14 @@ PIECE = 1 << 16
 ASPECT_LIMIT = 200
 HINTS = {
     "FileNotFoundError": "files cannot be read; the picture is in `image`",
-    "PermissionError": "files, processes and the network are closed; use `image` and the imaging libraries",
+    "PermissionError": "files, processes and the network are closed; use `image` and the imaging libraries "
+    "(image.save(name) and Image.open(name) work: they keep the file in memory)",
     "ModuleNotFoundError": "available: PIL, numpy, cv2, skimage, scipy, math and the standard library",
     "ImportError": "available: PIL, numpy, cv2, skimage, scipy, math and the standard library",
     "SyntaxError": "send complete, valid Python",
 }
+
+NO_THREADS = "threads and processes are not available here; call the function in a plain loop, or with map()"
 
 
 class ResultError(Exception):
@@ -192,7 +195,9 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         )
     if width * height > max_pixels:
         raise ResultError(
-            "too_large", f"the result is too large: {width}x{height}, at most {max_pixels} pixels; crop or resize"
+            "too_large",
+            f"the result is too large: {width}x{height}, at most {max_pixels} pixels; crop or resize it, for example "
+            f"`result = result.resize({guard.fitting_size(width, height, max_pixels)})`",
         )
     if max(width, height) >= ASPECT_LIMIT * min(width, height):
         raise ResultError(
@@ -233,7 +238,7 @@ def describe_error(error: BaseException, job: ChildJob) -> tuple[str, str]:
         at = f" (line {error.lineno})" if error.filename == FILE and error.lineno else ""
         return name, f"{name}{at}: {error.msg}. Hint: {HINTS['SyntaxError']}"
     message = " ".join(str(error).split())[:300]
-    hint = HINTS.get(name)
+    hint = NO_THREADS if "start new thread" in message else HINTS.get(name)
     return name, f"{name}{_line(error, job.code)}: {message}" + (f". Hint: {hint}" if hint else "")
 
 

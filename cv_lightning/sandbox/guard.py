@@ -7,6 +7,7 @@ is a courtesy to well-meant code, no layer of isolation: code that undoes it mee
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,12 @@ def set_limit(memory_mb: int) -> None:
     _limits["pixels"] = memory_mb * 2**20 // BYTES_A_PIXEL
 
 
+def fitting_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """The largest size of about this aspect that has no more than `max_pixels` pixels."""
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
 def install() -> None:
     """Check the sizes that Pillow is asked for; call it once, before the tracer wraps the same functions."""
     Image.new = _checked(Image.new)
@@ -51,7 +58,8 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         if 0 < _limits["pixels"] < width * height:
             raise TooLargeError(
-                f"an image of {width}x{height} is too large: at most {_limits['pixels']} pixels; crop or resize"
+                f"an image of {width}x{height} is too large: at most {_limits['pixels']} pixels; crop or resize, for "
+                f"example to {fitting_size(width, height, _limits['pixels'])}"
             )
         return function(*args, **kwargs)
 

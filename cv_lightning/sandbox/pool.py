@@ -16,13 +16,14 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.fair_queue import FairQueue
 from cv_lightning.sandbox.server import Server
+from cv_lightning.sandbox.starts import FREE_FAILURES, KillEvidence, Starts
 from cv_lightning.sandbox.wire import CANCEL, JOB, PIXEL, REPLY, RUN
 from cv_lightning.types import SandboxError
 
@@ -32,11 +33,16 @@ WATCHDOG_S = 2.0
 """A fork server that has not answered this long after a deadline is killed."""
 GROWTH_CHECK_JOBS = 256
 """The memory of a fork server is looked at whenever it has served this many more."""
-MAX_ATTEMPTS = 2
-MAX_FAILED_STARTS = 3
+MAX_ATTEMPTS = 8
+"""Runs of one job that something else than its snippet may end before the job is lost."""
+ATTEMPTS_OF_A_HANG = 3
+"""A run that ended because its fork server hung counts as so many more: a snippet may be the cause after all."""
+PATIENCE = 2.0
+"""Jobs are lost if no fork server has worked for so many times `start_timeout_s`."""
 UNREAD = 4
 """Results that may wait to be read, for each snippet that may run at once."""
 SERVERS_OF_SCIENCE = 1
+ADVICE = "are Pillow, NumPy and OpenCV installed?"
 
 
 @dataclass(slots=True)
@@ -50,6 +56,8 @@ class Outcome:
     elapsed_s: float = 0.0
     cpu_s: float = 0.0
     when_closed: Callable[[], None] | None = None
+    lost: str = ""
+    """Why the sandbox could not run the snippet."""
 
     def close(self) -> None:
         """Close the output; does nothing the second time."""
@@ -105,7 +113,9 @@ class Pool:
         self._servers: list[Server] = []
         self._in_flight: dict[int, Job] = {}
         self._bytes = 0
-        self._failed_starts = 0
+        self._starts = {False: Starts("basic"), True: Starts("science")}
+        self._wants_science = False
+        self._evidence = KillEvidence(config.memory_mb)
         self._deadlines: list[tuple[float, int]] = []
         self._ready: Future[None] = Future()
         self._closing = False
@@ -207,21 +217,21 @@ class Pool:
     def _main(self) -> None:
         self._selector.register(self._wake, selectors.EVENT_READ, None)
         try:
-            for _ in range(self.num_servers):
-                self._launch(science=False)
+            self._starts[False].working_at = time.monotonic()
+            self._replenish()
             while self._turn():
                 pass
         except Exception as error:  # whatever it is: nobody may wait for ever for this thread
             log.exception("the sandbox's thread failed")
             self._fail_start(f"the sandbox's thread failed: {error}")
+            self._lose_waiting(f"the sandbox's thread failed: {error}")
         finally:
             self._closing = True
             self._shut_down()
 
     def _turn(self) -> bool:
         """Wait for something to happen and deal with it; False at the end."""
-        wait = max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else 5.0
-        for key, _ in self._selector.select(min(wait, 5.0)):
+        for key, _ in self._selector.select(self._sleep_s()):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
@@ -236,20 +246,28 @@ class Pool:
             elif job is not None:
                 self._cancel(job)
         self._watch()
+        self._replenish()
         # The kind with fewer jobs in flight first, so that neither starves the other.
         heavy = sum(job.science for job in self._in_flight.values())
         for science in (False, True) if 2 * heavy >= len(self._in_flight) else (True, False):
             self._dispatch(science)
         return True
 
+    def _sleep_s(self) -> float:
+        """Seconds until the next deadline or start, at most 5."""
+        now = time.monotonic()
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        times += [starts.not_before for starts in self._starts.values() if starts.not_before > now]
+        return max(0.0, min([now + 5.0, *times]) - now)
+
     def _enqueue(self, job: Job) -> None:
         queued = sum(map(len, self._waiting.values()))
-        if queued >= self.config.max_queue or self._failed_starts >= MAX_FAILED_STARTS:
-            self._lose(job)
+        if queued >= self.config.max_queue:
+            self._lose(job, f"{queued} snippets wait already (sandbox.max_queue)")
             return
         self._waiting[job.science].push(job.owner, job)
-        if job.science and sum(server.science for server in self._servers) < SERVERS_OF_SCIENCE:
-            self._launch(science=True)
+        if job.science and not self._wants_science:
+            self._wants_science, self._starts[True].working_at = True, time.monotonic()
 
     def _cancel(self, job: Job) -> None:
         self.counts["cancelled"] += 1
@@ -272,8 +290,9 @@ class Pool:
             self._run_on(min(ready, key=lambda server: len(server.jobs)), job)
 
     def _run_on(self, server: Server, job: Job) -> None:
-        if not self._open_files(job):
-            self._lose(job)
+        failure = self._open_files(job)
+        if failure:
+            self._lose(job, failure)
             return
         job.attempts += 1
         job.server = server
@@ -289,8 +308,8 @@ class Pool:
         if server.served >= self.config.jobs_per_zygote and not server.draining:
             self._retire(server)
 
-    def _open_files(self, job: Job) -> bool:
-        """Input and a new, empty output; False if this process may open no more files."""
+    def _open_files(self, job: Job) -> str:
+        """Open the input and a new, empty output; returns why not, if this process may open no more files."""
         try:
             if job.input_fd < 0:
                 job.input_fd = job.make_input()
@@ -299,40 +318,58 @@ class Pool:
                 job.output_fd = -1
             job.output_fd = os.memfd_create("result", os.MFD_CLOEXEC)
         except (OSError, SandboxError) as error:
-            log.warning("a snippet is lost: %s", error)
-            return False
-        return True
+            return f"its image could not be handed over: {error}"
+        return ""
 
     # ---------------------------------------------------------------------------------------- fork servers
-    def _launch(self, *, science: bool) -> None:
+    def _replenish(self) -> None:
+        """Start the fork servers that are missing, unless a pause after failed starts is not over."""
+        now = time.monotonic()
+        wanted = {False: self.num_servers, True: SERVERS_OF_SCIENCE if self._wants_science else 0}
+        for science, starts in self._starts.items():
+            running = [server for server in self._servers if server.science is science and not server.draining]
+            for _ in range(wanted[science] - len(running)):
+                if now >= starts.not_before and not self._closing:
+                    self._launch(science)
+
+    def _launch(self, science: bool) -> None:
         try:
             server = Server.launch(self.config, science=science)
         except OSError as error:
-            self._failed_starts += 1
-            log.warning("a fork server cannot be started: %s", error)
-            if self._failed_starts >= MAX_FAILED_STARTS or not self._servers:
-                self._fail_start(f"a fork server cannot be started: {error}")
+            self._start_failed(science, f"it cannot be started: {error}")
             return
         self._servers.append(server)
         self._selector.register(server.control, selectors.EVENT_READ, server)
+
+    def _start_failed(self, science: bool, why: str) -> None:
+        starts = self._starts[science]
+        starts.failed(time.monotonic(), why)
+        if starts.failures >= FREE_FAILURES and not science:
+            self._fail_start(f"three fork servers in a row died while starting ({why}); {ADVICE}")
 
     def _read(self, server: Server) -> None:
         packet = server.receive()
         if not packet:
             self._bury(server)
         elif server.report is None:
-            self.report, self._failed_starts = server.take_report(packet), 0
+            self.report = server.take_report(packet)
+            self._starts[server.science].worked()
             if not self._ready.done():
                 self._ready.set_result(None)
         else:
             self._collect(server, packet)
 
     def _collect(self, server: Server, packet: bytes) -> None:
-        _, number, late, status, elapsed, cpu = REPLY.unpack(packet)
+        _, number, late, status, elapsed, cpu, peak_bytes = REPLY.unpack(packet)
         job = server.jobs.pop(number, None)
         if job is None:
             return
         self._leave_flight(job)
+        sealed = self.report.get("seccomp", "").startswith("active")
+        if sealed and not late and self._evidence.is_from_outside(status, peak_bytes - server.first_bytes):
+            self._run_again(job, f"its process was killed from outside (signal {os.WTERMSIG(status)})")
+            self._retire_if_due(server)
+            return
         self.counts["timeouts"] += bool(late)
         self.counts["killed"] += bool(status and not late)
         outcome = Outcome(job.output_fd, bool(late), status, elapsed, cpu, self._was_read)
@@ -344,11 +381,14 @@ class Pool:
             job.future.set_result(outcome)
         except InvalidStateError:  # cancelled
             outcome.close()
-        if (
-            server.served % GROWTH_CHECK_JOBS == 0
-            and server.resident_bytes() > server.first_bytes + self.config.grown_mb * 1e6
-        ):
-            self._retire(server)
+        self._retire_if_due(server)
+
+    def _retire_if_due(self, server: Server) -> None:
+        """Replace a fork server that has grown; let one go that has finished its last job."""
+        if server.served % GROWTH_CHECK_JOBS == 0:
+            grown = server.resident_bytes() - server.first_bytes
+            if grown > self.config.grown_mb * 1e6:
+                self._retire(server)
         if server.draining and not server.jobs:
             self._bury(server)
 
@@ -357,7 +397,6 @@ class Pool:
         if not server.draining:
             server.draining = True
             self.counts["restarts"] += 1
-            self._launch(science=server.science)
 
     def _bury(self, server: Server) -> None:
         """A fork server is gone or no longer wanted: kill its session, send its jobs elsewhere, replace it."""
@@ -366,30 +405,33 @@ class Pool:
         server.kill()
         for job in list(server.jobs.values()):
             self._leave_flight(job)
-            job.server = None
-            if job.future.cancelled():
-                self._release(job)
-            elif job.attempts >= MAX_ATTEMPTS:
-                self._lose(job)
-            else:
-                self.counts["resent"] += 1
-                self._waiting[job.science].push(job.owner, job, front=True)
+            self._run_again(job, "its fork server died")
         server.jobs.clear()
         if self._closing or server.draining:
             return
-        self._failed_starts += server.report is None
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            self._fail_start("three fork servers in a row died while starting; are Pillow, NumPy and OpenCV installed?")
-            return
         self.counts["restarts"] += 1
-        self._launch(science=server.science)
+        if server.report is None:
+            self._start_failed(server.science, f"exit status {server.process.returncode}")
+
+    def _run_again(self, job: Job, why: str) -> None:
+        """Queue a job in front of its owner's others; something else than its snippet ended its run."""
+        job.server = None
+        if job.future.cancelled():
+            self._release(job)
+        elif job.attempts >= MAX_ATTEMPTS:
+            self._lose(job, f"{job.attempts} runs of it were ended by something else; the last time {why}")
+        else:
+            self.counts["resent"] += 1
+            self._waiting[job.science].push(job.owner, job, front=True)
 
     def _fail_start(self, why: str) -> None:
         if not self._ready.done():
             self._ready.set_exception(SandboxError(why))
-        for waiting in self._waiting.values():
-            for job in waiting.clear():
-                self._lose(job)
+
+    def _lose_waiting(self, why: str, kinds: Sequence[bool] = (False, True)) -> None:
+        for science in kinds:
+            for job in self._waiting[science].clear():
+                self._lose(job, why)
 
     def _watch(self) -> None:
         """Kill fork servers that do not answer."""
@@ -399,14 +441,18 @@ class Pool:
             job = self._in_flight.get(number)
             if job is not None and job.server is not None and job.server in self._servers:
                 log.warning("a fork server did not answer %.0f s after a deadline and is replaced", WATCHDOG_S)
+                job.attempts += ATTEMPTS_OF_A_HANG
                 self._bury(job.server)
         for server in list(self._servers):
             if server.report is None and now - server.started > self.config.start_timeout_s:
                 self._bury(server)
-        if 0 < self._failed_starts < MAX_FAILED_STARTS:
-            missing = self.num_servers - sum(not (s.science or s.draining) for s in self._servers)
-            for _ in range(missing):
-                self._launch(science=False)
+        for science, starts in self._starts.items():
+            if any(server.science is science and server.report is not None for server in self._servers):
+                starts.working_at = now
+            elif self._waiting[science] and now - starts.working_at > PATIENCE * self.config.start_timeout_s:
+                self._lose_waiting(
+                    f"no {starts.kind} fork server has worked for {now - starts.working_at:.0f} s", [science]
+                )
 
     # ---------------------------------------------------------------------------------------- ends
     def _leave_flight(self, job: Job) -> None:
@@ -419,11 +465,14 @@ class Pool:
                 os.close(fd)
         job.input_fd = job.output_fd = -1
 
-    def _lose(self, job: Job) -> None:
+    def _lose(self, job: Job, why: str) -> None:
         self.counts["lost"] += 1
+        number = self.counts["lost"]
+        if number & (number - 1) == 0:  # the first, second, fourth, eighth...
+            log.error("sandbox: %d snippets lost since the start; the latest because %s", number, why)
         self._release(job)
         with contextlib.suppress(InvalidStateError):  # cancelled
-            job.future.set_result(Outcome(-1))
+            job.future.set_result(Outcome(-1, lost=why))
 
     def _shut_down(self) -> None:
         jobs = [job for what, job in self._inbox if what == "job" and job is not None]
@@ -432,7 +481,7 @@ class Pool:
             server.kill()
         self._servers.clear()
         for job in jobs:
-            self._lose(job)
+            self._lose(job, "the sandbox was closed")
         self._in_flight.clear()
         self._selector.close()
         os.close(self._wake)

@@ -41,7 +41,7 @@ def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *,
     """
     tier = "plan" if is_plan else "process"
     if outcome.output_fd < 0:
-        text = "the sandbox failed: the job was lost twice, or its queue is full (sandbox.max_queue)"
+        text = f"the sandbox could not run the snippet: {outcome.lost or 'it was closed'}"
         return SandboxResult(status=ToolStatus.LOST, error=text, error_kind="lost", tier=tier)
     try:
         result = _without_output(outcome, config) or _read(image, outcome.output_fd, config, is_plan)

@@ -21,8 +21,8 @@ PIXEL = 4
 """Bytes of a pixel on the wire: Pillow's own layout of RGB, so that nothing is packed or unpacked."""
 KIND_NOT_PLAN = "not_plan"
 """Error kind of a worker that could not execute a plan; a child has to run it."""
-REPLY = struct.Struct("<BQIidd")
-"""kind (RUN), job id, 1 if killed at the deadline, wait status, elapsed s, CPU s."""
+REPLY = struct.Struct("<BQIiddQ")
+"""kind (RUN), job id, 1 if killed at the deadline, wait status, elapsed s, CPU s, peak memory in bytes."""
 HEADER = struct.Struct("<8sIIIQII")
 """magic, status, width, height, bytes of pixels, bytes of trace, bytes of text."""
 MAGIC = b"cvlsbx01"

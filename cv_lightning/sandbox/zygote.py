@@ -139,9 +139,10 @@ class ForkServer:
     def prepare(self) -> None:
         """Load, wrap and seal, in the order in which each step still can be done."""
         load_libraries(science=self.settings.science)
-        from cv_lightning.sandbox import child, guard, tracer
+        from cv_lightning.sandbox import child, guard, scratch, tracer
 
         guard.install()
+        scratch.install()
         tracer.install()
         child.cap_recursion()
         child.rehearse()
@@ -260,16 +261,16 @@ class ForkServer:
             return
         worker.served += 1
         elapsed = time.monotonic() - worker.started
-        self._answer(worker, 0, elapsed, elapsed)
+        self._answer(worker, 0, elapsed, elapsed, 0)
         if len(self.idle_workers) < MAX_IDLE_WORKERS and worker.served < WORKER_JOBS:
             self.idle_workers.append(worker)
         else:
             os.kill(worker.pid, signal.SIGKILL)
 
-    def _answer(self, child: _Child, status: int, elapsed: float, cpu: float) -> None:
+    def _answer(self, child: _Child, status: int, elapsed: float, cpu: float, peak_bytes: int) -> None:
         late = child.timed_out or (os.WIFSIGNALED(status) and cpu > self.settings.cpu_s - 0.1)
         del self.by_job[child.job]
-        self.control.send(REPLY.pack(RUN, child.job, int(late), status, elapsed, cpu))
+        self.control.send(REPLY.pack(RUN, child.job, int(late), status, elapsed, cpu, peak_bytes))
         child.job = 0
 
     def _reap(self, child: _Child) -> None:
@@ -289,7 +290,8 @@ class ForkServer:
             # Only before a job does the status say so: model code may exit as it likes. The parent sees our end.
             sys.exit("a child could not be sealed")
         if child.job:
-            self._answer(child, status, time.monotonic() - child.started, usage.ru_utime + usage.ru_stime)
+            elapsed, cpu = time.monotonic() - child.started, usage.ru_utime + usage.ru_stime
+            self._answer(child, status, elapsed, cpu, usage.ru_maxrss << 10)
 
     def _forget_control(self, child: _Child) -> None:
         if child.is_worker and child.control.fileno() in self.by_control:

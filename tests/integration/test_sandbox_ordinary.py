@@ -1,0 +1,52 @@
+"""Ordinary snippets work, and those that cannot get a text that says what to do."""
+
+import json
+from pathlib import Path
+
+from sandbox_samples import general
+
+from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.sandbox.selftest import test_image as full_image
+from cv_lightning.types import ToolStatus
+
+FILE = Path(__file__).parents[1] / "ordinary_snippets.json"
+SNIPPETS = {row["name"]: row["code"] for row in json.loads(FILE.read_text(encoding="utf-8"))["snippets"]}
+
+
+def test_ordinary_snippets_work_as_in_plain_python() -> None:
+    """Every one of them gives an image in plain Python with the same libraries."""
+    assert len(SNIPPETS) >= 299
+    failed = {}
+    # Generous limits of time: the machine may be busy, and what is tested is what is refused.
+    with Sandbox(SandboxConfig(plan_tier=False, timeout_s=60.0, cpu_s=20, max_code_chars=4000)) as sandbox:
+        for name, code in SNIPPETS.items():
+            result = sandbox.run_sync(full_image(), code)
+            if result.image is None:
+                failed[name] = result.error
+    print("ordinary snippets", len(SNIPPETS), "failed", json.dumps(failed, indent=1))
+    assert len(failed) <= 0.01 * len(SNIPPETS), failed
+
+
+def test_saved_images_can_be_opened_again_and_no_file_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    code = f"image.rotate(90).save({str(path)!r})\nresult = Image.open({str(path)!r})"
+    result = general().run_sync(full_image(), code)
+    assert result.image is not None and result.image.tobytes() == full_image().rotate(90).tobytes()
+    assert not path.exists()
+    again = general().run_sync(full_image(), f"result = Image.open({str(path)!r})")
+    assert again.status is ToolStatus.ERROR and again.error_kind in ("FileNotFoundError", "PermissionError")
+
+
+def test_errors_of_saving_are_pillows_own() -> None:
+    for code, kind in (("image.save('x.nonsense')", "ValueError"), ("image.save('noextension')", "ValueError"),
+                       ("image.convert('RGBA').save('x.jpg')", "OSError")):  # fmt: skip
+        assert general().run_sync(full_image(), code).error_kind == kind
+
+
+def test_threads_and_oversize_results_get_a_hint_that_can_be_followed() -> None:
+    pool = "from concurrent.futures import ThreadPoolExecutor\nresult = list(ThreadPoolExecutor(2).map(abs, [1]))"
+    assert "plain loop" in general().run_sync(full_image(), pool).error
+    large = general().run_sync(full_image(), "result = image.crop((0, 0, 4900, 2450))")
+    assert large.error_kind == "" or large.status is ToolStatus.OK
+    large = general().run_sync(full_image(), "result = image.crop((0, 0, 4900, 4900))")
+    assert large.error_kind == "too_large" and "result.resize((4000, 4000))" in large.error
