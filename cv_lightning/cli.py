@@ -35,6 +35,7 @@ from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.command_line import ShortErrors
+from cv_lightning.devices import Gpus, use_named_devices
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
@@ -112,8 +113,10 @@ class CVLightningCLI(LightningCLI):
             CVLightningError: the ranks would not meet; there is no checkpoint; or the run's folder is another run's.
         """
         subcommand = self.config[self.subcommand]
+        trainer = subcommand.trainer
         try:
-            check_launch(subcommand.trainer.devices, subcommand.trainer.num_nodes)
+            check_launch(trainer.devices, trainer.num_nodes)
+            trainer.devices = use_named_devices(trainer.devices, trainer.accelerator, Gpus.here())
         except ValueError as error:
             raise CVLightningError(str(error)) from error
         run = Path(subcommand.trainer.default_root_dir)

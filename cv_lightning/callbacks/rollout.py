@@ -30,6 +30,7 @@ from cv_lightning.callbacks.refill import TaskQueue, refill
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
+from cv_lightning.engine.process import engine_device_index
 from cv_lightning.evaluation.metrics import summarise_outcomes
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.modules.base import PolicyModule
@@ -112,7 +113,7 @@ class RolloutCallback(pl.Callback):
         eval_prefix: str = "",
     ) -> None:
         self.agent = agent or AgentConfig()
-        self.engine_config = engine or EngineConfig()
+        self.engine_config = _repeatable(engine or EngineConfig(), self.agent)
         self.sampling = sampling or SamplingConfig()
         self.reward = reward or RewardConfig()
         self.advantage = advantage or AdvantageConfig()
@@ -160,6 +161,8 @@ class RolloutCallback(pl.Callback):
         if size > 1:
             self.parts.ranks = EngineGroup(size, trainer)
         kind = engine_kind(self.engine_config)
+        if kind == "vllm":
+            check_engine_device(trainer)
         check_agreement({"engine.kind auto": kind})  # one that cannot import vLLM would join no weight sync
         if kind == "server":
             self.parts.engine = self._build_engine(module)
@@ -424,10 +427,42 @@ class RolloutCallback(pl.Callback):
         )
 
 
+def _repeatable(engine: EngineConfig, agent: AgentConfig) -> EngineConfig:
+    """The engine's config; in a deterministic run no thread decides which requests share a batch.
+
+    Raises:
+        ValueError: The config asks for both.
+    """
+    if not agent.deterministic:
+        return engine
+    if engine.background_rendering == "always":
+        raise ValueError(
+            "agent.deterministic true and engine.background_rendering always contradict each other: the speed of the "
+            "rendering thread would decide which requests share a batch. Set engine.background_rendering to auto"
+        )
+    return replace(engine, background_rendering="never")
+
+
 def _policy_module(module: pl.LightningModule) -> PolicyModule:
     if not isinstance(module, PolicyModule):
         raise TypeError(f"RolloutCallback works with a PolicyModule, not with {type(module).__name__}; change --model")
     return module
+
+
+def check_engine_device(trainer: pl.Trainer) -> None:
+    """Refuse a trainer whose policy is on another GPU than the one that vLLM takes in the same process.
+
+    Raises:
+        CVLightningError: They differ.
+    """
+    device = trainer.strategy.root_device
+    index = engine_device_index(trainer.world_size)
+    if device.type == "cuda" and device.index not in (None, index):
+        raise CVLightningError(
+            f"the policy is on {device}, the engine would be on cuda:{index}. Start with `python -m cv_lightning`, "
+            f"which makes the GPUs of --trainer.devices the only visible ones, or set CUDA_VISIBLE_DEVICES to them and "
+            f"trainer.devices to their number ({trainer.num_devices})"
+        )
 
 
 def warn_of_judge(config: JudgeConfig) -> None:

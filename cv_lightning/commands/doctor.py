@@ -143,19 +143,22 @@ def check_op(on_gpu: bool) -> Check:
     return Check(name=name, status="absent", detail=detail, fix="bash scripts/install.sh --force")
 
 
-def check_flash_attention(on_gpu: bool) -> Check:
-    """flash-attn, where a GPU could use it."""
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    name = "flash-attn"
-    if version:
-        return Check(name=name, status="ok", detail=version)
+ATTENTION = Probe(
+    "attention",
+    "from cv_lightning.model.attention import attention_kernel_name; found = attention_kernel_name()",
+    "pip install --no-build-isolation flash-attn",
+)
+
+
+def check_attention(on_gpu: bool, timeout_s: float) -> Check:
+    """The kernel that attends to packed rows; PyTorch's own is tried out on the GPU."""
     if not on_gpu:
-        return Check(name=name, status="ok", detail="needs a GPU; packed SDPA is used")
-    fix = "pip install --no-build-isolation flash-attn"
-    return Check(name=name, status="absent", detail="packed SDPA is used, which is slower", fix=fix)
+        return Check(name=ATTENTION.name, status="ok", detail="packed SDPA; variable-length kernels need a GPU")
+    found = import_probe(ATTENTION, timeout_s)
+    if found.status == "ok" and "SDPA" in found.detail:
+        detail = f"{found.detail}, which is slower: no variable-length kernel runs on this GPU"
+        return replace(found, status="absent", detail=detail, fix=ATTENTION.fix)
+    return found
 
 
 def check_sandbox() -> list[Check]:
@@ -223,7 +226,7 @@ def examine(timeout_s: float) -> list[Check]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         imported = list(pool.map(lambda probe: import_probe(probe, timeout_s), PROBES))
     rest: list[Callable[[], list[Check]]] = [
-        lambda: [check_op(on_gpu), check_flash_attention(on_gpu)],
+        lambda: [check_op(on_gpu), check_attention(on_gpu, timeout_s)],
         check_sandbox,
         lambda: [check_judge()],
         check_space,

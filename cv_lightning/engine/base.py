@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -13,6 +14,10 @@ from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
     import torch
+
+
+GPU_PROCESSOR_CACHE_GB, CPU_PROCESSOR_CACHE_GB = 4.0, 0.25
+"""Cache of processed images of one engine, where the config names no size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +58,23 @@ class EngineConfig:
     """Share of a GPU's memory for the engine; the rest is the trainer's."""
     enforce_eager: bool = False
     """No CUDA graphs. Ignored on a CPU, where there are none."""
-    processor_cache_gb: float = 0.25
-    """vLLM's cache of processed images, in GB of main memory (trap T27)."""
+    processor_cache_gb: float | None = None
+    """vLLM's cache of processed images, in GB of main memory on each rank; null: 4 on a GPU (an image of 6.4 megapixels
+    takes 0.15), 0.25 on a CPU. 0 disables it."""
+    background_rendering: Literal["auto", "always", "never"] = "auto"
+    """Process images on a thread of their own while the engine decodes. The speed of that thread then decides which
+    requests share a batch, so runs with `agent.deterministic` do not use it. `auto`: on GPUs, with an engine of one
+    rank."""
+    async_scheduling: bool | None = None
+    """Schedule vLLM's next step while the last one runs; null: what vLLM chooses (on GPUs, yes)."""
     sync_bucket_gb: float = 0.5
     """GB of weights that a weight sync gathers at once under ZeRO-3."""
     sleep: Literal["auto", "always", "never"] = "auto"
-    """Give the GPU's memory back between rollouts: weights to main memory, key-value cache dropped (vLLM's level 1).
-    `auto`: where engine and trainer would not fit side by side, see `must_sleep`. A CPU has no such thing."""
+    """Give the GPU's memory back between rollouts. `auto`: where engine and trainer would not fit side by side, see
+    `must_sleep`. Not available on a CPU."""
+    sleep_level: Literal[1, 2] = 1
+    """While asleep, 1 keeps the engine's weights in pinned host memory (on each rank as much as the weights take, up to
+    twice that by the allocator's rounding); 2 keeps nothing, since every weight sync brings all weights anyway."""
     tensor_parallel_size: int = 1
     """Ranks that share one engine, for models too large for one GPU; neighbours of one node."""
 
@@ -83,6 +98,26 @@ class EngineConfig:
             )
         if self.tensor_parallel_size > 1 and self.kind == "transformers":
             raise ValueError("engine.tensor_parallel_size above 1 needs engine.kind vllm")
+        if self.processor_cache_gb is not None and not 0 <= self.processor_cache_gb < math.inf:
+            raise ValueError(f"engine.processor_cache_gb {self.processor_cache_gb} must be a number of GB, 0 or more")
+        if self.tensor_parallel_size > 1 and self.background_rendering == "always":
+            raise ValueError(
+                f"engine.background_rendering always does not work with engine.tensor_parallel_size "
+                f"{self.tensor_parallel_size}: ranks that share an engine must add the same requests before the same "
+                "step. Set it to auto or never"
+            )
+
+    def renders_in_background(self, *, on_gpu: bool) -> bool:
+        """True if images are processed on a thread of their own."""
+        if self.background_rendering == "auto":
+            return on_gpu and self.tensor_parallel_size == 1
+        return self.background_rendering == "always"
+
+    def cache_of_images_gb(self, *, on_gpu: bool) -> float:
+        """Size of vLLM's cache of processed images on each rank, in GB."""
+        if self.processor_cache_gb is None:
+            return GPU_PROCESSOR_CACHE_GB if on_gpu else CPU_PROCESSOR_CACHE_GB
+        return self.processor_cache_gb
 
     @property
     def is_remote(self) -> bool:

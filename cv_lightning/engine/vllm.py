@@ -1,13 +1,14 @@
 """vLLM inside the trainer's process: one engine per rank, stepped by the agent loop.
 
-The only file that imports vllm. See traps T5, T16, T18, T22-T30 for what each argument prevents.
+The only file that imports vllm. `tests/integration/test_gpu_contract.py` looks every name that is used here up in the
+source of the pinned GPU build.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from cv_lightning.engine.base import (
     check_weights,
     must_sleep,
 )
+from cv_lightning.engine.process import has_process_group, join_launched_ranks, keep_process_group, keep_threads
+from cv_lightning.engine.rendering import Rendered, RenderQueue
 from cv_lightning.model.tokens import END_OF_TURN, LOGIT_BAN
 from cv_lightning.types import EngineError
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 CPU_STEP_TOKENS = 65536
 """Most tokens that one step of the CPU build processes; its buffers grow with it."""
+IN_FLIGHT_STEPS = 100
+"""Steps after which an engine without requests must have ended its last batch; two are usual."""
 
 
 class VLLMEngine:
@@ -58,36 +63,19 @@ class VLLMEngine:
         Raises:
             EngineError: the ranks of the run cannot have the engine that `config` asks for.
         """
-        num_ranks = _join_launched_ranks()
+        self.owns_process_group = not has_process_group()
+        num_ranks = join_launched_ranks()
         if num_ranks % config.tensor_parallel_size:
             raise EngineError(
                 f"engine.tensor_parallel_size {config.tensor_parallel_size} does not divide the {num_ranks} rank(s) of "
                 "the run (trainer.devices x trainer.num_nodes)"
             )
-        on_cpu = not torch.cuda.is_available()
         self.sleeps = _sleeps(path, config, num_ranks)
+        self.sleep_level = config.sleep_level
         self.asleep = False
-        self.llm = LLM(
-            model=path,
-            dtype=cast(Any, dtype),
-            seed=seed,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            enforce_eager=config.enforce_eager or on_cpu,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            limit_mm_per_prompt={"image": config.max_images, "video": 0},
-            mm_processor_kwargs={"size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}},
-            skip_mm_profiling=on_cpu,
-            mm_processor_cache_gb=config.processor_cache_gb,
-            enable_prefix_caching=True,
-            **(_whole_prompts(config) if on_cpu else {}),
-            logprobs_mode="processed_logprobs",
-            enable_sleep_mode=self.sleeps,
-            tensor_parallel_size=config.tensor_parallel_size,
-            distributed_executor_backend="external_launcher" if num_ranks > 1 else None,
-            disable_log_stats=True,
-            use_tqdm_on_load=sys.stderr.isatty(),
-        )
+        _check_memory_pool(self.sleeps)
+        with keep_threads():
+            self.llm = LLM(**_arguments(path, config, limits, dtype, seed, num_ranks, self.sleeps))
         self.engine = self.llm.llm_engine
         # Above 1 every step would be a collective of all ranks, which take different numbers of them.
         parallel = self.engine.vllm_config.parallel_config.data_parallel_size
@@ -98,6 +86,8 @@ class VLLMEngine:
         vision = self.llm.model_config.hf_config.vision_config
         self.factor: int = vision.patch_size * vision.spatial_merge_size
         self.end_id: int = self.llm.get_tokenizer().convert_tokens_to_ids(END_OF_TURN)
+        in_background = config.renders_in_background(on_gpu=torch.cuda.is_available())
+        self.rendering = RenderQueue(self._render) if in_background else None
 
     def add_request(self, request: Request) -> None:
         """Queue a request; see `Engine`."""
@@ -118,36 +108,94 @@ class VLLMEngine:
         if request.images:
             prompt["multi_modal_data"] = {"image": list(request.images)}
             prompt["multi_modal_uuids"] = {"image": list(request.image_hashes)}
+        if self.rendering is not None and request.images:
+            return self.rendering.submit(request.id, prompt, params)
         try:
-            self.engine.add_request(request.id, prompt, params)
+            self.engine.add_request(request.id, self._render(prompt), params)
         except ValueError as error:
             raise EngineError(f"vLLM refused request {request.id} ({len(request.prompt_ids)} ids): {error}") from error
 
+    def _render(self, prompt: TokensPrompt) -> Any:
+        """The prompt as the engine takes it, its images processed."""
+        (rendered,) = self.llm.renderer.render_cmpl([cast(Any, prompt)])
+        return rendered
+
+    def _admit(self, rendered: Iterable[Rendered]) -> list[Completion]:
+        """Hand prepared requests to the engine.
+
+        Returns:
+            A completion with an error for every request that was refused.
+        """
+        refused = []
+        for id, params, prompt, error, dropped in rendered:
+            try:
+                if not error:
+                    self.engine.add_request(id, prompt, params)
+            except ValueError as raised:
+                error = str(raised)
+            if dropped:
+                self.engine.abort_request([id])
+            elif error:
+                message = f"vLLM refused request {id}: {error}"
+                refused.append(
+                    Completion(id=id, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=message)
+                )
+        return refused
+
     def step(self) -> list[Completion]:
         """Advance by one scheduler step; see `Engine`."""
-        return [_completion(cast("RequestOutput", output)) for output in self.engine.step() if output.finished]
+        refused: list[Completion] = []
+        if self.rendering is not None:
+            refused = self._admit(self.rendering.take(wait=not self.engine.has_unfinished_requests()))
+            if refused and not self.engine.has_unfinished_requests():
+                return refused
+        finished = [_completion(cast("RequestOutput", output)) for output in self.engine.step() if output.finished]
+        return refused + finished
 
     def has_unfinished(self) -> bool:
-        """True while any request is queued or running."""
-        return self.engine.has_unfinished_requests()
+        """True while any request is being prepared, queued or running."""
+        return bool(self.rendering) or self.engine.has_unfinished_requests()
 
     def abort(self, ids: Sequence[str]) -> None:
         """Forget requests; unknown ids are ignored."""
+        if self.rendering is not None:
+            self.rendering.drop(ids)
         self.engine.abort_request(list(ids))
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load whole tensors by Hugging Face name and drop every cache that depends on weights (T23, T25)."""
+    def _settle(self) -> None:
+        """End what is still under way for requests that have finished or were aborted.
+
+        Under async scheduling a batch may still be running on the GPU when the last request has finished.
+
+        Raises:
+            EngineError: A request is unfinished, or the engine does not come to rest.
+        """
         check_idle(self)
+        if self.rendering is not None:
+            self._admit(self.rendering.take_all())
+        core = cast(Any, self.engine.engine_core).engine_core
+        for _ in range(IN_FLIGHT_STEPS):
+            if not getattr(core, "batch_queue", None):
+                return
+            self.engine.step()
+        raise EngineError(f"vLLM has a batch under way after {IN_FLIGHT_STEPS} steps without requests")
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Load whole tensors by Hugging Face name and drop every cache that depends on weights."""
+        self._settle()
         if self.asleep:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what the trainer has left over is not free for waking
             self.llm.wake_up(["weights"])
+            if self.sleep_level == 2:
+                self.llm.collective_rpc(_clear_unnamed_buffers)
         try:
             (missing,) = self.llm.collective_rpc(_reload, args=(iter(named_tensors),))
         except (ValueError, KeyError, AttributeError) as error:
             raise EngineError(f"vLLM cannot take the policy's weights: {error}") from error
         check_weights(missing)
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("vLLM kept its prefix cache, whose entries belong to the previous weights")
         self.llm.reset_mm_cache()
         self.engine.reset_encoder_cache()
         if self.asleep:  # only now, so that weights being gathered and the cache never need memory at once
@@ -156,37 +204,90 @@ class VLLMEngine:
         self.weight_version = version
 
     def sleep(self) -> bool:
-        """Weights to main memory, key-value cache dropped; see `Engine`.
+        """Give the GPU's memory back; see `Engine`.
 
-        Level 1: level 2 forgets buffers that a weight sync does not bring (T22).
+        The key-value cache is dropped. Level 1 copies the weights to pinned host memory; level 2 drops them, since the
+        next weight sync brings all of them, and vLLM itself saves named buffers.
         """
         if self.sleeps and not self.asleep:
-            check_idle(self)
-            self.engine.reset_encoder_cache()  # which sleeping does not free (T26)
-            self.llm.sleep(level=1)
+            self._settle()
+            self.engine.reset_encoder_cache()  # which sleeping does not free
+            self.llm.sleep(level=self.sleep_level)
             self.asleep = True
         return self.asleep
 
     def close(self) -> None:
-        """Shut the engine core down."""
+        """Shut the engine core down and free its memory, so that another engine can be built in this process."""
         core = getattr(self, "engine", None)
-        if core is not None:
+        if core is None:
+            return
+        if self.rendering is not None:
+            self.rendering.close()
+        with contextlib.nullcontext() if self.owns_process_group else keep_process_group():
             with contextlib.suppress(AttributeError):
                 core.engine_core.shutdown()
-            del self.engine, self.llm
+            del core, self.engine, self.llm
+            gc.collect()  # vLLM's pool for sleeping serves one engine a process, and cycles keep the last one alive
 
 
-def _join_launched_ranks() -> int:
-    """Number of the run's ranks; vLLM reads from the environment which of several this process is.
+def _arguments(
+    path: str, config: EngineConfig, limits: ImageLimits, dtype: str, seed: int, num_ranks: int, sleeps: bool
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    on_cpu = not torch.cuda.is_available()
+    eager = config.enforce_eager or on_cpu
+    return {
+        "model": path,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "enforce_eager": eager,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "limit_mm_per_prompt": {"image": config.max_images, "video": 0},
+        "mm_processor_kwargs": {"size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}},
+        "skip_mm_profiling": on_cpu,
+        "mm_processor_cache_gb": config.cache_of_images_gb(on_gpu=not on_cpu),
+        "enable_prefix_caching": True,
+        **(_whole_prompts(config) if on_cpu else {}),
+        "logprobs_mode": "processed_logprobs",
+        "enable_sleep_mode": sleeps,
+        "sleep_mode_offload_cudagraph": sleeps and not eager,  # else CUDA graphs stay on the GPU while asleep
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "external_launcher" if num_ranks > 1 else None,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+        **({} if config.async_scheduling is None else {"async_scheduling": config.async_scheduling}),
+    }
 
-    An earlier engine of a single process leaves `torch.distributed` initialised too, with one rank.
+
+def _check_memory_pool(sleeps: bool) -> None:
+    """Refuse a second engine while an earlier one holds the pool that vLLM frees for sleeping, one a process.
+
+    Raises:
+        EngineError: Something of the earlier engine is alive.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return 1
-    os.environ.setdefault("RANK", str(distributed.get_rank()))
-    os.environ.setdefault("WORLD_SIZE", str(distributed.get_world_size()))
-    return distributed.get_world_size()
+    if not sleeps:
+        return
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    used = CuMemAllocator.instance.get_current_usage() if CuMemAllocator.instance is not None else 0
+    if used:
+        raise EngineError(
+            f"an earlier engine of this process still holds {used / 1e9:.1f} GB: close() it and drop every reference "
+            "to it, set engine.sleep to never, or start a new process"
+        )
+
+
+def _clear_unnamed_buffers(worker: Any) -> None:
+    """Zero what level 2 loses and no weight sync brings; runs inside vLLM's worker.
+
+    Qwen3-VL keeps the deepstack inputs of a step in a plain list, which vLLM does not save as it saves named buffers;
+    it is added to the hidden states of every step and holds zeros between steps.
+    """
+    model = worker.model_runner.get_model()
+    for buffer in getattr(model, "deepstack_input_embeds", None) or ():
+        buffer.zero_()
 
 
 def _sleeps(path: str, config: EngineConfig, num_ranks: int) -> bool:

@@ -1,14 +1,17 @@
 """Exact attention on packed rows: no T x T mask, no Python loop per image, shared prompts computed once.
 
-On a GPU with flash-attention its variable-length kernel runs; elsewhere plain SDPA: the sequences of a packed row are
-gathered into right-padded batches, which a causal mask isolates for free, and the vision tower's images are batched by
-size. transformers' own path without flash-attention builds a T x T mask for the language model and attends image by
-image in the vision tower; none of its paths lets sequences share a beginning.
+On a GPU a variable-length kernel runs, flash-attn's where it is installed and else PyTorch's own (`varlen_attn`, which
+no package has to be compiled for). Elsewhere plain SDPA: the sequences of a packed row are gathered into right-padded
+batches, which a causal mask isolates for free, and the vision tower's images are batched by size. transformers' own
+path without flash-attention builds a T x T mask for the language model and attends image by image in the vision tower;
+none of its paths lets sequences share a beginning.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -28,7 +31,13 @@ NAME = "packed_flash_free"
 
 
 LONG = 192
-"""Tokens from which a sequence is attended to by a call of its own where there is no flash-attention."""
+"""Tokens from which a sequence is attended to by a call of its own where there is no variable-length kernel."""
+MIN_CAPABILITY = (8, 0)
+"""Compute capability from which PyTorch's flash attention runs."""
+PROBE_TOLERANCE = 3e-2
+"""Largest difference of a kernel in bfloat16 from SDPA in float32, outputs and gradients of order 1."""
+
+logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -42,6 +51,8 @@ class Piece(NamedTuple):
 
 
 Pieces = tuple[Piece, ...]
+Kernel = Callable[..., torch.Tensor]
+"""A function with the arguments of flash-attn's `flash_attn_varlen_func`."""
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Pieces by the tensor that tells them: every layer is given the same one, and reading it waits for the GPU."""
 
@@ -53,6 +64,8 @@ def attention_name(choice: str) -> str:
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch a loaded model, vision tower and language model alike, to an attention implementation."""
+    if name == NAME and torch.cuda.is_available():
+        variable_length_kernel()  # chosen and tried out here, not within a model's first forward pass
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
@@ -100,9 +113,11 @@ def packed_attention(
         causal = causal and attention_mask is None and query.shape[2] > 1
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
-    if query.is_cuda and query.dtype != torch.float32 and (kernel := _flash_kernel()) is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
-        return _variable_length(kernel, q, k, v, pieces, dropout, causal, scaling)[None], None
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+        found = variable_length_kernel()
+        if found is not None:
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
+            return _variable_length(found.run, q, k, v, pieces, causal, scaling)[None], None
     key, value = _for_every_head(query, key, value)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _by_piece(q, k, v, pieces, dropout, causal, scaling)[None], None
@@ -142,29 +157,134 @@ def _pieces_of_positions(positions: list[int]) -> Pieces:
     return tuple(pieces)
 
 
-# ------------------------------------------------------------------------------------------------ flash-attention
-@cache
-def _flash_kernel() -> Callable[..., torch.Tensor] | None:
-    """flash-attention's variable-length function, where it is installed."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_varlen_func
+# ------------------------------------------------------------------------------------------------ kernels for GPUs
+class VariableLengthKernel(NamedTuple):
+    """What attends on this machine's GPUs."""
 
-    kernel: Callable[..., torch.Tensor] = flash_attn_varlen_func
-    return kernel
+    name: str
+    run: Kernel
+
+
+def attention_kernel_name() -> str:
+    """What attends to packed rows in 16 bits on this machine, for people."""
+    found = variable_length_kernel()
+    return "packed SDPA" if found is None else found.name
+
+
+@cache
+def variable_length_kernel() -> VariableLengthKernel | None:
+    """The kernel for packed rows on this machine's GPUs; None where there is none, or it computes something else.
+
+    PyTorch's is compared with SDPA once, on the current GPU: that the last query of a causal sequence with more keys
+    than queries sees the last key is nowhere documented, and a shared prompt depends on it.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        return VariableLengthKernel(f"flash-attn {importlib.metadata.version('flash-attn')}", flash_attn_varlen_func)
+    capability = torch.cuda.get_device_capability()
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None or capability < MIN_CAPABILITY:
+        return None
+    try:
+        worst = kernel_error(torch_varlen, torch.device("cuda", torch.cuda.current_device()))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        logger.warning("torch's varlen_attn does not run on this GPU (%s): packed SDPA is used, which is slower", error)
+        return None
+    if not worst <= PROBE_TOLERANCE:  # not a number, too
+        logger.warning(
+            "torch's varlen_attn differs from SDPA by %.2g on this GPU: packed SDPA is used, which is slower", worst
+        )
+        return None
+    return VariableLengthKernel(f"torch {torch.__version__} varlen_attn", torch_varlen)
+
+
+def torch_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+) -> torch.Tensor:
+    """PyTorch's variable-length attention with the arguments of flash-attn's; without dropout.
+
+    Args:
+        query: [tokens, heads, head_dim]
+        key: [key tokens, key-value heads, head_dim]
+        value: Same shape as `key`.
+        query_bounds: [sequences + 1], int32: where the sequences begin among the queries.
+        key_bounds: [sequences + 1], int32: where they begin among the keys.
+        longest_query: Most queries of a sequence.
+        longest_key: Most keys of a sequence.
+        softmax_scale: Scale of the logits; None: 1 / sqrt(head_dim).
+        causal: The last query sees the last key, the one before it one key less.
+
+    Returns:
+        Same shape as `query`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        query_bounds,
+        key_bounds,
+        longest_query,
+        longest_key,
+        scale=softmax_scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def kernel_error(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Largest difference of a kernel from SDPA in float32, over outputs and gradients of a small packed row.
+
+    The row has sequences with a shared prefix, grouped queries, and the head widths of the vision towers and language
+    models; attention with and without a causal mask.
+    """
+    pieces = (Piece(0, 40), Piece(40, 9, 0, 24), Piece(49, 1, 0, 24), Piece(50, 17), Piece(67, 30, 50, 5))
+    alone = tuple(Piece(piece.start, piece.length) for piece in pieces)
+    worst = 0.0
+    # The hooks hide the tensors of this comparison from code that saves tensors in order to recompute them.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        for seed, (width, groups, causal) in enumerate(((128, 2, True), (72, 1, False), (80, 1, False))):
+            these = pieces if causal else alone
+            generator = torch.Generator().manual_seed(seed)
+            shapes = [(97, 4, width), *[(97, 4 // groups, width)] * 2, (97, 4, width)]
+            q, k, v, weights = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+            ours = [x.clone().requires_grad_() for x in (q, k, v)]
+            plain = [x.float().requires_grad_() for x in (q, k, v)]
+            found = _variable_length(kernel, ours[0], ours[1], ours[2], these, causal, None)
+            keys, values = (x.repeat_interleave(groups, 1) for x in plain[1:])
+            expected = _by_piece(plain[0], keys, values, these, 0.0, causal, None)
+            gradients = torch.autograd.grad(found, ours, weights)
+            others = torch.autograd.grad(expected, plain, weights.float())
+            for a, b in zip((found, *gradients), (expected, *others), strict=True):
+                error = (a.detach().float() - b.detach()).abs().max() / b.detach().abs().max().clamp(min=1.0)
+                worst = max(worst, float(error.nan_to_num(float("inf"))))
+    return worst
 
 
 def _variable_length(
-    kernel: Callable[..., torch.Tensor],
+    kernel: Kernel,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     pieces: Pieces,
-    dropout: float,
     causal: bool,
     scaling: float | None,
 ) -> torch.Tensor:
-    """All pieces in one call; shapes as in `_by_piece`.
+    """All pieces in one call; shapes as in `_by_piece`, but keys and values may have fewer heads.
 
     The kernel's causal mask lets the last query see the last key, so that a piece may have more keys, those of its
     prefix, than queries.
@@ -173,9 +293,7 @@ def _variable_length(
     if gather is not None:
         key, value = key.index_select(0, gather), value.index_select(0, gather)
     longest = max(piece.length for piece in pieces), max(piece.length + piece.prefix_length for piece in pieces)
-    return kernel(
-        query, key, value, query_bounds, key_bounds, *longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
-    )
+    return kernel(query, key, value, query_bounds, key_bounds, *longest, softmax_scale=scaling, causal=causal)
 
 
 @lru_cache(maxsize=64)

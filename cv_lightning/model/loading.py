@@ -46,11 +46,12 @@ class PolicyConfig:
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights; null: full fine-tuning."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
-    """`auto` and `packed`: ours, exact on packed rows, with flash-attention's kernel on a GPU that has it, plain SDPA
-    elsewhere; a group's shared prompt is computed once. The others are transformers' own."""
+    """`auto` and `packed`: ours, exact on packed rows; on a GPU with flash-attn's kernel or else PyTorch's
+    `varlen_attn`, plain SDPA elsewhere (`doctor` names it); a group's shared prompt is computed once. The others are
+    transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """`liger`: fused norms, rotary embeddings and (Qwen2.5-VL) gated units of liger-kernel; `auto`: those on a GPU that
-    has them, else PyTorch's operations."""
+    """`liger`: liger-kernel's fused norms and, in Qwen3-VL, rotary embeddings, in Qwen2.5-VL gated units; `auto`: those
+    on a GPU where it is installed, else PyTorch's operations."""
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:

@@ -42,14 +42,23 @@ def use_linear_patches(model: PreTrainedModel) -> None:
         projection.__class__ = PatchProjection
 
 
-def use_liger(model: PreTrainedModel, *, required: bool = False) -> None:
-    """Fused norms, rotary embeddings and gated units of liger-kernel, where there is a GPU that runs them.
+LIGER_PARTS = {
+    "qwen2_5_vl": {"rms_norm": True, "swiglu": True, "rope": False},
+    "qwen3_vl": {"rms_norm": True, "swiglu": False, "rope": True},
+}
+"""Which of liger-kernel's parts run in a family. Its rotary function for Qwen2.5-VL replaces one that transformers no
+longer calls, and it has no gated unit for Qwen3-VL."""
 
-    Its fused losses are left out: ours computes log-probabilities at the loss positions only.
+
+def use_liger(model: PreTrainedModel, *, required: bool = False) -> None:
+    """Replace operations by liger-kernel's fused ones, where there is a GPU that runs them.
+
+    RMS norms in both families, gated units in Qwen2.5-VL, rotary embeddings in Qwen3-VL. Its fused losses are left out:
+    ours computes log-probabilities at the loss positions only.
 
     Args:
         model: Qwen2.5-VL or Qwen3-VL.
-        required: refuse to go on without them.
+        required: Raise if they are not available.
 
     Raises:
         CheckpointError: they are required and there is no GPU, or no liger-kernel.
@@ -64,4 +73,5 @@ def use_liger(model: PreTrainedModel, *, required: bool = False) -> None:
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, apply_liger_kernel_to_qwen3_vl
 
     apply = {"qwen2_5_vl": apply_liger_kernel_to_qwen2_5_vl, "qwen3_vl": apply_liger_kernel_to_qwen3_vl}
-    apply[model.config.model_type](cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    family = model.config.model_type
+    apply[family](cross_entropy=False, fused_linear_cross_entropy=False, model=model, **LIGER_PARTS[family])

@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import random
 import weakref
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from cv_lightning.images import to_model_image
-from cv_lightning.model import attention
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import packed_logprobs
 from cv_lightning.model.packing import TrainRow, families, pack_rows, packed_length, rope_positions
@@ -174,42 +171,6 @@ def test_prompts_that_only_look_the_same_are_not_shared(model: PreTrainedModel, 
     plain = copy.copy(model.config)
     plain._attn_implementation = "sdpa"
     assert families(rows, plain) == [[0], [1], [2]]
-
-
-def variable_length(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *_: int,
-    dropout_p: float, softmax_scale: float | None, causal: bool,
-) -> torch.Tensor:  # fmt: skip
-    """What flash-attention's function of this signature computes: its causal mask ends at the last key."""
-    out = []
-    for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a)) if causal else None
-        out.append(F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale).transpose(0, 1))
-    return torch.cat(out)
-
-
-def check_variable_length(kernel: Any, device: str, dtype: torch.dtype, tolerance: float) -> None:
-    positions = [*range(7), *range(4, 9), *range(4, 6), *range(3), *range(2, 40)]
-    pieces = attention._pieces_of_positions(positions)
-    assert [piece[2:] for piece in pieces] == [(0, 0), (0, 4), (0, 4), (0, 0), (14, 2)]
-    q, k, v = (torch.randn(len(positions), 4, 32, device=device, dtype=dtype) for _ in range(3))
-    for causal, these in ((True, pieces), (False, attention._pieces_of_bounds([0, 9, 18, len(positions)]))):
-        plain = attention._by_piece(q, k, v, these, 0.0, causal, None)
-        found = attention._variable_length(kernel, q, k, v, these, 0.0, causal, None)
-        torch.testing.assert_close(found, plain, atol=tolerance, rtol=tolerance)
-
-
-def test_the_variable_length_form_is_the_plain_one() -> None:
-    check_variable_length(variable_length, "cpu", torch.float32, 1e-5)
-
-
-@pytest.mark.gpu
-def test_flash_attention_is_the_plain_one() -> None:
-    kernel = attention._flash_kernel()
-    if kernel is None:
-        pytest.skip("flash-attn is not installed")
-    check_variable_length(kernel, "cuda", torch.bfloat16, 2e-2)
 
 
 def test_positions_equal_the_models_own(model: PreTrainedModel, processor: ProcessorMixin) -> None:

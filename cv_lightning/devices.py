@@ -1,0 +1,123 @@
+"""Which GPUs a run uses: those that `trainer.devices` names, for the policy and its engine alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+APPLIED = "CVL_VISIBLE_DEVICES"
+"""Environment variable: the device list that CUDA_VISIBLE_DEVICES was set from, for ranks started by this process."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """The GPUs that this process sees."""
+
+    count: int
+    in_use: bool
+    """CUDA is initialised, so another choice of visible GPUs would have no effect any more."""
+
+    @classmethod
+    def here(cls) -> Gpus:
+        """Those of this machine; counting them does not initialise CUDA."""
+        import torch
+
+        return cls(torch.cuda.device_count(), torch.cuda.is_initialized())
+
+
+def use_named_devices(
+    devices: int | list[int] | str,
+    accelerator: str,
+    gpus: Gpus,
+    environment: MutableMapping[str, str] = os.environ,
+) -> int | list[int] | str:
+    """Make the GPUs of a device list the only ones that this process sees.
+
+    Lightning would put the policy on the named GPUs, but vLLM takes the first visible one, or the one of the rank's
+    number on its node. Where only the named ones are visible, both mean the same GPU.
+
+    Args:
+        devices: `trainer.devices`.
+        accelerator: `trainer.accelerator`.
+        gpus: GPUs that this process sees.
+        environment: Environment of this process; `CUDA_VISIBLE_DEVICES` is set in it.
+
+    Returns:
+        What `trainer.devices` has to be from now on: the number of named GPUs where a list was given.
+
+    Raises:
+        ValueError: The list cannot work; says which flag to change.
+    """
+    named = _named(devices)
+    where = f"--trainer.devices {devices}"
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus.count > 0)
+    if named is None:
+        count = _count(devices)
+        if on_gpu and count > gpus.count:
+            raise ValueError(f"{where}: this process sees {gpus.count} GPU(s); name at most that many")
+        return devices
+    if not on_gpu:
+        reason = "this machine has none" if accelerator == "auto" else f"--trainer.accelerator is {accelerator}"
+        raise ValueError(
+            f"{where} names GPUs, but {reason}: give a number of processes, --trainer.devices {len(named)}"
+        )
+    if not named:
+        raise ValueError(f"{where} names no GPU: give their numbers, such as '[0,1]', or how many")
+    if len(set(named)) < len(named):
+        raise ValueError(f"{where} names a GPU twice: every rank needs one of its own")
+    if environment.get(APPLIED) == _applied(named, environment):
+        return len(named)  # the process that started this one has done it
+    wrong = [index for index in named if not 0 <= index < gpus.count]
+    if wrong:
+        seen = f"{gpus.count} GPU(s), numbered from 0" if gpus.count else "no GPU"
+        raise ValueError(f"{where}: there is no GPU {wrong[0]}; this process sees {seen} ({VISIBLE} chooses them)")
+    if named == list(range(len(named))):
+        return len(named)
+    names = [name.strip() for name in environment.get(VISIBLE, "").split(",") if name.strip()]
+    wanted = ",".join(names[index] if names else str(index) for index in named)
+    if gpus.in_use:
+        raise ValueError(
+            f"{where}: CUDA is already initialised in this process, so that policy and engine would be on different "
+            f"GPUs. Set {VISIBLE}={wanted} before Python starts, and --trainer.devices {len(named)}"
+        )
+    environment[VISIBLE] = wanted
+    environment[APPLIED] = _applied(named, environment)
+    return len(named)
+
+
+def _applied(named: list[int], environment: MutableMapping[str, str]) -> str:
+    return f"{','.join(map(str, named))} as {environment.get(VISIBLE, '')}"
+
+
+def _named(devices: int | list[int] | str) -> list[int] | None:
+    """The GPUs of a device list; None for a number of devices and for `auto`.
+
+    Raises:
+        ValueError: It is a list of something else than numbers.
+    """
+    if isinstance(devices, int):
+        return None
+    text = devices.strip("[] ") if isinstance(devices, str) else ""
+    if isinstance(devices, str) and "," not in devices and not devices.lstrip().startswith("["):
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()] if isinstance(devices, str) else devices
+    try:
+        return [int(part) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--trainer.devices {devices}: give numbers of GPUs, such as '[0,1]', or how many") from error
+
+
+def _count(devices: int | list[int] | str) -> int:
+    """Number of devices where one is given; 0 for `auto` and -1.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    text = str(devices).strip()
+    if text in ("auto", "-1"):
+        return 0
+    if not text.isdigit() or int(text) == 0:
+        raise ValueError(f"--trainer.devices {devices}: give a number of devices, a list such as '[0,1]', or auto")
+    return int(text)

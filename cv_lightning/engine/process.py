@@ -1,0 +1,76 @@
+"""What vLLM changes in the process that it shares with the trainer, and how each change is kept away or undone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def keep_threads() -> Iterator[None]:
+    """Restore torch's number of threads.
+
+    vLLM's GPU worker sets it to 1 unless OMP_NUM_THREADS is set; the CPU build replaces `torch.set_num_threads` by a
+    function that does nothing. The trainer's image processing and an optimizer step on the host need all threads.
+    """
+    count, setter = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = setter
+        setter(count)
+
+
+@contextmanager
+def keep_process_group() -> Iterator[None]:
+    """Leave the default process group as it is: vLLM destroys it while it shuts down, also where it is the trainer's.
+
+    Groups that vLLM made for itself are destroyed as before.
+    """
+    distributed: Any = torch.distributed
+    destroy = distributed.destroy_process_group
+
+    def destroy_others(group: Any = None) -> None:
+        if group is not None and group is not distributed.group.WORLD:
+            destroy(group)
+
+    distributed.destroy_process_group = destroy_others
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group = destroy
+
+
+def has_process_group() -> bool:
+    """True if `torch.distributed` is initialised in this process."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def join_launched_ranks() -> int:
+    """Tell vLLM, which reads it from the environment, which rank of the run this process is.
+
+    Returns:
+        Number of ranks of the run. An earlier engine of a single process leaves `torch.distributed` initialised too,
+        with one rank.
+    """
+    distributed = torch.distributed
+    if not has_process_group() or distributed.get_world_size() == 1:
+        return 1
+    os.environ.setdefault("RANK", str(distributed.get_rank()))
+    os.environ.setdefault("WORLD_SIZE", str(distributed.get_world_size()))
+    if "SLURM_LOCALID" in os.environ:  # srun sets no LOCAL_RANK
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
+    return distributed.get_world_size()
+
+
+def engine_device_index(num_ranks: int) -> int:
+    """Index of the GPU that vLLM takes in this process, among the visible ones.
+
+    Args:
+        num_ranks: Ranks of the run.
+    """
+    return int(os.environ.get("LOCAL_RANK", "0")) if num_ranks > 1 else 0

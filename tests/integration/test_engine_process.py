@@ -1,0 +1,223 @@
+"""What the real vLLM engine does to the process that it shares with the trainer, and to requests while it is busy.
+
+In a file of its own: vLLM engines share globals of the process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_samples import Policy, finish, request_of, worst_gap
+from sleeping_worker import SleepingWorker
+
+from cv_lightning.engine import EngineConfig
+from cv_lightning.engine.process import keep_threads
+from cv_lightning.engine.vllm import VLLMEngine, _clear_unnamed_buffers
+from cv_lightning.types import EngineError
+
+TOLERANCE = 1e-4
+
+
+def built(policy: Policy, **settings: Any) -> VLLMEngine:
+    config = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4, **settings)
+    return VLLMEngine(str(policy.path), config, policy.encoder.limits, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_checkpoint: Path) -> Policy:
+    return Policy.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A trainer's process group, there before the engine."""
+    distributed = torch.distributed
+    store = tmp_path_factory.mktemp("group") / "store"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield distributed
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def engine(policy: Policy, process_group: Any) -> Iterator[VLLMEngine]:
+    """An engine that renders in the background, built while torch uses two threads; the second one of the process."""
+    first = built(policy)
+    first.update_weights(policy.model.named_parameters(), version=1)
+    assert worst_gap(policy, first) <= TOLERANCE
+    first.close()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    second = built(policy, background_rendering="always")
+    second.update_weights(policy.model.named_parameters(), version=1)
+    yield second
+    second.close()
+    torch.set_num_threads(before)
+
+
+def test_torch_keeps_its_threads_when_an_engine_is_built(engine: VLLMEngine) -> None:
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1, "vLLM's CPU build puts a function that does nothing in its place"
+    torch.set_num_threads(2)
+
+
+def test_threads_are_restored_when_building_fails() -> None:
+    setter, before = torch.set_num_threads, torch.get_num_threads()
+    with pytest.raises(EngineError), keep_threads():
+        torch.set_num_threads(1)
+        torch.set_num_threads = lambda count: None
+        raise EngineError("no room")
+    assert (torch.set_num_threads, torch.get_num_threads()) == (setter, before)
+
+
+def test_closing_an_engine_leaves_the_trainers_process_group(engine: VLLMEngine, process_group: Any) -> None:
+    """The fixture has closed an earlier engine."""
+    value = torch.ones(2)
+    process_group.all_reduce(value)
+    assert value.tolist() == [1.0, 1.0]
+
+
+def test_a_second_engine_of_the_process_agrees_with_the_trainer(engine: VLLMEngine, policy: Policy) -> None:
+    assert worst_gap(policy, engine) <= TOLERANCE
+
+
+def test_images_are_processed_while_other_requests_decode(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, render = threading.Event(), engine.llm.renderer.render_cmpl
+
+    def gated(prompts: Any, *rest: Any) -> Any:
+        assert gate.wait(60)
+        return render(prompts, *rest)
+
+    text, seen = policy.dialogue([]), policy.dialogue([(96, 96)])
+    engine.add_request(request_of(text, policy.banned, name="text", tokens=8))
+    monkeypatch.setattr(engine.llm.renderer, "render_cmpl", gated)
+    engine.add_request(request_of(seen, policy.banned, name="image", tokens=8))
+    done = []
+    while not done:
+        done = engine.step()
+    assert [completion.id for completion in done] == ["text"] and engine.has_unfinished()
+    with pytest.raises(EngineError, match="unfinished"):
+        engine.update_weights(policy.model.named_parameters(), version=2)
+    gate.set()
+    while not (done := engine.step()):
+        pass
+    assert [completion.id for completion in done] == ["image"] and not engine.has_unfinished()
+    assert done[0].prompt_ids == seen.token_ids
+
+
+def test_requests_aborted_while_they_are_prepared_leave_the_image_caches_equal(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The renderer sends an image once; the request that carried it is aborted, later ones refer to it."""
+    running, gate, render = threading.Event(), threading.Event(), engine.llm.renderer.render_cmpl
+
+    def gated(prompts: Any, *rest: Any) -> Any:
+        running.set()
+        assert gate.wait(60)
+        return render(prompts, *rest)
+
+    monkeypatch.setattr(engine.llm.renderer, "render_cmpl", gated)
+    dialogue = policy.dialogue([(160, 96)], seed=77)
+    for name in ("running", "queued", "kept"):
+        engine.add_request(request_of(dialogue, policy.banned, name=name, tokens=6))
+    assert running.wait(60)
+    engine.abort(["running", "queued", "never heard of"])
+    assert engine.has_unfinished()
+    gate.set()
+    done = []
+    while engine.has_unfinished():
+        done += engine.step()
+    assert [(completion.id, completion.error) for completion in done] == [("kept", "")]
+    again = finish(engine, [request_of(dialogue, policy.banned, name="running", tokens=6)])
+    assert again["running"].token_ids == done[0].token_ids
+    engine.update_weights(policy.model.named_parameters(), version=3)
+    assert worst_gap(policy, engine) <= TOLERANCE
+
+
+def test_a_prompt_that_vllm_refuses_ends_its_own_request(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ValueError("no such placeholder")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.llm.renderer, "render_cmpl", refuse)
+        engine.add_request(request_of(policy.dialogue([(96, 96)]), policy.banned, name="bad"))
+        (done,) = engine.step()
+    assert done.id == "bad" and "no such placeholder" in done.error and not engine.has_unfinished()
+    assert worst_gap(policy, engine) <= TOLERANCE
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_three_sleeps_of_either_level_leave_engine_and_trainer_in_agreement(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """Memory is lost by a stand-in, as on a GPU: at level 2 weights and the plain list of deepstack inputs."""
+    worker = SleepingWorker(engine.llm)
+    monkeypatch.setattr(engine, "sleeps", True)
+    monkeypatch.setattr(engine, "sleep_level", level)
+    monkeypatch.setattr(engine.llm, "sleep", worker.sleep)
+    monkeypatch.setattr(engine.llm, "wake_up", worker.wake_up)
+    for cycle in range(3):
+        assert engine.sleep() and worker.asleep == {"weights", "kv_cache"}
+        policy.perturb(seed=cycle)
+        engine.update_weights(policy.model.named_parameters(), version=10 + cycle)
+        assert not worker.asleep and worst_gap(policy, engine) <= TOLERANCE
+
+
+def test_level_2_without_clearing_the_deepstack_inputs_is_noticed(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault that the comparison after waking exists for."""
+    worker = SleepingWorker(engine.llm)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(engine, "sleeps", True)
+        faulty.setattr(engine, "sleep_level", 2)
+        faulty.setattr(engine.llm, "sleep", worker.sleep)
+        faulty.setattr(engine.llm, "wake_up", worker.wake_up)
+        faulty.setattr("cv_lightning.engine.vllm._clear_unnamed_buffers", lambda worker: None)
+        engine.sleep()
+        engine.update_weights(policy.model.named_parameters(), version=13)
+    with pytest.raises((AssertionError, EngineError, ValueError)):
+        assert worst_gap(policy, engine) <= TOLERANCE
+    engine.llm.collective_rpc(_clear_unnamed_buffers)
+    engine.update_weights(policy.model.named_parameters(), version=14)
+    assert worst_gap(policy, engine) <= TOLERANCE
+
+
+def test_a_batch_still_running_is_ended_before_the_weights_change(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Async scheduling: the last request has finished, but its batch is in flight. The CPU build has none."""
+    core, steps = engine.engine.engine_core.engine_core, []
+    monkeypatch.setattr(core, "batch_queue", ["a batch"], raising=False)
+
+    def step() -> list[Any]:
+        steps.append(1)
+        core.batch_queue.clear()
+        return []
+
+    monkeypatch.setattr(engine.engine, "step", step)
+    engine.update_weights(policy.model.named_parameters(), version=20)
+    assert steps == [1]
+    core.batch_queue.append("a batch that never ends")
+    monkeypatch.setattr(engine.engine, "step", lambda: [])
+    with pytest.raises(EngineError, match="under way"):
+        engine.update_weights(policy.model.named_parameters(), version=21)
+    core.batch_queue.clear()
+
+
+def test_a_prefix_cache_that_stays_is_an_error(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(EngineError, match="prefix cache"):
+        engine.update_weights(policy.model.named_parameters(), version=22)

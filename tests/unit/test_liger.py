@@ -1,0 +1,100 @@
+"""Every part that liger-kernel is asked to replace is the code that runs, and its arguments give the same result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import PreTrainedModel
+
+from cv_lightning.images import to_model_image
+from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.model.logprobs import packed_logprobs
+from cv_lightning.model.packing import TrainRow, pack_rows
+from cv_lightning.model.patches import LIGER_PARTS, use_liger
+from cv_lightning.model.vision import VisionCache
+
+pytest.importorskip("liger_kernel")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Liger's kernels, which need a GPU, replaced by the same arithmetic in torch that counts; and a GPU pretended."""
+    from liger_kernel.transformers import rms_norm, rope, swiglu
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+    from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+    counted: Counter[str] = Counter()
+
+    class RMSNorm:
+        @staticmethod
+        def apply(
+            x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, casting: str, *_: Any
+        ) -> torch.Tensor:
+            counted["rms_norm"] += 1
+            assert casting == "llama"
+            return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * (weight + offset)
+
+    def rotate(name: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any) -> Any:
+        counted[name] += 1
+
+        def turned(x: torch.Tensor) -> torch.Tensor:
+            half = x.shape[-1] // 2
+            cosine, sine = (y if y.dim() == 3 else y[None] for y in (cos, sin))
+            return x * cosine[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sine[:, None]
+
+        return turned(q), turned(k)
+
+    def gate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        counted["swiglu"] += 1
+        return F.silu(a) * b
+
+    monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", RMSNorm)
+    monkeypatch.setattr(rope, "dispatch", rotate)
+    monkeypatch.setattr(swiglu, "_swiglu_dispatch", gate)
+    for module in (modeling_qwen2_5_vl, modeling_qwen3_vl):  # liger replaces these for the whole process
+        for name in list(vars(module)):
+            if name.startswith("apply_") or name.endswith(("RMSNorm", "MLP")):
+                monkeypatch.setattr(module, name, getattr(module, name))
+    return counted
+
+
+def logprobs(model: PreTrainedModel, path: Path) -> torch.Tensor:
+    """Log-probabilities of a row with an image."""
+    processor = load_processor(str(path))
+    image = to_model_image(Image.linear_gradient("L").resize((96, 64)).convert("RGB"), image_limits(processor))
+    (vision,) = VisionCache(processor).get([image])
+    pads = [model.config.image_token_id] * (
+        int(vision.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2
+    )
+    ids = [5, *pads, 6, 7, 8, 9]
+    row = TrainRow(token_ids=ids, loss_mask=[False] * (len(ids) - 4) + [True] * 4, vision=[vision])
+    with torch.no_grad():
+        return packed_logprobs(model, pack_rows([row], model.config)).logprobs
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_qwen25"])
+def test_every_part_that_liger_replaces_is_the_code_that_runs(
+    request: pytest.FixtureRequest, checkpoint: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: Path = request.getfixturevalue(checkpoint)
+    model = load_policy(PolicyConfig(path=str(path), dtype="float32", kernels="torch"))
+    plain = logprobs(model, path)
+    assert not calls
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    use_liger(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fused = logprobs(model, path)
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    layers, depth, family = text.num_hidden_layers, vision.depth, model.config.model_type
+    expected = {"rms_norm": 4 * layers + 1} if family == "qwen3_vl" else {"rms_norm": 2 * layers + 1 + 2 * depth}
+    expected |= {"rope": layers + depth} if LIGER_PARTS[family]["rope"] else {}
+    expected |= {"swiglu": layers} if LIGER_PARTS[family]["swiglu"] else {}
+    assert dict(calls) == expected
+    assert set(expected) == {part for part, claimed in LIGER_PARTS[family].items() if claimed}
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
