@@ -11,8 +11,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-TORCH_CPU=2.13.0
-TORCH_GPU=2.14.0
+# The pins stand in pyproject.toml only; scripts/lock.sh resolves them to scripts/locks/.
+pin() { sed -n "s/^$1 = .*\"$2==\([0-9.]*\)\".*/\1/p" pyproject.toml; }
+TORCH_CPU=$(pin cpu torch)
+TORCH_GPU=$(pin gpu-core torch)
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 force=0 check=0 stack=auto doctor=1
 for argument in "$@"; do
@@ -64,7 +66,7 @@ export PATH=$environment/bin:$PATH
 
 # ------------------------------------------------------------------------------------------------ nothing to do?
 stamp=$environment/.cv_lightning_installed
-wanted="$stack $PWD $("$python" --version) $(cat pyproject.toml scripts/install.sh scripts/mend_torchvision.py | sha256sum | cut -c1-64)"
+wanted="$stack $PWD $("$python" --version) $(cat pyproject.toml scripts/install.sh scripts/mend_torchvision.py "scripts/locks/$stack.txt" | sha256sum | cut -c1-64)"
 if [[ $force == 0 && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
   say "$environment is up to date (--force installs again)"
   exit 0
@@ -80,10 +82,22 @@ say "installing the $stack stack into $environment"
 # -------------------------------------------------------------------------------------------------------- packages
 log=$environment/install.log
 : >"$log"
+# The locked versions, where they were resolved for; elsewhere, or where pip is capped to others, what the pins allow.
+lock=()
+if [[ $(uname -sm) == "Linux x86_64" ]] && "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+  lock=(--constraint "scripts/locks/$stack.txt")
+fi
 # pip's whole output goes to the log; an error shows its last lines.
-try_pip() { "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$log" 2>&1; }
+try_pip() {
+  "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "${lock[@]}" "$@" >>"$log" 2>&1
+}
 pip_install() {
   try_pip "$@" && return
+  if [[ ${#lock[@]} -gt 0 ]]; then
+    say "the locked versions do not fit here: installing what the pins of pyproject.toml allow (details in $log)"
+    lock=()
+    try_pip "$@" && return
+  fi
   grep -v 'is ignored: it is\|^Looking in\|already satisfied' "$log" | tail -n 25 >&2
   fail "pip install $* failed; the whole output is in $log$(caps)"
 }
@@ -130,8 +144,8 @@ BUILD
 else
   say "flash-attn, if a wheel fits"
   if ! try_pip --no-build-isolation --only-binary flash-attn "flash-attn>=2.8.3"; then
-    say "no flash-attn wheel for this torch: packed SDPA attention is used instead"
-    say "(to compile it: pip install --no-build-isolation flash-attn; takes an hour and a CUDA toolkit)"
+    say "no flash-attn wheel for this torch: PyTorch's own varlen_attn is used (doctor names the kernel)"
+    say "(to compile flash-attn: pip install --no-build-isolation flash-attn; takes an hour and a CUDA toolkit)"
   fi
 fi
 

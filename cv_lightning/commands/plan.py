@@ -107,7 +107,7 @@ def text_of(plan: Plan) -> str:
     """The plan for people."""
     parts = [_head(plan), _memory(plan)]
     parts += [part for part in (_cache(plan), _time(plan)) if part]
-    parts += [f"WARNING: {line}" for line in plan.problems] + [f"note: {line}" for line in plan.hints]
+    parts += [f"WARNING: {line}" for line in plan.problems] + [f"warning: {line}" for line in plan.hints]
     return "\n\n".join(parts)
 
 
@@ -133,6 +133,7 @@ def _memory(plan: Plan) -> str:
         ("optimizer", held.optimizer),
         ("ZeRO's buffers", held.buffers),
         ("activations", found.activations),
+        ("optimizer step, after", found.step_work),
     ]
     if found.engine is not None:
         rows += [("engine weights", found.engine.weights), ("key-value cache", found.engine.cache)]
@@ -145,7 +146,14 @@ def _memory(plan: Plan) -> str:
     if found.engine is not None:
         lines.append(f"  {'peak in rollouts':22} {found.sampling / GB:7.1f}")
     if found.host:
-        lines.append(f"  {'main memory of a node':22} {found.host / GB:7.1f}  for what is kept off the GPUs")
+        engine = (
+            ""
+            if found.engine is None
+            else f"; {found.engine.host * plan.run.gpus_per_node / GB:.1f} of them the engines'"
+        )
+        lines.append(
+            f"  {'main memory of a node':22} {found.host / GB:7.1f}  at most, for what is kept off the GPUs{engine}"
+        )
     return "\n".join(lines)
 
 
@@ -190,9 +198,11 @@ def figures_of(plan: Plan) -> dict[str, Any]:
     found, held = plan.budget, plan.budget.states
     figures: dict[str, Any] = {name: getattr(held, name) for name in type(held).__dataclass_fields__}
     figures |= {"activations": found.activations, "overhead": found.overhead, "host": found.host}
+    figures |= {"step_work": found.step_work}
     if found.engine is not None:
         engine = found.engine
         figures |= {"engine_weights": engine.weights, "engine_cache": engine.cache, "engine_work": engine.work}
+        figures |= {"engine_host": engine.host}
     figures |= {"training_peak": found.training, "rollout_peak": found.sampling, "memory": found.memory}
     figures |= {f"{name}_s": value for name, value in found.seconds.items()}
     return figures | {"problems": plan.problems, "hints": plan.hints}

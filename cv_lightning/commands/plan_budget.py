@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cv_lightning.model.footprint import (
+    ADAM_MOMENTS,
+    FLOAT32,
+    STEP_ELEMENTS,
     States,
     activation_bytes,
     forward_flops,
@@ -47,6 +50,13 @@ SYNC_BYTES_PER_S = 8e9
 """Weight sync: 6-7 s for 30 B parameters over a good network (verl's checkpoint engine)."""
 ENGINE_WORK_GB = 3.0
 """vLLM's own activations, CUDA graphs and image features."""
+GRAPHS_GB = 1.0
+"""CUDA graphs of an engine, which vLLM copies to main memory while the engine sleeps."""
+PINNED_ROUNDING = 2.0
+"""torch's allocator of pinned memory rounds every allocation up to a power of two, so at most twice its size."""
+PIXELS_PER_TOKEN = 32**2
+SECONDS_PER_PIXEL = 54e-9
+"""Processing of an image for the engine on one thread: 345 ms for 6.4 megapixels, measured on a server CPU."""
 USABLE = 0.97
 """Of a GPU's memory."""
 
@@ -93,6 +103,8 @@ class EngineBudget:
     """Its memory is given back while the trainer works."""
     token_bytes: float
     """Key-value cache of one token."""
+    host: float = 0.0
+    """Main memory that it takes on each rank: pinned copies while it sleeps, and processed images."""
 
     @property
     def total(self) -> float:
@@ -116,6 +128,8 @@ class Budget:
     """What there is."""
     host: float
     """In one node's main memory."""
+    step_work: float
+    """Temporary tensors of an optimizer step on the GPU, when no activations are alive."""
     seconds: dict[str, float]
     """Of one batch: rollout, sync, update. Empty on a CPU, whose speed nobody states."""
 
@@ -129,7 +143,7 @@ class Budget:
     def training(self) -> float:
         """Peak while the policy is trained."""
         awake = 0.0 if self.engine is None or self.engine.sleeps else self.engine.total
-        return self.lasting + self.activations + awake
+        return self.lasting + max(self.activations, self.step_work) + awake
 
     @property
     def sampling(self) -> float:
@@ -151,8 +165,8 @@ def budget(run: RunFacts, given: Assumptions) -> Budget:
     activations = activation_bytes(run.shape, row, round(row * given.image_share), run.policy.gradient_checkpointing)
     engine = None if run.rollout is None else _engine(run, run.rollout, memory)
     host = held.host * run.gpus_per_node
-    if engine is not None and engine.sleeps:
-        host += engine.weights * run.gpus_per_node
+    if engine is not None:
+        host += engine.host * run.gpus_per_node
     return Budget(
         states=held,
         activations=activations,
@@ -160,6 +174,7 @@ def budget(run: RunFacts, given: Assumptions) -> Budget:
         overhead=given.overhead_gb * GB * run.on_gpu,
         memory=memory,
         host=host,
+        step_work=_step_work(run),
         seconds=_seconds(run, given, gpu, engine) if run.on_gpu else {},
     )
 
@@ -193,7 +208,21 @@ def _engine(run: RunFacts, rollout: RolloutFacts, memory: float) -> EngineBudget
     cache = config.gpu_memory_utilization * memory - weights - work
     ranks = run.sharding.ranks if run.sharding.zero_stage else 1
     sleeps = must_sleep(config, memory=memory, num_parameters=shape.parameters, num_ranks=ranks)
-    return EngineBudget(weights=weights, cache=cache, work=work, sleeps=sleeps, token_bytes=token)
+    host = config.cache_of_images_gb(on_gpu=True) * GB
+    if sleeps:
+        host += PINNED_ROUNDING * (weights if config.sleep_level == 1 else 0.0)
+        host += PINNED_ROUNDING * (0.0 if config.enforce_eager else GRAPHS_GB * GB)
+    return EngineBudget(weights=weights, cache=cache, work=work, sleeps=sleeps, token_bytes=token, host=host)
+
+
+def _step_work(run: RunFacts) -> float:
+    """Temporary tensors of AdamW on a GPU: two as large as the parameters that it steps at once."""
+    sharding, shape = run.sharding, run.shape
+    if not run.on_gpu or sharding.offload_optimizer:
+        return 0.0
+    if not sharding.zero_stage:
+        return ADAM_MOMENTS * shape.trained * shape.trained_bytes
+    return ADAM_MOMENTS * FLOAT32 * min(STEP_ELEMENTS, shape.trained / sharding.ranks)
 
 
 def _adapters(run: RunFacts) -> int:
@@ -223,6 +252,11 @@ def _seconds(run: RunFacts, given: Assumptions, gpu: Gpu, engine: EngineBudget |
     if engine is not None:
         rate = given.decode_tokens_per_s or decode_rate(run, engine, gpu, length)
         found["rollout"] = sequences * given.sampled_tokens / rate + forward / peak
+        images = sequences * length * given.image_share * PIXELS_PER_TOKEN * SECONDS_PER_PIXEL
+        if run.rollout.engine.renders_in_background(on_gpu=True) and not run.rollout.agent.deterministic:
+            found["rollout"] = max(found["rollout"], images)
+        else:
+            found["rollout"] += images
         found["sync"] = engine.weights / SYNC_BYTES_PER_S
     return found
 
@@ -274,11 +308,14 @@ def hints(run: RunFacts, found: Budget, given: Assumptions) -> list[str]:
         )
     if engine is not None:
         at_once = min(rollout.engine.max_num_seqs, _per_rank(run))
-        fit = engine.fits(mean_length(run, given))
+        mean = mean_length(run, given)
+        fit = engine.fits(mean)
         if 1 <= fit < at_once:
+            share = (engine.weights + engine.work + at_once * mean * engine.token_bytes) / found.memory
+            room = f", or engine.gpu_memory_utilization to {share:.2f} if that fits" if share <= USABLE else ""
             lines.append(
-                f"the key-value cache holds {fit} trajectories of {mean_length(run, given)} tokens at once, {at_once} "
-                "are to run: the others wait or are computed again (engine.gpu_memory_utilization)"
+                f"the key-value cache holds {fit} trajectories of {mean} tokens at once, {at_once} are to run: the "
+                f"others wait or are computed again. Set engine.max_num_seqs to about {fit}{room}"
             )
     return lines
 

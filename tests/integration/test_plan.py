@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from cv_lightning.commands.plan import main, make_plan
-from cv_lightning.commands.plan_budget import Assumptions
+from cv_lightning.commands.plan_budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions
 from cv_lightning.model.attention import NAME, use_attention
 from cv_lightning.model.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
 from cv_lightning.model.loading import load_processor
@@ -25,6 +25,7 @@ from cv_lightning.model.vision import process_images
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ROW = "--model.init_args.max_tokens_per_row"
+ENGINE = "--trainer.callbacks.init_args.engine"
 
 
 def configs(*names: str) -> list[str]:
@@ -90,6 +91,49 @@ def test_plan_warns_of_a_cache_without_room_for_one_sequence(capsys: pytest.Capt
     little = "--trainer.callbacks.init_args.engine.gpu_memory_utilization=0.28"
     assert main([*configs("grpo/qwen3_vl_8b", "hardware/8gpu"), little, "--strict"]) == 1
     assert "raise engine.gpu_memory_utilization, or lower max_model_len" in capsys.readouterr().out
+
+
+def test_plan_warns_of_a_cache_for_fewer_trajectories_than_are_decoded_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
+    assert main([*recipe, "--strict"]) == 0, "the run works, more slowly"
+    text = capsys.readouterr().out
+    assert "warning: the key-value cache holds 19 trajectories of 8192 tokens at once, 64 are to run" in text
+    assert main([*recipe, f"{ENGINE}.max_num_seqs=19"]) == 0
+    assert "key-value cache holds" not in capsys.readouterr().out
+
+
+def test_plan_counts_what_a_sleeping_engine_keeps_in_main_memory() -> None:
+    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
+
+    def host(*more: str) -> float:
+        return make_plan([*recipe, *more], Assumptions()).budget.host / 1e9
+
+    budget = make_plan(recipe, Assumptions()).budget
+    assert budget.engine is not None and budget.engine.sleeps
+    weights = 8 * budget.engine.weights / 1e9
+    level_2, eager = host(f"{ENGINE}.sleep_level=2"), host(f"{ENGINE}.sleep_level=2", f"{ENGINE}.enforce_eager=true")
+    assert host() - level_2 == pytest.approx(2 * weights), "pinned copies, rounded up to powers of two"
+    assert level_2 - eager == pytest.approx(2 * 8 * GRAPHS_GB)
+    assert eager == pytest.approx(8 * 4.0), "processed images"
+    assert host(f"{ENGINE}.sleep_level=2", f"{ENGINE}.processor_cache_gb=1") == pytest.approx(level_2 - 8 * 3.0)
+
+
+def test_plan_counts_the_temporary_tensors_of_an_optimizer_step() -> None:
+    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
+    budget = make_plan(recipe, Assumptions()).budget
+    assert budget.step_work == 8e9
+    offloaded = make_plan([*recipe, "--trainer.strategy.init_args.offload_optimizer=true"], Assumptions()).budget
+    assert offloaded.step_work == 0
+    assert budget.training == budget.lasting + max(budget.activations, budget.step_work)
+
+
+def test_plan_counts_image_processing_where_it_is_not_hidden() -> None:
+    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
+    hidden = make_plan(recipe, Assumptions()).budget.seconds["rollout"]
+    shown = make_plan([*recipe, f"{ENGINE}.background_rendering=never"], Assumptions()).budget.seconds["rollout"]
+    assert shown - hidden == pytest.approx(64 * 8192 * 0.5 * 32**2 * SECONDS_PER_PIXEL)
 
 
 def test_plan_refuses_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-FILES = ("pyproject.toml", "scripts/install.sh", "scripts/environment.sh", "scripts/mend_torchvision.py")
+FILES = (
+    "pyproject.toml",
+    "scripts/install.sh",
+    "scripts/environment.sh",
+    "scripts/mend_torchvision.py",
+    "scripts/locks/cpu.txt",
+    "scripts/locks/gpu.txt",
+)
 FAILING_INIT = """
 import torch
 from .extension import _has_ops
@@ -77,6 +88,32 @@ def test_nothing_is_done_while_nothing_changes(project: Path) -> None:
     with (project / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert install(project, "--check").returncode == 1
+
+
+def test_a_changed_lock_file_is_installed_again(project: Path) -> None:
+    stamp = project.parent / "environment/.cv_lightning_installed"
+    stamp.write_text(install(project, "--check").stdout.splitlines()[-1] + "\n")
+    assert install(project, "--check").returncode == 0
+    with (project / "scripts/locks/cpu.txt").open("a") as file:
+        file.write("# another version\n")
+    assert install(project, "--check").returncode == 1
+
+
+@pytest.mark.parametrize(("stack", "extra"), [("cpu", "cpu"), ("gpu", "gpu-core")])
+def test_the_lock_files_meet_the_pins(stack: str, extra: str) -> None:
+    """pyproject.toml is the one place of the pins; `scripts/lock.sh` writes the lock files from it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "scripts/locks" / f"{stack}.txt").read_text().splitlines()
+    locked = {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *extras[extra], *extras["dev"]]]
+    for requirement in wanted:
+        if requirement.name == "cv-lightning":
+            continue
+        found = locked[canonicalize_name(requirement.name)]
+        (version,) = (clause.version for clause in found.specifier)
+        assert requirement.specifier.contains(version, prereleases=True), f"{requirement}: locked to {version}"
+    assert not re.search(r"torch==\d", (ROOT / "scripts/install.sh").read_text()), "a second place of the pins"
 
 
 def test_a_failing_pip_ends_the_install_with_its_log(project: Path) -> None:
