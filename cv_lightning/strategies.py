@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,10 +28,29 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-true", "16-true"]] = {
 """Lightning's word for each `policy.dtype`."""
 
 
-class AsLoaded(DeepSpeedPrecision):
-    """Leaves the module as it was loaded.
+@contextmanager
+def unchanged_tensors() -> Iterator[None]:
+    """Let `deepspeed.zero.Init` shard parameters without changing what torch's constructors return.
 
-    Lightning's own casts buffers, too: rotary frequencies in 16 bits give wrong positions in long rows.
+    By default it casts every floating-point tensor that is built under it to the parameters' type. transformers builds
+    parameters in that type anyway; what is left to cast are the tables that a model computes in float32, such as
+    rotary frequencies, and in 16 bits those give wrong positions. It also builds them on the GPU, whose powers differ
+    from the CPU's in the last bit.
+    """
+    import deepspeed
+
+    original = deepspeed.zero.Init
+    deepspeed.zero.Init = partial(original, tensor_overrides=[])  # transformers looks the name up at each call
+    try:
+        yield
+    finally:
+        deepspeed.zero.Init = original
+
+
+class AsLoaded(DeepSpeedPrecision):
+    """Precision plugin that leaves the module as it was loaded.
+
+    Lightning's own plugin casts buffers, too: rotary frequencies in 16 bits give wrong positions in long sequences.
     """
 
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -54,6 +74,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_parameters: keep the shards of parameters there, too; stage 3 only.
         bucket_elements: gradient elements that are reduced at once.
         persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
+        gradient_accumulation: type in which the gradients of micro-batches are summed up: `float32`, or `policy`, the
+            parameters' own, which saves 2 bytes a trained parameter over the ranks where that has 16 bits, and after
+            48 micro-batches is off by about 1 %.
+        gradient_communication: type in which ranks average gradients: `policy`, the parameters' own, or `float32`,
+            which takes twice the bandwidth of 16 bits and avoids an error of about 0.1 %.
         timeout_s: seconds after which a collective that not all ranks join is an error; ranks wait for the longest
             rollout in one.
     """
@@ -68,6 +93,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         offload_parameters: bool = False,
         bucket_elements: int = 200_000_000,
         persistent_below: int = 100_000,
+        gradient_accumulation: Literal["float32", "policy"] = "float32",
+        gradient_communication: Literal["policy", "float32"] = "policy",
         timeout_s: float = 7200.0,
     ) -> None:
         if stage not in (2, 3):
@@ -87,7 +114,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         if offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
         self.offload_optimizer = offload_optimizer
-        config = {
+        self.gradient_accumulation = gradient_accumulation
+        self.gradient_communication = gradient_communication
+        config: dict[str, Any] = {
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on a CPU without a compiled extension
@@ -120,6 +149,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config["gradient_clipping"] = module.optimizer_config.gradient_clip
         if precision == "bf16-true":  # by default a bfloat16 step with a gradient that is no number is taken
             self.config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if self.gradient_accumulation == "float32":
+            self.config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if self.gradient_communication == "float32":
+            self.config["communication_data_type"] = "fp32"
         super()._format_config()
 
     # ------------------------------------------------------------------ loading
@@ -127,8 +160,8 @@ class ZeroStrategy(DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         """Let transformers shard what it loads, no rank ever holding all of it.
 
-        DeepSpeed's own context would shard every other parameter at birth, before its values are there. It ends with
-        the loading, for an engine built while it lasts would be sharded as well (trap T39).
+        DeepSpeed's own context would shard every other parameter at birth, before its values are there. This one ends
+        with the loading, because an engine that is built while it lasts would be sharded as well.
         """
         self._init_config_if_needed()
         if not self.zero_stage_3:
@@ -137,8 +170,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         alive = HfDeepSpeedConfig(self.config)  # transformers holds a weak reference
-        yield
+        with unchanged_tensors():
+            yield
         del alive
+        for buffer in self.policy_module.buffers():  # DeepSpeed moves no module that is sharded already
+            if buffer.device.type != self.root_device.type:
+                buffer.data = buffer.data.to(self.root_device)
 
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -158,14 +195,30 @@ class CPUDeepSpeedStrategy(ZeroStrategy):
     Args:
         stage: what is sharded.
         persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
+        gradient_accumulation: type in which the gradients of micro-batches are summed up, see `ZeroStrategy`.
+        gradient_communication: type in which ranks average gradients, see `ZeroStrategy`.
         timeout_s: seconds after which a collective that not all ranks join is an error; ranks wait for the longest
             rollout in one.
     """
 
     overlaps_communication = False
 
-    def __init__(self, stage: Literal[2, 3] = 3, persistent_below: int = 0, timeout_s: float = 7200.0) -> None:
-        super().__init__(stage, bucket_elements=50_000_000, persistent_below=persistent_below, timeout_s=timeout_s)
+    def __init__(
+        self,
+        stage: Literal[2, 3] = 3,
+        persistent_below: int = 0,
+        gradient_accumulation: Literal["float32", "policy"] = "float32",
+        gradient_communication: Literal["policy", "float32"] = "policy",
+        timeout_s: float = 7200.0,
+    ) -> None:
+        super().__init__(
+            stage,
+            bucket_elements=50_000_000,
+            persistent_below=persistent_below,
+            gradient_accumulation=gradient_accumulation,
+            gradient_communication=gradient_communication,
+            timeout_s=timeout_s,
+        )
 
     def setup_environment(self) -> None:
         """As on a GPU, without looking for one."""

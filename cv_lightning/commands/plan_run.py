@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import jsonargparse
@@ -170,7 +170,6 @@ def _sharding(strategy: Any, ranks: int) -> Sharding:
     if not isinstance(strategy, dict) or not issubclass(_class(strategy["class_path"]), ZeroStrategy):
         return Sharding(ranks=ranks)
     given = strategy.get("init_args") or {}
-    known = {
-        name: given[name] for name in ("offload_optimizer", "offload_parameters", "bucket_elements") if name in given
-    }
+    names = {field.name for field in fields(Sharding)} - {"ranks", "zero_stage"}
+    known = {name: given[name] for name in names & given.keys()}
     return Sharding(ranks=ranks, zero_stage=given.get("stage", 3), **known)

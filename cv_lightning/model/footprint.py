@@ -164,6 +164,9 @@ class Sharding:
     offload_parameters: bool = False
     bucket_elements: int = 200_000_000
     """Gradient elements that are reduced at once, two buckets of them."""
+    gradient_accumulation: Literal["float32", "policy"] = "float32"
+    """Type of the sum over micro-batches under ZeRO; elsewhere it is the parameters'."""
+    gradient_communication: Literal["policy", "float32"] = "policy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +198,14 @@ def states(shape: Shape, sharding: Sharding, has_reference: bool) -> States:
     copies = FLOAT32 if zero and shape.trained_bytes < FLOAT32 else 0
     element = FLOAT32 if zero else shape.trained_bytes
     optimizer = shape.trained * (ADAM_MOMENTS * element + copies) / share
-    gradients = shape.trained * shape.trained_bytes / share
+    in_float32 = zero and sharding.gradient_accumulation == "float32"
+    gradients = shape.trained * (FLOAT32 if in_float32 else shape.trained_bytes) / share
     buffers = 0.0
     if zero:
-        buffers += 2 * min(sharding.bucket_elements, shape.trained) * shape.trained_bytes
+        bucket = min(sharding.bucket_elements, shape.trained)
+        buffers += 2 * bucket * shape.trained_bytes
+        if sharding.gradient_communication == "float32" and shape.trained_bytes < FLOAT32:
+            buffers += bucket * FLOAT32  # the bucket again, as it is sent
     if zero == 3:
         buffers += min(GATHERED_ELEMENTS, shape.parameters) * shape.dtype_bytes
         buffers += min(STEP_ELEMENTS, shape.trained / ranks) * copies

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.model.buffers import check_buffers, computed_buffers
 from cv_lightning.model.export import check_shapes
 from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
 from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
@@ -111,6 +112,7 @@ class PolicyModule(pl.LightningModule):
         self.policy: PreTrainedModel | None = None
         self.loads_policy = True
         """False where a server samples from a model of its own, and only the processor is needed."""
+        self._buffers_checked = False
         self.iteration = 0
         self._decays: list[float] = []
         """Weight decay of each group of the optimizer."""
@@ -166,8 +168,34 @@ class PolicyModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    @property
+    def loaded_models(self) -> dict[str, PreTrainedModel]:
+        """The models that this module holds, by what a message calls them."""
+        return {} if self.policy is None else {"policy": self.policy}
+
+    def check_buffers(self) -> None:
+        """Check once that loading, precision plugin and strategy have left the models' buffers in float32.
+
+        Raises:
+            CVLightningError: they have not; the message names the buffers.
+        """
+        if self._buffers_checked:
+            return
+        for which, model in self.loaded_models.items():
+            check_buffers(model, which, computed_buffers(model.config))
+        self._buffers_checked = True
+
+    def on_validation_start(self) -> None:
+        """Check the buffers: an engine may sample with the policy itself."""
+        self.check_buffers()
+
+    def on_test_start(self) -> None:
+        """Check the buffers: an engine may sample with the policy itself."""
+        self.check_buffers()
+
     def on_train_start(self) -> None:
-        """The command line's hyper-parameters hold, also where a checkpoint has just brought those of its run."""
+        """Check the buffers, and apply the command line's hyper-parameters over those of a resumed checkpoint."""
+        self.check_buffers()
         config, scheduler = self.optimizer_config, self.lr_schedulers()
         if not self._decays or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             return  # a subclass has an optimizer of its own

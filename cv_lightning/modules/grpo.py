@@ -103,6 +103,11 @@ class GRPOModule(PolicyModule):
             self.reference.requires_grad_(False)
 
     @property
+    def loaded_models(self) -> dict[str, PreTrainedModel]:
+        """The policy and, where it is loaded, the reference."""
+        return super().loaded_models | ({} if self.reference is None else {"reference": self.reference})
+
+    @property
     def is_own_reference(self) -> bool:
         """True if the reference is the policy without its adapters."""
         return self.policy_config.lora is not None and self.reference_path == self.policy_config.path

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,15 +25,16 @@ prepare_environment()
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.strategies import Strategy  # noqa: E402
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig  # noqa: E402
 from module_samples import PROMPT, groups  # noqa: E402
 
 from cv_lightning.callbacks.weights import whole_tensors  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig  # noqa: E402
+from cv_lightning.model.loading import PolicyConfig, load_policy  # noqa: E402
 from cv_lightning.model.logprobs import packed_logprobs  # noqa: E402
 from cv_lightning.model.lora import LoraConfig  # noqa: E402
 from cv_lightning.modules import base  # noqa: E402
-from cv_lightning.modules.base import OptimizerConfig, PolicyModule  # noqa: E402
+from cv_lightning.modules.base import OptimizerConfig, PolicyModule, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.modules.sft import SFTModule  # noqa: E402
 from cv_lightning.rl.losses import PolicyLossConfig  # noqa: E402
@@ -61,6 +62,17 @@ class Run:
     freeze_vision: bool = False
     recompute: bool = False
     lora: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    float32_copies: bool = False
+    """Without DeepSpeed, step on float32 copies of the weights, as DeepSpeed does by itself."""
+    seed: int = 0
+    """Seed of the data."""
+    micro_batches: int = 0
+    """As many conversations on each rank, each a micro-batch of its own, and the gradients that they add up to."""
+    accumulation: Literal["float32", "policy"] = "float32"
+    communication: Literal["policy", "float32"] = "policy"
+    drop_micro_batch: bool = False
+    """Plant a fault: leave the first of several micro-batches of every step out."""
     resume_at: int = 0
     """Stop after this many batches and go on in a new module from the checkpoint; 0: in one go."""
 
@@ -76,6 +88,12 @@ class Outcome:
     """Of this rank's parameters before the first step, policy and reference."""
     loaded: dict[str, torch.Tensor]
     """The whole tensors before the first step."""
+    buffers: dict[str, torch.Tensor]
+    """Of policy and reference, before the first step."""
+    gradients: dict[str, torch.Tensor]
+    """What the last step was taken on, where `micro_batches` asks for it."""
+    exact_gradients: dict[str, torch.Tensor]
+    """The same micro-batches through a plain copy of the policy, their gradients summed in float64."""
 
 
 class Watch(pl.Callback):
@@ -88,10 +106,14 @@ class Watch(pl.Callback):
         self.shapes: list[tuple[int, ...]] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.exact_gradients: dict[str, torch.Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.shapes = [tuple(p.shape) for p in pl_module.parameters()]
         self.loaded = self._whole(pl_module)
+        self.buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -116,14 +138,27 @@ def perform(run: Run, folder: Path) -> Outcome:
     fit(run, watch)
     if run.resume_at:
         fit(run, watch, folder / "saved")
-    return Outcome(metrics=watch.metrics, weights=watch.weights, shapes=watch.shapes, loaded=watch.loaded)
+    return Outcome(
+        metrics=watch.metrics,
+        weights=watch.weights,
+        shapes=watch.shapes,
+        loaded=watch.loaded,
+        buffers=watch.buffers,
+        gradients=watch.gradients,
+        exact_gradients=watch.exact_gradients,
+    )
 
 
 def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
     """Train from the start or from a checkpoint."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)  # adapters start from random numbers
-    module = build_module(run, BUDGET[world_size])
+    module = build_module(run, 1 if run.micro_batches else BUDGET[world_size])
+    if run.float32_copies:
+        use_float32_copies(module)
+    if run.drop_micro_batch:
+        step = module.accumulate_and_step
+        module.accumulate_and_step = lambda given, loss: step(given[1:] or given, loss)  # type: ignore[method-assign]
     trainer = pl.Trainer(
         accelerator=run.accelerator,
         devices=world_size,
@@ -136,7 +171,9 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
         use_distributed_sampler=False,
         callbacks=[watch],
     )
-    build = build_batch(module, trainer)
+    if run.micro_batches:
+        watch_gradients(module, watch)
+    build = build_batch(module, trainer, run)
     trainer.fit(
         module, train_dataloaders=StepLoader(build, run.steps), ckpt_path=None if resume is None else str(resume)
     )
@@ -159,14 +196,18 @@ def strategy(run: Run) -> str | Strategy:
         return name
     if run.accelerator == "gpu":
         return ZeroStrategy(stages[name], offload_optimizer=bool(offload), offload_parameters=bool(offload))
-    return (OffloadingRanks if offload else CPUDeepSpeedStrategy)(stages[name])
+    if offload:
+        return OffloadingRanks(stages[name])
+    return CPUDeepSpeedStrategy(
+        stages[name], gradient_accumulation=run.accumulation, gradient_communication=run.communication
+    )
 
 
 def build_module(run: Run, budget: int) -> PolicyModule:
     """SFT as in the recipe, or GRPO with everything that needs a further forward."""
     policy = PolicyConfig(
         path=run.checkpoint,
-        dtype="float32",
+        dtype=run.dtype,
         freeze_vision=run.freeze_vision,
         freeze_projector=run.freeze_vision,
         gradient_checkpointing=run.recompute,
@@ -178,20 +219,82 @@ def build_module(run: Run, budget: int) -> PolicyModule:
     return GRPOModule(policy, OPTIMIZER, budget, loss, num_minibatches=2, old_logprobs="trainer")
 
 
-def build_batch(module: PolicyModule, trainer: pl.Trainer) -> Callable[[int], object]:
-    """This rank's share of a batch by its number: nine conversations or trajectories in all."""
+def use_float32_copies(module: PolicyModule) -> None:
+    """Let a module without DeepSpeed clip and step on float32 copies of its parameters."""
+    configure, pairs = module.configure_optimizers, []
+
+    def configure_on_copies() -> OptimizerLRSchedulerConfig:
+        made = configure()
+        for group in made["optimizer"].param_groups:
+            copies = [parameter.detach().float().clone().requires_grad_() for parameter in group["params"]]
+            pairs.extend(zip(group["params"], copies, strict=True))
+            group["params"] = copies
+        made["optimizer"].register_step_post_hook(write_back)
+        return made
+
+    def write_back(*_: object) -> None:
+        for parameter, copy in pairs:
+            parameter.data.copy_(copy.data)
+
+    def clip() -> StepResult:
+        for parameter, copy in pairs:
+            copy.grad, parameter.grad = None if parameter.grad is None else parameter.grad.float(), None
+        norm = torch.nn.utils.clip_grad_norm_([copy for _, copy in pairs], module.optimizer_config.gradient_clip)
+        return StepResult(float(norm), skipped=False)
+
+    module.configure_optimizers = configure_on_copies  # type: ignore[method-assign]
+    module._clip_or_drop = clip  # type: ignore[method-assign]
+
+
+def watch_gradients(module: PolicyModule, watch: Watch) -> None:
+    """Keep the gradients of a step under DeepSpeed, and those of a plain copy of the policy over all ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    take, accumulate = module._take_step, module.accumulate_and_step
+    plain = load_policy(module.policy_config).train()
+
+    def exactly(micro_batches: Sequence[Any], loss: Callable[[Any], torch.Tensor]) -> StepResult:
+        sharded, module.policy = module.policy, plain
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in plain.named_parameters()}
+        for micro_batch in micro_batches:
+            loss(micro_batch).backward()
+            for name, parameter in plain.named_parameters():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad
+            plain.zero_grad(set_to_none=True)
+        module.policy = sharded
+        for total in sums.values():
+            torch.distributed.all_reduce(total)
+        watch.exact_gradients = sums
+        return accumulate(micro_batches, loss)
+
+    def take_step() -> StepResult:
+        assert module.policy is not None
+        found = {name: safe_get_full_grad(parameter) for name, parameter in module.policy.named_parameters()}
+        watch.gradients = {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+        return take()
+
+    module.accumulate_and_step, module._take_step = exactly, take_step  # type: ignore[method-assign]
+
+
+def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable[[int], object]:
+    """This rank's share of a batch by its number: nine conversations or trajectories in all, or `micro_batches`."""
+    total = run.micro_batches * trainer.world_size or 9
 
     def own(step: int) -> range:
+        if run.micro_batches:
+            return range(trainer.global_rank * run.micro_batches, (trainer.global_rank + 1) * run.micro_batches)
         shares = SHARES[step % len(SHARES)]
         first = sum(shares[: trainer.global_rank])
         return range(first, first + shares[trainer.global_rank]) if trainer.world_size > 1 else range(9)
 
     if isinstance(module, SFTModule):
-        conversations = SFTDataModule(num_steps=4, conversations_per_step=9, warm_up_share=0.0).train_dataloader()
+        data = SFTDataModule(num_steps=4, conversations_per_step=total, warm_up_share=0.0, seed=run.seed)
+        conversations = data.train_dataloader()
         return lambda step: DemonstrationBatch(
             step, [conversations.build(step % 4).conversations[number] for number in own(step)]
         )
-    trajectories = [t for group in groups(module, 3) for t in group.trajectories][:9]
+    trajectories = [t for group in groups(module, 3, run.seed) for t in group.trajectories][:9]
     for trajectory in trajectories:
         trajectory.advantage = trajectory.advantage or 0.5  # a group without signal would change its mini-batch
 

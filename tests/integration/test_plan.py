@@ -38,7 +38,8 @@ def test_plan_of_the_8b_recipe_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*configs("grpo/qwen3_vl_8b", "hardware/8gpu"), "--strict", "--json", str(file)]) == 0
     found, said = json.loads(file.read_text()), capsys.readouterr().out
     parameters = 8.767e9
-    assert found["weights"] == found["reference"] == found["gradients"] == pytest.approx(2 * parameters / 8, rel=1e-3)
+    assert found["weights"] == found["reference"] == pytest.approx(2 * parameters / 8, rel=1e-3)
+    assert found["gradients"] == pytest.approx(4 * parameters / 8, rel=1e-3)  # summed up in float32
     assert found["optimizer"] == pytest.approx(12 * parameters / 8, rel=1e-3)  # float32 copy and two moments
     assert found["engine_weights"] == pytest.approx(2 * parameters, rel=1e-3)
     assert found["engine_cache"] == pytest.approx(0.55 * 80e9 - 2 * parameters - 3e9, rel=1e-3)
@@ -71,6 +72,16 @@ def test_plan_says_that_recipes_fit_the_hardware_they_are_for(
 ) -> None:
     code = main([*configs(*names), *more, "--strict"])
     assert code == 0, capsys.readouterr().out
+
+
+def test_plan_counts_the_types_in_which_gradients_are_summed_and_sent() -> None:
+    recipe, setting = configs("sft/qwen3_vl_8b", "hardware/8gpu"), "--trainer.strategy.init_args.gradient_"
+    usual, short, sent = (
+        make_plan([*recipe, *more], Assumptions()).budget.states
+        for more in ([], [f"{setting}accumulation=policy"], [f"{setting}communication=float32"])
+    )
+    assert usual.gradients == 2 * short.gradients and usual.buffers == short.buffers
+    assert sent.gradients == usual.gradients and sent.buffers - usual.buffers == 4 * 200_000_000
 
 
 # ---------------------------------------------------------------------------------------------- warnings

@@ -1,0 +1,79 @@
+"""Buffers that a model computes instead of reading them from its checkpoint, such as rotary frequencies.
+
+They are float32 in every run, whatever type the parameters have. Rotary frequencies that are rounded to 16 bits turn
+the queries and keys of a long sequence by several radians, and nothing fails: the loss is only worse than it should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+from cv_lightning.types import CVLightningError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+SHOWN = 4
+"""Buffers that a message names."""
+
+
+def computed_buffers(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Floating-point buffers of a plain float32 build of a model, by name, on the CPU; its weights are never allocated.
+
+    Buffers that a checkpoint holds (persistent ones) are left out, because only the checkpoint knows their values.
+
+    Args:
+        config: the model's architecture.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    architecture = deepcopy(config)
+    architecture._attn_implementation = "eager"  # a loaded model's config may name an implementation of ours
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(architecture, dtype=torch.float32)
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and name in module._non_persistent_buffers_set
+    }
+
+
+def check_buffers(model: PreTrainedModel, which: str, expected: Mapping[str, torch.Tensor]) -> None:
+    """Check that a model's computed buffers are those of a plain float32 build, bit for bit.
+
+    Args:
+        model: a loaded model, possibly sharded.
+        which: names the model in the message, for example `policy`.
+        expected: see `computed_buffers`.
+
+    Raises:
+        CVLightningError: a buffer is missing, has another type or shape, or differs; the message names it.
+    """
+    found = dict(model.named_buffers(remove_duplicate=False))
+    wrong = [f"{name} {fault}" for name, plain in expected.items() if (fault := _fault(found.get(name), plain))]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise CVLightningError(
+            f"buffers of the {which} are not those of a plain float32 load: {'; '.join(wrong[:SHOWN])}{more}. "
+            "Positions would be wrong. Something casts them while or after the model is loaded: leave "
+            "--trainer.precision out, take a strategy of cv_lightning.strategies, and the versions of transformers and "
+            "deepspeed that pyproject.toml pins"
+        )
+
+
+def _fault(found: torch.Tensor | None, plain: torch.Tensor) -> str:
+    """What is wrong with a buffer, in words; empty if nothing is."""
+    if found is None:
+        return "is missing"
+    if found.shape != plain.shape:
+        return f"has shape {list(found.shape)}, not {list(plain.shape)}"
+    error = float((found.detach().cpu().double() - plain.double()).abs().max())
+    if found.dtype != plain.dtype:
+        return f"is {str(found.dtype).removeprefix('torch.')}, not float32 (off by up to {error:.1e})"
+    return f"is off by up to {error:.1e}" if error != 0.0 else ""

@@ -1,0 +1,68 @@
+"""What is proven in float32, again in bfloat16, with tolerances that docs/benchmarks.md lists beside planted faults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rank_runs import Outcome, Run
+from test_zero import launch
+
+from cv_lightning.commands.tiny import TinyCheckpoint, write
+from cv_lightning.model.loading import PolicyConfig, load_policy
+from cv_lightning.model.tiny import TinyModelConfig
+
+GRADIENT = 2e-3
+"""Largest error of a gradient of 48 micro-batches, relative to its norm."""
+STAGES = ("zero2", "zero3")
+
+
+def gradient_error(outcome: Outcome) -> float:
+    """Norm of the error of all gradients over the norm of the exact ones."""
+    assert outcome.gradients.keys() == outcome.exact_gradients.keys()
+    exact = torch.cat([gradient.flatten() for gradient in outcome.exact_gradients.values()])
+    found = torch.cat([outcome.gradients[name].double().flatten() for name in outcome.exact_gradients])
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL with as few layers as it can have: 48 micro-batches take a while under ZeRO-3."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = TinyModelConfig(num_layers=1, vision_depth=1, deepstack_layers=(0,), hidden_size=64, num_key_value_heads=2)
+    write(TinyCheckpoint(out=folder, model=sizes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    tiny_checkpoint: Path, tiny_qwen25: Path, small: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
+    """One step of each family, and one of many micro-batches, on two ranks."""
+    first = Run(checkpoint=str(tiny_checkpoint), dtype="bfloat16", steps=1, strategy="zero3")
+    runs = {"qwen3_vl": first, "qwen2_5_vl": replace(first, checkpoint=str(tiny_qwen25))}
+    many = replace(first, checkpoint=str(small), module="sft", micro_batches=48)
+    runs |= {stage: replace(many, strategy=stage) for stage in STAGES}
+    runs["rounded"] = replace(many, strategy="zero2", accumulation="policy")
+    return launch(tmp_path_factory.mktemp("bf16"), runs)
+
+
+@pytest.mark.parametrize(("family", "folder"), [("qwen3_vl", "tiny_checkpoint"), ("qwen2_5_vl", "tiny_qwen25")])
+def test_bf16_buffers_under_zero3_are_those_of_a_plain_float32_load(
+    loaded: dict[str, Outcome], family: str, folder: str, request: pytest.FixtureRequest
+) -> None:
+    found = loaded[family].buffers
+    plain = load_policy(PolicyConfig(path=str(request.getfixturevalue(folder)), dtype="float32"))
+    for which in ("policy", "reference"):
+        for name, buffer in plain.named_buffers():
+            assert found[f"{which}.{name}"].dtype == torch.float32
+            assert torch.equal(found[f"{which}.{name}"], buffer), name
+    assert len(found) == 2 * len(list(plain.buffers())) >= 8
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_gradients_of_48_micro_batches_are_summed_in_float32(loaded: dict[str, Outcome], stage: str) -> None:
+    assert gradient_error(loaded[stage]) <= GRADIENT
+    assert gradient_error(loaded["rounded"]) > 2 * GRADIENT, "else the bound would not show sums in bfloat16"
