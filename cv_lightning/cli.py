@@ -32,6 +32,7 @@ from cv_lightning.callbacks.preflight import check_evaluation, check_fit
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.callbacks.start_check import SFTStartCheck
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.command_line import ShortErrors
@@ -82,6 +83,8 @@ class CVLightningCLI(LightningCLI):
             callbacks.append(RunProgress())
         if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
             callbacks.append(CheckpointCallback())
+        if not any(isinstance(c, SFTStartCheck) for c in callbacks):
+            callbacks.insert(0, SFTStartCheck())
         if not any(isinstance(c, Watchdog) for c in callbacks):
             callbacks.insert(0, Watchdog())
         kwargs["callbacks"] = callbacks
@@ -175,7 +178,7 @@ class ConfigOnly(CVLightningCLI):
 
 def without_earlier(callbacks: Sequence[Callback]) -> list[Callback]:
     """Of what a run has once, the last: a config's `callbacks+:` adds one to take the place of the recipe's."""
-    once = (CheckpointCallback, RolloutCallback, RunProgress, Watchdog)
+    once = (CheckpointCallback, RolloutCallback, RunProgress, SFTStartCheck, Watchdog)
     last = {kind: next((c for c in reversed(callbacks) if isinstance(c, kind)), None) for kind in once}
     kept = [c for c in callbacks if all(c is last[kind] for kind in once if isinstance(c, kind))]
     for callback in callbacks:

@@ -15,8 +15,9 @@ from cv_lightning.callbacks.evaluation import gather_lists
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import ParityError, Trajectory
 
-BF16_MEAN, BF16_P99 = 0.02, 0.2
-"""What rounding alone explains in 16 bits (trap T17, T21); the test stops at five times either."""
+MEAN_16_BITS, P99_16_BITS = 0.06, 1.0
+"""Largest accepted mean and 99th percentile of |difference| in 16 bits. Rounding stays below them, and the planted
+faults of tests/integration/test_bf16_faults.py exceed them; docs/benchmarks.md has both."""
 
 
 class ParityReport(NamedTuple):
@@ -35,7 +36,7 @@ def check_parity(
         module: the policy as it is now; the trajectories must come from an engine with the same weights.
         trajectories: of this rank, if it has any; with images, ideally also with tool results.
         temperature: of sampling.
-        tolerance: largest accepted difference in float32; in 16 bits `BF16_MEAN` and `BF16_P99` times five.
+        tolerance: largest accepted difference in float32; see `exceeds`.
 
     Raises:
         ParityError: they differ on some rank, or there was nothing to compare on any.
@@ -52,12 +53,7 @@ def check_parity(
             + (f" ({errors[0]})" if errors else "")
         )
     worst = float(differences.max())
-    if module.policy_config.dtype == "float32":
-        failed = not worst <= tolerance
-    else:
-        p99 = float(torch.quantile(differences, 0.99))
-        failed = not (float(differences.mean()) <= 5 * BF16_MEAN and p99 <= 5 * BF16_P99)
-    if failed:
+    if exceeds(differences, module.policy_config.dtype, tolerance):
         ranks = ", ".join(f"{float(part.max()):.2e}" for part in by_rank if len(part))
         where = f" (by rank: {ranks})" if len(by_rank) > 1 else ""
         raise ParityError(
@@ -67,6 +63,21 @@ def check_parity(
             "callbacks: RolloutCallback.parity_tolerance switches the test off (0); training would be off-policy."
         )
     return ParityReport(worst, len(differences))
+
+
+def exceeds(differences: torch.Tensor, dtype: str, tolerance: float) -> bool:
+    """True if differences of log-probabilities are larger than rounding explains, or not finite.
+
+    Args:
+        differences: [tokens], at least one.
+        dtype: type of the parameters. In float32 the largest |difference| counts; in 16 bits mean and 99th percentile
+            do, because single tokens of a long sequence may be far off.
+        tolerance: largest accepted |difference| in float32.
+    """
+    size = differences.abs().float()
+    if dtype == "float32":
+        return not float(size.max()) <= tolerance
+    return not (float(size.mean()) <= MEAN_16_BITS and float(torch.quantile(size, 0.99)) <= P99_16_BITS)
 
 
 @torch.no_grad()

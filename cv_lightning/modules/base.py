@@ -275,18 +275,19 @@ class PolicyModule(pl.LightningModule):
         lengths = [packed_length(unit) for unit in units]
         chunks = _joined(split_by_tokens(units, lengths, self.max_tokens_per_row))
         if self.trainer.world_size == 1:
-            return chunks or [[self._dummy_row()]]
+            return chunks or [[self.dummy_row()[0]]]
         wanted = max(1, int(self.reduce_max(len(chunks))))
         chunks = _joined(split_evenly(units, lengths, self.max_tokens_per_row, wanted))
         chunks += [[] for _ in range(wanted - len(chunks))]
-        return [chunk if any(row.vision for row in chunk) else [*chunk, self._dummy_row()] for chunk in chunks]
+        return [chunk if any(row.vision for row in chunk) else [*chunk, self.dummy_row()[0]] for chunk in chunks]
 
-    def _dummy_row(self) -> TrainRow:
-        """The smallest row with an image: the vision tower has to run on every rank, too."""
+    def dummy_row(self) -> tuple[TrainRow, Image.Image]:
+        """The smallest sequence with an image, without loss, and the image: the vision tower runs on every rank."""
         image = self.encoder.model_image(Image.new("RGB", (self.encoder.limits.factor, self.encoder.limits.factor)))
         pads = [self.encoder.image_pad_id] * self.encoder.num_image_tokens(image.size)
         ids = [self.encoder.end_id, *pads, self.encoder.end_id]
-        return TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[process_images(self.processor, [image])])
+        vision = [process_images(self.processor, [image])]
+        return TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=vision), image
 
     # ------------------------------------------------------------------ one optimizer step
     def logprobs(

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,9 @@ from lightning.pytorch.strategies import Strategy  # noqa: E402
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig  # noqa: E402
 from module_samples import PROMPT, groups  # noqa: E402
 
+from cv_lightning import strategies  # noqa: E402
 from cv_lightning.callbacks.weights import whole_tensors  # noqa: E402
+from cv_lightning.data.digits import DigitsConfig  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
 from cv_lightning.model.loading import PolicyConfig, load_policy  # noqa: E402
 from cv_lightning.model.logprobs import packed_logprobs  # noqa: E402
@@ -39,7 +42,7 @@ from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.modules.sft import SFTModule  # noqa: E402
 from cv_lightning.rl.losses import PolicyLossConfig  # noqa: E402
 from cv_lightning.strategies import CPUDeepSpeedStrategy, ZeroStrategy  # noqa: E402
-from cv_lightning.types import Group, Iteration  # noqa: E402
+from cv_lightning.types import CVLightningError, Group, Iteration  # noqa: E402
 
 SHARES = ((4, 5), (0, 9), (7, 2), (9, 0))
 """Conversations or trajectories of each rank, one after the other; a rank may have none."""
@@ -71,8 +74,8 @@ class Run:
     """As many conversations on each rank, each a micro-batch of its own, and the gradients that they add up to."""
     accumulation: Literal["float32", "policy"] = "float32"
     communication: Literal["policy", "float32"] = "policy"
-    drop_micro_batch: bool = False
-    """Plant a fault: leave the first of several micro-batches of every step out."""
+    fault: Literal["", "dropped_micro_batch", "rotary"] = ""
+    """Planted: leave out the first of a step's micro-batches, or let `zero.Init` round rotary frequencies."""
     resume_at: int = 0
     """Stop after this many batches and go on in a new module from the checkpoint; 0: in one go."""
 
@@ -94,6 +97,8 @@ class Outcome:
     """What the last step was taken on, where `micro_batches` asks for it."""
     exact_gradients: dict[str, torch.Tensor]
     """The same micro-batches through a plain copy of the policy, their gradients summed in float64."""
+    error: str
+    """What a start-up check refused the run with; empty where none did."""
 
 
 class Watch(pl.Callback):
@@ -135,9 +140,16 @@ class Watch(pl.Callback):
 def perform(run: Run, folder: Path) -> Outcome:
     """Train, on all ranks."""
     watch = Watch(run.resume_at, folder / "saved")
-    fit(run, watch)
-    if run.resume_at:
-        fit(run, watch, folder / "saved")
+    error, keep = "", strategies.unchanged_tensors
+    strategies.unchanged_tensors = nullcontext if run.fault == "rotary" else keep  # type: ignore[assignment]
+    try:
+        fit(run, watch)
+        if run.resume_at:
+            fit(run, watch, folder / "saved")
+    except CVLightningError as refused:
+        error = str(refused)
+    finally:
+        strategies.unchanged_tensors = keep
     return Outcome(
         metrics=watch.metrics,
         weights=watch.weights,
@@ -146,6 +158,7 @@ def perform(run: Run, folder: Path) -> Outcome:
         buffers=watch.buffers,
         gradients=watch.gradients,
         exact_gradients=watch.exact_gradients,
+        error=error,
     )
 
 
@@ -156,7 +169,7 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
     module = build_module(run, 1 if run.micro_batches else BUDGET[world_size])
     if run.float32_copies:
         use_float32_copies(module)
-    if run.drop_micro_batch:
+    if run.fault == "dropped_micro_batch":
         step = module.accumulate_and_step
         module.accumulate_and_step = lambda given, loss: step(given[1:] or given, loss)  # type: ignore[method-assign]
     trainer = pl.Trainer(
@@ -289,7 +302,7 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
         return range(first, first + shares[trainer.global_rank]) if trainer.world_size > 1 else range(9)
 
     if isinstance(module, SFTModule):
-        data = SFTDataModule(num_steps=4, conversations_per_step=total, warm_up_share=0.0, seed=run.seed)
+        data = SFTDataModule(DigitsConfig(seed=run.seed), num_steps=4, conversations_per_step=total, warm_up_share=0.0)
         conversations = data.train_dataloader()
         return lambda step: DemonstrationBatch(
             step, [conversations.build(step % 4).conversations[number] for number in own(step)]

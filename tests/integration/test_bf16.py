@@ -46,6 +46,8 @@ def loaded(
     many = replace(first, checkpoint=str(small), module="sft", micro_batches=48)
     runs |= {stage: replace(many, strategy=stage) for stage in STAGES}
     runs["rounded"] = replace(many, strategy="zero2", accumulation="policy")
+    runs["dropped"] = replace(many, micro_batches=8, fault="dropped_micro_batch")
+    runs["rotary"] = replace(first, module="sft", fault="rotary")
     return launch(tmp_path_factory.mktemp("bf16"), runs)
 
 
@@ -66,3 +68,13 @@ def test_bf16_buffers_under_zero3_are_those_of_a_plain_float32_load(
 def test_bf16_gradients_of_48_micro_batches_are_summed_in_float32(loaded: dict[str, Outcome], stage: str) -> None:
     assert gradient_error(loaded[stage]) <= GRADIENT
     assert gradient_error(loaded["rounded"]) > 2 * GRADIENT, "else the bound would not show sums in bfloat16"
+
+
+# ------------------------------------------------------------------ planted faults; tests of the others: _faults.py
+def test_bf16_a_dropped_micro_batch_exceeds_the_bound_of_the_gradient(loaded: dict[str, Outcome]) -> None:
+    assert gradient_error(loaded["dropped"]) > 10 * GRADIENT
+
+
+def test_bf16_rotary_frequencies_rounded_by_zero_init_are_refused_at_the_start(loaded: dict[str, Outcome]) -> None:
+    said = loaded["rotary"].error
+    assert "rotary_emb.inv_freq is bfloat16, not float32" in said and not loaded["rotary"].metrics

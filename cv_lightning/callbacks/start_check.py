@@ -1,0 +1,136 @@
+"""Start-up check of supervised fine-tuning: our packed forward against transformers' own, before anything is learned.
+
+It catches wrong positions, images in the wrong order and attention that crosses sequences. GRPO has a stricter check of
+the same kind against its engine (`parity.py`); both also check the models' buffers (`modules/base.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from cv_lightning.callbacks.evaluation import gather_lists
+from cv_lightning.callbacks.parity import exceeds
+from cv_lightning.data.demonstrations import Conversation
+from cv_lightning.data.modules import DemonstrationBatch
+from cv_lightning.model.packing import TrainRow, pack_rows
+from cv_lightning.model.plain import plain_logprobs
+from cv_lightning.modules.sft import SFTModule
+from cv_lightning.types import ParityError
+
+logger = logging.getLogger(__name__)
+NUM_CHECKED = 2
+"""Conversations of each rank that are compared."""
+
+
+class StartReport(NamedTuple):
+    """Differences of log-probabilities that a start-up check met, over all ranks."""
+
+    from_plain: torch.Tensor
+    """Ours minus transformers' own, of one conversation of each rank. Shape [tokens]."""
+    from_alone: torch.Tensor
+    """Packed minus alone, of `NUM_CHECKED` conversations of each rank. Shape [tokens]."""
+
+
+class SFTStartCheck(pl.Callback):
+    """Compares log-probabilities of the first batch's conversations: packed, alone, and by transformers' own forward.
+
+    Args:
+        tolerance: largest accepted difference in float32; 0 turns the check off. In 16 bits the limits of
+            `parity.exceeds` hold.
+    """
+
+    def __init__(self, tolerance: float = 1e-4) -> None:
+        self.tolerance = tolerance
+        self.done = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the first batch of the run.
+
+        Raises:
+            ParityError: the forwards differ by more than rounding explains.
+        """
+        if self.done or not self.tolerance or not isinstance(batch, DemonstrationBatch):
+            return
+        assert isinstance(pl_module, SFTModule)
+        with isolate_rng():  # a resumed run is checked where the one that was not killed is not
+            report = check_start(pl_module, batch.conversations, self.tolerance)
+        self.done = True
+        if trainer.is_global_zero and report is not None:
+            said = "start-up check: log-probabilities differ by at most %.1e from transformers' own, %.1e by packing"
+            logger.info(said, *(float(part.abs().max()) for part in report))
+
+
+@torch.no_grad()
+def check_start(module: SFTModule, conversations: Sequence[Conversation], tolerance: float) -> StartReport | None:
+    """Compare forwards on the shortest conversations with images, those with several images first.
+
+    Args:
+        module: the module as it will train. Call this on all ranks; all judge alike.
+        conversations: of this rank, if it has any.
+        tolerance: see `SFTStartCheck`.
+
+    Returns:
+        None where no rank has a conversation with an image.
+
+    Raises:
+        ParityError: a difference is larger than rounding explains.
+    """
+    chosen = _choose(module, conversations)
+    parts = gather_lists([_differences(module, chosen)])
+    report = StartReport(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if not len(report.from_plain):
+        logger.warning("start-up check: no conversation of the first batch has an image, so nothing was compared")
+        return None
+    for differences, what in ((report.from_plain, "transformers' own forward"), (report.from_alone, "itself alone")):
+        if exceeds(differences, module.policy_config.dtype, tolerance):
+            size = differences.abs()
+            raise ParityError(
+                f"a packed conversation has other log-probabilities than {what}: |difference| max "
+                f"{float(size.max()):.2e}, mean {float(size.mean()):.2e} over {len(size)} tokens (tolerance "
+                f"{tolerance:.0e} in float32). Positions, the order of images or attention are wrong: is this the "
+                "transformers version that pyproject.toml pins? callbacks: SFTStartCheck.tolerance 0 switches the "
+                "check off; training would learn from wrong inputs"
+            )
+    return report
+
+
+def _choose(module: SFTModule, conversations: Sequence[Conversation]) -> list[tuple[Conversation, TrainRow]]:
+    """The conversations to compare: with several images before one, short before long."""
+    with_images = [conversation for conversation in conversations if conversation.task.images]
+    sequences = module.conversation_rows(with_images)
+    pairs = [pair for pair in zip(with_images, sequences, strict=True) if any(pair[1].loss_mask)]
+    pairs.sort(key=lambda pair: (len(pair[1].vision) < 2, len(pair[1].token_ids)))
+    return pairs[:NUM_CHECKED]
+
+
+def _differences(
+    module: SFTModule, chosen: Sequence[tuple[Conversation, TrainRow]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours minus transformers' own, and packed minus alone; both [tokens], empty where there is no conversation.
+
+    A rank that lacks conversations takes dummies: every forward is a collective under ZeRO-3.
+    """
+    policy, processor, vision_ids = module.policy, module.processor, module.vision_ids
+    assert policy is not None
+    dummy, dummy_image = module.dummy_row()
+    sequences = [sequence for _, sequence in chosen] + [dummy] * (NUM_CHECKED - len(chosen))
+    packed = pack_rows(sequences, policy.config)
+    together = module.logprobs(packed).logprobs.cpu()
+    alone = [module.logprobs(pack_rows([sequence], policy.config)).logprobs.cpu() for sequence in sequences]
+    images = [dummy_image]
+    if chosen:  # not those of the sequence: its order is checked, too
+        conversation = chosen[0][0]
+        shown = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
+        images = [module.encoder.model_image(image) for image in (*conversation.task.images, *shown)]
+    first = sequences[0]
+    plain = plain_logprobs(policy, processor, first.token_ids, first.loss_mask, images, vision_ids).cpu()
+    by_sequence = [together[packed.row_index.cpu() == number] for number in range(len(sequences))]
+    return by_sequence[0] - plain, torch.cat([a - b for a, b in zip(by_sequence, alone, strict=True)])
