@@ -6,11 +6,14 @@ Pure functions of text, exact on golden/answers but for its questionable cases, 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from cv_lightning.rewards.answer_choice import read_choice, read_options, read_truth
+from cv_lightning.rewards.answer_quantity import same_quantity, says_quantity, whole_quantity
+from cv_lightning.rewards.answer_text import CACHED, REPLACEMENT, claims, normalise, says_text, text_key, without_frame
+from cv_lightning.rewards.answer_time import read_dates, says_clock, says_date, whole_clock, whole_date
 from cv_lightning.rewards.markup import (
     ANSWER_OPEN,
     RESPONSE_CLOSE,
@@ -21,44 +24,12 @@ from cv_lightning.rewards.markup import (
     cut_spans,
 )
 
-TOLERANCE = 1e-4
-"""Largest absolute difference of two numbers that are the same."""
+__all__ = ["AnswerScore", "are_answers_equivalent", "extract_answer", "is_copied", "normalise", "rule_score"]
+
 MAX_ANSWER_CHARS = 300
 """A longer answer is compared as a text only: nothing is picked out of it."""
-MAX_LAYERS = 6
-"""Of emphasis, dollar signs and boxes that are peeled off an answer."""
 MAX_UNTAGGED_LINES = 500
 """Of a text without an answer tag that has so many lines nothing is extracted (the reference's limit)."""
-
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.?"
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
-_SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
-_VULGAR_AFTER_DIGIT = re.compile("(\\d)([\u00bc-\u00be\u2150-\u215e])")
-_NUMBER = re.compile(rf"[+-]?{_UNSIGNED}(?:[eE][+-]?\d{{1,3}})?\Z")
-_FRACTION = re.compile(r"([+-]?)(?:(\d{1,15}) )?(\d{1,15}) ?/ ?(\d{1,15})\Z")
-_LATEX_FRACTION = re.compile(r"([+-]?)\\[dt]?frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}\Z")
-_CURRENCY = re.compile(r"\A([+-]?) ?[$€£¥]+ ?")
-_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))?\Z")
-# A token of digits in running text. What clings to Latin letters (H2O), dots (1.2.3), colons or another number is none.
-_TOKEN = re.compile(rf"(?<![A-Za-z\d.:/,^_])[+-]?{_UNSIGNED}(?: ?/ ?\d+)?(?![\d:^])(?!\.\d)")
-_JOINT = re.compile(r"\s*(?:,|;|/|\||&|-|or|and|to|)\s*\Z", re.IGNORECASE)
-_MARKUP = re.compile(r"\\boxed|[{}()\[\]$*`\"']")
-_ALTERNATIVE = re.compile(r"\bor\b", re.IGNORECASE)
-_LONE_CHOICE = re.compile(r"[\W_]*([A-Z])[\W_]*\Z", re.IGNORECASE)
-_LEADING_CHOICE = re.compile(r"[^\w]*([A-Z])(?:[):.\],*]|\s*[(\-:=])", re.IGNORECASE)
-_NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)(?: is|:| is:)? *[(*\[]*([A-Z])\b(?![-'])", re.IGNORECASE)
-_LETTER = re.compile(r"(?<![\w'-])([A-Z])(?![\w'-])")
-_MARKED_LETTER = re.compile(r"(?<![\w'-])[(\[]?([A-J]) ?[):.\]]")
-_SECOND_LETTER = (
-    _MARKED_LETTER,
-    re.compile(r"\A(?:or|and) [(\[]?([A-J])(?![\w'-])"),
-    re.compile(r"\A[(\[]?([A-J])(?![\w'-])[)\]]?\s*(?:\Z|[,;/&|]|or\b|and\b)"),
-)
-_SAID_OF = frozenset(
-    "is be was are choose chose pick select say says go with so thus hence therefore it's mean to".split()
-)
-"""Words before a letter that is chosen; a letter behind any other word belongs to it (vitamin C)."""
-_ARTICLE = re.compile(r"\bA(?= (?!or |and )[a-z])|\bI\b")
 
 
 class AnswerScore(NamedTuple):
@@ -93,143 +64,133 @@ def extract_answer(text: str | None) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ equivalence
-def are_answers_equivalent(prediction: object, ground_truth: object) -> bool:
+def are_answers_equivalent(prediction: object, ground_truth: object, question: str = "") -> bool:
     """True if an answer says the same as the ground truth, by rule.
 
-    A ground truth of one letter is a choice: the answer must name this letter and no other. One that is a number is
-    compared by value (thousands, fractions, percent and currency read) within `TOLERANCE`, with the number that a short
-    answer names; of several it is the last, but a list of numbers offers options and is refused. Anything else is
-    compared as text, regardless of case, width, spacing and closing punctuation.
+    What the ground truth is decides how the answer is read: an option (one letter, or a text that the question lists),
+    a date, a time of day, a quantity, a list, yes or no, else a text. docs/rewards.md tells the rules of each.
 
     Args:
         prediction: the answer; anything but a text is wrong.
         ground_truth: the right answer; anything but a text is never met.
+        question: the bare question; its options let an answer name an option by its text.
     """
     if not isinstance(prediction, str) or not isinstance(ground_truth, str):
         return False
+    if REPLACEMENT in prediction and REPLACEMENT not in ground_truth:
+        return False  # cut within a character: what was said is not known
     said, truth = normalise(prediction), normalise(ground_truth)
     if said.casefold() == truth.casefold():
         return True
     if not said or not truth or len(said) > MAX_ANSWER_CHARS + len(truth):
         return False
-    if len(truth) == 1 and truth.isascii() and truth.isalpha():
-        return read_choice(said) == truth.upper()
-    if _CLOCK.match(truth):
-        return _clock(said) == _clock(truth)
-    wanted = read_number(truth)
-    if wanted is None:
-        return False
-    named = read_number(said) or _number_in(said)
-    return named is not None and _same_number(named, wanted)
+    options = read_options(question)
+    choice = read_truth(truth, options)
+    if choice is None:
+        return _says(said, truth)
+    by_line = normalise(re.sub(r"(?<=\w)\s*\n\s*(?=\w)", ". ", prediction))  # a letter on a line of its own is marked
+    letter = read_choice(by_line, options, _is_same_value)
+    return letter == choice.letter or (letter is None and bool(choice.text) and says_text(said, choice.text))
 
 
-def normalise(text: str) -> str:
-    r"""Text without what carries no meaning in an answer: width, spacing, emphasis, `\boxed`, a final full stop."""
-    text = text[: 20 * MAX_ANSWER_CHARS]
-    # NFKC alone makes 52 of a squared 5 and 11/2 of one and a half
-    text = _VULGAR_AFTER_DIGIT.sub(r"\1 \2", _SUPERSCRIPT.sub(lambda match: "^" + match.group(), text))
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")
-    text = " ".join(text.split())
-    for _ in range(MAX_LAYERS):  # each may hide another: **$\boxed{42}$**.
-        text = text.strip("*`\"' ")
-        text = text.rstrip(".!") if re.search(r"[^\d.][.!]\Z", text) else text
-        text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == "$" else _unboxed(text)
-    return text
-
-
-def _unboxed(text: str) -> str:
-    """What stands in a box that is the whole text."""
-    if not text.startswith("\\boxed{") or not text.endswith("}"):
-        return text
-    inner, depth = text[7:-1], 0
-    for character in inner:
-        depth += (character == "{") - (character == "}")
-        if depth < 0:  # two boxes
-            return text
-    return inner
-
-
-class Number(NamedTuple):
-    """A number as it was written."""
-
-    value: float
-    is_percent: bool
-
-
-def read_number(text: str) -> Number | None:
-    r"""The number that a whole text is: 12, 1,234, -.5, 2/4, 1 1/2, \frac{1}{2}, $5, 50%; None if it is none."""
-    text = _CURRENCY.sub(r"\1", text.strip())
-    percent = text.endswith("%")
-    text = text.rstrip("%").strip()
-    for pattern in (_FRACTION, _LATEX_FRACTION):
-        if match := pattern.match(text):
-            *head, numerator, denominator = match.groups()
-            whole = float(head[1] or 0) if len(head) > 1 else 0.0
-            if float(denominator) == 0:
-                return None
-            value = whole + float(numerator) / float(denominator)
-            return Number(-value if head[0] == "-" else value, percent)
-    if len(text) > 40 or not _NUMBER.match(text):
-        return None
-    return Number(float(text.replace(",", "")), percent)
-
-
-def read_choice(text: str) -> str | None:
-    """The one option letter that an answer names, in upper case; None if none or several."""
-    if match := _LONE_CHOICE.match(text):
-        return match.group(1).upper()
-    if match := _LEADING_CHOICE.match(text):
-        letter, rest = match.group(1).upper(), text[match.end() :].strip(" ),;:/&|")
-        # another option, alone or listed, but not a word of the option's own: "B. A cat"
-        others = {found for pattern in _SECOND_LETTER for found in pattern.findall(rest)}
-        return letter if others <= {letter} else None
-    plain = _ARTICLE.sub(" ", text)
-    letters = {letter for letter in _LETTER.findall(plain) if letter <= "J"}
-    if named := {letter.upper() for letter in _NAMED_CHOICE.findall(text)}:
-        return named.pop() if len(named | letters) == 1 else None
-    if len(letters) != 1:
-        return None
-    before = next(plain[: match.start()] for match in _LETTER.finditer(plain) if match.group(1) in letters)
-    word = re.search(r"([\w']+) ?\Z", before)
-    return letters.pop() if word is None or word.group(1).casefold() in _SAID_OF else None
-
-
-def _number_in(text: str) -> Number | None:
-    """The last number of a running text, the first of "5 of the 12"; None where several are offered as options."""
-    text = re.sub(rf"\b{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?,? (?=\d{{4}}\b)", "", text, flags=re.IGNORECASE)
-    tokens = list(_TOKEN.finditer(text))
-    if not tokens:
-        return None
-    for one, other in pairwise(tokens):
-        if one.group() != other.group() and _joins_options(text[one.end() : other.start()]):
-            return None
-    chosen = tokens[-1]
-    if len(tokens) == 2 and re.fullmatch(r" (?:out )?of(?: the| all)? ", text[tokens[0].end() : chosen.start()]):
-        chosen = tokens[0]
-    number = read_number(chosen.group())
-    percent = text[chosen.end() :].lstrip().startswith("%")
-    return None if number is None else Number(number.value, percent)
-
-
-def _joins_options(between: str) -> bool:
-    """True if what stands between two numbers makes options of them: a comma, a slash, "or", nothing, another box."""
-    bare = _MARKUP.sub("", between)
-    joined = _JOINT.match(between) or (bare.strip() and _JOINT.match(bare)) or _ALTERNATIVE.search(bare)
-    return bool(joined) or "\\boxed" in between
-
-
-def _same_number(one: Number, other: Number) -> bool:
-    if abs(one.value - other.value) <= TOLERANCE:
+def _says(said: str, truth: str) -> bool:
+    """The grammar by kind of a ground truth that is no option; both are normalised."""
+    if (date := whole_date(truth)) is not None:
+        return says_date(said, date) or says_text(said, truth)
+    if (clock := whole_clock(truth)) is not None:
+        return says_clock(said, clock)
+    if _VERDICT.fullmatch(truth):
+        return _says_verdict(said, truth)
+    if re.fullmatch(r"\d{4}", truth) and len(dates := read_dates(said)) == 1:
+        return str(dates[0].year) == truth
+    if _is_digit_groups(truth) and _is_digit_groups(said):
+        return re.sub(r"\D", "", said) == re.sub(r"\D", "", truth)
+    if _RATIO.fullmatch(truth):
+        return re.sub(r"\s*(?::|\bto\b)\s*", ":", without_frame(claims(said))) == re.sub(r"\s", "", truth)
+    if (verdict := says_quantity(said, truth)) is not None:
+        return verdict
+    if (items := read_items(truth)) is not None and _says_items(said, *items):
         return True
-    if one.is_percent == other.is_percent:
+    return says_text(said, truth)
+
+
+def _is_same_value(said: str, option: str) -> bool:
+    """True if a statement asserts an option that is no mere text: a quantity, date, time of day, list, yes or no."""
+    is_value = whole_date(option) or whole_clock(option) or whole_quantity(option) or read_items(option)
+    return bool(is_value or _VERDICT.fullmatch(option)) and _says(said, option)
+
+
+_RATIO = re.compile(r"\d+(?:\s?:\s?\d+)+")
+_VERDICT = re.compile(r"yes|no|true|false", re.IGNORECASE)
+_VERDICTS = {
+    "yes": "yes", "yeah": "yes", "yep": "yes", "yup": "yes", "no": "no", "nope": "no", "nah": "no",
+    "true": "true", "false": "false",
+}  # fmt: skip
+
+
+def _says_verdict(said: str, truth: str) -> bool:
+    """True if yes, no, true or false is what an answer begins with or asserts, and the opposite is not offered too."""
+    wanted = truth.casefold()
+    words = {_VERDICTS[word] for word in re.findall(r"[a-z]+", said.casefold()) if word in _VERDICTS}
+    first = re.match(
+        r"\W*([a-z]+)(?=\Z" r"|[\s.,;:!])(?!\s+(?:or" r"|and|not)\b)", without_frame(claims(said)).casefold()
+    )
+    if first is None or _VERDICTS.get(first[1]) != wanted:
         return False
-    scaled = [n.value / 100 if n.is_percent else n.value for n in (one, other)]
-    return abs(scaled[0] - scaled[1]) <= TOLERANCE
+    opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[wanted]
+    rest = without_frame(claims(said)).casefold()[first.end() :]
+    is_no_noun = wanted == "no" and re.match(r"\s+(?!(?:it|he|she|they|there|this" r"|that|i)\b)\w", rest) is not None
+    return opposite not in words and not is_no_noun
 
 
-def _clock(text: str) -> tuple[int, ...] | None:
-    match = _CLOCK.match(text)
-    return tuple(int(part or 0) for part in match.groups()) if match else None
+def _is_digit_groups(text: str) -> bool:
+    """True for a telephone number or the like: groups of digits, seven or more in all, apart by blanks or hyphens."""
+    return re.fullmatch(r"\+?\(?\d+\)?(?:[ .-]+\(?\d+\)?)+", text) is not None and (
+        len(re.sub(r"\D", "", text)) >= 7
+        and "-" in text + "-"
+        and not re.fullmatch(r"\d{1,3}(?: \d{3})+|\d+\.\d+", text)
+    )
+
+
+_SEPARATOR = re.compile(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s*&\s*")
+
+
+@lru_cache(maxsize=CACHED)
+def read_items(text: str) -> tuple[tuple[str, ...], bool] | None:
+    """Items of a text that is a list, and whether their order counts; None for a text that is none.
+
+    A list has commas, semicolons or "and" between its items, at most in brackets. Letters and items joined by "and"
+    have no order.
+    """
+    inner = re.sub(r"\A[\[({]\s*(.*?)\s*[\])}]\Z", r"\1", text)
+    items = tuple(item.strip(" '\"()[]") for item in _SEPARATOR.split(inner))
+    if len(items) < 2 or not all(items):
+        return None
+    are_letters = all(len(item) == 1 and item.isalpha() for item in items)
+    return items, not are_letters and " and " not in f" {inner} "
+
+
+def _says_items(said: str, items: Sequence[str], is_ordered: bool) -> bool:
+    """True if an answer is a list of the same items."""
+    for form in dict.fromkeys((said, without_frame(said), without_frame(claims(said)))):
+        found = read_items(form)
+        if found is None or len(found[0]) != len(items):
+            continue
+        given = found[0]
+        if all(_is_same_item(one, other) for one, other in zip(given, items, strict=True)):
+            return True
+        if not is_ordered and all(any(_is_same_item(one, other) for one in given) for other in items):
+            return True
+    return False
+
+
+def _is_same_item(said: str, truth: str) -> bool:
+    if said.casefold() == truth.casefold():
+        return True
+    wanted, given = whole_quantity(truth), whole_quantity(said)
+    if wanted is not None:
+        return given is not None and same_quantity(given, wanted, said)
+    return text_key(said) == text_key(truth)
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -258,7 +219,9 @@ def rule_score(
     if not answer or is_copied(answer, question):
         return AnswerScore(0.0, answer)
     accepted = [ground_truth] if isinstance(ground_truth, str) else ground_truth
-    correct = any(are_answers_equivalent(answer, truth) for truth in accepted)
-    if not correct and symbolic is not None and len(answer) <= MAX_ANSWER_CHARS:
-        correct = any(symbolic(normalise(answer), normalise(truth)) for truth in accepted)
+    correct = any(are_answers_equivalent(answer, truth, question) for truth in accepted)
+    if not correct and symbolic is not None and len(answer) <= MAX_ANSWER_CHARS and REPLACEMENT not in answer:
+        pairs = [(normalise(answer), normalise(truth)) for truth in accepted]
+        # the rules decide on plain quantities: a computer algebra system takes 007 for 7
+        correct = any(symbolic(*pair) for pair in pairs if not all(whole_quantity(text) for text in pair))
     return AnswerScore(float(correct), answer)

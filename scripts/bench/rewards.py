@@ -32,27 +32,44 @@ TARGET_MS_PER_100 = 50.0
 TARGET_LATENCIES = 1.2
 
 
-def batch() -> list[Group]:
-    """64 groups of 8: turned and small tasks, two calls each, thoughts of some 2,000 characters, wrong text answers."""
+def wrong_answer(index: int, count: int) -> tuple[str, str, str]:
+    """Question, truth and a wrong answer that was not given before: in turn a text, a number, an option, a date."""
+    options = "Which colour has the car?\nA. red\nB. blue\nC. dark green\nD. none of these"
+    return (
+        ("What is written?", f"word {index}", f"word {index} indeed {count}"),
+        ("How many are there?", str(index), f"I count {index + count + 1} of them"),
+        (options, "A", f"The answer is B, since {count} are blue"),
+        ("When was it?", "May 1, 2024", f"on 2 May {count}"),
+    )[index % 4]
+
+
+def batch(first: int = 0) -> list[Group]:
+    """64 groups of 8: turned and small tasks, two calls each, thoughts of some 2,000 characters, wrong answers.
+
+    Args:
+        first: number of the first answer; batches of different answers share nothing that scoring could remember.
+    """
     thought = "<think>" + "the sign is turned by a quarter " * 60 + "</think>"
     groups = []
     for index in range(NUM_GROUPS):
-        subject = task("rotate_180", "crop", truth=f"word {index}")
         members = []
+        question, truth, _ = wrong_answer(index, 0)
+        subject = task("rotate_180", "crop", truth=truth, question=question)
         for sample in range(GROUP_SIZE):
             recorder = Recorder(subject).call("rotate_180", "contrast_up").call(BOX)
             for turn in recorder.turns:
                 turn.text = thought + "<tool_call>" + json.dumps({"code": "x = 1\n" * 60}) + "</tool_call>"
-            answer = f"word {index} {'indeed' if sample % 2 else 'perhaps not'} {sample}"
+            answer = wrong_answer(index, first + index * GROUP_SIZE + sample)[2]
             members.append(recorder.answer(raw=f"{thought}<answer>{answer}</answer>"))
         groups.append(group(*members))
     return groups
 
 
 def without_judge(repeats: int = 7) -> float:
-    """Milliseconds per 100 trajectories, `score_group` and `metrics` together, median of the repeats."""
-    groups, module, seconds = batch(), RewardModule(), []
-    for _ in range(repeats):
+    """Milliseconds per 100 trajectories, `score_group` and `metrics` together, median of as many different batches."""
+    module, seconds = RewardModule(), []
+    for repeat in range(repeats):
+        groups = batch(repeat * NUM_GROUPS * GROUP_SIZE)
         begun = time.process_time()
         for each in groups:
             module.score_group(each)
