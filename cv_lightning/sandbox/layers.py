@@ -146,7 +146,6 @@ def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int | None,
     limits = {
         resource.RLIMIT_AS: library_bytes + memory_bytes,
         resource.RLIMIT_DATA: memory_bytes + library_bytes // 4,
-        resource.RLIMIT_CPU: resource.RLIM_INFINITY if cpu_s is None else cpu_s,
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
@@ -155,6 +154,9 @@ def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int | None,
     }
     for kind, value in limits.items():
         resource.setrlimit(kind, (value, value))
+    if cpu_s is not None:
+        # SIGXCPU tells what happened; who ignores it is killed a second later.
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
 
 
 def virtual_bytes() -> int:

@@ -86,6 +86,8 @@ class Job:
     input_fd: int = -1
     output_fd: int = -1
     attempts: int = 0
+    answer_by: float = 0.0
+    """Monotonic time by which the fork server must have answered; every attempt has its own."""
     server: Server | None = None
 
     @property
@@ -301,7 +303,8 @@ class Pool:
         server.jobs[job.id] = self._in_flight[job.id] = job
         server.served += 1
         self._bytes += job.num_bytes
-        heapq.heappush(self._deadlines, (time.monotonic() + job.timeout_s + WATCHDOG_S, job.id))
+        job.answer_by = time.monotonic() + job.timeout_s + WATCHDOG_S
+        heapq.heappush(self._deadlines, (job.answer_by, job.id))
         most = self.config.max_result_pixels
         packet = JOB.pack(RUN, job.id, job.timeout_s, *job.size, job.flags, most, job.seed)
         server.send(packet, [job.input_fd, job.output_fd])
@@ -439,7 +442,8 @@ class Pool:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number = heapq.heappop(self._deadlines)
             job = self._in_flight.get(number)
-            if job is not None and job.server is not None and job.server in self._servers:
+            overdue = job is not None and job.answer_by <= now
+            if job is not None and overdue and job.server is not None and job.server in self._servers:
                 log.warning("a fork server did not answer %.0f s after a deadline and is replaced", WATCHDOG_S)
                 job.attempts += ATTEMPTS_OF_A_HANG
                 self._bury(job.server)

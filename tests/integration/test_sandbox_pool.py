@@ -266,6 +266,24 @@ def test_redteam_no_call_is_lost_or_doubled_when_servers_and_children_are_killed
         assert kills["child"] >= 5 and strays(sandbox) == []
 
 
+@pytest.mark.parametrize("how", ["", "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"])
+def test_redteam_the_cpu_limit_is_the_snippets_failure_however_busy_the_machine(how: str) -> None:
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, max_in_flight=2, timeout_s=60, cpu_s=1)) as sandbox:
+        results = asyncio.run(run_all(sandbox, [how + f"x = {i}\nwhile True: pass" for i in range(2)]))
+        assert [result.status for result in results] == [ToolStatus.TIMEOUT] * 2, results
+        assert sandbox.stats["resent"] == 0 and sandbox.stats["lost"] == 0
+
+
+def test_a_deadline_belongs_to_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "WATCHDOG_S", 0.5)
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, timeout_s=2.0)) as sandbox:
+        killer = threading.Timer(1.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in sandbox.child_pids()])
+        killer.start()
+        # The second attempt is under way when the first one's deadline comes.
+        assert sandbox.run_sync(NOISE, SLEEP.format(1.7)).status is ToolStatus.OK
+        assert sandbox.stats["resent"] == 1 and sandbox.stats["restarts"] == 0
+
+
 def test_a_killed_child_is_resent_and_one_that_used_the_memory_itself_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter([7, 7, 8, 9, 9])
     monkeypatch.setattr(starts, "_out_of_memory_kills", lambda: next(counts))
