@@ -53,14 +53,24 @@ def drop_privileges(enabled: bool) -> str:
         return f"active (uid {os.geteuid()}, not root)"
     if not enabled:
         return "off"
-    if all(_usable_by(SANDBOX_UID, path) for path in (os.__file__, *_packages())):
-        os.setgroups([])
-        os.setresgid(SANDBOX_UID, SANDBOX_UID, SANDBOX_UID)
-        os.setresuid(SANDBOX_UID, SANDBOX_UID, SANDBOX_UID)
+    usable = all(_usable_by(SANDBOX_UID, path) for path in (os.__file__, *_packages()))
+    if usable and _become(SANDBOX_UID):
         return f"active (uid {SANDBOX_UID})"
     if not _drop_capabilities():
         return f"unavailable (capset: {os.strerror(ctypes.get_errno())})"
-    return f"active (no capabilities; {sys.base_prefix} is closed to other users)"
+    why = "the user cannot be changed here" if usable else f"{sys.base_prefix} is closed to other users"
+    return f"active (no capabilities; {why})"
+
+
+def _become(uid: int) -> bool:
+    """Change user and groups; False where it is not allowed, for instance in a user namespace that maps one user."""
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError:
+        return False
+    return True
 
 
 def _drop_capabilities() -> bool:

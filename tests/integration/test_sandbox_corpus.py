@@ -145,6 +145,22 @@ def failed_cases(shown: dict[str, object]) -> dict[str, str]:
     return {case["name"]: case["got"] for case in shown["cases"] if not case["ok"]}  # type: ignore[attr-defined]
 
 
+def test_root_that_may_not_mount_is_contained_in_a_user_namespace(tmp_path: Path) -> None:
+    """As in a container: root by number, without CAP_SYS_ADMIN, and the user cannot be changed."""
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("dropping a capability needs root and setpriv")
+    rows = [case for case in load_cases(PACKAGED) if case.name in QUICK.split()]
+    cases = corpus(tmp_path, *((case.name, case.code, case.expect) for case in rows))
+    drop = ["setpriv", "--bounding-set=-sys_admin", sys.executable]
+    command = [*drop, "-m", "cv_lightning", "sandbox", "--self-test", "--json", "--corpus", cases]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    shown = json.loads(done.stdout)
+    assert done.returncode == 0 and not failed_cases(shown), shown
+    if shown["layers"]["private_root"].startswith("active"):
+        assert "user and mount namespace" in shown["layers"]["private_root"]
+        assert "no capabilities" in shown["layers"]["uid"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("root", ["--no-private-root", ""])
 @pytest.mark.parametrize("user", ["this", "nobody"])
