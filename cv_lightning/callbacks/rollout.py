@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +24,10 @@ from cv_lightning.callbacks.agreement import check_agreement
 from cv_lightning.callbacks.engine_group import EngineGroup, RankCollector
 from cv_lightning.callbacks.evaluation import EvaluationConfig, Evaluator, gather_lists
 from cv_lightning.callbacks.identity import describe_rollouts
-from cv_lightning.callbacks.parity import check_parity
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.refill import TaskQueue, refill
+from cv_lightning.callbacks.self_test import SelfTest
+from cv_lightning.callbacks.stale import with_other_vision
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
@@ -225,12 +226,18 @@ class RolloutCallback(pl.Callback):
         module, parts = _policy_module(pl_module), self._ready(pl_module)
         if trainer._results is not None:
             trainer._results.reset()  # else Lightning logs a figure of the last iteration again if this one has none
+        due = bool(self.parity_tolerance) and not self.parity_checked
+        test = SelfTest(self, trainer, module, batch.tasks) if due else None
+        if test is not None:
+            with isolate_rng():  # a resumed run is tested where the one that was not killed is not
+                test.fill_caches()
         start = time.perf_counter()
         self.sync(module, version=module.iteration)
         synced = time.perf_counter()
-        if self.parity_tolerance and not self.parity_checked:
-            with isolate_rng():  # a resumed run is tested where the one that was not killed is not
-                self._test_parity(trainer, module, batch)
+        if test is not None:
+            with isolate_rng():
+                test.run()
+            self.parity_checked = True
         begun = time.perf_counter()
         number = module.iteration + 1  # as the metrics count
         with RunProgress.rollout_of(trainer, f"rollout {number}") as show:
@@ -290,7 +297,7 @@ class RolloutCallback(pl.Callback):
         Returns:
             Every group that was rolled out, and what only dynamic sampling has to say.
         """
-        collector = self._collector(trainer, module, self.agent, training=True)
+        collector = self.collector(trainer, module, self.agent, training=True)
 
         def roll_out(tasks: Sequence[Task]) -> list[Group]:
             return collector.roll_out(tasks, self.num_samples, self.sampling, module.iteration + 1, show)
@@ -311,34 +318,23 @@ class RolloutCallback(pl.Callback):
             "rollout/tasks_dropped": float(dropped),
         }
 
-    def sync(self, module: PolicyModule, version: int) -> None:
-        """Hand the policy's weights to the engine, if it samples from them; collective under ZeRO-3."""
+    def sync(self, module: PolicyModule, version: int, other_vision: Collection[str] = ()) -> None:
+        """Hand the policy's weights to the engine, if it samples from them; collective under ZeRO-3.
+
+        Args:
+            module: The policy's module.
+            version: Number of the weights.
+            other_vision: Names of vision parameters that reach the engine changed, see `with_other_vision`.
+        """
         if self.engine_config.keeps_own_weights:
             return
         assert self.parts is not None and module.policy is not None
         if engine_kind(self.engine_config) == "transformers":  # it generates with the policy itself
             return self.parts.engine.update_weights(module.policy.named_parameters(), version)
         tensors = whole_tensors(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
+        tensors = with_other_vision(tensors, other_vision)
         with Watchdog.at(module.trainer, "weight sync", waits=True):
             self.parts.engine.update_weights(tensors, version)
-
-    def _test_parity(self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration) -> None:
-        """The self-test after the first sync and, where the engine sleeps, again after it has slept and woken."""
-        parts = self._ready(module)
-        for after in ("the first sync", "sleeping and waking"):
-            collector = self._collector(trainer, module, self.agent)
-            groups = collector.roll_out(batch.tasks[:4], 2, self.sampling, module.iteration)
-            slept = parts.engine.sleep()
-            trajectories = [t for group in groups for t in group.trajectories]
-            report = check_parity(module, trajectories, self.sampling.temperature, self.parity_tolerance)
-            if trainer.is_global_zero:
-                said = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
-                logger.info(said, after, *report)
-            # Nothing cached stays either.
-            self.sync(module, version=module.iteration)
-            if not slept:
-                break
-        self.parity_checked = True
 
     # ------------------------------------------------------------------ evaluation
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -379,7 +375,7 @@ class RolloutCallback(pl.Callback):
         module = _policy_module(pl_module)
 
         def collector_of(setting: EvaluationConfig) -> RankCollector:
-            return self._collector(trainer, module, replace(self.agent, tool=setting.tool, finish_share=1.0))
+            return self.collector(trainer, module, replace(self.agent, tool=setting.tool, finish_share=1.0))
 
         self.evaluator.run(trainer, module, batch, collector_of)
 
@@ -396,9 +392,10 @@ class RolloutCallback(pl.Callback):
             self.parts.engine = self._build_engine(_policy_module(pl_module))
         return self.parts
 
-    def _collector(
+    def collector(
         self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig, training: bool = False
     ) -> RankCollector:
+        """What rolls tasks out with this agent on this rank."""
         parts = self._ready(module)
         banned = list(module.vision_ids)
         if not agent.tool:

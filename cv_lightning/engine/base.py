@@ -71,7 +71,8 @@ class EngineConfig:
     """GB of weights that a weight sync gathers at once under ZeRO-3."""
     sleep: Literal["auto", "always", "never"] = "auto"
     """Give the GPU's memory back between rollouts. `auto`: where engine and trainer would not fit side by side, see
-    `must_sleep`. Not available on a CPU."""
+    `must_sleep`. Not available on a CPU. An SGLang server on the trainer's GPUs does so only with `always`
+    (`--enable-memory-saver`)."""
     sleep_level: Literal[1, 2] = 1
     """While asleep, 1 keeps the engine's weights in pinned host memory (on each rank as much as the weights take, up to
     twice that by the allocator's rounding); 2 keeps nothing, since every weight sync brings all weights anyway."""

@@ -147,29 +147,43 @@ class RemoteEngine(ABC):
         Raises:
             EngineError: nothing answers, or it refuses.
         """
+        response = self.send("GET", url)
+        if response.status_code in (404, 405):
+            return None
+        try:
+            response.raise_for_status()
+            return response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineError(self._no_answer(url, error)) from error
+
+    def send(self, method: str, url: str) -> httpx.Response:
+        """The server's response to a request without a body, whatever its status; sent once.
+
+        Raises:
+            EngineError: nothing answers.
+        """
         key = self.client.key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             with httpx.Client(trust_env=not is_local(url), timeout=self.server.timeout_s, headers=headers) as http:
-                response = http.get(url)
-            if response.status_code in (404, 405):
-                return None
-            response.raise_for_status()
-            return response.json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise EngineError(
-                f"{url}: {error}. Is the server up, and is {self.server.flag}.base_url its address?"
-            ) from error
+                return http.request(method, url)
+        except httpx.HTTPError as error:
+            raise EngineError(self._no_answer(url, error)) from error
+
+    def _no_answer(self, url: str, error: Exception) -> str:
+        return f"{url}: {error}. Is the server up, and is {self.server.flag}.base_url its address?"
 
     def urls(self, request: Request) -> list[str]:
         """The images of a request as addresses that hold their bytes, without loss; each is encoded once."""
         pairs = zip(request.image_hashes, request.images, strict=True)
         return [self._urls(_Named(name, image)) for name, image in pairs]
 
-    def num_prompt_tokens(self, request: Request) -> int:
-        """Length of a prompt, images expanded."""
-        features = sum((image.width // self.factor) * (image.height // self.factor) for image in request.images)
-        return len(request.prompt_ids) - len(request.images) + features
+    def expanded(self, request: Request) -> list[int]:
+        """The prompt's ids with one image token per feature of each image, as training has them."""
+        counts = iter((image.width // self.factor) * (image.height // self.factor) for image in request.images)
+        return [
+            i for token in request.prompt_ids for i in ([token] * next(counts) if token == self.image_id else [token])
+        ]
 
 
 class _Named:

@@ -1,7 +1,8 @@
 """The tiny model behind HTTP, as an OpenAI-compatible server and as SGLang: real sampling, the real protocols.
 
-Field names, types and refusals are SGLang's (`/generate`, `/update_weights_from_disk`, `/get_model_info`) and OpenAI's
-(`/v1/chat/completions`, `/v1/models`). Behind them is the transformers engine with a model of its own.
+Field names, types and refusals are those of SGLang 0.5.23 (`/generate`, `/update_weights_from_disk`, `/server_info`)
+and OpenAI's (`/v1/chat/completions`, `/v1/models`). Behind them is the transformers engine with a model of its own.
+The faults of real SGLang servers can be switched on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,12 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from embedding_cache import EmbeddingCache
 from engine_samples import Policy
 from PIL import Image
 
 from cv_lightning.engine.base import Completion, EngineConfig, Request
 from cv_lightning.engine.hf import TransformersEngine
 from cv_lightning.images import content_hash
+from cv_lightning.model.tokens import IMAGE_PAD
 from cv_lightning.types import CVLightningError
 
 SAMPLING = {
@@ -39,24 +43,52 @@ class Refused(Exception):
     """Answered with HTTP 400."""
 
 
+class Broken(Exception):
+    """What ends the scheduler of a real server; answered with HTTP 500."""
+
+
 class ModelServer:
     """`with ModelServer(path) as server`: serves the model of a folder at `server.url`."""
 
-    def __init__(self, path: Path, name: str = "tiny") -> None:
+    def __init__(self, path: Path, name: str = "tiny", keeps_embeddings: bool = False) -> None:
         self.policy, self.name = Policy.load(path), name
+        if keeps_embeddings:  # for good, as a server started without SGLANG_VLM_CACHE_SIZE_MB=0 does
+            EmbeddingCache(self.policy.model).__enter__()
         sizes = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=32, max_images=4)
         self.engine = TransformersEngine(self.policy.model, self.policy.processor, sizes)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.misbehave: Callable[[int, str], int] = lambda number, path: 0
         """HTTP status that request `number` (of POST ones, from 0) is answered with; 0: as it should be."""
-        self.posts: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        self.posts: dict[str, Callable[[dict[str, Any]], Any]] = {
             "/generate": self.generate,
             "/update_weights_from_disk": self.update_weights_from_disk,
+            "/tokenize": self.tokenize,
+            "/flush_cache": self.flush_cache,
+            "/release_memory_occupation": lambda body: self.memory(released=True),
+            "/resume_memory_occupation": lambda body: self.memory(released=False),
             "/v1/chat/completions": self.chat_completions,
         }
         self.resizes = False
         """Halve every image of SGLang's `/generate`, as a server with other pixel limits would."""
+        self.rewrites_prompts = False
+        """Tokenise prompts with images again, as SGLang below 0.5.13 does."""
+        self.tokenizer = self.policy.processor.tokenizer
+        """Another checkpoint's: images are not found in a prompt, and it is answered without them."""
+        self.lag_s = 0.0
+        """How long `/generate` keeps the scheduler busy before it answers, whether or not anybody still listens."""
+        self.info: dict[str, Any] = {
+            "version": "0.5.23",
+            "context_length": 4096,
+            "device": "cpu",
+            "enable_deterministic_inference": True,
+            "enable_memory_saver": False,
+            "preferred_sampling_params": None,
+            "skip_tokenizer_init": False,
+        }
+        """`/server_info`. Seeds are ignored without `enable_deterministic_inference`."""
+        self.memory_released = False
         self.weight_version = "default"
+        self._busy = 0
         self._numbers = itertools.count()
         self._waiting: queue.SimpleQueue[tuple[Request, Future[Completion]] | Callable[[], None] | None]
         self._waiting = queue.SimpleQueue()
@@ -124,6 +156,14 @@ class ModelServer:
 
     # ------------------------------------------------------------------ SGLang
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        self._busy += 1
+        try:
+            time.sleep(self.lag_s)
+            return self._generate(body)
+        finally:
+            self._busy -= 1
+
+    def _generate(self, body: dict[str, Any]) -> dict[str, Any]:
         given = body.get("sampling_params", {})
         if unknown := set(given) - SAMPLING:
             raise Refused(f"Unexpected keyword argument {sorted(unknown)}")
@@ -131,13 +171,20 @@ class ModelServer:
         images = [picture(url) for url in body.get("image_data") or []]
         if self.resizes:
             images = [image.resize((image.width // 2, image.height // 2)) for image in images]
+        ids = body["input_ids"]
+        image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        if image_id not in ids:
+            images = []
+        if self.rewrites_prompts and images:
+            ids = self.tokenizer(self.tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
+        seeds = self.info["enable_deterministic_inference"]
         done = self._sample(
-            body["input_ids"],
+            ids,
             [self.policy.encoder.model_image(image) for image in images],
             max_tokens=given.get("max_new_tokens", 128),
             temperature=given.get("temperature", 1.0),
             top_p=given.get("top_p", 1.0),
-            seed=given.get("sampling_seed") or 0,
+            seed=given.get("sampling_seed") or 0 if seeds else next(self._numbers),
             banned_ids=[int(token) for token, value in bias.items() if value < BIAS_THAT_BANS],
         )
         stop = {"type": "stop", "matched": done.token_ids[-1]}
@@ -151,7 +198,22 @@ class ModelServer:
         if body.get("return_logprob"):
             pairs = zip(done.logprobs or [], done.token_ids, strict=True)
             meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in pairs]
-        return {"text": self.policy.processor.tokenizer.decode(done.token_ids), "meta_info": meta}
+        answer = {"text": self.tokenizer.decode(done.token_ids), "output_ids": done.token_ids, "meta_info": meta}
+        return answer | ({"prompt_token_ids": done.prompt_ids} if body.get("return_prompt_token_ids") else {})
+
+    def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        ids = self.tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.info["context_length"]}
+
+    def flush_cache(self, body: dict[str, Any]) -> str:
+        if self._busy:
+            raise Refused("Flush cache failed.")
+        return "Cache flushed."
+
+    def memory(self, released: bool) -> None:
+        if self.memory_released == released or self._busy:
+            raise Broken  # both end SGLang's scheduler
+        self.memory_released = released
 
     def update_weights_from_disk(self, body: dict[str, Any]) -> dict[str, Any]:
         loaded: Future[None] = Future()
@@ -164,9 +226,14 @@ class ModelServer:
             except CVLightningError as error:
                 loaded.set_exception(Refused(f"Failed to update weights: {error}"))
 
+        if self.memory_released:
+            raise Broken
+        busy = self._busy > 0
         self._waiting.put(load)
         loaded.result(timeout=120)
         self.weight_version = body.get("weight_version") or "default"
+        if busy:
+            raise Refused("Weights were updated, but the cache was not flushed because requests are still running.")
         return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
 
     # ------------------------------------------------------------------ OpenAI
@@ -208,7 +275,12 @@ def picture(url: str) -> Image.Image:
 
 def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
     gets: dict[str, Callable[[], Any]] = {
-        "/get_model_info": lambda: {"model_path": str(server.policy.path), "weight_version": server.weight_version},
+        "/model_info": lambda: {
+            "model_path": str(server.policy.path),
+            "weight_version": server.weight_version,
+            "has_image_understanding": True,
+        },
+        "/server_info": lambda: server.info,
         "/v1/models": lambda: {"object": "list", "data": [{"id": server.name, "object": "model"}]},
     }
 
@@ -220,7 +292,7 @@ def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             self._answer(404, {}) if answer is None else self._answer(200, answer())
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
             number = len(server.requests)
             server.requests.append((self.path, body))
             if status := server.misbehave(number, self.path):
@@ -231,6 +303,8 @@ def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
                 self._answer(200, server.posts[self.path](body))
             except Refused as error:
                 self._answer(400, {"error": {"message": str(error)}})
+            except Broken:
+                self._answer(500, {"error": {"message": "scheduler hit an exception"}})
 
         def _answer(self, status: int, value: Any) -> None:
             data = json.dumps(value).encode()

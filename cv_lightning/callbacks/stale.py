@@ -1,0 +1,82 @@
+"""Does an engine forget, with its old weights, what it has computed from images?
+
+The start-up self-test lets the engine answer its prompts under other vision weights first. A prefix or vision
+embedding that survives the weight sync which follows then makes engine and trainer disagree, whatever the learning
+rate. Without that, weights move too little in one step to tell, and the difference grows over the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from PIL import ImageOps
+
+from cv_lightning.types import Task
+
+VISION = ".visual."
+"""In the names of the parameters of vision tower and projector, of all families."""
+ADVICE = {
+    "sglang": "SGLang keeps its vision embeddings over weight updates and cache flushes: start the server with "
+    "SGLANG_VLM_CACHE_SIZE_MB=0 in its environment",
+}
+"""What to change, by the kind of the engine."""
+
+
+def stale_images_message(kind: str, seen: str) -> str:
+    """The error for an engine that agrees with the trainer on new images only.
+
+    Args:
+        kind: `engine_kind`.
+        seen: What the comparison on repeated images found.
+    """
+    advice = ADVICE.get(kind, "the engine has to drop every cache of images in update_weights")
+    return (
+        "the engine answers images that it has seen before a weight update from a cache of the old weights; on images "
+        f"that it has not seen, engine and trainer agree. {advice}, or freeze vision tower and projector "
+        f"(policy.freeze_vision and policy.freeze_projector). On repeated images: {seen}"
+    )
+
+
+def trained_vision(policy: torch.nn.Module) -> frozenset[str]:
+    """Names of the vision parameters that training changes; empty if vision tower and projector are frozen."""
+    return frozenset(
+        name for name, parameter in policy.named_parameters() if VISION in name and parameter.requires_grad
+    )
+
+
+def with_other_vision(
+    tensors: Iterable[tuple[str, torch.Tensor]], names: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors, those of `names` rolled by one output: other features of the same size, without overflow."""
+    for name, tensor in tensors:
+        yield name, tensor.roll(1, 0) if name in names else tensor
+
+
+@contextmanager
+def other_vision_in_place(policy: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Roll the policy's own parameters, and roll them back bit for bit: for an engine that generates with the policy.
+
+    Args:
+        policy: It holds whole tensors.
+        names: `trained_vision` of it.
+    """
+    parameters = [parameter for name, parameter in policy.named_parameters() if name in names]
+    _roll(parameters, 1)
+    try:
+        yield
+    finally:
+        _roll(parameters, -1)
+
+
+def unseen(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks with inverted images: prompts of the same length that no cache can hold."""
+    return [replace(task, images=tuple(ImageOps.invert(image) for image in task.images)) for task in tasks]
+
+
+@torch.no_grad()
+def _roll(parameters: Iterable[torch.nn.Parameter], by: int) -> None:
+    for parameter in parameters:
+        parameter.copy_(parameter.roll(by, 0))
