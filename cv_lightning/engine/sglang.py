@@ -141,7 +141,7 @@ class SGLangEngine(RemoteEngine):
                 self._hand_over(named_tensors, version)
             except (EngineError, OSError) as caught:
                 error = str(caught)
-        for _ in named_tensors:  # every rank takes part in gathering (trap T37), also after an error
+        for _ in named_tensors:  # gathering is a collective of all ranks, also after an error
             pass
         if error := _same_on_all_ranks(error):
             raise EngineError(error)
@@ -166,7 +166,7 @@ class SGLangEngine(RemoteEngine):
         return True
 
     def close(self) -> None:
-        """Forget everything; the server keeps its memory for whoever uses it next."""
+        """Forget everything; the server takes its memory back for the next run."""
         if self.asleep and _rank() == 0:
             with suppress(EngineError):
                 self._order("/resume_memory_occupation")

@@ -52,7 +52,7 @@ class ModelServer:
 
     def __init__(self, path: Path, name: str = "tiny", keeps_embeddings: bool = False) -> None:
         self.policy, self.name = Policy.load(path), name
-        if keeps_embeddings:  # for good, as a server started without SGLANG_VLM_CACHE_SIZE_MB=0 does
+        if keeps_embeddings:  # as a server started without SGLANG_VLM_CACHE_SIZE_MB=0 does
             EmbeddingCache(self.policy.model).__enter__()
         sizes = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=32, max_images=4)
         self.engine = TransformersEngine(self.policy.model, self.policy.processor, sizes)
