@@ -227,7 +227,7 @@ class RolloutCallback(pl.Callback):
         if trainer._results is not None:
             trainer._results.reset()  # else Lightning logs a figure of the last iteration again if this one has none
         due = bool(self.parity_tolerance) and not self.parity_checked
-        test = SelfTest(self, trainer, module, batch.tasks) if due else None
+        test = SelfTest(self, parts.engine, trainer, module, batch.tasks) if due else None
         if test is not None:
             with isolate_rng():  # a resumed run is tested where the one that was not killed is not
                 test.fill_caches()

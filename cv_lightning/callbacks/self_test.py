@@ -7,12 +7,13 @@ tasks before under other vision weights (`stale.py`), so that a cache which outl
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cv_lightning.agent.config import AgentConfig
+from cv_lightning.callbacks.engine_group import RankCollector
 from cv_lightning.callbacks.parity import ParityReport, check_parity
 from cv_lightning.callbacks.stale import (
     other_vision_in_place,
@@ -20,13 +21,12 @@ from cv_lightning.callbacks.stale import (
     trained_vision,
     unseen,
 )
-from cv_lightning.engine import engine_kind
+from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, engine_kind
 from cv_lightning.types import ParityError, Task, Trajectory
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from cv_lightning.callbacks.rollout import RolloutCallback
     from cv_lightning.modules.base import PolicyModule
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,27 @@ FILLING_TOKENS = 4
 """Tokens that are sampled under the other vision weights; only the prompts matter there."""
 
 
+class Rollouts(Protocol):
+    """What the self-test needs of `RolloutCallback`."""
+
+    agent: AgentConfig
+    engine_config: EngineConfig
+    sampling: SamplingConfig
+    parity_tolerance: float
+
+    def sync(self, module: PolicyModule, version: int, other_vision: Collection[str] = ()) -> None:
+        """Hand the policy's weights to the engine."""
+
+    def collector(self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig) -> RankCollector:
+        """What rolls tasks out."""
+
+
 @dataclass
 class SelfTest:
     """One self-test; all ranks run it, and all raise or none does."""
 
-    rollout: RolloutCallback
+    rollout: Rollouts
+    engine: Engine
     trainer: pl.Trainer
     module: PolicyModule
     tasks: Sequence[Task]
@@ -79,9 +95,8 @@ class SelfTest:
 
     def _compare(self, tasks: Sequence[Task]) -> tuple[ParityReport | ParityError, bool]:
         """What the comparison gave, and whether the engine sleeps now."""
-        assert self.rollout.parts is not None
         trajectories = self._roll_out(tasks, NUM_SAMPLES, self.rollout.agent)
-        slept = self.rollout.parts.engine.sleep()  # the trainer's forward pass may need the memory
+        slept = self.engine.sleep()  # the trainer's forward pass may need the memory
         settings = self.rollout.sampling.temperature, self.rollout.parity_tolerance
         try:
             return check_parity(self.module, trajectories, *settings), slept

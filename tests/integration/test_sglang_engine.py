@@ -211,7 +211,7 @@ def test_a_server_that_lacks_a_token_of_the_policy_is_refused(
         connect(config_of(server.root, tmp_path), replace(policy, processor=processor))
 
 
-def test_ignored_seeds_are_said_at_the_start(
+def test_ignored_seeds_are_logged_at_the_start(
     server: ModelServer, policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = server.info
