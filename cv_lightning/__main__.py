@@ -92,12 +92,23 @@ def main(argv: list[str]) -> int:
     arguments: list[str] | None = argv[1:]
     if verb.lightning:  # Lightning reads the command line itself, and warns if it is given a second one
         arguments = None if is_own else argv
-    result = getattr(importlib.import_module(module), function)(arguments)
+    from cv_lightning.files import describe_disk_error
+
+    try:
+        result = getattr(importlib.import_module(module), function)(arguments)
+    except OSError as error:
+        if not (said := describe_disk_error(error)):
+            raise
+        sys.stderr.write(f"error: {said}\n")
+        return 1
     return result if isinstance(result, int) else 0
 
 
 def run() -> None:
     """Entry of the installed script."""
+    from cv_lightning.environment import use_utf8
+
+    use_utf8()
     if "WANDB_SWEEP_ID" in os.environ and any(VERBS[word].lightning for word in sys.argv[1:2] if word in VERBS):
         from cv_lightning.commands.sweep import agent_arguments
 

@@ -23,26 +23,36 @@ from cv_lightning.callbacks.checkpoint import (
     FOLDER,
     CheckpointCallback,
     check_fits,
+    checkpoints,
     is_of,
     last_checkpoint,
     refuse_used,
 )
+from cv_lightning.callbacks.damage import damage
 from cv_lightning.callbacks.loggers import run_loggers
+from cv_lightning.callbacks.owner import RunOwner
 from cv_lightning.callbacks.preflight import check_evaluation, check_fit
 from cv_lightning.callbacks.progress import RunProgress
+from cv_lightning.callbacks.recipe import check_recipe, settings_of
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.callbacks.signals import StopOnSignal, exit_codes
 from cv_lightning.callbacks.start_check import SFTStartCheck
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.command_line import ShortErrors
 from cv_lightning.devices import Gpus, use_named_devices
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
+from cv_lightning.files import describe_disk_error
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)
 DEFAULT_FOLDER = "runs/default"
+TAKE_OVER = (
+    "Use a run folder although its record names an owner that seems to be alive, as one on another host does for a "
+    "minute after its death. If it does live, it stops."
+)
 
 
 class ShortErrorParser(ShortErrors, LightningArgumentParser):
@@ -52,8 +62,19 @@ class ShortErrorParser(ShortErrors, LightningArgumentParser):
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
 
 
+PARTS = {"module": "model", "data": "data"}
+"""Parts of a recipe to where they stand in a config."""
+
+
 class CVLightningCLI(LightningCLI):
     """LightningCLI with our defaults: a run folder, metrics and checkpoints in it, progress bar, run record."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._take_over = False
+        """The flag; not part of the config that is written, which would take over every later time."""
+        self._settings: dict[str, Any] = {}
+        """Of the recipe, by dotted name."""
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -62,6 +83,7 @@ class CVLightningCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that a research run wants."""
+        parser.add_argument("--take_over", type=bool, default=False, help=TAKE_OVER)
         parser.set_defaults(
             {
                 "trainer.default_root_dir": DEFAULT_FOLDER,
@@ -87,6 +109,10 @@ class CVLightningCLI(LightningCLI):
             callbacks.insert(0, SFTStartCheck())
         if not any(isinstance(c, Watchdog) for c in callbacks):
             callbacks.insert(0, Watchdog())
+        callbacks = [*callbacks[:1], RunOwner(self._take_over), StopOnSignal(), *callbacks[1:]]
+        for callback in callbacks:
+            if isinstance(callback, CheckpointCallback):
+                callback.settings = self._settings
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -113,10 +139,12 @@ class CVLightningCLI(LightningCLI):
         """Check where the ranks meet, and find the checkpoint, before anything is built.
 
         Raises:
-            CVLightningError: the ranks would not meet; there is no checkpoint; or the run's folder is another run's.
+            CVLightningError: the ranks would not meet; there is no checkpoint, or none that is whole; or the checkpoint
+                or the run's folder is another run's.
         """
         subcommand = self.config[self.subcommand]
         trainer = subcommand.trainer
+        self._take_over, subcommand["take_over"] = bool(subcommand["take_over"]), False
         try:
             check_launch(trainer.devices, trainer.num_nodes)
             trainer.devices = use_named_devices(trainer.devices, trainer.accelerator, Gpus.here())
@@ -125,6 +153,10 @@ class CVLightningCLI(LightningCLI):
         run = Path(subcommand.trainer.default_root_dir)
         path = find_checkpoint(subcommand.get("ckpt_path"), run)
         subcommand["ckpt_path"] = path
+        self._settings = settings_of(self.as_dict())
+        if self.subcommand == "fit" and path is not None and Path(path).exists():
+            classes = {part: self._settings[f"{name}.class_path"].rpartition(".")[2] for part, name in PARTS.items()}
+            check_recipe(Path(path), classes, self._settings)
         if self.subcommand != "fit" or subcommand.trainer.enable_checkpointing is False:
             return
         if is_of(path, run):
@@ -152,6 +184,13 @@ class CVLightningCLI(LightningCLI):
         if path is not None:
             check_fits(Path(path), self.trainer)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved config, defaults included."""
+        plain: dict[str, Any] = yaml.safe_load(
+            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
+        )
+        return plain
+
 
 class ConfigOnly(CVLightningCLI):
     """Reads the command line as fit does, and stops there: nothing is built or run."""
@@ -167,13 +206,6 @@ class ConfigOnly(CVLightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The resolved config, defaults included."""
-        plain: dict[str, Any] = yaml.safe_load(
-            self._parser(self.subcommand).dump(self.config[self.subcommand], skip_unset=False)
-        )
-        return plain
 
 
 def without_earlier(callbacks: Sequence[Callback]) -> list[Callback]:
@@ -195,12 +227,17 @@ def find_checkpoint(given: str | None, run: Path) -> str | None:
         run: the run's folder.
 
     Raises:
-        CVLightningError: no such checkpoint.
+        CVLightningError: no such checkpoint, or a damaged one.
     """
     if given is None or given in ("best", "hpc", "registry"):
         return given
     if given in ("last", "auto"):
         found = last_checkpoint(run)
+        if found is None and checkpoints(run / FOLDER):
+            raise CVLightningError(
+                f"--ckpt_path {given}: every checkpoint in {run / FOLDER} is damaged, see above; remove them to "
+                "start from the beginning"
+            )
         if found is None and given == "last":
             raise CVLightningError(
                 f"--ckpt_path last: there is no checkpoint in {run / FOLDER}; leave it out to start from the "
@@ -210,6 +247,10 @@ def find_checkpoint(given: str | None, run: Path) -> str | None:
     if not Path(given).exists():
         raise CVLightningError(
             f"--ckpt_path {given}: no such file or folder; give a checkpoint of this run, last, or leave it out"
+        )
+    if reason := damage(Path(given)):
+        raise CVLightningError(
+            f"--ckpt_path {given} is damaged: {reason}. Give another one; `last` takes the newest that is whole"
         )
     return given
 
@@ -223,21 +264,30 @@ def main(args: ArgsType = None, cli_class: type[CVLightningCLI] = CVLightningCLI
     """
     _quiet_libraries()
     try:
-        return cli_class(
-            model_class=PolicyModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-            seed_everything_default=0,
-            parser_class=ShortErrorParser,
-            parser_kwargs={"prog": "python -m cv_lightning"},
-            args=args,
-        )
+        with exit_codes():
+            return _run(args, cli_class)
     except CVLightningError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if not (said := describe_disk_error(error)):
+            raise
+        sys.exit(f"error: {said}")
+
+
+def _run(args: ArgsType, cli_class: type[CVLightningCLI]) -> CVLightningCLI:
+    return cli_class(
+        model_class=PolicyModule,
+        datamodule_class=LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=RunRecord,
+        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+        seed_everything_default=0,
+        parser_class=ShortErrorParser,
+        parser_kwargs={"prog": "python -m cv_lightning"},
+        args=args,
+    )
 
 
 UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")

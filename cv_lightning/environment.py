@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
+import locale
 import logging
 import os
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +31,17 @@ FILE_ONLY = "file_only"
 """`extra={FILE_ONLY: True}` keeps a message off the terminal."""
 LOCK_SETTLE_S = 5.0
 """A lock younger than this may belong to another host that shares the folder and just opens a finished build."""
+
+
+def use_utf8() -> None:
+    """Start Python again in its UTF-8 mode where the locale is another one: configs and outputs are UTF-8.
+
+    Processes that this one starts inherit the mode. Does nothing in an interpreter that was not started for a command.
+    """
+    if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare_environment() -> None:
@@ -109,10 +123,27 @@ def set_up_logging() -> None:
     logging.getLogger("cv_lightning").setLevel(logging.DEBUG if is_verbose() else logging.INFO)
 
 
+class LogFile(logging.FileHandler):
+    """A run's log file. A disk that takes no more ends the log, not the run: what stopped it is said elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing of a full disk; of anything else what `logging` says."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, whatever of it can still be written."""
+        with suppress(OSError):
+            super().close()
+
+
 def log_to(path: Path) -> logging.Handler:
     """Write all messages to a run's log file, too, behind what is there; remove the handler to stop."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = LogFile(path)
     logging.getLogger().addHandler(handler)
     return handler
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG))
+"""What the system says where nothing (more) can be written: a matter of the machine, not a defect of the program."""
+
+
+def describe_disk_error(error: BaseException) -> str:
+    """One line for people; empty for an error that is no disk's."""
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        return ""
+    place = error.filename2 or error.filename
+    said = f"{place}: {error.strerror}" if place is not None else str(error.strerror)
+    return f"{said}. Free space there, or choose a folder that can be written"
 
 
 @contextmanager
@@ -22,9 +35,26 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        sync_file(temporary)  # else a power cut may leave the new name with nothing behind it
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that became read-only; what went wrong before is the news
+            temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's list of names is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:

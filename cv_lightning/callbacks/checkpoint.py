@@ -15,7 +15,6 @@ import random
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,26 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from cv_lightning.callbacks.damage import damage
 from cv_lightning.callbacks.evaluation import gather_lists
-from cv_lightning.callbacks.metrics_file import MetricsLogger
+from cv_lightning.callbacks.metrics_file import MetricsFile, MetricsLogger
+from cv_lightning.callbacks.recipe import KEY, describe_classes
+from cv_lightning.callbacks.signals import StopOnSignal
+from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.modules.base import PolicyModule
-from cv_lightning.trajectory.store import drop_after
+from cv_lightning.trajectory.store import LINES, drop_after, last_iteration
 from cv_lightning.types import CVLightningError
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-KEY = "cv_lightning"
-"""Of our own part in a checkpoint."""
 NAME = re.compile(r"iteration(\d+)\.ckpt")
 UNFINISHED = ".unfinished-"
 """Before the name of what is being written or removed."""
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves every so often, at the last batch and on SIGTERM; restores what Lightning does not.
+    """Saves every so often, at the last batch and after a signal; restores what Lightning does not.
 
     Args:
         every_minutes: wall-clock minutes between two checkpoints, which are taken at the end of an iteration.
@@ -60,6 +61,8 @@ class CheckpointCallback(Checkpoint):
         self.every_minutes = every_minutes
         self.every_iterations = every_iterations
         self.keep = keep
+        self.settings: dict[str, Any] = {}
+        """Of the run, by dotted name, where the command line has set them: part of every checkpoint."""
         self._saved_at = 0.0
         self._after_validation = False
         self._restored: dict[str, Any] | None = None
@@ -94,13 +97,20 @@ class CheckpointCallback(Checkpoint):
     def _is_due(self, trainer: pl.Trainer, iteration: int) -> bool:
         """The same answer on every rank."""
         ends = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step
-        stops = trainer.should_stop or trainer.received_sigterm
+        signals = StopOnSignal.of(trainer)
+        stops = trainer.should_stop or trainer.received_sigterm or (signals is not None and signals.is_agreed)
         by_count = self.every_iterations > 0 and iteration % self.every_iterations == 0
         by_time = time.monotonic() - self._saved_at >= 60 * self.every_minutes
         return trainer.strategy.reduce_boolean_decision(ends or stops or by_count or by_time, all=False)
 
     def save(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        """Write beside the final name, rename, then remove the oldest. Called on all ranks."""
+        """Write beside the final name, rename, then remove the oldest. Called on all ranks.
+
+        Metrics and trajectories are on disk before the name is: see `on_save_checkpoint` here and of the rollout.
+
+        Raises:
+            CVLightningError: it cannot be written; what was written of it is removed.
+        """
         start = time.monotonic()
         folder = Path(trainer.default_root_dir) / FOLDER
         final = folder / f"iteration{module.iteration:06d}.ckpt"
@@ -108,11 +118,21 @@ class CheckpointCallback(Checkpoint):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             _remove(unfinished)
-        trainer.save_checkpoint(unfinished, weights_only=False)  # ends with a barrier
+        try:
+            trainer.save_checkpoint(unfinished, weights_only=False)  # ends with a barrier
+            if trainer.is_global_zero:
+                _sync(unfinished)
+                os.replace(unfinished, final)
+                sync_folder(folder)
+        except (OSError, RuntimeError) as error:
+            if not _is_of_disk(error):
+                raise
+            _remove(unfinished)
+            raise CVLightningError(
+                f"{final} cannot be written: {_first_line(error)}. The checkpoint before it stands: free space and "
+                "continue with --ckpt_path last"
+            ) from error
         if trainer.is_global_zero:
-            _sync(unfinished)
-            os.replace(unfinished, final)
-            _sync_entries(folder)
             for _, old in checkpoints(folder)[: -self.keep]:
                 _remove(old)
             logger.info("saved %s in %.1f s", final, time.monotonic() - start)
@@ -126,10 +146,14 @@ class CheckpointCallback(Checkpoint):
         if trainer.training:  # Lightning logs the iteration's metrics only after the hook that saves
             row = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
             row["epoch"] = trainer.current_epoch
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         checkpoint[KEY] = {
             "rng": gather_lists([rng_state()]),
             "row": row,
-            "step": trainer.fit_loop.epoch_loop._batches_that_stepped,
+            "step": step,
+            "rows": [file.sync(before=step) for file in _metrics_files(trainer)],
+            "stored": _stored_bytes(Path(trainer.default_root_dir)) if trainer.is_global_zero else {},
+            "recipe": describe_classes(pl_module, getattr(trainer, "datamodule", None)) | {"settings": self.settings},
         }
 
     # ------------------------------------------------------------------ resuming
@@ -159,11 +183,12 @@ class CheckpointCallback(Checkpoint):
         if trainer.is_global_zero:
             for leftover in (folder / FOLDER).glob(f"{UNFINISHED}*"):
                 _remove(leftover)
-            rewind(folder, _policy_module(pl_module).iteration)  # 0: a run without checkpoints starts over
+            iteration = _policy_module(pl_module).iteration
+            rewind(folder, iteration)  # 0: a run without checkpoints starts over
             if state is not None:
-                for log in trainer.loggers:
-                    if isinstance(log, MetricsLogger):
-                        log.experiment.rewind(state["step"], state["row"] if own else {})
+                self._rewind_metrics(trainer, state, own)
+            if state is not None and own:
+                warn_of_missing_groups(folder, iteration, state.get("stored", {}))
         trainer.strategy.barrier("rewind")
         if state is None:
             return
@@ -177,29 +202,23 @@ class CheckpointCallback(Checkpoint):
                 trainer.world_size,
             )
 
+    def _rewind_metrics(self, trainer: pl.Trainer, state: dict[str, Any], own: bool) -> None:
+        files = _metrics_files(trainer)
+        for file, before in zip(files, state.get("rows", []) if own else [], strict=False):
+            warn_of_missing_rows(file, state["step"], before)
+        for file in files:
+            file.rewind(state["step"], state["row"] if own else {})
+
 
 class StreamingCheckpointIO(TorchCheckpointIO):
     """Lightning's, but written straight to the file: no second and third copy in memory, no temporary elsewhere.
 
-    Without checksums, which would take longer than a fast disk takes to write.
-
-    Raises:
-        CVLightningError: the file cannot be written.
+    With torch's checksums, by which `damage` tells a checkpoint that a disk has spoiled.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a file; `CheckpointCallback` makes it atomic."""
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            torch.save(checkpoint, path)
-        except (OSError, RuntimeError) as error:  # what torch says of a full disk
-            raise CVLightningError(
-                f"{path} cannot be written: {error}. The checkpoint before it stands: free space and go on with "
-                "--ckpt_path last"
-            ) from error
-        finally:
-            torch.serialization.set_crc32_options(before)
+        torch.save(checkpoint, path)
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -209,17 +228,16 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def is_whole(path: Path) -> bool:
-    """False for a file or folder that was cut short, as by a copy that failed; ours appear only when they are whole."""
-    return (path / "latest").is_file() if path.is_dir() else zipfile.is_zipfile(path)
-
-
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that can be read; None if there is none."""
+    """The newest checkpoint of a run in which every byte is as it was written; None if there is none.
+
+    A damaged one is named in a warning and passed over.
+    """
     for _, path in reversed(checkpoints(run / FOLDER)):
-        if is_whole(path):
+        reason = damage(path)
+        if not reason:
             return path
-        logger.warning("%s is not whole; trying the one before", path)
+        logger.warning("%s is damaged: %s. Trying the one before", path, reason)
     return None
 
 
@@ -285,17 +303,77 @@ def _remove(path: Path) -> None:
 def _sync(path: Path) -> None:
     """Wait until a file, or every file of a folder, is on disk."""
     for file in (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        sync_file(file)
 
 
-def _sync_entries(folder: Path) -> None:
-    """Wait until a folder's list of names is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_of_disk(error: Exception) -> bool:
+    """True for what the system says of a disk, and for the RuntimeErrors of torch's writer that hide it."""
+    return isinstance(error, OSError) or any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
+
+
+def _first_line(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or str(error).strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------- what a run has logged
+def _metrics_files(trainer: pl.Trainer) -> list[MetricsFile]:
+    """Of the first rank, which writes them; the others have none."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, MetricsLogger)]
+
+
+def _stored_bytes(run: Path) -> dict[str, int]:
+    """Bytes of every file of trajectories, by name; every rank has written its own by now."""
+    return {path.name: path.stat().st_size for path in sorted((run / LINES).glob("*.jsonl"))}
+
+
+def warn_of_missing_rows(file: MetricsFile, step: int, before: int) -> None:
+    """Say which rows of the metrics that a checkpoint knew of are gone, as after a power cut.
+
+    Args:
+        file: the metrics.
+        step: of the checkpoint.
+        before: rows of earlier steps that were there when it was written.
+    """
+    there = file.steps(before=step)
+    if len(there) < before:
+        gone = sorted(set(range(step)) - set(there))
+        logger.warning(
+            "%s: %d rows that were written before the checkpoint are missing (a power cut?), those of iterations %s",
+            file.path, before - len(there), _ranges([number + 1 for number in gone]),
+        )  # fmt: skip
+
+
+def warn_of_missing_groups(run: Path, iteration: int, stored: dict[str, int]) -> None:
+    """Say of which iterations trajectories that a checkpoint knew of are gone.
+
+    Args:
+        run: its folder.
+        iteration: of the checkpoint.
+        stored: bytes of each file of trajectories when it was written, by name.
+    """
+    for name, size in stored.items():
+        path = run / LINES / name
+        there = path.stat().st_size if path.is_file() else 0
+        if there < size:
+            last = last_iteration(path) if there else 0
+            logger.warning(
+                "%s: %d bytes of trajectories that were written before the checkpoint are missing (a power cut?); of "
+                "iterations %d to %d groups may be gone",
+                path, size - there, min(last + 1, iteration), iteration,
+            )  # fmt: skip
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`1-3, 7` of sorted numbers."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in parts)
 
 
 # ---------------------------------------------------------------------------------------------- random generators

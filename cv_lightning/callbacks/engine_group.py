@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from cv_lightning.agent.loop import RolloutProgress
+from cv_lightning.callbacks.signals import StopOnSignal
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.engine import SamplingConfig
 from cv_lightning.engine.tensor_parallel import LeadingEngine, follow
@@ -77,13 +78,20 @@ class RankCollector(Collector):
         iteration: int = 0,
         progress: Callable[[RolloutProgress], None] | None = None,
     ) -> list[Group]:
-        """As `Collector`; a collective of the ranks that share the engine."""
+        """As `Collector`; a collective of the ranks that share the engine.
+
+        Raises:
+            Stopped: a signal has stopped an evaluation.
+        """
         assert self.trainer is not None
         name = f"rollout {iteration}" if iteration else "rollout"
+        signals = StopOnSignal.of(self.trainer)
         with Watchdog.at(self.trainer, name, waits=False) as get_on:
 
             def report(state: RolloutProgress) -> None:
                 get_on()
+                if signals is not None:
+                    signals.check()
                 if progress is not None:
                     progress(state)
 

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
-from cv_lightning.files import whole_file
+from cv_lightning.files import sync_file, whole_file
 
 STEP = "step"
 
@@ -59,6 +59,22 @@ class MetricsFile:
         if rows:
             self._replace(rows)
 
+    def steps(self, before: int) -> list[int]:
+        """The steps below a number that have a row, in the order of the rows."""
+        found = [int(float(row[STEP])) for row in self._rows()]
+        return [step for step in found if step < before]
+
+    def sync(self, before: int) -> int:
+        """Wait until the rows are on disk.
+
+        Returns:
+            How many of them are of steps below a number.
+        """
+        if not self.columns or not self.path.is_file():  # what another start has left is not of this run
+            return 0
+        sync_file(self.path)
+        return len(self.steps(before))
+
     def save(self) -> None:
         """Nothing is held back."""
 
@@ -66,7 +82,7 @@ class MetricsFile:
         """The whole rows of the file; one that a kill has torn has no end of line."""
         if not self.path.is_file():
             return []
-        whole, _, _ = self.path.read_text().rpartition("\n")
+        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
         return list(csv.DictReader(io.StringIO(whole)))
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:

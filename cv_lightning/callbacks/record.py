@@ -22,6 +22,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from cv_lightning.callbacks.agreement import check_agreement
+from cv_lightning.callbacks.signals import Stopped
 from cv_lightning.environment import FILE_ONLY, log_to
 from cv_lightning.files import write_text
 
@@ -63,7 +64,7 @@ class RunRecord(SaveConfigCallback):
         LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and logger.experiment.id:
-                (folder / WANDB_ID).write_text(logger.experiment.id)
+                write_text(folder / WANDB_ID, logger.experiment.id)
             update = getattr(getattr(getattr(logger, "experiment", None), "config", None), "update", None)
             if update is not None:
                 update(yaml.safe_load(text) | {"run": about}, allow_val_change=True)
@@ -71,8 +72,9 @@ class RunRecord(SaveConfigCallback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What stopped the run is the last thing in its log."""
         if self.log_file is not None:
-            told = None if isinstance(exception, KeyboardInterrupt) else exception
-            LOG.error("stopped by %s", type(exception).__name__, exc_info=told, extra={FILE_ONLY: True})
+            told = None if isinstance(exception, KeyboardInterrupt | SystemExit) else exception
+            name = str(exception) if isinstance(exception, Stopped) else type(exception).__name__
+            LOG.error("stopped by %s", name, exc_info=told, extra={FILE_ONLY: True})
         self._close_log()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from cv_lightning.agent.config import AgentConfig
@@ -212,6 +213,13 @@ class RolloutCallback(pl.Callback):
         """Tasks that dynamic sampling has left over."""
         return self.queue.state_dict()
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Trajectories are on disk before the checkpoint has its name: a resumed run counts on them."""
+        if self.parts is not None and self.parts.writer is not None:
+            self.parts.writer.sync()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the tasks that were left over."""
         self.queue.load_state_dict(state_dict)
@@ -382,7 +390,10 @@ class RolloutCallback(pl.Callback):
     def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _policy_module(pl_module)
         self.evaluator.finish(trainer, module)
-        self._ready(module).engine.sleep()
+        parts = self._ready(module)
+        parts.engine.sleep()
+        if trainer.state.fn is not TrainerFn.FITTING:  # results are written and say what is unjudged
+            parts.rewards.check_verdicts(gather_lists(parts.rewards.verdicts))
 
     # ------------------------------------------------------------------ parts
     def _ready(self, pl_module: pl.LightningModule) -> _Parts:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cv_lightning.callbacks.checkpoint import FOLDER, last_checkpoint
+from cv_lightning.callbacks.damage import damage
 from cv_lightning.model.lora import ADAPTER, BASE, FACTORS, LoraConfig
 from cv_lightning.types import CheckpointError
 
@@ -38,6 +39,11 @@ def find_stored(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"--ckpt {path}: no such file or folder")
     if path.is_file() or is_deepspeed(path):
+        if reason := damage(path):
+            raise CheckpointError(
+                f"--ckpt {path} is not a checkpoint that can be read: {reason}. Give another one, or the run's folder, "
+                "whose newest whole one is taken"
+            )
         return path
     if (path / "config.json").is_file():
         raise CheckpointError(f"--ckpt {path} is a Hugging Face folder already: nothing is to be exported")

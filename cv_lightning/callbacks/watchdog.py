@@ -22,8 +22,10 @@ from typing import NamedTuple, NoReturn
 
 import lightning.pytorch as pl
 import psutil
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from cv_lightning.callbacks.signals import Stopped
 from cv_lightning.modules.base import PolicyModule
 
 EXIT_CODE = 75
@@ -172,7 +174,8 @@ class Watchdog(pl.Callback):
         """Take the other ranks down, too: they would wait for this one."""
         if self._thread is None:
             return
-        if self._store is not None and not isinstance(exception, KeyboardInterrupt):
+        stops_together = isinstance(exception, Stopped) and trainer.state.fn is TrainerFn.FITTING
+        if self._store is not None and not stops_together and not isinstance(exception, KeyboardInterrupt):
             reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
             with suppress(RuntimeError):  # the store is gone with the first rank
                 self._store.set(STOP, f"rank {self.rank} ({_who()}) failed in '{self.place.name}': {reason}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.files import describe_disk_error
 from cv_lightning.types import CheckpointError, CVLightningError
 
 if TYPE_CHECKING:
@@ -58,7 +59,19 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, CVLightningError) as error:
         print(error, file=sys.stderr)
         return 2
+    except Exception as error:
+        if not (said := _disk_said(error)):
+            raise
+        print(f"error: --out cannot be written: {said}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _disk_said(error: Exception) -> str:
+    """What a disk said; empty for another error. safetensors wraps the system's words in an error of its own."""
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error).casefold():
+        return str(error)
+    return describe_disk_error(error)
 
 
 def export(request: ExportRequest) -> str:
@@ -68,7 +81,7 @@ def export(request: ExportRequest) -> str:
         What was done, in one line.
 
     Raises:
-        CheckpointError: not a checkpoint, of another model, without a config, or the check failed.
+        CheckpointError: not a checkpoint, damaged, of another model, without a config, or the check failed.
     """
     from cv_lightning.environment import prepare_environment
 
@@ -115,7 +128,7 @@ def read_policy(file: Path, request: ExportRequest) -> PolicyConfig:
     from cv_lightning.model.loading import PolicyConfig
 
     try:
-        config: Any = yaml.safe_load(file.read_text())
+        config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         given = dict(config["model"]["init_args"]["policy"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise CheckpointError(

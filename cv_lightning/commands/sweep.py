@@ -43,6 +43,25 @@ STOP_S = 60.0
 """A stopped trial may take this long to close engine and sandbox before it is killed, in seconds."""
 
 
+ASKED_S = 5.0
+"""Seconds that a trial may take to end by itself once it is asked to."""
+STOPPED_CODES = frozenset(128 + number for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM))
+"""Exit codes of a trial that a signal has stopped: its last value is not its result, and the sweep is to end, too."""
+
+
+class TrialStopped(KeyboardInterrupt):
+    """A signal has stopped the sweep, or the trial that runs.
+
+    Args:
+        message: what was stopped.
+        code: exit code for the sweep.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class TrialFailure(CVLightningError):
     """A trial's command failed; the sweep goes on."""
 
@@ -62,6 +81,7 @@ def run_trial(trial: Trial, sweep: SweepFile, extra: Mapping[str, Scalar], folde
 
     Raises:
         TrialFailure: exit code other than 0, or no value of the metric.
+        TrialStopped: by a signal.
         optuna.TrialPruned: stopped early.
     """
     import optuna
@@ -79,6 +99,8 @@ def run_trial(trial: Trial, sweep: SweepFile, extra: Mapping[str, Scalar], folde
                     raise optuna.TrialPruned
         known, values = len(values), metric_values(folder, sweep.metric)
         _falls_behind(trial, values, known)  # later trials are compared with these values
+        if code in STOPPED_CODES:
+            raise TrialStopped(f"{folder} was stopped by {signal.Signals(code - 128).name}", code)
         if code:
             raise TrialFailure(f"exit code {code}: {_said(folder / 'output.log')}")
         if not values:
@@ -133,10 +155,11 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
     try:
         yield process
     finally:
-        for number in (signal.SIGINT, signal.SIGKILL):
+        # The first one lets `fit` finish its iteration and save, which nobody needs here; the second ends it at once.
+        for number, seconds in ((signal.SIGINT, ASKED_S), (signal.SIGINT, STOP_S), (signal.SIGKILL, STOP_S)):
             if process.poll() is None:
                 os.killpg(process.pid, number)
-                _wait(process, STOP_S)
+                _wait(process, seconds)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -367,6 +390,21 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """While it lasts, what a scheduler sends ends the trial that runs, as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TrialStopped(signal.Signals(number).name, 128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _flag(text: str) -> tuple[str, str]:
     name, equals, value = text.removeprefix("--").partition("=")
     if not (name and equals):
@@ -396,13 +434,15 @@ def main(args: list[str] | None = None) -> int:
         count = sweep.run_cap if given.count is None else given.count
         if count is None or count < 1:
             parser.error(f"--count must be at least 1; {given.file} has no run_cap to take instead")
-        rows = run_sweep(sweep, count, out, dict(given.set), given.seed, retry=given.retry)
+        with _stopped_by_signals():
+            rows = run_sweep(sweep, count, out, dict(given.set), given.seed, retry=given.retry)
     except CVLightningError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        _say("\nstopped; the same command goes on, with the interrupted trial first")
-        return 130
+    except KeyboardInterrupt as error:
+        told = f" ({error})" if str(error) else ""
+        _say(f"\nstopped{told}; the same command continues, with the interrupted trial first")
+        return error.code if isinstance(error, TrialStopped) else 130
     from cv_lightning.commands.sweep_result import print_table
 
     print_table(sweep, rows)

@@ -119,6 +119,12 @@ def unscored_note(found: PairedSummary) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ main table
+def _score(found: Breakdown) -> str:
+    """The score, and of how many answers it is not because the judge failed on them."""
+    unjudged = f"; {found.num_unjudged} of {found.num_unjudged + found.score.n} unjudged" if found.num_unjudged else ""
+    return percent(found.score) + unjudged
+
+
 def main_table(found: Mapping[str, Evaluated], note: str = "") -> Grid:
     """Every figure, one column an evaluation; rows of which no evaluation has a value are left out."""
     rows: list[list[str]] = []
@@ -129,7 +135,7 @@ def main_table(found: Mapping[str, Evaluated], note: str = "") -> Grid:
 
     each = list(found.values())
     metrics = ", ".join(sorted({name for entry in each for name in entry.breakdown.metrics}))
-    row(f"score ({metrics or 'accuracy'})", [percent(entry.breakdown.score) for entry in each])
+    row(f"score ({metrics or 'accuracy'})", [_score(entry.breakdown) for entry in each])
     row("... with the unjudged wrong - right", [between(entry.breakdown.score_bounds) for entry in each])
     judged = any(entry.breakdown.accuracy_judged.n for entry in each)
     row("accuracy, rule alone", [percent(entry.breakdown.accuracy_rule) for entry in each])

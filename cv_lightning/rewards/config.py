@@ -51,9 +51,10 @@ class JudgeConfig(EndpointConfig):
     cache_megabytes: int = 512
     """Size limit of the disk cache."""
     max_failed_frac: float = 0.1
-    """The run stops when more than this share of the last `failure_window` verdicts failed."""
+    """The run stops when more than this share of the last `failure_window` verdicts failed: while it runs once five
+    have failed, at the end of a test or validation however few there were."""
     failure_window: int = 200
-    """Verdicts that `max_failed_frac` is taken over; it is first looked at when a quarter of them are in."""
+    """Verdicts that `max_failed_frac` is taken over; fewer while fewer are in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from cv_lightning.rewards.judge import Judge
 
 
+MIN_FAILED = 5
+"""Failed verdicts below which a run goes on whatever their share: one that fails among the first is no trend."""
+
+
 class _Early(NamedTuple):
     """What is known of a trajectory before its group is complete."""
 
@@ -104,7 +108,7 @@ class RewardModule:
         trajectories.
 
         Raises:
-            JudgeError: more than `judge.max_failed_frac` of the last verdicts failed.
+            JudgeError: more than `judge.max_failed_frac` of the last verdicts failed, and at least `MIN_FAILED`.
             ValueError: a component of the user's own is no finite number.
         """
         expected = wanted_operations(group.task)
@@ -184,13 +188,30 @@ class RewardModule:
             self._failures.append(False)
 
     def _check_failures(self) -> None:
+        if sum(self._failures) >= MIN_FAILED:
+            self.check_verdicts(self._failures)
+
+    @property
+    def verdicts(self) -> list[bool]:
+        """Of the last verdicts, in their order, whether each failed."""
+        return list(self._failures)
+
+    def check_verdicts(self, failures: Sequence[bool]) -> None:
+        """Refuse to go on where too many verdicts failed.
+
+        Args:
+            failures: whether each verdict failed, of this rank or of all.
+
+        Raises:
+            JudgeError: more than `judge.max_failed_frac` of them.
+        """
         judge = self.config.judge
-        if judge is None or len(self._failures) < max(1, judge.failure_window // 4):
+        if judge is None or not failures:
             return
-        share = fmean(self._failures)
+        share = fmean(failures)
         if share > judge.max_failed_frac:
             raise JudgeError(
-                f"{share:.0%} of the last {len(self._failures)} verdicts failed, more than "
+                f"{share:.0%} of the last {len(failures)} verdicts failed, more than "
                 f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {self._last_failure}. "
                 f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it once"
             )

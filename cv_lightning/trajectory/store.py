@@ -18,9 +18,11 @@ import logging
 import math
 import mmap
 import os
+import time
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from PIL import Image
 
+from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.images import content_hash
 from cv_lightning.trajectory.record import GroupRecord, group_to_json, to_record
 from cv_lightning.types import CVLightningError, Group
@@ -36,6 +39,8 @@ from cv_lightning.types import CVLightningError, Group
 LOG = logging.getLogger(__name__)
 LINES = "trajectories"
 IMAGES = "images"
+STALE_S = 3600.0
+"""Age of a temporary image from which on its writer counts as gone."""
 MAX_WAITING = 32
 """Groups that may wait to be written in the background, with their images in memory."""
 
@@ -98,9 +103,14 @@ class TrajectoryWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._temporary = f".{os.getpid()}.{rank}.tmp"
+        self._unsynced: set[str] = set()
+        """Images that were written since the last `sync`."""
         self._names: dict[int, tuple[weakref.ref[Image.Image], str]] = {}
         self._stored: set[str] = set()
         for entry in os.scandir(self._images):
+            if entry.name.endswith(".tmp") and _is_stale(entry, f".{rank}.tmp"):
+                Path(entry.path).unlink(missing_ok=True)
+                continue
             self._stored.add(entry.name)
             self.num_bytes += _size_of(entry)
         self._file = path.open("ab")
@@ -142,13 +152,16 @@ class TrajectoryWriter:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise CVLightningError(
-                f"trajectories cannot be stored in {self.folder}: {error.strerror or error}. Free space, or lower "
-                "store.share or store.max_gb, and go on with the same command (fit: with --ckpt_path last)"
-            ) from error
+            raise self._cannot_store(error) from error
         self.num_written += 1
         self.num_bytes += len(line)
         self._warn_if_full()
+
+    def _cannot_store(self, error: OSError) -> CVLightningError:
+        return CVLightningError(
+            f"trajectories cannot be stored in {self.folder}: {error.strerror or error}. Free space, or lower "
+            "store.share or store.max_gb, and continue with the same command (fit: with --ckpt_path last)"
+        )
 
     def flush(self) -> None:
         """Wait until everything is written.
@@ -158,6 +171,25 @@ class TrajectoryWriter:
         """
         while self._waiting:
             self._waiting.popleft().result()
+
+    def sync(self) -> None:
+        """Wait until everything is written and on disk: new images, their names, then the lines.
+
+        Raises:
+            CVLightningError: something that waited cannot be written.
+        """
+        self.flush()
+        images, self._unsynced = self._unsynced, set()
+        try:
+            for name in sorted(images):
+                with suppress(FileNotFoundError):  # removed by hand
+                    sync_file(self._images / name)
+            if images:
+                sync_folder(self._images)
+            os.fsync(self._file.fileno())
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._cannot_store(error) from error
 
     def close(self) -> None:
         """Finish; closing twice is fine.
@@ -204,11 +236,12 @@ class TrajectoryWriter:
         key = id(image)
         known = self._names.get(key)
         if known is not None and known[0]() is image:
-            return known[1]
-        name = f"{content_hash(image)}.{self.config.image_format}"
-        # dropped with the image: another object may get the same id later
-        self._names[key] = (weakref.ref(image, lambda _: self._names.pop(key, None)), name)
-        if name not in self._stored:
+            name = known[1]
+        else:
+            name = f"{content_hash(image)}.{self.config.image_format}"
+            # dropped with the image: another object may get the same id later
+            self._names[key] = (weakref.ref(image, lambda _: self._names.pop(key, None)), name)
+        if name not in self._stored or not (self._images / name).exists():  # somebody may have removed it
             self._write_image(image, name)
             self._stored.add(name)
         return name
@@ -216,8 +249,13 @@ class TrajectoryWriter:
     def _write_image(self, image: Image.Image, name: str) -> None:
         data = encode_image(image, self.config.image_format)
         temporary = self._images / (name + self._temporary)
-        temporary.write_bytes(data)
-        temporary.replace(self._images / name)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(self._images / name)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._unsynced.add(name)
         self.num_bytes += len(data)
 
 
@@ -252,6 +290,29 @@ def drop_after(folder: str | Path, iteration: int) -> dict[Path, int]:
         if groups:
             dropped[path] = groups
     return dropped
+
+
+def last_iteration(path: Path) -> int:
+    """The iteration of the last whole line of a file of groups; 0 where there is none. Reads its end only."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return 0
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while end > 0:
+                start = data.rfind(b"\n", 0, end - 1) + 1
+                if (number := _iteration_of(data[start:end])) is not None:
+                    return number
+                end = start
+    return 0
+
+
+def _is_stale(entry: os.DirEntry[str], own: str) -> bool:
+    """True for a temporary image that no writer will finish: an earlier one of this rank, or an old one."""
+    try:
+        return entry.name.endswith(own) or time.time() - entry.stat().st_mtime > STALE_S
+    except FileNotFoundError:
+        return False
 
 
 def _size_of(entry: os.DirEntry[str]) -> int:

@@ -19,13 +19,16 @@ run_on() { # run_on "NODES" VERB ARGUMENTS...: the ranks of these nodes run one 
     -m cv_lightning "$@" --trainer.devices "$gpus" --trainer.num_nodes "${#nodes[@]}" &
   # The job's SIGTERM comes to this shell alone (B: in the sbatch file) and goes to the training step alone: the judge is
   # still needed by the iteration that is being finished.
-  local step=$! code=0
-  trap 'kill -TERM "$step" 2>/dev/null || true' TERM
+  # A training that was told to end has saved its checkpoint and exits with 143, as `fit` does without torchrun, which
+  # makes a 1 of it; 0 is left to a training that has finished. The same job, submitted again, continues.
+  local step=$! code=0 told=0
+  trap 'told=1; kill -TERM "$step" 2>/dev/null || true' TERM
   wait "$step" || code=$?
   while kill -0 "$step" 2>/dev/null; do # the wait was interrupted by the signal
     code=0
     wait "$step" || code=$?
   done
   trap - TERM
+  ((told && code == 1)) && code=143
   return "$code"
 }

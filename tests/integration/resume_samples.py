@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,11 @@ class Run:
         config: YAML.
         folder: of the run.
         flags: further ones; with `--trainer.devices` Lightning starts the other ranks.
+        verb: fit, validate or test.
     """
 
-    def __init__(self, config: Path, folder: Path, *flags: str) -> None:
-        arguments = ["fit", "--config", str(config), "--trainer.default_root_dir", str(folder), *flags]
+    def __init__(self, config: Path, folder: Path, *flags: str, verb: str = "fit") -> None:
+        arguments = [verb, "--config", str(config), "--trainer.default_root_dir", str(folder), *flags]
         self.folder, self.log = folder, folder.with_suffix(".log")
         self.process: ForkServerProcess | subprocess.Popen[bytes]
         if "--trainer.devices" not in flags:
@@ -153,6 +155,18 @@ class Run:
             self.kill()
         assert self.exit_code == expect, output[-4000:]
         return output
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until something holds, while it runs."""
+        begun = time.monotonic()
+        while not condition():
+            assert self.exit_code is None and time.monotonic() - begun < 600, self.log.read_text()[-4000:]
+            time.sleep(0.01)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to its first rank."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """SIGKILL to every rank, as from a machine that goes down."""

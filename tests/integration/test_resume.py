@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -128,21 +126,6 @@ def test_sft_killed_while_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
     Run(config, folder, "--ckpt_path", "last", "--data.init_args.num_steps", str(STEPS + 2)).finish()
     assert [float(row["iteration"]) for row in rows(folder)] == list(range(1, STEPS + 3))
     assert figures(folder)[:STEPS] == figures(straight)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_first(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    config = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=10_000, every=0)
-    run = Run(config, folder)
-    while len(rows(folder)) < 3:
-        assert run.exit_code is None, run.log.read_text()[-3000:]
-        time.sleep(0.01)
-    assert run.process.pid is not None
-    os.kill(run.process.pid, signal.SIGTERM)
-    while run.exit_code is None:
-        time.sleep(0.01)
-    assert state(folder)["iteration"] == float(rows(folder)[-1]["iteration"]) >= 3
 
 
 # ---------------------------------------------------------------------------------------------- several ranks

@@ -1,0 +1,101 @@
+"""The owner record of a run's folder: who is kept out, who is let in, and what an owner that lost its folder does."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cv_lightning.callbacks import owner
+from cv_lightning.callbacks.owner import FolderOwner
+from cv_lightning.types import CVLightningError
+
+RECORD = ".owner-fit.json"
+
+
+def forge(folder: Path, age_s: float, **changes: Any) -> Path:
+    """A record as another process has left it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / RECORD
+    whole = {"host": "node7", "pid": 4711, "began": 1.0, "machine": "boot pid:[1]", "token": "theirs", "verb": "fit"}
+    path.write_text(json.dumps(whole | changes))
+    beat = time.time() - age_s
+    os.utime(path, (beat, beat))
+    return path
+
+
+def test_lock_of_another_host_is_refused_by_name(tmp_path: Path) -> None:
+    record = forge(tmp_path, age_s=20)
+    with pytest.raises(CVLightningError) as refused:
+        FolderOwner(tmp_path, "fit").take()
+    said = str(refused.value)
+    assert "process 4711 on host node7" in said and "--take_over true" in said and str(tmp_path) in said
+    assert any(f"is {age} s old" in said for age in (20, 21, 22))
+    assert json.loads(record.read_text())["token"] == "theirs", "it is left as it was"
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+    test = FolderOwner(tmp_path, "test")
+    test.take()  # an evaluation may run beside the training
+    test.release()
+
+
+@pytest.mark.parametrize("case", ["stale", "flag", "dead here", "pid used again"])
+def test_lock_without_a_living_owner_is_taken_over(tmp_path: Path, case: str) -> None:
+    here = {"host": "me", "machine": owner._machine()}
+    if case == "stale":
+        forge(tmp_path, age_s=61)
+    elif case == "dead here":
+        forge(tmp_path, age_s=1, pid=2**22 - 7, **here)
+    elif case == "pid used again":
+        forge(tmp_path, age_s=1, pid=os.getppid(), **here)
+    else:
+        forge(tmp_path, age_s=1)
+    mine = FolderOwner(tmp_path, "fit")
+    mine.take(force=case == "flag")
+    assert json.loads((tmp_path / RECORD).read_text())["pid"] == os.getpid()
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_of_a_living_process_on_this_host_is_refused_however_old(tmp_path: Path) -> None:
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    forge(tmp_path, age_s=30, pid=parent.pid, began=parent.create_time(), machine=owner._machine())
+    with pytest.raises(CVLightningError, match=f"process {parent.pid} "):
+        FolderOwner(tmp_path, "fit").take()
+
+
+def test_lock_that_is_just_being_written_counts_as_taken(tmp_path: Path) -> None:
+    (tmp_path / RECORD).touch()
+    with pytest.raises(CVLightningError, match="is in use"):
+        FolderOwner(tmp_path, "fit").take()
+
+
+def test_lock_has_a_heartbeat_and_its_loss_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[dict[str, Any]] = []
+    monkeypatch.setattr(owner, "BEAT_S", 0.02)
+    monkeypatch.setattr(owner, "_end", lambda folder, taken_by: ended.append(taken_by))
+    mine = FolderOwner(tmp_path, "fit")
+    mine.take()
+    record = tmp_path / RECORD
+    os.utime(record, (1.0, 1.0))
+    deadline = time.monotonic() + 10
+    while record.stat().st_mtime < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.time() - record.stat().st_mtime < 10, "the heartbeat is the record's modification time"
+    forge(tmp_path, age_s=0)
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended and ended[0]["host"] == "node7"
+    mine.release()
+    assert record.exists(), "another one's record is not removed"
+
+
+def test_lock_in_a_folder_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CVLightningError, match="cannot be written"):
+        FolderOwner(tmp_path / "file" / "run", "fit").take()
