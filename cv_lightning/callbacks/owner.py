@@ -85,8 +85,12 @@ class FolderOwner:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(_process() | {"token": self._token, "verb": self.verb, "started": time.time()}, file)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(_process() | {"token": self._token, "verb": self.verb, "started": time.time()}, file)
+        except OSError:  # a full disk: an empty record would keep the next run out
+            self.path.unlink()
+            raise
         return True
 
     def _remove_other(self, force: bool) -> None:
