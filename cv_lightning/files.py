@@ -13,7 +13,7 @@ DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, 
 
 
 def describe_disk_error(error: BaseException) -> str:
-    """One line for people; empty for an error that is no disk's."""
+    """One line for people; empty for any other error."""
     if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
         return ""
     place = error.filename2 or error.filename

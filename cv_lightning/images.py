@@ -63,7 +63,7 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: cannot be decoded as an image ({error})") from error
-    ImageOps.exif_transpose(image, in_place=True)  # without, Pillow copies every picture that is not turned
+    ImageOps.exif_transpose(image, in_place=True)  # without, Pillow copies every image that is not turned
     return to_rgb(image)
 
 

@@ -31,7 +31,7 @@ STALE_S = 60.0
 BEAT_S = 5.0
 FLAG = "--take_over true"
 EXIT_CODE = 1
-"""Of a run whose folder another one has taken over."""
+"""Exit code of a run whose folder another one has taken over."""
 
 
 class FolderOwner:
@@ -220,7 +220,7 @@ def _process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """The same for processes that see each other's numbers: one boot of one machine, one namespace of processes."""
+    """Name of the boot and of the namespace of processes: equal where two processes see each other's numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -14,7 +14,7 @@ from cv_lightning.types import CheckpointError
 
 LOG = logging.getLogger(__name__)
 KEY = "cv_lightning"
-"""Of our own part in a checkpoint."""
+"""Key of our own part in a checkpoint."""
 SHOWN = 20
 """Changed settings that a message lists."""
 NOT_OF_THE_RECIPE = ("ckpt_path", "config", "take_over", "trainer.default_root_dir", "trainer.logger", "verbose")

@@ -83,7 +83,7 @@ class StopOnSignal(pl.Callback):
 
     # ------------------------------------------------------------------ hooks
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on there is an iteration to finish."""
+        """Take charge: there is an iteration to finish from here on."""
         self._take(trainer)
 
     def on_train_batch_start(
@@ -103,11 +103,11 @@ class StopOnSignal(pl.Callback):
         self.is_agreed = self.asked is not None
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on answered questions are on disk."""
+        """Take charge: answered questions are on disk from here on."""
         self._take(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As for a test; a validation within training belongs to its iteration."""
+        """Take charge, except in a validation within training, which belongs to its iteration."""
         self._take(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -170,7 +170,7 @@ class StopOnSignal(pl.Callback):
         timer.start()
 
     def _say(self, text: str) -> None:
-        """Straight to the file: a handler may have interrupted whoever holds a lock of the logging."""
+        """Straight to the file: a handler may have interrupted the code that holds a lock of the logging."""
         if self._trainer is None or self._trainer.is_global_zero:
             with suppress(OSError):
                 os.write(2, f"{text}\n".encode())
@@ -186,5 +186,5 @@ class StopOnSignal(pl.Callback):
 
 
 def _is_heeded(number: signal.Signals) -> bool:
-    """False for a signal that whoever started the process has switched off, as nohup does."""
+    """False for a signal that was switched off before this process started, as nohup does."""
     return signal.getsignal(number) is not signal.SIG_IGN

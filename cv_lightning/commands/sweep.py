@@ -44,7 +44,7 @@ STOP_S = 60.0
 
 
 ASKED_S = 5.0
-"""Seconds that a trial may take to end by itself once it is asked to."""
+"""Seconds that a trial may take to end after the first signal."""
 STOPPED_CODES = frozenset(128 + number for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM))
 """Exit codes of a trial that a signal has stopped: its last value is not its result, and the sweep is to end, too."""
 
@@ -155,7 +155,7 @@ def _process(command: Sequence[str], log: Any) -> Iterator[subprocess.Popen[byte
     try:
         yield process
     finally:
-        # The first one lets `fit` finish its iteration and save, which nobody needs here; the second ends it at once.
+        # The first one lets `fit` finish its iteration and save, which is not needed here; the second ends it at once.
         for number, seconds in ((signal.SIGINT, ASKED_S), (signal.SIGINT, STOP_S), (signal.SIGKILL, STOP_S)):
             if process.poll() is None:
                 os.killpg(process.pid, number)

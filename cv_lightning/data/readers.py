@@ -204,7 +204,7 @@ def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
-        return path  # whoever opens it says why that fails
+        return path  # opening it fails, and says why
     if not stat.S_ISREG(mode):  # a pipe would be waited for, a device may never end
         raise RowError("unreadable image", f"{key}: {path} is a folder, pipe or device; an image file is wanted")
     return path

@@ -60,7 +60,7 @@ def check_text(text: str, key: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError("broken text", f"{key} {text[:60]!r} is no Unicode text ({error.reason})") from error
+        raise RowError("broken text", f"{key} {text[:60]!r} is not Unicode text ({error.reason})") from error
     return text
 
 

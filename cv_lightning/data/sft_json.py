@@ -80,7 +80,7 @@ def read_items(path: Path, under: str = "") -> list[Any]:
         DataError: no JSON, or no list.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is no content
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is not content
         if path.suffix == ".jsonl":
             return [_line(line) for line in text.split("\n") if line.strip()]
         items = json.loads(text)

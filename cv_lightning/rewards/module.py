@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 MIN_FAILED = 5
-"""Failed verdicts below which a run goes on whatever their share: one that fails among the first is no trend."""
+"""Failed verdicts below which a run continues whatever their fraction: one failure among the first may be chance."""
 
 
 class _Early(NamedTuple):
@@ -197,7 +197,7 @@ class RewardModule:
         return list(self._failures)
 
     def check_verdicts(self, failures: Sequence[bool]) -> None:
-        """Refuse to go on where too many verdicts failed.
+        """Stop where too many verdicts failed.
 
         Args:
             failures: whether each verdict failed, of this rank or of all.

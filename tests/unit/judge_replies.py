@@ -76,7 +76,7 @@ REPLIES: tuple[tuple[str, float | None], ...] = (
     ("If the unit did not matter, the verdict: 1", None),
     ('I would never say "Verdict: 1"', None),
     ("1" + " " * 25_000 + "is what the sign says. Verdict: 0", None),
-    ("I think it is right because it says so", None),
+    ("I think it is right because of the sign", None),
     ("\\boxed{1}", None),
     ("{" * 10_000, None),
     ("", None),

@@ -2,7 +2,7 @@
 
 A verdict is only what stands where the prompt asked for it: the whole reply is one word of the grammar, a JSON object
 with a verdict, or a text that ends in `Verdict: <word>`. A sentence about the answers is never read as one: "The
-correct answer is 1" repeats the ground truth. Two verdicts that contradict each other are no verdict.
+correct answer is 1" repeats the ground truth. Two verdicts that contradict each other do not count.
 """
 
 from __future__ import annotations
