@@ -18,7 +18,7 @@ PROMPT_FOLDER = Path(__file__).parent / "prompts"
 TEMPLATE_FILE = Path(__file__).parent / "templates" / "qwen.jinja"
 IMAGE_MARK = "<image>"
 CUT = "\0"
-"""`DialogueEncoder` cuts a text here before it tokenises the pieces, so that no token reaches across. No row holds it."""
+"""`DialogueEncoder` cuts a text here before it tokenises the pieces: no token reaches across. No row holds it."""
 _MARKUP = re.compile(r"<(?=/?(?:think|tool_call|tool_response|answer)>)")
 
 Coordinates = Literal["original_px", "model_px", "relative_1000"]
