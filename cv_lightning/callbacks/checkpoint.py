@@ -32,7 +32,7 @@ from cv_lightning.callbacks.recipe import KEY, describe_classes
 from cv_lightning.callbacks.signals import StopOnSignal
 from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.modules.base import PolicyModule
-from cv_lightning.trajectory.store import LINES, drop_after, last_iteration
+from cv_lightning.trajectory.store import LINES, drop_after, last_groups
 from cv_lightning.types import CVLightningError
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class CheckpointCallback(Checkpoint):
             "row": row,
             "step": step,
             "rows": [file.sync(before=step) for file in _metrics_files(trainer)],
-            "stored": _stored_bytes(Path(trainer.default_root_dir)) if trainer.is_global_zero else {},
+            "stored": _stored_groups(Path(trainer.default_root_dir)) if trainer.is_global_zero else {},
             "recipe": describe_classes(pl_module, getattr(trainer, "datamodule", None)) | {"settings": self.settings},
         }
 
@@ -188,7 +188,7 @@ class CheckpointCallback(Checkpoint):
             if state is not None:
                 self._rewind_metrics(trainer, state, own)
             if state is not None and own:
-                warn_of_missing_groups(folder, iteration, state.get("stored", {}))
+                warn_of_missing_groups(folder, state.get("stored", {}))
         trainer.strategy.barrier("rewind")
         if state is None:
             return
@@ -323,9 +323,9 @@ def _metrics_files(trainer: pl.Trainer) -> list[MetricsFile]:
     return [logger.experiment for logger in loggers if isinstance(logger, MetricsLogger)]
 
 
-def _stored_bytes(run: Path) -> dict[str, int]:
-    """Bytes of every file of trajectories, by name; every rank has written its own by now."""
-    return {path.name: path.stat().st_size for path in sorted((run / LINES).glob("*.jsonl"))}
+def _stored_groups(run: Path) -> dict[str, list[int]]:
+    """Last iteration and its number of groups in every file of trajectories, which all ranks have written by now."""
+    return {path.name: list(last_groups(path)) for path in sorted((run / LINES).glob("*.jsonl"))}
 
 
 def warn_of_missing_rows(file: MetricsFile, step: int, before: int) -> None:
@@ -345,23 +345,21 @@ def warn_of_missing_rows(file: MetricsFile, step: int, before: int) -> None:
         )  # fmt: skip
 
 
-def warn_of_missing_groups(run: Path, iteration: int, stored: dict[str, int]) -> None:
+def warn_of_missing_groups(run: Path, stored: dict[str, list[int]]) -> None:
     """Say of which iterations trajectories that a checkpoint knew of are gone.
 
     Args:
         run: its folder.
-        iteration: of the checkpoint.
-        stored: bytes of each file of trajectories when it was written, by name.
+        stored: last iteration and its number of groups in each file of trajectories when it was written, by name.
     """
-    for name, size in stored.items():
+    for name, known in stored.items():
         path = run / LINES / name
-        there = path.stat().st_size if path.is_file() else 0
-        if there < size:
-            last = last_iteration(path) if there else 0
+        there = list(last_groups(path)) if path.is_file() else [0, 0]
+        if there < known:
+            first = there[0] if there[0] == known[0] else there[0] + 1
             logger.warning(
-                "%s: %d bytes of trajectories that were written before the checkpoint are missing (a power cut?); of "
-                "iterations %d to %d groups may be gone",
-                path, size - there, min(last + 1, iteration), iteration,
+                "%s: trajectories of iterations %s that were written before the checkpoint are missing (a power cut?)",
+                path, _ranges(list(range(first, known[0] + 1))),
             )  # fmt: skip
 
 

@@ -292,19 +292,25 @@ def drop_after(folder: str | Path, iteration: int) -> dict[Path, int]:
     return dropped
 
 
-def last_iteration(path: Path) -> int:
-    """The iteration of the last whole line of a file of groups; 0 where there is none. Reads its end only."""
+def last_groups(path: Path) -> tuple[int, int]:
+    """The last iteration in a file of groups, and how many groups it has there; (0, 0) without any.
+
+    Reads the end of the file only.
+    """
+    last = count = 0
     with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        if not end:
-            return 0
+        if not (end := file.seek(0, os.SEEK_END)):
+            return 0, 0
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             while end > 0:
                 start = data.rfind(b"\n", 0, end - 1) + 1
-                if (number := _iteration_of(data[start:end])) is not None:
-                    return number
+                number = _iteration_of(data[start:end])
+                if number is not None and count and number != last:
+                    break
+                if number is not None:
+                    last, count = number, count + 1
                 end = start
-    return 0
+    return last, count
 
 
 def _is_stale(entry: os.DirEntry[str], own: str) -> bool:

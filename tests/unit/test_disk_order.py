@@ -16,7 +16,7 @@ from cv_lightning.callbacks.checkpoint import warn_of_missing_groups, warn_of_mi
 from cv_lightning.callbacks.metrics_file import MetricsFile
 from cv_lightning.environment import log_to
 from cv_lightning.files import describe_disk_error, whole_file
-from cv_lightning.trajectory.store import TrajectoryWriter
+from cv_lightning.trajectory.store import TrajectoryWriter, last_groups
 
 
 @pytest.fixture
@@ -77,14 +77,16 @@ def test_disk_lost_trajectories_are_named(tmp_path: Path, caplog: pytest.LogCapt
         for iteration in range(1, 5):
             writer.write_group(group(digit_task(iteration, "turned")), iteration)
     path = tmp_path / "trajectories" / "groups.rank0.jsonl"
-    stored = {path.name: path.stat().st_size, "groups.rank1.jsonl": 10}
+    assert last_groups(path) == (4, 1)
+    stored = {path.name: [4, 1], "groups.rank1.jsonl": [2, 3]}
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:100])
     with caplog.at_level(logging.WARNING):
-        warn_of_missing_groups(tmp_path, 4, stored)
-    assert "iterations 3 to 4" in caplog.text and "rank1.jsonl: 10 bytes" in caplog.text
+        warn_of_missing_groups(tmp_path, stored)
+    assert "rank0.jsonl: trajectories of iterations 3-4" in caplog.text
+    assert "rank1.jsonl: trajectories of iterations 1-2" in caplog.text
     caplog.clear()
-    warn_of_missing_groups(tmp_path, 4, {path.name: path.stat().st_size})
+    warn_of_missing_groups(tmp_path, {path.name: [2, 1]})
     assert not caplog.records
 
 
