@@ -15,9 +15,9 @@ from cv_lightning.callbacks.evaluation import gather_lists
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import ParityError, Trajectory
 
-MEAN_16_BITS, P99_16_BITS = 0.06, 1.0
-"""Largest accepted mean and 99th percentile of |difference| in 16 bits. Rounding stays below them, and the planted
-faults of tests/integration/test_bf16_faults.py exceed them; docs/benchmarks.md has both."""
+ENGINE_MEAN, P99 = 0.1, 1.0
+"""Largest accepted mean and 99th percentile of |difference| between engine and trainer in 16 bits. Rounding stays below
+them and planted faults exceed them; docs/benchmarks.md has both."""
 
 
 class ParityReport(NamedTuple):
@@ -53,7 +53,7 @@ def check_parity(
             + (f" ({errors[0]})" if errors else "")
         )
     worst = float(differences.max())
-    if exceeds(differences, module.policy_config.dtype, tolerance):
+    if exceeds(differences, module.policy_config.dtype, tolerance, ENGINE_MEAN):
         ranks = ", ".join(f"{float(part.max()):.2e}" for part in by_rank if len(part))
         where = f" (by rank: {ranks})" if len(by_rank) > 1 else ""
         raise ParityError(
@@ -65,7 +65,7 @@ def check_parity(
     return ParityReport(worst, len(differences))
 
 
-def exceeds(differences: torch.Tensor, dtype: str, tolerance: float) -> bool:
+def exceeds(differences: torch.Tensor, dtype: str, tolerance: float, mean: float) -> bool:
     """True if differences of log-probabilities are larger than rounding explains, or not finite.
 
     Args:
@@ -73,11 +73,12 @@ def exceeds(differences: torch.Tensor, dtype: str, tolerance: float) -> bool:
         dtype: type of the parameters. In float32 the largest |difference| counts; in 16 bits mean and 99th percentile
             do, because single tokens of a long sequence may be far off.
         tolerance: largest accepted |difference| in float32.
+        mean: largest accepted mean of |difference| in 16 bits.
     """
     size = differences.abs().float()
     if dtype == "float32":
         return not float(size.max()) <= tolerance
-    return not (float(size.mean()) <= MEAN_16_BITS and float(torch.quantile(size, 0.99)) <= P99_16_BITS)
+    return not (float(size.mean()) <= mean and float(torch.quantile(size, 0.99)) <= P99)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskDataModule
@@ -13,6 +14,7 @@ from cv_lightning.data.rows import expand_files
 from cv_lightning.model.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.strategies import PRECISIONS, ZeroStrategy
 from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
         CVLightningError: what to change.
     """
     rollout = _rollout(trainer)
+    if isinstance(module, PolicyModule):
+        check_types(trainer, module.policy_config.dtype, trains=True)
     if isinstance(module, GRPOModule) and rollout is None:
         raise CVLightningError(f"trainer.callbacks names no RolloutCallback: GRPO has nothing to train on ({REPLACED})")
     if isinstance(module, GRPOModule) and rollout is not None and module.temperature != rollout.sampling.temperature:
@@ -67,6 +71,8 @@ def check_evaluation(
             f"{verb}: trainer.callbacks names no RolloutCallback, which is what rolls tasks out ({REPLACED}); "
             "configs/eval holds whole configs"
         )
+    if isinstance(module, PolicyModule) and module.loads_policy:
+        check_types(trainer, module.policy_config.dtype, trains=False)
     if isinstance(data, EvaluationDataModule):
         if verb == "validate" and not data.eval_files and not any(data.val_tasks.values()):
             raise CVLightningError(
@@ -75,6 +81,37 @@ def check_evaluation(
             )
         _check_files(data, [])
     _check_engine(rollout, module)
+
+
+def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
+    """Refuse a type of the policy and a precision, strategy or device that cannot work together.
+
+    Args:
+        trainer: knows strategy, device and precision.
+        dtype: `policy.dtype`.
+        trains: the policy is trained, not only run.
+
+    Raises:
+        CVLightningError: which flag to change.
+    """
+    flag, device = f"--model.init_args.policy.dtype {dtype}", trainer.strategy.root_device.type
+    sharded = isinstance(trainer.strategy, ZeroStrategy)
+    if trainer.precision not in ("32-true", PRECISIONS[dtype] if sharded else "32-true"):
+        raise CVLightningError(
+            f"--trainer.precision {trainer.precision}: the type of weights and operations is that of {flag}, and "
+            "Lightning's own casts would round rotary frequencies, too. Leave --trainer.precision out and set the "
+            "other flag"
+        )
+    if dtype == "float16" and trains and (device == "cpu" or not sharded):
+        raise CVLightningError(
+            f"{flag}: gradients in float16 need a scaled loss, which only cv_lightning.strategies.ZeroStrategy on a "
+            "GPU does. Take bfloat16, or float32"
+        )
+    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise CVLightningError(
+            f"{flag}: {torch.cuda.get_device_name()} computes no bfloat16 (compute capability 8.0 and later do). Take "
+            "float16 or float32"
+        )
 
 
 def _rollout(trainer: pl.Trainer) -> RolloutCallback | None:

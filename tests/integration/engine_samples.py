@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -37,9 +38,15 @@ class Policy:
     banned: list[int]
 
     @classmethod
-    def load(cls, path: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Policy:
+    def load(
+        cls,
+        path: Path,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Policy:
         processor = load_processor(str(path), min_pixels, max_pixels)
-        model = load_policy(PolicyConfig(path=str(path), dtype="float32"))
+        model = load_policy(PolicyConfig(path=str(path), dtype=dtype))
         encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
         return cls(path, model, processor, encoder, vision_token_ids(processor.tokenizer))
 

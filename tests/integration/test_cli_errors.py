@@ -18,6 +18,7 @@ from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.cli import CVLightningCLI, main
 from cv_lightning.data.digits import DigitsConfig, digit_task
 
+DTYPE = "--model.init_args.policy.dtype"
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 
 
@@ -100,6 +101,17 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
         (["--data.init_args.train_files", "[configs]"], "configs is a folder; name its files"),
         (["--trainer.callbacks.init_args.engine.max_model_len", "5000"], "more than the 4096 positions of"),
         (["--trainer.accelerator", "gpu"], "gpu"),
+        (["--trainer.precision", "bf16-mixed"], "--trainer.precision bf16-mixed: the type of weights"),
+        (["--trainer.precision", "bf16-true", f"{DTYPE}=bfloat16"], "Leave --trainer.precision out"),
+        ([f"{DTYPE}=float16"], "--model.init_args.policy.dtype float16: gradients in float16 need a scaled loss"),
+        (
+            [
+                f"{DTYPE}=bfloat16",
+                "--trainer.strategy=cv_lightning.strategies.CPUDeepSpeedStrategy",
+                "--trainer.precision=16-true",
+            ],
+            "--trainer.precision 16-true",
+        ),
         (
             ["--trainer.callbacks.init_args.sampling.temperature", "0.6"],
             "init_args.temperature 1 is what the loss",

@@ -1,0 +1,92 @@
+"""vLLM and trainer in bfloat16 agree after every sync, and planted faults exceed the limit of the start-up check."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_samples import Policy, finish, request_of
+
+from cv_lightning.callbacks.parity import ENGINE_MEAN, exceeds
+from cv_lightning.commands.tiny import TinyCheckpoint, write
+from cv_lightning.engine import EngineConfig
+from cv_lightning.engine.base import Engine
+from cv_lightning.model import packing
+from cv_lightning.model.tiny import TinyModelConfig
+
+SHAPES = [[(96, 96)], [(96, 96), (96, 96)], [(96, 96), (96, 64), (64, 160)], [(200, 90)]]
+"""Sizes of the images of every prompt."""
+FAMILIES = ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)]
+STEP = 0.01
+"""Standard deviation of a change of all weights, a twentieth of their own."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Policy, Engine]]:
+    """A policy whose every part shows in its log-probabilities, and vLLM with the same weights."""
+    from cv_lightning.engine.vllm import VLLMEngine
+
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    write(TinyCheckpoint(out=folder, model=TinyModelConfig(family=request.param, initializer_range=0.2)))
+    policy = Policy.load(folder, dtype="bfloat16")
+    config = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4)
+    engine = VLLMEngine(str(folder), config, policy.encoder.limits, dtype="bfloat16")
+    yield policy, engine
+    engine.close()
+
+
+def sync(policy: Policy, engine: Engine, version: int, stale: Iterable[str] = ()) -> None:
+    """Give the engine the policy's weights, some of them as they were when the test began."""
+    old = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters() if name in stale}
+    policy.perturb(seed=version, scale=STEP)
+    engine.update_weights(((n, old.get(n, p)) for n, p in policy.model.named_parameters()), version)
+
+
+def differences(
+    policy: Policy, engine: Engine, seed: int, shapes: Sequence[Sequence[tuple[int, int]]] = SHAPES, swap: bool = False
+) -> torch.Tensor:
+    """Trainer minus engine log-probability of sampled tokens. Shape [tokens]."""
+    dialogues = {f"p{i}": policy.dialogue(sizes, seed=10 * seed + i) for i, sizes in enumerate(shapes)}
+    requests = [request_of(d, policy.banned, name=n, seed=seed, tokens=24) for n, d in dialogues.items()]
+    parts = []
+    for name, done in finish(engine, requests).items():
+        seen = copy.copy(dialogues[name])
+        seen.images = seen.images[::-1] if swap else seen.images
+        parts.append(policy.logprobs(seen, done) - torch.tensor(done.logprobs))
+    return torch.cat(parts)
+
+
+def test_bf16_engine_and_trainer_agree_after_every_sync(both: tuple[Policy, Engine]) -> None:
+    for version in (1, 2):
+        sync(*both, version)
+        found = differences(*both, seed=version)
+        assert not exceeds(found, "bfloat16", 0.0, ENGINE_MEAN), f"mean {found.abs().mean()}, max {found.abs().max()}"
+        assert len(found) > 50 and exceeds(found, "float32", 1e-4, ENGINE_MEAN), "rounding shows"
+
+
+def test_bf16_a_stale_weight_bucket_exceeds_the_limit(both: tuple[Policy, Engine]) -> None:
+    names = [name for name, _ in both[0].model.named_parameters()]
+    sync(*both, 3, stale=names[len(names) // 3 : 2 * len(names) // 3])
+    assert exceeds(differences(*both, seed=3), "bfloat16", 0.0, ENGINE_MEAN)
+
+
+def test_bf16_swapped_images_exceed_the_limit(both: tuple[Policy, Engine]) -> None:
+    sync(*both, 4)
+    assert exceeds(differences(*both, seed=4, shapes=SHAPES[1:2], swap=True), "bfloat16", 0.0, ENGINE_MEAN)
+
+
+def test_bf16_shifted_positions_exceed_the_limit(both: tuple[Policy, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    sync(*both, 5)
+    positions = packing._positions
+
+    def shifted(is_image: np.ndarray, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
+        found = positions(is_image, shapes)
+        found[1:, int(is_image.argmax()) :] += 1
+        return found
+
+    monkeypatch.setattr(packing, "_positions", shifted)
+    assert exceeds(differences(*both, seed=5), "bfloat16", 0.0, ENGINE_MEAN)
