@@ -18,7 +18,7 @@ from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.cli import CVLightningCLI, main
 from cv_lightning.data.digits import DigitsConfig, digit_task
 
-ZERO = "cv_lightning.strategies.CPUDeepSpeedStrategy"
+ZERO = "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}"
 DTYPE = "--model.init_args.policy.dtype"
 CONFIGS = Path(__file__).parents[2] / "configs" / "quickstart"
 
