@@ -44,7 +44,7 @@ def _usable_by(uid: int, path: str) -> bool:
 
 
 def drop_privileges(enabled: bool) -> str:
-    """As root become the sandbox's user; where that one cannot use the libraries, drop all capabilities.
+    """Change from root to the sandbox's user, or drop all capabilities where that user cannot use the libraries.
 
     Call it after the private root is made, in which the way to an interpreter under /root is open.
     """
@@ -123,7 +123,7 @@ def _parts(path: str, closed: Sequence[str]) -> list[str]:
     inside = [other for other in closed if other != path and is_within(other, path)]
     if not inside:
         return [path]
-    # The target of a link is granted by itself if it lies in a library folder, and not at all otherwise.
+    # The target of a link is granted on its own if it lies in a library folder, and not at all otherwise.
     entries = [entry.path for entry in os.scandir(path) if not entry.is_symlink() and entry.path not in inside]
     return [part for entry in entries for part in _parts(entry, inside)]
 

@@ -21,7 +21,7 @@ _saved: dict[str, bytes] = {}
 
 
 def _key(file: Any) -> str | None:
-    """The absolute path, or None for anything that is no path (an open file, a buffer)."""
+    """The absolute path, or None for an open file or a buffer."""
     if isinstance(file, str | bytes | os.PathLike):
         return os.path.normpath(os.path.join("/", os.fsdecode(file)))
     return None

@@ -26,7 +26,7 @@ class Seal:
     library_bytes: int
     """Address space that the libraries take up."""
     limited: bool
-    """True if resource limits are to be set."""
+    """True if resource limits are set in children."""
     filter: SeccompFilter | None
     worker_filter: SeccompFilter | None
 

@@ -108,7 +108,7 @@ class SeccompFilter:
         self._allow("nanosleep")
         self._allow("mmap", Arg(3, MASKED_EQ, _MAP_HUGETLB, 0))
         self._allow("mremap", Arg(3, MASKED_EQ, _MREMAP_DONTUNMAP, 0))
-        # Limits may be read, of this process; nobody may set them.
+        # Limits of this process may be read, and none may be set.
         self._allow("prlimit64", Arg(0, EQ, 0), Arg(2, EQ, 0))
 
     def install(self) -> bool:

@@ -1,28 +1,38 @@
 """Ordinary snippets work, and those that cannot get a text that says what to do."""
 
+import asyncio
 import json
 from pathlib import Path
 
+import pytest
 from sandbox_samples import general
 
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.sandbox.selftest import test_image as full_image
-from cv_lightning.types import ToolStatus
+from cv_lightning.types import SandboxResult, ToolStatus
 
 FILE = Path(__file__).parents[1] / "ordinary_snippets.json"
 SNIPPETS = {row["name"]: row["code"] for row in json.loads(FILE.read_text(encoding="utf-8"))["snippets"]}
 
 
-def test_ordinary_snippets_work_as_in_plain_python() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        # The machine may be busy, and what is tested is what is refused.
+        pytest.param(SandboxConfig(plan_tier=False, timeout_s=90.0, cpu_s=30), id="generous"),
+        pytest.param(SandboxConfig(), id="default", marks=pytest.mark.slow),
+    ],
+)
+def test_ordinary_snippets_work_as_in_plain_python(config: SandboxConfig) -> None:
     """Every one of them gives an image in plain Python with the same libraries."""
     assert len(SNIPPETS) >= 299
-    failed = {}
-    # Generous limits of time: the machine may be busy, and what is tested is what is refused.
-    with Sandbox(SandboxConfig(plan_tier=False, timeout_s=60.0, cpu_s=20, max_code_chars=4000)) as sandbox:
-        for name, code in SNIPPETS.items():
-            result = sandbox.run_sync(full_image(), code)
-            if result.image is None:
-                failed[name] = result.error
+
+    async def run_all(sandbox: Sandbox) -> list[SandboxResult]:
+        return await asyncio.gather(*(sandbox.run(full_image(), code, owner=name) for name, code in SNIPPETS.items()))
+
+    with Sandbox(config) as sandbox:
+        results = asyncio.run(run_all(sandbox))
+    failed = {name: result.error for name, result in zip(SNIPPETS, results, strict=True) if result.image is None}
     print("ordinary snippets", len(SNIPPETS), "failed", json.dumps(failed, indent=1))
     assert len(failed) <= 0.01 * len(SNIPPETS), failed
 
