@@ -255,17 +255,22 @@ def find_checkpoint(given: str | None, run: Path) -> str | None:
     return given
 
 
-def main(args: ArgsType = None, cli_class: type[CVLightningCLI] = CVLightningCLI) -> CVLightningCLI:
+def main(
+    args: ArgsType = None,
+    cli_class: type[CVLightningCLI] = CVLightningCLI,
+    parser_class: type[ShortErrorParser] = ShortErrorParser,
+) -> CVLightningCLI:
     """Run one of fit, validate, test.
 
     Args:
         args: the command line without the program's name; `sys.argv[1:]` by default.
         cli_class: what runs it; see `ConfigOnly`.
+        parser_class: reads it; a verb that takes the options of fit names itself in the errors by one of its own.
     """
     _quiet_libraries()
     try:
         with exit_codes():
-            return _run(args, cli_class)
+            return _run(args, cli_class, parser_class)
     except CVLightningError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -274,7 +279,9 @@ def main(args: ArgsType = None, cli_class: type[CVLightningCLI] = CVLightningCLI
         sys.exit(f"error: {said}")
 
 
-def _run(args: ArgsType, cli_class: type[CVLightningCLI]) -> CVLightningCLI:
+def _run(
+    args: ArgsType, cli_class: type[CVLightningCLI], parser_class: type[ShortErrorParser]
+) -> CVLightningCLI:
     return cli_class(
         model_class=PolicyModule,
         datamodule_class=LightningDataModule,
@@ -284,7 +291,7 @@ def _run(args: ArgsType, cli_class: type[CVLightningCLI]) -> CVLightningCLI:
         save_config_callback=RunRecord,
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         seed_everything_default=0,
-        parser_class=ShortErrorParser,
+        parser_class=parser_class,
         parser_kwargs={"prog": "python -m cv_lightning"},
         args=args,
     )

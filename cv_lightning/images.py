@@ -101,7 +101,8 @@ def model_size(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
     returned unchanged, and the result fits for every aspect ratio, so that the processor's own resize does nothing.
 
     Raises:
-        ImageError: zero size, or an aspect ratio above `MAX_ASPECT`.
+        ImageError: zero size, or an aspect ratio above `MAX_ASPECT`, also where only the rounding makes it `MAX_ASPECT`
+            or more: the processor would refuse that view when the update encodes it.
     """
     if width < 1 or height < 1:
         raise ImageError(f"an image of {width}x{height} pixels has nothing to see")
@@ -117,7 +118,13 @@ def model_size(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
         w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
     # A side cannot shrink below one factor, so long strips may still hold too many pixels: their long side gives way.
     longest = limits.max_pixels // min(w, h) // factor * factor
-    return min(w, max(longest, min(w, h))), min(h, max(longest, min(w, h)))
+    w, h = min(w, max(longest, min(w, h))), min(h, max(longest, min(w, h)))
+    if max(w, h) >= MAX_ASPECT * min(w, h):
+        raise ImageError(
+            f"{width}x{height}: in whole patches it is {w}x{h}, {MAX_ASPECT:.0f} times as long as wide or more; "
+            "crop it first"
+        )
+    return w, h
 
 
 def to_model_image(image: Image.Image, limits: ImageLimits) -> Image.Image:

@@ -29,7 +29,7 @@ class ExportRequest:
     which may run code: export your own."""
     out: Path
     """Folder to write; it appears whole or not at all."""
-    config: Path | None = None
+    run_config: Path | None = None
     """The run's fit_config.yaml; by default the one above the checkpoint."""
     base: str | None = None
     """Folder that the run began with, for the model's config and processor; by default what the config says."""
@@ -91,7 +91,7 @@ def export(request: ExportRequest) -> str:
     from cv_lightning.model.export import whole_folder
 
     path = find_stored(request.ckpt)
-    file = request.config or find_config(path)
+    file = request.run_config or find_config(path)
     policy = read_policy(file, request)
     job = CheckpointExport(
         StoredPolicy(path), policy, file.parent, lora=request.lora, shard_bytes=int(request.max_shard_gb * 1e9)
@@ -112,7 +112,8 @@ def find_config(checkpoint: Path) -> Path:
         if (folder / CONFIG_NAME).is_file():
             return folder / CONFIG_NAME
     raise CheckpointError(
-        f"--ckpt {checkpoint}: there is no {CONFIG_NAME} above it to say which model it is of; give it with --config"
+        f"--ckpt {checkpoint}: there is no {CONFIG_NAME} above it to say which model it is of; "
+        "give it with --run_config"
     )
 
 
@@ -132,7 +133,7 @@ def read_policy(file: Path, request: ExportRequest) -> PolicyConfig:
         given = dict(config["model"]["init_args"]["policy"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"--config {file}: no config of a run, such as fit_config.yaml in its folder ({error!r})"
+            f"--run_config {file}: no config of a run, such as fit_config.yaml in its folder ({error!r})"
         ) from error
     given |= {"path": request.base or given["path"], "dtype": request.dtype or given["dtype"]}
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -140,11 +141,11 @@ def read_policy(file: Path, request: ExportRequest) -> PolicyConfig:
     try:
         policy = parser.instantiate(parser.parse_object({"policy": given})).policy
     except jsonargparse.ArgumentError as error:
-        raise CheckpointError(f"--config {file}: model.policy cannot be read ({error})") from error
+        raise CheckpointError(f"--run_config {file}: model.policy cannot be read ({error})") from error
     assert isinstance(policy, PolicyConfig)
     if Path(policy.path).is_absolute() and not Path(policy.path).is_dir():
         raise CheckpointError(
-            f"--config {file}: the run began with {policy.path}, which is not there (any more); give a folder of the "
-            "same model with --base"
+            f"--run_config {file}: the run began with {policy.path}, which is not there (any more); give a "
+            "folder of the same model with --base"
         )
     return policy

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cv_lightning.commands.command_line import short_parser
 from cv_lightning.files import write_text
 from cv_lightning.types import CVLightningError
 
@@ -57,12 +58,9 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         0; with --strict 1 where the run does not fit; 2 where the command line is wrong.
     """
-    import jsonargparse
-
     from cv_lightning.commands.plan_budget import Assumptions
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog="cv_lightning plan", description=__doc__, allow_abbrev=False)
+    parser = short_parser(prog="python -m cv_lightning plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--strict", action="store_true", help="exit with 1 where the run cannot fit")
     parser.add_argument("--json", type=Path, help="write the figures, in bytes and seconds, into this file")
     parser.add_class_arguments(Assumptions, as_group=False)

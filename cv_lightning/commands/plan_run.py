@@ -6,13 +6,13 @@ import importlib
 import logging
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.cli import ConfigOnly
+from cv_lightning.cli import ConfigOnly, ShortErrorParser
 from cv_lightning.cli import main as fit
 from cv_lightning.data.modules import SFTDataModule, TaskDataModule
 from cv_lightning.engine import EngineConfig
@@ -66,6 +66,15 @@ class RunFacts:
     """None: SFT."""
 
 
+class PlanParser(ShortErrorParser):
+    """The parser of fit, whose errors name the verb that was typed."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with 2."""
+        self.prog = self.prog.replace(" fit", " plan")
+        super().error(message, ex)
+
+
 def read_run(args: list[str]) -> RunFacts:
     """Read a fit's command line.
 
@@ -77,7 +86,7 @@ def read_run(args: list[str]) -> RunFacts:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
-        cli = fit(["fit", *args], ConfigOnly)
+        cli = fit(["fit", *args], ConfigOnly, PlanParser)
     assert isinstance(cli, ConfigOnly)
     config = cli.as_dict()
     trainer, model, data = config["trainer"], config["model"], config["data"]

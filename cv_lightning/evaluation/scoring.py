@@ -15,9 +15,13 @@ from typing import Any
 from cv_lightning.rewards.answer import are_answers_equivalent
 
 ANLS_THRESHOLD = 0.5
-"""Normalised edit distance from which on an answer earns nothing."""
+"""Similarity below which an answer earns nothing."""
 RELAXED_TOLERANCE = 0.05
 """Relative error of a number that ChartQAPro accepts."""
+TIRBENCH_TOLERANCE = 5e-7
+"""TIR-Bench's code compares numbers at six decimals."""
+MAX_DIGITS = 1000
+"""A longer row of digits is not read as a number, which Python would refuse."""
 
 
 def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | None:
@@ -44,18 +48,28 @@ def metric_of(metadata: Mapping[str, Any]) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ ANLS
 def anls(answer: str, truths: Sequence[str]) -> float:
-    """1 minus the normalised edit distance to the nearest truth, regardless of case; 0 from a distance of 0.5 on."""
-    return max((_similarity(answer.strip().lower(), truth.strip().lower()) for truth in truths), default=0.0)
+    """1 minus the normalised edit distance to the nearest truth; 0 for a similarity below 0.5.
+
+    As the script of the Robust Reading Competition (DocVQA, InfographicVQA) computes it: case and the amount of white
+    space make no distance, but the length to divide by is that of the texts as they were given.
+    """
+    return max((_similarity(answer, truth, max(map(_length, (answer, truth)))) for truth in truths), default=0.0)
 
 
-def _similarity(said: str, truth: str) -> float:
-    longest = max(len(said), len(truth))
+def _similarity(said: str, truth: str, longest: int) -> float:
+    """Similarity of two texts whose longer one counts as so many characters; 0 below the threshold."""
+    said, truth = " ".join(said.lower().split()), " ".join(truth.lower().split())
     if longest == 0:
         return 1.0
-    if abs(len(said) - len(truth)) >= ANLS_THRESHOLD * longest:
+    if abs(len(said) - len(truth)) > ANLS_THRESHOLD * longest:
         return 0.0  # the difference in length alone is that far: no need to compare
-    distance = edit_distance(said, truth) / longest
-    return 1.0 - distance if distance < ANLS_THRESHOLD else 0.0
+    similarity = 1.0 - edit_distance(said, truth) / longest
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+
+
+def _length(text: str) -> int:
+    """Characters in upper case, which the scripts count: a sharp s is two."""
+    return len(text.upper())
 
 
 def edit_distance(one: str, other: str) -> int:
@@ -75,9 +89,11 @@ def _anls(answer: str, metadata: Mapping[str, Any]) -> float:
 # ------------------------------------------------------------------------------------------------ OCRBench
 def _ocrbench(answer: str, metadata: Mapping[str, Any]) -> float:
     """1 if any truth stands in the answer; formulas (HME100k) are compared without spaces and with their case."""
-    if metadata.get("dataset") == "HME100k":
-        said = "".join(answer.split())
-        return float(any("".join(truth.split()) in said for truth in metadata["accepted_answers"]))
+    if metadata.get("dataset") == "HME100k":  # blanks and line breaks go, tabs stay: as the authors' code has it
+        said, *truths = (
+            text.strip().replace("\n", "").replace(" ", "") for text in (answer, *metadata["accepted_answers"])
+        )
+        return float(any(truth in said for truth in truths))
     said = answer.lower().strip().replace("\n", " ")
     return float(any(truth.lower().strip().replace("\n", " ") in said for truth in metadata["accepted_answers"]))
 
@@ -132,43 +148,56 @@ def _relaxed(said: str, truth: str, is_year: bool) -> float:
     said, truth = said.strip().strip("%").strip(), truth.strip().strip("%").strip()
     numbers = _float(said), _float(truth)
     if numbers[0] is None or numbers[1] is None:
-        return anls(said, [truth])
+        # by the package `anls`: the length is that of the collapsed texts, and exactly 0.5 is 0
+        collapsed = [" ".join(text.lower().split()) for text in (said, truth)]
+        similarity = _similarity(said, truth, max(map(_length, collapsed)))
+        return similarity if similarity > ANLS_THRESHOLD else 0.0
     if numbers[1] == 0:
         return float(numbers[0] == 0)
-    return float(abs(numbers[0] - numbers[1]) <= RELAXED_TOLERANCE * abs(numbers[1]))
+    return float(abs(numbers[0] - numbers[1]) / abs(numbers[1]) <= RELAXED_TOLERANCE)
 
 
 def _float(text: str) -> float | None:
     try:
-        return float(text)
+        return float(text.strip("%"))
     except ValueError:
         return None
 
 
 # ------------------------------------------------------------------------------------------------ TIR-Bench
 def _tirbench(answer: str, metadata: Mapping[str, Any]) -> float:
-    """By task; what is not named here by the project's rule for letters and numbers.
+    """Score by task, as the authors' code gives it for what a model of theirs extracted from the response.
 
     Text within the answer (ocr), share of places that are right (jigsaw), overlap of sets (spot_difference), a pair of
-    numbers (word_search), several letters in any order.
+    numbers (word_search), several letters in any order; a bare number by value. An answer in words is read by the
+    project's rule instead, where theirs joins its digits or guesses the nearest letter.
     """
     task, truth = metadata.get("category"), str(metadata["accepted_answers"][0]).strip()
-    numbers, wanted = _integers(answer), _integers(truth)
-    single = re.fullmatch(r"-?\d+", truth) is not None
     if task == "ocr":
         return float(truth in answer)
+    answer = answer.replace("*", "").strip()
+    is_single = re.fullmatch(r"[+-]?\d+", truth) is not None
     if task == "jigsaw":
-        places = zip(numbers, wanted, strict=True) if len(numbers) == len(wanted) else ()
-        return sum(one == other for one, other in places) / max(1, len(wanted))
-    if task == "spot_difference" and not single:
-        union = set(numbers) | set(wanted)
-        return len(set(numbers) & set(wanted)) / len(union) if union else 1.0
-    if task == "word_search" and not single:
-        said, cell = _first_pair(answer), _first_pair(truth)
-        return float(said is not None and said == cell)
-    if len(truth) > 1 and truth.isalpha() and truth.isupper():  # several options, in any order
-        return float(sorted(re.sub(r"[\s,*]", "", answer)) == sorted(truth))
+        wanted = _integers(truth)
+        numbers = _run_of_integers(answer, len(wanted))
+        return sum(one == other for one, other in zip(numbers, wanted, strict=False)) / max(1, len(wanted))
+    if task == "spot_difference" and not is_single:
+        said, wanted_set = set(_integers(answer)), set(_integers(truth))
+        union = said | wanted_set
+        return len(said & wanted_set) / len(union) if union else 1.0
+    if task == "word_search" and not is_single:
+        pair, cell = _first_pair(answer), _first_pair(truth)
+        return float(pair is not None and pair == cell)
+    if len(truth) > 1 and truth.isalpha():  # several options, in any order
+        return float(sorted(re.sub(r"[\s,]", "", answer)) == sorted(truth))
+    if (said_number := _bare_number(answer)) is not None and (wanted_number := _bare_number(truth)) is not None:
+        return float(abs(said_number - wanted_number) < TIRBENCH_TOLERANCE)
     return float(are_answers_equivalent(answer, truth))
+
+
+def _bare_number(text: str) -> float | None:
+    match = re.fullmatch(r"[:\s]*([+-]?(?:\d{1,18}(?:\.\d{0,18})?|\.\d{1,18}))[:\s]*", text)
+    return float(match[1]) if match else None
 
 
 def _first_pair(text: str) -> tuple[int, int] | None:
@@ -177,7 +206,13 @@ def _first_pair(text: str) -> tuple[int, int] | None:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"\d{1,18}", text)]
+    return [int(digits) for digits in re.findall(r"\d+", text) if len(digits) <= MAX_DIGITS]
+
+
+def _run_of_integers(text: str, count: int) -> list[int]:
+    """The first row of exactly so many numbers with nothing but blanks and commas between them; empty without one."""
+    runs = (_integers(run) for run in re.findall(r"[\d\s,\uff0c]+", text))
+    return next((run for run in runs if len(run) == count), [])
 
 
 METRICS: dict[str, Callable[[str, Mapping[str, Any]], float]] = {

@@ -107,7 +107,7 @@ LESS = re.compile(
     re.IGNORECASE,
 )
 OTHER_THAN = re.compile(
-    r"(?:!=|\u2260|<>|\b(?:other than|different from|than|except(?: for)?|excluding|(?:any"
+    r"(?:!=|\u2260|<>|\u00b1|\+ ?/? ?-|--|-\+|\b(?:other than|different from|than|except(?: for)?|excluding|(?:any"
     r"|every)(?:thing|one)? but|all but|besides|without|neither|nor|unlike))\s*\Z",
     re.IGNORECASE,
 )

@@ -16,15 +16,17 @@ from cv_lightning.rewards.markup import (
     THINK_OPEN,
     call_blocks,
     cut_spans,
+    without_thoughts,
 )
 
 
 def check_format(text: str | None) -> float:
     """1.0 if a whole response is well-formed, else 0.0 (golden/format; its questionable cases are refused).
 
-    Well-formed: at least one thought, thoughts neither nested nor crossed, every call closed, exactly one answer,
-    outside thoughts and without tags inside, nothing behind it. Tool responses are cut out first. Opening an answer in
-    a thought is refused.
+    Well-formed: it begins with a thought, thoughts are neither empty, nested nor crossed, every call is closed, and
+    exactly one answer that is not empty stands outside thoughts, without tags inside and with nothing behind it. Tool
+    responses are removed first. Opening an answer in a thought is refused. Calls are not counted here: the golden cases
+    accept two in a row.
     """
     if text is None:
         return 0.0
@@ -34,34 +36,40 @@ def check_format(text: str | None) -> float:
         return 0.0
     before, _, after = spoken.partition(ANSWER_OPEN)
     inside, closed, behind = after.partition(ANSWER_CLOSE)
-    well_formed = closed and not behind.strip() and CUT not in inside and CALL_OPEN not in inside
+    well_formed = closed and inside.strip() and not behind.strip() and CUT not in inside and CALL_OPEN not in inside
     return float(bool(well_formed) and before.count(CALL_OPEN) == before.count(CALL_CLOSE))
 
 
 def check_turns(turns: Sequence[str]) -> float:
-    """1.0 if every assistant turn is well-formed: a thought and closed calls each, the last one an answer; else 0.0.
+    """1.0 if every assistant turn is well-formed: a thought, then one closed call or, in the last, an answer; else 0.0.
 
-    Stricter than `check_format` of the joined text: a turn without a thought cannot hide behind another's.
+    Stricter than `check_format` of the joined text: a turn without a thought cannot hide behind another's, and a turn
+    has one call, since only the first is run, or the answer.
     """
-    if not turns or check_format(turns[-1]) == 0:
+    if not turns or check_format(turns[-1]) == 0 or call_blocks(without_thoughts(turns[-1])).bodies:
         return 0.0
     for text in turns[:-1]:
         spoken = _spoken(text.replace(CUT, ""))
         if spoken is None or ANSWER_OPEN in spoken or ANSWER_CLOSE in spoken:
             return 0.0
         blocks = call_blocks(spoken)
-        if blocks.unclosed or not blocks.bodies or CALL_CLOSE in blocks.rest:
+        if blocks.unclosed or len(blocks.bodies) != 1 or CALL_CLOSE in blocks.rest:
             return 0.0
     return 1.0
 
 
 def _spoken(text: str) -> str | None:
-    """Text with a `CUT` for every thought; None without a thought, or where they are nested, crossed or answer."""
+    """Text with a `CUT` for every thought.
+
+    None where it does not begin with a thought, and where one is empty, nested, crossed or opens an answer.
+    """
     pieces: list[str] = []
     position = 0
     while (start := text.find(THINK_OPEN, position)) >= 0:
         end = text.find(THINK_CLOSE, start)
         if end < 0 or text.find(THINK_OPEN, start + 1, end) >= 0 or text.find(ANSWER_OPEN, start, end) >= 0:
+            return None
+        if not text[start + len(THINK_OPEN) : end].strip() or (not pieces and text[:start].strip()):
             return None
         pieces += [text[position:start], CUT]
         position = end + len(THINK_CLOSE)

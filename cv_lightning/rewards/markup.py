@@ -90,9 +90,12 @@ def _end_outside_string(text: str, body: int, end: int) -> int:
 
 
 def load_call(block: str) -> Any:
-    """JSON value of a block; None where it is none. Raw control characters inside strings are accepted."""
+    """JSON value of a block; None where it is none. Raw control characters inside strings are accepted.
+
+    Around the value only JSON's own white space may stand, so that a no-break space or a byte-order mark is refused.
+    """
     try:
-        return json.loads(block.strip(), strict=False, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(block, strict=False, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
 

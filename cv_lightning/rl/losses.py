@@ -62,8 +62,9 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, d
     """This micro-batch's share of the global loss, and of its metrics.
 
     Shares add up over micro-batches and ranks. A token whose `old` or `engine` log-probability is NaN or infinite has
-    no weight and is counted in `nonfinite_frac`; the normalisers stay as they are. A NaN of the policy's own is not
-    hidden. With N = 0 the loss is 0 and still has a graph, and the metrics have the same names.
+    no weight and is counted in `nonfinite_frac`; one whose `reference` log-probability is has no KL penalty and is
+    counted in `nonfinite_reference_frac`. The normalisers stay as they are. A NaN of the policy's own is not hidden.
+    With N = 0 the loss is 0 and still has a graph, and the metrics have the same names.
 
     Args:
         inputs: the tokens.
@@ -71,10 +72,11 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, d
 
     Returns:
         Scalar loss, and detached scalar metric shares. `loss` and `surrogate_loss` are weighted as `aggregation` says,
-        all others are means over tokens: `clip_frac`, `clip_dual_frac`, `ratio_mean` (before any clip), `approx_kl`
-        (old minus policy), `nonfinite_frac`; with `engine` `importance_weight_mean` (before truncation),
-        `importance_capped_frac`, `importance_masked_frac`, `engine_gap_mean` (absolute, nats); with `reference`
-        `kl_to_reference`; with `entropy` `entropy`.
+        all others are means over tokens: `clip_frac`, `clip_dual_frac`, `ratio_saturated_frac` (no gradient, because
+        the log-ratio is clamped), `ratio_mean` (before any clip), `approx_kl` (old minus policy), `nonfinite_frac`;
+        with `engine` `importance_weight_mean` (before truncation), `importance_capped_frac`, `importance_masked_frac`,
+        `engine_gap_mean` (absolute, nats); with `reference` `kl_to_reference`, `nonfinite_reference_frac`; with
+        `entropy` `entropy`.
 
     Raises:
         ValueError: an input is missing that the config reads.
@@ -85,6 +87,7 @@ def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> tuple[Tensor, d
     metrics = {
         "clip_frac": surrogate.clipped,
         "clip_dual_frac": surrogate.capped,
+        "ratio_saturated_frac": surrogate.saturated,
         "ratio_mean": surrogate.ratio,
         "approx_kl": -surrogate.log_ratio,
     }
@@ -146,7 +149,10 @@ def _regularisers(
     terms: Tensor | float = 0.0
     metrics = {}
     if inputs.reference is not None:
-        penalty = kl_penalty(tokens.logprobs, inputs.reference.to(tokens.logprobs.dtype), config.kl)
+        usable = inputs.reference.isfinite()
+        reference = torch.where(usable, inputs.reference.to(tokens.logprobs.dtype), tokens.logprobs.detach())
+        penalty = kl_penalty(tokens.logprobs, reference, config.kl) * usable
+        metrics["nonfinite_reference_frac"] = ~usable
         metrics["kl_to_reference"] = penalty.detach()
         if config.kl_importance:
             penalty = penalty * token_log_ratio(tokens).exp()

@@ -50,6 +50,8 @@ class Surrogate:
     """Bool: the trust region bounds this token."""
     capped: Tensor
     """Bool: the dual clip or the ratio's cap bounds it."""
+    saturated: Tensor
+    """Bool: only the clamp of the log-ratio bounds it, so that the token has no gradient although no clip says so."""
 
 
 def token_log_ratio(tokens: Tokens) -> Tensor:
@@ -60,19 +62,21 @@ def token_log_ratio(tokens: Tokens) -> Tensor:
 def ppo_clip(tokens: Tokens, clips: Clips) -> Surrogate:
     """max(-A r, -A clip(r, 1 - low, 1 + high)), at most cap |A| where A < 0 (1707.06347, 2503.14476, 1912.09729)."""
     log_ratio = token_log_ratio(tokens)
-    return _clipped(log_ratio.exp(), log_ratio, tokens.advantages, clips)
+    beyond = (tokens.logprobs - tokens.old).detach().abs() > MAX_LOG_RATIO
+    return _clipped(log_ratio.exp(), log_ratio, beyond, tokens.advantages, clips)
 
 
 def gspo(tokens: Tokens, clips: Clips) -> Surrogate:
     """PPO's loss with the geometric mean of a sequence's ratios in place of the token's (GSPO-token, 2507.18071).
 
     The mean is over the kept tokens of a row; each token's gradient flows through its own log-probability alone, which
-    with one advantage a row is GSPO's gradient.
+    with one advantage a row is GSPO's gradient. Above `MAX_LOG_SEQUENCE_RATIO` the clamp leaves a row with A < 0
+    without a gradient; `saturated` marks its tokens.
     """
     log_ratio = (tokens.logprobs - tokens.old).detach()
     mean = row_means(log_ratio, tokens.row_index, tokens.keep)
     ratio = (tokens.logprobs - tokens.logprobs.detach() + mean).clamp(max=MAX_LOG_SEQUENCE_RATIO).exp()
-    return _clipped(ratio, log_ratio, tokens.advantages, clips)
+    return _clipped(ratio, log_ratio, mean > MAX_LOG_SEQUENCE_RATIO, tokens.advantages, clips)
 
 
 def cispo(tokens: Tokens, clips: Clips) -> Surrogate:
@@ -86,6 +90,7 @@ def cispo(tokens: Tokens, clips: Clips) -> Surrogate:
         log_ratio=log_ratio,
         clipped=weight != ratio,
         capped=torch.zeros_like(tokens.keep),
+        saturated=torch.zeros_like(tokens.keep),
     )
 
 
@@ -108,6 +113,7 @@ def dppo(tokens: Tokens, clips: Clips) -> Surrogate:
         log_ratio=log_ratio,
         clipped=outside,
         capped=(ratio > clips.cap) & ~outside,
+        saturated=torch.zeros_like(tokens.keep),
     )
 
 
@@ -124,17 +130,20 @@ def _unit(logprobs: Tensor) -> Tensor:
     return 1.0 + (logprobs - logprobs.detach())
 
 
-def _clipped(ratio: Tensor, log_ratio: Tensor, advantages: Tensor, clips: Clips) -> Surrogate:
+def _clipped(ratio: Tensor, log_ratio: Tensor, beyond: Tensor, advantages: Tensor, clips: Clips) -> Surrogate:
+    """PPO's loss; `beyond` is True where the clamp of the log-ratio has cut the gradient of `ratio`."""
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clips.low, 1 + clips.high)
     upper = torch.maximum(plain, bounded)
     # A cap of infinity times an advantage of 0 would be NaN; it only ever bounds negative advantages.
     negative = advantages < 0
     cap = torch.where(negative, -advantages * clips.cap, torch.full_like(advantages, torch.inf))
+    clipped, capped = bounded.detach() > plain.detach(), upper.detach() > cap
     return Surrogate(
         loss=torch.minimum(upper, cap),
         ratio=ratio.detach(),
         log_ratio=log_ratio.detach(),
-        clipped=bounded.detach() > plain.detach(),
-        capped=upper.detach() > cap,
+        clipped=clipped,
+        capped=capped,
+        saturated=beyond & (advantages != 0) & ~clipped & ~capped,
     )

@@ -193,7 +193,11 @@ def test_export_names_the_flag_that_gives_what_is_missing(
     alone, out = tmp_path / "a" / "b" / "c" / "alone.ckpt", ["--out", str(tmp_path / "out")]
     alone.parent.mkdir(parents=True)
     shutil.copy(checkpoint_of(run), alone)
-    assert "give it with --config" in refused(["--ckpt", str(alone), *out], capsys)
+    assert "give it with --run_config" in refused(["--ckpt", str(alone), *out], capsys)
+    elsewhere = ["--ckpt", str(alone), "--out", str(tmp_path / "found"), "--verify", "false"]
+    assert main([*elsewhere, "--run_config", str(run / "fit_config.yaml")]) == 0
+    with pytest.raises(SystemExit):  # --config holds options of export itself, and a run's config has none
+        main([*elsewhere, "--overwrite", "true", "--config", str(run / "fit_config.yaml")])
     text = refused(["--ckpt", str(run), *out, "--base", str(tiny_qwen25)], capsys)
     assert "does not fit the qwen2_5_vl" in text and "--base" in text
     config = yaml.safe_load((run / "fit_config.yaml").read_text())

@@ -147,6 +147,15 @@ def test_plan_counts_image_processing_where_it_is_not_hidden() -> None:
     assert shown - hidden == pytest.approx(64 * 8192 * 0.5 * 32**2 * SECONDS_PER_PIXEL)
 
 
+@pytest.mark.parametrize("wrong", [["--config", "nowhere.yaml"], ["--trainer.bogus", "3"], ["--gpu", "bogus"]])
+def test_errors_of_plan_name_plan(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*configs("grpo/qwen3_vl_8b"), *wrong])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "python -m cv_lightning plan" in said and " fit" not in said and len(said) < 600
+
+
 def test_plan_refuses_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = configs("sft/qwen3_vl_8b", "hardware/8gpu")
     assert main([*recipe, "--model.init_args.policy.path=some/model"]) == 2

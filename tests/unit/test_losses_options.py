@@ -59,6 +59,35 @@ def test_gspo_clips_a_sequence_as_a_whole() -> None:
     assert metrics["ratio_mean"].item() == pytest.approx((2 + 2 * 1.32) / 4)
 
 
+@pytest.mark.parametrize(("policy", "log_ratio"), [("gspo", 11.0), ("ppo_clip", 21.0)])
+def test_tokens_that_only_the_clamp_bounds_are_counted(policy: Any, log_ratio: float) -> None:
+    """With A < 0 and without a dual clip no clip bounds them, and yet they have no gradient."""
+    inputs = tokens([math.exp(log_ratio), 1.0], [-1.0, -1.0])
+    config = PolicyLossConfig(policy=policy, clip_dual=math.inf)
+    assert gradient(inputs, config)[0] == 0.0
+    metrics = policy_loss(inputs, config)[1]
+    assert metrics["ratio_saturated_frac"].item() == pytest.approx(1 / 2)
+    assert metrics["clip_frac"].item() == metrics["clip_dual_frac"].item() == 0.0
+    risen = policy_loss(tokens([math.exp(log_ratio)], [1.0]), config)[1]  # with A > 0 the clip bounds it, and says so
+    assert (risen["ratio_saturated_frac"].item(), risen["clip_frac"].item()) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_unusable_reference_logprobs_have_no_penalty_and_are_counted(estimator: Any, bad: float) -> None:
+    inputs = tokens([1.0, 1.0, 1.0], [1.0, -1.0, 0.5])
+    inputs.reference = torch.tensor([-2.0, bad, -3.5], dtype=torch.float64)
+    config = PolicyLossConfig(kl_weight=0.3, kl=estimator)
+    loss, metrics = policy_loss(inputs, config)
+    (grad,) = torch.autograd.grad(loss, inputs.logprobs)
+    assert math.isfinite(loss.item()) and grad.isfinite().all()
+    assert grad[1].item() == pytest.approx(1 / 3)  # its policy gradient, and no other
+    assert metrics["nonfinite_reference_frac"].item() == pytest.approx(1 / 3)
+    usable = torch.tensor([0, 2])
+    alone = kl_penalty(inputs.logprobs.detach()[usable], inputs.reference[usable], estimator)
+    assert metrics["kl_to_reference"].item() == pytest.approx(alone.sum().item() / 3)
+
+
 def test_cispo_keeps_the_gradient_that_ppo_drops() -> None:
     inputs = tokens([0.3, 1.0, 9.0], [1, -1, 1])
     assert gradient(inputs, PolicyLossConfig(policy="cispo")) == [-0.3, 1.0, -5.0]

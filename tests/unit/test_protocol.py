@@ -79,6 +79,9 @@ def test_an_end_tag_in_a_string_does_not_cut_the_call() -> None:
             '<tool_call>{"name": "code_image_tool", "arguments": {"code": "x", "a": 1e400}}</tool_call>',
             "not valid JSON",
         ),
+        ('<tool_call>\u00a0{"name": "code_image_tool", "arguments": {"code": "x"}}</tool_call>', "not valid JSON"),
+        ('<tool_call>\ufeff{"name": "code_image_tool", "arguments": {"code": "x"}}</tool_call>', "not valid JSON"),
+        ('<tool_call>{"name":\u00a0"code_image_tool", "arguments": {"code": "x"}}</tool_call>', "not valid JSON"),
         ("<tool_call>" + "[" * 5000 + "</tool_call>", "not valid JSON"),
     ],
 )
@@ -127,3 +130,12 @@ def test_reading_takes_no_time(tag: str, around: str) -> None:
     parse_turn(around + tag * 50_000 + around)
     parse_turn((around + tag + "x") * 20_000)
     assert time.perf_counter() - begun < 1.0
+
+
+def test_a_no_break_space_outside_strings_is_no_call() -> None:
+    for space in ("\u00a0", "\ufeff", "\u2003", "\x0b"):
+        body = f'{space}{{"name": "f", "arguments": {{}}}}'
+        assert parse_tool_calls(f"<tool_call>{body}</tool_call>") == []
+    assert parse_tool_calls('<tool_call>\r\n\t {"name": "f", "arguments": {"t": "a\u00a0b"}}\n</tool_call>') == [
+        {"name": "f", "arguments": {"t": "a\u00a0b"}}
+    ]

@@ -11,6 +11,7 @@ from reward_hacks import HACKS, OPEN, WHOLE, small, turned
 from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
 
 from cv_lightning.rewards import RewardConfig, RewardModule
+from cv_lightning.rewards.format import check_format, check_turns
 from cv_lightning.types import EndState, RewardBreakdown, Trajectory
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +196,34 @@ def test_a_trajectory_without_an_answer_earns_nothing(end: EndState) -> None:
 
 
 def test_thoughtless_turns_lose_the_format() -> None:
-    recorder = Recorder(turned()).call("rotate_270")
-    recorder.turns[0].text = "<tool_call>{}</tool_call>"
+    recorder = Recorder(turned()).call("rotate_270").call("contrast_up")
+    recorder.turns[1].text = "<tool_call>{}</tool_call>"
     assert score(recorder.answer()).components["format"] == 0
     assert score(recorder.answer(), RewardConfig(format_by="response")).components["format"] == 1
+    recorder.turns[0].text = "<tool_call>{}</tool_call>"
+    assert score(recorder.answer(), RewardConfig(format_by="response")).components["format"] == 0
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["Hm. <think>t</think><answer>42</answer>"],
+        ["\ufeff<think>t</think><answer>42</answer>"],
+        ["\u200b<think>t</think><answer>42</answer>"],
+        ["<think></think><answer>42</answer>"],
+        ["<think> \n</think><answer>42</answer>"],
+        ["<think>t</think><answer></answer>"],
+        ["<think>t</think><answer> </answer>"],
+        ["<think>t</think><tool_call>{}</tool_call><answer>42</answer>"],
+        ["<think>t</think><tool_call>{}</tool_call><tool_call>{}</tool_call>", "<think>t</think><answer>42</answer>"],
+        ["So: <think>t</think><tool_call>{}</tool_call>", "<think>t</think><answer>42</answer>"],
+        ["<think></think><tool_call>{}</tool_call>", "<think>t</think><answer>42</answer>"],
+    ],
+)
+def test_ill_formed_turns_earn_no_format_reward(texts: list[str]) -> None:
+    assert check_turns(texts) == 0.0
+    if len(texts) == 1 and "tool_call" not in texts[0]:
+        assert check_format(texts[0]) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,16 @@ def test_answering_at_once(kind: str) -> None:
     assert total(direct, "reward_accuracy") == pytest.approx(1.1)
 
 
+def test_a_small_turned_number_that_is_only_turned_keeps_its_accuracy() -> None:
+    """The gate looks at `mandatory`, of which the turn alone is half; the file's comment gives the same figures."""
+    subject = digit_task(DigitsConfig(), "train", 3, "turned_and_small")
+    applied = str(subject.metadata["applied"])
+    turned = Recorder(subject).call(UNDO.get(applied, applied)).answer(subject.ground_truth)
+    assert total(turned) == pytest.approx(1.6)
+    assert total(solve(subject).answer(subject.ground_truth)) == pytest.approx(2.2)
+    assert "1.6 in all against 2.2" in (FOLDER / "reward.yaml").read_text()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not is_turned(kind)])
 def test_needless_turns_cost(kind: str) -> None:
     subject = digit_task(DigitsConfig(), "train", 5, kind)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from functools import cache
 from pathlib import Path
@@ -20,13 +21,14 @@ from transformers import (
     AutoTokenizer,
     ProcessorMixin,
 )
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template
 from cv_lightning.commands.quickstart import MODELS
 from cv_lightning.commands.tiny import TinyCheckpoint, main, write
 from cv_lightning.data.demonstrations import tokenizer_corpus
 from cv_lightning.data.digits import GLYPH_SIDE, GLYPHS, KINDS, LAYOUT, DigitsConfig, Kind, digit_task
-from cv_lightning.images import model_size
+from cv_lightning.images import ImageLimits, model_size
 from cv_lightning.model.loading import image_limits
 from cv_lightning.model.tiny import (
     CONTROL_TOKENS,
@@ -36,6 +38,7 @@ from cv_lightning.model.tiny import (
     train_byte_pairs,
     write_tiny_checkpoint,
 )
+from cv_lightning.types import ImageError
 
 ROTATE = (
     '<think>turned</think><tool_call>\n{"name": "code_image_tool", "arguments": '
@@ -143,6 +146,26 @@ def test_few_images_need_a_second_resize(processor: ProcessorMixin) -> None:
     limits = image_limits(processor)
     sizes = [(w, h) for w in range(8, 385, 7) for h in range(8, 385, 7) if max(w, h) <= 8 * min(w, h)]
     assert all(model_size(*model_size(w, h, limits), limits) == model_size(w, h, limits) for w, h in sizes)
+
+
+@pytest.mark.parametrize("factor", [28, 32])
+def test_every_view_is_of_a_shape_that_the_processor_takes(factor: int) -> None:
+    """Strips with the aspect ratio just below the limit, and any other size: refused at once or never again."""
+    limits = ImageLimits(factor=factor, min_pixels=3136, max_pixels=1_003_520)
+    rng, num_refused = random.Random(factor), 0
+    for _ in range(20_000):
+        short = rng.randrange(1, 400)
+        width, height = rng.sample((short, min(12_000, int(short * rng.uniform(1, 200)) or 1)), 2)
+        try:
+            seen = model_size(width, height, limits)
+        except ImageError:
+            num_refused += 1
+            continue
+        smart_resize(*seen, factor, limits.min_pixels, limits.max_pixels)  # raises for a view of 200 to 1
+        assert max(seen) < 200 * min(seen)
+    assert num_refused
+    with pytest.raises(ImageError, match="crop it first"):
+        model_size(7680, 40, limits)  # 192 to 1 before it is rounded to patches
 
 
 def test_calls_take_few_tokens_and_digits_stand_alone(processor: ProcessorMixin) -> None:
