@@ -120,7 +120,7 @@ def _chartqapro(answer: str, metadata: Mapping[str, Any]) -> float:
 
 
 def _quoted(truth: str) -> str:
-    """A list without quotes as a Python list, word by word, as the released code mends it; else the text as it is."""
+    """A list without quotes as a Python list, word by word, as the released code does it; else the text as it is."""
     match = re.fullmatch(r"\[(.*)\]", truth.strip())
     if match is None:
         return truth
@@ -129,7 +129,7 @@ def _quoted(truth: str) -> str:
 
 
 def _items(text: str) -> list[str]:
-    """Items of a text that is a Python list; else the text alone, even a list without quotes: no answer is mended."""
+    """Items of a text that is a Python list; else the text alone, even a list without quotes: an answer is never changed."""
     parsed = _parsed_list(text)
     return [str(item).strip(" '") for item in parsed] if parsed else [text]
 

@@ -94,7 +94,7 @@ def are_answers_equivalent(prediction: object, ground_truth: object, question: s
 
 
 def _says(said: str, truth: str) -> bool:
-    """The grammar by kind of a ground truth that is no option; both are normalised."""
+    """The grammar by kind of a ground truth that is not an option; both are normalised."""
     if (date := whole_date(truth)) is not None:
         return says_date(said, date) or says_text(said, truth)
     if (clock := whole_clock(truth)) is not None:
@@ -115,7 +115,7 @@ def _says(said: str, truth: str) -> bool:
 
 
 def _is_same_value(said: str, option: str) -> bool:
-    """True if a statement asserts an option that is no mere text: a quantity, date, time of day, list, yes or no."""
+    """True if a statement asserts an option that is more than a text: a quantity, date, time of day, list, yes or no."""
     is_value = whole_date(option) or whole_clock(option) or whole_quantity(option) or read_items(option)
     return bool(is_value or _VERDICT.fullmatch(option)) and _says(said, option)
 

@@ -48,9 +48,9 @@ class Quantity:
     """The numeral itself where its digits identify something: a leading zero."""
     start: int = 0
     end: int = 0
-    """Where the numeral stands in the text."""
+    """Position of the numeral in the text."""
     value_end: int = 0
-    """Where it ends with its scale and unit."""
+    """Position of its end, scale and unit included."""
     label: str = ""
     """Noun of a label before it: Table 3, in 2020."""
     alternative: Fraction | None = None
@@ -290,7 +290,7 @@ def _scale(value: Fraction, rest: str, *, is_money: bool) -> tuple[Fraction, int
 
 
 def _comparison(before: str, after: str, rest: str, whole: Fraction | None) -> str:
-    """What a quantity is compared by: "more than 3" is no 3."""
+    """What a quantity is compared by: "more than 3" is not 3."""
     left = before
     for _ in range(4 if before and not before.isspace() else 0):
         if MORE.search(left):
@@ -364,7 +364,7 @@ def read_unit(text: str) -> tuple[Unit | None, int]:
     position = 0
     while (match := _NOUN.match(text, position)) and len(nouns) < 4:
         if position == 0 and match[0] == match[1]:
-            break  # attached letters are no word
+            break  # attached letters are not a word
         if match[1].casefold() in FUNCTION_WORDS or match[1].casefold() in SCALES:
             break
         nouns.append(match[1])

@@ -152,7 +152,7 @@ def stated_quantity(text: str) -> tuple[Quantity, str] | None:
     """The one quantity that a normalised statement asserts, and the text it was read from; None if none or several.
 
     Rejected ones do not count ("not 5 but 6" gives 6), labels and years only where nothing else is named ("Table 3:
-    42" gives 42). Numbers that are offered side by side, as a list, a range or with "or", are no answer.
+    42" gives 42). Numbers that are offered side by side, as a list, a range or with "or", are not an answer.
     """
     for candidate in dict.fromkeys((claims(text), text)):
         read = read_text(candidate)
@@ -266,7 +266,7 @@ def _without_dates(text: str) -> str:
 
 
 def says_quantity(said: str, truth: str) -> bool | None:
-    """True if a normalised statement asserts the quantity that the truth is; None if the truth is no quantity."""
+    """True if a normalised statement asserts the quantity that the truth is; None if the truth is not a quantity."""
     wanted = whole_quantity(truth)
     if wanted is None:
         return None

@@ -17,7 +17,7 @@ MAX_LAYERS = 6
 CACHED = 1024
 """Texts that each function of this grammar remembers: one decision reads the same text several times."""
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character."""
+"""What a decoder writes for bytes that do not decode."""
 
 _SUPERSCRIPT = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _VULGAR_AFTER_DIGIT = re.compile("(\\d)([\u00bc-\u00be\u2150-\u215e])")
