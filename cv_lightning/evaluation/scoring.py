@@ -129,7 +129,7 @@ def _quoted(truth: str) -> str:
 
 
 def _items(text: str) -> list[str]:
-    """Items of a text that is a Python list; else the text alone, even a list without quotes: an answer is never changed."""
+    """Items of a text that is a Python list; else the text alone: a list without quotes in an answer stays a text."""
     parsed = _parsed_list(text)
     return [str(item).strip(" '") for item in parsed] if parsed else [text]
 

@@ -115,7 +115,7 @@ def _says(said: str, truth: str) -> bool:
 
 
 def _is_same_value(said: str, option: str) -> bool:
-    """True if a statement asserts an option that is more than a text: a quantity, date, time of day, list, yes or no."""
+    """True if a statement asserts an option that is a quantity, date, time of day, list, yes or no."""
     is_value = whole_date(option) or whole_clock(option) or whole_quantity(option) or read_items(option)
     return bool(is_value or _VERDICT.fullmatch(option)) and _says(said, option)
 
