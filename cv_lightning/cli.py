@@ -279,9 +279,7 @@ def main(
         sys.exit(f"error: {said}")
 
 
-def _run(
-    args: ArgsType, cli_class: type[CVLightningCLI], parser_class: type[ShortErrorParser]
-) -> CVLightningCLI:
+def _run(args: ArgsType, cli_class: type[CVLightningCLI], parser_class: type[ShortErrorParser]) -> CVLightningCLI:
     return cli_class(
         model_class=PolicyModule,
         datamodule_class=LightningDataModule,
