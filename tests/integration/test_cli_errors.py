@@ -108,7 +108,7 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
         (
             [
                 f"{DTYPE}=bfloat16",
-                "--trainer.strategy=cv_lightning.strategies.CPUDeepSpeedStrategy",
+                f"--trainer.strategy={ZERO}",
                 "--trainer.precision=16-true",
             ],
             "--trainer.precision 16-true",

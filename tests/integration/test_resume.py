@@ -26,6 +26,7 @@ from cv_lightning.callbacks.checkpoint import last_checkpoint
 ITERATIONS, STEPS = 5, 8
 ZERO = ["--trainer.strategy", "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}", "--trainer.devices", "2"]
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+BF16 = ["--model.init_args.policy.dtype", "bfloat16"]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,14 @@ def test_the_run_is_worth_resuming(straight: Path) -> None:
 def test_resumed_is_not_interrupted(grpo: Path, straight: Path, tmp_path: Path) -> None:
     killed_and_resumed(grpo, tmp_path / "run", random_moment(ITERATIONS))
     assert_same_run(straight, tmp_path / "run")
+
+
+def test_bf16_resume_after_sigkill_is_bitwise(grpo: Path, tmp_path: Path) -> None:
+    Run(grpo, tmp_path / "straight", *BF16).finish()
+    killed_and_resumed(grpo, tmp_path / "run", random_moment(ITERATIONS), *BF16)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    kept = state(tmp_path / "run")["state_dict"]
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow
@@ -130,7 +139,7 @@ def test_sft_killed_while_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- several ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [DDP, ZERO], ids=["ddp", "zero3"])
+@pytest.mark.parametrize("flags", [DDP, ZERO, ZERO + BF16], ids=["ddp", "zero3", "zero3_bf16"])
 def test_two_ranks(tiny_checkpoint: Path, tmp_path: Path, flags: list[str]) -> None:
     engine = "transformers" if flags is DDP else "vllm"
     config = write_grpo(tmp_path / "grpo.yaml", tiny_checkpoint, iterations=ITERATIONS, engine=engine)

@@ -1,0 +1,116 @@
+"""Long, packed and shared-prefix sequences in bfloat16 against transformers' own forward of each alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from cv_lightning.callbacks.parity import exceeds
+from cv_lightning.callbacks.start_check import FORWARD_MEAN
+from cv_lightning.commands.tiny import TinyCheckpoint, write
+from cv_lightning.images import to_model_image
+from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.model.logprobs import packed_logprobs
+from cv_lightning.model.packing import TrainRow, pack_rows, packed_length
+from cv_lightning.model.plain import plain_logprobs
+from cv_lightning.model.tiny import TinyModelConfig
+from cv_lightning.model.vision import VisionCache
+
+LENGTH = 4_200
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def policy(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model for long sequences, whose every part shows in its log-probabilities."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    sizes = TinyModelConfig(family=request.param, num_layers=2, max_positions=8192, initializer_range=0.2)
+    write(TinyCheckpoint(out=folder, model=sizes))
+    return load_policy(PolicyConfig(path=str(folder), dtype="bfloat16")), load_processor(str(folder))
+
+
+def images_of(processor: ProcessorMixin, count: int) -> list[Image.Image]:
+    """Different noise, at model size."""
+    noise = [Image.effect_noise((96, 96), 30 + 20 * number).convert("RGB") for number in range(count)]
+    return [to_model_image(image, image_limits(processor)) for image in noise]
+
+
+def sequence_of(
+    policy: tuple[PreTrainedModel, ProcessorMixin],
+    images: list[Image.Image],
+    cache: VisionCache,
+    length: int,
+    seed: int,
+) -> TrainRow:
+    """Images spread over random text, of which the last quarter is learned."""
+    model, rng = policy[0], random.Random(seed)
+    ids: list[int] = []
+    vision, merge = cache.get(images), model.config.vision_config.spatial_merge_size
+    for item in vision:
+        ids += [rng.randrange(200) for _ in range(length // (len(images) + 2))]
+        ids += [model.config.image_token_id] * int(
+            item.grid_thw.prod() // model.config.vision_config.spatial_merge_size**2
+        )
+    ids += [rng.randrange(200) for _ in range(length - len(ids))]
+    return TrainRow(token_ids=ids, loss_mask=[n >= 3 * length // 4 for n in range(length)], vision=vision)
+
+
+@torch.no_grad()
+def gap(
+    policy: tuple[PreTrainedModel, ProcessorMixin], sequences: list[TrainRow], images: list[list[Image.Image]]
+) -> torch.Tensor:
+    """Packed, minus transformers' own forward of each sequence alone. Shape [learned tokens]."""
+    model, processor = policy
+    packed = pack_rows(sequences, model.config)
+    ours = packed_logprobs(model, packed).logprobs
+    parts = []
+    for number, (sequence, own) in enumerate(zip(sequences, images, strict=True)):
+        plain = plain_logprobs(model, processor, sequence.token_ids, sequence.loss_mask, own, [])
+        parts.append(ours[packed.row_index == number] - plain)
+    return torch.cat(parts)
+
+
+def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_model(
+    policy: tuple[PreTrainedModel, ProcessorMixin],
+) -> None:
+    images, cache = images_of(policy[1], 4), VisionCache(policy[1])
+    sequence = sequence_of(policy, images, cache, LENGTH, seed=0)
+    found = gap(policy, [sequence], [images])
+    assert len(found) == LENGTH // 4 and not exceeds(found, "bfloat16", 0.0, FORWARD_MEAN), float(found.abs().mean())
+    exact = {name: buffer.clone() for name, buffer in policy[0].named_buffers()}
+    try:
+        for buffer in policy[0].buffers():
+            buffer.data = buffer.data.bfloat16().float()
+        rounded = packed_logprobs(policy[0], pack_rows([sequence], policy[0].config)).logprobs.detach()
+    finally:
+        for name, buffer in policy[0].named_buffers():
+            buffer.data = exact[name]
+    fault = rounded - packed_logprobs(policy[0], pack_rows([sequence], policy[0].config)).logprobs.detach()
+    assert exceeds(fault, "bfloat16", 0.0, FORWARD_MEAN), "rounded rotary frequencies would show at this length"
+
+
+def test_bf16_packed_and_shared_prefixes_are_those_of_the_plain_model(
+    policy: tuple[PreTrainedModel, ProcessorMixin],
+) -> None:
+    images, cache = images_of(policy[1], 4), VisionCache(policy[1])
+    first = sequence_of(policy, images[:2], cache, 300, seed=1)
+    prompt = first.num_given
+    rng = random.Random(5)
+    siblings = [
+        TrainRow(
+            token_ids=first.token_ids[:prompt] + [rng.randrange(200) for _ in range(75)],
+            loss_mask=first.loss_mask,
+            vision=first.vision,
+        )
+        for _ in range(3)
+    ]
+    other = sequence_of(policy, images[2:], cache, 200, seed=2)
+    assert packed_length([first, *siblings]) == 300 + 3 * 75, "the prompt stands once"
+    found = gap(policy, [first, *siblings, other], [images[:2]] * 4 + [images[2:]])
+    assert len(found) == 4 * 75 + 50 and not exceeds(found, "bfloat16", 0.0, FORWARD_MEAN), float(found.abs().mean())
