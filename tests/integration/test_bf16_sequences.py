@@ -54,9 +54,7 @@ def sequence_of(
     vision, merge = cache.get(images), model.config.vision_config.spatial_merge_size
     for item in vision:
         ids += [rng.randrange(200) for _ in range(length // (len(images) + 2))]
-        ids += [model.config.image_token_id] * int(
-            item.grid_thw.prod() // model.config.vision_config.spatial_merge_size**2
-        )
+        ids += [model.config.image_token_id] * int(item.grid_thw.prod() // merge**2)
     ids += [rng.randrange(200) for _ in range(length - len(ids))]
     return TrainRow(token_ids=ids, loss_mask=[n >= 3 * length // 4 for n in range(length)], vision=vision)
 
