@@ -90,7 +90,9 @@ def are_answers_equivalent(prediction: object, ground_truth: object, question: s
         return _says(said, truth)
     by_line = normalise(re.sub(r"(?<=\w)\s*\n\s*(?=\w)", ". ", prediction))  # a letter on a line of its own is marked
     letter = read_choice(by_line, options, _is_same_value)
-    return letter == choice.letter or (letter is None and bool(choice.text) and says_text(said, choice.text))
+    return letter == choice.letter or (
+        letter is None and not options and bool(choice.text) and says_text(said, choice.text)
+    )
 
 
 def _says(said: str, truth: str) -> bool:

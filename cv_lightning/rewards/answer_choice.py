@@ -247,6 +247,9 @@ def _by_text(text: str, options: Mapping[str, str], is_same: Callable[[str, str]
     asserted = claims(text)
     forms = {text_key(form) for form in (text, asserted, without_frame(text), without_frame(asserted))}
     keys = {letter: text_key(normalise(option)) for letter, option in options.items()}
+    literal = [letter for letter, option in options.items() if normalise(option).casefold() == text.casefold()]
+    if len(literal) == 1:
+        return literal[0]  # of "3-5" and "between 3 and 5" the one that was written
     same = {letter for letter, key in keys.items() if key and key in forms}
     if len(same) == 1:
         return same.pop()
