@@ -61,15 +61,18 @@ def test_grpo_leaves_the_last_node_to_the_judge(cluster: Path) -> None:
     assert not (cluster / "judge-7.log.up").exists(), "a later job must wait for its own"
 
 
-def test_a_job_that_is_told_to_end_lets_the_training_finish_and_the_judge_answer(cluster: Path) -> None:
+@pytest.mark.parametrize(("of_step", "code"), [(0, 0), (1, 143), (143, 143), (75, 75)])
+def test_a_job_that_gets_a_signal_lets_the_training_save_and_the_judge_answer(
+    cluster: Path, of_step: int, code: int
+) -> None:
     """srun hands SIGTERM on to its tasks; here it is the task, which takes a second to save its checkpoint."""
     (cluster / "bin/srun").write_text(
         """#!/bin/bash
 case $* in *serve_judge*) trap 'echo judge >> killed' TERM; touch judge-7.log.up; while :; do sleep 0.1; done ;; esac
-trap 'sleep 1; [[ -e killed ]] || echo saved >> calls; exit 0' TERM
+trap 'sleep 1; [[ -e killed ]] || echo saved >> calls; exit CODE' TERM
 touch started
 while :; do sleep 0.1; done
-"""
+""".replace("CODE", str(of_step))
     )
     given = {"SLURM_SUBMIT_DIR": str(cluster), "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7"}
     command = ["bash", str(ROOT / "scripts/slurm/grpo.sbatch"), "--config", "grpo.yaml"]
@@ -79,7 +82,7 @@ while :; do sleep 0.1; done
             assert job.poll() is None
             time.sleep(0.05)
         job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=30) == 0
+        assert job.wait(timeout=30) == code
     assert (cluster / "calls").read_text() == "saved\n"
     for script in ("grpo.sbatch", "sft.sbatch"):
         assert "#SBATCH --signal=B:TERM@300\n" in (ROOT / "scripts/slurm" / script).read_text()

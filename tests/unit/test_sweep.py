@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,21 @@ def test_an_interrupted_trial_gets_another_go(tmp_path: Path, monkeypatch: pytes
     rows = result(out)["trials"]
     assert len(rows) == 2 and [row["state"] for row in rows] == ["finished", "finished"]
     assert rows[0]["parameters"]["x"] == tried[0] and rows[0]["number"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_that_stops_a_trial_ends_the_sweep_and_the_trial_is_run_again(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tmp_path, parameters={"x": {"values": [0.0]}})
+    stopped = f"({{}}/'metrics.csv').write_text('step,loss\\n1,2\\n'); sys.exit({128 + number})"
+    (tmp_path / "job.py").write_text(JOB.replace("rows = [", stopped.format("folder") + "\nrows = ["))
+    arguments = [str(path), "--count", "1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 128 + number
+    assert f"was stopped by {number.name}" in capsys.readouterr().out
+    (tmp_path / "job.py").write_text(JOB)
+    assert main(arguments) == 0
+    assert [row["state"] for row in result(tmp_path / "out")["trials"]] == ["finished"]
 
 
 def test_a_hopeless_trial_is_stopped(tmp_path: Path) -> None:
