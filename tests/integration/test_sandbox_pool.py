@@ -274,6 +274,32 @@ def test_redteam_the_cpu_limit_is_the_snippets_failure_however_busy_the_machine(
         assert sandbox.stats["resent"] == 0 and sandbox.stats["lost"] == 0
 
 
+MACHINE_CODE = (
+    "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\nm.write(bytes.fromhex({!r}))\n"
+    "ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\nresult = image"
+)
+ENDS = (
+    MACHINE_CODE.format("b825000000bb01000000b909000000cd80c3"),  # kill by the 32-bit ABI
+    MACHINE_CODE.format("b83e0000400f05c3"),  # kill by the x32 ABI
+    MACHINE_CODE.format("ccc3"),
+    MACHINE_CODE.format("0f0bc3"),
+    "import os\nos.abort()",
+    "import os\nos.kill(os.getpid(), 9)",
+    "import signal\nsignal.raise_signal(signal.SIGTERM)",
+    "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\ntime.sleep(0.2)",
+    "import os, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nos.ftruncate(4, 1 << 40)",
+    "import faulthandler, time\nfaulthandler.dump_traceback_later(0.05, exit=True)\ntime.sleep(0.2)",
+)
+
+
+def test_redteam_no_snippet_can_pass_for_one_that_something_else_killed() -> None:
+    sandbox = general()
+    before = sandbox.stats
+    for code in ENDS:
+        assert sandbox.run_sync(NOISE, code).status in (ToolStatus.KILLED, ToolStatus.ERROR), code
+    assert all(sandbox.stats[name] == before[name] for name in ("resent", "lost", "restarts"))
+
+
 def test_a_deadline_belongs_to_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "WATCHDOG_S", 0.5)
     with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, timeout_s=2.0)) as sandbox:
