@@ -422,7 +422,7 @@ class Pool:
         if job.future.cancelled():
             self._release(job)
         elif job.attempts >= MAX_ATTEMPTS:
-            self._lose(job, f"{job.attempts} runs of it were ended by something else; the last time {why}")
+            self._lose(job, f"its runs were ended by something else too often; the last time {why}")
         else:
             self.counts["resent"] += 1
             self._waiting[job.science].push(job.owner, job, front=True)
