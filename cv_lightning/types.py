@@ -153,16 +153,26 @@ class Operation:
     """False: it ran, but its result did not reach the image that was returned."""
 
 
+ERASED = "trace_erased"
+"""Name of an operation that stands for those that model code removed from its trace."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
     """The net geometric effect of a snippet: what the result is of the input, whatever the code said."""
 
     to_input: Affine | None
-    """Maps coordinates of the result to coordinates of the input; None: not an affine image of it."""
+    """Maps coordinates of the result to coordinates of the input; None: the pixels do not prove any such map."""
     core: tuple[str, ...] = ()
     """Core operations that describe the net effect, sorted: crop, rotate_*, flip_*."""
     crop_box: Box | None = None
     """Part of the input that is visible in the result, in input pixels; None: the whole frame."""
+    fidelity: float = 1.0
+    """How well strokes and edges survived, in [0, 1]: least correlation of a block with the honest view."""
+    shown: Box | None = None
+    """Part of the result, in its own pixels, inside a plain border that hides a part of the input; None: all of it."""
+    turned: tuple[str, ...] = ()
+    """Turns and flips that the pixels suggest where they prove no map: for blame, never for credit."""
 
 
 class ToolStatus(StrEnum):

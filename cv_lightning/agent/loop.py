@@ -433,8 +433,8 @@ class _Pass:
         self._to_sandbox(run, parsed.call)
 
     def _to_sandbox(self, run: _Run, call: ToolCall) -> None:
-        image = run.trajectory.images[call.image_index].original
-        work = run_tool(self.owner.sandbox, self.encoder, image, call.code, run.id)
+        images = tuple(run.trajectory.images)
+        work = run_tool(self.owner.sandbox, self.encoder, images, call.image_index, call.code, run.id)
         under_way = _Call(run, self.owner.background.submit(work), since=run.turn_started)
         self.in_sandbox[run.id] = under_way
 

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from PIL import Image
-
 from cv_lightning.images import area, intersection, iou, map_box
 from cv_lightning.types import Box, TrajectoryImage
 
@@ -66,7 +64,7 @@ def parse_box(value: object) -> Box | None:
     return x1, y1, x2, y2
 
 
-def source_extent(image: TrajectoryImage, frame: Frame) -> Box | None:
+def source_extent(image: TrajectoryImage, frame: Frame, part: Box | None = None) -> Box | None:
     """Part of the source image that an image shows; None where the map between them is unknown.
 
     A picture turned by no right angle is taken for its bounding box.
@@ -74,17 +72,24 @@ def source_extent(image: TrajectoryImage, frame: Frame) -> Box | None:
     Args:
         image: any image of a trajectory.
         frame: size of its source image.
+        part: part of the image that shows the source, in its own pixels; None: all of it.
     """
     if image.to_source is None:
         return None
     width, height = image.original.size
-    return frame.clip(map_box(image.to_source, (0.0, 0.0, float(width), float(height))))
+    return frame.clip(map_box(image.to_source, part or (0.0, 0.0, float(width), float(height))))
 
 
-def density(view: Image.Image, box: Box) -> float:
-    """Pixels of a view for each pixel of the part of the source that it shows; infinite for none."""
-    shown = area(box)
-    return view.width * view.height / shown if shown else math.inf
+def density(image: TrajectoryImage) -> float:
+    """Pixels of an image, at its own size, for each pixel of the source that it shows.
+
+    Raises:
+        ValueError: the map to the source is unknown.
+    """
+    if image.to_source is None:
+        raise ValueError("the map to the source is unknown")
+    a, b, _, d, e, _ = image.to_source
+    return 1.0 / abs(a * e - b * d) if a * e != b * d else math.inf
 
 
 def best_iou(boxes: Iterable[object], truth: object) -> float:

@@ -7,13 +7,15 @@ changes a picture (contrast_up, grayscale, resize, ...) is optional. Pure functi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cv_lightning.images import compose, dihedral_affine, is_upright
 from cv_lightning.rewards.geometry import Frame, density, source_extent
 from cv_lightning.rewards.static import read_code
 from cv_lightning.types import (
+    ERASED,
     IDENTITY,
     Affine,
     Box,
@@ -69,7 +71,9 @@ OPTIONAL = frozenset(
 ROUNDING_PX = 16
 """Half a patch of Qwen3-VL (Qwen2.5-VL: 14): what rounding takes off a side at most."""
 MIN_DENSITY = 0.6
-"""Least pixels that the model must see of a piece of the source, as a share of what the first view shows of it."""
+"""Least pixels that the model must see of a part of the source, as a share of what the first view shows of it."""
+MIN_FIDELITY = 0.8
+"""Least legibility of what the model sees: the product of the fidelities of the calls that made it."""
 
 
 # ------------------------------------------------------------------------------------------------ what is wanted
@@ -168,19 +172,21 @@ def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
 
     Nothing is credited to a trajectory that did not answer. A picture that is upright on balance has all the wanted
     turns, however they were composed (two flips for a half turn); one that is not has at most its net turn.
-    A picture that shows its piece of the source more coarsely than the first view helps nobody and earns nothing.
+    An image that shows its part of the source less legibly, or more coarsely than the first view, helps nobody and
+    earns nothing.
     Optional operations count where that image descends from their result.
     """
     turned = turned_labels(trajectory)
     if not trajectory.images or trajectory.end_state is not EndState.ANSWERED:
         return Use(turned=turned)
     image = trajectory.last_image_seen
-    labels = set(_optional_labels(_ancestry(trajectory)))
+    chain, results = _chain(trajectory)
+    labels = set(_optional_labels(results))
     if image.source != 0 or image.to_source is None or image.parent is None:
         return Use(labels=frozenset(labels), turned=turned)
     frame = Frame(*trajectory.task.images[0].size)
-    box = source_extent(image, frame)
-    if box is None or is_coarser(image, box, trajectory.images[0], frame.box):
+    box = source_extent(image, frame, _shown_part(results))
+    if box is None or _is_illegible(results) or is_coarser(chain, trajectory.images[0], frame):
         return Use(labels=frozenset(labels), turned=turned)
     labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
     if not frame.is_cropped_to(box):
@@ -188,16 +194,26 @@ def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
     return Use(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
 
 
-def is_coarser(image: TrajectoryImage, box: Box, first: TrajectoryImage, whole: Box) -> bool:
-    """True if an image shows a box of the source with far fewer pixels than the first view shows it with.
+def is_coarser(chain: Sequence[TrajectoryImage], first: TrajectoryImage, frame: Frame) -> bool:
+    """True if an image shows its part of the source with far fewer pixels than the first view shows it with.
 
-    A picture of one or two patches loses up to half of its pixels where its sides are rounded to whole patches: that is
-    no fault of the crop, and not counted.
+    What counts is the content and not the canvas: borders show nothing, and enlarging an image adds nothing to it, so
+    that the coarsest image on the way decides. An image of one or two patches loses up to half of its pixels where its
+    sides are rounded to whole patches; the crop is not to blame for that, and it does not count.
+
+    Args:
+        chain: the image and those that it was made from, the image first; the maps to the source are known.
+        first: the first view.
+        frame: size of the source.
     """
-    wanted = MIN_DENSITY * density(first.model_image, whole)
-    seen, made = image.model_image, image.original
+    first_view = first.model_image.width * first.model_image.height / frame.area
+    content = min(density(image) for image in chain)
+    seen, made = chain[0].model_image, chain[0].original
     only_rounded = seen.width >= made.width - ROUNDING_PX and seen.height >= made.height - ROUNDING_PX
-    return max(density(seen, box), density(made, box) if only_rounded else 0.0) < wanted
+    ratio = seen.width * seen.height / (made.width * made.height)
+    shown = density(chain[0]) * (max(ratio, 1.0) if only_rounded else ratio)
+    # Where the first view was enlarged, the source itself has no more to show than one pixel for a pixel.
+    return shown < MIN_DENSITY * first_view or content < MIN_DENSITY * min(1.0, first_view)
 
 
 def _net_orientation(task: Task, image: TrajectoryImage, wanted: frozenset[str]) -> frozenset[str]:
@@ -251,11 +267,16 @@ def step_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
 
 
 def turned_labels(trajectory: Trajectory) -> frozenset[str]:
-    """Orientation operations that ran in any call, by name or by net effect, whatever became of their result."""
+    """Orientation operations that ran in any call, whatever became of their result.
+
+    By the pixels of each result, proven or only suggested, and by the names in the trace. A trace from which
+    operations were removed may have held any of them.
+    """
+    if any(op.name == ERASED for op in trajectory.operations):
+        return ORIENTATION | {TURNED}
     ran = {op.name for op in trajectory.operations if not _is_of_channels(op)}
-    ran |= {
-        label for turn in trajectory.turns if turn.result and turn.result.effect for label in turn.result.effect.core
-    }
+    effects = [turn.result.effect for turn in trajectory.turns if turn.result and turn.result.effect]
+    ran |= {label for effect in effects for label in (*effect.core, *effect.turned)}
     return frozenset(name if name in ORIENTATION else TURNED for name in ran if name.startswith(_TURNING))
 
 
@@ -287,16 +308,31 @@ def _may_help(op: Operation) -> bool:
     return op.name in OPTIONAL and not idle
 
 
-def _ancestry(trajectory: Trajectory) -> list[SandboxResult]:
-    """Results of the calls that the last image came from."""
+def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[SandboxResult]]:
+    """The last image and those that it was made from, down to the task's own, and the results that made them."""
     made_by = {turn.image_index: turn.result for turn in trajectory.turns if turn.image_index is not None}
-    found: list[SandboxResult] = []
+    images: list[TrajectoryImage] = []
+    results: list[SandboxResult] = []
     index: int | None = len(trajectory.images) - 1
     while index is not None:
+        images.append(trajectory.images[index])
         result = made_by.get(index)
-        found += [result] if result is not None else []
-        index = trajectory.images[index].parent
-    return found
+        results += [result] if result is not None else []
+        index = images[-1].parent
+    return images, results
+
+
+def _shown_part(results: Sequence[SandboxResult]) -> Box | None:
+    """Part of the last image, by the results that made it, that shows its source; None: all of it."""
+    return results[0].effect.shown if results and results[0].effect is not None else None
+
+
+def _is_illegible(results: Iterable[SandboxResult]) -> bool:
+    """True if strokes and edges of the source did not survive the calls that an image came from.
+
+    Each call is proven against its own input; what several calls lose together is the product.
+    """
+    return math.prod(result.effect.fidelity for result in results if result.effect is not None) < MIN_FIDELITY
 
 
 def _call_box(trajectory: Trajectory, turn: Turn, result: SandboxResult, in_source: bool) -> Box | None:
@@ -307,5 +343,5 @@ def _call_box(trajectory: Trajectory, turn: Turn, result: SandboxResult, in_sour
     if image.source != 0:
         return None
     frame = Frame(*trajectory.task.images[0].size)
-    box = source_extent(image, frame)
+    box = source_extent(image, frame, _shown_part([result]))
     return box if box is not None and frame.is_cropped_to(box) else None

@@ -263,7 +263,7 @@ def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
     tracer.begin(image)
     try:
         exec(compile(job.code, FILE, "exec", dont_inherit=True), scope)
-        tracer.TRACER.active = False
+        tracer.TRACER.stop()
         result = checked_result(pick_result(scope, image, job.reference), job.max_pixels)
         return result, tracer.TRACER.finish(result)
     finally:

@@ -1,21 +1,30 @@
-"""The net effect of a snippet, from claims that are believed only where the pixels agree.
+"""Net geometric effect of a snippet, derived from the pixels of input and result.
 
-Model code shares its process with the tracer and can forge what it says. So every claimed map is tested here, in the
-parent, by predicting the result from the input, and it must beat the seven other turns and flips of the same map.
+Model code shares its process with the tracer and can forge what the tracer says. So a claimed map is a candidate and
+nothing more: it must explain the result better than the seven other turns and flips of it (`Comparison`), and the
+result must agree with the parent's own view of the input in every block (`proof.prove`). The tier that executes plans
+and the one that runs model code ask the same function, so that both give the same effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from cv_lightning.images import compose, map_box
 from cv_lightning.sandbox.geometry import SYMMETRIES, turn
 from cv_lightning.sandbox.locate import located
-from cv_lightning.types import Affine, Effect
+from cv_lightning.sandbox.proof import Pyramid, is_equal, plain_border, prove, signs_of
+from cv_lightning.types import Affine, Effect, Operation
+
+log = logging.getLogger(__name__)
 
 GRID = 48
 """Points a side at which a prediction is compared with the result."""
@@ -27,6 +36,19 @@ PROVEN = 1.0 - MARGIN
 """Above this no rival can be better by the margin."""
 NEGATIVE = 0.97
 """What a negative of the prediction counts: on smooth pictures a half turn looks like one."""
+GOOD = 0.9
+"""From this agreement on a map is likely even if nothing claimed it."""
+MIN_SUGGESTED = 0.6
+"""From this agreement on a turn or flip that is not proven is still blamed."""
+MIN_INNER = 8
+"""Least side in pixels of what a plain border leaves."""
+GEOMETRIC = ("rotate", "flip", "transpose", "transverse", "reverse", "crop", "pad", "translate", "warp", "copy")
+"""Beginnings of the names of operations that move pixels and change none."""
+MAX_SEARCHED = 4_000_000
+"""Pixels of input or result above which no second candidate is looked for once a claim was tried: then no map."""
+MAX_CPU_S = 0.2
+"""Processor time after which no further candidate is tried; then there is no map. The work is bounded by pixels, so
+that only a machine in trouble gets here."""
 _LINEAR = {
     (1, 0, 0, 1): (),
     (0, -1, 1, 0): ("rotate_90",),
@@ -52,10 +74,7 @@ def effect_of(to_input: Affine | None, size: tuple[int, int], output: tuple[int,
     if to_input is None:
         return Effect(to_input=None)
     width, height = size
-    scale = max(abs(v) for v in (to_input.a, to_input.b, to_input.d, to_input.e))
-    a, b, d, e = (int(np.sign(v)) * (abs(v) > 1e-6 * scale) for v in (to_input[0], to_input[1], *to_input[3:5]))
-    turned = _LINEAR.get((a, b, d, e))
-    core = set(turned or ())
+    core = set(_LINEAR.get(signs_of(to_input), ()))
     box = map_box(to_input, (0.0, 0.0, float(output[0]), float(output[1])))
     seen = (max(0.0, box[0]), max(0.0, box[1]), min(float(width), box[2]), min(float(height), box[3]))
     whole = seen[0] < 0.5 and seen[1] < 0.5 and seen[2] > width - 0.5 and seen[3] > height - 0.5
@@ -74,15 +93,177 @@ def _lost_by_canvas(to_input: Affine, size: tuple[int, int], output: tuple[int, 
     return abs(x - size[0] / 2) <= 1 and abs(y - size[1] / 2) <= 1
 
 
-# ------------------------------------------------------------------------------------------------ pixels
+# ------------------------------------------------------------------------------------------------ the net effect
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the pixels of a result say about it."""
+
+    effect: Effect
+    same_pixels: bool = False
+    """True if nothing but the geometry changed."""
+
+
+UNPROVABLE = (ArithmeticError, ValueError, TypeError, OSError, LookupError, MemoryError, SystemError, cv2.error)
+"""What a map without sense may raise in Pillow, NumPy or OpenCV: then there is no map."""
+
+
+def net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool) -> Found:
+    """Effect of a snippet by its pixels; claims are candidates. Nothing that a snippet wrote raises here.
+
+    Args:
+        claims: maps from result to input, best first.
+        image: the input, RGB.
+        result: the result, RGB.
+        direct: the first claim was followed from the input to the result without a gap; no other is then considered.
+    """
+    try:
+        return _net_effect(claims, image, result, direct=direct)
+    except UNPROVABLE as error:
+        log.warning("no map for a result of %dx%d: %s: %s", *result.size, type(error).__name__, error)
+        return Found(Effect(to_input=None))
+
+
+def _net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool) -> Found:
+    claims = [claim for claim in claims if abs(claim.a * claim.e - claim.b * claim.d) > 1e-9][: 1 if direct else None]
+    end = time.thread_time() + MAX_CPU_S
+    before, after = Pyramid(image), Pyramid(result)
+    comparison = Comparison(before, after)
+    found = _proven(claims, comparison, direct, end)
+    if found is not None:
+        return found
+    left, top, right, bottom = inner = plain_border(result)
+    if inner != (0, 0, *result.size) and min(right - left, bottom - top) >= MIN_INNER and time.thread_time() < end:
+        moved = [compose(claim, Affine(1, 0, left, 0, 1, top)) for claim in claims]
+        found = _proven(moved, Comparison(before, Pyramid(result.crop(inner))), direct, end)
+    if found is None or found.effect.to_input is None:
+        return Found(Effect(to_input=None, turned=_suggested(claims, comparison)))
+    to_input = compose(found.effect.to_input, Affine(1, 0, -left, 0, 1, -top))
+    shown = float(left), float(top), float(right), float(bottom)
+    return Found(replace(found.effect, to_input=to_input, shown=shown))
+
+
+def _proven(claims: Sequence[Affine], comparison: Comparison, direct: bool, end: float) -> Found | None:
+    """The effect of the first candidate that the pixels prove."""
+    before, after = comparison.before, comparison.after
+    sizes = before.image.size, after.image.size
+    if claims and is_equal(claims[0], before, after):
+        return Found(effect_of(claims[0], *sizes), same_pixels=True)
+    for candidate in _candidates(claims, comparison, direct):
+        fidelity = prove(candidate, before, after)
+        if fidelity:
+            effect = replace(effect_of(candidate, *sizes), fidelity=round(fidelity, 4))
+            return Found(effect, is_equal(candidate, before, after))
+        if time.thread_time() > end:
+            log.warning("no map for a result of %dx%d: its proof took too long", *sizes[1])
+            break
+    return None
+
+
+def shows(claim: Affine, image: Image.Image, result: Image.Image) -> bool:
+    """True if a result shows what a map says of an image, perhaps inside a plain border.
+
+    Args:
+        claim: from coordinates of the result to coordinates of the image, in pixels.
+        image: RGB.
+        result: RGB.
+    """
+    try:
+        return _shows(claim, image, result)
+    except UNPROVABLE as error:
+        log.warning("no map for a result of %dx%d: %s: %s", *result.size, type(error).__name__, error)
+        return False
+
+
+def _shows(claim: Affine, image: Image.Image, result: Image.Image) -> bool:
+    if abs(claim.a * claim.e - claim.b * claim.d) <= 1e-9:
+        return False
+    before, after = Pyramid(image), Pyramid(result)
+    if is_equal(claim, before, after) or prove(claim, before, after):
+        return True
+    left, top, right, bottom = inner = plain_border(result)
+    if inner == (0, 0, *result.size) or min(right - left, bottom - top) < MIN_INNER:
+        return False
+    return prove(compose(claim, Affine(1, 0, left, 0, 1, top)), before, Pyramid(result.crop(inner))) > 0
+
+
+def believed(
+    claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool = True
+) -> Affine | None:
+    """The map of `net_effect`."""
+    return net_effect(claims, image, result, direct=direct).effect.to_input
+
+
+def checked_operations(operations: Sequence[Operation], found: Found) -> tuple[Operation, ...]:
+    """Operations of which those that left no trace in the pixels do not count as used.
+
+    Where a result equals the honest view pixel by pixel, no filter, change of tone or of size reached it.
+    """
+    if not found.same_pixels:
+        return tuple(operations)
+    return tuple(replace(op, used=op.used and op.name.startswith(GEOMETRIC)) for op in operations)
+
+
+def _candidates(claims: Sequence[Affine], comparison: Comparison, direct: bool) -> Iterator[Affine]:
+    """Maps worth a proof, the likeliest first: claims that no other symmetry beats, and what the pixels suggest."""
+    tried: set[Affine] = set()
+    place = None if direct else located(comparison.before, comparison.after)
+    if place is not None and comparison.score(place) > max([GOOD, *map(comparison.score, claims[:1])]):
+        tried.add(place)
+        yield place
+    for claim in claims[:1] if max(comparison.pixels) > MAX_SEARCHED else claims:
+        best = _best_of_symmetries(claim, comparison)
+        if best is not None and best not in tried:
+            tried.add(best)
+            yield best
+    if max(comparison.pixels) > MAX_SEARCHED and tried:
+        return
+    score, frame = max((comparison.score(claim), claim) for claim in _frame_turns(*comparison.sizes))
+    if score > GOOD and frame not in tried:
+        yield frame
+    place = located(comparison.before, comparison.after) if direct else place
+    if place is not None and place not in tried and comparison.score(place) > GOOD:
+        yield place
+
+
+def _best_of_symmetries(claim: Affine, comparison: Comparison) -> Affine | None:
+    """The claim, or the symmetry of it that explains the result clearly better; None if nothing does."""
+    score = comparison.score(claim)
+    if score > PROVEN:
+        return claim
+    best, other = score, claim
+    for rival in _rivals(claim, comparison.sizes[1]):
+        value = comparison.score(rival)
+        if value > best + MARGIN:
+            best, other = value, rival
+    if other is claim:
+        return claim if score >= MIN_CORRELATION else None
+    return other if best > GOOD else None
+
+
+def _suggested(claims: Sequence[Affine], comparison: Comparison) -> tuple[str, ...]:
+    """Turns and flips that the pixels suggest though they prove no map: for blame, never for credit."""
+    maps = [*_frame_turns(*comparison.sizes), *claims[:1]]
+    scored = [(comparison.score(claim), claim) for claim in maps]
+    upright = max(score for score, claim in scored if not _LINEAR.get(signs_of(claim), ()))
+    score, claim = max(scored)
+    if score < MIN_SUGGESTED or score < upright + MARGIN:
+        return ()
+    return tuple(sorted(_LINEAR.get(signs_of(claim), ())))
+
+
+# ------------------------------------------------------------------------------------------------ coarse agreement
 class Comparison:
     """Input and result, ready to be compared under any map."""
 
-    def __init__(self, image: Image.Image, result: Image.Image) -> None:
-        self.image, self.result = image, result
+    def __init__(self, before: Pyramid, after: Pyramid) -> None:
+        self.before, self.after = before, after
+        self.image, self.result = before.image, after.image
+        result = self.result
+        self.sizes = self.image.size, result.size
+        self.pixels = self.image.width * self.image.height, result.width * result.height
         self.grid = min(GRID, result.width), min(GRID, result.height)
         self._actual: np.ndarray[Any, Any] | None = None
-        self._levels: dict[int, Image.Image] = {0: image}
+        self._scores: dict[Affine, float] = {}
         # Single pixels, at whole steps so that each one's centre is known.
         step = result.width // self.grid[0], result.height // self.grid[1]
         self._points = Affine(
@@ -93,24 +274,18 @@ class Comparison:
 
     def score(self, to_input: Affine) -> float:
         """Agreement in [0, 1] of the result with its prediction, pixel by pixel or in the mean of small areas."""
-        pixels = self._pixel_score(to_input)
-        # Means of areas touch every pixel; they are not needed where single pixels agree.
-        return pixels if pixels > PROVEN else max(pixels, self._area_score(to_input))
+        if to_input not in self._scores:
+            pixels = self._pixel_score(to_input)
+            # Means of areas touch every pixel; they are not needed where single pixels agree.
+            self._scores[to_input] = pixels if pixels > PROVEN else max(pixels, self._area_score(to_input))
+        return self._scores[to_input]
 
     @property
     def actual(self) -> np.ndarray[Any, Any]:
         """Grey means of the cells of the result."""
         if self._actual is None:
-            self._actual = _grey(self.result, self.grid)
+            self._actual = _grey(self.after.small[1], self.grid)
         return self._actual
-
-    def is_exact(self, to_input: Affine) -> bool:
-        """True if every compared pixel lies in the input and is equal there."""
-        data = compose(to_input, self._points)
-        if not _inside(data, self.grid, self.image.size).all():
-            return False
-        moved = self.image.transform(self.grid, Image.Transform.AFFINE, data, Image.Resampling.NEAREST)
-        return np.array_equal(np.asarray(moved, np.float32), self._pixels)
 
     def _pixel_score(self, to_input: Affine) -> float:
         data = compose(to_input, self._points)
@@ -130,7 +305,7 @@ class Comparison:
         level = max(0, int(np.log2(max(1.0, step))))
         while level and min(self.image.size) >> level < 1:
             level -= 1
-        small = self._level(level)
+        small = self.before.level(level)
         sx, sy = small.width / self.image.width, small.height / self.image.height
         full = compose(to_input, Affine(cell[0], 0, 0, 0, cell[1], 0))
         data = (full.a * sx, full.b * sx, full.c * sx, full.d * sy, full.e * sy, full.f * sy)
@@ -140,12 +315,6 @@ class Comparison:
         moved = small.transform(self.grid, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
         predicted = np.asarray(moved.convert("L"), np.float32)
         return _correlation(predicted[inside], self.actual[inside])
-
-    def _level(self, level: int) -> Image.Image:
-        if level not in self._levels:
-            factor = 1 << level
-            self._levels[level] = self.image.reduce((min(factor, self.image.width), min(factor, self.image.height)))
-        return self._levels[level]
 
 
 def _grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -169,55 +338,6 @@ def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
         return 1.0 if float(np.abs(a).max()) < 2 and float(np.abs(b).max()) < 2 else 0.0
     value = float((a * b).sum()) / norm
     return value if value >= 0 else -NEGATIVE * value
-
-
-def believed(
-    claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool = True
-) -> Affine | None:
-    """The first claim that the pixels bear out, else a symmetry or a part of the frame that they prove, else None.
-
-    Args:
-        claims: maps from result to input, best first.
-        image: the input, RGB.
-        result: the result, RGB.
-        direct: the first claim was followed from the input to the result; else it is a guess, and the pixels are asked
-            first where the result lies.
-    """
-    comparison = Comparison(image, result)
-    if not direct and not (claims and comparison.is_exact(claims[0])):
-        place = located(image, result)
-        if place is not None and comparison.score(place) > max(0.9, *map(comparison.score, claims[:1])):
-            return place
-    tried: list[tuple[float, Affine]] = []
-    for claim in claims:
-        if abs(claim.a * claim.e - claim.b * claim.d) < 1e-9:
-            continue
-        score = comparison.score(claim)
-        if score < MIN_CORRELATION:
-            continue
-        if score > PROVEN:
-            return claim
-        best, other = score, claim
-        for rival in _rivals(claim, result.size):
-            value = comparison.score(rival)
-            if value > best + MARGIN:
-                best, other = value, rival
-        if other is claim:
-            if score > 0.9 or not tried:
-                tried.append((score, claim))
-            if score > 0.9:
-                return claim
-        elif best > 0.9:
-            tried.append((best - 0.1, other))
-    frame = [claim for claim in _frame_turns(image.size, result.size) if claim not in claims]
-    tried += [(score - MARGIN, claim) for claim in frame if (score := comparison.score(claim)) > 0.9]
-    best_score, best_claim = max(tried, key=lambda pair: pair[0], default=(0.0, None))
-    if best_score <= 0.9:
-        # Nothing, or something weak: perhaps the trace lost its way, and the result is a plain part of the input.
-        place = located(image, result)
-        if place is not None and comparison.score(place) > 0.9:
-            return place
-    return best_claim
 
 
 def _rivals(claim: Affine, output: tuple[int, int]) -> list[Affine]:

@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from cv_lightning.images import compose, is_usable_size, to_rgb
 from cv_lightning.sandbox.config import SandboxConfig
-from cv_lightning.sandbox.effect import effect_of
+from cv_lightning.sandbox.effect import Found, checked_operations, effect_of, net_effect
 from cv_lightning.sandbox.geometry import describe
 from cv_lightning.sandbox.plan_rules import (
     ARITHMETIC,
@@ -381,6 +381,28 @@ def told_operations(trace: Trace) -> tuple[Operation, ...]:
     )
 
 
+def _exact_effect(plan: Plan, trace: Trace, size: Size) -> Found | None:
+    """What `net_effect` would find where every step only moves pixels; None where it has to look.
+
+    Model code cannot forge the map of a plan, so that no pixel of such a result need be compared.
+    """
+    sizes = [size, *(step.size for step in plan.steps)]
+    if not trace.claims or not all(_only_moves(step, sizes[step.source]) for step in plan.steps):
+        return None
+    return Found(effect_of(trace.claims[0], size, plan.size), same_pixels=True)
+
+
+def _only_moves(step: Step, size: Size) -> bool:
+    """True if every pixel of an operation's result is a pixel of its source, and no other."""
+    if step.call == "Image.crop":
+        left, top, right, bottom = map(round, step.arguments["box"])
+        return bool(left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1])
+    if step.call == "Image.rotate":
+        angle, square = step.arguments["angle"] % 360, size[0] == size[1]
+        return bool(angle in (0, 180) or (angle in (90, 270) and (square or step.arguments.get("expand"))))
+    return step.call in ("Image.transpose", "Image.copy", "ImageOps.mirror", "ImageOps.flip", "ImageOps.crop")
+
+
 def is_within(plan: Plan, config: SandboxConfig) -> bool:
     """True if the result of a plan is one that the sandbox hands out."""
     return is_usable_size(*plan.size) and plan.size[0] * plan.size[1] <= config.max_result_pixels
@@ -402,11 +424,12 @@ def run(image: Image.Image, code: str, config: SandboxConfig) -> SandboxResult |
         result, trace = execute(plan, image)
     except (NotPlannable, *FAILURES):
         return None
+    found = _exact_effect(plan, trace, image.size) or net_effect(trace.claims, image, result, direct=trace.direct)
     return SandboxResult(
         status=ToolStatus.OK,
         image=result.copy() if result is image else result,
-        operations=told_operations(trace),
-        effect=effect_of(trace.claims[0] if trace.claims else None, image.size, result.size),
+        operations=checked_operations(told_operations(trace), found),
+        effect=found.effect,
         tier="plan",
         elapsed_s=time.perf_counter() - started,
     )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cv_lightning.images import is_usable_size
 from cv_lightning.sandbox.config import SandboxConfig
-from cv_lightning.sandbox.effect import believed, effect_of
+from cv_lightning.sandbox.effect import checked_operations, net_effect
 from cv_lightning.sandbox.plan import told_operations
 from cv_lightning.sandbox.pool import Outcome
 from cv_lightning.sandbox.wire import (
@@ -37,14 +37,14 @@ def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *,
         image: the input, RGB.
         outcome: how the child ended.
         config: limits.
-        is_plan: written by a worker, in which no model code runs, so that its map needs no proof.
+        is_plan: written by a worker, in which no model code runs.
     """
     tier = "plan" if is_plan else "process"
     if outcome.output_fd < 0:
         text = f"the sandbox could not run the snippet: {outcome.lost or 'it was closed'}"
         return SandboxResult(status=ToolStatus.LOST, error=text, error_kind="lost", tier=tier)
     try:
-        result = _without_output(outcome, config) or _read(image, outcome.output_fd, config, is_plan)
+        result = _without_output(outcome, config) or _read(image, outcome.output_fd, config)
     except WireError as error:
         text = f"the code ended without a usable result ({clean_text(str(error), 80)}); put the new image into `result`"
         result = SandboxResult(status=ToolStatus.KILLED, error=text, error_kind="invalid_output")
@@ -70,7 +70,7 @@ def _without_output(outcome: Outcome, config: SandboxConfig) -> SandboxResult | 
     return None
 
 
-def _read(image: Image.Image, fd: int, config: SandboxConfig, is_plan: bool) -> SandboxResult:
+def _read(image: Image.Image, fd: int, config: SandboxConfig) -> SandboxResult:
     total = os.fstat(fd).st_size
     magic, status, width, height, num_pixels, num_trace, num_text = HEADER.unpack(os.pread(fd, HEADER.size, 0))
     if magic != MAGIC:
@@ -87,15 +87,14 @@ def _read(image: Image.Image, fd: int, config: SandboxConfig, is_plan: bool) -> 
         trace = unpack_trace(mapped[HEADER.size + num_pixels :])
         with memoryview(mapped) as view, view[HEADER.size : HEADER.size + num_pixels] as pixels:
             result = Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX")
-    return _explained(image, result, trace, is_plan)
+    return _explained(image, result, trace)
 
 
-def _explained(image: Image.Image, result: Image.Image, trace: Trace, is_plan: bool) -> SandboxResult:
-    claimed = trace.claims[0] if trace.claims else None
-    to_input = claimed if is_plan else believed(trace.claims, image, result, direct=trace.direct)
+def _explained(image: Image.Image, result: Image.Image, trace: Trace) -> SandboxResult:
+    found = net_effect(trace.claims, image, result, direct=trace.direct)
     return SandboxResult(
         status=ToolStatus.OK,
         image=result,
-        operations=told_operations(trace),
-        effect=effect_of(to_input, image.size, result.size),
+        operations=checked_operations(told_operations(trace), found),
+        effect=found.effect,
     )

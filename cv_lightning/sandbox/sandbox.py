@@ -64,6 +64,8 @@ class Sandbox:
             raise ValueError("sandbox.disabled_layers needs sandbox.allow_unsafe=true")
         self._pool: Pool | None = None
         self._executor: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        """Results are read and proven beside the queue, so that a large one holds up no snippet."""
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[str, str], SandboxResult] = OrderedDict()
         self._cached_bytes = 0
@@ -83,7 +85,8 @@ class Sandbox:
                 return
             pool = Pool(self.config)
             self._pool = pool
-            self._executor = ThreadPoolExecutor(2, thread_name_prefix="sandbox-read")
+            self._executor = ThreadPoolExecutor(2, thread_name_prefix="sandbox-submit")
+            self._readers = ThreadPoolExecutor(2, thread_name_prefix="sandbox-read")
             atexit.register(self.close)
         try:
             pool.start()
@@ -108,11 +111,13 @@ class Sandbox:
         with self._lock:
             pool, self._pool = self._pool, None
             executor, self._executor = self._executor, None
+            readers, self._readers = self._readers, None
         if pool is not None:
             pool.close()
             atexit.unregister(self.close)
-        if executor is not None:
-            executor.shutdown(wait=False)
+        for threads in (executor, readers):
+            if threads is not None:
+                threads.shutdown(wait=False)
 
     def __enter__(self) -> Sandbox:
         self.start()
@@ -165,7 +170,7 @@ class Sandbox:
         begun = self._begin(image, code)
         if isinstance(begun, SandboxResult):
             return begun
-        pool, executor = self._running()
+        pool, executor, readers = self._running()
         loop = asyncio.get_running_loop()
         while True:
             submitted = loop.run_in_executor(executor, self._submit, pool, begun, owner)
@@ -180,7 +185,7 @@ class Sandbox:
                 _abandon(job)
                 raise
             # Shielded, so that the output is closed even if nobody waits any more.
-            result = await asyncio.shield(loop.run_in_executor(executor, self._finish, begun, outcome))
+            result = await asyncio.shield(loop.run_in_executor(readers, self._finish, begun, outcome))
             if result is not None:
                 return result
 
@@ -189,7 +194,7 @@ class Sandbox:
         begun = self._begin(image, code)
         if isinstance(begun, SandboxResult):
             return begun
-        pool, _ = self._running()
+        pool, _, _ = self._running()
         while True:
             job = self._submit(pool, begun, owner)
             try:
@@ -201,13 +206,13 @@ class Sandbox:
             if result is not None:
                 return result
 
-    def _running(self) -> tuple[Pool, ThreadPoolExecutor]:
-        pool, executor = self._pool, self._executor
-        if pool is None or executor is None:
+    def _running(self) -> tuple[Pool, ThreadPoolExecutor, ThreadPoolExecutor]:
+        pool, executor, readers = self._pool, self._executor, self._readers
+        if pool is None or executor is None or readers is None:
             raise SandboxError("the sandbox was not started; call start() first, or use it in a with statement")
         if pool.pid != os.getpid():
             raise SandboxError("the sandbox was started before this process was forked; start one of its own here")
-        return pool, executor
+        return pool, executor, readers
 
     def _begin(self, image: Image.Image, code: str) -> SandboxResult | _Run:
         """The result if it needs no other process (refused, cached, a cheap plan); else what is to be run."""

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from cv_lightning.images import compose
 from cv_lightning.sandbox.geometry import PLAIN, Size, describe
 from cv_lightning.sandbox.wire import MAX_CLAIMS, MAX_OPERATIONS, RawOperation, Trace
-from cv_lightning.types import IDENTITY, Affine
+from cv_lightning.types import ERASED, IDENTITY, Affine
 
 ORIGIN = "_cvl_origin"
 PIL_METHODS = (
@@ -94,6 +94,9 @@ class Tracer:
     operations: list[tuple[str, str, dict[str, Any], Size | None, Size | None]] = field(default_factory=list)
     arrays: list[_Array] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
+    num_recorded: int = 0
+    """Operations ever recorded: fewer in the list means that model code removed some."""
+    tampered: bool = False
 
     # -------------------------------------------------------------------------------------------- origins
     def origin_of(self, thing: Any) -> Origin | None:
@@ -159,9 +162,15 @@ class Tracer:
         if name not in SILENT and len(self.operations) < MAX_OPERATIONS:
             lineage = lineage | {len(self.operations)}
             self.operations.append((name, call, arguments, size, output))
+            self.num_recorded += 1
         known = before.to_input is not None and step is not None
         to_input = compose(before.to_input, step) if before.to_input is not None and step is not None else None
         self.set_origin(result, Origin(to_input, lineage, before.direct and known))
+
+    def stop(self) -> None:
+        """End of the snippet: nothing is recorded any more."""
+        self.tampered = not self.active or self.depth != 0 or self.num_recorded != len(self.operations)
+        self.active = False
 
     def finish(self, result: Any) -> Trace:
         """The trace of a snippet whose result this is."""
@@ -174,7 +183,9 @@ class Tracer:
             RawOperation(name, call, plain_arguments(arguments), size, output, i in origin.lineage)
             for i, (name, call, arguments, size, output) in enumerate(self.operations)
         )
-        return Trace(operations, tuple(claims), origin.direct and origin.to_input is not None)
+        # Seen only where model code was careless; what the pixels show does not depend on it.
+        erased = (RawOperation(ERASED, "tracer", (), None, None, False),) if self.tampered else ()
+        return Trace((*operations, *erased)[-MAX_OPERATIONS:], tuple(claims), origin.direct and bool(claims))
 
 
 TRACER = Tracer()
@@ -418,6 +429,7 @@ def begin(image: Image.Image) -> None:
     TRACER.operations.clear()
     TRACER.arrays.clear()
     TRACER.origins.clear()
+    TRACER.num_recorded, TRACER.tampered = 0, False
     TRACER.set_origin(image, Origin(IDENTITY, frozenset()))
     TRACER.depth = 0
     TRACER.active = True

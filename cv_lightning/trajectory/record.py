@@ -346,9 +346,7 @@ def _result_to_json(result: SandboxResult) -> dict[str, Any]:
             }
             for op in result.operations
         ],
-        "effect": None
-        if effect is None
-        else {"to_input": effect.to_input, "core": effect.core, "crop_box": effect.crop_box},
+        "effect": None if effect is None else asdict(effect),
     }
 
 
@@ -477,7 +475,12 @@ def _result_from_json(data: dict[str, Any]) -> SandboxResult:
         effect=None
         if effect is None
         else Effect(
-            to_input=_affine(effect["to_input"]), core=tuple(effect["core"]), crop_box=_box(effect["crop_box"])
+            to_input=_affine(effect["to_input"]),
+            core=tuple(effect["core"]),
+            crop_box=_box(effect["crop_box"]),
+            fidelity=effect.get("fidelity", 1.0),
+            shown=_box(effect.get("shown")),
+            turned=tuple(effect.get("turned", ())),
         ),
     )
 

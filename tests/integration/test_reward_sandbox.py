@@ -12,11 +12,11 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from reward_samples import BOX, Recorder, group, task
 
-from cv_lightning.images import compose
+from cv_lightning.agent.tool import ToolOutcome, derived_image, map_to_source
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.static import read_code
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.types import Task, ToolCall, Trajectory, TrajectoryImage, Turn
+from cv_lightning.types import Task, ToolCall, Trajectory, Turn
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,10 @@ def run(sandbox: Sandbox, subject: Task, *snippets: str, answer: str = "42") -> 
         result = sandbox.run_sync(parent.original, code)
         index = None
         if result.image is not None:
-            to_input = result.effect.to_input if result.effect is not None else None
-            known = to_input is not None and parent.to_source is not None
-            to_source = compose(parent.to_source, to_input) if known else None  # type: ignore[arg-type]
-            index = len(recorder.images)
-            recorder.images.append(
-                TrajectoryImage(original=result.image, model_image=result.image, parent=index - 1, to_source=to_source)
-            )
+            at, index = len(recorder.images) - 1, len(recorder.images)
+            to_source = map_to_source(recorder.images, at, result)
+            outcome = ToolOutcome(result=result, model_image=result.image, to_source=to_source)
+            recorder.images.append(derived_image(recorder.images, at, outcome))
         call = ToolCall(name="code_image_tool", code=code, image_index=len(recorder.images) - 1)
         text = "<think>t</think><tool_call>{}</tool_call>"
         recorder.turns.append(Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=index))

@@ -5,6 +5,7 @@ The same checks decide what a builder keeps and what `verify_file` accepts of th
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from PIL import Image
 
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
-from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, no_such_image
+from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, map_to_source, no_such_image
 from cv_lightning.data.builders.plans import KINDS, Fault, Kind
 from cv_lightning.images import area, intersection, is_upright
 from cv_lightning.rewards.answer import rule_score
@@ -129,7 +130,8 @@ class Player:
             outcome = no_such_image(parsed.call, len(self.images))
         else:
             result = await self._sandbox.run(self.images[at].original, parsed.call.code, owner=self._owner)
-            outcome = ToolOutcome(result=result, model_image=result.image)
+            to_source = await asyncio.to_thread(map_to_source, tuple(self.images), at, result)
+            outcome = ToolOutcome(result=result, model_image=result.image, to_source=to_source)
         if outcome.result.image is None:
             return Played(text=text, parsed=parsed, result=outcome.result), None
         image = derived_image(self.images, at, outcome)
