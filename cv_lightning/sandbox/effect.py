@@ -149,10 +149,11 @@ def _proven(claims: Sequence[Affine], comparison: Comparison, direct: bool, end:
     if claims and is_equal(claims[0], before, after):
         return Found(effect_of(claims[0], *sizes), same_pixels=True)
     for candidate in _candidates(claims, comparison, direct):
+        if candidate not in claims[:1] and is_equal(candidate, before, after):
+            return Found(effect_of(candidate, *sizes), same_pixels=True)
         fidelity = prove(candidate, before, after)
         if fidelity:
-            effect = replace(effect_of(candidate, *sizes), fidelity=round(fidelity, 4))
-            return Found(effect, is_equal(candidate, before, after))
+            return Found(replace(effect_of(candidate, *sizes), fidelity=round(fidelity, 4)))
         if time.thread_time() > end:
             log.warning("no map for a result of %dx%d: its proof took too long", *sizes[1])
             break

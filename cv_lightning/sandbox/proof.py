@@ -44,6 +44,8 @@ MIN_TONE_CORRELATION, MAX_LOST_BY_TONE = 0.55, 0.2
 strokes and clip highlights, and nothing was put in place of them."""
 MIN_TONES = 24
 """Least number of grey levels of such a result."""
+MAX_TONE_PIXELS = 300_000
+"""Pixels by which such a curve is found; of more, every second, third, .. is taken."""
 MAX_UNEXPLAINED = 0.01
 """Largest share of blocks that such a curve may leave unexplained."""
 MIN_GAIN = 0.15
@@ -315,7 +317,7 @@ def _compare(expected: Array, actual: Array, inside: Array | None, least: float,
     foreign = (rr * (1 - correlation**2) > MAX_OWN**2) & (correlation < least)
     foreign |= own_grain > MAX_OWN**2
     if is_lost(least, MAX_LOST) or foreign.mean() > MAX_FOREIGN:
-        if not by_tone() or is_lost(min(least, MIN_TONE_CORRELATION), MAX_LOST_BY_TONE):
+        if is_lost(min(least, MIN_TONE_CORRELATION), MAX_LOST_BY_TONE) or not by_tone():
             return 0.0
         return max(MIN_CORRELATION, float(correlation[strong].min(initial=1.0)))
     return float(correlation[strong].min(initial=1.0)) if least == MIN_CORRELATION else 1.0
@@ -326,7 +328,11 @@ def _is_change_of_tone(expected: Image.Image, actual: Image.Image) -> bool:
 
     A result of few tones, as a threshold or a small palette gives, may have lost a stroke between two of them.
     """
-    if expected.width * expected.height > 4 * MAX_COMPARED or len(np.unique(_grey(actual))) < MIN_TONES:
+    step = math.ceil(math.sqrt(expected.width * expected.height / MAX_TONE_PIXELS))
+    if step > 1:
+        size = max(1, expected.width // step), max(1, expected.height // step)
+        expected, actual = (one.resize(size, Image.Resampling.NEAREST) for one in (expected, actual))
+    if len(np.unique(_grey(actual))) < MIN_TONES:
         return False
     for tones, found in zip(expected.split(), actual.split(), strict=True):
         index, values = np.asarray(tones), np.asarray(found, np.float32)

@@ -16,7 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from reward_samples import task
 from test_reward_sandbox import components, run
-from view_programs import CLAIM, attack_program, honest_program
+from view_attacks import CLAIM, attack_program
+from view_programs import honest_program
 from view_trials import attack_trial, honest_trial
 
 from cv_lightning.rewards import RewardConfig

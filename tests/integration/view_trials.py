@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from test_reward_sandbox import components, run
+from view_attacks import attack_program
 from view_legibility import LEGIBLE, Legibility, legibility
-from view_programs import Program, attack_program, honest_program
+from view_programs import Program, honest_program
 
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import Trajectory
