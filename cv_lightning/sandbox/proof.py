@@ -39,6 +39,8 @@ MAX_LOST = 0.06
 """Largest share of the blocks with structure that may be lost."""
 MIN_CORRELATION, MIN_COARSE_CORRELATION = 0.8, 0.5
 """Least correlation of a block with the honest view, at full size and for what is larger than a stroke."""
+MIN_RAW_CORRELATION = 0.75
+"""Least correlation of a strong block with its single pixels left in: a stroke must not be sprinkled with others."""
 MIN_TONE_CORRELATION, MAX_LOST_BY_TONE = 0.55, 0.2
 """The same, and `MAX_LOST`, where one tone curve for all pixels explains the result: equalisation and contrast bend
 strokes and clip highlights, and nothing was put in place of them."""
@@ -316,7 +318,10 @@ def _compare(expected: Array, actual: Array, inside: Array | None, least: float,
 
     foreign = (rr * (1 - correlation**2) > MAX_OWN**2) & (correlation < least)
     foreign |= own_grain > MAX_OWN**2
-    if is_lost(least, MAX_LOST) or foreign.mean() > MAX_FOREIGN:
+    raw_h, raw_r = h + h_grain, r + r_grain
+    raw = np.abs(_blocks(raw_h * raw_r)) / np.sqrt(_blocks(raw_h * raw_h) * _blocks(raw_r * raw_r) + 1e-6)
+    speckled = least == MIN_CORRELATION and bool((strong & (raw < MIN_RAW_CORRELATION)).any())
+    if speckled or is_lost(least, MAX_LOST) or foreign.mean() > MAX_FOREIGN:
         if is_lost(min(least, MIN_TONE_CORRELATION), MAX_LOST_BY_TONE) or not by_tone():
             return 0.0
         return max(MIN_CORRELATION, float(correlation[strong].min(initial=1.0)))
