@@ -42,7 +42,7 @@ _SAID_OF = frozenset(
     "that's mean to answer option choice letter image picture figure panel point candidate label labeled labelled "
     "marked graph chart shape piece item box path view and or nor possibly maybe perhaps probably likely either even "
     "alternatively definitely certainly surely clearly obviously then guess think believe both also than not isn't "
-    "neither correct right only just first between from".split()
+    "neither correct right only just first between from unless".split()
 )
 """Words before a letter that is chosen; a letter behind any other word belongs to it (vitamin C)."""
 _REJECTED_BEFORE = re.compile(

@@ -72,7 +72,7 @@ _NUMERAL = re.compile(
     rf"(?<![A-Za-z\u00c0-\u024f_\d^])(?<![A-Za-z]-)(?<!\d[.:/])(?<!\d,)(?:{_POWER}|{_FRACTION}"
     rf"|(?P<plain>{_GROUPED}|{_EUROPEAN}|{_SPACED}|{_COMMA}|{_POINT})(?:[eE](?P<e>[+-]?\d{{1,3}}))?)"
 )
-_NOT_A_NUMBER = re.compile(r"\d|[.,:/^]\d|-\d+-\d|_|#")
+_NOT_A_NUMBER = re.compile(r"\d|-[A-Z](?![a-z])|[.,:/^]\d|-\d+-\d|_|#")
 _ORDINAL_SUFFIX = re.compile(r"(?:st|nd|rd|th)\b", re.IGNORECASE)
 _SQUARED = re.compile(r" squared\b| cubed\b", re.IGNORECASE)
 
@@ -122,6 +122,7 @@ _REJECTED_BEFORE = re.compile(
 _REJECTED_AFTER = re.compile(
     r"\s*(?:(?:is|was|are|were|seems?|looks?|would be)\s+(?:[a-z]+ly\s+)?(?:not|wrong|incorrect"
     r"|false|impossible|unlikely|too\b|ruled out|out of the question)\b"
+    r"|(?:not included|excluded)\b"
     r"|(?:isn't|aren't|wasn't|can't|cannot|doesn't|won't)\b|\((?:wrong|incorrect|no|false)\))",
     re.IGNORECASE,
 )

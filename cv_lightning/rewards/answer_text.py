@@ -126,7 +126,7 @@ _COPULA = re.compile(
     r"(?:(?:the|this|that|my|its|their|his|her) (?:[\w'-]+ ){1,5}?(?:is|are|was|were|says?|reads?"
     r"|said|shows?|equals)"
     r"|it(?:'s| is| was| says| said| reads| shows| equals)|this is|that(?:'s| is)"
-    r"|there(?:'s| is| are| was| were)|they(?:'re| are| were)|he is|she is|is|in|on|at)\b\s*:?\s*",
+    r"|there(?:'s| is| are| was| were)|they(?:'re| are| were)|he is|she is|is|in|on|at|to)\b\s*:?\s*",
     re.IGNORECASE,
 )
 _ARTICLE = re.compile(r"(?:a|an|the) (?=\S)", re.IGNORECASE)
@@ -152,10 +152,17 @@ _NOT_BUT = re.compile(
 )
 _VERBS = "is are was were be am do does did can could would will may might must should has have had".split()
 _REJECTED_TAIL = re.compile(
-    r"(?:[,;(]\s*(?:and |but )?(?:it's |it is |certainly |definitely )?not\b(?! only)|\s(?:and"
-    r"|but) not\b(?! only)"
-    r"|" + "".join(rf"(?<!\b{verb})" for verb in _VERBS) + r"\snot\b(?! only)"
+    r"(?:[,;(]\s*(?:and |but )?(?:it's |it is |certainly |definitely )?not\b(?! (?:only|included"
+    r"|counted|present|possible|right|correct)\b)|\s(?:and"
+    r"|but) not\b(?! (?:only|included|counted|present|possible|right|correct)\b)"
+    r"|"
+    + "".join(rf"(?<!\b{verb})" for verb in _VERBS)
+    + r"\snot\b(?! (?:only|included|counted|present|possible|right|correct)\b)"
     r"|[,;(]?\s*\b(?:rather than|instead of|as opposed to|unlike)\b)(?P<rejected>.*)\Z",
+    re.IGNORECASE,
+)
+_HEDGE_BEHIND = re.compile(
+    r",\s*(?:definitely|certainly|surely|clearly|probably|maybe|perhaps|for sure|i (?:think|guess|believe))\Z",
     re.IGNORECASE,
 )
 _PARENTHESIS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]\s*\Z")
@@ -171,6 +178,7 @@ def claims(text: str) -> str:
     named = list(_CONCLUSION.finditer(text))
     if named and text[named[-1].end() :].strip(" .,;:"):
         text = text[named[-1].end() :]
+    text = _HEDGE_BEHIND.sub("", text)
     if (reason := _REASON.search(text)) and text[: reason.start()].strip():
         text = text[: reason.start()]
     if (corrected := _CORRECTED.match(text)) and text[corrected.end() :].strip():
@@ -213,10 +221,8 @@ def text_key(text: str) -> str:
 
 def says_text(said: str, truth: str) -> bool:
     """True if a statement asserts the text of the truth and nothing else. Both are normalised."""
-    wanted = text_key(truth)
-    if not wanted:
-        return False
+    wanted = {text_key(truth), text_key(without_frame(truth))} - {""}
     asserted = claims(said)
     forms = {said, asserted, without_frame(said), without_frame(asserted)}
     forms |= {_PARENTHESIS.sub("", form) for form in forms if not re.search(r"\bor\b", form)}
-    return any(text_key(form) == wanted for form in forms)
+    return any(text_key(form) in wanted for form in forms)
