@@ -39,9 +39,9 @@ MAX_LOST = 0.06
 """Largest share of the blocks with structure that may be lost."""
 MIN_CORRELATION, MIN_COARSE_CORRELATION = 0.8, 0.5
 """Least correlation of a block with the honest view, at full size and for what is larger than a stroke."""
-MIN_RAW_CORRELATION = 0.75
+MIN_RAW_CORRELATION = 0.85
 """Least correlation of a strong block with its single pixels left in: a stroke must not be sprinkled with others."""
-MIN_TONE_CORRELATION, MAX_LOST_BY_TONE = 0.55, 0.2
+MIN_TONE_CORRELATION, MAX_LOST_BY_TONE = 0.7, 0.2
 """The same, and `MAX_LOST`, where one tone curve for all pixels explains the result: equalisation and contrast bend
 strokes and clip highlights, and nothing was put in place of them."""
 MIN_TONES = 24
