@@ -1,4 +1,4 @@
-"""Which GPUs a run uses: those that `trainer.devices` names, for the policy and its engine alike."""
+"""The GPUs of a run: those that `trainer.devices` names, for the policy and its engine alike."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ LIGER_PARTS = {
     "qwen2_5_vl": {"rms_norm": True, "swiglu": True, "rope": False},
     "qwen3_vl": {"rms_norm": True, "swiglu": False, "rope": True},
 }
-"""Which of liger-kernel's parts run in a family. Its rotary function for Qwen2.5-VL replaces one that transformers no
+"""The parts of liger-kernel that run in a family. Its rotary function for Qwen2.5-VL replaces one that transformers no
 longer calls, and it has no gated unit for Qwen3-VL."""
 
 

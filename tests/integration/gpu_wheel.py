@@ -216,7 +216,7 @@ CODE = {
         "'type' in prompt",
     ),
 }
-"""What is relied on, and the statement in the source that says so."""
+"""What is relied on, and the statement in the source that shows it."""
 UNNAMED_BUFFERS = {"deepstack_input_embeds"}
 """Tensors in plain attributes of the models, lost at sleep level 2; the engine clears these after waking."""
 
