@@ -144,14 +144,10 @@ def _memory(plan: Plan) -> str:
     if found.engine is not None:
         lines.append(f"  {'peak in rollouts':22} {found.sampling / GB:7.1f}")
     if found.host:
-        engine = (
-            ""
-            if found.engine is None
-            else f"; {found.engine.host * plan.run.gpus_per_node / GB:.1f} of them the engines'"
-        )
-        lines.append(
-            f"  {'main memory of a node':22} {found.host / GB:7.1f}  at most, for what is kept off the GPUs{engine}"
-        )
+        line = f"  {'main memory of a node':22} {found.host / GB:7.1f}  at most, for what is kept off the GPUs"
+        if found.engine is not None and found.engine.host:
+            line += f"; {found.engine.host * plan.run.gpus_per_node / GB:.1f} of them the engines'"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cv_lightning.model.footprint import (
-    ADAM_MOMENTS,
     FLOAT32,
     STEP_ELEMENTS,
     States,
@@ -54,7 +53,10 @@ GRAPHS_GB = 1.0
 """CUDA graphs of an engine, which vLLM copies to main memory while the engine sleeps."""
 PINNED_ROUNDING = 2.0
 """torch's allocator of pinned memory rounds every allocation up to a power of two, so at most twice its size."""
+STEP_COPIES = 2
+"""Temporary tensors of PyTorch's AdamW on a GPU, each as large as the parameters that are stepped at once."""
 PIXELS_PER_TOKEN = 32**2
+"""Pixels of an image token in Qwen3-VL; Qwen2.5-VL has a quarter less."""
 SECONDS_PER_PIXEL = 54e-9
 """Processing of an image for the engine on one thread: 345 ms for 6.4 megapixels, measured on a server CPU."""
 USABLE = 0.97
@@ -216,13 +218,13 @@ def _engine(run: RunFacts, rollout: RolloutFacts, memory: float) -> EngineBudget
 
 
 def _step_work(run: RunFacts) -> float:
-    """Temporary tensors of AdamW on a GPU: two as large as the parameters that it steps at once."""
+    """Bytes of AdamW's temporary tensors on a GPU."""
     sharding, shape = run.sharding, run.shape
     if not run.on_gpu or sharding.offload_optimizer:
         return 0.0
     if not sharding.zero_stage:
-        return ADAM_MOMENTS * shape.trained * shape.trained_bytes
-    return ADAM_MOMENTS * FLOAT32 * min(STEP_ELEMENTS, shape.trained / sharding.ranks)
+        return STEP_COPIES * shape.trained * shape.trained_bytes
+    return STEP_COPIES * FLOAT32 * min(STEP_ELEMENTS, shape.trained / sharding.ranks)
 
 
 def _adapters(run: RunFacts) -> int:

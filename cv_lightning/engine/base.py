@@ -53,7 +53,7 @@ class EngineConfig:
     max_num_seqs: int = 128
     """Requests decoded at once."""
     max_images: int = 16
-    """Images in one request; at least 1 + the agent's number of tool calls (trap T30)."""
+    """Images in one request; at least 1 + the agent's number of tool calls."""
     gpu_memory_utilization: float = 0.45
     """Share of a GPU's memory for the engine; the rest is the trainer's."""
     enforce_eager: bool = False
@@ -144,7 +144,7 @@ class SamplingConfig:
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
-    """Keep at 1 in training: a truncated distribution biases the ratio (trap T18)."""
+    """Keep at 1 in training: a truncated distribution biases the ratio."""
     seed: int = 0
     """Run seed; every request's own seed is derived from it."""
 
@@ -163,13 +163,13 @@ class Request:
     images: Sequence[Image.Image]
     """Model-sized images in the order of their pads; the engine resizes nothing."""
     image_hashes: Sequence[str]
-    """Content hash of each image, for the engine's caches (trap T16)."""
+    """Content hash of each image, for the engine's caches."""
     max_tokens: int
     temperature: float
     top_p: float
     seed: int
     banned_ids: Sequence[int]
-    """Ids that must not be sampled: `LOGIT_BAN` is added to their logits, and the trainer does the same (trap T6)."""
+    """Ids that must not be sampled: `LOGIT_BAN` is added to their logits, and the trainer does the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +220,7 @@ class Engine(Protocol):
         Wakes the engine. The iterable is exhausted, as collectives under ZeRO-3 need it.
 
         Raises:
-            EngineError: a request is unfinished, a parameter of the engine got no tensor (trap T38), or a tensor fits
+            EngineError: a request is unfinished, a parameter of the engine got no tensor, or a tensor fits
                 none.
         """
 
@@ -259,7 +259,7 @@ def must_sleep(config: EngineConfig, *, memory: float, num_parameters: int, num_
 
 
 def check_length(request: Request, factor: int, max_model_len: int, max_images: int) -> None:
-    """Refuse what no engine can take, before the library behind it stops the whole batch (trap T29).
+    """Refuse what no engine can take, before the library behind it stops the whole batch.
 
     Args:
         request: to be queued.
@@ -292,7 +292,7 @@ def check_idle(engine: Engine) -> None:
 
 
 def check_weights(missing: Iterable[str]) -> None:
-    """Refuse an update that left parameters of the engine as they were (trap T38).
+    """Refuse an update that left parameters of the engine as they were.
 
     Args:
         missing: names of parameters that got no tensor.

@@ -26,6 +26,20 @@ def keep_threads() -> Iterator[None]:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Work with another number of torch's threads."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def keep_process_group() -> Iterator[None]:
     """Leave the default process group as it is: vLLM destroys it while it shuts down, also where it is the trainer's.
 

@@ -30,7 +30,13 @@ from cv_lightning.engine.base import (
     check_weights,
     must_sleep,
 )
-from cv_lightning.engine.process import has_process_group, join_launched_ranks, keep_process_group, keep_threads
+from cv_lightning.engine.process import (
+    has_process_group,
+    join_launched_ranks,
+    keep_process_group,
+    keep_threads,
+    threads,
+)
 from cv_lightning.engine.rendering import Rendered, RenderQueue
 from cv_lightning.model.tokens import END_OF_TURN, LOGIT_BAN
 from cv_lightning.types import EngineError
@@ -76,6 +82,7 @@ class VLLMEngine:
         _check_memory_pool(self.sleeps)
         with keep_threads():
             self.llm = LLM(**_arguments(path, config, limits, dtype, seed, num_ranks, self.sleeps))
+            self.num_threads = torch.get_num_threads()
         self.engine = self.llm.llm_engine
         # Above 1 every step would be a collective of all ranks, which take different numbers of them.
         parallel = self.engine.vllm_config.parallel_config.data_parallel_size
@@ -149,8 +156,9 @@ class VLLMEngine:
             refused = self._admit(self.rendering.take(wait=not self.engine.has_unfinished_requests()))
             if refused and not self.engine.has_unfinished_requests():
                 return refused
-        finished = [_completion(cast("RequestOutput", output)) for output in self.engine.step() if output.finished]
-        return refused + finished
+        with threads(self.num_threads):  # compiled code is valid for the number of threads that it was compiled with
+            outputs = self.engine.step()
+        return refused + [_completion(cast("RequestOutput", output)) for output in outputs if output.finished]
 
     def has_unfinished(self) -> bool:
         """True while any request is being prepared, queued or running."""

@@ -21,6 +21,8 @@ from cv_lightning.engine.vllm import VLLMEngine, _clear_unnamed_buffers
 from cv_lightning.types import EngineError
 
 TOLERANCE = 1e-4
+TWO_PROMPTS = [[(96, 96)], [(64, 96), (128, 64)]]
+"""Sizes of their images; enough to notice lost weights, lost inputs and stale caches."""
 
 
 def built(policy: Policy, **settings: Any) -> VLLMEngine:
@@ -49,7 +51,7 @@ def engine(policy: Policy, process_group: Any) -> Iterator[VLLMEngine]:
     """An engine that renders in the background, built while torch uses two threads; the second one of the process."""
     first = built(policy)
     first.update_weights(policy.model.named_parameters(), version=1)
-    assert worst_gap(policy, first) <= TOLERANCE
+    finish(first, [request_of(policy.dialogue([]), policy.banned, tokens=2)])
     first.close()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -65,6 +67,22 @@ def test_torch_keeps_its_threads_when_an_engine_is_built(engine: VLLMEngine) -> 
     torch.set_num_threads(1)
     assert torch.get_num_threads() == 1, "vLLM's CPU build puts a function that does nothing in its place"
     torch.set_num_threads(2)
+
+
+def test_a_step_of_the_engine_has_the_threads_that_it_was_built_with(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's GPU worker compiles with one thread; with another number compiled code would be compiled again."""
+    seen, step = [], engine.engine.step
+
+    def noted() -> Any:
+        seen.append(torch.get_num_threads())
+        return step()
+
+    monkeypatch.setattr(engine, "num_threads", 1)
+    monkeypatch.setattr(engine.engine, "step", noted)
+    finish(engine, [request_of(policy.dialogue([]), policy.banned, tokens=3)])
+    assert set(seen) == {1} and torch.get_num_threads() == 2
 
 
 def test_threads_are_restored_when_building_fails() -> None:
@@ -139,7 +157,7 @@ def test_requests_aborted_while_they_are_prepared_leave_the_image_caches_equal(
     again = finish(engine, [request_of(dialogue, policy.banned, name="running", tokens=6)])
     assert again["running"].token_ids == done[0].token_ids
     engine.update_weights(policy.model.named_parameters(), version=3)
-    assert worst_gap(policy, engine) <= TOLERANCE
+    assert worst_gap(policy, engine, shapes=TWO_PROMPTS) <= TOLERANCE
 
 
 def test_a_prompt_that_vllm_refuses_ends_its_own_request(
@@ -148,12 +166,13 @@ def test_a_prompt_that_vllm_refuses_ends_its_own_request(
     def refuse(*_: Any) -> Any:
         raise ValueError("no such placeholder")
 
+    dialogue = policy.dialogue([(96, 96)])
     with monkeypatch.context() as broken:
         broken.setattr(engine.llm.renderer, "render_cmpl", refuse)
-        engine.add_request(request_of(policy.dialogue([(96, 96)]), policy.banned, name="bad"))
+        engine.add_request(request_of(dialogue, policy.banned, name="bad"))
         (done,) = engine.step()
     assert done.id == "bad" and "no such placeholder" in done.error and not engine.has_unfinished()
-    assert worst_gap(policy, engine) <= TOLERANCE
+    assert not finish(engine, [request_of(dialogue, policy.banned, tokens=2)])["r"].error
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -170,7 +189,7 @@ def test_three_sleeps_of_either_level_leave_engine_and_trainer_in_agreement(
         assert engine.sleep() and worker.asleep == {"weights", "kv_cache"}
         policy.perturb(seed=cycle)
         engine.update_weights(policy.model.named_parameters(), version=10 + cycle)
-        assert not worker.asleep and worst_gap(policy, engine) <= TOLERANCE
+        assert not worker.asleep and worst_gap(policy, engine, shapes=TWO_PROMPTS) <= TOLERANCE
 
 
 def test_level_2_without_clearing_the_deepstack_inputs_is_noticed(
@@ -187,10 +206,10 @@ def test_level_2_without_clearing_the_deepstack_inputs_is_noticed(
         engine.sleep()
         engine.update_weights(policy.model.named_parameters(), version=13)
     with pytest.raises((AssertionError, EngineError, ValueError)):
-        assert worst_gap(policy, engine) <= TOLERANCE
+        assert worst_gap(policy, engine, shapes=TWO_PROMPTS) <= TOLERANCE
     engine.llm.collective_rpc(_clear_unnamed_buffers)
     engine.update_weights(policy.model.named_parameters(), version=14)
-    assert worst_gap(policy, engine) <= TOLERANCE
+    assert worst_gap(policy, engine, shapes=TWO_PROMPTS) <= TOLERANCE
 
 
 def test_a_batch_still_running_is_ended_before_the_weights_change(

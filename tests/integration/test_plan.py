@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from cv_lightning.commands.plan import main, make_plan
-from cv_lightning.commands.plan_budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions
+from cv_lightning.commands.plan_budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Budget, budget, hints
+from cv_lightning.commands.plan_run import RunFacts, read_run
 from cv_lightning.model.attention import NAME, use_attention
 from cv_lightning.model.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
 from cv_lightning.model.loading import load_processor
@@ -25,7 +28,6 @@ from cv_lightning.model.vision import process_images
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ROW = "--model.init_args.max_tokens_per_row"
-ENGINE = "--trainer.callbacks.init_args.engine"
 
 
 def configs(*names: str) -> list[str]:
@@ -48,6 +50,7 @@ def test_plan_of_the_8b_recipe_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["rollout_peak"] == pytest.approx(lasting + 0.55 * 80e9, rel=1e-6)
     # Layer inputs alone are 36 x 32,768 x 4,096 x 2 bytes; with a layer, the tower and the logits it is not four times.
     assert 9.66e9 < found["activations"] < 4 * 9.66e9
+    assert "warning: the key-value cache holds 19 trajectories" in said
     assert "144 KiB a token" in said and f"{int(found['engine_cache'] // (147456 * 8192))} of 8192 tokens" in said
     # A third of the peak of 989 TFLOP/s; 64 trajectories of 8,192 tokens a GPU, four forwards and the reference's.
     flops = 64 * 8192 * (2 * (parameters - 151936 * 4096) + 2 * 36 * 4096 * 8192)
@@ -104,46 +107,51 @@ def test_plan_warns_of_a_cache_without_room_for_one_sequence(capsys: pytest.Capt
     assert "raise engine.gpu_memory_utilization, or lower max_model_len" in capsys.readouterr().out
 
 
-def test_plan_warns_of_a_cache_for_fewer_trajectories_than_are_decoded_at_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
-    assert main([*recipe, "--strict"]) == 0, "the run works, more slowly"
-    text = capsys.readouterr().out
-    assert "warning: the key-value cache holds 19 trajectories of 8192 tokens at once, 64 are to run" in text
-    assert main([*recipe, f"{ENGINE}.max_num_seqs=19"]) == 0
-    assert "key-value cache holds" not in capsys.readouterr().out
+def test_plan_warns_of_a_cache_for_fewer_trajectories_than_are_decoded_at_once() -> None:
+    run, given = recipe_run(), Assumptions()
+    (line,) = hints(run, budget(run, given), given)
+    assert "holds 19 trajectories of 8192 tokens at once, 64 are to run" in line and "max_num_seqs to about 19" in line
+    assert run.rollout is not None
+    fewer = replace(run, rollout=replace(run.rollout, engine=replace(run.rollout.engine, max_num_seqs=19)))
+    assert hints(fewer, budget(fewer, given), given) == []
+
+
+@cache
+def recipe_run() -> RunFacts:
+    """The 8B recipe on eight GPUs, parsed once."""
+    return read_run(configs("grpo/qwen3_vl_8b", "hardware/8gpu"))
+
+
+def budget_with(**engine: object) -> Budget:
+    """Its budget with other settings of the engine."""
+    run = recipe_run()
+    assert run.rollout is not None
+    changed = replace(run.rollout, engine=replace(run.rollout.engine, **engine))  # type: ignore[arg-type]
+    return budget(replace(run, rollout=changed), Assumptions())
 
 
 def test_plan_counts_what_a_sleeping_engine_keeps_in_main_memory() -> None:
-    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
-
-    def host(*more: str) -> float:
-        return make_plan([*recipe, *more], Assumptions()).budget.host / 1e9
-
-    budget = make_plan(recipe, Assumptions()).budget
-    assert budget.engine is not None and budget.engine.sleeps
-    weights = 8 * budget.engine.weights / 1e9
-    level_2, eager = host(f"{ENGINE}.sleep_level=2"), host(f"{ENGINE}.sleep_level=2", f"{ENGINE}.enforce_eager=true")
-    assert host() - level_2 == pytest.approx(2 * weights), "pinned copies, rounded up to powers of two"
-    assert level_2 - eager == pytest.approx(2 * 8 * GRAPHS_GB)
-    assert eager == pytest.approx(8 * 4.0), "processed images"
-    assert host(f"{ENGINE}.sleep_level=2", f"{ENGINE}.processor_cache_gb=1") == pytest.approx(level_2 - 8 * 3.0)
+    found = budget_with()
+    assert found.engine is not None and found.engine.sleeps
+    level_2, eager = budget_with(sleep_level=2).host, budget_with(sleep_level=2, enforce_eager=True).host
+    assert found.host - level_2 == pytest.approx(2 * 8 * found.engine.weights), "pinned copies, rounded up"
+    assert level_2 - eager == pytest.approx(2 * 8 * GRAPHS_GB * 1e9)
+    assert eager == pytest.approx(8 * 4e9), "processed images"
+    assert budget_with(sleep_level=2, processor_cache_gb=1.0).host == pytest.approx(level_2 - 8 * 3e9)
+    assert budget_with(sleep="never").host == pytest.approx(8 * 4e9)
 
 
 def test_plan_counts_the_temporary_tensors_of_an_optimizer_step() -> None:
-    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
-    budget = make_plan(recipe, Assumptions()).budget
-    assert budget.step_work == 8e9
-    offloaded = make_plan([*recipe, "--trainer.strategy.init_args.offload_optimizer=true"], Assumptions()).budget
-    assert offloaded.step_work == 0
-    assert budget.training == budget.lasting + max(budget.activations, budget.step_work)
+    found, run = budget_with(), recipe_run()
+    assert found.step_work == 8e9
+    offloaded = replace(run, sharding=replace(run.sharding, offload_optimizer=True))
+    assert budget(offloaded, Assumptions()).step_work == 0
+    assert found.training == found.lasting + max(found.activations, found.step_work)
+    assert replace(found, activations=1.0).training == found.lasting + found.step_work
 
 
 def test_plan_counts_image_processing_where_it_is_not_hidden() -> None:
-    recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
-    hidden = make_plan(recipe, Assumptions()).budget.seconds["rollout"]
-    shown = make_plan([*recipe, f"{ENGINE}.background_rendering=never"], Assumptions()).budget.seconds["rollout"]
+    shown, hidden = (budget_with(background_rendering=choice).seconds["rollout"] for choice in ("never", "auto"))
     assert shown - hidden == pytest.approx(64 * 8192 * 0.5 * 32**2 * SECONDS_PER_PIXEL)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +233,14 @@ def test_an_engine_that_cannot_sleep_or_be_shared_is_refused(tiny_checkpoint: Pa
 
 
 @pytest.mark.gpu
-def test_an_engine_that_slept_samples_from_the_new_weights(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_slept_samples_from_the_new_weights(tiny_checkpoint: Path, level: int) -> None:
+    """The second engine of the process finds the memory pool free that the first one slept with."""
     from cv_lightning.engine.vllm import VLLMEngine
 
     policy = Policy.load(tiny_checkpoint)
-    config = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4, sleep="always", gpu_memory_utilization=0.3)
+    sizes = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4, gpu_memory_utilization=0.3)
+    config = replace(sizes, sleep="always", sleep_level=level)  # type: ignore[arg-type]
     engine = VLLMEngine(str(tiny_checkpoint), config, policy.encoder.limits, dtype="float32")
     for version in (1, 2):
         engine.update_weights(whole_tensors(policy.model), version)
