@@ -118,15 +118,17 @@ class Trainer:
             parameter += 0.25 * parameter.abs().mean() * torch.randn_like(parameter)
 
     def differences(self, engine: Any) -> torch.Tensor:
-        """Engine minus trainer over prompts with one to three images, [tokens].
+        """Engine minus trainer over a prompt without images and then prompts with one to three, [tokens].
+
+        The first step after waking has no images: it reads the deepstack inputs as sleeping left them.
 
         Raises:
             RuntimeError: The engine refused a request, or expanded a prompt otherwise.
         """
-        dialogues = {f"p{i}": self.dialogue(sizes, seed=i) for i, sizes in enumerate(SHAPES)}
+        dialogues = {f"p{i}": self.dialogue(sizes, seed=i) for i, sizes in enumerate(([], *SHAPES))}
         requests = [request_of(d, self.banned, name=n, tokens=16, seed=7) for n, d in dialogues.items()]
         found = []
-        for name, done in finish(engine, requests).items():
+        for name, done in (finish(engine, requests[:1]) | finish(engine, requests[1:])).items():
             if done.error or done.logprobs is None or done.prompt_ids != dialogues[name].token_ids:
                 raise RuntimeError(f"{name}: {done.error or 'another prompt'}")
             found.append((self.logprobs(dialogues[name], done) - torch.tensor(done.logprobs)).abs())
