@@ -53,6 +53,11 @@ def use_named_devices(
     named = _named(devices)
     where = f"--trainer.devices {devices}"
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus.count > 0)
+    if on_gpu and not gpus.count:
+        raise ValueError(
+            f"--trainer.accelerator {accelerator} with {where}: this process sees no GPU ({VISIBLE} and the installed "
+            "torch decide that; `doctor` shows torch). Set --trainer.accelerator cpu, or take auto"
+        )
     if named is None:
         count = _count(devices)
         if on_gpu and count > gpus.count:
@@ -71,7 +76,7 @@ def use_named_devices(
         return len(named)  # the process that started this one has done it
     wrong = [index for index in named if not 0 <= index < gpus.count]
     if wrong:
-        seen = f"{gpus.count} GPU(s), numbered from 0" if gpus.count else "no GPU"
+        seen = f"{gpus.count} GPU(s), numbered from 0"
         raise ValueError(f"{where}: there is no GPU {wrong[0]}; this process sees {seen} ({VISIBLE} chooses them)")
     if named == list(range(len(named))):
         return len(named)

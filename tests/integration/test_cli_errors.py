@@ -337,11 +337,7 @@ def test_validation_within_training(tiny_checkpoint: Path, tmp_path: Path) -> No
 def test_a_device_list_that_cannot_work_is_refused_before_anything_loads(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for accelerator, devices, said in (
-        ("cpu", "[2,3]", "--trainer.devices 2"),
-        ("gpu", "[99]", "there is no GPU 99"),
-        ("gpu", "[0,0]", "names a GPU twice"),
-    ):
+    for accelerator, devices, said in (("cpu", "[2,3]", "--trainer.devices 2"), ("gpu", "[99]", "this process sees")):
         arguments = ["--trainer.devices", devices, "--trainer.accelerator", accelerator]
         text = refused(grpo(tiny_checkpoint, tmp_path / "run", *arguments), capsys)
         assert said in text and f"--trainer.devices {json.loads(devices)}" in text
