@@ -101,7 +101,7 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
         (["--data.init_args.eval_files", "[runs/nowhere.parquet]"], "no such file: runs/nowhere.parquet"),
         (["--data.init_args.train_files", "[configs]"], "configs is a folder; name its files"),
         (["--trainer.callbacks.init_args.engine.max_model_len", "5000"], "more than the 4096 positions of"),
-        (["--trainer.accelerator", "gpu"], "this process sees 0 GPU(s)"),
+        (["--trainer.accelerator", "gpu"], "this process sees no GPU"),
         (["--trainer.precision", "bf16-mixed"], "--trainer.precision bf16-mixed: the type of weights"),
         (["--trainer.precision", "bf16-true", f"{DTYPE}=bfloat16"], "Leave --trainer.precision out"),
         ([f"{DTYPE}=float16"], "--model.init_args.policy.dtype float16: gradients in float16 need a scaled loss"),
