@@ -29,7 +29,7 @@ class SleepingWorker:
             if tag == "weights" and self.level == 2:
                 self.llm.collective_rpc(_lose_weights)
             if tag == "kv_cache":
-                self.llm.collective_rpc(_lose_cache)
+                self.llm.collective_rpc(lose_cache)
 
 
 @torch.no_grad()
@@ -42,6 +42,7 @@ def _lose_weights(worker: Any) -> None:
 
 
 @torch.no_grad()
-def _lose_cache(worker: Any) -> None:
+def lose_cache(worker: Any) -> None:
+    """Zero the key-value cache; runs inside vLLM's worker."""
     for cache in worker.model_runner.kv_caches:
         cache.zero_()
