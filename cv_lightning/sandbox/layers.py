@@ -165,8 +165,8 @@ def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int | None,
     for kind, value in limits.items():
         resource.setrlimit(kind, (value, value))
     if cpu_s is not None:
-        # SIGXCPU tells what happened; who ignores it is killed a second later.
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
+        # SIGXCPU tells what happened. Who ignores it is killed so much later that the time used tells it.
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, 2 * cpu_s + 1))
 
 
 def virtual_bytes() -> int:

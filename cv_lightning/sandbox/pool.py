@@ -33,10 +33,11 @@ WATCHDOG_S = 2.0
 """A fork server that has not answered this long after a deadline is killed."""
 GROWTH_CHECK_JOBS = 256
 """The memory of a fork server is looked at whenever it has served this many more."""
-MAX_ATTEMPTS = 8
+MAX_ATTEMPTS = 16
 """Runs of one job that something else than its snippet may end before the job is lost."""
-ATTEMPTS_OF_A_HANG = 3
-"""A run that ended because its fork server hung counts as so many more: a snippet may be the cause after all."""
+ATTEMPTS_OF_A_DEATH, ATTEMPTS_OF_A_HANG = 1, 6
+"""A run that ended because its fork server died, or hung, counts as so many more: a snippet may be the cause after
+all. It cannot be the cause of a killed child."""
 PATIENCE = 2.0
 """Jobs are lost if no fork server has worked for so many times `start_timeout_s`."""
 UNREAD = 4
@@ -355,12 +356,19 @@ class Pool:
         if not packet:
             self._bury(server)
         elif server.report is None:
-            self.report = server.take_report(packet)
-            self._starts[server.science].worked()
-            if not self._ready.done():
-                self._ready.set_result(None)
+            self._take_into_use(server, packet)
         else:
             self._collect(server, packet)
+
+    def _take_into_use(self, server: Server, packet: bytes) -> None:
+        refused = server.take_report(packet, before=self.report)
+        if server.report is None:
+            self._bury(server, refused)
+            return
+        self.report = dict(server.report)
+        self._starts[server.science].worked()
+        if not self._ready.done():
+            self._ready.set_result(None)
 
     def _collect(self, server: Server, packet: bytes) -> None:
         _, number, late, status, elapsed, cpu, peak_bytes = REPLY.unpack(packet)
@@ -368,7 +376,7 @@ class Pool:
         if job is None:
             return
         self._leave_flight(job)
-        sealed = self.report.get("seccomp", "").startswith("active")
+        sealed = (server.report or {}).get("seccomp", "").startswith("active")
         if sealed and not late and self._evidence.is_from_outside(status, peak_bytes - server.first_bytes):
             self._run_again(job, f"its process was killed from outside (signal {os.WTERMSIG(status)})")
             self._retire_if_due(server)
@@ -401,20 +409,21 @@ class Pool:
             server.draining = True
             self.counts["restarts"] += 1
 
-    def _bury(self, server: Server) -> None:
+    def _bury(self, server: Server, why: str = "") -> None:
         """A fork server is gone or no longer wanted: kill its session, send its jobs elsewhere, replace it."""
         self._selector.unregister(server.control)
         self._servers.remove(server)
         server.kill()
         for job in list(server.jobs.values()):
             self._leave_flight(job)
+            job.attempts += ATTEMPTS_OF_A_DEATH
             self._run_again(job, "its fork server died")
         server.jobs.clear()
         if self._closing or server.draining:
             return
         self.counts["restarts"] += 1
         if server.report is None:
-            self._start_failed(server.science, f"exit status {server.process.returncode}")
+            self._start_failed(server.science, why or f"exit status {server.process.returncode}")
 
     def _run_again(self, job: Job, why: str) -> None:
         """Queue a job in front of its owner's others; something else than its snippet ended its run."""
@@ -454,9 +463,8 @@ class Pool:
             if any(server.science is science and server.report is not None for server in self._servers):
                 starts.working_at = now
             elif self._waiting[science] and now - starts.working_at > PATIENCE * self.config.start_timeout_s:
-                self._lose_waiting(
-                    f"no {starts.kind} fork server has worked for {now - starts.working_at:.0f} s", [science]
-                )
+                why = f"no {starts.kind} fork server has worked for {now - starts.working_at:.0f} s"
+                self._lose_waiting(why, [science])
 
     # ---------------------------------------------------------------------------------------- ends
     def _leave_flight(self, job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -11,16 +12,19 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cv_lightning.sandbox.config import SandboxConfig
+from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
 from cv_lightning.sandbox.heap import TUNABLES
 from cv_lightning.sandbox.private_root import is_within
 
 if TYPE_CHECKING:
     from cv_lightning.sandbox.pool import Job
+
+log = logging.getLogger(__name__)
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _BOOT = (
@@ -99,11 +103,25 @@ class Server:
         except OSError:
             return b""
 
-    def take_report(self, packet: bytes) -> dict[str, str]:
-        """Read the first packet, which tells the layers."""
-        self.report = dict(line.split("=", 1) for line in packet.decode().splitlines())
-        self.first_bytes = self.resident_bytes()
-        return self.report
+    def take_report(self, packet: bytes, before: Mapping[str, str]) -> str:
+        """Read the first packet, which tells the layers. Returns why the server must run nothing, else "".
+
+        The search for a library fails, for instance, if somebody kills the program that lists them; a server without
+        a required layer that an earlier one had is no replacement.
+
+        Args:
+            packet: as received.
+            before: the report of an earlier server; empty for the first.
+        """
+        report = dict(line.split("=", 1) for line in packet.decode().splitlines())
+        had = [name for name, state in before.items() if state.startswith("active")]
+        lacking = {name: report[name] for name in had if not report[name].startswith("active")}
+        if lacking:
+            log.warning("sandbox: a fork server started without layers that an earlier one had: %s", lacking)
+        if any(name in GENERAL_LAYERS for name in lacking):
+            return f"without layers that an earlier one had: {lacking}"
+        self.report, self.first_bytes = report, self.resident_bytes()
+        return ""
 
     def resident_bytes(self) -> int:
         """Memory that the server has in use; 0 if it is gone."""

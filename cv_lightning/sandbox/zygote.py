@@ -276,13 +276,14 @@ class ForkServer:
     def _broke_cpu_limit(self, status: int, cpu: float) -> bool:
         """True if the kernel ended a child for its CPU time.
 
-        A snippet that ignores SIGXCPU gets a SIGKILL, which anybody may have sent. The kernel counts the limit by clock
-        ticks, which on a busy virtual machine run ahead of `cpu`, the time really used: half of it is evidence enough.
+        SIGXCPU ends a snippet at the limit. One that ignores it gets a SIGKILL, which anybody may have sent, but only
+        beyond twice the limit. The kernel counts by clock ticks, which on a busy virtual machine run ahead of `cpu`,
+        the time really used. As long as they are not twice as fast, the one never reaches the limit and the other does.
         """
         if not os.WIFSIGNALED(status):
             return False
         number = os.WTERMSIG(status)
-        return number == signal.SIGXCPU or (number == signal.SIGKILL and cpu >= 0.5 * self.settings.cpu_s)
+        return number == signal.SIGXCPU or (number == signal.SIGKILL and cpu >= self.settings.cpu_s)
 
     def _reap(self, child: _Child) -> None:
         pid, status, usage = os.wait4(child.pid, os.WNOHANG)

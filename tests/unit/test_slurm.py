@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,19 @@ def test_grpo_leaves_the_last_node_to_the_judge(cluster: Path) -> None:
     assert not (cluster / "judge-7.log.up").exists(), "a later job must wait for its own"
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def runs(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # that of a process which nobody has reaped is empty
+    return False
+
+
 @pytest.mark.parametrize(("of_step", "code"), [(0, 0), (1, 143), (143, 143), (75, 75)])
 def test_a_job_that_gets_a_signal_lets_the_training_save_and_the_judge_answer(
     cluster: Path, of_step: int, code: int
@@ -68,7 +83,9 @@ def test_a_job_that_gets_a_signal_lets_the_training_save_and_the_judge_answer(
     """srun hands SIGTERM on to its tasks; here it is the task, which takes a second to save its checkpoint."""
     (cluster / "bin/srun").write_text(
         """#!/bin/bash
-case $* in *serve_judge*) trap 'echo judge >> killed' TERM; touch judge-7.log.up; while :; do sleep 0.1; done ;; esac
+case $* in *serve_judge*)
+  trap 'echo judge >> killed; exit' TERM; echo $$ > judge.pid; touch judge-7.log.up; while :; do sleep 0.1; done ;;
+esac
 trap 'sleep 1; [[ -e killed ]] || echo saved >> calls; exit CODE' TERM
 touch started
 while :; do sleep 0.1; done
@@ -77,12 +94,17 @@ while :; do sleep 0.1; done
     given = {"SLURM_SUBMIT_DIR": str(cluster), "SLURM_JOB_NODELIST": "x", "SLURM_JOB_ID": "7"}
     command = ["bash", str(ROOT / "scripts/slurm/grpo.sbatch"), "--config", "grpo.yaml"]
     environment = given | {"PATH": f"{cluster}/bin:{os.environ['PATH']}"}
-    with subprocess.Popen(command, env=environment) as job:
-        while not (cluster / "started").exists():
+    with subprocess.Popen(command, env=environment, start_new_session=True) as job:
+        try:
+            wait_until(lambda: (cluster / "started").exists() or job.poll() is not None)
             assert job.poll() is None
-            time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=30) == code
+            job.send_signal(signal.SIGTERM)
+            assert job.wait(timeout=30) == code
+            judge = (cluster / "judge.pid").read_text().strip()
+            wait_until(lambda: not runs(judge))
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # everything has ended
+                os.killpg(job.pid, signal.SIGKILL)
     assert (cluster / "calls").read_text() == "saved\n"
     for script in ("grpo.sbatch", "sft.sbatch"):
         assert "#SBATCH --signal=B:TERM@300\n" in (ROOT / "scripts/slurm" / script).read_text()
