@@ -142,18 +142,20 @@ def programs() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("tier", "config"),
-    [
-        ("caller", SandboxConfig(plan_budget_ms=1e6, max_code_chars=MAX_CODE_CHARS, timeout_s=20, cpu_s=1)),
-        ("worker", SandboxConfig(plan_budget_ms=0.0, max_code_chars=MAX_CODE_CHARS, timeout_s=20, cpu_s=1)),
-    ],
+    ("tier", "sample"),
+    [("caller", 150), pytest.param("caller", None, marks=pytest.mark.slow), ("worker", None)],
 )
-def test_redteam_no_code_raises_in_the_caller_or_is_lost(tier: str, config: SandboxConfig) -> None:
-    found = list(dict.fromkeys(programs()))
-    # The worker differs from the caller only where a snippet is a plan.
-    codes = found if tier == "caller" else [code for code in found if plan.prepare(code, NOISE.size)]
-    assert len(codes) >= (600 if tier == "caller" else 20)
+def test_redteam_no_code_raises_in_the_caller_or_is_lost(tier: str, sample: int | None) -> None:
+    codes = list(dict.fromkeys(programs()))
+    assert len(codes) >= 600
+    budget_ms = 1e6
+    if tier == "worker":  # it differs from the caller only where a snippet is a plan
+        codes, budget_ms = [code for code in codes if plan.prepare(code, NOISE.size)], 0.0
+        assert len(codes) >= 20
+    if sample is not None:
+        codes = random.Random(6).sample(codes, sample)
     lost = []
+    config = SandboxConfig(plan_budget_ms=budget_ms, max_code_chars=MAX_CODE_CHARS, timeout_s=20, cpu_s=1)
     with Sandbox(config) as sandbox:
         for code in codes:
             result = sandbox.run_sync(NOISE, code, owner="fuzz")

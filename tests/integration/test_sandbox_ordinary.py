@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,35 @@ FILE = Path(__file__).parents[1] / "ordinary_snippets.json"
 SNIPPETS = {row["name"]: row["code"] for row in json.loads(FILE.read_text(encoding="utf-8"))["snippets"]}
 
 
+REFUSED = {"code: thread_pool", "code: tempfile_", "code: oversize_result"}
+"""Work in plain Python and not here; the error says what to do."""
+GENEROUS = SandboxConfig(plan_tier=False, timeout_s=90.0, cpu_s=30)
+"""The machine may be busy, and what is tested is what is refused."""
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("config", "sample"),
     [
-        # The machine may be busy, and what is tested is what is refused.
-        pytest.param(SandboxConfig(plan_tier=False, timeout_s=90.0, cpu_s=30), id="generous"),
-        pytest.param(SandboxConfig(), id="default", marks=pytest.mark.slow),
+        pytest.param(GENEROUS, 110, id="sample"),
+        pytest.param(GENEROUS, None, id="generous", marks=pytest.mark.slow),
+        pytest.param(SandboxConfig(), None, id="default", marks=pytest.mark.slow),
     ],
 )
-def test_ordinary_snippets_work_as_in_plain_python(config: SandboxConfig) -> None:
+def test_ordinary_snippets_work_as_in_plain_python(config: SandboxConfig, sample: int | None) -> None:
     """Every one of them gives an image in plain Python with the same libraries."""
-    assert len(SNIPPETS) >= 299
+    assert len(SNIPPETS) >= 299 and len(REFUSED) <= 0.01 * len(SNIPPETS)
+    names = list(SNIPPETS) if sample is None else random.Random(6).sample(list(SNIPPETS), sample)
 
     async def run_all(sandbox: Sandbox) -> list[SandboxResult]:
-        return await asyncio.gather(*(sandbox.run(full_image(), code, owner=name) for name, code in SNIPPETS.items()))
+        return await asyncio.gather(*(sandbox.run(full_image(), SNIPPETS[name], owner=name) for name in names))
 
     with Sandbox(config) as sandbox:
         results = asyncio.run(run_all(sandbox))
-    failed = {name: result.error for name, result in zip(SNIPPETS, results, strict=True) if result.image is None}
-    print("ordinary snippets", len(SNIPPETS), "failed", json.dumps(failed, indent=1))
-    assert len(failed) <= 0.01 * len(SNIPPETS), failed
+    failed = {name: result.error for name, result in zip(names, results, strict=True) if result.image is None}
+    print("ordinary snippets", len(names), "failed", json.dumps(failed, indent=1))
+    if config is GENEROUS:
+        assert set(failed) <= REFUSED, failed
+    assert len(failed) <= max(len(REFUSED), 0.01 * len(SNIPPETS)), failed
 
 
 def test_saved_images_can_be_opened_again_and_no_file_is_made(tmp_path: Path) -> None:
