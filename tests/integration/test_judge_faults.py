@@ -281,9 +281,9 @@ def test_what_an_answer_needs_is_never_left_out_silently(caplog: pytest.LogCaptu
 
 def test_probabilities_decide() -> None:
     top = [{"token": "1", "logprob": -1.2}, {"token": " 0", "logprob": -0.4}]
-    content = completion("1", logprobs={"content": [{"token": "1", "logprob": -1.2, "top_logprobs": top}]})
+    content = completion("0", logprobs={"content": [{"token": "0", "logprob": -0.4, "top_logprobs": top}]})
     with JudgeServer(spoil(body(content), first=1)) as server:
-        found, *_ = ask_all(config_of(server), pairs(1))
+        found, *_ = ask_all(config_of(server), pairs(1))  # by its text the reply would be 0.0
     assert found[0] == pytest.approx(0.31, abs=0.01)
 
 

@@ -108,6 +108,7 @@ def test_a_checkpoint_of_another_family(trained: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_folder_of_deepspeed_on_one_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "iteration_1.ckpt/checkpoint").mkdir(parents=True)
+    (tmp_path / "iteration_1.ckpt/latest").write_text("checkpoint")
     with pytest.raises(SystemExit) as ended:
         main(arguments(tiny_checkpoint, tmp_path / "run", "--ckpt_path", str(tmp_path / "iteration_1.ckpt")))
     assert "`export` it and give the folder as --model.init_args.policy.path" in str(ended.value)
