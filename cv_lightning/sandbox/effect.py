@@ -9,6 +9,7 @@ and the one that runs model code ask the same function, so that both give the sa
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from PIL import Image
 from cv_lightning.images import compose, map_box
 from cv_lightning.sandbox.geometry import SYMMETRIES, turn
 from cv_lightning.sandbox.locate import located
-from cv_lightning.sandbox.proof import Pyramid, is_equal, plain_border, prove, signs_of
+from cv_lightning.sandbox.proof import is_equal, plain_border, prove
+from cv_lightning.sandbox.view import Pyramid, signs_of
 from cv_lightning.types import Affine, Effect, Operation
 
 log = logging.getLogger(__name__)
@@ -333,11 +335,11 @@ def _inside(data: Sequence[float], grid: tuple[int, int], size: tuple[int, int])
 def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     """Correlation over the points, of each channel about its own mean: a colour cast is no agreement."""
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    norm = math.sqrt(float(np.vdot(a, a)) * float(np.vdot(b, b)))
     if norm < 1e-3 * a.size:
         # Nothing to see in one of them: agreement is neither shown nor refuted where both are flat.
         return 1.0 if float(np.abs(a).max()) < 2 and float(np.abs(b).max()) < 2 else 0.0
-    value = float((a * b).sum()) / norm
+    value = float(np.vdot(a, b)) / norm
     return value if value >= 0 else -NEGATIVE * value
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageStat
 
 from cv_lightning.images import compose
 from cv_lightning.sandbox.geometry import SYMMETRIES, turn
-from cv_lightning.sandbox.proof import Pyramid
+from cv_lightning.sandbox.view import Pyramid
 from cv_lightning.types import Affine
 
 MAX_EXACT = 4_000_000

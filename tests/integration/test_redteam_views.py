@@ -24,8 +24,10 @@ from cv_lightning.rewards import RewardConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig, plan
 from cv_lightning.types import Task
 
-SAMPLE = 70
+SAMPLE = 25
 """Programs of each kind in every run; --run-slow runs 2,000."""
+COMPARED = 15
+"""Programs that both tiers run in every run; --run-slow compares three times as many."""
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,8 @@ STEPS = (
 IN_CALLER = SandboxConfig(plan_budget_ms=1e6)
 
 
-def test_redteam_both_tiers_pay_the_same(general: Sandbox) -> None:
+@pytest.mark.parametrize("number", [COMPARED, pytest.param(3 * COMPARED, marks=pytest.mark.slow)])
+def test_redteam_both_tiers_pay_the_same(general: Sandbox, number: int) -> None:
     """Effect, used operations and reward of a plan executed in the caller equal those of the same code in a child."""
     compared: list[float] = []
 
@@ -235,7 +238,7 @@ def test_redteam_both_tiers_pay_the_same(general: Sandbox) -> None:
             assert found is not None, code
             return found
 
-    @settings(max_examples=45, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=4), st.sampled_from([turned, small, text_task]))
     def compare(steps: list[str], subject: object) -> None:
         code = "\n".join(["x = image", *steps, "result = x"])
@@ -251,7 +254,7 @@ def test_redteam_both_tiers_pay_the_same(general: Sandbox) -> None:
         compared.append(components(ours)["mandatory"])
 
     compare()
-    assert len(compared) > 25 and sum(compared) > 0
+    assert len(compared) > 0.55 * number and sum(compared) > 0
 
 
 # ------------------------------------------------------------------------------------------------ generated programs
