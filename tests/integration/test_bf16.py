@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import Outcome, Run
+from rank_runs import Outcome, Run, perform
 from test_zero import launch
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write
@@ -78,3 +78,70 @@ def test_bf16_a_dropped_micro_batch_exceeds_the_bound_of_the_gradient(loaded: di
 def test_bf16_rotary_frequencies_rounded_by_zero_init_are_refused_at_the_start(loaded: dict[str, Outcome]) -> None:
     said = loaded["rotary"].error
     assert "rotary_emb.inv_freq is bfloat16, not float32" in said and not loaded["rotary"].metrics
+
+
+# ------------------------------------------------------------------ whole runs, against one process
+CURVES = {"sft": {"sft/loss": 5e-3, "sft/grad_norm": 0.05}, "grpo": {"policy/loss": 0.02, "policy/grad_norm": 0.06}}
+"""Largest accepted difference of a curve over its largest value, or over 1 where that is larger."""
+MOVED = {"sft": 0.15, "grpo": 0.25}
+"""Largest accepted norm of the difference of all weights over how far they moved."""
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
+    """Runs of several steps on two ranks, and in one process that takes everything in one micro-batch.
+
+    A Qwen2.5-VL of the usual small weights: with large ones GRPO in bfloat16 is chaotic.
+    """
+    folder = tmp_path_factory.mktemp("whole")
+    write(TinyCheckpoint(out=folder / "qwen25", model=TinyModelConfig(family="qwen2_5_vl", tie_embeddings=True)))
+    runs, ones = {}, {}
+    for family, path in (("qwen3_vl", tiny_checkpoint), ("qwen2_5_vl", folder / "qwen25")):
+        base = Run(checkpoint=str(path), dtype="bfloat16")
+        for kind, run in (
+            ("sft", replace(base, module="sft", steps=20, freeze_vision=True)),
+            ("grpo", replace(base, steps=10)),
+        ):
+            for strategy in ("zero3", "zero2", "ddp"):
+                runs[f"{family}-{kind}-{strategy}"] = replace(run, strategy=strategy)
+            runs[f"{family}-{kind}-dropped"] = replace(run, strategy="zero3", fault="dropped_micro_batch")
+            ones[f"{family}-{kind}-zero"] = perform(replace(run, float32_copies=True), folder)
+            ones[f"{family}-{kind}-ddp"] = perform(run, folder)
+    return launch(folder, runs), ones
+
+
+def excess(found: Outcome, expected: Outcome, kind: str) -> list[str]:
+    """What is further apart than accepted."""
+    wrong = []
+    for name, bound in CURVES[kind].items():
+        ours, theirs = torch.tensor(found.metrics[name]), torch.tensor(expected.metrics[name])
+        gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
+        wrong += [f"{name} {gap:.2g}"] * (gap > bound)
+    pairs = [(found.weights[n].float(), expected.weights[n].float(), w.float()) for n, w in expected.loaded.items()]
+    apart = sum(float((ours - theirs).square().sum()) for ours, theirs, _ in pairs)
+    moved = sum(float((theirs - start).square().sum()) for _, theirs, start in pairs)
+    gap = (apart / moved) ** 0.5
+    return wrong + [f"weights {gap:.2g}"] * (gap > MOVED[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize("strategy", ["zero3", "zero2", "ddp"])
+def test_bf16_runs_on_two_ranks_follow_one_process(
+    whole: tuple[dict[str, Outcome], dict[str, Outcome]], family: str, kind: str, strategy: str
+) -> None:
+    one = whole[1][f"{family}-{kind}-{'ddp' if strategy == 'ddp' else 'zero'}"]
+    assert not excess(whole[0][f"{family}-{kind}-{strategy}"], one, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_bf16_runs_that_drop_a_micro_batch_do_not(
+    whole: tuple[dict[str, Outcome], dict[str, Outcome]], family: str, kind: str
+) -> None:
+    assert excess(whole[0][f"{family}-{kind}-dropped"], whole[1][f"{family}-{kind}-zero"], kind)
