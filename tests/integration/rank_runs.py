@@ -24,12 +24,15 @@ from cv_lightning.environment import prepare_environment
 prepare_environment()
 
 import lightning.pytorch as pl  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.strategies import Strategy  # noqa: E402
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig  # noqa: E402
 from module_samples import PROMPT, groups  # noqa: E402
+from test_bf16_faults import plant  # noqa: E402
 
 from cv_lightning import strategies  # noqa: E402
+from cv_lightning.callbacks.start_check import SFTStartCheck  # noqa: E402
 from cv_lightning.callbacks.weights import whole_tensors  # noqa: E402
 from cv_lightning.data.digits import DigitsConfig  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
@@ -74,8 +77,11 @@ class Run:
     """As many conversations on each rank, each a micro-batch of its own, and the gradients that they add up to."""
     accumulation: Literal["float32", "policy"] = "float32"
     communication: Literal["policy", "float32"] = "policy"
-    fault: Literal["", "dropped_micro_batch", "rotary"] = ""
-    """Planted: leave out the first of a step's micro-batches, or let `zero.Init` round rotary frequencies."""
+    start_check: bool = False
+    """Of supervised fine-tuning, on a batch of which the first rank has nothing."""
+    fault: Literal["", "dropped_micro_batch", "rotary", "shifted_position"] = ""
+    """Planted: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift the
+    positions behind the first image."""
     resume_at: int = 0
     """Stop after this many batches and go on in a new module from the checkpoint; 0: in one go."""
 
@@ -140,16 +146,18 @@ class Watch(pl.Callback):
 def perform(run: Run, folder: Path) -> Outcome:
     """Train, on all ranks."""
     watch = Watch(run.resume_at, folder / "saved")
-    error, keep = "", strategies.unchanged_tensors
-    strategies.unchanged_tensors = nullcontext if run.fault == "rotary" else keep  # type: ignore[assignment]
-    try:
-        fit(run, watch)
-        if run.resume_at:
-            fit(run, watch, folder / "saved")
-    except CVLightningError as refused:
-        error = str(refused)
-    finally:
-        strategies.unchanged_tensors = keep
+    error = ""
+    with pytest.MonkeyPatch.context() as patch:
+        if run.fault == "rotary":
+            patch.setattr(strategies, "unchanged_tensors", nullcontext)
+        elif run.fault == "shifted_position":
+            plant(run.fault, patch)
+        try:
+            fit(run, watch)
+            if run.resume_at:
+                fit(run, watch, folder / "saved")
+        except CVLightningError as refused:
+            error = str(refused)
     return Outcome(
         metrics=watch.metrics,
         weights=watch.weights,
@@ -182,7 +190,7 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[watch],
+        callbacks=[watch, *[SFTStartCheck()] * run.start_check],
     )
     if run.micro_batches:
         watch_gradients(module, watch)
@@ -229,7 +237,8 @@ def build_module(run: Run, budget: int) -> PolicyModule:
     if run.module == "sft":
         return SFTModule(policy, OPTIMIZER, budget, PROMPT)
     loss = PolicyLossConfig(kl_weight=0.05, entropy_weight=1e-3)
-    return GRPOModule(policy, OPTIMIZER, budget, loss, num_minibatches=2, old_logprobs="trainer")
+    steps = 1 if run.micro_batches else 2
+    return GRPOModule(policy, OPTIMIZER, budget, loss, num_minibatches=steps, old_logprobs="trainer")
 
 
 def use_float32_copies(module: PolicyModule) -> None:
@@ -297,7 +306,7 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
     def own(step: int) -> range:
         if run.micro_batches:
             return range(trainer.global_rank * run.micro_batches, (trainer.global_rank + 1) * run.micro_batches)
-        shares = SHARES[step % len(SHARES)]
+        shares = SHARES[(step + run.start_check) % len(SHARES)]
         first = sum(shares[: trainer.global_rank])
         return range(first, first + shares[trainer.global_rank]) if trainer.world_size > 1 else range(9)
 
@@ -307,7 +316,8 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
         return lambda step: DemonstrationBatch(
             step, [conversations.build(step % 4).conversations[number] for number in own(step)]
         )
-    trajectories = [t for group in groups(module, 3, run.seed) for t in group.trajectories][:9]
+    made = groups(module, -(-total // 4), run.seed)
+    trajectories = [t for group in made for t in group.trajectories][:total]
     for trajectory in trajectories:
         trajectory.advantage = trajectory.advantage or 0.5  # a group without signal would change its mini-batch
 

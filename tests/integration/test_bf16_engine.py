@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from engine_samples import Policy, finish, request_of
+from module_samples import fit
+from PIL import Image
+from test_bf16_faults import FAULTS, plant
 
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.callbacks import rollout
 from cv_lightning.callbacks.parity import ENGINE_MEAN, exceeds
+from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.engine import EngineConfig
 from cv_lightning.engine.base import Engine
 from cv_lightning.model import packing
+from cv_lightning.model.loading import PolicyConfig
 from cv_lightning.model.tiny import TinyModelConfig
+from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.types import CVLightningError, Iteration, Task
+
+pytestmark = pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")  # steps on 16-bit weights: one is enough
 
 SHAPES = [[(96, 96)], [(96, 96), (96, 96)], [(96, 96), (96, 64), (64, 160)], [(200, 90)]]
 """Sizes of the images of every prompt."""
 FAMILIES = ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)]
+CONFIG = EngineConfig(kind="vllm", max_model_len=256, max_num_seqs=32, max_images=4)
+AGENT = AgentConfig(max_turns=2, max_turn_tokens=24, max_images=4, prompt=PromptConfig(system="none", state_size=False))
 STEP = 0.01
 """Standard deviation of a change of all weights, a twentieth of their own."""
 
@@ -33,8 +47,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder: Path = tmp_path_factory.mktemp(request.param)
     write(TinyCheckpoint(out=folder, model=TinyModelConfig(family=request.param, initializer_range=0.2)))
     policy = Policy.load(folder, dtype="bfloat16")
-    config = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4)
-    engine = VLLMEngine(str(folder), config, policy.encoder.limits, dtype="bfloat16")
+    engine = VLLMEngine(str(folder), CONFIG, policy.encoder.limits, dtype="bfloat16")
     yield policy, engine
     engine.close()
 
@@ -90,3 +103,59 @@ def test_bf16_shifted_positions_exceed_the_limit(both: tuple[Policy, Engine], mo
 
     monkeypatch.setattr(packing, "_positions", shifted)
     assert exceeds(differences(*both, seed=5), "bfloat16", 0.0, ENGINE_MEAN)
+
+
+# ------------------------------------------------------------------ faults at the start of a run of GRPO on this engine
+def late_bucket(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the vision tower's weights reach the engine one sync late."""
+    update, last = engine.update_weights, {}
+
+    def late(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        def told() -> Iterator[tuple[str, torch.Tensor]]:
+            for number, (name, tensor) in enumerate(weights):
+                kept = last.get(name, tensor)
+                last[name] = tensor.detach().clone()
+                yield name, kept if ".visual." in name and number % 3 == 0 else tensor
+
+        update(told(), version)
+
+    monkeypatch.setattr(engine, "update_weights", late)
+
+
+@pytest.fixture
+def start(both: tuple[Policy, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Takes one iteration of GRPO on tasks of two images, from the checkpoint's weights."""
+    policy, engine = both
+    monkeypatch.setattr(rollout, "build_engine", lambda *_, **__: engine)  # built once for all tests
+    monkeypatch.setattr(type(engine), "close", lambda _: None)
+    pictures = [[Image.effect_noise((96, 96), 40 + 20 * n).convert("RGB") for n in (i, i + 1)] for i in range(2)]
+    tasks = [
+        Task(id=f"t{n}", question="Read both.", images=tuple(images), ground_truth="1")
+        for n, images in enumerate(pictures)
+    ]
+
+    def run() -> None:
+        module = GRPOModule(PolicyConfig(path=str(policy.path), dtype="bfloat16"))
+        callback = RolloutCallback(agent=AGENT, engine=CONFIG, num_samples=2)
+        fit(module, lambda step: Iteration(step, tasks), 1, callbacks=[callback], default_root_dir=tmp_path)
+
+    return run
+
+
+def test_bf16_grpo_starts_where_nothing_is_wrong(start: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        start()
+    assert "engine and trainer agree after the first sync" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "late_bucket"])
+def test_bf16_grpo_with_a_planted_fault_does_not_start(
+    both: tuple[Policy, Engine], start: Callable[[], None], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "late_bucket":
+        late_bucket(both[1], monkeypatch)
+    else:
+        plant(fault, monkeypatch)
+    said = "buffers of the policy" if fault == "rotary" else "engine and trainer disagree"
+    with pytest.raises(CVLightningError, match=said):
+        start()

@@ -18,8 +18,10 @@ from cv_lightning.agent.prompt import chat_template
 from cv_lightning.commands.export import main
 from cv_lightning.engine import EngineConfig, build_engine, vllm_imports
 from cv_lightning.model.export import whole_folder
+from cv_lightning.model.loading import PolicyConfig, load_policy
 from cv_lightning.model.verify import folder_logits, probe
 
+BF16 = "--model.init_args.policy.dtype=bfloat16"
 LORA = [f"--model.init_args.{name}" for name in ("policy.lora.rank=4", "policy.lora.alpha=8", "optimizer.lr=0.01")]
 
 
@@ -60,6 +62,21 @@ def test_export_of_a_run_holds_the_weights_that_training_ended_with(
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(out).items())
     inputs = probe(out)
     assert torch.equal(folder_logits(out, "float32", "", inputs), folder_logits(run / "model", "float32", "", inputs))
+
+
+@pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")
+def test_bf16_export_holds_the_trainers_own_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    run = fit_in_process(tiny_checkpoint, tmp_path / "run", BF16)
+    out = exported(run, tmp_path / "out")
+    assert_same_weights(out, run / "model")
+    trained = torch.load(checkpoint_of(run), weights_only=True)["state_dict"]
+    start, found = (
+        load_policy(PolicyConfig(path=str(folder), dtype="bfloat16")).state_dict() for folder in (tiny_checkpoint, out)
+    )
+    assert {f"policy.{name}" for name in found} == trained.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, trained[f"policy.{name}"]), name
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items()), "training has moved them"
 
 
 def test_an_exported_folder_brings_processor_template_generation_config_and_card(run: Path, tmp_path: Path) -> None:
@@ -144,11 +161,13 @@ def test_exported_adapters_alone_work_on_top_of_the_base_model(
 
 # ---------------------------------------------------------------------------------------------- DeepSpeed
 @pytest.mark.slow
-def test_export_joins_the_shards_of_a_deepspeed_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    run = fit_two_ranks(tiny_checkpoint, tmp_path / "run")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_joins_the_shards_of_a_deepspeed_folder(tiny_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    run = fit_two_ranks(tiny_checkpoint, tmp_path / "run", f"--model.init_args.policy.dtype={dtype}")
     folder = checkpoint_of(run)
     assert folder.is_dir() and len(list(folder.glob("checkpoint/*_optim_states.pt"))) == 2
     assert_same_weights(exported(folder, tmp_path / "out"), run / "model")
+    assert {str(tensor.dtype) for tensor in weights(run / "model").values()} == {f"torch.{dtype}"}
 
 
 # ---------------------------------------------------------------------------------------------- refused
