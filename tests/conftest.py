@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ from cv_lightning.environment import prepare_environment
 # Before anything imports torch or vLLM.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 prepare_environment()
+
+# A shell's background job and nohup ignore these; runs that the tests start would inherit that and heed no signal.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 if TYPE_CHECKING:
     from cv_lightning.agent.dialogue import DialogueEncoder
