@@ -32,22 +32,20 @@ VERBS = {
     "export": Verb("cv_lightning.commands.export:main", "write a checkpoint as a Hugging Face folder"),
     "rescore": Verb("cv_lightning.commands.rescore:main", "apply another reward recipe to stored trajectories"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
-    "view": Verb("cv_lightning.commands.view:main", "show a run in the browser while it goes on"),
+    "view": Verb("cv_lightning.viewer.live:main", "show a run in the browser while it goes on"),
     "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),
     "quickstart": Verb(
-        "cv_lightning.commands.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
+        "cv_lightning.digits.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
     ),
     "compare": Verb("cv_lightning.commands.compare:main", "compare two evaluations question by question"),
     "ablations": Verb(
-        "cv_lightning.commands.ablations:main", "train the quickstart with parts of reward and recipe taken away"
+        "cv_lightning.digits.ablations:main", "train the quickstart with parts of reward and recipe taken away"
     ),
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
     "chat": Verb("cv_lightning.commands.chat:main", "ask a model about a picture, in the terminal or a browser"),
     "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
-    "quickstart-summary": Verb(
-        "cv_lightning.commands.summary:main", "summarise a quickstart run: tables, summary.json"
-    ),
+    "quickstart-summary": Verb("cv_lightning.digits.summary:main", "summarise a quickstart run: tables, summary.json"),
 }
 USAGE = "usage: python -m cv_lightning VERB [options]"
 

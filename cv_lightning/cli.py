@@ -28,23 +28,23 @@ from cv_lightning.callbacks.checkpoint import (
     last_checkpoint,
     refuse_used,
 )
-from cv_lightning.callbacks.damage import damage
-from cv_lightning.callbacks.loggers import run_loggers
 from cv_lightning.callbacks.owner import RunOwner
-from cv_lightning.callbacks.preflight import check_evaluation, check_fit
 from cv_lightning.callbacks.progress import RunProgress
-from cv_lightning.callbacks.recipe import check_recipe, settings_of
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.callbacks.signals import StopOnSignal, exit_codes
 from cv_lightning.callbacks.start_check import SFTStartCheck
 from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
+from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.recipe import check_recipe, settings_of
 from cv_lightning.commands.command_line import ShortErrors
 from cv_lightning.devices import Gpus, use_named_devices
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.files import describe_disk_error
+from cv_lightning.loggers import run_loggers
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.preflight import check_evaluation, check_fit
 from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)

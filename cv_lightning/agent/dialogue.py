@@ -17,7 +17,7 @@ from PIL import Image
 
 from cv_lightning.agent.prompt import CUT, PromptConfig, chat_template, task_messages, text_part
 from cv_lightning.images import ImageLimits, to_model_image
-from cv_lightning.model.tokens import END_OF_TURN, IMAGE_PAD
+from cv_lightning.models.tokens import END_OF_TURN, IMAGE_PAD
 from cv_lightning.types import CheckpointError, EngineError, Task
 
 if TYPE_CHECKING:

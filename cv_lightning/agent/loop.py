@@ -24,10 +24,10 @@ from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.job import Job, jobs_of
 from cv_lightning.agent.prompt import cut_middle, response_parts, tool_ok_text
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
-from cv_lightning.agent.tool import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
 from cv_lightning.agent.views import TaskViews
 from cv_lightning.background import Background
-from cv_lightning.engine.base import Completion, Engine, Request, SamplingConfig
+from cv_lightning.engines.base import Completion, Engine, Request, SamplingConfig
+from cv_lightning.tools.code_image import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
 from cv_lightning.types import (
     DataError,
     EndState,

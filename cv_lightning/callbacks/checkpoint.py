@@ -25,13 +25,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from cv_lightning.callbacks.damage import damage
-from cv_lightning.callbacks.evaluation import gather_lists
-from cv_lightning.callbacks.metrics_file import MetricsFile, MetricsLogger
-from cv_lightning.callbacks.recipe import KEY, describe_classes
 from cv_lightning.callbacks.signals import StopOnSignal
+from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.recipe import KEY, describe_classes
 from cv_lightning.files import sync_file, sync_folder
+from cv_lightning.loggers.metrics_file import MetricsFile, MetricsLogger
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.rollout.evaluator import gather_lists
 from cv_lightning.trajectory.store import LINES, drop_after, last_groups
 from cv_lightning.types import CVLightningError
 

@@ -13,10 +13,9 @@ import torch
 from transformers import GenerationConfig
 
 from cv_lightning.agent.prompt import chat_template
-from cv_lightning.callbacks.card import model_card
-from cv_lightning.callbacks.stored import StoredPolicy
-from cv_lightning.callbacks.weights import whole_tensors
-from cv_lightning.model.export import (
+from cv_lightning.checkpoints.reader import StoredPolicy
+from cv_lightning.evaluation.model_card import model_card
+from cv_lightning.models.export import (
     SHARD_BYTES,
     check_shapes,
     whole_folder,
@@ -25,9 +24,10 @@ from cv_lightning.model.export import (
     write_processor,
     write_weights,
 )
-from cv_lightning.model.loading import PolicyConfig, load_processor
-from cv_lightning.model.shapes import empty_policy
-from cv_lightning.model.verify import check_same, folder_logits, probe, reference_logits
+from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.loading import PolicyConfig, load_processor
+from cv_lightning.models.shapes import empty_policy
+from cv_lightning.models.verify import check_same, folder_logits, probe, reference_logits
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import CheckpointError
 

@@ -21,8 +21,8 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from cv_lightning.callbacks.agreement import check_agreement
 from cv_lightning.callbacks.signals import Stopped
+from cv_lightning.distributed import check_agreement
 from cv_lightning.environment import FILE_ONLY, log_to
 from cv_lightning.files import write_text
 

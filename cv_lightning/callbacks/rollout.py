@@ -21,27 +21,27 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Rollout, RolloutProgress
 from cv_lightning.background import Background
-from cv_lightning.callbacks.agreement import check_agreement
-from cv_lightning.callbacks.engine_group import EngineGroup, RankCollector
-from cv_lightning.callbacks.evaluation import EvaluationConfig, Evaluator, gather_lists
-from cv_lightning.callbacks.identity import describe_rollouts
 from cv_lightning.callbacks.progress import RunProgress
-from cv_lightning.callbacks.refill import TaskQueue, refill
-from cv_lightning.callbacks.self_test import SelfTest
-from cv_lightning.callbacks.stale import with_other_vision
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.callbacks.weights import whole_tensors
-from cv_lightning.engine import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.engine.process import engine_device_index
+from cv_lightning.distributed import check_agreement
+from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
+from cv_lightning.engines.process import engine_device_index
 from cv_lightning.evaluation.metrics import summarise_outcomes
 from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.models.gather import whole_tensors
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import MaskConfig, end_state_metric, merge_metrics, rollout_metrics
+from cv_lightning.rollout.collector import MaskConfig, end_state_metric, merge_metrics, rollout_metrics
+from cv_lightning.rollout.dynamic_sampling import TaskQueue, refill
+from cv_lightning.rollout.engine_group import EngineGroup, RankCollector
+from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator, gather_lists
+from cv_lightning.rollout.fingerprint import describe_rollouts
+from cv_lightning.rollout.self_test import SelfTest
+from cv_lightning.rollout.stale_cache import with_other_vision
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, EndState, Group, Iteration, Task

@@ -20,8 +20,8 @@ prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.commands.command_line import short_parser  # noqa: E402
-from cv_lightning.engine.base import EngineConfig, SamplingConfig  # noqa: E402
-from cv_lightning.model.loading import model_positions  # noqa: E402
+from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
+from cv_lightning.models.loading import model_positions  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
 
 RUN_CONFIG = "fit_config.yaml"
@@ -90,9 +90,9 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _run(options: ChatOptions, stack: ExitStack) -> int:
-    from cv_lightning.model.loading import PolicyConfig
-    from cv_lightning.playground.session import PlaygroundConfig, open_playground
-    from cv_lightning.playground.terminal import Terminal, one_question
+    from cv_lightning.models.loading import PolicyConfig
+    from cv_lightning.viewer.playground.session import PlaygroundConfig, open_playground
+    from cv_lightning.viewer.playground.terminal import Terminal, one_question
 
     path = options.model or str(_exported(options, stack))
     policy = PolicyConfig(path=path, dtype=options.dtype, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
@@ -100,7 +100,7 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
         policy=policy, agent=options.agent, engine=options.engine, sandbox=options.sandbox, out=options.out
     )
     if options.web:
-        from cv_lightning.playground.web import check_port, serve
+        from cv_lightning.viewer.playground.web import check_port, serve
 
         check_port(options.port)
         playground = stack.enter_context(open_playground(config))

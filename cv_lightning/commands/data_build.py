@@ -19,7 +19,7 @@ from cv_lightning.environment import is_quiet
 from cv_lightning.types import CVLightningError
 
 if TYPE_CHECKING:
-    from cv_lightning.data.builders.sft import BuildState
+    from cv_lightning.factory.sft import BuildState
 
 LOG = logging.getLogger(__name__)
 Config = TypeVar("Config")
@@ -29,8 +29,8 @@ LINE_EVERY_S = 30.0
 
 def build_sft(args: list[str]) -> int:
     """Make SFT conversations. Exit code 0: made; 1: not everything verified; 2: cannot be made."""
-    from cv_lightning.data.builders.sft import BuildSFT
-    from cv_lightning.data.builders.sft import build_sft as build
+    from cv_lightning.factory.sft import BuildSFT
+    from cv_lightning.factory.sft import build_sft as build
 
     def run(config: BuildSFT) -> int:
         with BuildProgress("conversations") as progress:
@@ -45,8 +45,8 @@ def build_sft(args: list[str]) -> int:
 
 def build_rl(args: list[str]) -> int:
     """Make RL tasks. Exit code 0: made; 2: cannot be made."""
-    from cv_lightning.data.builders.rl import BuildRL
-    from cv_lightning.data.builders.rl import build_rl as build
+    from cv_lightning.factory.rl import BuildRL
+    from cv_lightning.factory.rl import build_rl as build
 
     def run(config: BuildRL) -> int:
         with BuildProgress("tasks measured") as progress:
@@ -60,7 +60,7 @@ def build_rl(args: list[str]) -> int:
 
 def corrupt(args: list[str]) -> int:
     """Write a benchmark turned and corrupted. Exit code 0: written; 2: cannot be written."""
-    from cv_lightning.data.builders.robustness import Corrupt, write_corrupted
+    from cv_lightning.factory.robustness import Corrupt, write_corrupted
 
     def run(config: Corrupt) -> int:
         with BuildProgress("tasks") as progress:

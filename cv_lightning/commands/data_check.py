@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     """Check RL Parquet and SFT JSON files. Exit code 0: every file has usable rows; 1: one has none; 2: wrong usage."""
     parser = _parser()
     options = parser.parse_args(argv)
-    from cv_lightning.data.check import CheckConfig, check_files
+    from cv_lightning.factory.check import CheckConfig, check_files
 
     try:
         config = CheckConfig(
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         write_text(options.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if options.page:
-        from cv_lightning.data.page import write_page
+        from cv_lightning.factory.page import write_page
 
         write_page(options.page, report)
     sys.stdout.write(summary(report) + "\n")

@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from cv_lightning.data.demonstrations import DemonstrationConfig
-from cv_lightning.data.digits import DigitsConfig
-from cv_lightning.data.export import write_digits_parquet, write_digits_sft_json
 from cv_lightning.data.sources import DigitDemonstrations
+from cv_lightning.digits.demonstrations import DemonstrationConfig
+from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.factory.export import write_digits_parquet, write_digits_sft_json
 
 
 def main(argv: list[str]) -> int:

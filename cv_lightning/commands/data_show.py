@@ -15,15 +15,15 @@ from rich.text import Text
 
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.commands.command_line import read_command_line
-from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.rows import ReaderConfig, RowError
+from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.types import CVLightningError, DataError, Task
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
-    from cv_lightning.data.demonstrations import Conversation
+    from cv_lightning.digits.demonstrations import Conversation
 
 DIGITS = "digits"
 TRAINED, CONTEXT, PICTURE = "bold green", "default", "magenta"
@@ -93,7 +93,7 @@ def load(config: ShowData) -> Shown:
     from cv_lightning.agent.dialogue import DialogueEncoder
     from cv_lightning.data.readers import TaskFiles
     from cv_lightning.data.sft_json import ConversationFiles
-    from cv_lightning.model.loading import image_limits, load_processor
+    from cv_lightning.models.loading import image_limits, load_processor
 
     processor = load_processor(config.processor, config.min_pixels, config.max_pixels)
     encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
@@ -114,8 +114,8 @@ def load(config: ShowData) -> Shown:
 
 
 def _demonstration(config: ShowData) -> Conversation:
-    from cv_lightning.data.demonstrations import DemonstrationConfig
     from cv_lightning.data.sources import DigitDemonstrations
+    from cv_lightning.digits.demonstrations import DemonstrationConfig
     from cv_lightning.sandbox import Sandbox, SandboxConfig
 
     with Sandbox(SandboxConfig()) as sandbox:

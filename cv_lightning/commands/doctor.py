@@ -145,7 +145,7 @@ def check_op(on_gpu: bool) -> Check:
 
 ATTENTION = Probe(
     "attention",
-    "from cv_lightning.model.attention import attention_kernel_name; found = attention_kernel_name()",
+    "from cv_lightning.models.attention import attention_kernel_name; found = attention_kernel_name()",
     "pip install --no-build-isolation flash-attn",
 )
 

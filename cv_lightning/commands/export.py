@@ -12,7 +12,7 @@ from cv_lightning.files import describe_disk_error
 from cv_lightning.types import CheckpointError, CVLightningError
 
 if TYPE_CHECKING:
-    from cv_lightning.model.loading import PolicyConfig
+    from cv_lightning.models.loading import PolicyConfig
 
 CONFIG_NAME = "fit_config.yaml"
 """What every run's folder holds: its resolved config."""
@@ -87,8 +87,8 @@ def export(request: ExportRequest) -> str:
 
     prepare_environment()
     from cv_lightning.callbacks.export import CheckpointExport
-    from cv_lightning.callbacks.stored import StoredPolicy, find_stored
-    from cv_lightning.model.export import whole_folder
+    from cv_lightning.checkpoints.reader import StoredPolicy, find_stored
+    from cv_lightning.models.export import whole_folder
 
     path = find_stored(request.ckpt)
     file = request.run_config or find_config(path)
@@ -126,7 +126,7 @@ def read_policy(file: Path, request: ExportRequest) -> PolicyConfig:
     import jsonargparse
     import yaml
 
-    from cv_lightning.model.loading import PolicyConfig
+    from cv_lightning.models.loading import PolicyConfig
 
     try:
         config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))

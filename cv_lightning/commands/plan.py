@@ -19,8 +19,8 @@ from cv_lightning.files import write_text
 from cv_lightning.types import CVLightningError
 
 if TYPE_CHECKING:
-    from cv_lightning.commands.plan_budget import Assumptions, Budget
-    from cv_lightning.commands.plan_run import RunFacts
+    from cv_lightning.planner.budget import Assumptions, Budget
+    from cv_lightning.planner.run import RunFacts
 
 GB = 1e9
 
@@ -44,8 +44,8 @@ def make_plan(args: list[str], given: Assumptions) -> Plan:
         args: what `fit` would be given.
         given: assumptions.
     """
-    from cv_lightning.commands.plan_budget import budget, hints, problems
-    from cv_lightning.commands.plan_run import read_run
+    from cv_lightning.planner.budget import budget, hints, problems
+    from cv_lightning.planner.run import read_run
 
     run = read_run(args)
     found = budget(run, given)
@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         0; with --strict 1 where the run does not fit; 2 where the command line is wrong.
     """
-    from cv_lightning.commands.plan_budget import Assumptions
+    from cv_lightning.planner.budget import Assumptions
 
     parser = short_parser(prog="python -m cv_lightning plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--strict", action="store_true", help="exit with 1 where the run cannot fit")
@@ -152,7 +152,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _cache(plan: Plan) -> str:
-    from cv_lightning.commands.plan_budget import mean_length
+    from cv_lightning.planner.budget import mean_length
 
     run, engine = plan.run, plan.budget.engine
     if run.rollout is None or engine is None:
@@ -167,7 +167,7 @@ def _cache(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> str:
-    from cv_lightning.commands.plan_budget import mean_length
+    from cv_lightning.planner.budget import mean_length
 
     seconds, run, given = plan.budget.seconds, plan.run, plan.given
     if not seconds:

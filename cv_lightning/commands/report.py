@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from cv_lightning.commands.command_line import read_command_line
-from cv_lightning.evaluation.report import ReportConfig, write_report
 from cv_lightning.types import CVLightningError
+from cv_lightning.viewer.report import ReportConfig, write_report
 
 
 def report(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template
-from cv_lightning.data.demonstrations import tokenizer_corpus
-from cv_lightning.data.digits import DigitsConfig
-from cv_lightning.model.tiny import Family, TinyModelConfig, write_tiny_checkpoint
+from cv_lightning.digits.demonstrations import tokenizer_corpus
+from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.digits.tiny import Family, TinyModelConfig, write_tiny_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

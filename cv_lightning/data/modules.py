@@ -18,8 +18,6 @@ from PIL import Image
 
 from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
-from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig
-from cv_lightning.data.digits import DigitsConfig, check_kind_shares
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems
 from cv_lightning.data.sft_json import ConversationFiles
@@ -34,6 +32,8 @@ from cv_lightning.data.sources import (
     TaskSource,
     share_of_rank,
 )
+from cv_lightning.digits.demonstrations import Conversation, DemonstrationConfig
+from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import CVLightningError, Iteration, SandboxResult, Task
 

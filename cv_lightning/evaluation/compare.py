@@ -256,7 +256,7 @@ def write_comparison(
         out: the folder; made if missing.
         max_flips: questions of each direction whose trajectories the page shows.
     """
-    from cv_lightning.evaluation.compare_page import render
+    from cv_lightning.viewer.compare_page import render
 
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")

@@ -20,12 +20,12 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.model.buffers import check_buffers, computed_buffers
-from cv_lightning.model.export import check_shapes
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
-from cv_lightning.model.logprobs import Entropy, LogProbs, packed_logprobs
-from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows, packed_length, prefix_units
-from cv_lightning.model.vision import VisionCache, process_images
+from cv_lightning.models.buffers import check_buffers, computed_buffers
+from cv_lightning.models.export import check_shapes
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.models.logprobs import Entropy, LogProbs, packed_logprobs
+from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows, packed_length, prefix_units
+from cv_lightning.models.vision import VisionCache, process_images
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
 from cv_lightning.types import CheckpointError, CVLightningError, Trajectory
 

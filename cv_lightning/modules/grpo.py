@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from cv_lightning.model.loading import PolicyConfig, load_policy
-from cv_lightning.model.logprobs import Entropy, LogProbs
-from cv_lightning.model.lora import adapters_off
-from cv_lightning.model.packing import PackedBatch, pack_rows
+from cv_lightning.models.loading import PolicyConfig, load_policy
+from cv_lightning.models.logprobs import Entropy, LogProbs
+from cv_lightning.models.lora import adapters_off
+from cv_lightning.models.packing import PackedBatch, pack_rows
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
-from cv_lightning.rl.collector import carries_signal, is_trainable
 from cv_lightning.rl.kl import rewards_with_kl
 from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
+from cv_lightning.rollout.collector import carries_signal, is_trainable
 from cv_lightning.types import Group, Iteration, Trajectory
 
 if TYPE_CHECKING:

@@ -18,16 +18,16 @@ from results import Line
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.callbacks.weights import whole_tensors
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.engine import Completion, EngineConfig
-from cv_lightning.engine.hf import TransformersEngine
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import TrainRow, pack_rows
-from cv_lightning.model.shapes import model_config
-from cv_lightning.model.tokens import vision_token_ids
-from cv_lightning.model.vision import VisionCache
+from cv_lightning.engines import Completion, EngineConfig
+from cv_lightning.engines.hf import TransformersEngine
+from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.shapes import model_config
+from cv_lightning.models.tokens import vision_token_ids
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import Task
 
 MEAN, P99 = 0.02, 0.2
@@ -184,7 +184,7 @@ def cycles(unit: str, options: argparse.Namespace, *, async_scheduling: bool, st
         if stand_in:
             engine = StandInEngine(copy.deepcopy(trainer.model), trainer.processor, settings)
         else:
-            from cv_lightning.engine.vllm import VLLMEngine
+            from cv_lightning.engines.vllm import VLLMEngine
 
             engine = VLLMEngine(str(trainer.folder), settings, trainer.encoder.limits, dtype="bfloat16")
         name = f"{unit}{' (stand-in)' if stand_in else ''} level {level}"
@@ -209,7 +209,7 @@ def cycles(unit: str, options: argparse.Namespace, *, async_scheduling: bool, st
 
 def cpu_engine(options: argparse.Namespace) -> Iterator[Line]:
     """VLLM's real CPU build in bfloat16, before and after a sync, with images rendered in the background."""
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     trainer = Trainer.load(options)
     engine = VLLMEngine(
@@ -225,7 +225,7 @@ def cpu_engine(options: argparse.Namespace) -> Iterator[Line]:
 
 def sync_seconds(options: argparse.Namespace, repeats: int = 3) -> Iterator[Line]:
     """Seconds and GB/s of a weight sync into an engine that is awake."""
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     trainer = Trainer.load(options)
     engine = VLLMEngine(str(trainer.folder), sizes(), trainer.encoder.limits, dtype="bfloat16")

@@ -18,10 +18,10 @@ from update import trajectories
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import StepLoader
-from cv_lightning.model.attention import attention_kernel_name
-from cv_lightning.model.footprint import Sharding, activation_bytes, shape_of, states
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.shapes import model_config
+from cv_lightning.models.attention import attention_kernel_name
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.shapes import model_config
+from cv_lightning.planner.footprint import Sharding, activation_bytes, shape_of, states
 from cv_lightning.types import Group, Iteration
 
 STEPS, WARM_UP = 4, 2

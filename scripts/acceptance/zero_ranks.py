@@ -21,10 +21,10 @@ from update import trajectories  # noqa: I001 - it prepares the environment
 import lightning.pytorch as pl
 import torch
 
-from cv_lightning.callbacks.weights import whole_tensors
+from cv_lightning.models.gather import whole_tensors
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import StepLoader
-from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.strategies import CPUDeepSpeedStrategy, ZeroStrategy

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from cv_lightning.callbacks.checkpoint import CheckpointCallback, last_checkpoint  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig  # noqa: E402
 from cv_lightning.modules.sft import SFTModule  # noqa: E402
 
 BAR = 1.3

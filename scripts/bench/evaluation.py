@@ -35,16 +35,16 @@ from cv_lightning.agent.loop import Rollout  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
-from cv_lightning.data.digits import KINDS, DigitsConfig  # noqa: E402
 from cv_lightning.data.sources import HeldOutScenes  # noqa: E402
-from cv_lightning.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
+from cv_lightning.digits.scenes import KINDS, DigitsConfig  # noqa: E402
+from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
 from cv_lightning.evaluation.outcome import Outcome, outcomes  # noqa: E402
 from cv_lightning.evaluation.results import evaluated  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
-from cv_lightning.model.tokens import vision_token_ids  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
+from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
 from cv_lightning.rewards import RewardConfig, RewardModule  # noqa: E402
 from cv_lightning.rl.advantages import AdvantageConfig  # noqa: E402
-from cv_lightning.rl.collector import Collector  # noqa: E402
+from cv_lightning.rollout.collector import Collector  # noqa: E402
 from cv_lightning.sandbox import Sandbox, SandboxConfig  # noqa: E402
 from cv_lightning.trajectory import TrajectoryWriter, read_groups  # noqa: E402
 from cv_lightning.types import Group  # noqa: E402

@@ -28,9 +28,9 @@ from transformers import AutoModelForImageTextToText
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import StepLoader
-from cv_lightning.model.footprint import forward_flops, shape_of
-from cv_lightning.model.loading import PolicyConfig, prepare_policy
-from cv_lightning.model.shapes import model_config
+from cv_lightning.planner.footprint import forward_flops, shape_of
+from cv_lightning.models.loading import PolicyConfig, prepare_policy
+from cv_lightning.models.shapes import model_config
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.types import Group, Iteration

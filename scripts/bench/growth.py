@@ -28,7 +28,7 @@ from update import LENGTHS, ROW_TOKENS, trajectories  # noqa: I001 - it prepares
 import lightning.pytorch as pl
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import StepLoader
-from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.types import Group, Iteration, Trajectory

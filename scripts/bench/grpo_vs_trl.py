@@ -39,10 +39,10 @@ from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig, chat_template, task_messages  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader, TaskDataModule  # noqa: E402
-from cv_lightning.engine import Completion, Engine, EngineConfig, Request  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_processor  # noqa: E402
-from cv_lightning.model.tiny import MARKUP_TOKENS  # noqa: E402
-from cv_lightning.model.tokens import vision_token_ids  # noqa: E402
+from cv_lightning.digits.tiny import MARKUP_TOKENS  # noqa: E402
+from cv_lightning.engines import Completion, Engine, EngineConfig, Request  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_processor  # noqa: E402
+from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
 from cv_lightning.rewards.config import RewardConfig  # noqa: E402
 from cv_lightning.rewards.terms import RewardTerm  # noqa: E402
 from cv_lightning.types import Iteration, Task, Trajectory  # noqa: E402

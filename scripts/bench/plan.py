@@ -40,13 +40,13 @@ sys.path.insert(0, sys.argv[1])
 from cv_lightning.environment import prepare_environment
 prepare_environment()
 import psutil
-import cv_lightning.cli, cv_lightning.callbacks.rollout, cv_lightning.engine.vllm, cv_lightning.strategies
+import cv_lightning.cli, cv_lightning.callbacks.rollout, cv_lightning.engines.vllm, cv_lightning.strategies
 import deepspeed, transformers
 from transformers import AutoProcessor, AutoModelForImageTextToText
 args = json.loads(sys.argv[2])
 if len(sys.argv) > 3:  # the plan alone
     from cv_lightning.commands.plan import figures_of, make_plan
-    from cv_lightning.commands.plan_budget import Assumptions
+    from cv_lightning.planner.budget import Assumptions
     plan = make_plan(args, Assumptions(image_share=0.3))
     print("FIGURES", json.dumps(figures_of(plan)))
     sys.exit()
@@ -112,7 +112,7 @@ def check_memory(stage: str, dtype: str, layers: int) -> None:
 def measure(stages: list[str], dtype: str, layers: int) -> dict[str, float]:
     """All figures."""
     from cv_lightning.commands.tiny import TinyCheckpoint, write
-    from cv_lightning.model.tiny import TinyModelConfig
+    from cv_lightning.digits.tiny import TinyModelConfig
 
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as made:

@@ -37,10 +37,10 @@ from cv_lightning.agent.loop import Job, Rollout  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
-from cv_lightning.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
-from cv_lightning.model.tiny import MARKUP_TOKENS  # noqa: E402
-from cv_lightning.model.tokens import vision_token_ids  # noqa: E402
+from cv_lightning.digits.tiny import MARKUP_TOKENS  # noqa: E402
+from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
+from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
 from cv_lightning.types import EndState, SandboxResult, Task, ToolStatus, Trajectory  # noqa: E402
 
 NUM_TRAJECTORIES = 32

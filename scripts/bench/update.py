@@ -41,11 +41,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader  # noqa: E402
-from cv_lightning.model.attention import NAME, use_attention  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig  # noqa: E402
-from cv_lightning.model.logprobs import LogProbs, packed_hidden, packed_logprobs  # noqa: E402
-from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows  # noqa: E402
-from cv_lightning.model.tokens import LOGIT_BAN  # noqa: E402
+from cv_lightning.models.attention import NAME, use_attention  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig  # noqa: E402
+from cv_lightning.models.logprobs import LogProbs, packed_hidden, packed_logprobs  # noqa: E402
+from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows  # noqa: E402
+from cv_lightning.models.tokens import LOGIT_BAN  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.types import Group, Iteration, Task, Trajectory, TrajectoryImage  # noqa: E402

@@ -32,11 +32,11 @@ prepare_environment()
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from cv_lightning.callbacks.weights import buckets_of, whole_tensors  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
-from cv_lightning.engine import EngineConfig  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig, load_policy  # noqa: E402
-from cv_lightning.model.tiny import TinyModelConfig  # noqa: E402
+from cv_lightning.digits.tiny import TinyModelConfig  # noqa: E402
+from cv_lightning.engines import EngineConfig  # noqa: E402
+from cv_lightning.models.gather import buckets_of, whole_tensors  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
 
 RANKS = 2
 HALF_BILLION = TinyModelConfig(hidden_size=1536, num_layers=20, head_dim=128, num_key_value_heads=12)
@@ -49,7 +49,7 @@ def worker(folder: Path, dtype: str, repeats: int, out: Path) -> None:
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     deepspeed.init_distributed("gloo")
     sizes = EngineConfig(max_model_len=256, max_num_seqs=4, max_images=1)

@@ -15,10 +15,10 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Rollout
 from cv_lightning.background import Background
-from cv_lightning.engine import Completion, SamplingConfig
-from cv_lightning.playground.session import Playground
-from cv_lightning.playground.turns import with_code
+from cv_lightning.engines import Completion, SamplingConfig
 from cv_lightning.sandbox import Sandbox
+from cv_lightning.viewer.playground.session import Playground
+from cv_lightning.viewer.playground.turns import with_code
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'>"
 TURN = with_code("<think>turned</think>", "result = image.rotate(90, expand=True)", 0)
@@ -54,8 +54,8 @@ def playground(
 
 
 if __name__ == "__main__":
-    from cv_lightning.model.loading import image_limits, load_processor
-    from cv_lightning.playground.web import serve
+    from cv_lightning.models.loading import image_limits, load_processor
+    from cv_lightning.viewer.playground.web import serve
 
     checkpoint, store, port = sys.argv[1:]
     processor = load_processor(checkpoint)

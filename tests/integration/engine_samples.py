@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.engine.base import Completion, Engine, Request
+from cv_lightning.engines.base import Completion, Engine, Request
 from cv_lightning.images import content_hash
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import TrainRow, pack_rows
-from cv_lightning.model.tokens import vision_token_ids
-from cv_lightning.model.vision import VisionCache
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.tokens import vision_token_ids
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import Task
 
 WORDS = PromptConfig(system="none")

@@ -25,10 +25,10 @@ from embedding_cache import EmbeddingCache
 from engine_samples import Policy
 from PIL import Image
 
-from cv_lightning.engine.base import Completion, EngineConfig, Request
-from cv_lightning.engine.hf import TransformersEngine
+from cv_lightning.engines.base import Completion, EngineConfig, Request
+from cv_lightning.engines.hf import TransformersEngine
 from cv_lightning.images import content_hash
-from cv_lightning.model.tokens import IMAGE_PAD
+from cv_lightning.models.tokens import IMAGE_PAD
 from cv_lightning.types import CVLightningError
 
 SAMPLING = {

@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.modules import SFTDataModule, StepLoader
-from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.modules.sft import encode_conversation
 from cv_lightning.types import Group, RewardBreakdown, Trajectory, TrajectoryImage

@@ -27,9 +27,9 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import EvaluationConfig, RolloutCallback
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.data.modules import TaskDataModule
-from cv_lightning.engine import Completion, Engine, EngineConfig
+from cv_lightning.engines import Completion, Engine, EngineConfig
 from cv_lightning.environment import prepare_environment
-from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardModule
@@ -138,7 +138,7 @@ def main(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int) -> in
     """Run every rank; 0 if all ended well."""
     prepare_environment()
     importlib.import_module("deepspeed")
-    importlib.import_module("cv_lightning.engine.vllm")
+    importlib.import_module("cv_lightning.engines.vllm")
     processes = fork_ranks(
         ranks, partial(run, checkpoint, folder, ranks, tensor_parallel), lambda rank: folder / f"rank{rank}.txt"
     )

@@ -33,12 +33,12 @@ from test_bf16_faults import plant  # noqa: E402
 
 from cv_lightning import strategies  # noqa: E402
 from cv_lightning.callbacks.start_check import SFTStartCheck  # noqa: E402
-from cv_lightning.callbacks.weights import whole_tensors  # noqa: E402
-from cv_lightning.data.digits import DigitsConfig  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
-from cv_lightning.model.loading import PolicyConfig, load_policy  # noqa: E402
-from cv_lightning.model.logprobs import packed_logprobs  # noqa: E402
-from cv_lightning.model.lora import LoraConfig  # noqa: E402
+from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
+from cv_lightning.models.gather import whole_tensors  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
+from cv_lightning.models.logprobs import packed_logprobs  # noqa: E402
+from cv_lightning.models.lora import LoraConfig  # noqa: E402
 from cv_lightning.modules import base  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402

@@ -23,7 +23,7 @@ from cv_lightning.callbacks.checkpoint import last_checkpoint
 from cv_lightning.types import Trajectory
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["cv_lightning.cli", "cv_lightning.engine.hf"])
+FORKS.set_forkserver_preload(["cv_lightning.cli", "cv_lightning.engines.hf"])
 AGENT = {
     "max_turns": 2,
     "max_turn_tokens": 10,

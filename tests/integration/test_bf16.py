@@ -11,8 +11,8 @@ from rank_runs import Outcome, Run, perform
 from test_zero import launch
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.model.loading import PolicyConfig, load_policy
-from cv_lightning.model.tiny import TinyModelConfig
+from cv_lightning.digits.tiny import TinyModelConfig
+from cv_lightning.models.loading import PolicyConfig, load_policy
 
 GRADIENT = 2e-3
 """Largest error of a gradient of 48 micro-batches, relative to its norm."""

@@ -17,15 +17,15 @@ from test_bf16_faults import FAULTS, plant
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks import rollout
-from cv_lightning.callbacks.parity import ENGINE_MEAN, exceeds
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.engine import EngineConfig
-from cv_lightning.engine.base import Engine
-from cv_lightning.model import packing
-from cv_lightning.model.loading import PolicyConfig
-from cv_lightning.model.tiny import TinyModelConfig
+from cv_lightning.digits.tiny import TinyModelConfig
+from cv_lightning.engines import EngineConfig
+from cv_lightning.engines.base import Engine
+from cv_lightning.models import packing
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.rollout.mismatch import ENGINE_MEAN, exceeds
 from cv_lightning.types import CVLightningError, Iteration, Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")  # steps on 16-bit weights: one is enough
@@ -42,7 +42,7 @@ STEP = 0.01
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Policy, Engine]]:
     """A policy whose every part shows in its log-probabilities, and vLLM with the same weights."""
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     folder: Path = tmp_path_factory.mktemp(request.param)
     write(TinyCheckpoint(out=folder, model=TinyModelConfig(family=request.param, initializer_range=0.2)))

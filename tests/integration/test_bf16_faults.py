@@ -11,17 +11,17 @@ import pytest
 import torch
 from module_samples import PROMPT, fit
 
-from cv_lightning.callbacks.parity import exceeds
 from cv_lightning.callbacks.start_check import SFTStartCheck, check_start
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.data.demonstrations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule
-from cv_lightning.model import packing
-from cv_lightning.model.loading import PolicyConfig, load_policy
-from cv_lightning.model.tiny import Family, TinyModelConfig
-from cv_lightning.model.vision import VisionCache
+from cv_lightning.digits.demonstrations import Conversation
+from cv_lightning.digits.tiny import Family, TinyModelConfig
+from cv_lightning.models import packing
+from cv_lightning.models.loading import PolicyConfig, load_policy
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.modules import base
 from cv_lightning.modules.sft import SFTModule
+from cv_lightning.rollout.mismatch import exceeds
 from cv_lightning.types import CVLightningError, ParityError
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")  # steps on 16-bit weights: one is enough

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from cv_lightning.callbacks.parity import exceeds
 from cv_lightning.callbacks.start_check import FORWARD_MEAN
 from cv_lightning.commands.tiny import TinyCheckpoint, write
+from cv_lightning.digits.tiny import TinyModelConfig
 from cv_lightning.images import to_model_image
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import TrainRow, pack_rows, packed_length
-from cv_lightning.model.plain import plain_logprobs
-from cv_lightning.model.tiny import TinyModelConfig
-from cv_lightning.model.vision import VisionCache
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.packing import TrainRow, pack_rows, packed_length
+from cv_lightning.models.plain import plain_logprobs
+from cv_lightning.models.vision import VisionCache
+from cv_lightning.rollout.mismatch import exceeds
 
 LENGTH = 4_200
 

@@ -12,12 +12,12 @@ from builder_samples import read, table
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.commands.data_build import build_rl as command
 from cv_lightning.commands.data_build import corrupt
-from cv_lightning.data.builders.difficulty import DifficultyConfig
-from cv_lightning.data.builders.rl import BuildRL, build_rl
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.engine import EngineConfig
-from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.engines import EngineConfig
+from cv_lightning.factory.difficulty import DifficultyConfig
+from cv_lightning.factory.rl import BuildRL, build_rl
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.types import DataError
 
 

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from builder_samples import encoded, picture, read, table
 
 from cv_lightning.commands.data_build import build_sft as command
-from cv_lightning.data.builders.endpoint import TeacherConfig
-from cv_lightning.data.builders.plans import KINDS, PlanConfig
-from cv_lightning.data.builders.sft import BuildSFT, build_sft
-from cv_lightning.data.builders.teacher import Frame
-from cv_lightning.data.builders.verify import Verification, verify_file
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
+from cv_lightning.factory.endpoint import TeacherConfig
+from cv_lightning.factory.plans import KINDS, PlanConfig
+from cv_lightning.factory.sft import BuildSFT, build_sft
+from cv_lightning.factory.teacher import Frame
+from cv_lightning.factory.verify import Verification, verify_file
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import DataError, EndpointError

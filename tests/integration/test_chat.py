@@ -17,11 +17,11 @@ from rich.console import Console
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Rollout
 from cv_lightning.commands.chat import main, parse
-from cv_lightning.engine import SamplingConfig
-from cv_lightning.playground.session import Exchange, Playground
-from cv_lightning.playground.terminal import Terminal
+from cv_lightning.engines import SamplingConfig
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import CVLightningError, EndState, Trajectory
+from cv_lightning.viewer.playground.session import Exchange, Playground
+from cv_lightning.viewer.playground.terminal import Terminal
 
 PICTURE = Image.new("RGB", (96, 64), "white")
 

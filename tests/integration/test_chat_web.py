@@ -100,7 +100,7 @@ def test_upload_ask_watch_edit_and_save(served: tuple[str, Path], tmp_path: Path
 
 
 def test_a_port_that_is_taken_is_told(served: tuple[str, Path]) -> None:
-    from cv_lightning.playground.web import check_port
+    from cv_lightning.viewer.playground.web import check_port
 
     with pytest.raises(CVLightningError, match="--port"):
         check_port(int(served[0].rstrip("/").rpartition(":")[2]))

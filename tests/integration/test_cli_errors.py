@@ -16,7 +16,7 @@ import yaml
 from cv_lightning.callbacks.checkpoint import CheckpointCallback
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.cli import CVLightningCLI, main
-from cv_lightning.data.digits import DigitsConfig, digit_task
+from cv_lightning.digits.scenes import DigitsConfig, digit_task
 
 ZERO = "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}"
 DTYPE = "--model.init_args.policy.dtype"

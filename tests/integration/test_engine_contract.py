@@ -16,8 +16,8 @@ from PIL import Image
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Job, Rollout
 from cv_lightning.background import Background
-from cv_lightning.engine import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine
-from cv_lightning.model.tiny import MARKUP_TOKENS
+from cv_lightning.digits.tiny import MARKUP_TOKENS
+from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine
 from cv_lightning.types import EndState, EngineError, SandboxResult, Task, ToolStatus, Trajectory
 
 SIZES = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4)

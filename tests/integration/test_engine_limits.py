@@ -10,7 +10,7 @@ import math
 import pytest
 from engine_samples import Policy, worst_gap
 
-from cv_lightning.engine import EngineConfig, build_engine
+from cv_lightning.engines import EngineConfig, build_engine
 
 TOLERANCE = 1e-4
 

@@ -15,9 +15,9 @@ import torch
 from engine_samples import Policy, finish, request_of, worst_gap
 from sleeping_worker import SleepingWorker, lose_cache
 
-from cv_lightning.engine import EngineConfig
-from cv_lightning.engine.process import keep_threads
-from cv_lightning.engine.vllm import VLLMEngine, _clear_unnamed_buffers
+from cv_lightning.engines import EngineConfig
+from cv_lightning.engines.process import keep_threads
+from cv_lightning.engines.vllm import VLLMEngine, _clear_unnamed_buffers
 from cv_lightning.types import EngineError
 
 TOLERANCE = 1e-4
@@ -205,7 +205,7 @@ def test_level_2_without_clearing_the_deepstack_inputs_is_noticed(
         faulty.setattr(engine, "sleep_level", 2)
         faulty.setattr(engine.llm, "sleep", worker.sleep)
         faulty.setattr(engine.llm, "wake_up", worker.wake_up)
-        faulty.setattr("cv_lightning.engine.vllm._clear_unnamed_buffers", lambda worker: None)
+        faulty.setattr("cv_lightning.engines.vllm._clear_unnamed_buffers", lambda worker: None)
         engine.sleep()
         engine.update_weights(policy.model.named_parameters(), version=13)
     with pytest.raises((AssertionError, EngineError, ValueError)):

@@ -17,8 +17,8 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import EvaluationConfig, RolloutCallback
 from cv_lightning.data.modules import TaskDataModule
 from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.engine import EngineConfig, SamplingConfig
-from cv_lightning.model.loading import PolicyConfig
+from cv_lightning.engines import EngineConfig, SamplingConfig
+from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardConfig
 from cv_lightning.rewards.terms import FunctionTerm
@@ -255,7 +255,7 @@ def test_a_test_is_finished_when_its_results_are_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("cv_lightning.callbacks.evaluation.write_results", lambda *_: (_ for _ in ()).throw(OSError))
+        patched.setattr("cv_lightning.rollout.evaluator.write_results", lambda *_: (_ for _ in ()).throw(OSError))
         with pytest.raises(OSError):
             evaluate(tiny_checkpoint, tmp_path)
     again = written(None)

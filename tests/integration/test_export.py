@@ -16,10 +16,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 import cv_lightning.callbacks.export as exporting
 from cv_lightning.agent.prompt import chat_template
 from cv_lightning.commands.export import main
-from cv_lightning.engine import EngineConfig, build_engine, vllm_imports
-from cv_lightning.model.export import whole_folder
-from cv_lightning.model.loading import PolicyConfig, load_policy
-from cv_lightning.model.verify import folder_logits, probe
+from cv_lightning.engines import EngineConfig, build_engine, vllm_imports
+from cv_lightning.models.export import whole_folder
+from cv_lightning.models.loading import PolicyConfig, load_policy
+from cv_lightning.models.verify import folder_logits, probe
 
 BF16 = "--model.init_args.policy.dtype=bfloat16"
 LORA = [f"--model.init_args.{name}" for name in ("policy.lora.rank=4", "policy.lora.alpha=8", "optimizer.lr=0.01")]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from gpu_wheel import CORE, LLM, SAMPLING, Source, download_wheel, pinned_version, problems
 
-from cv_lightning.engine import EngineConfig
-from cv_lightning.engine.vllm import _arguments
+from cv_lightning.engines import EngineConfig
+from cv_lightning.engines.vllm import _arguments
 from cv_lightning.images import ImageLimits
 
 ROOT = Path(__file__).parents[2]

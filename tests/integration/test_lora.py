@@ -12,12 +12,12 @@ from test_rollout_callback import AGENT, Batches
 
 from cv_lightning.callbacks.export import export_policy
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.callbacks.weights import whole_tensors
-from cv_lightning.data.digits import DigitsConfig
 from cv_lightning.data.modules import SFTDataModule, TaskDataModule
-from cv_lightning.engine import EngineConfig
-from cv_lightning.model.loading import PolicyConfig, load_policy
-from cv_lightning.model.lora import FACTORS, LoraConfig, adapter_layers, adapters_off
+from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.engines import EngineConfig
+from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.loading import PolicyConfig, load_policy
+from cv_lightning.models.lora import FACTORS, LoraConfig, adapter_layers, adapters_off
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.modules.sft import SFTModule

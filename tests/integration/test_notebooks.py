@@ -22,7 +22,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         return made
     if not request.config.getoption("--run-slow"):
         pytest.skip("there is no smoke run: scripts/test.sh makes one; --run-slow makes its own")
-    from cv_lightning.commands.quickstart import main
+    from cv_lightning.digits.quickstart import main
 
     folder = tmp_path_factory.mktemp("notebooks") / "run"
     with pytest.MonkeyPatch.context() as patch:

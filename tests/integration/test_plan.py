@@ -16,15 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from cv_lightning.commands.plan import main, make_plan
-from cv_lightning.commands.plan_budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Budget, budget, hints
-from cv_lightning.commands.plan_run import RunFacts, read_run
-from cv_lightning.model.attention import NAME, use_attention
-from cv_lightning.model.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
-from cv_lightning.model.loading import load_processor
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import PackedBatch, TrainRow, pack_rows
-from cv_lightning.model.patches import use_linear_patches
-from cv_lightning.model.vision import process_images
+from cv_lightning.models.attention import NAME, use_attention
+from cv_lightning.models.loading import load_processor
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows
+from cv_lightning.models.patches import use_linear_patches
+from cv_lightning.models.vision import process_images
+from cv_lightning.planner.budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Budget, budget, hints
+from cv_lightning.planner.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
+from cv_lightning.planner.run import RunFacts, read_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ROW = "--model.init_args.max_tokens_per_row"

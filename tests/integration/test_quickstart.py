@@ -16,8 +16,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from cv_lightning.commands.quickstart import MODELS
-from cv_lightning.model.tiny import Family
+from cv_lightning.digits.quickstart import MODELS
+from cv_lightning.digits.tiny import Family
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}

@@ -19,10 +19,10 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, chat_template
 from cv_lightning.cli import ConfigOnly, CVLightningCLI
 from cv_lightning.cli import main as run_cli
-from cv_lightning.engine import EngineConfig
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
-from cv_lightning.model.lora import LoraConfig
-from cv_lightning.model.shapes import RELEASED, empty_policy, model_config
+from cv_lightning.engines import EngineConfig
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.lora import LoraConfig
+from cv_lightning.models.shapes import RELEASED, empty_policy, model_config
 from cv_lightning.rewards import RewardConfig
 from cv_lightning.strategies import ZeroStrategy
 from cv_lightning.types import CheckpointError, Task

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 from report_samples import Size, write_run
 from trajectory_samples import KINDS, digit_task, group
 
-from cv_lightning.evaluation.report import ReportConfig, write_report
 from cv_lightning.trajectory import TrajectoryWriter
+from cv_lightning.viewer.report import ReportConfig, write_report
 
 pytest.importorskip("websockets.sync.client", reason="no websockets: pip install websockets")
 from report_browser import CHROMIUM, Browser

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cv_lightning.evaluation.training import training_story
+from cv_lightning.digits.training import training_story
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,10 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from reward_samples import BOX, Recorder, group, task
 
-from cv_lightning.agent.tool import ToolOutcome, derived_image, map_to_source
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.static import read_code
 from cv_lightning.sandbox import Sandbox
+from cv_lightning.tools.code_image import ToolOutcome, derived_image, map_to_source
 from cv_lightning.types import Task, ToolCall, Trajectory, Turn
 
 

@@ -17,9 +17,9 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.data.modules import TaskDataModule
-from cv_lightning.engine import EngineConfig, ServerConfig
-from cv_lightning.engine.hf import TransformersEngine
-from cv_lightning.model.loading import PolicyConfig, load_policy
+from cv_lightning.engines import EngineConfig, ServerConfig
+from cv_lightning.engines.hf import TransformersEngine
+from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.types import ParityError

@@ -25,9 +25,9 @@ from cv_lightning.agent.loop import Job, Rollout
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.background import Background
 from cv_lightning.cli import main
-from cv_lightning.engine import EngineConfig, SamplingConfig, ServerConfig, build_engine
-from cv_lightning.engine.server import ServerEngine, messages_of
-from cv_lightning.rl.collector import is_trainable
+from cv_lightning.engines import EngineConfig, SamplingConfig, ServerConfig, build_engine
+from cv_lightning.engines.server import ServerEngine, messages_of
+from cv_lightning.rollout.collector import is_trainable
 from cv_lightning.trajectory.reader import read_groups
 from cv_lightning.types import EndState, EngineError, SandboxResult, Task, ToolStatus, Trajectory
 

@@ -19,10 +19,10 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.data.modules import TaskDataModule
-from cv_lightning.engine import EngineConfig, ServerConfig, build_engine
-from cv_lightning.engine.sglang import SGLangEngine
-from cv_lightning.engine.sglang_server import check_version
-from cv_lightning.model.loading import PolicyConfig, load_processor
+from cv_lightning.engines import EngineConfig, ServerConfig, build_engine
+from cv_lightning.engines.sglang import SGLangEngine
+from cv_lightning.engines.sglang_server import check_version
+from cv_lightning.models.loading import PolicyConfig, load_processor
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.types import EngineError
@@ -242,7 +242,7 @@ def test_an_update_waits_for_requests_that_were_aborted(
 def test_a_server_that_stays_busy_is_an_error(
     engine: SGLangEngine, server: ModelServer, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cv_lightning.engine.sglang.IDLE_S", 0.3)
+    monkeypatch.setattr("cv_lightning.engines.sglang.IDLE_S", 0.3)
     server._busy += 1
     try:
         with pytest.raises(EngineError, match="does something else use the server"):

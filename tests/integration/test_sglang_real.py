@@ -23,8 +23,8 @@ from sglang_server import sglang_environment, sglang_python, sglang_server
 from test_self_test import engine_config, fit
 from test_sglang_engine import TOLERANCE, config_of, connect
 
-from cv_lightning.engine.sglang import SGLangEngine
-from cv_lightning.model.loading import load_processor
+from cv_lightning.engines.sglang import SGLangEngine
+from cv_lightning.models.loading import load_processor
 from cv_lightning.types import EngineError, ParityError
 
 pytestmark = pytest.mark.slow

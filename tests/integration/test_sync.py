@@ -16,9 +16,9 @@ import pytest
 import torch
 from engine_samples import Policy, worst_gap
 
-from cv_lightning.callbacks.weights import whole_tensors
-from cv_lightning.engine import EngineConfig
-from cv_lightning.model.loading import image_limits, load_processor
+from cv_lightning.engines import EngineConfig
+from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.loading import image_limits, load_processor
 from cv_lightning.types import EngineError
 
 HERE = Path(__file__).parent
@@ -173,7 +173,7 @@ def test_a_dead_rank_takes_the_other_down(trouble: tuple[Path, dict[str, list[tu
 @pytest.fixture(scope="module")
 def sleepless(tiny_checkpoint: Path) -> Iterator[tuple[Policy, Any]]:
     """A policy and the real vLLM engine."""
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     policy = Policy.load(tiny_checkpoint)
     engine = VLLMEngine(
@@ -221,7 +221,7 @@ def test_waking_syncing_and_sleeping_have_their_order(
 
 
 def test_an_engine_that_cannot_sleep_or_be_shared_is_refused(tiny_checkpoint: Path) -> None:
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     limits = image_limits(load_processor(str(tiny_checkpoint)))
     for config, said in (
@@ -236,7 +236,7 @@ def test_an_engine_that_cannot_sleep_or_be_shared_is_refused(tiny_checkpoint: Pa
 @pytest.mark.parametrize("level", [1, 2])
 def test_an_engine_that_slept_samples_from_the_new_weights(tiny_checkpoint: Path, level: int) -> None:
     """The second engine of the process finds the memory pool free that the first one slept with."""
-    from cv_lightning.engine.vllm import VLLMEngine
+    from cv_lightning.engines.vllm import VLLMEngine
 
     policy = Policy.load(tiny_checkpoint)
     sizes = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4, gpu_memory_utilization=0.3)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from cv_lightning.data.digits import TRANSFORMS
+from cv_lightning.digits.scenes import TRANSFORMS
 from cv_lightning.images import compose, dihedral_affine, invert, map_box
 from cv_lightning.sandbox.geometry import matrix_of
 from cv_lightning.types import IDENTITY, Affine, Box, Task

@@ -15,7 +15,7 @@ from trajectory_samples import KINDS, Policy, digit_task, group
 
 from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.rl.collector import rollout_metrics
+from cv_lightning.rollout.collector import rollout_metrics
 from cv_lightning.trajectory import StoreConfig, TrajectoryWriter
 from cv_lightning.types import Group
 

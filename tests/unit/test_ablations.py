@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from cv_lightning.commands.ablations import ARMS, stages
-from cv_lightning.evaluation.study import markdown, study, to_json
+from cv_lightning.digits.ablations import ARMS, stages
+from cv_lightning.digits.study import markdown, study, to_json
 from cv_lightning.rewards import RewardConfig
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from cv_lightning.commands import doctor
-from cv_lightning.model import attention
-from cv_lightning.model.attention import kernel_error, torch_varlen, variable_length_kernel
+from cv_lightning.models import attention
+from cv_lightning.models.attention import kernel_error, torch_varlen, variable_length_kernel
 
 varlen = pytest.importorskip("torch.nn.attention.varlen")
 

@@ -14,15 +14,15 @@ import pytest
 from builder_samples import encoded, picture, rows, table
 from PIL import Image
 
-from cv_lightning.data.builders.difficulty import is_informative, read_pass_rates
-from cv_lightning.data.builders.overlap import KnownPictures, PictureSet
-from cv_lightning.data.builders.plans import KINDS, KindDealer, PlanConfig, Step, make_plan, possible_kinds
-from cv_lightning.data.builders.progress import ProgressFile
-from cv_lightning.data.builders.rl import BuildRL, TaskPlan, build_rl
-from cv_lightning.data.builders.table import TableConfig, VqaTable, read_box
-from cv_lightning.data.builders.teacher import Frame, OfflineTeacher, TurnRequest, crop_arguments
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig, RowError
+from cv_lightning.factory.difficulty import is_informative, read_pass_rates
+from cv_lightning.factory.overlap import KnownPictures, PictureSet
+from cv_lightning.factory.plans import KINDS, KindDealer, PlanConfig, Step, make_plan, possible_kinds
+from cv_lightning.factory.progress import ProgressFile
+from cv_lightning.factory.rl import BuildRL, TaskPlan, build_rl
+from cv_lightning.factory.table import TableConfig, VqaTable, read_box
+from cv_lightning.factory.teacher import Frame, OfflineTeacher, TurnRequest, crop_arguments
 from cv_lightning.types import DataError
 
 # ------------------------------------------------------------------------------------------------ tables

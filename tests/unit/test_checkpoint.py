@@ -21,8 +21,8 @@ from cv_lightning.callbacks.checkpoint import (
     rewind,
     rng_state,
 )
-from cv_lightning.callbacks.loggers import run_loggers
-from cv_lightning.callbacks.metrics_file import MetricsFile
+from cv_lightning.loggers import run_loggers
+from cv_lightning.loggers.metrics_file import MetricsFile
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import TrajectoryWriter, drop_after
 from cv_lightning.types import CVLightningError

@@ -12,7 +12,6 @@ import skimage.data
 from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from cv_lightning.data.builders.robustness import Corrupt, write_corrupted
 from cv_lightning.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -24,10 +23,11 @@ from cv_lightning.data.corruptions import (
     turn_box,
     turn_image,
 )
-from cv_lightning.data.export import write_task_parquet
 from cv_lightning.data.readers import ORIENTATIONS, TaskFiles
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.evaluation.scoring import official_score
+from cv_lightning.factory.export import write_task_parquet
+from cv_lightning.factory.robustness import Corrupt, write_corrupted
 from cv_lightning.images import is_upright
 from cv_lightning.rewards.transforms import expected_operations, to_upright
 from cv_lightning.types import Box, Task

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cv_lightning.callbacks.checkpoint import StreamingCheckpointIO, last_checkpoint
-from cv_lightning.callbacks.damage import damage
-from cv_lightning.callbacks.recipe import KEY, check_recipe, settings_of
-from cv_lightning.callbacks.stored import StoredPolicy, find_stored
+from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.reader import StoredPolicy, find_stored
+from cv_lightning.checkpoints.recipe import KEY, check_recipe, settings_of
 from cv_lightning.cli import find_checkpoint
 from cv_lightning.types import CheckpointError, CVLightningError
 

@@ -24,12 +24,12 @@ from data_corpus import (
 from PIL import Image
 
 from cv_lightning.commands.data import main
-from cv_lightning.data.check import CheckConfig, check_files
-from cv_lightning.data.check_copies import VARIANTS, as_thumbnails, near_copies, thumbnail
-from cv_lightning.data.check_frames import FrameEvidence, judge_frame, sign_test
-from cv_lightning.data.digits import DigitsConfig
-from cv_lightning.data.export import write_digits_parquet
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.factory.check import CheckConfig, check_files
+from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies, thumbnail
+from cv_lightning.factory.check_frames import FrameEvidence, judge_frame, sign_test
+from cv_lightning.factory.export import write_digits_parquet
 from cv_lightning.types import DataError
 
 TRANSPOSE = {

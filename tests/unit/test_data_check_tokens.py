@@ -9,11 +9,11 @@ from data_corpus import encoded, picture, row, write_tasks
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.data.check import CheckConfig, check_files
-from cv_lightning.data.check_tokens import TokenCounter
-from cv_lightning.data.demonstrations import Conversation, DemonstrationConfig, DemoTurn
-from cv_lightning.data.digits import DigitsConfig, digit_task
 from cv_lightning.data.sources import DigitDemonstrations
+from cv_lightning.digits.demonstrations import Conversation, DemonstrationConfig, DemoTurn
+from cv_lightning.digits.scenes import DigitsConfig, digit_task
+from cv_lightning.factory.check import CheckConfig, check_files
+from cv_lightning.factory.check_tokens import TokenCounter
 from cv_lightning.modules.sft import encode_conversation
 from cv_lightning.types import CheckpointError, SandboxResult, ToolStatus
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from cv_lightning.data.digits import KINDS, DigitsConfig
 from cv_lightning.data.sources import (
     DEMONSTRATIONS_FROM,
     DigitTasks,
@@ -16,6 +15,7 @@ from cv_lightning.data.sources import (
     RowStream,
     balanced_kinds,
 )
+from cv_lightning.digits.scenes import KINDS, DigitsConfig
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cv_lightning.data.demonstrations import UNDO
-from cv_lightning.data.digits import KINDS, TRANSFORMS, DigitsConfig, digit_task, is_small, is_turned
+from cv_lightning.digits.demonstrations import UNDO
+from cv_lightning.digits.scenes import KINDS, TRANSFORMS, DigitsConfig, digit_task, is_small, is_turned
 from cv_lightning.images import area, intersection
 
 CONFIG = DigitsConfig()

@@ -13,9 +13,9 @@ from PIL import Image
 from trajectory_samples import digit_task, group
 
 from cv_lightning.callbacks.checkpoint import warn_of_missing_groups, warn_of_missing_rows
-from cv_lightning.callbacks.metrics_file import MetricsFile
 from cv_lightning.environment import log_to
 from cv_lightning.files import describe_disk_error, whole_file
+from cv_lightning.loggers.metrics_file import MetricsFile
 from cv_lightning.trajectory.store import TrajectoryWriter, last_groups
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-import cv_lightning.engine as engine_package
-from cv_lightning.engine import (
+import cv_lightning.engines as engine_package
+from cv_lightning.engines import (
     EngineConfig,
     Request,
     SamplingConfig,
@@ -19,7 +19,7 @@ from cv_lightning.engine import (
     engine_kind,
     vllm_imports,
 )
-from cv_lightning.engine.base import check_length, check_weights
+from cv_lightning.engines.base import check_length, check_weights
 from cv_lightning.types import EngineError
 
 

@@ -8,9 +8,9 @@ import threading
 import pytest
 from PIL import Image
 
-from cv_lightning.engine import Completion, EngineConfig, Request
-from cv_lightning.engine.base import must_sleep
-from cv_lightning.engine.tensor_parallel import LeadingEngine, Orders, follow
+from cv_lightning.engines import Completion, EngineConfig, Request
+from cv_lightning.engines.base import must_sleep
+from cv_lightning.engines.tensor_parallel import LeadingEngine, Orders, follow
 from cv_lightning.types import EngineError
 
 H100, H200 = 80e9, 141e9

@@ -12,10 +12,10 @@ from trajectory_samples import Policy, digit_task, group
 from cv_lightning.commands.compare import main
 from cv_lightning.evaluation.breakdown import TRANSFORMS
 from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation, match_questions
-from cv_lightning.evaluation.compare_page import spans
 from cv_lightning.evaluation.statistics import paired_difference
 from cv_lightning.trajectory import TrajectoryWriter
 from cv_lightning.types import DataError, Task
+from cv_lightning.viewer.compare_page import spans
 
 GOOD, BLIND = Policy(turn=1, crop=1, needless=0, error=0, read=1), Policy(turn=0, crop=0, needless=0, error=0)
 

@@ -18,13 +18,13 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Rollout
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.background import Background
-from cv_lightning.data.demonstrations import answer_text, call_text, crop_code, undo_code
-from cv_lightning.data.digits import KINDS, DigitsConfig, digit_task
-from cv_lightning.engine.base import SamplingConfig
-from cv_lightning.evaluation.summary import write_summary
+from cv_lightning.digits.demonstrations import answer_text, call_text, crop_code, undo_code
+from cv_lightning.digits.figures import write_summary
+from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task
+from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import Collector
+from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.trajectory import TrajectoryWriter
 from cv_lightning.types import Task, ToolCall

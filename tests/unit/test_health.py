@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cv_lightning.callbacks.refill import TaskQueue, refill
 from cv_lightning.data.modules import CurriculumPoint, StepLoader, TaskDataModule, curriculum_shares
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import Collector, MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.rollout.collector import Collector, MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.rollout.dynamic_sampling import TaskQueue, refill
 from cv_lightning.types import EndState, Group, Iteration, RewardBreakdown, Task, Trajectory
 
 PICTURE = Image.new("RGB", (32, 32))

@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from cv_lightning.images import to_model_image
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import TrainRow, pack_rows
-from cv_lightning.model.patches import LIGER_PARTS, use_liger
-from cv_lightning.model.vision import VisionCache
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.patches import LIGER_PARTS, use_liger
+from cv_lightning.models.vision import VisionCache
 
 pytest.importorskip("liger_kernel")
 

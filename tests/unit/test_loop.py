@@ -16,9 +16,9 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Job, Rollout, RolloutProgress, cut_middle, jobs_of
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.background import Background
-from cv_lightning.engine.base import Completion, Request, SamplingConfig
+from cv_lightning.engines.base import Completion, Request, SamplingConfig
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import Collector
+from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import (
     EndState,

@@ -11,8 +11,8 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.loop import Job, Rollout
 from cv_lightning.background import Background
-from cv_lightning.engine.base import SamplingConfig
-from cv_lightning.rl.collector import rollout_metrics
+from cv_lightning.engines.base import SamplingConfig
+from cv_lightning.rollout.collector import rollout_metrics
 from cv_lightning.types import EndState, Group
 
 

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from cv_lightning.images import to_model_image
-from cv_lightning.model.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
-from cv_lightning.model.logprobs import packed_logprobs
-from cv_lightning.model.packing import TrainRow, families, pack_rows, packed_length, rope_positions
-from cv_lightning.model.tokens import LOGIT_BAN
-from cv_lightning.model.vision import VisionCache, process_images
+from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.models.logprobs import packed_logprobs
+from cv_lightning.models.packing import TrainRow, families, pack_rows, packed_length, rope_positions
+from cv_lightning.models.tokens import LOGIT_BAN
+from cv_lightning.models.vision import VisionCache, process_images
 from cv_lightning.types import CheckpointError, DataError
 
 
@@ -256,7 +256,7 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, m
     row = TrainRow(token_ids=[5] * (tokens + 1), loss_mask=[True] * (tokens + 1))
     batch = pack_rows([row], model.config)
     states = torch.randn(1, tokens + 1, width, requires_grad=True)
-    monkeypatch.setattr("cv_lightning.model.logprobs.packed_hidden", lambda *_: states)
+    monkeypatch.setattr("cv_lightning.models.logprobs.packed_hidden", lambda *_: states)
     with LiveBytes(head.weight) as ours:
         packed_logprobs(model, batch, temperature=0.7, chunk_tokens=8).logprobs.sum().backward()
     with LiveBytes(head.weight) as full:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cv_lightning.callbacks.agreement import differences, flatten
 from cv_lightning.callbacks.watchdog import Report, diagnose
+from cv_lightning.distributed import differences, flatten
 from cv_lightning.environment import check_launch
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1"}

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from cv_lightning.data import chunks
-from cv_lightning.data.demonstrations import DemonstrationConfig
-from cv_lightning.data.digits import TRANSFORMS, DigitsConfig
-from cv_lightning.data.export import write_digits_parquet, write_digits_sft_json, write_sft_json, write_task_parquet
 from cv_lightning.data.readers import TaskFiles, parse_transforms
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import DigitDemonstrations, DigitTasks
+from cv_lightning.digits.demonstrations import DemonstrationConfig
+from cv_lightning.digits.scenes import TRANSFORMS, DigitsConfig
+from cv_lightning.factory.export import write_digits_parquet, write_digits_sft_json, write_sft_json, write_task_parquet
 from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
 

@@ -15,15 +15,15 @@ from lightning.pytorch.loggers import CSVLogger
 from report_samples import Size, resolved, write_run
 
 from cv_lightning.commands.report import main as report_main
-from cv_lightning.commands.summary import main as summary_main
-from cv_lightning.evaluation.ablation import needless_while_sampling
+from cv_lightning.digits.ablation import needless_while_sampling
+from cv_lightning.digits.figures import write_summary
+from cv_lightning.digits.summary import main as summary_main
+from cv_lightning.digits.training import reward_formula, training_story
 from cv_lightning.evaluation.curves import chart_groups, mean_between, thin
-from cv_lightning.evaluation.highlight import highlight
-from cv_lightning.evaluation.report import TEMPLATES, ReportConfig, write_report
 from cv_lightning.evaluation.runs import Curve, load_run, parity_max, read_curves
-from cv_lightning.evaluation.summary import write_summary
-from cv_lightning.evaluation.training import reward_formula, training_story
 from cv_lightning.types import DataError
+from cv_lightning.viewer.highlight import highlight
+from cv_lightning.viewer.report import TEMPLATES, ReportConfig, write_report
 
 FIGURES = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
 

@@ -8,7 +8,7 @@ import jsonargparse
 import pytest
 from reward_samples import Recorder, group
 
-from cv_lightning.data.digits import KINDS, DigitsConfig, digit_task, is_small, is_turned
+from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task, is_small, is_turned
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.types import Box, Task, Trajectory
 

@@ -24,13 +24,11 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from cv_lightning.agent.prompt import PromptConfig, chat_template
-from cv_lightning.commands.quickstart import MODELS
 from cv_lightning.commands.tiny import TinyCheckpoint, main, write
-from cv_lightning.data.demonstrations import tokenizer_corpus
-from cv_lightning.data.digits import GLYPH_SIDE, GLYPHS, KINDS, LAYOUT, DigitsConfig, Kind, digit_task
-from cv_lightning.images import ImageLimits, model_size
-from cv_lightning.model.loading import image_limits
-from cv_lightning.model.tiny import (
+from cv_lightning.digits.demonstrations import tokenizer_corpus
+from cv_lightning.digits.quickstart import MODELS
+from cv_lightning.digits.scenes import GLYPH_SIDE, GLYPHS, KINDS, LAYOUT, DigitsConfig, Kind, digit_task
+from cv_lightning.digits.tiny import (
     CONTROL_TOKENS,
     MARKUP_TOKENS,
     Family,
@@ -38,6 +36,8 @@ from cv_lightning.model.tiny import (
     train_byte_pairs,
     write_tiny_checkpoint,
 )
+from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.models.loading import image_limits
 from cv_lightning.types import ImageError
 
 ROTATE = (

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from cv_lightning.data import digits
-from cv_lightning.data.digits import DigitsConfig, Kind
+from cv_lightning.digits import scenes as digits
+from cv_lightning.digits.scenes import DigitsConfig, Kind
 from cv_lightning.images import compose, dihedral_affine, map_box
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.collector import assign_advantages
+from cv_lightning.rollout.collector import assign_advantages
 from cv_lightning.types import (
     IDENTITY,
     Affine,

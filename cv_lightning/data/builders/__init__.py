@@ -1,1 +1,0 @@
-"""Builders: from a table of images, questions and answers to SFT conversations and RL tasks."""

@@ -1,0 +1,1 @@
+"""The embedded task: scenes of handwritten digits, their demonstrations, the tiny model and the quickstart."""

@@ -1,0 +1,210 @@
+"""What SFT learns from: conversations that show the tool on some of the digits tasks that need it.
+
+Only a share of those tasks demonstrates the tool; the rest is answered at once with what a reader would say who
+never turns or zooms, so that reinforcement learning has something to find. Tool results are really computed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from PIL import Image
+
+from cv_lightning.agent.prompt import PromptConfig, size_statement
+from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.digits.scenes import TRANSFORMS, DigitsConfig, check_kind_shares, is_small, is_turned
+from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
+
+Execute = Callable[[Image.Image, str], SandboxResult]
+"""Runs a snippet on an image; `Sandbox.run_sync` is one."""
+
+UNDO = {
+    "rotate_90": "rotate(270, expand=True)",
+    "rotate_180": "rotate(180, expand=True)",
+    "rotate_270": "rotate(90, expand=True)",
+    "flip_horizontal": "transpose(Image.FLIP_LEFT_RIGHT)",
+    "flip_vertical": "transpose(Image.FLIP_TOP_BOTTOM)",
+}
+"""Image method that undoes what was done to a turned picture."""
+THOUGHT_TURN, THOUGHT_CROP, THOUGHT_READ = "turned", "small", "read"
+"""What is thought before turning, cropping and answering: a token each once the tokenizer has merged them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoTurn:
+    """One assistant turn of a conversation to learn from, and what the tool answered."""
+
+    text: str
+    """The whole turn, markup included, without the end-of-turn token."""
+    call: ToolCall | None = None
+    """The call in `text`; None in a turn that answers."""
+    result_image: Image.Image | None = None
+    """Image that the call made, at full resolution; None if it made none or the conversation ends with the call."""
+    response_text: str = ""
+    """Text that the tool answered with beside the image; empty where the agent's own words are to be used."""
+    learn: bool = True
+    """False: the turn is context only and carries no loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """One example for SFT. It may end with a call whose result is not shown."""
+
+    task: Task
+    turns: tuple[DemoTurn, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationConfig:
+    """Which tasks show the tool, and what the others answer."""
+
+    tool_share: float = 0.4
+    """Share of the tasks that need the tool in which it is used; the others are answered at once."""
+    direct_turned: Literal["right", "random"] = "right"
+    """What is said of a turned number without turning it: the right number, or a random one."""
+    direct_small: Literal["right", "random"] = "random"
+    """What is said of a small number without a crop (turned ones too)."""
+    needless_share: float = 0.0
+    """Share of the upright tasks in which the picture is turned for no reason first."""
+    warm_up_shares: dict[str, float] = field(default_factory=lambda: {"upright": 3.0, "turned": 1.0, "small": 2.0})
+    """Relative frequency of the kinds in the warm-up of single turns: upright ones are answered, of the others only
+    the first call is shown."""
+
+    def __post_init__(self) -> None:
+        for name in ("tool_share", "needless_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)} is a share: between 0 and 1")
+        check_kind_shares("warm_up_shares", self.warm_up_shares)
+
+
+# ------------------------------------------------------------------------------------------------ text
+def answer_text(answer: str, thought: str = THOUGHT_READ) -> str:
+    """Assistant turn that answers."""
+    return f"<think>{thought}</think><answer>{answer}</answer>"
+
+
+def call_text(call: ToolCall, thought: str) -> str:
+    """Assistant turn that calls the tool, in the Hermes form of Qwen's chat template."""
+    body = json.dumps({"name": call.name, "arguments": {"code": call.code, "image_index": call.image_index}})
+    return f"<think>{thought}</think><tool_call>\n{body}\n</tool_call>"
+
+
+def undo_code(transform: str) -> str:
+    """Snippet that puts upright a picture to which `transform` was applied."""
+    return f"result = image.{UNDO[transform]}"
+
+
+def crop_code(cell: tuple[int, int, int, int], config: DigitsConfig) -> str:
+    """Snippet that crops a cell, with its numbers in the frame of coordinates of the config.
+
+    Args:
+        cell: left, top, right, bottom in pixels of the upright original.
+        config: names the frame and the sides of the original and of the model's view.
+    """
+    if config.coordinates == "original_px":
+        return f"result = image.crop(({', '.join(str(edge) for edge in cell)}))"
+    side = config.model_side if config.coordinates == "model_px" else 1000
+    edges = [round(edge * side / config.original_side) for edge in cell]
+    scaled = ", ".join(f"{edge} * s" for edge in edges)
+    return f"s = image.width / {side}\nresult = image.crop(({scaled}))"
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+def demonstrate(
+    task: Task,
+    config: DemonstrationConfig,
+    digits: DigitsConfig,
+    rng: random.Random,
+    execute: Execute,
+    *,
+    warm_up: bool = False,
+) -> Conversation:
+    """A conversation about a digits task.
+
+    Args:
+        task: made by `digit_task`; its metadata say what has to be done.
+        config: whether to use the tool.
+        digits: the frame of coordinates.
+        rng: draws whether the tool is used and what a reader without it says.
+        execute: runs the snippets.
+        warm_up: one turn only: the answer if no tool is needed, else the first call without its result.
+
+    Raises:
+        SandboxError: a snippet failed; its error is in the message.
+    """
+    kind = task.metadata["kind"]
+    steps = _tool_steps(task, digits)
+    if warm_up and steps:
+        thought, code = steps[0]
+        call = ToolCall(name=TOOL_NAME, code=code)
+        return Conversation(task=task, turns=(DemoTurn(text=call_text(call, thought), call=call),))
+    if kind == "upright":
+        if not warm_up and rng.random() < config.needless_share:
+            steps = [(THOUGHT_TURN, undo_code(rng.choice(tuple(TRANSFORMS))))]
+    elif rng.random() >= config.tool_share:
+        policy = config.direct_small if is_small(kind) else config.direct_turned
+        answer = task.ground_truth if policy == "right" else f"{rng.randrange(10)}{rng.randrange(10)}"
+        return Conversation(task=task, turns=(DemoTurn(text=answer_text(answer)),))
+    turns = _run_steps(task, steps, execute)
+    return Conversation(task=task, turns=(*turns, DemoTurn(text=answer_text(task.ground_truth))))
+
+
+def _tool_steps(task: Task, digits: DigitsConfig) -> list[tuple[str, str]]:
+    """(thought, code) of each call that the task needs, in order."""
+    kind = task.metadata["kind"]
+    steps = []
+    if is_turned(kind):
+        steps.append((THOUGHT_TURN, undo_code(task.metadata["applied"])))
+    if is_small(kind):
+        steps.append((THOUGHT_CROP, crop_code(tuple(task.metadata["cell"]), digits)))
+    return steps
+
+
+def _run_steps(task: Task, steps: list[tuple[str, str]], execute: Execute) -> list[DemoTurn]:
+    """Turns that make the calls one after another, each on the result of the one before."""
+    turns = []
+    image = task.images[0]
+    for index, (thought, code) in enumerate(steps):
+        call = ToolCall(name=TOOL_NAME, code=code, image_index=index)
+        result = execute(image, code)
+        if result.status is not ToolStatus.OK or result.image is None:
+            raise SandboxError(f"demonstration of {task.id}: `{code}` gave {result.status}: {result.error}")
+        image = result.image
+        turns.append(DemoTurn(text=call_text(call, thought), call=call, result_image=image))
+    return turns
+
+
+# ------------------------------------------------------------------------------------------------ corpus
+def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
+    """Texts from which a tokenizer learns to write and read the conversations in few tokens.
+
+    Args:
+        digits: question, frame of coordinates and grid.
+        prompt: the agent's words around question and tool results.
+    """
+    turns = [undo_code(transform) for transform in TRANSFORMS]
+    crops = [crop_code(cell, digits) for cell in _cells(digits)]
+    calls = [(THOUGHT_TURN, code) for code in turns * 20] + [(THOUGHT_CROP, code) for code in crops]
+    corpus = [
+        call_text(ToolCall(name=TOOL_NAME, code=code, image_index=index), thought)
+        for thought, code in calls
+        for index in (0, 1)
+    ]
+    views = {digits.model_side, digits.original_side, digits.crop_side}
+    seen = (digits.model_side, digits.model_side)
+    sizes = [size_statement(i, (side, side), seen, digits.coordinates) for side in sorted(views) for i in range(3)]
+    given = [f"user\n{digits.question}", digits.question, "user\n", "assistant\n", "\n", "Error: ", answer_text("")]
+    if prompt.state_size:
+        given += [f"{digits.question}\n{size}" for size in sizes] + [f"\n{size}\n" for size in sizes]
+    given += [prompt.tool_ok.replace("<image>", "").format(size=""), prompt.parse_error.format(error="")]
+    return corpus + [text for text in given for _ in range(50)]
+
+
+def _cells(digits: DigitsConfig) -> Iterator[tuple[int, int, int, int]]:
+    """The crop of every cell of a large original, those on the cue too."""
+    columns = digits.original_side // digits.cell
+    return (digits.crop_box(column, row) for column in range(columns) for row in range(columns))

@@ -1,0 +1,241 @@
+"""`python -m cv_lightning quickstart`: from a random tiny model to one that learned to use the tool, and the report.
+
+Every stage is a command of its own, shown before it runs; `timing.json` remembers what is finished, so that an
+interrupted quickstart goes on with the stage that was cut off: training from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cv_lightning.digits.tiny import Family
+from cv_lightning.files import write_text
+
+CONFIGS = Path("configs/quickstart")
+SEVERAL_RANKS = Path("configs/hardware/cpu2.yaml")
+"""What `--ranks` puts on top of the configs: ZeRO-3 among CPU ranks."""
+SMOKE_SFT = ["--data.init_args.num_steps", "6"]
+SMOKE_RL = ["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "4"]
+SMOKE_RL += ["--trainer.callbacks.init_args.store.share", "1.0"]  # so few groups that a tenth may be none
+SMOKE_TEST = ["--data.init_args.test_tasks", '{"upright": 2, "turned": 2, "small": 2, "turned_and_small": 2}']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A family of models that the quickstart trains."""
+
+    name: str
+    """As the released models are called."""
+    prefix: str = ""
+    """Of the default folders."""
+    tiny: list[str] = field(default_factory=list)
+    """Flags of `tiny`."""
+    digits: dict[str, int] = field(default_factory=dict)
+    """Sizes of the scenes in pixels, so that a digit lies within one vision token of this family."""
+
+    def scene_flags(self, prefix: str) -> list[str]:
+        """`digits` as flags under a prefix."""
+        return [word for name, value in self.digits.items() for word in (f"--{prefix}digits.{name}", str(value))]
+
+
+MODELS: dict[Family, Model] = {
+    "qwen3_vl": Model(name="Qwen3-VL"),
+    "qwen2_5_vl": Model(
+        name="Qwen2.5-VL",
+        prefix="qwen2_5_vl-",
+        tiny=["--family", "qwen2_5_vl"],
+        digits={"model_side": 84, "original_side": 336, "cell": 56},
+    ),
+}
+"""The scenes' own sizes, for tokens of 32 pixels, suit Qwen3-VL; Qwen2.5-VL has tokens of 28."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of the quickstart."""
+
+    name: str
+    """Key in `timing.json`."""
+    title: str
+    arguments: list[str]
+    """After `python -m cv_lightning`."""
+    writes: list[Path] = field(default_factory=list)
+    """Removed before the stage runs: what a cut-off try may have left."""
+    always: bool = False
+    """Run although it ran before."""
+
+
+def stages(
+    run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family = "qwen3_vl", ranks: int = 1
+) -> list[Stage]:
+    """The stages of a quickstart, in order.
+
+    Args:
+        run: the run's folder.
+        seed: of weights, training scenes and samples; the held-out scenes are the same for all seeds.
+        smoke: a few steps of each.
+        ablation: also train with accuracy and format only.
+        family: which architecture.
+        ranks: processes that train and test together.
+    """
+    model = MODELS[family]
+    scenes = model.scene_flags("data.init_args.")
+    if ranks > 1:
+        scenes += ["--config", str(SEVERAL_RANKS), "--trainer.devices", str(ranks)]
+    rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
+    digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed), *scenes]
+    tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
+    tiny += [*model.tiny, *model.scene_flags("")]
+    test = [*scenes, *(SMOKE_TEST if smoke else [])]
+    found = [
+        Stage(name="tiny", title=f"a tiny {model.name} with random weights", arguments=tiny, writes=[run / "tiny"]),
+        fit_stage("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
+        test_stage("sft", run, seed, test),
+        fit_stage("rl", "GRPO with the process reward", run, "sft/model", [*digits, *rl], config="grpo"),
+        test_stage("rl", run, seed, test),
+    ]
+    if ablation:
+        reward = ["--trainer.callbacks.init_args.reward", f"{CONFIGS}/reward_accuracy.yaml"]
+        title = "the same GRPO with accuracy and format only"
+        found.append(fit_stage("rl_accuracy", title, run, "sft/model", [*digits, *rl, *reward], config="grpo"))
+        found.append(test_stage("rl_accuracy", run, seed, test))
+    summary = ["quickstart-summary", str(run)]
+    found.append(Stage(name="summary", title="what it learned", arguments=summary, always=True))
+    found.append(Stage(name="report", title="the report", arguments=["report", str(run)], always=True))
+    return found
+
+
+def fit_stage(name: str, title: str, run: Path, start: str, extra: list[str], config: str = "sft") -> Stage:
+    """Training from the weights `run/start` into `run/name`, which exports `run/name/model`; one cut off goes on."""
+    arguments = ["fit", "--config", f"{CONFIGS}/{config}.yaml", "--trainer.default_root_dir", f"{run}/{name}"]
+    arguments += ["--model.init_args.policy.path", f"{run}/{start}", "--ckpt_path", "auto", *extra]
+    return Stage(name=name, title=title, arguments=arguments)
+
+
+def test_stage(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
+    """Test of `run/stage/model` into `run/eval/<stage>_<greedy|sampled>_<tool|notool>`."""
+    arguments = ["test", "--config", f"{CONFIGS}/eval.yaml", "--trainer.default_root_dir", str(run)]
+    arguments += ["--model.init_args.policy.path", f"{run}/{stage}/model"]
+    arguments += ["--trainer.callbacks.init_args.eval_prefix", f"{stage}_"]
+    arguments += ["--trainer.callbacks.init_args.sampling.seed", str(seed), *extra]
+    names = [f"{stage}_{mode}_{tool}" for mode in ("greedy", "sampled") for tool in ("tool", "notool")]
+    writes = [run / "eval" / name for name in names]
+    title = f"test of {stage} on held-out digits, with and without the tool"
+    return Stage(name=f"{stage}_eval", title=title, arguments=arguments, writes=writes)
+
+
+class Timing:
+    """`timing.json` of a run: seconds by finished stage, since its last start, and the seed."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "timing.json"
+        self.values: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def set(self, name: str, value: float) -> None:
+        """Remember a value; on disk at once, whole or not at all."""
+        self.values[name] = value
+        write_text(self.path, json.dumps(self.values, indent=1) + "\n")
+
+
+def run_stages(run: Path, wanted: list[Stage], timing: Timing) -> int:
+    """Run what is not finished yet.
+
+    Returns:
+        Exit code of the first stage that failed; 0 if none did.
+    """
+    for number, stage in enumerate(wanted, 1):
+        heading = f"[{number}/{len(wanted)}] {stage.title}"
+        if stage.name in timing.values and not stage.always:
+            _say(f"\n{heading}: done before, in {timing.values[stage.name]:.0f} s")
+            continue
+        for path in stage.writes:
+            shutil.rmtree(path, ignore_errors=True)
+        _say(f"\n{heading}\n$ python -m cv_lightning {shlex.join(stage.arguments)}")
+        begun = time.perf_counter()
+        code = subprocess.run([sys.executable, "-m", "cv_lightning", *stage.arguments]).returncode
+        if code:
+            _say(
+                f"{stage.name} failed (exit code {code}); the lines above say why. The same command goes on from here."
+            )
+            return code
+        timing.set(stage.name, round(time.perf_counter() - begun, 2))
+    return 0
+
+
+def _family(run: Path) -> str | None:
+    """Family of the model that a run began with; None if it has none yet."""
+    config = run / "tiny" / "config.json"
+    return str(json.loads(config.read_text())["model_type"]) if config.is_file() else None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--model", choices=MODELS, default="qwen3_vl", help="which architecture (default qwen3_vl)")
+    parser.add_argument("--seed", type=int, default=0, help="another model, other scenes, other samples (default 0)")
+    parser.add_argument("--smoke", action="store_true", help="every stage once, small; no learning claimed")
+    parser.add_argument(
+        "--ablation", action="store_true", help="also RL with accuracy and format only, shown beside it"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default runs/quickstart-seedN, with --smoke runs/quickstart-smoke (runs/quickstart-qwen2_5_vl-...)",
+    )
+    parser.add_argument("--force", action="store_true", help="start anew; else finished stages are kept")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes that train and test together, under ZeRO-3 (default 1)"
+    )
+    given = parser.parse_args(args)
+    if given.ranks not in (1, 2, 4, 8):
+        parser.error(f"--ranks {given.ranks}: 1, 2, 4 or 8, which divide the tasks of a step")
+    if not CONFIGS.is_dir():
+        parser.error(f"{CONFIGS} is not here; run it in the project's folder")
+    run: Path = given.out or Path(
+        "runs",
+        f"quickstart-{MODELS[given.model].prefix}"
+        + (f"ranks{given.ranks}-" if given.ranks > 1 else "")
+        + ("smoke" if given.smoke else f"seed{given.seed}"),
+    )
+    if given.force:
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    timing = Timing(run)
+    if timing.values.get("seed", given.seed) != given.seed:
+        parser.error(f"{run} was made with --seed {timing.values['seed']:.0f}; choose another --out, or --force")
+    other = _family(run)
+    if other not in (None, given.model):
+        parser.error(f"{run} was made with --model {other}; choose another --out, or --force")
+    if timing.values.get("ranks", given.ranks) != given.ranks:
+        parser.error(f"{run} was made with --ranks {timing.values['ranks']:.0f}; choose another --out, or --force")
+    timing.set("seed", given.seed)
+    timing.set("ranks", given.ranks)
+    wanted = stages(
+        run,
+        seed=given.seed,
+        smoke=given.smoke,
+        ablation=given.ablation,
+        family=given.model,
+        ranks=given.ranks,
+    )
+    try:
+        code = run_stages(run, wanted, timing)
+    except KeyboardInterrupt:
+        _say("\nstopped; the same command goes on with the stage that was cut off")
+        return 130
+    if code == 0:
+        _say(f"\nopen {(run / 'report.html').resolve()} in a browser; figures: {run / 'summary.json'}")
+    return code

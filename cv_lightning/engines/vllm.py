@@ -1,0 +1,403 @@
+"""vLLM inside the trainer's process: one engine per rank, stepped by the agent loop.
+
+The only file that imports vllm. `tests/integration/test_gpu_contract.py` looks every name that is used here up in the
+source of the pinned GPU build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.logprobs import FlatLogprobs
+from vllm.sampling_params import RequestOutputKind
+
+from cv_lightning.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    check_idle,
+    check_length,
+    check_weights,
+    must_sleep,
+)
+from cv_lightning.engines.process import (
+    has_process_group,
+    join_launched_ranks,
+    keep_process_group,
+    keep_threads,
+    threads,
+)
+from cv_lightning.engines.rendering import Rendered, RenderQueue
+from cv_lightning.models.tokens import END_OF_TURN, LOGIT_BAN
+from cv_lightning.types import EngineError
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+
+    from cv_lightning.images import ImageLimits
+
+
+CPU_STEP_TOKENS = 65536
+"""Most tokens that one step of the CPU build processes; its buffers grow with it."""
+IN_FLIGHT_STEPS = 100
+"""Steps after which an engine without requests must have ended its last batch; two are usual."""
+
+
+class VLLMEngine:
+    """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init (T39, T49)."""
+
+    def __init__(self, path: str, config: EngineConfig, limits: ImageLimits, *, dtype: str, seed: int = 0) -> None:
+        """Build the engine and load the checkpoint's weights.
+
+        Args:
+            path: Hugging Face folder of the policy; its weights are replaced at the first update.
+            config: sizes and memory.
+            limits: the trainer's of image sizes; vLLM alone would resize by those in the folder, which may be others.
+            dtype: `float32`, `bfloat16` or `float16`, the trainer's.
+            seed: engine seed; requests carry their own.
+
+        Raises:
+            EngineError: the ranks of the run cannot have the engine that `config` asks for.
+        """
+        self.owns_process_group = not has_process_group()
+        num_ranks = join_launched_ranks()
+        if num_ranks % config.tensor_parallel_size:
+            raise EngineError(
+                f"engine.tensor_parallel_size {config.tensor_parallel_size} does not divide the {num_ranks} rank(s) of "
+                "the run (trainer.devices x trainer.num_nodes)"
+            )
+        self.sleeps = _sleeps(path, config, num_ranks)
+        self.sleep_level = config.sleep_level
+        self.asleep = False
+        _check_memory_pool(self.sleeps)
+        with keep_threads():
+            self.llm = LLM(**_arguments(path, config, limits, dtype, seed, num_ranks, self.sleeps))
+            self.num_threads = torch.get_num_threads()
+        self.engine = self.llm.llm_engine
+        # Above 1 every step would be a collective of all ranks, which take different numbers of them.
+        parallel = self.engine.vllm_config.parallel_config.data_parallel_size
+        if parallel != 1:
+            raise EngineError(f"the engine's data-parallel size is {parallel}, not 1: unset VLLM_DP_SIZE")
+        self.max_model_len, self.max_images = config.max_model_len, config.max_images
+        self.weight_version = -1
+        vision = self.llm.model_config.hf_config.vision_config
+        self.factor: int = vision.patch_size * vision.spatial_merge_size
+        self.end_id: int = self.llm.get_tokenizer().convert_tokens_to_ids(END_OF_TURN)
+        in_background = config.renders_in_background(on_gpu=torch.cuda.is_available())
+        self.rendering = RenderQueue(self._render) if in_background else None
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request; see `Engine`."""
+        check_length(request, self.factor, self.max_model_len, self.max_images)
+        params = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            stop_token_ids=[self.end_id],
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            logit_bias=dict.fromkeys(request.banned_ids, LOGIT_BAN),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            prompt["multi_modal_uuids"] = {"image": list(request.image_hashes)}
+        if self.rendering is not None and request.images:
+            return self.rendering.submit(request.id, prompt, params)
+        try:
+            self.engine.add_request(request.id, self._render(prompt), params)
+        except ValueError as error:
+            raise EngineError(f"vLLM refused request {request.id} ({len(request.prompt_ids)} ids): {error}") from error
+
+    def _render(self, prompt: TokensPrompt) -> Any:
+        """The prompt as the engine takes it, its images processed."""
+        (rendered,) = self.llm.renderer.render_cmpl([cast(Any, prompt)])
+        return rendered
+
+    def _admit(self, rendered: Iterable[Rendered]) -> list[Completion]:
+        """Hand prepared requests to the engine.
+
+        Returns:
+            A completion with an error for every request that was refused.
+        """
+        refused = []
+        for id, params, prompt, error, dropped in rendered:
+            try:
+                if not error:
+                    self.engine.add_request(id, prompt, params)
+            except ValueError as raised:
+                error = str(raised)
+            if dropped:
+                self.engine.abort_request([id])
+            elif error:
+                message = f"vLLM refused request {id}: {error}"
+                refused.append(
+                    Completion(id=id, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=message)
+                )
+        return refused
+
+    def step(self) -> list[Completion]:
+        """Advance by one scheduler step; see `Engine`."""
+        refused: list[Completion] = []
+        if self.rendering is not None:
+            refused = self._admit(self.rendering.take(wait=not self.engine.has_unfinished_requests()))
+            if refused and not self.engine.has_unfinished_requests():
+                return refused
+        with threads(self.num_threads):  # compiled code is valid for the number of threads that it was compiled with
+            outputs = self.engine.step()
+        return refused + [_completion(cast("RequestOutput", output)) for output in outputs if output.finished]
+
+    def has_unfinished(self) -> bool:
+        """True while any request is being prepared, queued or running."""
+        return bool(self.rendering) or self.engine.has_unfinished_requests()
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forget requests; unknown ids are ignored."""
+        if self.rendering is not None:
+            self.rendering.drop(ids)
+        self.engine.abort_request(list(ids))
+
+    def _settle(self) -> None:
+        """End what is still under way for requests that have finished or were aborted.
+
+        Under async scheduling a batch may still be running on the GPU when the last request has finished.
+
+        Raises:
+            EngineError: A request is unfinished, or the engine does not come to rest.
+        """
+        check_idle(self)
+        if self.rendering is not None:
+            self._admit(self.rendering.take_all())
+        core = cast(Any, self.engine.engine_core).engine_core
+        for _ in range(IN_FLIGHT_STEPS):
+            if not getattr(core, "batch_queue", None):
+                return
+            self.engine.step()
+        raise EngineError(f"vLLM has a batch under way after {IN_FLIGHT_STEPS} steps without requests")
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Load whole tensors by Hugging Face name and drop every cache that depends on weights."""
+        self._settle()
+        if self.asleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the trainer has left over is not free for waking
+            self.llm.wake_up(["weights"])
+            if self.sleep_level == 2:
+                self.llm.collective_rpc(_clear_unnamed_buffers)
+        try:
+            (missing,) = self.llm.collective_rpc(_reload, args=(iter(named_tensors),))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise EngineError(f"vLLM cannot take the policy's weights: {error}") from error
+        check_weights(missing)
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("vLLM kept its prefix cache, whose entries belong to the previous weights")
+        self.llm.reset_mm_cache()
+        self.engine.reset_encoder_cache()
+        if self.asleep:  # only now, so that weights being gathered and the cache never need memory at once
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+        self.weight_version = version
+
+    def sleep(self) -> bool:
+        """Give the GPU's memory back; see `Engine`.
+
+        The key-value cache is dropped. Level 1 copies the weights to pinned host memory; level 2 drops them, since the
+        next weight sync brings all of them, and vLLM itself saves named buffers.
+        """
+        if self.sleeps and not self.asleep:
+            self._settle()
+            self.engine.reset_encoder_cache()  # which sleeping does not free
+            self.llm.sleep(level=self.sleep_level)
+            self.asleep = True
+        return self.asleep
+
+    def close(self) -> None:
+        """Shut the engine core down and free its memory, so that another engine can be built in this process."""
+        core = getattr(self, "engine", None)
+        if core is None:
+            return
+        if self.rendering is not None:
+            self.rendering.close()
+        with contextlib.nullcontext() if self.owns_process_group else keep_process_group():
+            with contextlib.suppress(AttributeError):
+                core.engine_core.shutdown()
+            del core, self.engine, self.llm
+            gc.collect()  # vLLM's pool for sleeping serves one engine a process, and cycles keep the last one alive
+
+
+def _arguments(
+    path: str, config: EngineConfig, limits: ImageLimits, dtype: str, seed: int, num_ranks: int, sleeps: bool
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    on_cpu = not torch.cuda.is_available()
+    eager = config.enforce_eager or on_cpu
+    return {
+        "model": path,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "enforce_eager": eager,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "limit_mm_per_prompt": {"image": config.max_images, "video": 0},
+        "mm_processor_kwargs": {"size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}},
+        "skip_mm_profiling": on_cpu,
+        "mm_processor_cache_gb": config.cache_of_images_gb(on_gpu=not on_cpu),
+        "enable_prefix_caching": True,
+        **(_whole_prompts(config) if on_cpu else {}),
+        "logprobs_mode": "processed_logprobs",
+        "enable_sleep_mode": sleeps,
+        "sleep_mode_offload_cudagraph": sleeps and not eager,  # else CUDA graphs stay on the GPU while asleep
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "external_launcher" if num_ranks > 1 else None,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+        **({} if config.async_scheduling is None else {"async_scheduling": config.async_scheduling}),
+    }
+
+
+def _check_memory_pool(sleeps: bool) -> None:
+    """Refuse a second engine while an earlier one holds the pool that vLLM frees for sleeping, one a process.
+
+    Raises:
+        EngineError: Something of the earlier engine is alive.
+    """
+    if not sleeps:
+        return
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    used = CuMemAllocator.instance.get_current_usage() if CuMemAllocator.instance is not None else 0
+    if used:
+        raise EngineError(
+            f"an earlier engine of this process still holds {used / 1e9:.1f} GB: close() it and drop every reference "
+            "to it, set engine.sleep to never, or start a new process"
+        )
+
+
+def _clear_unnamed_buffers(worker: Any) -> None:
+    """Zero what level 2 loses and no weight sync brings; runs inside vLLM's worker.
+
+    Qwen3-VL keeps the deepstack inputs of a step in a plain list, which vLLM does not save as it saves named buffers;
+    it is added to the hidden states of every step and holds zeros between steps.
+    """
+    model = worker.model_runner.get_model()
+    for buffer in getattr(model, "deepstack_input_embeds", None) or ():
+        buffer.zero_()
+
+
+def _sleeps(path: str, config: EngineConfig, num_ranks: int) -> bool:
+    if not torch.cuda.is_available():
+        if config.sleep == "always":
+            raise EngineError("engine.sleep always needs a GPU; on a CPU set it to auto or never")
+        return False
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return must_sleep(config, memory=memory, num_parameters=_num_parameters(path), num_ranks=num_ranks)
+
+
+def _num_parameters(path: str) -> int:
+    """Of a checkpoint, a folder or a name on the hub, from the headers of its files; 0 where there are none here."""
+    count, folder = 0, Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"], local_files_only=True))
+        except (OSError, ValueError):
+            return 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
+
+
+def _reload(worker: Any, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+    """Reload the weights of vLLM's worker; runs inside it.
+
+    Args:
+        worker: vLLM's.
+        named_tensors: handed on as it is: under ZeRO-3 it gathers bucket by bucket.
+
+    Returns:
+        Names, after vLLM's mapping, of parameters that got no tensor.
+    """
+    model = worker.model_runner.get_model()
+    expected = _checkpoint_names(model)
+    given: set[str] = set()
+
+    def noted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors:
+            given.add(model.hf_to_vllm_mapper.map_name(name) or name)
+            yield name, tensor
+
+    worker.reload_weights(weights_iterator=noted())
+    _repack_tied_head(model)
+    return sorted(expected - given)
+
+
+def _checkpoint_names(model: Any) -> set[str]:
+    """The names, after vLLM's mapping, whose tensors fill all parameters: fused ones count by their parts.
+
+    `load_weights` names a fused parameter as loaded when only one of its parts came.
+    """
+    tied = {"lm_head"} if _tied_head(model) is not None else set()
+    names: set[str] = set()
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        fused = next((part for part in parts if part in model.packed_modules_mapping), None)
+        if fused is None:
+            names |= {name} if not tied & set(parts) else set()
+            continue
+        at = parts.index(fused)
+        names |= {".".join([*parts[:at], shard, *parts[at + 1 :]]) for shard in model.packed_modules_mapping[fused]}
+    return names
+
+
+def _tied_head(model: Any) -> Any:
+    """The output head where it shares the word embeddings, else None."""
+    whole = getattr(model.config, "tie_word_embeddings", False)  # published configs say it in either place
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", whole):
+        return None
+    return getattr(model.language_model, "lm_head", None)
+
+
+def _repack_tied_head(model: Any) -> None:
+    """Pack a tied output head anew: the CPU build packs after loading, and a tied head has nothing to load."""
+    head = _tied_head(model)
+    if head is not None and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _whole_prompts(config: EngineConfig) -> dict[str, Any]:
+    """Arguments under which no prompt is prefilled in pieces, which vLLM's CPU build cannot do for seeded requests.
+
+    After a piece it takes back what the request's generator has drawn, by an offset that CPU generators do not have,
+    and fails. A prompt that finds no room in a step waits for the next; images have the same room as tokens.
+    """
+    room = min(config.max_num_seqs * config.max_model_len, CPU_STEP_TOKENS)
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(room, config.max_model_len)}
+
+
+def _completion(output: RequestOutput) -> Completion:
+    sample = output.outputs[0]
+    ids = list(sample.token_ids)
+    logprobs = list(cast(FlatLogprobs, sample.logprobs).logprobs) if sample.logprobs is not None else []
+    if len(logprobs) != len(ids):
+        raise EngineError(f"vLLM returned {len(logprobs)} log-probabilities for {len(ids)} tokens")
+    return Completion(
+        id=output.request_id,
+        token_ids=ids,
+        logprobs=logprobs,
+        stopped=sample.finish_reason == "stop",
+        prompt_ids=list(output.prompt_token_ids) if output.prompt_token_ids is not None else None,
+    )

@@ -1,0 +1,64 @@
+"""How many tokens a task's prompt or a conversation takes, by the agent's own encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, task_messages, tool_ok_text
+from cv_lightning.digits.demonstrations import Conversation
+from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.types import Task
+
+
+class TokenCounter:
+    """Counts with a model's tokenizer; images need a size only.
+
+    Args:
+        processor: Hugging Face folder of a Qwen-VL model.
+        min_pixels: replaces the processor's own limit; None: that.
+        max_pixels: likewise.
+
+    Raises:
+        CheckpointError: no processor there.
+    """
+
+    def __init__(self, processor: str, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
+        from cv_lightning.models.loading import image_limits, load_processor
+
+        loaded = load_processor(processor, min_pixels, max_pixels)
+        self.limits: ImageLimits = image_limits(loaded)
+        self.encoder = DialogueEncoder(loaded.tokenizer, self.limits)
+        self.prompt = PromptConfig()
+
+    def image_tokens(self, images: Sequence[Image.Image]) -> int:
+        """Features of images, one token each."""
+        return sum(self.encoder.num_image_tokens(model_size(*image.size, self.limits)) for image in images)
+
+    def task(self, task: Task) -> int:
+        """Tokens of a task's prompt with the tool offered, images expanded."""
+        sizes = [(image.size, model_size(*image.size, self.limits)) for image in task.images]
+        ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt, tool=True))
+        return len(ids) - len(task.images) + self.image_tokens(task.images)
+
+    def conversation(self, conversation: Conversation) -> int:
+        """Tokens of a conversation as SFT sees it."""
+        total = self.task(conversation.task)
+        num_images = len(conversation.task.images)
+        for turn in conversation.turns:
+            total += len(self.encoder.assistant_ids(turn.text))
+            image = turn.result_image
+            if image is not None:
+                seen = model_size(*image.size, self.limits)
+                text = tool_ok_text(self.prompt, num_images, image.size, seen)
+                parts = (
+                    [{"type": "image"}, literal_part(turn.response_text)] if turn.response_text else split_marks(text)
+                )
+                total += len(self.encoder.tool_ids(parts)) - 1 + self.encoder.num_image_tokens(seen)
+                num_images += 1
+            elif turn is not conversation.turns[-1]:
+                said = turn.response_text or self.prompt.tool_error.format(error="")
+                total += len(self.encoder.tool_ids([literal_part(said)]))
+        return total

@@ -1,0 +1,250 @@
+"""One conversation: planned, written turn by turn, run in the sandbox, checked."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image
+
+from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
+from cv_lightning.data.corruptions import turn_image
+from cv_lightning.data.rows import RowError
+from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, problems_of, within
+from cv_lightning.factory.plans import Kind, Plan, PlanConfig, Step, make_plan
+from cv_lightning.factory.table import VqaRow
+from cv_lightning.factory.teacher import Frame, Said, Teacher, TurnRequest
+from cv_lightning.rewards.answer import rule_score
+from cv_lightning.rewards.geometry import source_extent
+from cv_lightning.rewards.process import CORRECT_ABOVE
+from cv_lightning.rewards.transforms import ORIENTATION, expected_operations
+from cv_lightning.tools.code_image import CodeRunner
+from cv_lightning.types import EndpointError, JudgeError, SandboxError, ToolStatus, TrajectoryImage
+
+Verdict = Callable[[str, str, str, str], Awaitable[float]]
+"""Judge of (question, ground truth, answer, data source); right above 0.5."""
+TOOL_ERROR = PromptConfig().tool_error
+"""How the agent tells a failed call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A conversation to try."""
+
+    number: int
+    row: VqaRow
+    kind: Kind
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What became of a candidate."""
+
+    number: int
+    id: str
+    kind: str
+    problem: Problem | None = None
+    """Why it is not kept; None if it is."""
+    facts: Facts | None = None
+    turns: list[Played] = field(default_factory=list)
+    steps: tuple[Step, ...] = ()
+    """What each turn was planned to do."""
+    images: list[Image.Image] = field(default_factory=list)
+    """In the order in which the conversation shows them."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retries: int = 0
+    """Turns that had to be written again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composer:
+    """Makes conversations with a teacher, a sandbox and perhaps a judge; owns none of them."""
+
+    teacher: Teacher
+    sandbox: CodeRunner
+    plan: PlanConfig
+    frame: Frame
+    seed: int
+    verdict: Verdict | None = None
+
+    async def compose(self, candidate: Candidate) -> Outcome:
+        """Try a candidate; whatever fails is told in the outcome."""
+        outcome = Outcome(number=candidate.number, id=candidate.row.id, kind=candidate.kind)
+        rng = random.Random(f"{self.seed}/{candidate.number}/{candidate.row.id}")
+        plan = make_plan(candidate.row, candidate.kind, self.plan, rng)
+        try:
+            image = await asyncio.to_thread(_given_picture, candidate.row, plan)
+            await self._converse(candidate, plan, image, outcome)
+        except RowError as error:
+            outcome.problem = Problem(error.kind, str(error))
+        except (EndpointError, JudgeError) as error:
+            outcome.problem = Problem("endpoint", str(error))
+        except SandboxError as error:
+            outcome.problem = Problem("sandbox", str(error))
+        return outcome
+
+    async def _converse(self, candidate: Candidate, plan: Plan, image: Image.Image, outcome: Outcome) -> None:
+        facts = facts_of(candidate, plan)
+        player = Player(image, self.sandbox, owner=str(candidate.number))
+        said: list[Said] = []
+        for number, step in enumerate(plan.steps):
+            request = TurnRequest(
+                row=candidate.row,
+                plan=plan,
+                number=number,
+                images=[each.original for each in player.images],
+                said=tuple(said),
+                frame=self.frame,
+                seed=f"{self.seed}/{candidate.number}",
+            )
+            refusal = await self._turn(request, facts, player, outcome)
+            if refusal:
+                outcome.problem = Problem(f"turn refused: {step.action}", refusal)
+                return
+            said += _said(player.turns[-1], player.images)
+        facts = await self._judged(facts, player.turns[-1])
+        found = problems_of(facts, player.turns, player.images)
+        outcome.problem = found[0] if found else None
+        outcome.facts, outcome.turns, outcome.steps = facts, player.turns, tuple(plan.steps)
+        outcome.images = [each.original for each in player.images]
+
+    async def _turn(self, request: TurnRequest, facts: Facts, player: Player, outcome: Outcome) -> str:
+        """Have a turn written until it does what its step wants; why the last try did not, or an empty text."""
+        refusal = ""
+        for attempt in range(self.teacher.tries):
+            written = await self.teacher.write(replace(request, refusal=refusal))
+            outcome.prompt_tokens += written.prompt_tokens
+            outcome.completion_tokens += written.completion_tokens
+            outcome.retries += attempt > 0
+            turn, image = await player.look(written.text.strip())
+            if turn.result is not None and turn.result.status is ToolStatus.LOST:
+                raise SandboxError(turn.result.error)
+            refusal = refusal_of(request.step, turn, image, facts, player)
+            if not refusal and request.step.action == "answer":
+                refusal = await self._answer_refusal(facts, turn)
+            if not refusal:
+                player.keep(turn, image)
+                return ""
+        return refusal
+
+    async def _answer_refusal(self, facts: Facts, turn: Played) -> str:
+        judged = await self._judged(facts, turn)
+        if judged.judged or _is_right_by_rule(facts, turn):
+            return ""
+        return f"the answer {turn.parsed.answer!r} is not right; it is {facts.answer!r}"
+
+    async def _judged(self, facts: Facts, turn: Played) -> Facts:
+        """The facts, with the judge's acceptance where the rules refuse an answer and there is a judge."""
+        answer = turn.parsed.answer
+        if self.verdict is None or not answer or _is_right_by_rule(facts, turn):
+            return facts
+        value = await self.verdict(facts.question, facts.answer, answer, facts.data_source)
+        return replace(facts, judged=value > CORRECT_ABOVE)
+
+
+def facts_of(candidate: Candidate, plan: Plan) -> Facts:
+    """What the conversation of a plan claims."""
+    row = candidate.row
+    return Facts(
+        id=row.id,
+        kind=plan.kind,
+        question=row.question,
+        answer=row.answer,
+        applied=plan.applied,
+        box=plan.box,
+        needs_crop=plan.needs_crop,
+        fault=next((step.fault for step in plan.steps if step.fault is not None), None),
+        data_source=row.data_source,
+    )
+
+
+def _given_picture(row: VqaRow, plan: Plan) -> Image.Image:
+    image = row.image()
+    for name in plan.applied:
+        image = turn_image(image, name)
+    return image
+
+
+def _said(turn: Played, images: list[TrajectoryImage]) -> list[Said]:
+    said = [Said(role="assistant", text=turn.text)]
+    if turn.image_index is not None:
+        said.append(Said(role="tool", text="", image=images[turn.image_index].original))
+    elif turn.result is not None:
+        said.append(Said(role="tool", text=TOOL_ERROR.format(error=turn.result.error)))
+    return said
+
+
+def _is_right_by_rule(facts: Facts, turn: Played) -> bool:
+    return rule_score(turn.parsed.answer, facts.answer, facts.question).value > CORRECT_ABOVE
+
+
+# ------------------------------------------------------------------------------------------------ one step
+def refusal_of(step: Step, turn: Played, image: TrajectoryImage | None, facts: Facts, player: Player) -> str:
+    """Why a turn does not do what its step wants, for the teacher to read; empty if it does.
+
+    Args:
+        step: of the plan.
+        turn: as it was played.
+        image: that its call made, if it made one.
+        facts: of the conversation.
+        player: with what came before.
+    """
+    if step.action == "answer":
+        return "" if turn.parsed.answer is not None else "this turn must end with <answer>...</answer> and call nothing"
+    call, result = turn.parsed.call, turn.result
+    if call is None or result is None or turn.parsed.num_calls != 1:
+        return turn.parsed.error or "this turn must make exactly one tool call and give no answer"
+    if call.image_index != step.image_index:
+        return f"the call must work on image {step.image_index}, not {call.image_index}"
+    if step.fault == "exception":
+        return "" if result.status is ToolStatus.ERROR else "the code of this turn must raise an exception; it ran"
+    if image is None:
+        return f"the code failed: {result.error}"
+    geometry = Geometry(facts, player.turns, [*player.images, image])
+    if step.fault == "wrong_turn":
+        return "" if geometry.left_turned(turn) else "this call must turn the image and leave it not upright"
+    if step.fault == "missed_crop":
+        return "" if geometry.misses(turn) else "this crop must miss what the question is about"
+    core = set(result.effect.core) if result.effect is not None else set()
+    if step.action == "turn":
+        wanted = set(expected_operations([step.undoes]))
+        return "" if core & ORIENTATION == wanted else f"the call must do {', '.join(wanted)}; it did {sorted(core)}"
+    return _crop_refusal(core, image, facts, player, geometry)
+
+
+def _crop_refusal(core: set[str], image: TrajectoryImage, facts: Facts, player: Player, geometry: Geometry) -> str:
+    extent = source_extent(image, geometry.frame)
+    if "crop" not in core or extent is None:
+        return f"the call must crop; it did {', '.join(sorted(core)) or 'nothing'}"
+    assert image.parent is not None
+    before = source_extent(player.images[image.parent], geometry.frame)
+    if facts.box is not None and not within(facts.box, extent):
+        return "the crop cuts off part of what the question is about; it must hold all of it"
+    return "" if before is not None and within(extent, before) else "the crop must lie within the image before"
+
+
+# ------------------------------------------------------------------------------------------------ SFT item
+def item_of(outcome: Outcome, names: list[str], system: str | None, learn_faults: bool = True) -> dict[str, Any]:
+    """The entry of an SFT file; its `build` key holds the facts, by which `verify_file` checks it.
+
+    Args:
+        outcome: of a kept candidate.
+        names: paths of its images, relative to the file.
+        system: system message; None leaves it to the agent's own.
+        learn_faults: False marks the turns that go wrong on purpose with `loss: false`.
+    """
+    assert outcome.facts is not None
+    speakers: list[dict[str, Any]] = [{"from": "human", "value": IMAGE_MARK + outcome.facts.question}]
+    for turn, step in zip(outcome.turns, outcome.steps, strict=True):
+        mark = {} if learn_faults or step.fault is None else {"loss": False}
+        speakers.append({"from": "gpt", "value": turn.text, **mark})
+        if turn.image_index is not None:
+            speakers.append({"from": "tool", "value": IMAGE_MARK})
+        elif turn.result is not None:
+            speakers.append({"from": "tool", "value": TOOL_ERROR.format(error=turn.result.error)})
+    item: dict[str, Any] = {"conversations": speakers, "images": names, "build": outcome.facts.to_json()}
+    return item if system is None else {**item, "system": system}

@@ -1,0 +1,155 @@
+"""Tasks and conversations to the files that users bring: RL Parquet and SFT JSON, readable by `readers`."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cv_lightning.data.readers import IMAGE_MARK
+from cv_lightning.data.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
+from cv_lightning.digits.demonstrations import Conversation
+from cv_lightning.digits.scenes import DigitsConfig, Split
+from cv_lightning.files import whole_file, write_text
+from cv_lightning.types import Task
+
+ROWS_PER_GROUP = 256
+"""Rows of a row group, which is what a reader or writer holds in memory."""
+IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, count: int) -> None:
+    """Write scenes to an RL file, kinds balanced by the config's shares (equally in the held-out split).
+
+    Args:
+        path: file to write.
+        digits: looks, shares and seed.
+        split: which digits the scenes are made of.
+        count: number of rows.
+    """
+    if split == "train":
+        tasks = DigitTasks(digits).tasks(0, count)
+    else:
+        kinds = list(digits.kind_shares)
+        counts = {kind: count // len(kinds) + (at < count % len(kinds)) for at, kind in enumerate(kinds)}
+        scenes = HeldOutScenes(digits, counts)
+        tasks = [scenes.row(position) for position in range(len(scenes))]
+    write_task_parquet(path, tasks, split)
+
+
+def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> None:
+    """Write tasks to an RL file, images as PNG bytes.
+
+    Pictures wait in a file without a name, since the columns of `extra_info` are known after the last task only.
+
+    Args:
+        path: file to write; it appears whole or not at all.
+        tasks: each with its `metadata` in `extra_info`. Taken one by one.
+        split: what `extra_info.split` says.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    sizes: list[list[int]] = []
+    with tempfile.TemporaryFile(dir=path.parent) as pictures:
+        for index, task in enumerate(tasks):
+            rows.append(_row(task, split, index))
+            sizes.append([pictures.write(_png(image)) for image in task.images])
+        schema = _schema(rows).append(pa.field("images", IMAGES))
+        pictures.seek(0)
+        with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for start in range(0, len(rows), ROWS_PER_GROUP):
+                some = slice(start, start + ROWS_PER_GROUP)
+                cells = [[{"bytes": pictures.read(size), "path": None} for size in row] for row in sizes[some]]
+                table = [row | {"images": images} for row, images in zip(rows[some], cells, strict=True)]
+                writer.write_table(pa.Table.from_pylist(table, schema))
+
+
+def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
+    """Of the rows; where their `extra_info` fits no columns (a number here, a text there) it becomes JSON text."""
+    try:
+        return pa.Table.from_pylist(rows).schema
+    except (pa.ArrowException, NotImplementedError):
+        for row in rows:
+            row["extra_info"] = json.dumps(row["extra_info"], ensure_ascii=False, default=str)
+        return pa.Table.from_pylist(rows).schema
+
+
+def _row(task: Task, split: str, index: int) -> dict[str, Any]:
+    prompt = [{"role": message.role, "content": message.content} for message in task.messages]
+    if not prompt:
+        prompt = [{"role": "user", "content": IMAGE_MARK * len(task.images) + task.question}]
+    return {
+        "data_source": task.data_source,
+        "prompt": prompt,
+        "reward_model": {"ground_truth": task.ground_truth, "style": "rule"},
+        "extra_info": {
+            **task.metadata,
+            "question": task.question,
+            "answer": task.ground_truth,
+            "transform": list(task.required_transforms),
+            "bbox": list(task.box) if task.box else None,
+            "index": index,
+            "split": split,
+        },
+    }
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def write_digits_sft_json(path: str | Path, source: DigitDemonstrations, count: int) -> None:
+    """Write demonstrations on training scenes to an SFT file, images into a folder beside it.
+
+    Args:
+        path: file to write; the folder has its stem and `_images`.
+        source: scenes and what is shown on them.
+        count: number of conversations.
+    """
+    write_sft_json(path, source.conversations(0, count))
+
+
+def write_sft_json(path: str | Path, conversations: Iterable[Conversation]) -> None:
+    """Write conversations to an SFT file, images into a folder beside it.
+
+    Args:
+        path: file to write, whole or not at all; the folder has its stem and `_images`.
+        conversations: in the order in which they are written.
+    """
+    path = Path(path)
+    folder = path.with_name(f"{path.stem}_images")
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [_item(conversation, index, folder) for index, conversation in enumerate(conversations)]
+    write_text(path, json.dumps(items, indent=1, ensure_ascii=False))
+
+
+def _item(conversation: Conversation, index: int, folder: Path) -> dict[str, Any]:
+    task = conversation.task
+    images = list(task.images)
+    user = next((m.content for m in task.messages if m.role == "user"), IMAGE_MARK * len(images) + task.question)
+    turns: list[dict[str, Any]] = [{"from": "human", "value": user}]
+    for turn in conversation.turns:
+        turns.append({"from": "gpt", "value": turn.text, **({} if turn.learn else {"loss": False})})
+        if turn.result_image is not None:
+            images.append(turn.result_image)
+        if turn.result_image is not None or turn.response_text:
+            mark = IMAGE_MARK if turn.result_image is not None else ""
+            turns.append({"from": "tool", "value": mark + turn.response_text})
+    names = []
+    for number, image in enumerate(images):
+        file = folder / f"{index}_{number}.png"
+        image.save(file)
+        names.append(f"{folder.name}/{file.name}")
+    item: dict[str, Any] = {"conversations": turns, "images": names}
+    system = next((m.content for m in task.messages if m.role == "system"), None)
+    return item if system is None else {**item, "system": system}

@@ -1,0 +1,214 @@
+"""Who writes the assistant's turns: the protocol, and the offline teacher that writes from templates."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+from cv_lightning.agent.prompt import Coordinates
+from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.factory import phrases
+from cv_lightning.factory.plans import Edges, Plan, Step
+from cv_lightning.factory.table import VqaRow
+from cv_lightning.images import ImageLimits, model_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """How a conversation speaks of places in an image."""
+
+    coordinates: Coordinates = "original_px"
+    """`original_px`, `model_px` or `relative_1000`; must be that of the agent's prompt in training."""
+    factor: int = 32
+    """`model_px`: sides of what the model sees are multiples of this (28 for Qwen2.5-VL, 32 for Qwen3-VL)."""
+    min_pixels: int = 784
+    """`model_px`: smallest image that the model sees."""
+    max_pixels: int = 262_144
+    """`model_px`: largest image that the model sees."""
+
+    def __post_init__(self) -> None:
+        if self.coordinates == "model_px":
+            self.view((64, 64))  # refuses limits that cannot be
+
+    def view(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of the frame for an image of a size."""
+        if self.coordinates == "original_px":
+            return size
+        if self.coordinates == "relative_1000":
+            return 1000, 1000
+        limits = ImageLimits(factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        return model_size(*size, limits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """One message of a conversation so far."""
+
+    role: str
+    """assistant or tool"""
+    text: str
+    image: Image.Image | None = None
+    """Of a tool's message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """What a teacher is asked for: the next assistant turn."""
+
+    row: VqaRow
+    plan: Plan
+    number: int
+    """Of the step in the plan."""
+    images: Sequence[Image.Image]
+    """Of the conversation so far; the first is the given one."""
+    said: Sequence[Said]
+    """What was said so far."""
+    frame: Frame
+    seed: str
+    """The same for the same conversation in the same run; with the number of the step it fixes what a template says."""
+    refusal: str = ""
+    """Why the last try at this turn was not taken; empty at the first."""
+
+    @property
+    def step(self) -> Step:
+        """The step to be written."""
+        return self.plan.steps[self.number]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A turn that a teacher wrote, and what it cost."""
+
+    text: str
+    """The whole assistant turn, markup included."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Teacher(Protocol):
+    """Writes conversations turn by turn."""
+
+    tries: int
+    """Times that a turn is asked for before its conversation is given up."""
+
+    async def write(self, request: TurnRequest) -> Written:
+        """The next turn.
+
+        Raises:
+            EndpointError: the endpoint behind it gave none.
+        """
+
+    def usage(self) -> dict[str, float]:
+        """What was spent so far: requests, retries, failed, prompt_tokens, completion_tokens, cost."""
+
+    async def close(self) -> None:
+        """Free the connections of the running event loop; safe to call twice."""
+
+
+# ------------------------------------------------------------------------------------------------ text
+def call_turn(thought: str, code: str, image_index: int, description: str = "") -> str:
+    """Assistant turn that calls the tool, in the Hermes form of Qwen's chat template."""
+    arguments = {"code": code, "image_index": image_index}
+    if description:
+        arguments["description"] = description
+    body = json.dumps({"name": TOOL_NAME, "arguments": arguments}, ensure_ascii=False)
+    return f"<think>{thought}</think>\n<tool_call>\n{body}\n</tool_call>"
+
+
+def answer_turn(thought: str, answer: str) -> str:
+    """Assistant turn that answers."""
+    return f"<think>{thought}</think>\n<answer>{answer}</answer>"
+
+
+def crop_arguments(edges: Edges, size: tuple[int, int], frame: Frame) -> tuple[str, str]:
+    """(lines before, tuple) of a crop's code, with numbers in the frame of the conversation.
+
+    Args:
+        edges: in pixels of the image.
+        size: (width, height) of the image.
+        frame: of coordinates.
+    """
+    view = frame.view(size)
+    if view == size:
+        return "", f"({', '.join(map(str, edges))})"
+    scaled = [round(edge * view[at % 2] / size[at % 2]) for at, edge in enumerate(edges)]
+    before = f"sx, sy = image.width / {view[0]}, image.height / {view[1]}\n"
+    return before, f"({', '.join(f'{edge} * {axis}' for edge, axis in zip(scaled, ('sx', 'sy') * 2, strict=True))})"
+
+
+# ------------------------------------------------------------------------------------------------ offline
+@dataclass(slots=True)
+class OfflineTeacher:
+    """Writes from templates, several phrasings for everything; needs no endpoint and costs nothing."""
+
+    describe_share: float = 0.5
+    """Share of the calls that carry a description."""
+    tries: int = 1
+    """A template says the same every time."""
+
+    async def write(self, request: TurnRequest) -> Written:
+        """The next turn, a function of the request alone."""
+        return Written(text=self.text(request))
+
+    def usage(self) -> dict[str, float]:
+        """Nothing was spent."""
+        return {}
+
+    async def close(self) -> None:
+        """Nothing to free."""
+
+    def text(self, request: TurnRequest) -> str:
+        """As `write`, without an event loop."""
+        rng, step = random.Random(f"{request.seed}/{request.number}"), request.step
+        if step.action == "answer":
+            had_tool = bool(request.said)
+            words = phrases.ANSWER_AFTER_TOOL if had_tool else phrases.ANSWER_AT_ONCE
+            return answer_turn(rng.choice(words).format(question=_short(request.row.question)), request.row.answer)
+        thought = self._thought(request, rng)
+        size = request.images[step.image_index].size
+        if step.action == "turn":
+            wanted, code = phrases.UNDO[step.undoes], rng.choice(phrases.UNDO_CODE[step.undoes])
+            description = f"{wanted[0].upper()}{wanted[1:]}"
+        else:
+            assert step.edges is not None
+            before, edges = crop_arguments(step.edges, size, request.frame)
+            code = rng.choice(phrases.CROP_CODE).format(before=before, edges=edges)
+            description = rng.choice(phrases.CROP_DESCRIPTION)
+        if step.fault == "exception":
+            code = phrases.broken(code, step.action, rng)
+        return call_turn(thought, code, step.image_index, description if rng.random() < self.describe_share else "")
+
+    def _thought(self, request: TurnRequest, rng: random.Random) -> str:
+        step = request.step
+        question = _short(request.row.question)
+        parts: list[str] = []
+        if step.repairs is not None:
+            parts.append(rng.choice(phrases.REPAIR[step.repairs]).format(error=_error_name(request.said)))
+        elif request.number == 0:
+            parts.append(rng.choice(phrases.OPENING).format(question=question))
+        if step.action == "turn":
+            state = phrases.STATE[step.undoes]
+            parts.append(rng.choice(phrases.TURN).format(state=state, undo=phrases.UNDO[step.undoes]))
+        else:
+            words = phrases.CROP_FINER if step.rank else phrases.CROP
+            parts.append(rng.choice(words))
+        return " ".join(parts)
+
+
+def _short(question: str, limit: int = 160) -> str:
+    """A question that fits into a thought."""
+    text = " ".join(question.split()).replace("<", "\u2039").replace(">", "\u203a").replace("{", "(").replace("}", ")")
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "\u2026"
+
+
+def _error_name(said: Sequence[Said]) -> str:
+    """The kind of error that the tool told last."""
+    text = said[-1].text if said else ""
+    found = re.search(r"\b[A-Z]\w*(?:Error|Exception)\b", text)
+    return found.group() if found else "an error"

@@ -1,0 +1,125 @@
+"""Verifying a written SFT file: every call is run again and every image compared, pixel by pixel."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cv_lightning.data.rows import ReaderConfig, RowError
+from cv_lightning.data.sft_json import conversation_of_item
+from cv_lightning.digits.demonstrations import Conversation
+from cv_lightning.factory.checks import Facts, Player, Problem, problems_of
+from cv_lightning.factory.compose import TOOL_ERROR
+from cv_lightning.tools.code_image import CodeRunner
+from cv_lightning.types import DataError
+
+AT_ONCE = 16
+"""Conversations under way at once."""
+
+
+@dataclass(slots=True)
+class Verification:
+    """What `verify_file` found."""
+
+    conversations: int = 0
+    problems: dict[int, list[Problem]] = field(default_factory=dict)
+    """By position in the file; conversations without any are not named."""
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def verified(self) -> int:
+        """Conversations that are as they claim."""
+        return self.conversations - len(self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        listed = {at: [f"{p.kind}: {p.detail}" for p in found] for at, found in sorted(self.problems.items())}
+        return {
+            "conversations": self.conversations,
+            "verified": self.verified,
+            "kinds": dict(self.kinds),
+            "problems": listed,
+        }
+
+
+async def verify_file(path: str | Path, sandbox: CodeRunner) -> Verification:
+    """Check every conversation of a file that `data build-sft` wrote, from the file alone.
+
+    Each is read by the trainer's own reader, its calls are run again, the images and errors that they give are compared
+    with the file's, and all checks of the builder are made.
+
+    Args:
+        path: of the JSON list.
+        sandbox: runs the calls.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(items, list):
+        raise DataError(f"{path}: holds a {type(items).__name__}; a list of conversations is wanted")
+    found = Verification(conversations=len(items))
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def check(number: int, item: Any) -> None:
+        async with slots:
+            problems = await _verify_item(item, path, number, sandbox, found.kinds)
+        if problems:
+            found.problems[number] = problems
+
+    async with asyncio.TaskGroup() as group:
+        for number, item in enumerate(items):
+            group.create_task(check(number, item))
+    return found
+
+
+async def _verify_item(item: Any, path: Path, number: int, sandbox: CodeRunner, kinds: Counter[str]) -> list[Problem]:
+    try:
+        conversation = await asyncio.to_thread(conversation_of_item, item, path, number, ReaderConfig())
+    except RowError as error:
+        return [Problem(error.kind, str(error))]
+    if not isinstance(item, Mapping) or "build" not in item:
+        return [Problem("no facts", "the item has no `build`; only files that `data build-sft` wrote can be verified")]
+    try:
+        facts = Facts.from_json(item["build"])
+    except ValueError as error:
+        return [Problem("no facts", str(error))]
+    kinds[facts.kind] += 1
+    if facts.question != conversation.task.question:
+        return [Problem("question", f"{conversation.task.question!r} is not {facts.question!r}")]
+    player = Player(conversation.task.images[0], sandbox, owner=str(number))
+    differing = await _replay(conversation, player)
+    return differing + problems_of(facts, player.turns, player.images)
+
+
+async def _replay(conversation: Conversation, player: Player) -> list[Problem]:
+    """Play a conversation; what the tool answers now and did not answer then."""
+    found = []
+    for at, turn in enumerate(conversation.turns):
+        played, image = await player.look(turn.text)
+        player.keep(played, image)
+        if played.result is None:
+            continue
+        if (image is None) != (turn.result_image is None):
+            status = f"{played.result.status} {played.result.error}".strip()
+            found.append(Problem("other result", f"turn {at}: the call gives {status}, the file says otherwise"))
+        elif image is not None and turn.result_image is not None and not _same(image.original, turn.result_image):
+            found.append(Problem("other image", f"turn {at}: the call makes another image than the file's"))
+        elif image is None and turn.response_text != TOOL_ERROR.format(error=played.result.error).strip():
+            found.append(Problem("other error", f"turn {at}: the call fails with {played.result.error!r}"))
+    return found
+
+
+def _same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()

@@ -1,0 +1,177 @@
+"""Loading a Qwen-VL policy and its processor."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cv_lightning.images import ImageLimits
+from cv_lightning.models.lora import LoraConfig, add_adapters
+from cv_lightning.models.tokens import vision_token_ids
+from cv_lightning.types import CheckpointError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What the hub's names look like: a model's, or an organisation's and a model's."""
+
+__all__ = ["FAMILIES", "PolicyConfig", "image_limits", "load_policy", "load_processor", "vision_token_ids"]
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+"""Model types whose image and position handling this project knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Which model, and how it is loaded."""
+
+    path: str
+    """Hugging Face folder or hub name of a Qwen2.5-VL or Qwen3-VL model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Parameter type, of trainer and engine alike."""
+    min_pixels: int | None = None
+    """Smallest image the model sees, in pixels; None: the processor's own."""
+    max_pixels: int | None = None
+    """Largest image the model sees, in pixels; None: the processor's own."""
+    freeze_vision: bool = False
+    """Train the language model only (the recipe's SFT)."""
+    freeze_projector: bool = False
+    """Freeze the merger between vision tower and language model, too."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; null: full fine-tuning."""
+    attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
+    """`auto` and `packed`: ours, exact on packed rows; on a GPU with flash-attn's kernel or else PyTorch's
+    `varlen_attn`, plain SDPA elsewhere (`doctor` names it); a group's shared prompt is computed once. The others are
+    transformers' own."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """`liger`: liger-kernel's fused norms and, in Qwen3-VL, rotary embeddings, in Qwen2.5-VL gated units; `auto`: those
+    on a GPU where it is installed, else PyTorch's operations."""
+
+
+def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:
+    """The processor of a model folder, with its pixel limits replaced where given.
+
+    Raises:
+        CheckpointError: the folder does not exist or lacks a processor.
+    """
+    from transformers import AutoProcessor
+
+    folder = Path(path)
+    if folder.exists() or not HUB_NAME.fullmatch(path) or path.startswith((".", "runs/")):
+        if not folder.is_dir():
+            raise CheckpointError(f"policy.path {path}: no such folder; give a Hugging Face folder of a Qwen-VL model")
+        if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            raise CheckpointError(
+                f"policy.path {path}: no processor (preprocessor_config.json or processor_config.json) in this folder; "
+                "copy it from the base model, or use a folder that `export` or ExportCallback wrote"
+            )
+    try:
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        where = "" if folder.exists() else "there is no such folder here, and as a name on the hub "
+        raise CheckpointError(f"policy.path {path}: {where}its processor cannot be loaded ({error})") from error
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError(
+            f"policy.path {path}: {type(processor).__name__} has no image processor; not a Qwen-VL model?"
+        )
+    size = processor.image_processor.size
+    size["shortest_edge"] = min_pixels or size["shortest_edge"]
+    size["longest_edge"] = max_pixels or size["longest_edge"]
+    return processor
+
+
+def image_limits(processor: ProcessorMixin) -> ImageLimits:
+    """How images are resized for this processor's model: patch factor and pixel limits from the processor itself."""
+    image_processor = processor.image_processor
+    return ImageLimits(
+        factor=image_processor.patch_size * image_processor.merge_size,
+        min_pixels=image_processor.size["shortest_edge"],
+        max_pixels=image_processor.size["longest_edge"],
+    )
+
+
+def model_positions(folder: Path) -> int | None:
+    """Longest sequence that a model folder says it was made for; None: it does not say, or scales its positions."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    found = text.get("max_position_embeddings")
+    return None if "factor" in scaling or not isinstance(found, int) else found
+
+
+def is_projector(name: str) -> bool:
+    """True if a parameter belongs to a merger: what turns the vision tower's features into the language model's."""
+    return ".merger" in name or "_merger" in name
+
+
+def load_policy(config: PolicyConfig) -> PreTrainedModel:
+    """Load the model; frozen parts do not require gradients.
+
+    Raises:
+        CheckpointError: not a model folder, or a family this project does not know.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from cv_lightning.models.attention import NAME, attention_name
+
+    attention = attention_name(config.attention)
+    try:
+        # transformers takes our name for a flash-attention build while loading, so ours is switched on afterwards.
+        model = AutoModelForImageTextToText.from_pretrained(
+            config.path,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa" if attention == NAME else attention,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"policy.path {config.path}: the model cannot be loaded ({error})") from error
+    if model.config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(
+            f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}"
+        )
+    prepare_policy(model, config)
+    return model
+
+
+def prepare_policy(model: PreTrainedModel, config: PolicyConfig) -> None:
+    """Make a freshly built model ours: attention, faster operations, what is trained.
+
+    Raises:
+        CheckpointError: no layer takes the adapters, or the kernels asked for cannot be had.
+    """
+    from cv_lightning.models.attention import attention_name, use_attention
+    from cv_lightning.models.logprobs import use_one_call_head
+    from cv_lightning.models.patches import use_liger, use_linear_patches
+
+    use_attention(model, attention_name(config.attention))
+    use_linear_patches(model)
+    use_one_call_head(model)
+    if config.kernels != "torch":
+        use_liger(model, required=config.kernels == "liger")
+    set_trainable(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def set_trainable(model: PreTrainedModel, config: PolicyConfig) -> None:
+    """Freeze what the config does not train, and add its adapters.
+
+    Raises:
+        CheckpointError: no layer takes the adapters.
+    """
+    if config.freeze_vision:
+        for name, parameter in model.named_parameters():
+            if ".visual." in name and (config.freeze_projector or not is_projector(name)):
+                parameter.requires_grad_(False)
+    if config.lora is not None:
+        add_adapters(model, config.lora)

@@ -1,0 +1,75 @@
+"""One sequence as transformers' own forward computes it: the reference of the start-up check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from cv_lightning.models.attention import use_attention
+from cv_lightning.models.patches import PatchProjection
+from cv_lightning.models.tokens import LOGIT_BAN
+from cv_lightning.models.vision import process_images
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+@contextmanager
+def plain_operations(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager that gives a policy transformers' SDPA attention and patch projection instead of ours."""
+    ours, projection = model.config._attn_implementation, model.model.visual.patch_embed.proj
+    replaced = type(projection) is PatchProjection
+    use_attention(model, "sdpa")
+    if replaced:
+        projection.__class__ = torch.nn.Conv3d
+    try:
+        yield
+    finally:
+        use_attention(model, ours)
+        if replaced:
+            projection.__class__ = PatchProjection
+
+
+@torch.no_grad()
+def plain_logprobs(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    token_ids: Sequence[int],
+    loss_mask: Sequence[bool],
+    images: Sequence[Image.Image],
+    banned_ids: Sequence[int],
+) -> torch.Tensor:
+    """Log-probabilities of the learned tokens of one sequence, with transformers' own positions, mask and attention.
+
+    Args:
+        model: the policy, possibly sharded; then this is a collective of all ranks.
+        processor: prepares the images.
+        token_ids: images expanded.
+        loss_mask: True where a token is learned; the first token never is.
+        images: at model size, in the order of the sequence; at least one.
+        banned_ids: get `LOGIT_BAN` added, as in training.
+
+    Returns:
+        [learned tokens], float32.
+    """
+    device = model.device
+    ids = torch.tensor([token_ids], device=device)
+    vision = process_images(processor, images)
+    learned = torch.tensor(loss_mask[1:]).nonzero()[:, 0].to(device)  # position i predicts token i + 1
+    with plain_operations(model):
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == model.config.image_token_id).long(),
+            pixel_values=vision.pixel_values.to(device),
+            image_grid_thw=vision.grid_thw.to(device),
+            logits_to_keep=learned,
+            use_cache=False,
+        ).logits[0]
+    logits = logits.float()
+    logits[:, list(banned_ids)] += LOGIT_BAN
+    return torch.log_softmax(logits, -1).gather(-1, ids[0, learned + 1, None])[:, 0]

@@ -1,0 +1,70 @@
+"""A model's architecture without its weights: from its folder, or, for the models of the recipes, from the package.
+
+For plans and tests: everything that decides about memory is known before a byte of weights is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cv_lightning.models.loading import FAMILIES, PolicyConfig, set_trainable
+from cv_lightning.types import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+RELEASED_FOLDER = Path(__file__).parent / "released"
+RELEASED = {
+    "qwen3-vl-8b": "qwen3_vl_8b.json",
+    "qwen3-vl-4b": "qwen3_vl_4b.json",
+    "qwen2-5-vl-7b": "qwen2_5_vl_7b.json",
+}
+"""config.json of published models, by what their names, and folders made of them, have in common."""
+
+
+def model_config(path: str) -> PreTrainedConfig:
+    """The architecture of a model folder; where there is none (yet), that of the published model that `path` names.
+
+    Raises:
+        CheckpointError: neither is there, or it is of a family this project does not know.
+    """
+    from transformers import AutoConfig
+
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        name = re.sub(r"[._]", "-", path.lower())
+        known = next((file for key, file in RELEASED.items() if key in name), None)
+        if known is None:
+            raise CheckpointError(
+                f"policy.path {path}: there is no {file}, and the name is none of the built-in {', '.join(RELEASED)}; "
+                "download at least the model's config.json, or put the model's name into the path"
+            )
+        file = RELEASED_FOLDER / known
+    fields = json.loads(file.read_text())
+    if fields.get("model_type") not in FAMILIES:
+        raise CheckpointError(
+            f"{file}: model type {fields.get('model_type')}; this project knows {', '.join(FAMILIES)}"
+        )
+    config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    return config
+
+
+def empty_policy(config: PolicyConfig) -> PreTrainedModel:
+    """The policy on the meta device: names, shapes, types and what is trained, but no memory.
+
+    Raises:
+        CheckpointError: its architecture is not known, or no layer takes the adapters.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    architecture = model_config(config.path)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+            architecture, dtype=getattr(torch, config.dtype)
+        )
+        set_trainable(model, config)
+    return model

@@ -1,0 +1,97 @@
+"""Does an exported folder compute what the weights it was made of compute? Logits on a picture and a question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from cv_lightning.images import to_model_image
+from cv_lightning.models.export import ADAPTER_CONFIG
+from cv_lightning.models.loading import image_limits, load_processor
+from cv_lightning.types import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
+
+QUESTION = "What is written in this image?"
+SAME, MERGED_APART = 1e-5, {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+"""Largest accepted difference, over the largest logit: of the same arithmetic, and of adapters that are added to the
+weights on one side and to the activations on the other."""
+
+
+def reference_logits(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig, dtype: torch.dtype, inputs: BatchFeature
+) -> torch.Tensor:
+    """Logits of a model filled with these tensors, which takes no second copy of them.
+
+    Args:
+        tensors: (name in the model, whole tensor) of every parameter; tied ones once.
+        config: its architecture.
+        dtype: of its parameters.
+        inputs: see `probe`.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    with init_empty_weights(include_buffers=False):  # buffers are no part of a checkpoint: they are computed
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    model.tie_weights()
+    if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"no weights for {len(left)} parameters, the first {left[0]}")
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(**inputs).logits
+    return logits
+
+
+def probe(folder: Path) -> BatchFeature:
+    """A picture and a question, as the folder's own processor and chat template make them."""
+    processor = load_processor(str(folder))
+    limits = image_limits(processor)
+    side = 4 * limits.factor
+    picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    message: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    text = processor.apply_chat_template([message], add_generation_prompt=True)
+    made: BatchFeature = processor(text=[text], images=[to_model_image(picture, limits)], return_tensors="pt")
+    return made
+
+
+def folder_logits(folder: Path, dtype: str, base: str, inputs: BatchFeature) -> torch.Tensor:
+    """Logits of an exported folder as transformers loads it, or of `base` with the adapters that the folder holds."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    separate = (folder / ADAPTER_CONFIG).is_file()
+    model: Any = AutoModelForImageTextToText.from_pretrained(base if separate else folder, dtype=getattr(torch, dtype))
+    if separate:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, str(folder))
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(**inputs).logits
+    return logits
+
+
+def check_same(expected: torch.Tensor, found: torch.Tensor, dtype: str, separate: bool) -> float:
+    """Compare logits.
+
+    Returns:
+        Largest difference over the largest logit.
+
+    Raises:
+        CheckpointError: above what rounding explains.
+    """
+    scale = float(expected.abs().max())
+    gap = float((expected - found).abs().max()) / max(scale, 1e-30)
+    bound = MERGED_APART[dtype] if separate else SAME
+    if not gap <= bound:
+        raise CheckpointError(
+            f"the exported model computes other logits than the checkpoint: difference {gap:.1e} of the largest, "
+            f"accepted {bound:.0e}. Another transformers version than this project pins? Nothing was written"
+        )
+    return gap

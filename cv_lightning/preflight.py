@@ -1,0 +1,138 @@
+"""What a run lacks, said before an engine is loaded: checks of module, data and trainer that each alone cannot make."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskDataModule
+from cv_lightning.data.rows import expand_files
+from cv_lightning.models.loading import model_positions
+from cv_lightning.modules.base import PolicyModule
+from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.strategies import PRECISIONS, ZeroStrategy
+from cv_lightning.types import CVLightningError
+
+LOG = logging.getLogger(__name__)
+REPLACED = (
+    "a `trainer.callbacks` list in a later --config takes the place of the recipe's; `callbacks+:` there adds to it"
+)
+
+
+def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
+    """Refuse what would train on nothing or fail later; see that validations are due within the run.
+
+    Raises:
+        CVLightningError: what to change.
+    """
+    rollout = _rollout(trainer)
+    if isinstance(module, PolicyModule):
+        check_types(trainer, module.policy_config.dtype, trains=True)
+    if isinstance(module, GRPOModule) and rollout is None:
+        raise CVLightningError(f"trainer.callbacks names no RolloutCallback: GRPO has nothing to train on ({REPLACED})")
+    if isinstance(module, GRPOModule) and rollout is not None and module.temperature != rollout.sampling.temperature:
+        raise CVLightningError(
+            f"--model.init_args.temperature {module.temperature:g} is what the loss takes samples to be drawn with, "
+            f"--trainer.callbacks.init_args.sampling.temperature {rollout.sampling.temperature:g} what they are: every "
+            "ratio would be wrong. Set both alike"
+        )
+    if isinstance(data, EvaluationDataModule):
+        data.check_ranks(trainer.world_size)
+        if type(data) in (TaskDataModule, SFTDataModule) and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
+            raise CVLightningError(
+                f"--trainer.max_epochs {trainer.max_epochs}: another epoch would bring the same batches again. Leave "
+                "it at 1; --data.init_args.num_iterations (SFT: num_steps) is the length of the run. Files are gone "
+                "through again, newly shuffled, as often as that takes"
+            )
+        limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+        length = min(data.num_train_batches, limit if isinstance(limit, int) else data.num_train_batches)
+        if isinstance(interval, int) and 0 < length < interval:
+            LOG.info("trainer.val_check_interval %d is beyond the run: validating at its end", interval)
+            trainer.val_check_interval = length
+        _check_files(data, data.train_files)
+    _check_engine(rollout, module)
+
+
+def check_evaluation(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None, verb: str
+) -> None:
+    """Refuse an evaluation of nothing, and one that would fail once the engine is loaded.
+
+    Raises:
+        CVLightningError: what to change.
+    """
+    rollout = _rollout(trainer)
+    if isinstance(module, PolicyModule) and rollout is None:
+        raise CVLightningError(
+            f"{verb}: trainer.callbacks names no RolloutCallback, which is what rolls tasks out ({REPLACED}); "
+            "configs/eval holds whole configs"
+        )
+    if isinstance(module, PolicyModule) and module.loads_policy:
+        check_types(trainer, module.policy_config.dtype, trains=False)
+    if isinstance(data, EvaluationDataModule):
+        if verb == "validate" and not data.eval_files and not any(data.val_tasks.values()):
+            raise CVLightningError(
+                "validate: the config asks for no validation tasks; set --data.init_args.val_tasks "
+                "'{upright: 20, turned: 20}' or --data.init_args.eval_files, or use test"
+            )
+        _check_files(data, [])
+    _check_engine(rollout, module)
+
+
+def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
+    """Refuse a type of the policy and a precision, strategy or device that cannot work together.
+
+    Args:
+        trainer: knows strategy, device and precision.
+        dtype: `policy.dtype`.
+        trains: the policy is trained, not only run.
+
+    Raises:
+        CVLightningError: which flag to change.
+    """
+    flag, device = f"--model.init_args.policy.dtype {dtype}", trainer.strategy.root_device.type
+    sharded = isinstance(trainer.strategy, ZeroStrategy)
+    if trainer.precision not in ("32-true", PRECISIONS[dtype] if sharded else "32-true"):
+        raise CVLightningError(
+            f"--trainer.precision {trainer.precision}: the type of weights and operations is that of {flag}, and "
+            "Lightning's own casts would round rotary frequencies, too. Leave --trainer.precision out and set the "
+            "other flag"
+        )
+    if dtype == "float16" and trains and (device == "cpu" or not sharded):
+        raise CVLightningError(
+            f"{flag}: gradients in float16 need a scaled loss, which only cv_lightning.strategies.ZeroStrategy on a "
+            "GPU does. Take bfloat16, or float32"
+        )
+    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise CVLightningError(
+            f"{flag}: {torch.cuda.get_device_name()} computes no bfloat16 (compute capability 8.0 and later do). Take "
+            "float16 or float32"
+        )
+
+
+def _rollout(trainer: pl.Trainer) -> RolloutCallback | None:
+    found = [callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback)]  # type: ignore[attr-defined]
+    return found[-1] if found else None
+
+
+def _check_files(data: EvaluationDataModule, train_files: list[str]) -> None:
+    for name, files in (("train_files", train_files), ("eval_files", data.eval_files)):
+        if files:
+            expand_files(files, f"--data.init_args.{name}")
+
+
+def _check_engine(rollout: RolloutCallback | None, module: pl.LightningModule) -> None:
+    """That a model has fewer positions than it is asked for, vLLM says in sixty lines after it has started."""
+    if rollout is None or not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
+        return
+    positions = model_positions(Path(module.policy_config.path))
+    wanted = rollout.engine_config.max_model_len
+    if positions is not None and wanted > positions:
+        raise CVLightningError(
+            f"engine.max_model_len {wanted} is more than the {positions} positions of {module.policy_config.path}: "
+            "lower --trainer.callbacks.init_args.engine.max_model_len"
+        )

@@ -1,0 +1,213 @@
+"""From tasks to groups: roll out, score, compute advantages. No Lightning, no disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
+from cv_lightning.engines.base import SamplingConfig
+from cv_lightning.rewards import RewardModule
+from cv_lightning.rewards.config import JUDGE_COUNTS
+from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages
+from cv_lightning.types import EndState, Group, Task, Trajectory
+
+ADDED_METRICS = frozenset(
+    [
+        *(f"rollout/{name}" for name in ("trajectories", "tasks_waiting", "tasks_dropped")),
+        *(f"judge/{name}" for name in JUDGE_COUNTS),
+    ]
+)
+"""Metrics that are sums over ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Trajectories that count in their group's mean and deviation, but are not learned from. All off: learn from all.
+
+    Where the loss is masked a policy is not pushed away from what only a limit of ours cut short.
+    """
+
+    over_length: bool = False
+    """Those cut at a token limit: `over_length` (overlong filtering, DAPO, 2503.14476)."""
+    over_turns: bool = False
+    """Those that ran out of turns or images: `max_turns`, `max_images` (compact filtering, DeepSWE, 2025)."""
+    broken: bool = False
+    """Those with neither a call nor an answer, or too many malformed calls: `no_answer`, `parse_errors` (void turns,
+    SimpleTIR, 2509.02479)."""
+
+    @property
+    def states(self) -> frozenset[EndState]:
+        """The end states that are masked."""
+        masked: set[EndState] = set()
+        masked |= {EndState.OVER_LENGTH} if self.over_length else set()
+        masked |= {EndState.MAX_TURNS, EndState.MAX_IMAGES} if self.over_turns else set()
+        masked |= {EndState.NO_ANSWER, EndState.PARSE_ERRORS} if self.broken else set()
+        return frozenset(masked)
+
+
+@dataclass
+class Collector:
+    """Rolls tasks out to scored groups with advantages."""
+
+    rollout: Rollout
+    rewards: RewardModule
+    advantage: AdvantageConfig
+    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None
+    """Sums over ranks, for advantages that need the whole batch; None: one rank."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Which scored trajectories get no advantage."""
+    advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None
+    """The rewards that advantages are computed from, of scored trajectories; None: their totals."""
+    on_group: Callable[[Group], None] | None = None
+    """Told of every group as soon as it is complete and scored, while others still roll out."""
+
+    def collect(
+        self,
+        tasks: Sequence[Task],
+        num_samples: int,
+        sampling: SamplingConfig,
+        iteration: int = 0,
+        progress: Callable[[RolloutProgress], None] | None = None,
+    ) -> list[Group]:
+        """One group of `num_samples` trajectories per task, in the order of the tasks.
+
+        Every trajectory that can be scored gets a reward; `advantage` stays None where it cannot, or where the
+        trajectory is masked, and is 0.0 throughout a group whose rewards are all equal.
+        """
+        groups = self.roll_out(tasks, num_samples, sampling, iteration, progress)
+        self.assign(groups)
+        return groups
+
+    def roll_out(
+        self,
+        tasks: Sequence[Task],
+        num_samples: int,
+        sampling: SamplingConfig,
+        iteration: int = 0,
+        progress: Callable[[RolloutProgress], None] | None = None,
+    ) -> list[Group]:
+        """As `collect`, without advantages."""
+        groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
+
+        def settled(job: int, trajectory: Trajectory) -> None:
+            group = groups[job // num_samples]
+            group.trajectories.append(trajectory)
+            if len(group.trajectories) == num_samples:
+                group.trajectories.sort(key=lambda member: member.sample)
+                self.rewards.score_group(group)
+                if self.on_group is not None:
+                    self.on_group(group)
+
+        self.rollout.run(jobs_of(tasks, num_samples), sampling, progress, settled)
+        return groups
+
+    def assign(self, groups: Sequence[Group]) -> None:
+        """Set the advantages of all groups of an iteration. Call it once, on every rank."""
+        assign_advantages(groups, self.advantage, self.reduce_sum, self.advantage_rewards)
+        masked = self.mask.states
+        for group in groups:
+            for trajectory in group.trajectories:
+                if trajectory.end_state in masked:
+                    trajectory.advantage = None
+
+    def can_teach(self, group: Group) -> bool:
+        """True if rewards of the group differ and not all of its scored trajectories are masked."""
+        scored = [t for t in group.trajectories if t.reward is not None]
+        totals = {t.reward.total for t in scored if t.reward is not None}
+        return len(totals) > 1 and any(t.end_state not in self.mask.states for t in scored)
+
+
+def assign_advantages(
+    groups: Sequence[Group],
+    config: AdvantageConfig,
+    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None,
+    advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None,
+) -> None:
+    """Set `advantage` on the scored trajectories; the unscored ones are left out of their group's statistics.
+
+    Call it on every rank, also on one without groups (see `batch_advantages`).
+
+    Args:
+        groups: of this rank.
+        config: the method.
+        reduce_sum: sums over ranks; None: one rank.
+        advantage_rewards: called exactly once, with all scored trajectories; None: their totals.
+    """
+    scored = [[t for t in group.trajectories if t.reward is not None] for group in groups]
+    flat = [trajectory for members in scored for trajectory in members]
+    given = [t.reward.total for t in flat if t.reward is not None]
+    rewards = iter(given if advantage_rewards is None else advantage_rewards(flat))
+    values = batch_advantages([[next(rewards) for _ in members] for members in scored], config, reduce_sum)
+    for group in groups:
+        for trajectory in group.trajectories:
+            trajectory.advantage = None
+    for members, advantages in zip(scored, values, strict=True):
+        for trajectory, advantage in zip(members, advantages, strict=True):
+            trajectory.advantage = float(advantage)
+
+
+def carries_signal(group: Group) -> bool:
+    """True if any trajectory of the group has an advantage other than 0."""
+    return any(t.advantage for t in group.trajectories)
+
+
+def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, float]:
+    """`rollout/*` numbers of one iteration on this rank: lengths, end states, signal, speed.
+
+    What evaluations measure too (accuracy, tool use, turns, sampled tokens) is `EvalSummary`'s, under the same words.
+    """
+    trajectories = [t for group in groups for t in group.trajectories]
+    if not trajectories:
+        return {"rollout/trajectories": 0.0}
+    results = [turn.result for t in trajectories for turn in t.turns if turn.result is not None]
+    sampled = sum(sum(t.loss_mask) for t in trajectories)
+    metrics = {
+        "rollout/trajectories": float(len(trajectories)),
+        "rollout/tool_used_frac": fmean(t.num_tool_calls > 0 for t in trajectories),
+        "rollout/length_mean": fmean(len(t.token_ids) for t in trajectories),
+        "rollout/length_max": float(max(len(t.token_ids) for t in trajectories)),
+        "rollout/parse_errors_mean": fmean(sum(turn.parse_error is not None for turn in t.turns) for t in trajectories),
+        "rollout/signal_frac": fmean(carries_signal(g) for g in groups),
+        "rollout/unscored_frac": fmean(t.reward is None for t in trajectories),
+        "rollout/masked_frac": fmean(t.reward is not None and t.advantage is None for t in trajectories),
+        "rollout/tokens_per_s": sampled / max(elapsed_s, 1e-9),
+        "rollout/tool_calls_per_s": len(results) / max(elapsed_s, 1e-9),
+    }
+    for state in EndState:
+        metrics[end_state_metric(state)] = fmean(t.end_state is state for t in trajectories)
+    return metrics
+
+
+def end_state_metric(state: EndState) -> str:
+    """Name of the metric that gives the share of trajectories which ended so."""
+    return f"rollout/end_{state.value.replace(':', '_')}_frac"
+
+
+def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One number per name from those of all ranks, which need not have the same names.
+
+    Counts and speeds are added, `*_max` and `*_max_s` are the largest, times are means over the ranks; what is a mean
+    over trajectories (`rollout/*`) weighs each rank by how many it has. NaN says that a rank has none.
+    """
+    merged = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        having = [part for part in parts if name in part and not math.isnan(part[name])]
+        values = [float(part[name]) for part in having]
+        weights = [part.get("rollout/trajectories", 1.0) if name.startswith("rollout/") else 1.0 for part in having]
+        if not values:
+            merged[name] = math.nan
+        elif name in ADDED_METRICS or name.endswith("_per_s"):
+            merged[name] = sum(values)
+        elif name.endswith(("_max", "_max_s")):
+            merged[name] = max(values)
+        else:
+            merged[name] = fmean(values, weights if sum(weights) else None)
+    return merged
+
+
+def is_trainable(trajectory: Trajectory) -> bool:
+    """True if the loss counts it: scored, and some token sampled."""
+    return trajectory.advantage is not None and any(trajectory.loss_mask)

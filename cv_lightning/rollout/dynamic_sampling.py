@@ -1,0 +1,106 @@
+"""Dynamic sampling: tasks in order until enough groups can teach; what is left over comes first next time.
+
+DAPO (2503.14476): a group of equal rewards has no gradient, and an iteration full of them a noisy one. The data module
+yields `oversample` times the tasks of an iteration; that bounds what an iteration may roll out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from cv_lightning.rollout.collector import Collector
+from cv_lightning.rollout.evaluator import gather_lists
+from cv_lightning.types import Group, Iteration, Task
+
+RollOut = Callable[[Sequence[Task]], list[Group]]
+
+
+class TaskQueue:
+    """The tasks that this rank has not rolled out yet, oldest first.
+
+    A batch is a pure function of its number, so a task is kept in a checkpoint as (number of its batch, position).
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, int, Task]] = []
+        self.places: list[list[tuple[int, int]]] = []
+        """Of every rank's waiting tasks, at the end of the last iteration."""
+        self._restored: list[list[tuple[int, int]]] | None = None
+
+    def add(self, batch: Iteration, trainer: pl.Trainer) -> None:
+        """Put an iteration's tasks at the end."""
+        if self._restored is not None:
+            self._rebuild(self._restored, trainer)
+            self._restored = None
+        self.waiting += [(batch.index, position, task) for position, task in enumerate(batch.tasks)]
+
+    def take(self, count: int) -> list[Task]:
+        """The next `count` tasks, or as many as there are."""
+        taken, self.waiting = self.waiting[: max(count, 0)], self.waiting[max(count, 0) :]
+        return [task for _, _, task in taken]
+
+    def close_iteration(self, limit: int) -> int:
+        """Keep the oldest `limit` tasks and drop the rest; call it on all ranks.
+
+        Returns:
+            How many were dropped.
+        """
+        dropped = max(0, len(self.waiting) - limit)
+        self.waiting = self.waiting[:limit]
+        self.places = gather_lists([[(index, position) for index, position, _ in self.waiting]])
+        return dropped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank, as a checkpoint keeps one."""
+        return {"places": self.places} if any(self.places) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember what to rebuild once there is a loader."""
+        self._restored = state.get("places")
+
+    def _rebuild(self, places: list[list[tuple[int, int]]], trainer: pl.Trainer) -> None:
+        if len(places) != trainer.world_size:
+            return  # another number of ranks shares tasks out anew
+        loader: Any = trainer.train_dataloader
+        build = loader.build
+        batches: dict[int, Iteration] = {}
+        for index, position in places[trainer.global_rank]:
+            if index not in batches:
+                batches[index] = build(index)
+            self.waiting.append((index, position, batches[index].tasks[position]))
+
+
+def refill(
+    queue: TaskQueue,
+    wanted: int,
+    collector: Collector,
+    roll_out: RollOut,
+    reduce_max: Callable[[float], float],
+) -> tuple[list[Group], int]:
+    """Roll tasks out in rounds, each of as many as groups are missing.
+
+    Ends when every rank has what it wants or no tasks. Advantages are set over all groups, as without dynamic sampling.
+
+    Args:
+        queue: tasks in order; what is rolled out leaves it.
+        wanted: groups that can teach.
+        collector: tells which can, and sets advantages.
+        roll_out: makes a group of each task.
+        reduce_max: over ranks.
+
+    Returns:
+        All groups that were rolled out, at most `wanted` of which can teach, and the number of rounds.
+    """
+    groups: list[Group] = []
+    rounds = 0
+    while True:
+        tasks = queue.take(wanted - sum(collector.can_teach(group) for group in groups))
+        if not int(reduce_max(len(tasks))):
+            break
+        groups += roll_out(tasks)
+        rounds += 1
+    collector.assign(groups)
+    return groups, rounds

@@ -1,0 +1,61 @@
+"""What the numbers of an evaluation depend on, besides model, data and seed.
+
+An interrupted evaluation goes on only where all of it is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.data.modules import EvaluationDataModule
+from cv_lightning.engines import EngineConfig
+from cv_lightning.rewards import RewardConfig
+from cv_lightning.rewards.judge.prompts import load_prompt
+from cv_lightning.sandbox import SandboxConfig
+
+OF_ENGINE = ("kind", "max_model_len", "max_images")
+"""Settings of the engine that change what it can say; the others change how fast."""
+OF_SANDBOX = (
+    "timeout_s",
+    "cpu_s",
+    "memory_mb",
+    "max_code_chars",
+    "max_result_pixels",
+    "max_error_chars",
+    "reference_results",
+)
+"""Settings of the sandbox that change what a snippet gets."""
+
+
+def describe_rollouts(
+    agent: AgentConfig, reward: RewardConfig, engine: EngineConfig, sandbox: SandboxConfig
+) -> dict[str, Any]:
+    """As JSON values, prompts as the text that their files hold.
+
+    Raises:
+        ValueError: a prompt of the judge is missing.
+    """
+    server, judge = engine.server, reward.judge
+    types = {judge.default_task_type, *judge.task_types.values()} if judge else ()
+    return {
+        "agent": asdict(agent),
+        "system": {name: agent.prompt.system_text(tool) for name, tool in (("tool", True), ("no_tool", False))},
+        "reward": asdict(reward),
+        "judge_prompts": {name: load_prompt(name, judge.prompt_folder).version for name in sorted(types) if judge},
+        "engine": {name: getattr(engine, name) for name in OF_ENGINE},
+        "server": None if server is None else {"base_url": server.base_url, "model": server.model, "api": server.api},
+        "sandbox": {name: getattr(sandbox, name) for name in OF_SANDBOX},
+    }
+
+
+def describe_questions(data: object) -> dict[str, Any]:
+    """Which questions a data module asks, as JSON values: files by path, as what changed in one is asked anew."""
+    if not isinstance(data, EvaluationDataModule):
+        return {"module": type(data).__name__}
+    settings = {name: getattr(data, name) for name in ("reader", "corruptions", "probe")}
+    described = {name: asdict(value) if value is not None else None for name, value in settings.items()}
+    if data.eval_files:
+        return described | {"files": [str(path) for path in data.eval_files]}
+    return described | {"digits": asdict(data.digits), "test_tasks": data.test_tasks}

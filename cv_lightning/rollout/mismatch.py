@@ -1,0 +1,92 @@
+"""The start-up self-test: do engine and trainer agree on the log-probabilities of the same tokens?
+
+A sharp test of weight sync, image processing, positions, masks, temperature and the vision-token ban at once:
+with weights changed but not synced the mean difference of a tiny model is 0.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from cv_lightning.modules.base import PolicyModule
+from cv_lightning.rollout.evaluator import gather_lists
+from cv_lightning.types import ParityError, Trajectory
+
+ENGINE_MEAN, P99 = 0.1, 1.0
+"""Largest accepted mean and 99th percentile of |difference| between engine and trainer in 16 bits. Rounding stays below
+them and planted faults exceed them; docs/benchmarks.md has both."""
+
+
+class ParityReport(NamedTuple):
+    """Largest difference, and over how many tokens of all ranks."""
+
+    max_difference: float
+    num_tokens: int
+
+
+def check_parity(
+    module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float, tolerance: float
+) -> ParityReport:
+    """Compare the trajectories' own log-probabilities with the trainer's. Call it on all ranks: all judge the same.
+
+    Args:
+        module: the policy as it is now; the trajectories must come from an engine with the same weights.
+        trajectories: of this rank, if it has any; with images, ideally also with tool results.
+        temperature: of sampling.
+        tolerance: largest accepted difference in float32; see `exceeds`.
+
+    Raises:
+        ParityError: they differ on some rank, or there was nothing to compare on any.
+    """
+    usable = [t for t in trajectories if any(t.loss_mask) and not t.end_state.is_error]
+    own = trainer_minus_engine(module, usable, temperature).abs().float().cpu()
+    by_rank = gather_lists([own])
+    differences = torch.cat(by_rank)
+    if not len(differences):
+        states = sorted(set(gather_lists([t.end_state.value for t in trajectories])))
+        errors = gather_lists([t.error for t in trajectories if t.error])
+        raise ParityError(
+            f"self-test: no trajectory could be compared; they ended as {', '.join(states)}"
+            + (f" ({errors[0]})" if errors else "")
+        )
+    worst = float(differences.max())
+    if exceeds(differences, module.policy_config.dtype, tolerance, ENGINE_MEAN):
+        ranks = ", ".join(f"{float(part.max()):.2e}" for part in by_rank if len(part))
+        where = f" (by rank: {ranks})" if len(by_rank) > 1 else ""
+        raise ParityError(
+            f"engine and trainer disagree: |difference| of log-probabilities max {worst:.2e}{where}, mean "
+            f"{float(differences.mean()):.2e} over {len(differences)} tokens (tolerance {tolerance:.0e} in float32). "
+            "Weights not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
+            "callbacks: RolloutCallback.parity_tolerance switches the test off (0); training would be off-policy."
+        )
+    return ParityReport(worst, len(differences))
+
+
+def exceeds(differences: torch.Tensor, dtype: str, tolerance: float, mean: float) -> bool:
+    """True if differences of log-probabilities are larger than rounding explains, or not finite.
+
+    Args:
+        differences: [tokens], at least one.
+        dtype: type of the parameters. In float32 the largest |difference| counts; in 16 bits mean and 99th percentile
+            do, because single tokens of a long sequence may be far off.
+        tolerance: largest accepted |difference| in float32.
+        mean: largest accepted mean of |difference| in 16 bits.
+    """
+    size = differences.abs().float()
+    if dtype == "float32":
+        return not float(size.max()) <= tolerance
+    return not (float(size.mean()) <= mean and float(torch.quantile(size, 0.99)) <= P99)
+
+
+@torch.no_grad()
+def trainer_minus_engine(module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float) -> torch.Tensor:
+    """Trainer minus engine log-probability of every sampled token. Shape [tokens]; call it on all ranks."""
+    rows = module.train_rows(trajectories)
+    parts = []
+    for packed in module.pack_micro_batches(rows):
+        ours = module.logprobs(packed, temperature=temperature).logprobs
+        parts.append(ours.float() - packed.engine_logprobs.to(ours.device))
+    return torch.cat(parts)

@@ -1,0 +1,120 @@
+"""The start-up self-test of training: engine and trainer agree on what the engine samples, old caches included.
+
+It rolls out the first tasks of the run and compares log-probabilities (`parity.py`). The engine has answered the same
+tasks before under other vision weights (`stale.py`), so that a cache which outlives a weight sync shows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, engine_kind
+from cv_lightning.rollout.engine_group import RankCollector
+from cv_lightning.rollout.mismatch import ParityReport, check_parity
+from cv_lightning.rollout.stale_cache import (
+    other_vision_in_place,
+    stale_images_message,
+    trained_vision,
+    unseen,
+)
+from cv_lightning.types import ParityError, Task, Trajectory
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from cv_lightning.modules.base import PolicyModule
+
+logger = logging.getLogger(__name__)
+NUM_TASKS, NUM_SAMPLES = 4, 2
+"""Tasks of each rank, and trajectories of each task, that are compared."""
+FILLING_TOKENS = 4
+"""Tokens that are sampled under the other vision weights; only the prompts matter there."""
+
+
+class Rollouts(Protocol):
+    """What the self-test needs of `RolloutCallback`."""
+
+    agent: AgentConfig
+    engine_config: EngineConfig
+    sampling: SamplingConfig
+    parity_tolerance: float
+
+    def sync(self, module: PolicyModule, version: int, other_vision: Collection[str] = ()) -> None:
+        """Hand the policy's weights to the engine."""
+
+    def collector(self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig) -> RankCollector:
+        """What rolls tasks out."""
+
+
+@dataclass
+class SelfTest:
+    """One self-test; all ranks run it, and all raise or none does."""
+
+    rollout: Rollouts
+    engine: Engine
+    trainer: pl.Trainer
+    module: PolicyModule
+    tasks: Sequence[Task]
+    """This rank's tasks of the first iteration."""
+
+    def fill_caches(self) -> None:
+        """Have the engine answer the test's images under other vision weights; call it before the first sync."""
+        policy = self.module.policy
+        assert policy is not None
+        names = trained_vision(policy)
+        if not names:  # embeddings of a frozen vision tower stay right
+            return
+        in_place = engine_kind(self.rollout.engine_config) == "transformers"
+        with other_vision_in_place(policy, names) if in_place else nullcontext():
+            self.rollout.sync(self.module, version=self.module.iteration - 1, other_vision=names)
+            limit = min(FILLING_TOKENS, self.rollout.agent.max_turn_tokens)
+            self._roll_out(self.tasks, 1, replace(self.rollout.agent, max_turns=1, max_turn_tokens=limit))
+
+    def run(self) -> None:
+        """Compare after the first sync and, where the engine sleeps, again after it has slept and woken.
+
+        Raises:
+            ParityError: Engine and trainer disagree, or nothing could be compared.
+        """
+        for after in ("the first sync", "sleeping and waking"):
+            report, slept = self._compare(self.tasks)
+            if isinstance(report, ParityError):
+                raise self._explained(report)
+            if self.trainer.is_global_zero:
+                said = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
+                logger.info(said, after, *report)
+            # Nothing cached stays either.
+            self.rollout.sync(self.module, version=self.module.iteration)
+            if not slept:
+                break
+
+    def _compare(self, tasks: Sequence[Task]) -> tuple[ParityReport | ParityError, bool]:
+        """What the comparison gave, and whether the engine sleeps now."""
+        trajectories = self._roll_out(tasks, NUM_SAMPLES, self.rollout.agent)
+        slept = self.engine.sleep()  # the trainer's forward pass may need the memory
+        settings = self.rollout.sampling.temperature, self.rollout.parity_tolerance
+        try:
+            return check_parity(self.module, trajectories, *settings), slept
+        except ParityError as error:
+            return error, slept
+
+    def _explained(self, error: ParityError) -> ParityError:
+        """The error itself, or a better one if engine and trainer agree on images that the engine has not seen."""
+        assert self.module.policy is not None
+        if not trained_vision(self.module.policy):
+            return error
+        self.rollout.sync(self.module, version=self.module.iteration)  # it wakes the engine
+        report, _ = self._compare(unseen(self.tasks))
+        if isinstance(report, ParityError):
+            return error
+        return ParityError(stale_images_message(engine_kind(self.rollout.engine_config), str(error)))
+
+    def _roll_out(self, tasks: Sequence[Task], num_samples: int, agent: AgentConfig) -> list[Trajectory]:
+        collector = self.rollout.collector(self.trainer, self.module, agent)
+        groups = collector.roll_out(tasks[:NUM_TASKS], num_samples, self.rollout.sampling, self.module.iteration)
+        return [trajectory for group in groups for trajectory in group.trajectories]

@@ -1,0 +1,1 @@
+"""Pages for people: report, live view, comparison, data check and playground."""

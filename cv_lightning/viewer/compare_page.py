@@ -1,0 +1,127 @@
+"""The page of a comparison: differences, as numbers and drawn, and the flipped questions, both trajectories beside."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from cv_lightning.evaluation.compare import Comparison, comparison_tables, differences, flips
+from cv_lightning.evaluation.statistics import Difference
+from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
+from cv_lightning.types import DataError, Turn
+from cv_lightning.viewer.gallery import thumbnail
+from cv_lightning.viewer.highlight import highlight
+
+LOG = logging.getLogger(__name__)
+TEMPLATES = Path(__file__).parent / "templates"
+THUMBNAIL_PX = 224
+CALL = "<tool_call>"
+MAX_TEXT = 4000
+"""Characters of a turn that the page shows."""
+MARGIN = 0.03
+"""Of the width of a drawing, left free at both of its ends for the dots."""
+
+
+class Span(NamedTuple):
+    """An interval as it is drawn: places in percent of the width."""
+
+    low: float
+    value: float
+    high: float
+    zero: float
+    """Place of no difference."""
+    tone: str
+    """`right` or `wrong` where the interval lies above or below zero, else empty."""
+
+
+def render(
+    found: Comparison, first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord], max_flips: int
+) -> str:
+    """The page as HTML, pictures inside, no script. Texts of models and data are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    sections = []
+    for title, names in (("Right in B only", found.gained), ("Right in A only", found.lost)):
+        shown = flips(_spread(names, max_flips), found.matching, first, second)
+        questions = [_question(one, other) for one, other in shown]
+        sections.append({"title": title, "total": len(names), "questions": questions})
+    tables = comparison_tables(found)
+    drawn = iter(spans([part.score for parts in differences(found).values() for part in parts.values()]))
+    drawings = [[next(drawn) for _ in parts] for parts in differences(found).values()]
+    return environment.get_template("compare.html.jinja").render(
+        found=found, differences=zip(tables, drawings, strict=False), sides=tables[-1], sections=sections
+    )
+
+
+def spans(found: Sequence[Difference]) -> list[Span | None]:
+    """Where intervals are drawn, all on one axis that has zero on it; None for one of no questions."""
+    ends = [end for part in found if part.n for end in (part.low, part.high)]
+    start = min(0.0, *ends) if ends else 0.0
+    width = (max(0.0, *ends) - start if ends else 0.0) or 1.0
+
+    def place(value: float) -> float:
+        return 100 * (MARGIN + (1 - 2 * MARGIN) * (value - start) / width)
+
+    def span(part: Difference) -> Span:
+        tone = "right" if part.low > 0 else "wrong" if part.high < 0 else ""
+        return Span(place(part.low), place(part.value), place(part.high), place(0.0), tone)
+
+    return [span(part) if part.n else None for part in found]
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many, evenly spaced: ids stand by kind, and a page of one kind would mislead."""
+    count = min(most, len(names))
+    return [names[at * len(names) // count] for at in range(count)]
+
+
+def _question(one: GroupRecord, other: GroupRecord) -> dict[str, Any]:
+    task = one.task
+    return {
+        "id": task.id,
+        "text": task.question[:MAX_TEXT],
+        "truth": task.ground_truth,
+        "transforms": ", ".join(task.required_transforms) or "none",
+        "source": task.data_source,
+        "sides": [[_trajectory(trajectory) for trajectory in group.trajectories] for group in (one, other)],
+    }
+
+
+def _trajectory(trajectory: TrajectoryRecord) -> dict[str, Any]:
+    reward = trajectory.reward
+    return {
+        "correct": reward.correct if reward else None,
+        "answer": trajectory.answer,
+        "end": trajectory.end_state.value,
+        "given": [_picture(image) for image in trajectory.images if image.parent is None],
+        "turns": [
+            {
+                "text": _said(turn)[:MAX_TEXT],
+                "code": highlight(turn.tool_call.code[:MAX_TEXT]) if turn.tool_call else [],
+                "status": turn.result.status.value if turn.result else "",
+                "error": turn.result.error[:MAX_TEXT] if turn.result else "",
+                "operations": ", ".join(op.name for op in turn.result.operations) if turn.result else "",
+                "picture": _picture(trajectory.images[turn.image_index]) if turn.image_index is not None else None,
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def _said(turn: Turn) -> str:
+    """The turn's text; without the call where it was understood, since its code is shown as code."""
+    return turn.text.partition(CALL)[0].strip() if turn.tool_call else turn.text
+
+
+def _picture(image: ImageRecord) -> dict[str, Any]:
+    try:
+        data = thumbnail(image.load(), THUMBNAIL_PX)
+    except DataError as error:
+        LOG.warning("%s", error)
+        data = ""
+    return {"data": data, "size": f"{image.size[0]}x{image.size[1]}"}

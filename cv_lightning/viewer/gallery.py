@@ -1,0 +1,311 @@
+"""Which trajectories the report embeds, and in what form: a stratified sample as JSON, pictures as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from cv_lightning.evaluation.outcome import Outcome, judge
+from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
+from cv_lightning.types import DataError, Turn
+from cv_lightning.viewer.highlight import highlight
+
+LOG = logging.getLogger(__name__)
+MAX_TEXT = 20_000
+"""Characters of a turn, a snippet or a tool response that are embedded; the page says where it cut."""
+
+
+# ------------------------------------------------------------------------------------------------ sample
+class _Candidate(NamedTuple):
+    priority: int
+    order: int
+    group: GroupRecord
+
+
+@dataclass(slots=True)
+class GroupSampler:
+    """A bounded, stratified and repeatable sample of a stream of groups.
+
+    One half is taken by kind and a hash of task and iteration, so that evaluations of the same tasks keep the same
+    ones; the other half from strata in turn, so that rare outcomes are seen: kind, outcome (all right, mixed, all
+    wrong, failed) and whether a tool was used. One run gives one page.
+    """
+
+    max_trajectories: int
+    num_seen: int = 0
+    """Trajectories offered."""
+    _strata: dict[tuple[Any, ...], list[_Candidate]] = field(default_factory=dict)
+
+    def watch(self, groups: Iterable[GroupRecord]) -> Iterator[GroupRecord]:
+        """Pass groups on, sampling them on the way."""
+        for group in groups:
+            self._offer(group)
+            yield group
+
+    def _offer(self, group: GroupRecord) -> None:
+        size = len(group.trajectories)
+        self.num_seen += size
+        if size == 0 or self.max_trajectories == 0:
+            return
+        heap = self._strata.setdefault(_stratum(group), [])
+        digest = hashlib.blake2b(f"{group.task.id}/{group.iteration}".encode(), digest_size=8).digest()
+        entry = _Candidate(-int.from_bytes(digest), self.num_seen, group)  # a heap of the smallest hashes
+        if len(heap) * size < self.max_trajectories:
+            heapq.heappush(heap, entry)
+        else:
+            heapq.heappushpop(heap, entry)
+
+    def chosen(self) -> list[GroupRecord]:
+        """The sample, in the order of the stream: whole groups, half of them by kind alone, then by stratum."""
+        strata = sorted(self._strata.items(), key=lambda item: repr(item[0]))
+        kinds: dict[str, list[_Candidate]] = {}
+        for (kind, *_), heap in strata:
+            kinds.setdefault(kind, []).extend(heap)
+        found: dict[int, _Candidate] = {}
+        _take_in_turn(list(kinds.values()), found, self.max_trajectories // 2)
+        _take_in_turn([heap for _, heap in strata], found, self.max_trajectories)
+        return [found[order].group for order in sorted(found)]
+
+
+def _take_in_turn(pools: list[list[_Candidate]], found: dict[int, _Candidate], most: int) -> None:
+    """Take the candidate of the smallest hash from each pool in turn, up to `most` trajectories in all."""
+    queues = [sorted(pool) for pool in pools]
+    taken = sum(len(candidate.group.trajectories) for candidate in found.values())
+    while taken < most and any(queues):
+        for queue in queues:
+            while queue and queue[-1].order in found:
+                queue.pop()
+            if queue and taken < most:
+                candidate = queue.pop()
+                found[candidate.order] = candidate
+                taken += len(candidate.group.trajectories)
+
+
+def _stratum(group: GroupRecord) -> tuple[Any, ...]:
+    scored = [trajectory.reward.correct for trajectory in group.trajectories if trajectory.reward]
+    outcome = "failed" if not scored else "right" if all(scored) else "mixed" if any(scored) else "wrong"
+    return group.task.kind, outcome, any(trajectory.num_tool_calls for trajectory in group.trajectories)
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+class Gallery:
+    """Collects what the page's script draws: stores, groups, trajectories, pictures."""
+
+    def __init__(self, thumbnail_px: int, max_image_bytes: int) -> None:
+        self.thumbnail_px = thumbnail_px
+        self.max_image_bytes = max_image_bytes
+        self.num_image_bytes = 0
+        self.left_out: set[str] = set()
+        """Files over the size limit: the page loads them from the run's folder."""
+        self.missing: set[str] = set()
+        """Files that a trajectory names but that are not there, or cannot be decoded."""
+        self.images: dict[str, str] = {}
+        """Data URI by file name."""
+        self.stores: list[dict[str, Any]] = []
+        self.groups: list[dict[str, Any]] = []
+        self.trajectories: list[dict[str, Any]] = []
+        self.codes: list[list[tuple[str, str]]] = []
+        """Every different snippet once, in coloured pieces."""
+        self._code_numbers: dict[str, int] = {}
+
+    def add_store(self, name: str, label: str, groups: list[GroupRecord], num_seen: int, folder: str | None) -> None:
+        """Add the sampled groups of one store.
+
+        Args:
+            name: path below the run.
+            label: for people.
+            groups: the sample.
+            num_seen: trajectories it was drawn from.
+            folder: relative URL of the store from the page, for links to whole pictures; None: no links.
+        """
+        self.stores.append(
+            {
+                "name": name,
+                "label": label,
+                "folder": folder,
+                "shown": sum(len(group.trajectories) for group in groups),
+                "total": num_seen,
+            }
+        )
+        for group in groups:
+            self._add_group(len(self.stores) - 1, group)
+
+    def _add_group(self, store: int, group: GroupRecord) -> None:
+        task = group.task
+        first = len(self.trajectories)
+        self.groups.append(
+            {
+                "store": store,
+                "iteration": group.iteration,
+                "version": group.weight_version,
+                "members": list(range(first, first + len(group.trajectories))),
+                "task": {
+                    "id": task.id,
+                    "question": task.question[:MAX_TEXT],
+                    "truth": task.ground_truth,
+                    "kind": task.kind,
+                    "source": task.data_source,
+                    "transforms": task.required_transforms,
+                    "box": task.box,
+                    "images": [self._image(image) for image in task.images],
+                },
+            }
+        )
+        for trajectory in group.trajectories:
+            self.trajectories.append(self._trajectory(judge(task, trajectory), trajectory))
+
+    def _trajectory(self, outcome: Outcome, trajectory: TrajectoryRecord) -> dict[str, Any]:
+        reward, logprob = trajectory.reward, trajectory.logprob
+        return {
+            "group": len(self.groups) - 1,
+            "sample": trajectory.sample,
+            "end": trajectory.end_state.value,
+            "error": trajectory.error[:MAX_TEXT],
+            "correct": outcome.correct,
+            "must": outcome.must_use if outcome.needs_tool else None,
+            "spurious": outcome.spurious,
+            "answer": trajectory.answer,
+            "scoredBy": reward.scored_by if reward else None,
+            "reward": reward.total if reward else None,
+            "components": reward.components if reward else {},
+            "advantage": trajectory.advantage,
+            "logprob": logprob.mean if logprob else None,
+            "tokens": [trajectory.num_prompt_tokens, trajectory.num_sampled_tokens, trajectory.num_tokens],
+            "seconds": trajectory.total_s,
+            "version": trajectory.weight_version,
+            "turns": [self._turn(turn) for turn in trajectory.turns],
+            "images": [self._image(image) for image in trajectory.images],
+        }
+
+    def _image(self, image: ImageRecord) -> dict[str, Any]:
+        self._embed(image.file, image)
+        missing = image.file in self.missing
+        data: dict[str, Any] = {
+            "file": "" if missing else image.file,
+            "missing": missing,
+            "size": image.size,
+            "model": image.model_size,
+            "parent": image.parent,
+            "source": image.source,
+            "toSource": image.to_source,
+        }
+        if 2 * image.model_size[0] <= image.size[0] and data["file"]:
+            # what cannot be read at the size that the model saw is what the crop was for
+            data["seen"] = f"{image.file}@{image.model_size[0]}x{image.model_size[1]}"
+            if image.file in self.images:
+                self._embed(data["seen"], image, image.model_size)
+        return data
+
+    def _embed(self, key: str, image: ImageRecord, size: tuple[int, int] | None = None) -> None:
+        if key in self.images or not image.file or image.file in self.missing:
+            return
+        if self.num_image_bytes >= self.max_image_bytes:
+            if size is None and (image.path is None or not image.path.is_file()):
+                self.missing.add(image.file)
+            elif size is None:
+                self.left_out.add(image.file)
+            return
+        try:
+            pixels = image.load()
+        except DataError as error:
+            LOG.warning("%s", error)
+            self.missing.add(image.file)
+            return
+        pixels = pixels.resize(size, Image.Resampling.BICUBIC) if size else pixels
+        self.images[key] = thumbnail(pixels, self.thumbnail_px)
+        self.num_image_bytes += len(self.images[key])
+
+    def _turn(self, turn: Turn) -> dict[str, Any]:
+        data = _turn(turn)
+        if turn.tool_call is not None:
+            data["call"]["code"] = self._code(turn.tool_call.code)
+        return data
+
+    def _code(self, code: str) -> int:
+        """Number of a snippet in `codes`."""
+        if code not in self._code_numbers:
+            self._code_numbers[code] = len(self.codes)
+            self.codes.append(highlight(_cut(code)))
+        return self._code_numbers[code]
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    call, result = turn.tool_call, turn.result
+    data: dict[str, Any] = {
+        "text": _cut(turn.text),
+        "tokens": turn.num_tokens,
+        "image": turn.image_index,
+        "response": _cut(turn.response_text),
+        "parseError": turn.parse_error,
+        "seconds": [turn.generate_s, turn.tool_s],
+    }
+    if call is not None:
+        data["call"] = {
+            "name": call.name,
+            "image": call.image_index,
+            "description": _cut(call.description),
+        }
+    if result is not None:
+        effect = result.effect
+        data["result"] = {
+            "status": result.status.value,
+            "error": _cut(result.error),
+            "kind": result.error_kind,
+            "tier": result.tier,
+            "seconds": result.elapsed_s,
+            "core": effect.core if effect else (),
+            "operations": [
+                {
+                    "name": op.name,
+                    "call": op.call,
+                    "arguments": {name: _cut(_compact(value)) for name, value in op.arguments.items()},
+                    "sizes": [op.input_size, op.output_size],
+                    "used": op.used,
+                }
+                for op in result.operations
+            ],
+        }
+    return data
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [... {len(text) - MAX_TEXT} more characters]"
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def thumbnail(image: Image.Image, longest_px: int) -> str:
+    """Data URI of the picture, scaled down to `longest_px`; PNG where that is small, else lossy WebP."""
+    small = image.copy()
+    small.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    grey = small.convert("L")
+    same = grey.convert("RGB").tobytes() == small.convert("RGB").tobytes()
+    (grey if same else small).save(buffer, "PNG", optimize=True)
+    kind = "png"
+    if buffer.tell() > 12_000:
+        buffer = io.BytesIO()
+        small.save(buffer, "WEBP", quality=80, method=4)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def relative_folder(store: Path, page: Path) -> str | None:
+    """Where the page finds the store's pictures, as a relative URL; None where it stands outside the run."""
+    try:
+        return store.resolve().relative_to(page.resolve().parent).as_posix()
+    except ValueError:
+        return None

@@ -1,0 +1,249 @@
+"""`python -m cv_lightning view RUN`: the report of a run in the browser, while the run goes on.
+
+Only this machine can reach it (loopback), only for reading, and only the page and the pictures of the run's stores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import sys
+import threading
+import time
+import webbrowser
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from PIL import Image
+
+from cv_lightning.evaluation.runs import load_run
+from cv_lightning.images import decode_image
+from cv_lightning.trajectory.store import IMAGES
+from cv_lightning.types import CVLightningError, DataError
+from cv_lightning.viewer.report import Report, ReportConfig, StoreCache, file_state
+
+PORT = 8765
+TRIED_PORTS = 20
+IDLE_PER_BUILD = 9
+"""Reading a run that grows takes at most a tenth of the time of one core."""
+SHOWN_FILES = ("trajectories/*.jsonl", "metrics.csv", "metrics.json", "timing.json", "*config.yaml", "*run.json")
+IMAGE_PATH = re.compile(rf"(?P<store>.*?)/?{IMAGES}/(?P<file>[0-9a-f]{{8,128}}\.(?P<kind>png|webp))")
+IMAGE_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+HOSTS = ("127.0.0.1", "localhost")
+
+
+class Page(NamedTuple):
+    """The report of one state of a run."""
+
+    state: str
+    html: bytes
+    data: bytes
+    """JSON, for a page that is open."""
+    stores: frozenset[str]
+    """Paths below the run."""
+
+
+class LiveReport:
+    """A run's report, built anew when its files have changed.
+
+    Args:
+        folder: the run; it may be empty still.
+        config: how much the page shows; pictures are served, not embedded.
+    """
+
+    def __init__(self, folder: Path, config: ReportConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self._cache = StoreCache()
+        self._lock = threading.Lock()
+        self._page: Page | None = None
+        self._rest_until = 0.0
+
+    def page(self) -> Page:
+        """The newest page, or the last one while it is too early for another.
+
+        Raises:
+            DataError: the folder holds no run yet.
+        """
+        with self._lock:
+            begun = time.monotonic()
+            if self._page is None or begun > self._rest_until:
+                state = self._state()
+                if self._page is None or self._page.state != state:
+                    self._page = self._build(state)
+                self._rest_until = time.monotonic() + IDLE_PER_BUILD * (time.monotonic() - begun)
+            return self._page
+
+    def _state(self) -> str:
+        files = [path for pattern in SHOWN_FILES for path in self.folder.glob(f"**/{pattern}")]
+        return hashlib.sha256(repr(file_state(files)).encode()).hexdigest()[:16]
+
+    def _build(self, state: str) -> Page:
+        run = load_run(self.folder)
+        report = Report(run, self.config, self.folder / "index.html", self._cache, is_live=True)
+        report.data["state"] = state
+        return Page(
+            state=state,
+            html=report.html().encode("utf-8", "backslashreplace"),
+            data=json.dumps(report.data, ensure_ascii=False).encode("utf-8", "backslashreplace"),
+            stores=frozenset(store.name for store in run.stores),
+        )
+
+    def image(self, path: str, size: str | None) -> tuple[bytes, str]:
+        """A picture of one of the run's stores.
+
+        Args:
+            path: of the URL, unquoted.
+            size: `WIDTHxHEIGHT`, to see it as the model did.
+
+        Returns:
+            The file and its media type.
+
+        Raises:
+            FileNotFoundError: no such picture, or a path to anything else.
+            DataError: the file is damaged.
+        """
+        match = IMAGE_PATH.fullmatch(path.removeprefix("/"))
+        if match is None or (match["store"] or ".") not in self.page().stores:
+            raise FileNotFoundError(path)
+        file = self.folder / match["store"] / IMAGES / match["file"]
+        wanted = IMAGE_SIZE.fullmatch(size or "")
+        if wanted is None:
+            return file.read_bytes(), f"image/{match['kind']}"
+        if not file.is_file():
+            raise FileNotFoundError(path)
+        picture = decode_image(file)
+        to = (min(int(wanted[1]), picture.width), min(int(wanted[2]), picture.height))
+        buffer = io.BytesIO()
+        picture.resize((max(1, to[0]), max(1, to[1])), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        return buffer.getvalue(), "image/png"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET for the page, its data and the run's pictures."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Answer one request."""
+        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in HOSTS:
+            # a page of another site whose name points to this machine must not read it
+            return self._answer(HTTPStatus.FORBIDDEN, b"only for this machine", "text/plain")
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
+        report = self.server.report
+        try:
+            if url.path == "/":
+                self._answer(HTTPStatus.OK, report.page().html, "text/html; charset=utf-8")
+            elif url.path == "/data.json":
+                page = report.page()
+                if query.get("have") == [page.state]:
+                    return self._answer(HTTPStatus.NO_CONTENT, b"", "application/json")
+                self._answer(HTTPStatus.OK, page.data, "application/json")
+            else:
+                data, kind = report.image(unquote(url.path), query.get("size", [None])[0])
+                self._answer(HTTPStatus.OK, data, kind, keep="max-age=31536000, immutable")
+        except FileNotFoundError:
+            self._answer(HTTPStatus.NOT_FOUND, b"not here", "text/plain")
+        except CVLightningError as error:
+            self._answer(HTTPStatus.OK, _waiting(error), "text/html; charset=utf-8")
+
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str, keep: str = "no-store") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", keep)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def _waiting(error: CVLightningError) -> bytes:
+    """A page that waits for the run's first line, or tells what is wrong with it."""
+    text = html.escape(str(error))
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">'
+    return f"{head}<title>waiting</title><p>Waiting for the run: {text}</p></html>".encode()
+
+
+class Server(ThreadingHTTPServer):
+    """The server of one run, on loopback.
+
+    Args:
+        report: what it shows.
+        port: 0: any free one.
+
+    Raises:
+        OSError: the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, report: LiveReport, port: int) -> None:
+        self.report = report
+        super().__init__(("127.0.0.1", port), Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Stay silent about a browser that went away; tell the rest."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
+def open_server(report: LiveReport, port: int) -> Server:
+    """A server on the port, or on the next free one.
+
+    Raises:
+        DataError: none of the ports is free.
+    """
+    for number in range(port, min(port + TRIED_PORTS, 65536)):
+        try:
+            return Server(report, number)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+    raise DataError(f"--port {port}: it and the ports behind it are in use; give another, or 0 for any free one")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="cv_lightning view", description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser.add_argument("run", type=Path, help="the run's folder, also of one that is still training")
+    parser.add_argument(
+        "--port", type=int, default=PORT, help=f"default {PORT}; the next free one if it is taken; 0: any"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    parser.add_argument("--max_trajectories", type=int, default=5000, help="on the page, a stratified sample beyond")
+    given = parser.parse_args(args)
+    if not 0 <= given.port <= 65535:
+        parser.error(f"--port {given.port}: must be between 0 and 65535")
+    if not given.run.is_dir():
+        parser.error(f"{given.run}: no such folder; give the one that fit or test writes (runs/...)")
+    try:
+        config = ReportConfig(max_trajectories=given.max_trajectories, max_image_mb=0.0)
+        server = open_server(LiveReport(given.run, config), given.port)
+    except (CVLightningError, ValueError) as error:
+        parser.error(str(error))
+    address = f"http://127.0.0.1:{server.server_port}/"
+    if given.port not in (0, server.server_port):
+        print(f"port {given.port} is in use, took {server.server_port}", file=sys.stderr)
+    print(f"{address}  ({given.run}; Ctrl-C stops it)", flush=True)
+    if not given.no_browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(address)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+    return 0

@@ -1,0 +1,140 @@
+"""The two seams through which the playground looks on: an engine and a sandbox that tell what passes them.
+
+The agent loop is the one of training and evaluation, unchanged. An edited snippet is tried by giving the loop the
+earlier turns again, the edited one in place of the original, and the real engine after them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.engines import Completion, Engine, Request
+from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, THINK_CLOSE
+from cv_lightning.tools.code_image import CodeRunner
+from cv_lightning.types import EngineError, SandboxResult
+
+if TYPE_CHECKING:
+    import torch
+
+
+class WatchedEngine:
+    """The engine of one trajectory: given turns first, then the real engine's. Tells every turn, and can be stopped."""
+
+    def __init__(self, engine: Engine, given: Sequence[Completion], on_turn: Callable[[Completion], None]) -> None:
+        """Watch an engine.
+
+        Args:
+            engine: the real one.
+            given: turns that are not sampled again.
+            on_turn: called with each finished turn, on the thread that steps.
+        """
+        self.engine, self.on_turn = engine, on_turn
+        self.weight_version, self.max_model_len = engine.weight_version, engine.max_model_len
+        self.given = deque(given)
+        self.ready: list[Completion] = []
+        self.stopped = threading.Event()
+        """Set it, from any thread, to end the trajectory after the engine's next step."""
+        self.current = ""
+
+    def add_request(self, request: Request) -> None:
+        """Answer with the next given turn, or ask the real engine.
+
+        Raises:
+            EngineError: stopped, or the real engine's.
+        """
+        if self.stopped.is_set():
+            raise EngineError("stopped")
+        self.current = request.id
+        if self.given:
+            self.ready.append(replace(self.given.popleft(), id=request.id, prompt_ids=None))
+        else:
+            self.engine.add_request(request)
+
+    def step(self) -> list[Completion]:
+        """Given turns at once, else a step of the real engine; nothing once stopped."""
+        if self.stopped.is_set():
+            self.abort([self.current])
+            return []
+        finished, self.ready = (self.ready, []) if self.ready else (self.engine.step(), [])
+        for completion in finished:
+            self.on_turn(completion)
+        return finished
+
+    def has_unfinished(self) -> bool:
+        """True while a turn is under way."""
+        return bool(self.ready) or self.engine.has_unfinished()
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Forget requests."""
+        self.ready = [completion for completion in self.ready if completion.id not in set(ids)]
+        self.engine.abort(ids)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """As the real engine's."""
+        self.engine.update_weights(named_tensors, version)
+        self.weight_version = version
+
+    def sleep(self) -> bool:
+        """Stay awake: the next question may come at any time."""
+        return False
+
+    def close(self) -> None:
+        """Leave the real engine to its owner."""
+
+
+class WatchedSandbox:
+    """The real sandbox; tells when code starts and what came of it."""
+
+    def __init__(self, sandbox: CodeRunner, on_result: Callable[[SandboxResult | None], None]) -> None:
+        """Watch a sandbox.
+
+        Args:
+            sandbox: the real one.
+            on_result: called with None when code starts, then with its result, on the background thread.
+        """
+        self.sandbox, self.on_result = sandbox, on_result
+
+    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        """Run a snippet; see `CodeRunner`."""
+        self.on_result(None)
+        result = await self.sandbox.run(image, code, owner=owner)
+        self.on_result(result)
+        return result
+
+
+def with_code(text: str, code: str, image_index: int) -> str:
+    """An assistant turn with another snippet in its call; the thought before it stays.
+
+    Args:
+        text: of the turn.
+        code: the new snippet.
+        image_index: which image it gets.
+    """
+    thought, close, rest = text.rpartition(THINK_CLOSE)
+    arguments = {"code": code, "image_index": image_index}
+    call = json.dumps({"name": TOOL_NAME, "arguments": arguments}, ensure_ascii=False)
+    return f"{thought}{close}{rest.partition(CALL_OPEN)[0]}{CALL_OPEN}\n{call}\n{CALL_CLOSE}"
+
+
+def edited_turns(
+    turns: Sequence[Completion], index: int, text: str, encode: Callable[[str], Sequence[int]]
+) -> list[Completion]:
+    """The turns before `index`, and that one with another text.
+
+    Args:
+        turns: of the trajectory that is tried again.
+        index: of the edited turn.
+        text: its new text.
+        encode: ids of an assistant turn, end of turn included.
+    """
+    ids = list(encode(text))
+    edited = Completion(id="", token_ids=ids, logprobs=[0.0] * len(ids), stopped=True, prompt_ids=None)
+    return [*turns[:index], edited]

@@ -1,0 +1,286 @@
+"""The report: one self-contained HTML page that shows what a run did.
+
+The page needs no network and no server: styles, script, data and pictures are inside (pictures beyond a limit are
+loaded from the run's folder). Text of models and data is escaped by the template and set as text by the script; a
+content security policy allows the page's own script only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from cv_lightning import __version__
+from cv_lightning.digits.ablation import FULL, REDUCED
+from cv_lightning.digits.training import training_story
+from cv_lightning.evaluation.curves import chart_groups, compared_charts
+from cv_lightning.evaluation.metrics import EvalSummary, summarise
+from cv_lightning.evaluation.runs import Run, Store, load_run, stage_label
+from cv_lightning.evaluation.statistics import Rate
+from cv_lightning.files import write_text
+from cv_lightning.trajectory import BadLine, GroupRecord, read_groups
+from cv_lightning.trajectory.store import LINES, finite
+from cv_lightning.viewer import content
+from cv_lightning.viewer.content import Evaluated
+from cv_lightning.viewer.gallery import Gallery, GroupSampler, relative_folder
+
+LOG = logging.getLogger(__name__)
+TEMPLATES = Path(__file__).parent / "templates"
+NONE = "\N{EN DASH}"
+"""Stands where nothing was measured, and between the ends of an interval."""
+SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "examples.js", "live.js", "start.js")
+"""Parts of the page's one script, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """How much the page embeds."""
+
+    max_trajectories: int = 5000
+    """Trajectories in the gallery, over all stores; a stratified sample beyond. The page says how many of how many."""
+    max_image_mb: float = 8.0
+    """Pictures embedded, in MB; the page loads the others from the run's folder when they are looked at."""
+    thumbnail_px: int = 384
+    """Longest side of an embedded picture."""
+
+    def __post_init__(self) -> None:
+        if self.max_trajectories < 0 or self.max_image_mb < 0 or self.thumbnail_px < 16:
+            raise ValueError(
+                "--max_trajectories and --max_image_mb must not be negative and --thumbnail_px at least 16, got "
+                f"{self.max_trajectories}, {self.max_image_mb}, {self.thumbnail_px}"
+            )
+
+
+def write_report(folder: str | Path, config: ReportConfig | None = None, out: str | Path | None = None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        folder: the run.
+        config: how much is embedded.
+        out: the page; by default `report.html` in the run.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: no run there, or one of a newer schema.
+    """
+    run = load_run(folder)
+    page = Path(out) if out is not None else run.folder / "report.html"
+    html = Report(run, config or ReportConfig(), page).html()
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, html, errors="backslashreplace")
+    return page
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreContent:
+    """What the page needs of one store."""
+
+    figures: EvalSummary | None
+    """None for a store of training."""
+    groups: list[GroupRecord]
+    """The gallery's sample."""
+    num_seen: int
+    """Trajectories that it was drawn from."""
+    bad_lines: list[BadLine]
+
+
+@dataclass(slots=True)
+class StoreCache:
+    """Content of stores by the state of their files, so that a page of a run under way reads only what is new."""
+
+    _known: dict[Path, tuple[object, StoreContent]] = field(default_factory=dict)
+
+    def read(self, store: Store, most: int) -> StoreContent:
+        """What a store holds, read once.
+
+        Args:
+            store: of the run.
+            most: trajectories in the sample.
+        """
+        state = (most, file_state((store.path / LINES).glob("*.jsonl")))
+        known = self._known.get(store.path)
+        if known is None or known[0] != state:
+            known = self._known[store.path] = (state, _read_store(store, most))
+        return known[1]
+
+
+def file_state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of files; one that is gone meanwhile is left out."""
+    found = []
+    for path in sorted(paths):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        found.append((str(path), status.st_size, status.st_mtime_ns))
+    return tuple(found)
+
+
+def _read_store(store: Store, most: int) -> StoreContent:
+    sampler = GroupSampler(most)
+    reader = read_groups(store.path)
+    figures = summarise(sampler.watch(reader)) if store.is_evaluation else None
+    if figures is None:
+        for _ in sampler.watch(reader):
+            pass
+    return StoreContent(figures=figures, groups=sampler.chosen(), num_seen=sampler.num_seen, bad_lines=reader.bad_lines)
+
+
+class Report:
+    """The page of a run, whole or as the data that its script draws.
+
+    Args:
+        run: the run.
+        config: how much is embedded.
+        page: where the page stands or is served, for the paths of pictures that are not embedded.
+        cache: what was read before.
+        is_live: the page asks its server for new data.
+    """
+
+    def __init__(
+        self, run: Run, config: ReportConfig, page: Path, cache: StoreCache | None = None, *, is_live: bool = False
+    ) -> None:
+        self.run = run
+        self.is_live = is_live
+        self.gallery = Gallery(config.thumbnail_px, int(config.max_image_mb * 1e6))
+        self.evaluated: list[Evaluated] = []
+        self.bad_lines: dict[str, Counter[str]] = {}
+        found = _read_stores(run.stores, config.max_trajectories, cache or StoreCache())
+        for store in run.stores:
+            self._add(store, found[store.path], page)
+        self.ablation = content.ablation(run, self.evaluated)
+
+    def _add(self, store: Store, found: StoreContent, page: Path) -> None:
+        if found.figures is not None:
+            self.evaluated.append(Evaluated(store, found.figures))
+        if found.bad_lines:
+            self.bad_lines[store.label] = Counter(_why(line) for line in found.bad_lines)
+        folder = relative_folder(store.path, page)
+        self.gallery.add_store(store.name, store.label, found.groups, found.num_seen, folder)
+
+    @cached_property
+    def num_total(self) -> int:
+        """Trajectories in all stores."""
+        return sum(store["total"] for store in self.gallery.stores)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """JSON values that the page's script draws."""
+        curves = self.run.curves
+        found = {
+            "stores": self.gallery.stores,
+            "groups": self.gallery.groups,
+            "trajectories": self.gallery.trajectories,
+            "codes": self.gallery.codes,
+            "curves": [
+                {"stage": stage, "label": stage_label(stage), "groups": chart_groups(of_stage)}
+                for stage, of_stage in curves.items()
+            ],
+            "compared": compared_charts(curves, (FULL, REDUCED)) if self.ablation else [],
+            "intervals": content.interval_rows(self.evaluated),
+            "examples": content.examples(self.gallery),
+            "lead": content.lead(self.run, self.num_total, len(self.evaluated)),
+            "live": self.is_live,
+        }
+        # what the script does not draw: where this differs, the page has to be loaded anew
+        written = [found["intervals"], found["examples"], self.bad_lines, bool(self.num_total), bool(curves)]
+        found["fixed"] = hashlib.sha256(json.dumps(written, default=str).encode()).hexdigest()[:16]
+        cleaned: dict[str, Any] = finite(found)
+        return cleaned
+
+    def html(self) -> str:
+        """The whole page."""
+        style = (TEMPLATES / "report.css").read_text()
+        script = '"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS)
+        run, gallery = self.run, self.gallery
+        return (
+            _environment()
+            .get_template("report.html.jinja")
+            .render(
+                run=run,
+                name=run.folder.resolve().name,
+                version=__version__,
+                style=Markup(style),
+                script=Markup(script),
+                policy=_policy(style, script, "connect-src 'self'; " if self.is_live else ""),
+                data=self.data,
+                images=gallery.images,
+                gallery=gallery,
+                evaluated=self.evaluated,
+                headlines=content.headlines(self.evaluated),
+                comparison=content.comparison(self.evaluated, ("base", "sft", "rl")),
+                ablation=self.ablation,
+                story=training_story(run.configs),
+                facts=content.facts(run),
+                settings=content.settings(run),
+                num_shown=len(gallery.trajectories),
+                num_total=self.num_total,
+                bad_lines=self.bad_lines,
+            )
+        )
+
+
+def _why(line: BadLine) -> str:
+    """Why a line could not be read, in the words of the page."""
+    return "of an older schema" if "older than" in line.reason else "torn or damaged"
+
+
+def _read_stores(stores: Sequence[Store], most: int, cache: StoreCache) -> dict[Path, StoreContent]:
+    """Contents by path; of the sample training gets at most half where there are evaluations, and they get the rest."""
+    training = [store for store in stores if not store.is_evaluation]
+    evaluations = [store for store in stores if store.is_evaluation]
+    half = most // 2 if evaluations else most
+    found = {store.path: cache.read(store, half // len(training)) for store in training}
+    left = most - sum(len(group.trajectories) for content in found.values() for group in content.groups)
+    return found | {store.path: cache.read(store, max(0, left) // len(evaluations)) for store in evaluations}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["rate"] = _rate
+    environment.filters["count"] = "{:,}".format
+    environment.filters["share"] = lambda value: NONE if value != value else f"{value:.3f}"
+    environment.filters["mean"] = lambda value: NONE if value != value else f"{value:.2f}"
+    return environment
+
+
+def _rate(value: Rate | None) -> Markup:
+    if value is None or value.n == 0:
+        return Markup('<span class="none">{}</span>').format(NONE)
+    interval = f"{value.low:.3f}{NONE}{value.high:.3f}"
+    return Markup('<b>{:.3f}</b> <span class="range">{}</span>').format(value.value, interval)
+
+
+def _policy(style: str, script: str, more: str) -> str:
+    """Content security policy: this style, this script, pictures of the page and of the run, nothing else.
+
+    Args:
+        style: the page's own.
+        script: the page's own.
+        more: further directives.
+    """
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; img-src data: 'self' file:; style-src 'sha256-{hashes[0]}'; "
+        f"script-src 'sha256-{hashes[1]}'; {more}"
+        "base-uri 'none'; form-action 'none'"
+    )
