@@ -19,30 +19,24 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import cv_lightning.data.modules
 import cv_lightning.modules  # noqa: F401  (bare class names in YAML resolve among imported subclasses)
-from cv_lightning.callbacks.checkpoint import (
-    FOLDER,
-    CheckpointCallback,
-    check_fits,
-    checkpoints,
-    is_of,
-    last_checkpoint,
-    refuse_used,
-)
+from cv_lightning.callbacks.checkpoint import CheckpointCallback, check_fits
 from cv_lightning.callbacks.owner import RunOwner
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.callbacks.signals import StopOnSignal, exit_codes
 from cv_lightning.callbacks.start_check import SFTStartCheck
-from cv_lightning.callbacks.wandb import WandbRun, WandbTrajectories
+from cv_lightning.callbacks.wandb import WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.folder import FOLDER, checkpoints, is_of, last_checkpoint, refuse_used
 from cv_lightning.checkpoints.recipe import check_recipe, settings_of
-from cv_lightning.commands.command_line import ShortErrors
+from cv_lightning.command_line import ShortErrors
 from cv_lightning.devices import Gpus, use_named_devices
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.files import describe_disk_error
 from cv_lightning.loggers import run_loggers
+from cv_lightning.loggers.wandb import WandbRun
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.preflight import check_evaluation, check_fit
 from cv_lightning.types import CVLightningError

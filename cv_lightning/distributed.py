@@ -1,16 +1,27 @@
-"""Do the ranks of a run agree on what they run? Asked once, at its start."""
+"""What ranks tell each other: lists gathered from all of them, and whether they run the same."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from cv_lightning.rollout.evaluator import gather_lists
 from cv_lightning.types import CVLightningError
 
+T = TypeVar("T")
 SHOWN = 5
 """Differences that a message names."""
+
+
+def gather_lists(items: list[T]) -> list[T]:
+    """The lists of all ranks, one after another."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return items
+    everything: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everything, items)
+    return [item for part in everything for item in part]
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

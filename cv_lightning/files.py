@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG))
 """What the system says where nothing (more) can be written: a matter of the machine, not a defect of the program."""
@@ -67,3 +69,9 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1))

@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -26,21 +24,24 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from cv_lightning.callbacks.signals import StopOnSignal
-from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.folder import (
+    FOLDER,
+    UNFINISHED,
+    checkpoints,
+    is_of,
+    refuse_used,
+    remove,
+    rewind,
+)
 from cv_lightning.checkpoints.recipe import KEY, describe_classes
+from cv_lightning.distributed import gather_lists
 from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.loggers.metrics_file import MetricsFile, MetricsLogger
 from cv_lightning.modules.base import PolicyModule
-from cv_lightning.rollout.evaluator import gather_lists
-from cv_lightning.trajectory.store import LINES, drop_after, last_groups
+from cv_lightning.trajectory.store import LINES, last_groups
 from cv_lightning.types import CVLightningError
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "checkpoints"
-NAME = re.compile(r"iteration(\d+)\.ckpt")
-UNFINISHED = ".unfinished-"
-"""Before the name of what is being written or removed."""
 
 
 class CheckpointCallback(Checkpoint):
@@ -117,7 +118,7 @@ class CheckpointCallback(Checkpoint):
         unfinished = final.with_name(UNFINISHED + final.name)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove(unfinished)
+            remove(unfinished)
         try:
             trainer.save_checkpoint(unfinished, weights_only=False)  # ends with a barrier
             if trainer.is_global_zero:
@@ -127,14 +128,14 @@ class CheckpointCallback(Checkpoint):
         except (OSError, RuntimeError) as error:
             if not _is_of_disk(error):
                 raise
-            _remove(unfinished)
+            remove(unfinished)
             raise CVLightningError(
                 f"{final} cannot be written: {_first_line(error)}. The checkpoint before it stands: free space and "
                 "continue with --ckpt_path last"
             ) from error
         if trainer.is_global_zero:
             for _, old in checkpoints(folder)[: -self.keep]:
-                _remove(old)
+                remove(old)
             logger.info("saved %s in %.1f s", final, time.monotonic() - start)
         self._saved_at = time.monotonic()
 
@@ -182,7 +183,7 @@ class CheckpointCallback(Checkpoint):
         state, self._restored = self._restored, None
         if trainer.is_global_zero:
             for leftover in (folder / FOLDER).glob(f"{UNFINISHED}*"):
-                _remove(leftover)
+                remove(leftover)
             iteration = _policy_module(pl_module).iteration
             rewind(folder, iteration)  # 0: a run without checkpoints starts over
             if state is not None:
@@ -221,44 +222,6 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, path)
 
 
-# ---------------------------------------------------------------------------------------------- folders
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(iteration, path) of the finished checkpoints in a folder, oldest first."""
-    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("*.ckpt")]
-    return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run in which every byte is as it was written; None if there is none.
-
-    A damaged one is named in a warning and passed over.
-    """
-    for _, path in reversed(checkpoints(run / FOLDER)):
-        reason = damage(path)
-        if not reason:
-            return path
-        logger.warning("%s is damaged: %s. Trying the one before", path, reason)
-    return None
-
-
-def is_of(checkpoint: object, run: Path) -> bool:
-    """True if a run goes on from a checkpoint of its own; False for none, and for one of another run."""
-    return checkpoint is not None and run.resolve() in Path(str(checkpoint)).resolve().parents
-
-
-def refuse_used(run: Path) -> None:
-    """Stop a new run in the folder of an earlier one, whose checkpoints it would mix with its own.
-
-    Raises:
-        CVLightningError: there are checkpoints.
-    """
-    if found := checkpoints(run / FOLDER):
-        raise CVLightningError(
-            f"{run} holds a run's checkpoints, the last of iteration {found[-1][0]}: --ckpt_path last goes on with "
-            f"it; for a new run choose another --trainer.default_root_dir, or remove {run / FOLDER}"
-        )
-
-
 def check_fits(path: Path, trainer: pl.Trainer) -> None:
     """DeepSpeed goes on from its own folders only, and these hold one share of the optimizer per rank.
 
@@ -279,25 +242,6 @@ def check_fits(path: Path, trainer: pl.Trainer) -> None:
             f"Start {shares} ranks (--trainer.devices, --trainer.num_nodes), or `export` it and give the folder as "
             "--model.init_args.policy.path"
         )
-
-
-def rewind(run: Path, iteration: int) -> None:
-    """Drop the trajectories and checkpoints that a run made after an iteration: it is about to make them anew."""
-    for path, groups in drop_after(run, iteration).items():
-        logger.info("%s: dropped %d groups after iteration %d", path, groups, iteration)
-    for number, path in checkpoints(run / FOLDER):
-        if number > iteration:
-            logger.warning("removing %s: the run goes on from iteration %d", path, iteration)
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """A folder first loses its name, so that half of it never passes for a checkpoint."""
-    if path.is_dir():
-        doomed = path if path.name.startswith(UNFINISHED) else path.rename(path.with_name(UNFINISHED + path.name))
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -23,7 +23,7 @@ from cv_lightning.agent.loop import Rollout, RolloutProgress
 from cv_lightning.background import Background
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.distributed import check_agreement
+from cv_lightning.distributed import check_agreement, gather_lists
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.engines.process import engine_device_index
 from cv_lightning.evaluation.metrics import summarise_outcomes
@@ -35,10 +35,11 @@ from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rollout.collector import MaskConfig, end_state_metric, merge_metrics, rollout_metrics
+from cv_lightning.rl.groups import MaskConfig
+from cv_lightning.rollout.collector import end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, refill
 from cv_lightning.rollout.engine_group import EngineGroup, RankCollector
-from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator, gather_lists
+from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator
 from cv_lightning.rollout.fingerprint import describe_rollouts
 from cv_lightning.rollout.self_test import SelfTest
 from cv_lightning.rollout.stale_cache import with_other_vision

@@ -18,7 +18,7 @@ import psutil
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cv_lightning.callbacks.owner import RunOwner
-from cv_lightning.rollout.evaluator import gather_lists
+from cv_lightning.distributed import gather_lists
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 GRACE_S = 4.0

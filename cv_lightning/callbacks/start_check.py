@@ -14,12 +14,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
-from cv_lightning.digits.demonstrations import Conversation
+from cv_lightning.distributed import gather_lists
 from cv_lightning.models.packing import TrainRow, pack_rows
 from cv_lightning.models.plain import plain_logprobs
 from cv_lightning.modules.sft import SFTModule
-from cv_lightning.rollout.evaluator import gather_lists
 from cv_lightning.rollout.mismatch import exceeds
 from cv_lightning.types import ParityError
 

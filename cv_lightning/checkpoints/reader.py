@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from cv_lightning.callbacks.checkpoint import FOLDER, last_checkpoint
 from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.folder import FOLDER, last_checkpoint
 from cv_lightning.models.lora import ADAPTER, BASE, FACTORS, LoraConfig
 from cv_lightning.types import CheckpointError
 

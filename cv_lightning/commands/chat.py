@@ -19,7 +19,7 @@ from cv_lightning.types import CheckpointError, CVLightningError
 prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
-from cv_lightning.commands.command_line import short_parser  # noqa: E402
+from cv_lightning.command_line import short_parser  # noqa: E402
 from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.types import CVLightningError
 
 
@@ -18,8 +18,9 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
         out: folder of compare.html and compare.json; by default beside B.
         max_flips: flipped questions of each direction whose trajectories the page shows.
     """
-    from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation, write_comparison
+    from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation
     from cv_lightning.evaluation.tables import print_grids
+    from cv_lightning.viewer.compare_page import write_comparison
 
     if max_flips < 0:
         raise CVLightningError(f"--max_flips {max_flips}: a number of questions, or 0 for none")

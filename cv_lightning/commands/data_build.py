@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.environment import is_quiet
 from cv_lightning.types import CVLightningError
 

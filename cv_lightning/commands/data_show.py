@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.types import CVLightningError, DataError, Task
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
-    from cv_lightning.digits.demonstrations import Conversation
+    from cv_lightning.data.conversations import Conversation
 
 DIGITS = "digits"
 TRAINED, CONTEXT, PICTURE = "bold green", "default", "magenta"

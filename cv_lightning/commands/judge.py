@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint, verdicts

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cv_lightning.commands.command_line import short_parser
+from cv_lightning.command_line import short_parser
 from cv_lightning.files import write_text
 from cv_lightning.types import CVLightningError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cv_lightning.background import Background
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.module import RewardModule
 from cv_lightning.trajectory.reader import find_files, read_groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.evaluation.runs import find_stores
 from cv_lightning.trajectory.parquet import write_parquet
 from cv_lightning.types import CVLightningError, DataError

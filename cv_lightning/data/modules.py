@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from PIL import Image
 
 from cv_lightning.data.benchmarks import task_files
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems
@@ -32,7 +33,7 @@ from cv_lightning.data.sources import (
     TaskSource,
     share_of_rank,
 )
-from cv_lightning.digits.demonstrations import Conversation, DemonstrationConfig
+from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import CVLightningError, Iteration, SandboxResult, Task

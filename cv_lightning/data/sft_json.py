@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image, message_text, without_marks
 from cv_lightning.data.rows import (
     ListedRowFiles,
@@ -26,7 +27,6 @@ from cv_lightning.data.rows import (
     is_missing,
     unique_names,
 )
-from cv_lightning.digits.demonstrations import Conversation, DemoTurn
 from cv_lightning.types import DataError, Message, Task, ToolCall
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
-from cv_lightning.digits.demonstrations import Conversation, DemonstrationConfig, Execute, demonstrate
+from cv_lightning.data.conversations import Conversation
+from cv_lightning.digits.demonstrations import DemonstrationConfig, Execute, demonstrate
 from cv_lightning.digits.scenes import KINDS, DigitsConfig, Kind, digit_task
 from cv_lightning.types import Task
 

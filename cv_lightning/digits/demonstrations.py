@@ -16,6 +16,7 @@ from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig, size_statement
 from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.digits.scenes import TRANSFORMS, DigitsConfig, check_kind_shares, is_small, is_turned
 from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
 
@@ -32,30 +33,6 @@ UNDO = {
 """Image method that undoes what was done to a turned picture."""
 THOUGHT_TURN, THOUGHT_CROP, THOUGHT_READ = "turned", "small", "read"
 """What is thought before turning, cropping and answering: a token each once the tokenizer has merged them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoTurn:
-    """One assistant turn of a conversation to learn from, and what the tool answered."""
-
-    text: str
-    """The whole turn, markup included, without the end-of-turn token."""
-    call: ToolCall | None = None
-    """The call in `text`; None in a turn that answers."""
-    result_image: Image.Image | None = None
-    """Image that the call made, at full resolution; None if it made none or the conversation ends with the call."""
-    response_text: str = ""
-    """Text that the tool answered with beside the image; empty where the agent's own words are to be used."""
-    learn: bool = True
-    """False: the turn is context only and carries no loss."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """One example for SFT. It may end with a call whose result is not shown."""
-
-    task: Task
-    turns: tuple[DemoTurn, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cv_lightning.commands.command_line import read_command_line
+from cv_lightning.command_line import read_command_line
 from cv_lightning.digits.ablation import FULL, REDUCED, needless_while_sampling
 from cv_lightning.digits.figures import Evaluations, kind_order, write_summary
 from cv_lightning.evaluation.runs import stage_label, stage_order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from cv_lightning.evaluation.breakdown import TRANSFORMS
-from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.evaluation.paired import FLIPPED_AT, Pair, PairedSummary, pair_outcomes, split, summarise_pairs
 from cv_lightning.evaluation.results import evaluated
@@ -24,7 +22,6 @@ from cv_lightning.evaluation.tables import (
     percent,
     unscored_note,
 )
-from cv_lightning.files import write_text
 from cv_lightning.trajectory import GroupRecord, read_groups
 from cv_lightning.types import DataError
 
@@ -237,30 +234,6 @@ def _row(name: str, found: PairedSummary) -> list[str]:
         p_value(found),
         change(found.calls, scale=1, digits=2).partition(", p")[0],
     ]
-
-
-# ------------------------------------------------------------------------------------------------ files
-def write_comparison(
-    found: Comparison,
-    first: Mapping[str, GroupRecord],
-    second: Mapping[str, GroupRecord],
-    out: Path,
-    max_flips: int = 30,
-) -> None:
-    """Write `compare.json` and `compare.html` into a folder.
-
-    Args:
-        found: of `compare`.
-        first: the groups that it was made of.
-        second: likewise.
-        out: the folder; made if missing.
-        max_flips: questions of each direction whose trajectories the page shows.
-    """
-    from cv_lightning.viewer.compare_page import render
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")
-    write_text(out / "compare.html", render(found, first, second, max_flips))
 
 
 def flips(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from cv_lightning.data.chunks import ParquetRows
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.readers import (
     EXIF_ORIENTATION,
     NEEDED_COLUMNS,
@@ -26,7 +27,6 @@ from cv_lightning.data.readers import (
 )
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item, read_items
-from cv_lightning.digits.demonstrations import Conversation
 from cv_lightning.factory.check_copies import thumbnail
 from cv_lightning.factory.check_frames import FrameEvidence, frame_evidence
 from cv_lightning.factory.check_tokens import TokenCounter

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, task_messages, tool_ok_text
-from cv_lightning.digits.demonstrations import Conversation
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.images import ImageLimits, model_size
 from cv_lightning.types import Task
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.readers import IMAGE_MARK
 from cv_lightning.data.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
-from cv_lightning.digits.demonstrations import Conversation
 from cv_lightning.digits.scenes import DigitsConfig, Split
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.types import Task

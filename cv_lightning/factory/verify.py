@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
-from cv_lightning.digits.demonstrations import Conversation
 from cv_lightning.factory.checks import Facts, Player, Problem, problems_of
 from cv_lightning.factory.compose import TOOL_ERROR
 from cv_lightning.tools.code_image import CodeRunner

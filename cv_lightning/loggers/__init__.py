@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from cv_lightning.callbacks.wandb import WandbRun
 from cv_lightning.loggers.metrics_file import MetricsLogger
+from cv_lightning.loggers.wandb import WandbRun
 
 
 class TensorBoardRun(TensorBoardLogger):

@@ -16,9 +16,9 @@ from cv_lightning.models.logprobs import Entropy, LogProbs
 from cv_lightning.models.lora import adapters_off
 from cv_lightning.models.packing import PackedBatch, pack_rows
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
+from cv_lightning.rl.groups import carries_signal, is_trainable
 from cv_lightning.rl.kl import rewards_with_kl
 from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
-from cv_lightning.rollout.collector import carries_signal, is_trainable
 from cv_lightning.types import Group, Iteration, Trajectory
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import torch
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, tool_ok_text
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
-from cv_lightning.digits.demonstrations import Conversation
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.models.packing import PackedBatch, TrainRow
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule

@@ -11,8 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from cv_lightning.distributed import gather_lists
 from cv_lightning.rollout.collector import Collector
-from cv_lightning.rollout.evaluator import gather_lists
 from cv_lightning.types import Group, Iteration, Task
 
 RollOut = Callable[[Sequence[Task]], list[Group]]

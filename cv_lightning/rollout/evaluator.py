@@ -6,26 +6,25 @@ are missing, if model, settings and questions are the same; see `resume`.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.data.rows import RowProblem
+from cv_lightning.distributed import gather_lists
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, write_results
 from cv_lightning.evaluation.tables import Evaluated, print_grids
-from cv_lightning.files import write_text
+from cv_lightning.files import write_json
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.rollout.evaluation_state import (
@@ -44,7 +43,6 @@ from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, Group, Iteration
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 SHOWN_DIFFERENCES = 5
 """Settings that a message names in which two evaluations differ."""
 
@@ -316,18 +314,3 @@ def skipped_note(skipped: Sequence[RowProblem]) -> str:
     kinds = Counter(row.kind for row in skipped)
     listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
     return f"{len(skipped)} rows of the files could not be used and count nowhere: {listed}." if skipped else ""
-
-
-def gather_lists(items: list[T]) -> list[T]:
-    """The lists of all ranks, one after another."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return items
-    everything: list[list[T]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everything, items)
-    return [item for part in everything for item in part]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1))

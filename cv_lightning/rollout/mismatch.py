@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from cv_lightning.distributed import gather_lists
 from cv_lightning.modules.base import PolicyModule
-from cv_lightning.rollout.evaluator import gather_lists
 from cv_lightning.types import ParityError, Trajectory
 
 ENGINE_MEAN, P99 = 0.1, 1.0

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from PIL import Image
 
-from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.images import compose, content_hash
 from cv_lightning.sandbox.effect import shows
 from cv_lightning.types import Affine, ImageError, SandboxResult, ToolCall, ToolStatus, TrajectoryImage
@@ -21,6 +20,17 @@ class CodeRunner(Protocol):
 
     async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
         """Run a snippet on an image; cancelling the coroutine ends the snippet."""
+
+
+class ImageSizer(Protocol):
+    """Knows at which size the model sees an image; the agent's dialogue encoder is one."""
+
+    def model_image(self, image: Image.Image) -> Image.Image:
+        """The image as the model sees it.
+
+        Raises:
+            ImageError: it cannot be shown.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +51,7 @@ class ToolOutcome:
 
 
 async def run_tool(
-    sandbox: CodeRunner, encoder: DialogueEncoder, images: Sequence[TrajectoryImage], index: int, code: str, owner: str
+    sandbox: CodeRunner, encoder: ImageSizer, images: Sequence[TrajectoryImage], index: int, code: str, owner: str
 ) -> ToolOutcome:
     """Run a snippet, and resize, hash and locate what it made, off the thread that owns the engine.
 
@@ -66,7 +76,7 @@ async def run_tool(
     return ToolOutcome(result=result, model_image=seen, image_hash=image_hash, to_source=to_source, elapsed_s=elapsed)
 
 
-def _prepare(encoder: DialogueEncoder, image: Image.Image) -> tuple[Image.Image, str]:
+def _prepare(encoder: ImageSizer, image: Image.Image) -> tuple[Image.Image, str]:
     seen = encoder.model_image(image)
     return seen, content_hash(seen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 import jinja2
 
 from cv_lightning.evaluation.compare import Comparison, comparison_tables, differences, flips
+from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.statistics import Difference
+from cv_lightning.files import write_text
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
 from cv_lightning.types import DataError, Turn
 from cv_lightning.viewer.gallery import thumbnail
@@ -125,3 +128,24 @@ def _picture(image: ImageRecord) -> dict[str, Any]:
         LOG.warning("%s", error)
         data = ""
     return {"data": data, "size": f"{image.size[0]}x{image.size[1]}"}
+
+
+def write_comparison(
+    found: Comparison,
+    first: Mapping[str, GroupRecord],
+    second: Mapping[str, GroupRecord],
+    out: Path,
+    max_flips: int = 30,
+) -> None:
+    """Write `compare.json` and `compare.html` into a folder.
+
+    Args:
+        found: of `compare`.
+        first: the groups that it was made of.
+        second: likewise.
+        out: the folder; made if missing.
+        max_flips: questions of each direction whose trajectories the page shows.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")
+    write_text(out / "compare.html", render(found, first, second, max_flips))

@@ -30,7 +30,8 @@ prepare_environment()
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 
-from cv_lightning.callbacks.checkpoint import CheckpointCallback, last_checkpoint  # noqa: E402
+from cv_lightning.callbacks.checkpoint import CheckpointCallback  # noqa: E402
+from cv_lightning.checkpoints.folder import last_checkpoint  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig  # noqa: E402

@@ -36,8 +36,8 @@ from PIL import Image  # noqa: E402
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
+from cv_lightning.data.conversations import Conversation, DemoTurn  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
-from cv_lightning.digits.demonstrations import Conversation, DemoTurn  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, image_limits, load_processor  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig  # noqa: E402
 from cv_lightning.modules.sft import SFTModule, encode_conversation  # noqa: E402

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from cv_lightning.callbacks.checkpoint import last_checkpoint
+from cv_lightning.checkpoints.folder import last_checkpoint
 from cv_lightning.types import Trajectory
 
 FORKS = multiprocessing.get_context("forkserver")

@@ -13,8 +13,8 @@ from module_samples import PROMPT, fit
 
 from cv_lightning.callbacks.start_check import SFTStartCheck, check_start
 from cv_lightning.commands.tiny import TinyCheckpoint, write
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule
-from cv_lightning.digits.demonstrations import Conversation
 from cv_lightning.digits.tiny import Family, TinyModelConfig
 from cv_lightning.models import packing
 from cv_lightning.models.loading import PolicyConfig, load_policy

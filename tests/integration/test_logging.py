@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 from trajectory_samples import KINDS, Policy, digit_task, group
 from wandb_file import config, records, rows
 
-from cv_lightning.callbacks.wandb import PROGRESS_FILE, WandbRun, WandbTrajectories, live_rows, stratified
+from cv_lightning.callbacks.wandb import WandbTrajectories
 from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as cli_main
 from cv_lightning.loggers import TensorBoardRun, run_loggers
+from cv_lightning.loggers.wandb import PROGRESS_FILE, WandbRun, live_rows, stratified
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.trajectory import TrajectoryWriter
 

@@ -21,7 +21,7 @@ from resume_samples import (
     write_sft,
 )
 
-from cv_lightning.callbacks.checkpoint import last_checkpoint
+from cv_lightning.checkpoints.folder import last_checkpoint
 
 ITERATIONS, STEPS = 5, 8
 ZERO = ["--trainer.strategy", "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}", "--trainer.devices", "2"]

@@ -20,8 +20,8 @@ from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardModule
+from cv_lightning.rl.groups import MaskConfig
 from cv_lightning.rl.losses import PolicyLossConfig
-from cv_lightning.rollout.collector import MaskConfig
 from cv_lightning.types import CVLightningError, EngineError, Group, Iteration, RewardBreakdown, SandboxError
 
 AGENT = AgentConfig(max_turns=2, max_turn_tokens=12, max_images=2, prompt=PromptConfig(system="none", state_size=False))

@@ -27,7 +27,7 @@ from cv_lightning.background import Background
 from cv_lightning.cli import main
 from cv_lightning.engines import EngineConfig, SamplingConfig, ServerConfig, build_engine
 from cv_lightning.engines.server import ServerEngine, messages_of
-from cv_lightning.rollout.collector import is_trainable
+from cv_lightning.rl.groups import is_trainable
 from cv_lightning.trajectory.reader import read_groups
 from cv_lightning.types import EndState, EngineError, SandboxResult, Task, ToolStatus, Trajectory
 

@@ -20,8 +20,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from resume_samples import Run, rows, state, write_grpo, write_sft
 
 from cv_lightning.callbacks import signals
-from cv_lightning.callbacks.checkpoint import last_checkpoint
 from cv_lightning.callbacks.signals import StopOnSignal, Stopped
+from cv_lightning.checkpoints.folder import last_checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ signals and the lock

@@ -12,15 +12,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from trajectory_samples import digit_task, group
 
-from cv_lightning.callbacks.checkpoint import (
-    CheckpointCallback,
-    check_fits,
-    last_checkpoint,
-    refuse_used,
-    restore_rng,
-    rewind,
-    rng_state,
-)
+from cv_lightning.callbacks.checkpoint import CheckpointCallback, check_fits, restore_rng, rng_state
+from cv_lightning.checkpoints.folder import last_checkpoint, refuse_used, rewind
 from cv_lightning.loggers import run_loggers
 from cv_lightning.loggers.metrics_file import MetricsFile
 from cv_lightning.trajectory import read_groups

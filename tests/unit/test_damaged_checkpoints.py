@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cv_lightning.callbacks.checkpoint import StreamingCheckpointIO, last_checkpoint
+from cv_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from cv_lightning.checkpoints.damage import damage
+from cv_lightning.checkpoints.folder import last_checkpoint
 from cv_lightning.checkpoints.reader import StoredPolicy, find_stored
 from cv_lightning.checkpoints.recipe import KEY, check_recipe, settings_of
 from cv_lightning.cli import find_checkpoint

@@ -9,8 +9,9 @@ from data_corpus import encoded, picture, row, write_tasks
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.data.sources import DigitDemonstrations
-from cv_lightning.digits.demonstrations import Conversation, DemonstrationConfig, DemoTurn
+from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, digit_task
 from cv_lightning.factory.check import CheckConfig, check_files
 from cv_lightning.factory.check_tokens import TokenCounter

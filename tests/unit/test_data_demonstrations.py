@@ -11,14 +11,9 @@ import pytest
 from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.sources import DigitDemonstrations
-from cv_lightning.digits.demonstrations import (
-    Conversation,
-    DemonstrationConfig,
-    crop_code,
-    demonstrate,
-    tokenizer_corpus,
-)
+from cv_lightning.digits.demonstrations import DemonstrationConfig, crop_code, demonstrate, tokenizer_corpus
 from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task
 from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
 

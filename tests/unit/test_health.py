@@ -14,7 +14,8 @@ from PIL import Image
 
 from cv_lightning.data.modules import CurriculumPoint, StepLoader, TaskDataModule, curriculum_shares
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rollout.collector import Collector, MaskConfig, merge_metrics, rollout_metrics
+from cv_lightning.rl.groups import MaskConfig
+from cv_lightning.rollout.collector import Collector, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, refill
 from cv_lightning.types import EndState, Group, Iteration, RewardBreakdown, Task, Trajectory
 

@@ -14,7 +14,7 @@ from cv_lightning.digits.scenes import DigitsConfig, Kind
 from cv_lightning.images import compose, dihedral_affine, map_box
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rollout.collector import assign_advantages
+from cv_lightning.rl.groups import assign_advantages
 from cv_lightning.types import (
     IDENTITY,
     Affine,
