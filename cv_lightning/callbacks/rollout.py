@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +23,7 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.loop import Rollout, RolloutProgress
 from cv_lightning.background import Background
 from cv_lightning.callbacks.progress import RunProgress
+from cv_lightning.callbacks.signals import StopOnSignal
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.distributed import check_agreement, gather_lists
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
@@ -386,7 +388,7 @@ class RolloutCallback(pl.Callback):
         def collector_of(setting: EvaluationConfig) -> RankCollector:
             return self.collector(trainer, module, replace(self.agent, tool=setting.tool, finish_share=1.0))
 
-        self.evaluator.run(trainer, module, batch, collector_of)
+        self.evaluator.run(trainer, module, batch, collector_of, partial(RunProgress.rollout_of, trainer))
 
     def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _policy_module(pl_module)
@@ -424,6 +426,7 @@ class RolloutCallback(pl.Callback):
             window=2 * self.engine_config.max_num_seqs,
             new_samples=training,
         )
+        signals = StopOnSignal.of(trainer)
         return RankCollector(
             rollout,
             parts.rewards,
@@ -431,8 +434,9 @@ class RolloutCallback(pl.Callback):
             module.reduce_sum,
             self.mask if training else MaskConfig(),
             module.advantage_rewards if training else None,
-            trainer=trainer,
             ranks=parts.ranks,
+            watch=lambda name: Watchdog.at(trainer, name, waits=False),
+            check_stop=signals.check if signals is not None else None,
         )
 
 

@@ -1,7 +1,7 @@
 """Start-up check of supervised fine-tuning: our packed forward against transformers' own, before anything is learned.
 
 It catches wrong positions, images in the wrong order and attention that crosses sequences. GRPO has a stricter check of
-the same kind against its engine (`parity.py`); both also check the models' buffers (`modules/base.py`).
+the same kind against its engine (`rollout/mismatch.py`); both also check the models' buffers (`modules/base.py`).
 """
 
 from __future__ import annotations

@@ -136,10 +136,8 @@ class PolicyModule(pl.LightningModule):
         Raises:
             CVLightningError: it is the strategy.
         """
-        from cv_lightning.strategies import ZeroStrategy
-
         strategy = self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, ZeroStrategy):
+        if isinstance(strategy, DeepSpeedStrategy) and not getattr(strategy, "clips_manual_steps", False):
             raise CVLightningError(
                 f"trainer.strategy {type(strategy).__name__} knows nothing of the modules' optimization: use "
                 "class_path: cv_lightning.strategies.ZeroStrategy (on CPU ranks CPUDeepSpeedStrategy)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +11,6 @@ import lightning.pytorch as pl
 import torch
 
 from cv_lightning.agent.loop import RolloutProgress
-from cv_lightning.callbacks.signals import StopOnSignal
-from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.engines.tensor_parallel import LeadingEngine, follow
 from cv_lightning.rollout.collector import Collector
@@ -58,15 +57,22 @@ class EngineGroup:
         return box[0]
 
 
+@contextmanager
+def _unwatched(name: str) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
 @dataclass
 class RankCollector(Collector):
-    """A collector that tells the watchdog how it gets on, and that can share an engine with other ranks.
+    """A collector under a watchdog, which can share an engine with other ranks.
 
     The ranks that share one bring their tasks to the first of them, which runs the agent, and get the groups back.
     """
 
-    trainer: pl.Trainer | None = None
-    """Whose watchdog is told."""
+    watch: Callable[[str], AbstractContextManager[Callable[[], None]]] = _unwatched
+    """Context manager around one rollout, made from its name; gives what is called at every step of the agent loop."""
+    check_stop: Callable[[], None] | None = None
+    """Called at every step of the agent loop on a rank that runs it; raises to end the rollout."""
     ranks: EngineGroup | None = None
     """None: this rank has an engine of its own."""
 
@@ -83,15 +89,12 @@ class RankCollector(Collector):
         Raises:
             Stopped: a signal has stopped an evaluation.
         """
-        assert self.trainer is not None
-        name = f"rollout {iteration}" if iteration else "rollout"
-        signals = StopOnSignal.of(self.trainer)
-        with Watchdog.at(self.trainer, name, waits=False) as get_on:
+        with self.watch(f"rollout {iteration}" if iteration else "rollout") as get_on:
 
             def report(state: RolloutProgress) -> None:
                 get_on()
-                if signals is not None:
-                    signals.check()
+                if self.check_stop is not None:
+                    self.check_stop()
                 if progress is not None:
                     progress(state)
 

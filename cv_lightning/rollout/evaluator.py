@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cv_lightning.callbacks.progress import RunProgress
+from cv_lightning.agent.loop import RolloutProgress
 from cv_lightning.data.rows import RowProblem
 from cv_lightning.distributed import gather_lists
 from cv_lightning.engines import SamplingConfig
@@ -41,6 +42,7 @@ from cv_lightning.rollout.evaluation_state import (
 from cv_lightning.rollout.fingerprint import describe_questions
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, Group, Iteration
+from cv_lightning.versions import describe_run
 
 logger = logging.getLogger(__name__)
 SHOWN_DIFFERENCES = 5
@@ -68,6 +70,10 @@ class EvaluationConfig:
                 f"evaluations.temperature {self.temperature} must not be negative and evaluations.num_samples "
                 f"{self.num_samples} at least 1 ({self.name})"
             )
+
+
+ShowProgress = Callable[[str], AbstractContextManager[Callable[[RolloutProgress], None] | None]]
+"""Context manager around one rollout, made from its title; gives what the agent loop reports to."""
 
 
 class Evaluator:
@@ -186,8 +192,17 @@ class Evaluator:
         module: PolicyModule,
         batch: Iteration,
         collector_of: Callable[[EvaluationConfig], Collector],
+        show_progress: ShowProgress,
     ) -> None:
-        """Run every setting over the batch's tasks, but for those that are answered already."""
+        """Run every setting over the batch's tasks, but for those that are answered already.
+
+        Args:
+            trainer: The trainer.
+            module: The policy's module.
+            batch: The tasks.
+            collector_of: Gives what rolls tasks out under a setting.
+            show_progress: Shows one rollout, by its title, while it runs.
+        """
         for setting in self.settings:
             answered, found = self._answered[setting.name], self.outcomes[setting.name]
             tasks = []
@@ -217,7 +232,7 @@ class Evaluator:
                 collector = collector_of(setting)
                 collector.on_group = keep
                 sampling = SamplingConfig(temperature=setting.temperature, seed=self.seed)
-                with RunProgress.rollout_of(trainer, f"evaluate {setting.name}") as show:
+                with show_progress(f"evaluate {setting.name}") as show:
                     groups = collector.roll_out(tasks, setting.num_samples, sampling, 0, show)
                 for group in groups:  # an engine that ranks share hands them over at the end
                     if id(group) not in written:
@@ -263,8 +278,6 @@ class Evaluator:
         figures: Mapping[str, Evaluated],
         skipped: Sequence[RowProblem],
     ) -> None:
-        from cv_lightning.callbacks.record import describe_run  # which needs `gather_lists`
-
         root = Path(trainer.default_root_dir)
         config = root / "test_config.yaml"
         about = self._identity | {

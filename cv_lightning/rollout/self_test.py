@@ -1,7 +1,7 @@
 """The start-up self-test of training: engine and trainer agree on what the engine samples, old caches included.
 
-It rolls out the first tasks of the run and compares log-probabilities (`parity.py`). The engine has answered the same
-tasks before under other vision weights (`stale.py`), so that a cache which outlives a weight sync shows.
+It rolls out the first tasks of the run and compares log-probabilities (`mismatch.py`). The engine has answered the same
+tasks before under other vision weights (`stale_cache.py`), so that a cache which outlives a weight sync shows.
 """
 
 from __future__ import annotations
