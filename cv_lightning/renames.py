@@ -1,0 +1,140 @@
+"""Old names of config keys, class paths, metrics and stored fields, and what they are called now.
+
+The table is `renames.json`. Files that a run has stored (configs, checkpoints, trajectories) are read through it
+silently. A flag or a user's YAML file with an old name is refused with the new one; `config migrate` rewrites the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("renames.json")
+CALLBACKS = "trainer.callbacks"
+ANY_CALLBACK = f"{CALLBACKS}.init_args"
+"""Beginning of a flag for the last callback of the list, which used to be the rollout callback."""
+STORED = ("fit_config.yaml", "validate_config.yaml", "test_config.yaml")
+"""Names of the files in which a run keeps its resolved config."""
+
+
+@cache
+def table(section: str) -> dict[str, str]:
+    """Old names to new ones.
+
+    Args:
+        section: `class_paths`, `config_keys`, `metrics` or `stored_fields`.
+    """
+    found: dict[str, str] = json.loads(FILE.read_text())[section]
+    return found
+
+
+def new_key(key: str) -> str:
+    """The name of a dotted config key today; the key itself where it has not changed.
+
+    Args:
+        key: As in a flag without its dashes, or as `settings_of` names it: `trainer.callbacks.RolloutCallback.agent`.
+    """
+    if key.startswith(f"{ANY_CALLBACK}."):
+        key = f"{CALLBACKS}.RolloutCallback{key.removeprefix(ANY_CALLBACK)}"
+    renamed = table("config_keys")
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        start, rest = ".".join(parts[:length]), parts[length:]
+        if start in renamed:
+            return new_key(".".join([renamed[start], *rest]))
+    return key
+
+
+def new_class_path(path: str) -> str:
+    """Where a class is today."""
+    return table("class_paths").get(path, path)
+
+
+def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A config under the names of today.
+
+    Args:
+        config: One verb's, as its YAML file holds it.
+
+    Returns:
+        The config, and the old names that it had with the new ones.
+    """
+    migrated: dict[str, Any] = deepcopy(dict(config))
+    changes = _migrate_class_paths(migrated)
+    changes |= _migrate_callbacks(migrated)
+    renamed = {old: new for old, new in table("config_keys").items() if not old.startswith(CALLBACKS)}
+    for old in sorted(renamed, key=len, reverse=True):
+        if _has(migrated, old):
+            new = new_key(old)
+            _put(migrated, new, _take(migrated, old))
+            changes[old] = new
+    return migrated, changes
+
+
+def _migrate_class_paths(value: Any) -> dict[str, str]:
+    changes: dict[str, str] = {}
+    if isinstance(value, dict):
+        path = value.get("class_path")
+        if isinstance(path, str) and new_class_path(path) != path:
+            value["class_path"] = changes[path] = new_class_path(path)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        changes |= _migrate_class_paths(part)
+    return changes
+
+
+def _migrate_callbacks(config: dict[str, Any]) -> dict[str, str]:
+    """Move single callbacks from `trainer.callbacks` to their own keys; of several of a kind the last one holds."""
+    changes: dict[str, str] = {}
+    trainer = config.get("trainer")
+    for name in ("callbacks", "callbacks+"):
+        listed = trainer.get(name) if isinstance(trainer, dict) else None
+        if not isinstance(trainer, dict) or not isinstance(listed, list):
+            continue
+        kept = []
+        for entry in listed:
+            spec = {"class_path": entry} if isinstance(entry, str) else entry
+            path = str(spec.get("class_path", "")) if isinstance(spec, Mapping) else ""
+            old = f"{CALLBACKS}.{path.rpartition('.')[2]}"
+            if old not in table("config_keys"):
+                kept.append(entry)
+                continue
+            changes[f"{CALLBACKS}: {path}"] = table("config_keys")[old]
+            for argument, given in (spec.get("init_args") or {}).items():
+                _put(config, new_key(f"{old}.{argument}"), given)
+        if kept:
+            trainer[name] = kept
+        elif len(kept) < len(listed):
+            del trainer[name]
+    return changes
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def _take(config: dict[str, Any], key: str) -> Any:
+    *outer, last = key.split(".")
+    for part in outer:
+        config = config[part]
+    return config.pop(last)
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for part in outer:
+        inner = config.get(part)
+        if not isinstance(inner, dict):
+            inner = config[part] = {}
+        config = inner
+    if isinstance(value, dict) and isinstance(config.get(last), dict):
+        config[last] |= value
+    else:
+        config[last] = value
