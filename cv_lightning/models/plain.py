@@ -17,15 +17,37 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
+PROJECTION = 0.02
+"""Largest accepted norm of a 16-bit patch projection's difference from the convolution, over the convolution's norm;
+rounding alone is below 0.004."""
+
+
+class ComparedProjection(PatchProjection):
+    """Patch projection of a 16-bit policy that is compared with its convolution where it is computed.
+
+    Large weights amplify its rounding by so much that it would hide wrong positions in the log-probabilities.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Project patches; the result is not finite if it differs from the convolution's by more than rounding."""
+        ours = super().forward(input)
+        convolved = torch.nn.Conv3d.forward(self, input).float()
+        agrees = (ours.float() - convolved).norm() <= PROJECTION * convolved.norm()
+        return ours.masked_fill(~agrees, float("nan"))
+
 
 @contextmanager
 def plain_operations(model: PreTrainedModel) -> Iterator[None]:
-    """Context manager that gives a policy transformers' SDPA attention and patch projection instead of ours."""
+    """Context manager that gives a policy transformers' SDPA attention and patch projection instead of ours.
+
+    In 16 bits the patch projection stays ours and is compared by itself, see `ComparedProjection`.
+    """
     ours, projection = model.config._attn_implementation, model.model.visual.patch_embed.proj
     replaced = type(projection) is PatchProjection
     use_attention(model, "sdpa")
     if replaced:
-        projection.__class__ = torch.nn.Conv3d
+        exact = projection.weight.dtype == torch.float32
+        projection.__class__ = torch.nn.Conv3d if exact else ComparedProjection
     try:
         yield
     finally:

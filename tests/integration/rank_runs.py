@@ -54,6 +54,8 @@ BUDGET = {1: 100_000, 2: 220}
 """Tokens of a micro-batch by world size: one process takes everything at once, ranks two or three rows."""
 CHUNK = 16
 """Loss positions whose logits ranks hold at once, so that they differ in how many chunks they have."""
+EXACT: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
+"""Exact gradients by what they are of: runs that differ in the strategy alone share them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,7 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
         callbacks=[watch, *[SFTStartCheck()] * run.start_check],
     )
     if run.micro_batches:
-        watch_gradients(module, watch)
+        watch_gradients(module, watch, (run.checkpoint, run.module, run.micro_batches, run.seed))
     build = build_batch(module, trainer, run)
     trainer.fit(
         module, train_dataloaders=StepLoader(build, run.steps), ckpt_path=None if resume is None else str(resume)
@@ -268,14 +270,14 @@ def use_float32_copies(module: PolicyModule) -> None:
     module._clip_or_drop = clip  # type: ignore[method-assign]
 
 
-def watch_gradients(module: PolicyModule, watch: Watch) -> None:
+def watch_gradients(module: PolicyModule, watch: Watch, work: tuple[object, ...]) -> None:
     """Keep the gradients of a step under DeepSpeed, and those of a plain copy of the policy over all ranks."""
     from deepspeed.utils import safe_get_full_grad
 
     take, accumulate = module._take_step, module.accumulate_and_step
-    plain = load_policy(module.policy_config).train()
 
-    def exactly(micro_batches: Sequence[Any], loss: Callable[[Any], torch.Tensor]) -> StepResult:
+    def exact(micro_batches: Sequence[Any], loss: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
+        plain = load_policy(module.policy_config).train()
         sharded, module.policy = module.policy, plain
         sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in plain.named_parameters()}
         for micro_batch in micro_batches:
@@ -287,7 +289,12 @@ def watch_gradients(module: PolicyModule, watch: Watch) -> None:
         module.policy = sharded
         for total in sums.values():
             torch.distributed.all_reduce(total)
-        watch.exact_gradients = sums
+        return sums
+
+    def exactly(micro_batches: Sequence[Any], loss: Callable[[Any], torch.Tensor]) -> StepResult:
+        if work not in EXACT:
+            EXACT[work] = exact(micro_batches, loss)
+        watch.exact_gradients = EXACT[work]
         return accumulate(micro_batches, loss)
 
     def take_step() -> StepResult:

@@ -18,6 +18,7 @@ from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule
 from cv_lightning.digits.tiny import Family, TinyModelConfig
 from cv_lightning.models import packing
 from cv_lightning.models.loading import PolicyConfig, load_policy
+from cv_lightning.models.patches import PatchProjection
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.modules import base
 from cv_lightning.modules.sft import SFTModule
@@ -113,6 +114,16 @@ def test_bf16_attention_across_sequences_does_not_start(
     monkeypatch.setattr(packing, "_pack_row", joined)
     with pytest.raises(ParityError, match="itself alone"):
         start(module_of(checkpoint), conversations)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bf16_a_patch_projection_that_is_not_the_convolution_does_not_start(
+    checkpoint: Path, conversations: list[Conversation], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = PatchProjection.forward
+    monkeypatch.setattr(PatchProjection, "forward", lambda self, patches: project(self, patches.flip(-1)))
+    with pytest.raises(ParityError, match="transformers' own"):
+        start(module_of(checkpoint, dtype), conversations)
 
 
 def test_bf16_start_check_compares_the_conversation_with_most_to_show(

@@ -74,6 +74,34 @@ def gap(
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def rounded_rotary(policy: tuple[PreTrainedModel, ProcessorMixin], sequence: TrainRow) -> torch.Tensor:
+    """Log-probabilities with rotary frequencies rounded to bfloat16, minus the right ones. Shape [learned tokens]."""
+    model, packed = policy[0], pack_rows([sequence], policy[0].config)
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    right = packed_logprobs(model, packed).logprobs
+    try:
+        for buffer in model.buffers():
+            buffer.data = buffer.data.bfloat16().float()
+        return packed_logprobs(model, packed).logprobs - right
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.data = exact[name]
+
+
+def siblings(first: TrainRow, count: int, seed: int) -> list[TrainRow]:
+    """Sequences of the same prompt, with learned tokens of their own."""
+    rng, prompt = random.Random(seed), first.num_given
+    return [
+        TrainRow(
+            token_ids=first.token_ids[:prompt] + [rng.randrange(200) for _ in first.token_ids[prompt:]],
+            loss_mask=first.loss_mask,
+            vision=first.vision,
+        )
+        for _ in range(count)
+    ]
+
+
 def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_model(
     policy: tuple[PreTrainedModel, ProcessorMixin],
 ) -> None:
@@ -81,15 +109,7 @@ def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_mo
     sequence = sequence_of(policy, images, cache, LENGTH, seed=0)
     found = gap(policy, [sequence], [images])
     assert len(found) == LENGTH // 4 and not exceeds(found, "bfloat16", 0.0, FORWARD_MEAN), float(found.abs().mean())
-    exact = {name: buffer.clone() for name, buffer in policy[0].named_buffers()}
-    try:
-        for buffer in policy[0].buffers():
-            buffer.data = buffer.data.bfloat16().float()
-        rounded = packed_logprobs(policy[0], pack_rows([sequence], policy[0].config)).logprobs.detach()
-    finally:
-        for name, buffer in policy[0].named_buffers():
-            buffer.data = exact[name]
-    fault = rounded - packed_logprobs(policy[0], pack_rows([sequence], policy[0].config)).logprobs.detach()
+    fault = rounded_rotary(policy, sequence)
     assert exceeds(fault, "bfloat16", 0.0, FORWARD_MEAN), "rounded rotary frequencies would show at this length"
 
 
@@ -98,17 +118,8 @@ def test_bf16_packed_and_shared_prefixes_are_those_of_the_plain_model(
 ) -> None:
     images, cache = images_of(policy[1], 4), VisionCache(policy[1])
     first = sequence_of(policy, images[:2], cache, 300, seed=1)
-    prompt = first.num_given
-    rng = random.Random(5)
-    siblings = [
-        TrainRow(
-            token_ids=first.token_ids[:prompt] + [rng.randrange(200) for _ in range(75)],
-            loss_mask=first.loss_mask,
-            vision=first.vision,
-        )
-        for _ in range(3)
-    ]
+    group = [first, *siblings(first, 3, seed=5)]
     other = sequence_of(policy, images[2:], cache, 200, seed=2)
-    assert packed_length([first, *siblings]) == 300 + 3 * 75, "the prompt stands once"
-    found = gap(policy, [first, *siblings, other], [images[:2]] * 4 + [images[2:]])
+    assert packed_length(group) == 300 + 3 * 75, "the prompt stands once"
+    found = gap(policy, [*group, other], [images[:2]] * 4 + [images[2:]])
     assert len(found) == 4 * 75 + 50 and not exceeds(found, "bfloat16", 0.0, FORWARD_MEAN), float(found.abs().mean())
