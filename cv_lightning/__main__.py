@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -108,10 +109,20 @@ def run() -> None:
 
     use_utf8()
     if "WANDB_SWEEP_ID" in os.environ and any(VERBS[word].lightning for word in sys.argv[1:2] if word in VERBS):
-        from cv_lightning.commands.sweep import agent_arguments
-
         sys.argv[1:] = agent_arguments(sys.argv[1:], os.environ)  # ranks that Lightning starts read it, too
     sys.exit(main(sys.argv[1:]))
+
+
+def agent_arguments(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+    """The command line of a trial that W&B's agent started, as LightningCLI takes it.
+
+    A resumed run may get `--_wandb={...}` (wandb#4237), which is left out. Each trial gets its own run folder, unless
+    the command names one.
+    """
+    kept = [word for word in arguments if not word.startswith("--_wandb=")]
+    sweep, run = environment.get("WANDB_SWEEP_ID"), environment.get("WANDB_RUN_ID")
+    is_named = any(word.partition("=")[0] == "--trainer.default_root_dir" for word in kept)
+    return kept if is_named or not (sweep and run) else [*kept, f"--trainer.default_root_dir=runs/sweeps/{sweep}/{run}"]
 
 
 def _help(verbs: dict[str, Verb]) -> str:

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+EXTRAS = {"optuna": "sweep", "nicegui": "web"}
+"""The extra of pyproject.toml that installs a package which one verb alone needs."""
+
+
 class ShortErrors:
     """For a parser class: one line of usage, and a file that is not there is named as such."""
 
@@ -53,3 +57,29 @@ def read_command_line(components: Any, args: list[str] | None, prog: str, **opti
     import jsonargparse
 
     return jsonargparse.auto_cli(components, args=args, prog=prog, parser_class=_parser_class(), **options)
+
+
+def run_verb(component: Any, args: list[str] | None, prog: str, failed: int = 2, **options: Any) -> int:
+    """Run a verb that is a typed function.
+
+    Args:
+        component: the function, whose arguments are the flags; an int that it returns is the exit code.
+        args: the command line without the program's name; None: `sys.argv[1:]`.
+        prog: the verb, for messages.
+        failed: exit code where it raises one of the errors that a user can act on.
+        options: further ones of `auto_cli`.
+
+    Returns:
+        The exit code.
+    """
+    from cv_lightning.types import CVLightningError
+
+    try:
+        result = read_command_line(component, args, prog, **options)
+    except (CVLightningError, ValueError, OSError, ImportError) as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ImportError) else None
+        print(f"error: {error}" + (f": pip install 'cv-lightning[{extra}]'" if extra else ""), file=sys.stderr)
+        return failed
+    except KeyboardInterrupt:
+        return 130
+    return result if isinstance(result, int) else 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from cv_lightning.cli import main as fit
+from cv_lightning.commands.sweep import fill_command, read_sweep
 from cv_lightning.commands.sweep import main as sweep
-from cv_lightning.commands.sweep_file import fill_command, read_sweep
 
 pytest.importorskip("optuna", reason="no Optuna: pip install 'cv-lightning[sweep]'")
 ROOT = Path(__file__).parents[2]
@@ -22,8 +23,8 @@ def test_every_parameter_is_a_flag_of_fit(
 ) -> None:
     monkeypatch.chdir(ROOT)
     file = read_sweep(path)
-    values = {name: next(iter(_some(domain))) for name, domain in file.parameters.items()}
-    command = fill_command(file.command, {**values, **file.constants})
+    values = {name: next(iter(_some(domain))) for name, domain in file["searched"].items()}
+    command = fill_command(file["command"], {**values, **file["constants"]})
     with pytest.raises(SystemExit) as stopped:
         fit([*command[3:], "--print_config"])
     assert not stopped.value.code, capsys.readouterr().err
@@ -55,12 +56,12 @@ def test_three_trials_of_real_training(
     sets = [word for name, value in few.items() for word in ("--set", f"{name}={value}")]
     out = tmp_path / "sweep"
     code = sweep([str(ROOT / "configs/sweeps/lr_and_clip.yaml"), "--count", "3", "--out", str(out), *sets])
-    found = json.loads((out / "sweep.json").read_text())
-    assert code == 0, [row["error"] for row in found["trials"]]
-    assert [row["state"] for row in found["trials"]] == ["finished"] * 3 and found["failed"] == 0
-    assert len({row["parameters"]["model.init_args.optimizer.lr"] for row in found["trials"]}) == 3
-    for row in found["trials"]:
-        config = (Path(row["folder"]) / "fit_config.yaml").read_text()
-        assert f"lr: {row['parameters']['model.init_args.optimizer.lr']}" in config
-        assert 0 <= row["value"] <= 1
-    assert "greedy/accuracy" in capsys.readouterr().out and (out / "sweep.png").is_file()
+    with (out / "sweep.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert code == 0 and [row["state"] for row in found] == ["COMPLETE"] * 3, capsys.readouterr()
+    assert len({row["params_model.init_args.optimizer.lr"] for row in found}) == 3
+    for row in found:
+        config = (out / f"trial-{int(row['number']):03d}" / "fit_config.yaml").read_text()
+        assert f"lr: {row['params_model.init_args.optimizer.lr']}" in config
+        assert 0 <= float(row["value"]) <= 1
+    assert "greedy/accuracy" in capsys.readouterr().out

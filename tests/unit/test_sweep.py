@@ -1,8 +1,8 @@
-"""The local sweep driver with a command that takes no time; and its commands against those of W&B's own agent."""
+"""The local sweep runner with a command that takes no time; and its commands against those of W&B's own agent."""
 
 from __future__ import annotations
 
-import json
+import csv
 import signal
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cv_lightning.commands.sweep import FAIL_ALIKE, agent_arguments, main
-from cv_lightning.commands.sweep_file import fill_command, read_sweep
+from cv_lightning.__main__ import agent_arguments
+from cv_lightning.commands.sweep import MAX_FIRST_FAILURES, fill_command, main, read_sweep
 from cv_lightning.types import DataError
 
 pytest.importorskip("optuna", reason="no Optuna: pip install 'cv-lightning[sweep]'")
@@ -27,20 +27,18 @@ if flags.get("kind") == "bad":
 rows = [f"{i},{(x - 0.3) ** 2}" for i in range(1, 5)]
 for number in range(1, 5):
     (folder / "metrics.csv").write_text("step,loss\\n" + "\\n".join(rows[:number]) + "\\n")
-    if x > 0.9 and flags.get("slow"):
-        time.sleep(30 if number > 1 else 0)
+    if flags.get("slow"):
+        (folder / "started").write_text("")
+        time.sleep(30)
 """
 
 
-def sweep_file(folder: Path, **changes: Any) -> Path:
-    (folder / "job.py").write_text(JOB)
+def sweep_file(folder: Path, job: str = JOB, **changes: Any) -> Path:
+    (folder / "job.py").write_text(job)
     content = {
-        "method": "grid",
+        "method": "random",
         "metric": {"name": "loss"},
-        "parameters": {
-            "x": {"distribution": "q_uniform", "min": 0.0, "max": 1.0, "q": 0.5},
-            "kind": {"values": ["good", "bad"]},
-        },
+        "parameters": {"x": {"min": 0.0, "max": 1.0}},
         "command": ["${env}", "${interpreter}", str(folder / "job.py"), "${args}"],
     }
     path = folder / "sweep.yaml"
@@ -48,150 +46,94 @@ def sweep_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def result(out: Path) -> dict[str, Any]:
-    return json.loads((out / "sweep.json").read_text())
-
-
-def test_failed_trials_are_shown_and_finished_ones_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, out = sweep_file(tmp_path), tmp_path / "out"
-    assert main([str(path), "--count", "2", "--out", str(out)]) == 0
-    first = result(out)["trials"]
-    assert len(first) == 2
-    assert main([str(path), "--count", "99", "--out", str(out)]) == 0  # a grid has an end
-    found = result(out)
-    assert found["trials"][:2] == first and len(found["trials"]) == 6
-    assert {(row["parameters"]["x"], row["parameters"]["kind"]) for row in found["trials"]} == {
-        (x, kind) for x in (0.0, 0.5, 1.0) for kind in ("good", "bad")
-    }
-    assert found["failed"] == 3 and found["best"]["parameters"] == {"x": 0.5, "kind": "good"}
-    assert found["best"]["value"] == pytest.approx(0.04)
-    assert all(row["error"] == "exit code 1: this kind is bad" for row in found["trials"] if row["state"] == "failed")
-    said = capsys.readouterr().out
-    assert "2 trials were run before" in said and "this kind is bad" in said
-    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert main([str(path), "--count", "99", "--out", str(out)]) == 0
-    assert len(result(out)["trials"]) == 6
-
-
-def test_a_sweep_that_cannot_start_stops_and_goes_on_once_it_can(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    only = {"kind": {"value": "bad"}, "x": {"min": 0.0, "max": 1.0}}
-    path, out = sweep_file(tmp_path, method="random", parameters=only), tmp_path / "out"
-    assert main([str(path), "--count", "9", "--out", str(out)]) == 2
-    assert len(result(out)["trials"]) == FAIL_ALIKE
-    assert f"the first {FAIL_ALIKE} trials failed alike: exit code 1: this kind is bad" in capsys.readouterr().err
-    parameters = [row["parameters"] for row in result(out)["trials"]]
-    (tmp_path / "job.py").write_text(JOB.replace('== "bad"', '== "mended"'))
-    assert main([str(path), "--count", "6", "--out", str(out), "--retry"]) == 0
-    found = result(out)
-    assert found["failed"] == 0 and len(found["trials"]) == 6
-    assert [row["parameters"] for row in found["trials"]][:FAIL_ALIKE] == parameters
-    with pytest.raises(SystemExit):
-        main([str(path), "--count", "0", "--out", str(out)])
-    assert "--count must be at least 1" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("count", [3, 6])
-def test_failed_points_of_a_grid_are_tried_again(tmp_path: Path, count: int) -> None:
-    points = {"kind": {"values": ["bad"]}, "x": {"values": [i / 10 for i in range(count)]}}
-    path, out = sweep_file(tmp_path, parameters=points), tmp_path / "out"
-    assert main([str(path), "--count", "9", "--out", str(out)]) == (2 if count > FAIL_ALIKE else 1)
-    (tmp_path / "job.py").write_text(JOB.replace('== "bad"', '== "mended"'))
-    assert main([str(path), "--count", "9", "--out", str(out), "--retry"]) == 0
-    found = result(out)
-    assert found["failed"] == 0 and sorted(row["parameters"]["x"] for row in found["trials"]) == points["x"]["values"]
+def trials(out: Path, *states: str) -> list[dict[str, str]]:
+    with (out / "sweep.csv").open() as file:
+        return [row for row in csv.DictReader(file) if not states or row["state"] in states]
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
-def test_going_on_draws_new_values(tmp_path: Path, method: str) -> None:
-    path = sweep_file(tmp_path, method=method, parameters={"x": {"min": 0.0, "max": 1.0}})
-    for count in (2, 4, 6):
-        assert main([str(path), "--count", str(count), "--out", str(tmp_path / "out")]) == 0
-    drawn = [row["parameters"]["x"] for row in result(tmp_path / "out")["trials"]]
-    assert len(set(drawn)) == 6
-
-
-def test_an_interrupted_trial_gets_another_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = sweep_file(tmp_path, method="bayes", parameters={"x": {"min": 0.0, "max": 1.0}})
-    out, arguments = tmp_path / "out", [str(path), "--count", "2", "--out", str(tmp_path / "out")]
-
-    def interrupt(folder: Path, name: str) -> list[float]:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("cv_lightning.commands.sweep.metric_values", interrupt)
-        assert main(arguments) == 130
-    assert main(arguments) == 0
-    journal = [json.loads(line) for line in (out / "journal.log").read_text().splitlines()]
-    tried = [entry["param_value_internal"] for entry in journal if "param_value_internal" in entry]
-    rows = result(out)["trials"]
-    assert len(rows) == 2 and [row["state"] for row in rows] == ["finished", "finished"]
-    assert rows[0]["parameters"]["x"] == tried[0] and rows[0]["number"] == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signal_that_stops_a_trial_ends_the_sweep_and_the_trial_is_run_again(
-    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+def test_resumed_sweep_keeps_its_trials_and_draws_new_values(
+    tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = sweep_file(tmp_path, parameters={"x": {"values": [0.0]}})
-    stopped = f"({{}}/'metrics.csv').write_text('step,loss\\n1,2\\n'); sys.exit({128 + number})"
-    (tmp_path / "job.py").write_text(JOB.replace("rows = [", stopped.format("folder") + "\nrows = ["))
-    arguments = [str(path), "--count", "1", "--out", str(tmp_path / "out")]
-    assert main(arguments) == 128 + number
-    assert f"was stopped by {number.name}" in capsys.readouterr().out
+    path, out = sweep_file(tmp_path, method=method), tmp_path / "out"
+    assert main([str(path), "--count", "2", "--out", str(out)]) == 0
+    first = trials(out)
+    assert main([str(path), "--count", "4", "--out", str(out)]) == 0
+    found = trials(out, "COMPLETE")
+    assert found[:2] == first and len({row["params_x"] for row in found}) == len(found) == 4
+    assert all(float(row["value"]) == pytest.approx((float(row["params_x"]) - 0.3) ** 2) for row in found)
+    assert main([str(path), "--count", "2", "--out", str(out), "--set", "y=1"]) == 2
+    assert "give another --out" in capsys.readouterr().err
+
+
+def test_failed_trials_are_shown_and_run_again_by_the_next_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = sweep_file(tmp_path, JOB.replace("if flags", "if x > 0.6 or flags")), tmp_path / "out"
+    arguments = [str(path), "--count", "6", "--out", str(out)]
+    assert main(arguments) == 0
+    failed = trials(out, "FAIL")
+    assert 0 < len(failed) < 6 and "failed: exit code 1: this kind is bad" in capsys.readouterr().out
     (tmp_path / "job.py").write_text(JOB)
     assert main(arguments) == 0
-    assert [row["state"] for row in result(tmp_path / "out")["trials"]] == ["finished"]
+    found = trials(out, "COMPLETE")
+    assert len(found) == 6 and {row["params_x"] for row in failed} < {row["params_x"] for row in found}
 
 
-def test_a_hopeless_trial_is_stopped(tmp_path: Path) -> None:
-    path = sweep_file(
-        tmp_path,
-        parameters={"x": {"values": [0.0, 0.5, 1.0]}, "slow": {"value": "yes"}},
-        early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2},
+def test_sweep_whose_first_trials_all_fail_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = sweep_file(tmp_path), tmp_path / "out"
+    assert main([str(path), "--count", "9", "--out", str(out), "--set", "kind=bad"]) == 2
+    assert len(trials(out, "FAIL")) == MAX_FIRST_FAILURES
+    assert f"the first {MAX_FIRST_FAILURES} trials failed; the last: exit code 1: this kind" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_sweep_and_trial_which_is_run_again(tmp_path: Path, number: signal.Signals) -> None:
+    path, out = (
+        sweep_file(tmp_path, parameters={"x": {"min": 0.0, "max": 1.0}, "slow": {"value": "yes"}}),
+        tmp_path / "out",
     )
-    seeds = [seed for seed in range(20) if _order(seed) == [0.5, 0.0, 1.0]]
-    assert main([str(path), "--count", "3", "--out", str(tmp_path / "out"), "--seed", str(seeds[0])]) == 0
-    states = {row["parameters"]["x"]: row["state"] for row in result(tmp_path / "out")["trials"]}
-    assert states[0.5] == "finished" and states[1.0] == "stopped early"
+    command = [sys.executable, "-m", "cv_lightning", "sweep", str(path), "--count", "1", "--out", str(out)]
+    with subprocess.Popen(command) as process:
+        while not (out / "trial-000" / "started").exists():
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "job.py")], capture_output=True).stdout
+    (tmp_path / "job.py").write_text(JOB.replace('"slow"', '"slower"'))
+    assert main(command[4:]) == 0
+    before, after = trials(out)
+    assert (before["state"], after["state"]) == ("FAIL", "COMPLETE") and before["params_x"] == after["params_x"]
 
 
-def _order(seed: int) -> list[float]:
-    """The order in which Optuna walks a grid of three points."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.GridSampler({"x": [0.0, 0.5, 1.0]}, seed=seed))
-    study.optimize(lambda trial: trial.suggest_categorical("x", [0.0, 0.5, 1.0]), n_trials=3)
-    return [trial.params["x"] for trial in study.trials]
-
-
-def test_another_file_wants_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(sweep_file(tmp_path)), "--count", "1", "--out", str(tmp_path / "out")]
-    main(arguments)
-    assert main([*arguments, "--set", "y=1"]) == 2
-    assert "give another --out" in capsys.readouterr().err
+def test_hopeless_trial_is_stopped_early(tmp_path: Path) -> None:
+    job = JOB.replace("range(1, 5):\n", "range(1, 5):\n    time.sleep(0.3)\n").replace("(x - 0.3) ** 2", "x")
+    stop = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    path, out = sweep_file(tmp_path, job, early_terminate=stop), tmp_path / "out"
+    assert main([str(path), "--count", "3", "--out", str(out)]) == 0
+    finished, stopped = (trials(out, state) for state in ("COMPLETE", "PRUNED"))
+    assert stopped and min(float(row["params_x"]) for row in finished) < min(float(row["params_x"]) for row in stopped)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "bayez"}, "'bayez' must be grid, random or bayes"),
-        ({"parameters": {"model": {"parameters": {"lr": {"value": 1}}}}}, "parameters.model is nested"),
-        ({"parameters": {"betas": {"values": [[0.9, 0.98]]}}}, "as text"),
-        ({"parameters": {"x": {"distribution": "q_beta", "min": 0, "max": 1}}}, "'q_beta'"),
-        ({"parameters": {"x": {"min": 0.0, "max": 1.0}}}, "a grid needs values"),
-        ({"command": ["${env}", "python", "job.py"]}, "${args}"),
-        ({"early_terminate": {"type": "envelope"}}, "early_terminate.type must be hyperband"),
-        ({"scheduler": {"type": "x"}}, "`scheduler` is not supported"),
+        ({"method": "grid"}, "method: grid"),
+        ({"parameters": {"model": {"parameters": {"lr": {"value": 1}}}}}, "parameters.model"),
+        ({"parameters": {"betas": {"values": [[0.9, 0.98]]}}}, "parameters.betas"),
+        ({"parameters": {"x": {"distribution": "q_beta", "min": 0, "max": 1}}}, "parameters.x"),
+        ({"early_terminate": {"type": "envelope"}}, "type: envelope"),
+        ({"scheduler": {"type": "x"}}, "scheduler"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_the_driver_cannot_do_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_what_the_runner_does_not_implement_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = sweep_file(tmp_path, **changes)
     with pytest.raises(DataError) as refused:
-        read_sweep(sweep_file(tmp_path, **changes))
-    assert said in str(refused.value) and "sweep.yaml" in str(refused.value)
+        read_sweep(path)
+    assert f"`{said}` is not supported" in str(refused.value) and f"`wandb sweep {path}`" in str(refused.value)
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -200,18 +142,18 @@ def test_our_files_give_the_command_that_wandb_gives(path: Path) -> None:
 
     config = load_sweep_config(str(path))
     sweep = read_sweep(path)
-    assert config is not None and set(config["parameters"]) == {*sweep.parameters, *sweep.constants}
+    assert config is not None and set(config["parameters"]) == {*sweep["searched"], *sweep["constants"]}
     values = {name: spec.get("value", spec.get("min", True)) for name, spec in config["parameters"].items()}
     macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
     macros |= {"interpreter": [sys.executable], "env": []}
     expected: list[str] = []
     for word in create_sweep_command(config["command"]):
         expected += macros[word[2:-1]] if word.startswith("${") else [word]
-    assert fill_command(sweep.command, values) == expected
+    assert fill_command(sweep["command"], values) == expected
     assert expected[1:4] == ["-m", "cv_lightning", "fit"]
 
 
-def test_the_agents_own_argument_is_left_out() -> None:
+def test_argument_of_wandbs_agent_is_left_out() -> None:
     agent = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1"}
     given = ["fit", "--config", "a.yaml", "--_wandb={'x': 1}", "--model.lr=1"]
     kept = ["fit", "--config", "a.yaml", "--model.lr=1"]
@@ -222,5 +164,5 @@ def test_the_agents_own_argument_is_left_out() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys; from cv_lightning.commands.sweep import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'optuna', 'matplotlib', 'wandb', 'pandas'} & set(sys.modules), sorted(sys.modules)"
+    code += "assert not {'torch', 'matplotlib', 'wandb', 'pandas'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
