@@ -14,12 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from digests import assert_recorded, run_digest, smoke_digest
 from PIL import Image
 
 from cv_lightning.digits.quickstart import MODELS
 from cv_lightning.digits.tiny import Family
 
 ROOT = Path(__file__).parents[2]
+KEEP_ALL = ["--trainer.callbacks.init_args.store", "{share: 1.0, tokens: true}"]
 SETTINGS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
 
 
@@ -78,14 +80,20 @@ def test_training_logged_its_metrics(run: Path) -> None:
     assert len(sft) == 6 and float(sft[-1]["sft/loss"]) < float(sft[0]["sft/loss"])
 
 
-def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: Family) -> None:
+# ------------------------------------------------------------------------------------------------ recorded values
+def test_a_recorded_run_is_what_the_command_gives(run: Path) -> None:
+    """Metrics, evaluations, trajectories and weights, as tests/fixtures/smoke.json.gz has them."""
+    assert_recorded(smoke_digest(run))
+
+
+def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: Family, *flags: str) -> None:
     """GRPO of a policy too young to earn anything: regularised, all its trajectories count, and its weights change."""
     command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
     command += ["--trainer.default_root_dir", str(out), "--model.init_args.policy.path", str(policy)]
     command += ["--model.init_args.loss.kl_weight", "0.01", "--model.init_args.loss.entropy_weight", "0.01"]
     command += ["--model.init_args.optimizer.warmup_steps", "0"]
     command += ["--data.init_args.num_iterations", "3", "--data.init_args.tasks_per_iteration", "2"]
-    command += MODELS[family].scene_flags("data.init_args.")
+    command += [*MODELS[family].scene_flags("data.init_args."), *flags]
     done = subprocess.run(command, cwd=ROOT, env=SETTINGS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = list(csv.DictReader((out / "metrics.csv").open()))
@@ -97,7 +105,8 @@ def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: Family) 
 
 
 def test_parity_at_every_iteration(run: Path, tmp_path: Path) -> None:
-    assert_parity_wherever_it_can_show(run / "sft" / "model", tmp_path / "run", "qwen3_vl")
+    assert_parity_wherever_it_can_show(run / "sft" / "model", tmp_path / "run", "qwen3_vl", *KEEP_ALL)
+    assert_recorded({"parity": run_digest(tmp_path / "run")})  # token by token
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from digests import assert_recorded, run_digest
 from export_samples import fit_in_process
 from resume_samples import (
     EVERY,
@@ -62,6 +63,11 @@ def test_the_run_is_worth_resuming(straight: Path) -> None:
     assert "hyper_parameters" not in kept, "Lightning would let them override flags"
     names = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert names == ["iteration000004.ckpt", "iteration000005.ckpt"], "the newest two, and nothing besides"
+
+
+def test_the_run_has_the_recorded_values(straight: Path) -> None:
+    """Of a run whose rewards differ, so that surrogate loss, KL and entropy all move the weights."""
+    assert_recorded({"resume": run_digest(straight, state(straight)["state_dict"])})
 
 
 def test_resumed_is_not_interrupted(grpo: Path, straight: Path, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Every command line of README.md and docs is accepted by its parser, and none has gone unnoticed. Nothing is run."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from command_lines import RECORDED, Parsed, documented, stand_ins, stop_after_parsing, words
+from renames import renames
+
+from cv_lightning.__main__ import VERBS, main
+
+COMMANDS = sorted(set(documented()))
+
+
+def accept(arguments: list[str]) -> None:
+    """Parse a command line as the package does.
+
+    Raises:
+        AssertionError: it is refused.
+    """
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stop_after_parsing(patch)
+        try:
+            code = main(arguments)
+        except Parsed:
+            return
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        assert "--help" in arguments and code == 0, f"exit code {code}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("reader")
+    stand_ins(made)
+    return made
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_is_accepted(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    arguments = words(command)
+    accept([*arguments, "--help"] if arguments[0] == "data" and len(arguments) == 2 else arguments)  # a mere mention
+    if arguments[0] == "plan":  # hands what is not its own on to fit
+        given = arguments[1:]
+        at = given.index("--gpu") if "--gpu" in given else len(given)
+        accept(["fit", *given[:at], *given[at + 2 :]])
+
+
+def test_no_command_has_gone_unnoticed() -> None:
+    recorded = [renames().text(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
+    gone = sorted(set(recorded) - set(COMMANDS))
+    assert not gone, f"no longer in README.md or docs: {gone}; see tests/fixtures/README.md"
+    assert {words(command)[0] for command in COMMANDS} <= {*VERBS, "--help"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fit --config configs/quickstart/grpo.yaml --data.init_args.no_such_key 1",
+        "fit --config configs/quickstart/grpo.yaml --trainer.callbacks.init_args.num_sample 4",
+        "export --ckpt RUN --output FOLDER",
+        "trajectories save RUN --out FILE.parquet",
+        "data check FILES --tests bench.parquet",
+        "fite --config configs/quickstart/grpo.yaml",
+    ],
+)
+def test_a_wrong_command_would_be_refused(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above could not fail."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(AssertionError, match="exit code"):
+        accept(words(command))
