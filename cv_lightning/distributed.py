@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from cv_lightning.settings import changed, flatten
 from cv_lightning.types import CVLightningError
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     Raises:
         CVLightningError: on every rank, names what differs where.
     """
-    gathered = gather_lists([(socket.gethostname(), flatten(facts))])
+    flat = {name: str(value) for name, value in flatten(facts).items()}
+    gathered = gather_lists([(socket.gethostname(), flat)])
     found = differences(gathered)
     if found:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -52,19 +54,7 @@ def differences(facts: list[tuple[str, dict[str, str]]]) -> list[str]:
     (first_host, first), *others = facts
     found = []
     for rank, (host, own) in enumerate(others, 1):
-        for name in sorted(first.keys() | own.keys()):
-            if first.get(name) != own.get(name):
-                here, there = first.get(name, "absent"), own.get(name, "absent")
-                found.append(f"{name} is {here} on rank 0 ({first_host}), {there} on rank {rank} ({host})")
+        for name in sorted(changed(first, own)):
+            here, there = first.get(name, "absent"), own.get(name, "absent")
+            found.append(f"{name} is {here} on rank 0 ({first_host}), {there} on rank {rank} ({host})")
     return found
-
-
-def flatten(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested facts by dotted names."""
-    flat: dict[str, str] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from cv_lightning.settings import changed, flatten
 from cv_lightning.types import CheckpointError
 
 LOG = logging.getLogger(__name__)
@@ -23,16 +24,6 @@ NOT_OF_THE_RECIPE = ("ckpt_path", "config", "take_over", "trainer.default_root_d
 def describe_classes(module: pl.LightningModule, data: object) -> dict[str, str]:
     """Names of the classes that a run is made of."""
     return {"module": type(module).__name__, "data": type(data).__name__}
-
-
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Dotted names to the values of a config; of a list of classes by the names of these."""
-    if isinstance(value, Mapping) and value:
-        return {key: leaf for part in value for key, leaf in flatten(value[part], f"{name}.{part}".strip(".")).items()}
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "class_path" in item for item in value):
-        named = {str(item["class_path"]).rpartition(".")[2]: item for item in value}
-        return {key: leaf for part in named for key, leaf in flatten(named[part], f"{name}.{part}").items()}
-    return {name: value}
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,8 +62,8 @@ def check_recipe(checkpoint: Path, classes: Mapping[str, str], settings: Mapping
         CheckpointError: it is of another module or other data.
     """
     stored = read_recipe(checkpoint)
-    changed = _changed(stored.get("settings") or {}, settings)
-    shown = "; ".join(changed[:SHOWN]) + (f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
+    found = _changes(stored.get("settings") or {}, settings)
+    shown = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     if any(stored.get(part, name) != name for part, name in classes.items()):
         raise CheckpointError(
             f"{checkpoint} was written by {stored['module']} on {stored['data']}, this config trains "
@@ -80,12 +71,12 @@ def check_recipe(checkpoint: Path, classes: Mapping[str, str], settings: Mapping
             "or, to begin with its weights, `export` it, give the folder as --model.init_args.policy.path, and another "
             f"--trainer.default_root_dir{'. Changed settings: ' + shown if shown else ''}"
         )
-    if changed:
-        LOG.warning("resuming with %d changed settings: %s", len(changed), shown)
+    if found:
+        LOG.warning("resuming with %d changed settings: %s", len(found), shown)
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if not old or not new:
         return []
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in changed(old, new) if old.get(name) != new.get(name)]  # an absent one is None
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if not name.endswith("class_path")]

@@ -7,16 +7,15 @@ What the benchmark's own metric needs (`metric`, `accepted_answers`, ...) goes i
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cv_lightning.data.readers import TaskFiles, image_source, is_inside, load_image, without_marks
+from cv_lightning.data.boxes import is_inside
+from cv_lightning.data.image_cells import cells_digest, load_images
+from cv_lightning.data.readers import TaskFiles, without_marks
 from cv_lightning.data.rows import (
     FieldNames,
     ListedRowFiles,
@@ -35,8 +34,6 @@ LETTERS = "ABCDEFGHIJ"
 BY_LETTER = "Answer with the letter of the right option."
 TIRBENCH_MENDED = {"60.jpg": "mobi", "62.jpg": "aires"}
 """Answers of task ocr that the benchmark's own scoring replaces, by what the picture's path has in it."""
-MIN_BASE64 = 256
-"""A text of so many characters or more where an image is wanted is the image itself, not its path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +107,7 @@ class BenchmarkFiles(ListedRowFiles[Task]):
         return self._task(question, f"{self._names[file]}:{number}", folder, decode)
 
     def _task(self, question: Question, name: str, folder: Path, decode: bool) -> Task:
-        images = tuple(
-            load_image(image_source(_unpacked(cell), f"image {at}", folder), f"image {at}", decode)
-            for at, cell in enumerate(question.images)
-        )
+        images = load_images(question.images, folder, decode)
         text = without_marks(check_text(question.text, "the question"))
         for answer in question.answers:
             check_text(answer, "an answer")
@@ -122,7 +116,7 @@ class BenchmarkFiles(ListedRowFiles[Task]):
         # an annotation beyond its picture shows nothing, but the question can still be asked
         box = question.box if question.box is not None and is_inside(question.box, images[0].size) else None
         metadata = dict(question.metadata)
-        metadata["picture"] = _fingerprint(question.images, folder)
+        metadata["picture"] = cells_digest(question.images, folder)
         if question.metric or len(question.answers) > 1:
             metadata["accepted_answers"] = question.answers
         if question.metric:
@@ -138,27 +132,6 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             box=box,
             metadata=metadata,
         )
-
-
-def _fingerprint(cells: Sequence[Any], folder: Path) -> str:
-    """Of a question's pictures, as the file has them: equal for the questions about the same ones."""
-    digest = hashlib.blake2b(digest_size=8)
-    for cell in cells:
-        given = (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
-        if isinstance(given, str) and len(given) < MIN_BASE64:
-            given = str(folder / given)
-        digest.update(given if isinstance(given, bytes) else str(given).encode())
-    return digest.hexdigest()
-
-
-def _unpacked(cell: Any) -> Any:
-    """An image cell with base64 text decoded."""
-    if not isinstance(cell, str) or len(cell) < MIN_BASE64:
-        return cell
-    try:
-        return base64.b64decode(cell.rpartition("base64,")[2], validate=True)
-    except binascii.Error as error:
-        raise RowError("unreadable image", f"a text of {len(cell)} characters that is no base64 ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------ the formats

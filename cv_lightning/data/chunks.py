@@ -62,16 +62,21 @@ class ParquetRows:
     Args:
         paths: the files.
         columns: groups of columns, of each of which one must be there; a row holds those that are there.
+        optional: further columns of a row; None: all that the file has.
 
     Raises:
         DataError: a file is no Parquet, or lacks columns.
     """
 
-    def __init__(self, paths: Sequence[Path], columns: Sequence[Sequence[str]], optional: Sequence[str] = ()) -> None:
+    def __init__(
+        self, paths: Sequence[Path], columns: Sequence[Sequence[str]], optional: Sequence[str] | None = ()
+    ) -> None:
         self.paths = list(paths)
         self._files = [open_parquet(path, columns) for path in self.paths]
-        wanted = [name for names in columns for name in names] + list(optional)
-        self._columns = [[name for name in file.schema_arrow.names if name in wanted] for file in self._files]
+        wanted = [name for names in columns for name in names] + list(optional or ())
+        self._columns = [
+            [name for name in file.schema_arrow.names if optional is None or name in wanted] for file in self._files
+        ]
         self.chunks = [chunk for number, file in enumerate(self._files) for chunk in _chunks_of_file(number, file)]
         self._starts = [0]
         for chunk in self.chunks:

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageFilter
 
-from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.sources import Rows
-from cv_lightning.images import dihedral_affine, invert, map_box, to_rgb
-from cv_lightning.types import Box, Task
+from cv_lightning.images import to_rgb
+from cv_lightning.orientations import ORIENTATIONS, UPRIGHT, turn_box, turn_image
+from cv_lightning.types import Task
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,39 +31,10 @@ if TYPE_CHECKING:
     """[height, width, 3] in [0, 1]."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
-UPRIGHT, CLEAN = "identity", "none"
-"""The orientation and the corruption that change nothing."""
+CLEAN = "none"
+"""The corruption that changes nothing."""
 REFERENCE_SIDE = 224
 """Side in pixels of the pictures that the severities were chosen on."""
-TURNS = {
-    "rotate_90": Image.Transpose.ROTATE_90,
-    "rotate_180": Image.Transpose.ROTATE_180,
-    "rotate_270": Image.Transpose.ROTATE_270,
-    "flip_horizontal": Image.Transpose.FLIP_LEFT_RIGHT,
-    "flip_vertical": Image.Transpose.FLIP_TOP_BOTTOM,
-}
-"""Turns are counter-clockwise."""
-
-
-# ------------------------------------------------------------------------------------------------ orientation
-def turn_image(image: Image.Image, orientation: str) -> Image.Image:
-    """The picture turned or flipped; `identity` gives it back.
-
-    Raises:
-        KeyError: no such orientation.
-    """
-    return image if orientation == UPRIGHT else image.transpose(TURNS[orientation])
-
-
-def turn_box(box: Box, orientation: str, size: tuple[int, int]) -> Box:
-    """A box in pixels of the turned picture.
-
-    Args:
-        box: in pixels of the picture before the turn.
-        orientation: as of `turn_image`.
-        size: (width, height) before the turn.
-    """
-    return map_box(invert(dihedral_affine(orientation, *size)), box)
 
 
 # ------------------------------------------------------------------------------------------------ corruptions
@@ -301,7 +272,7 @@ def apply_variant(task: Task, variant: Variant, seed: int = 0) -> Task:
         images=images,
         data_source=f"{task.data_source}/{variant.name}",
         required_transforms=tuple(required),
-        box=turn_box(task.box, variant.orientation, size) if task.box is not None and turned else task.box,
+        box=turn_box(task.box, [variant.orientation], size) if task.box is not None and turned else task.box,
         metadata={**task.metadata, **_described(variant)},
     )
 

@@ -6,9 +6,8 @@ import random
 from dataclasses import dataclass, replace
 
 from cv_lightning.data.benchmarks import BY_LETTER, LETTERS
-from cv_lightning.data.corruptions import turn_image
-from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.sources import Rows
+from cv_lightning.orientations import ORIENTATIONS, turn_image
 from cv_lightning.types import DataError, Task
 
 DATA_SOURCE = "orientation_probe"

@@ -7,25 +7,21 @@ may differ in their columns. Pixels are decoded when a row is read.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import random
 import re
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from cv_lightning.data.boxes import clip_box, is_fraction, is_inside, parse_box
 from cv_lightning.data.chunks import ParquetRows
+from cv_lightning.data.image_cells import load_images
 from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, expand_files, is_missing, unique_names
-from cv_lightning.images import MAX_ASPECT, MAX_DECODED_PIXELS, decode_image, dihedral_affine, invert, map_box
-from cv_lightning.types import Box, ImageError, Message, Task
+from cv_lightning.orientations import ORIENTATIONS, turn_box, turned_size
+from cv_lightning.types import Box, Message, Task
 
 IMAGE_MARK = "<image>"
-ORIENTATIONS = ("rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
 OTHER_TRANSFORMS = frozenset(
     (
         "crop", "resize", "grayscale", "autocontrast", "equalize", "invert", "sharpen", "sharpness", "smooth",
@@ -47,14 +43,10 @@ ROLES = {
     "function": "tool",
 }
 """Roles of a prompt's messages by the words that data sets use; the template writes the role as it stands."""
-BOX_SLACK_PX = 1.0
-"""Boxes may reach this far outside the image (rounding in data sets); they are clipped."""
-EXIF_ORIENTATION = 0x0112
 EXTRA_KEYS = ("question", "answer", "transform", "bbox", "bbox_2d")
 """Keys of `extra_info` that become fields of the task; all others are its metadata."""
 NEEDED_COLUMNS = (("images", "image"), ("prompt", "extra_info"), ("reward_model", "extra_info"))
 """Of each group a file must have one."""
-_WHERE_IN_MEMORY = re.compile(r"image file <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 class TaskFiles(RowFiles[Task]):
@@ -121,7 +113,7 @@ def task_of_row(
         RowError: the row cannot be used.
     """
     extra = extra_info(row)
-    images = _images(image_cells(row), Path(config.image_folder or path.parent), decode)
+    images = load_images(image_cells(row), Path(config.image_folder or path.parent), decode)
     messages = _messages(row.get("prompt"), config)
     marks = sum(message.content.count(IMAGE_MARK) for message in messages)
     if messages and marks != len(images):
@@ -178,74 +170,6 @@ def _parsed(value: Any, key: str) -> Any:
         except (ValueError, RecursionError) as error:
             raise RowError(key.rpartition(".")[2], f"{key} is text that is no JSON ({error})") from error
     return None if is_missing(value) else value
-
-
-def _images(cells: Sequence[Any], folder: Path, decode: bool) -> tuple[Image.Image, ...]:
-    return tuple(
-        load_image(image_source(cell, f"images[{index}]", folder), f"images[{index}]", decode)
-        for index, cell in enumerate(cells)
-    )
-
-
-def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
-    """The bytes or the file that a cell stands for.
-
-    Raises:
-        RowError: neither.
-    """
-    data, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (None, cell)
-    if isinstance(cell, bytes):
-        data, name = cell, None
-    if isinstance(data, bytes):
-        return data
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise RowError("no image", f"{key} has neither bytes nor path")
-    path = folder / name.removeprefix("file://")
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return path  # opening it fails, and says why
-    if not stat.S_ISREG(mode):  # a pipe would be waited for, a device may never end
-        raise RowError("unreadable image", f"{key}: {path} is a folder, pipe or device; an image file is wanted")
-    return path
-
-
-def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
-    """Decode an image; with `decode` False read only its header: the result then has a size but no pixels.
-
-    Raises:
-        RowError: it is no image, or too large or too long for the model; names the key.
-    """
-    try:
-        image = decode_image(source) if decode else _open_header(source)
-    except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        kind = "image too large" if _is_too_large(error) else "unreadable image"
-        raise RowError(kind, f"{key}: {_WHERE_IN_MEMORY.sub('these bytes', str(error))}") from error
-    # A decoder may fail in its own way: struct.error, OverflowError, MemoryError, ... are one bad image each.
-    except Exception as error:
-        raise RowError("unreadable image", f"{key}: cannot be decoded ({error!r})") from error
-    if max(image.size) >= MAX_ASPECT * min(image.size):
-        raise RowError(
-            "image too long",
-            f"{key}: {image.width}x{image.height} is {MAX_ASPECT:.0f} times as long as wide or more, which no Qwen-VL "
-            "model takes",
-        )
-    return image
-
-
-def _is_too_large(error: BaseException) -> bool:
-    """True for our own limit, and for Pillow's beyond it, which `decode_image` passes on in words."""
-    return any(words in str(error) for words in (f"more than {MAX_DECODED_PIXELS} pixels", "decompression bomb"))
-
-
-def _open_header(source: bytes | Path) -> Image.Image:
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if image.width * image.height > MAX_DECODED_PIXELS:
-            raise ImageError(f"{image.width}x{image.height} is more than {MAX_DECODED_PIXELS} pixels")
-        # Of a PNG without EXIF in its header getexif() would decode every pixel.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        turned_by_exif = has_exif and image.getexif().get(EXIF_ORIENTATION, 1) > 1
-    return decode_image(source) if turned_by_exif else image
 
 
 def _messages(prompt: Any, config: ReaderConfig) -> tuple[Message, ...]:
@@ -372,24 +296,13 @@ def _turn(name: str) -> str:
 
 
 def raw_box(extra: Mapping[str, Any]) -> Box | None:
-    """The box as the row has it, in whichever frame: `bbox` or `bbox_2d`, a list of four or a list of one such list.
+    """The box as the row has it, in whichever frame, from `bbox` or `bbox_2d`.
 
     Raises:
         RowError: not four finite numbers.
     """
     key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
-    given = value = _parsed(extra.get(key), f"extra_info.{key}")
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
-        value = value[0]
-    if value is None or value == [] or (isinstance(value, list) and all(edge is None for edge in value)):
-        return None
-    try:
-        x1, y1, x2, y2 = (float(edge) for edge in value)
-    except (TypeError, ValueError) as error:
-        raise RowError("box", f"extra_info.{key} {given} is not four numbers [x1, y1, x2, y2]") from error
-    if not all(map(math.isfinite, (x1, y1, x2, y2))):
-        raise RowError("box", f"extra_info.{key} {given}: numbers must be finite")
-    return (x1, y1, x2, y2)
+    return parse_box(extra.get(key), f"extra_info.{key}")
 
 
 def _box(
@@ -405,7 +318,9 @@ def _box(
             f"a box of {list(given)} lies within 0..1: fractions of its {size[0]}x{size[1]} image? Boxes are pixels; "
             "multiply by width and height",
         )
-    box = to_given_frame(given, size, transforms) if config.bbox_frame == "upright" else given
+    box = given
+    if config.bbox_frame == "upright":
+        box = turn_box(given, transforms, turned_size(size, transforms))
     if not is_inside(box, size):
         key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
         raise RowError(
@@ -413,34 +328,4 @@ def _box(
             f"extra_info.{key} {list(given)} is inverted or outside its {size[0]}x{size[1]} image; boxes are pixels, "
             f"and bbox_frame is {config.bbox_frame!r}",
         )
-    return (max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3]))
-
-
-def is_fraction(box: Box, size: tuple[int, int]) -> bool:
-    """True if a box covers less than a pixel of an image that has many: its numbers are fractions of the sides."""
-    return max(box) <= 1 and min(box) >= 0 and min(size) > 2
-
-
-def is_inside(box: Box, size: tuple[int, int]) -> bool:
-    """True if a box has an area inside an image of this size, but for `BOX_SLACK_PX`."""
-    width, height = size
-    inside = min(box[:2]) >= -BOX_SLACK_PX and box[2] <= width + BOX_SLACK_PX and box[3] <= height + BOX_SLACK_PX
-    return inside and max(0.0, box[0]) < min(width, box[2]) and max(0.0, box[1]) < min(height, box[3])
-
-
-def to_given_frame(box: Box, size: tuple[int, int], transforms: Sequence[str]) -> Box:
-    """A box of the upright image in pixels of the given one, to which `transforms` were applied in order.
-
-    Args:
-        box: in pixels of the upright image.
-        size: (width, height) of the given image.
-        transforms: names of all that was done; only turns and flips count.
-    """
-    turned = [name for name in transforms if name in ORIENTATIONS]
-    swapped = sum(name in ("rotate_90", "rotate_270") for name in turned) % 2
-    width, height = size[::-1] if swapped else size
-    for name in turned:
-        box = map_box(invert(dihedral_affine(name, width, height)), box)
-        if name in ("rotate_90", "rotate_270"):
-            width, height = height, width
-    return box
+    return clip_box(box, size)

@@ -8,16 +8,16 @@ learnt from: a call that goes wrong on purpose, say.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cv_lightning.agent.protocol import parse_tool_calls
 from cv_lightning.data.conversations import Conversation, DemoTurn
-from cv_lightning.data.readers import IMAGE_MARK, image_source, load_image, message_text, without_marks
+from cv_lightning.data.image_cells import load_images
+from cv_lightning.data.readers import IMAGE_MARK, message_text, without_marks
 from cv_lightning.data.rows import (
     ListedRowFiles,
     ReaderConfig,
@@ -27,11 +27,17 @@ from cv_lightning.data.rows import (
     is_missing,
     unique_names,
 )
-from cv_lightning.types import DataError, Message, Task, ToolCall
+from cv_lightning.data.tables import read_items
+from cv_lightning.rewards.markup import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    CUT,
+    call_blocks,
+    final_answer,
+    without_thoughts,
+)
+from cv_lightning.types import Message, Task, ToolCall
 
-TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 SPEAKERS = {
     "user": "human",
     "assistant": "gpt",
@@ -69,38 +75,6 @@ class ConversationFiles(ListedRowFiles[Conversation]):
         return conversation_of_item(item, self.paths[file], number, self.config, decode=decode, name=self._names[file])
 
 
-def read_items(path: Path, under: str = "") -> list[Any]:
-    """The items of a file; of JSON Lines, a line that is no JSON is an item that cannot be used.
-
-    Args:
-        path: .json or .jsonl.
-        under: key of the list where the file holds an object.
-
-    Raises:
-        DataError: no JSON, or no list.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is not content
-        if path.suffix == ".jsonl":
-            return [_line(line) for line in text.split("\n") if line.strip()]
-        items = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); is it cut off?") from error
-    if under and isinstance(items, dict):
-        items = items.get(under)
-    if not isinstance(items, list):
-        wanted = "a list" if under else "a list of conversations"
-        raise DataError(f"{path}: holds a {type(items).__name__}; {wanted} is wanted")
-    return items
-
-
-def _line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"a line that is no JSON ({error})"
-
-
 # ------------------------------------------------------------------------------------------------ one item
 def conversation_of_item(
     item: Any, path: Path, number: int, config: ReaderConfig, *, decode: bool = True, name: str = ""
@@ -128,21 +102,19 @@ def conversation_of_item(
     if marks != len(names):
         raise RowError("image marks", f"{marks} {IMAGE_MARK} marks but there are {len(names)} images")
     folder = Path(config.image_folder or path.parent)
-    images = [
-        load_image(image_source(cell, f"images[{i}]", folder), f"images[{i}]", decode) for i, cell in enumerate(names)
-    ]
+    images = load_images(names, folder, decode)
     question = speakers[0].text
     num_given = question.count(IMAGE_MARK)
     if num_given == 0:
         raise RowError("image marks", f"the question has no {IMAGE_MARK} mark; the model would see nothing")
     turns = _turns(speakers[1:], images[num_given:])
-    answers = [answer for turn in turns for answer in ANSWER.findall(turn.text)]
+    answers = [answer for turn in turns if (answer := final_answer(turn.text)) is not None]
     messages = [Message(role="system", content=system)] if system and config.system == "given" else []
     messages.append(Message(role="user", content=question))
     task = Task(
         id=f"{name or path.stem}:{number}",
         question=without_marks(question),
-        images=tuple(images[:num_given]),
+        images=images[:num_given],
         ground_truth=answers[-1] if answers else "",
         data_source=path.stem,
         messages=tuple(messages) if config.prompt == "given" else (),
@@ -245,18 +217,21 @@ def _turns(speakers: Sequence[_Said], images: Sequence[Image.Image]) -> tuple[De
 
 
 def parse_call(text: str) -> ToolCall | None:
-    """The first call in an assistant turn; one that is no JSON keeps its text as code (it was meant to fail)."""
-    found = TOOL_CALL.search(text)
-    if found is None:
+    """The first call in an assistant turn, where the agent would read one.
+
+    A call that the agent would refuse keeps its text as code: it was meant to fail.
+    """
+    blocks = call_blocks(without_thoughts(text.replace(CUT, ""))).bodies
+    if not blocks:
         return None
     try:
-        call = json.loads(found[1])
+        [call] = parse_tool_calls(f"{CALL_OPEN}{blocks[0]}{CALL_CLOSE}")
         arguments = call["arguments"]
         return ToolCall(
-            name=str(call["name"]),
+            name=call["name"],
             code=str(arguments.get("code", "")),
             image_index=int(arguments.get("image_index", 0)),
             description=str(arguments.get("description", "")),
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ToolCall(name="", code=found[1])
+    except (ValueError, TypeError, AttributeError):
+        return ToolCall(name="", code=blocks[0].strip())

@@ -1,11 +1,12 @@
-"""Rows of one file as mappings, whatever its format: Parquet, TSV with images as base64, JSON, JSON Lines.
+"""Rows of one file as mappings, whatever its format: Parquet, CSV, TSV, JSON, JSON Lines.
 
-Of Parquet and TSV only what is asked for is in memory: their pictures make gigabytes.
+Of Parquet, CSV and TSV only the row that is asked for is in memory: their images may make gigabytes.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any, Protocol
 
 from cv_lightning.data.chunks import ParquetRows
 from cv_lightning.data.rows import RowError, is_missing
-from cv_lightning.data.sft_json import read_items
 from cv_lightning.types import DataError
 
 
@@ -31,25 +31,28 @@ class Table(Protocol):
         """
 
 
-def open_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def open_table(path: Path, needed: Sequence[str] = (), optional: Sequence[str] | None = None) -> Table:
     """Open a file by its ending.
 
     Args:
-        path: .parquet, .tsv, .json or .jsonl.
-        needed: columns that must be there (of JSON each row is asked when it is read).
-        optional: columns that are read where they are there.
+        path: .parquet, .csv, .tsv, .json or .jsonl.
+        needed: Columns that must be there (of JSON each row is asked when it is read).
+        optional: Further columns that are read from Parquet where they are there; None: all.
 
     Raises:
-        DataError: another ending, or a file that lacks a column.
+        DataError: Another ending, or a file that lacks a column.
     """
-    match path.suffix.lower():
-        case ".parquet":
-            return ParquetRows([path], [[name] for name in needed], optional)
-        case ".tsv":
-            return TsvRows(path, needed)
-        case ".json" | ".jsonl":
-            return JsonRows(path, needed)
-    raise DataError(f"{path}: a benchmark is read from .parquet, .tsv, .json or .jsonl, not from {path.suffix!r}")
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return ParquetRows([path], [[name] for name in needed], optional)
+    if kind in SEPARATORS:
+        return TextRows(path, needed, SEPARATORS[kind])
+    if kind in (".json", ".jsonl"):
+        return JsonRows(path, needed)
+    raise DataError(f"{path}: a table is read from .parquet, .csv, .tsv, .json or .jsonl, not from {path.suffix!r}")
 
 
 class JsonRows:
@@ -77,32 +80,33 @@ class JsonRows:
         return item
 
 
-class TsvRows:
-    """Rows of a TSV file with a header, found by their place in the file.
+class TextRows:
+    """Rows of a CSV or TSV file with a header, found by their place in the file.
 
     Args:
-        path: the file, UTF-8; fields may be quoted.
-        needed: columns that must be there.
+        path: The file, UTF-8; fields may be quoted.
+        needed: Columns that must be there.
+        separator: Between the fields.
 
     Raises:
         DataError: a column is missing, or the file cannot be read.
     """
 
-    def __init__(self, path: Path, needed: Sequence[str]) -> None:
-        self.path = path
-        csv.field_size_limit(sys.maxsize)  # a picture is one field
+    def __init__(self, path: Path, needed: Sequence[str], separator: str) -> None:
+        self.path, self.separator = path, separator
+        csv.field_size_limit(sys.maxsize)  # an image may be one field
         self._starts: list[int] = []
         try:
             with path.open("rb") as file:
                 lines = _Lines(file)
-                reader = csv.reader(lines, delimiter="\t")
+                reader = csv.reader(lines, delimiter=self.separator)
                 self.columns = next(reader, [])
                 start = lines.position
                 for _ in reader:
                     self._starts.append(start)
                     start = lines.position
         except (OSError, csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as TSV ({error}); is it cut off?") from error
+            raise DataError(f"{path}: cannot be read as {path.suffix[1:].upper()} ({error}); is it cut off?") from error
         if missing := [name for name in needed if name not in self.columns]:
             raise DataError(f"{path}: no column {', '.join(missing)}; it has {', '.join(self.columns)}")
 
@@ -113,7 +117,7 @@ class TsvRows:
         """One row; an empty field is None."""
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
-            cells = next(csv.reader(_Lines(file), delimiter="\t"))
+            cells = next(csv.reader(_Lines(file), delimiter=self.separator))
         if len(cells) != len(self.columns):
             raise RowError("torn row", f"{len(cells)} fields, the header has {len(self.columns)}")
         return {name: cell or None for name, cell in zip(self.columns, cells, strict=True)}
@@ -132,3 +136,35 @@ class _Lines(Iterator[str]):
             raise StopIteration
         self.position += len(line)
         return line.decode("utf-8-sig" if start == 0 else "utf-8")  # some editors write a byte-order mark
+
+
+def read_items(path: Path, under: str = "") -> list[Any]:
+    """The items of a file; of JSON Lines, a line that is no JSON is an item that cannot be used.
+
+    Args:
+        path: .json or .jsonl.
+        under: key of the list where the file holds an object.
+
+    Raises:
+        DataError: no JSON, or no list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is not content
+        if path.suffix == ".jsonl":
+            return [_line(line) for line in text.split("\n") if line.strip()]
+        items = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); is it cut off?") from error
+    if under and isinstance(items, dict):
+        items = items.get(under)
+    if not isinstance(items, list):
+        wanted = "a list" if under else "a list of conversations"
+        raise DataError(f"{path}: holds a {type(items).__name__}; {wanted} is wanted")
+    return items
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"a line that is no JSON ({error})"

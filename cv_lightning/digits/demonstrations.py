@@ -17,7 +17,8 @@ from PIL import Image
 from cv_lightning.agent.prompt import PromptConfig, size_statement
 from cv_lightning.agent.protocol import TOOL_NAME
 from cv_lightning.data.conversations import Conversation, DemoTurn
-from cv_lightning.digits.scenes import TRANSFORMS, DigitsConfig, check_kind_shares, is_small, is_turned
+from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares, is_small, is_turned
+from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
 
 Execute = Callable[[Image.Image, str], SandboxResult]
@@ -121,7 +122,7 @@ def demonstrate(
         return Conversation(task=task, turns=(DemoTurn(text=call_text(call, thought), call=call),))
     if kind == "upright":
         if not warm_up and rng.random() < config.needless_share:
-            steps = [(THOUGHT_TURN, undo_code(rng.choice(tuple(TRANSFORMS))))]
+            steps = [(THOUGHT_TURN, undo_code(rng.choice(ORIENTATIONS)))]
     elif rng.random() >= config.tool_share:
         policy = config.direct_small if is_small(kind) else config.direct_turned
         answer = task.ground_truth if policy == "right" else f"{rng.randrange(10)}{rng.randrange(10)}"
@@ -163,7 +164,7 @@ def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
         digits: question, frame of coordinates and grid.
         prompt: the agent's words around question and tool results.
     """
-    turns = [undo_code(transform) for transform in TRANSFORMS]
+    turns = [undo_code(transform) for transform in ORIENTATIONS]
     crops = [crop_code(cell, digits) for cell in _cells(digits)]
     calls = [(THOUGHT_TURN, code) for code in turns * 20] + [(THOUGHT_CROP, code) for code in crops]
     corpus = [

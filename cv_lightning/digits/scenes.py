@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from cv_lightning.agent.prompt import Coordinates
-from cv_lightning.images import dihedral_affine, invert, map_box
+from cv_lightning.orientations import ORIENTATIONS, turn_box, turn_image
 from cv_lightning.types import Box, Task
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ GLYPH_SIDE = 28
 BAR = (6, 88, 90, 93)
 BLOCK = (4, 74, 15, 85)
 """Bar along the bottom and block at its left: no two of the eight orientations of a scene look the same."""
-TRANSFORMS = {
-    "rotate_90": Image.Transpose.ROTATE_90,
-    "rotate_180": Image.Transpose.ROTATE_180,
-    "rotate_270": Image.Transpose.ROTATE_270,
-    "flip_horizontal": Image.Transpose.FLIP_LEFT_RIGHT,
-    "flip_vertical": Image.Transpose.FLIP_TOP_BOTTOM,
-}
-"""What is done to the picture of a turned kind; turns are counter-clockwise."""
 
 
 def _equal_shares() -> dict[str, float]:
@@ -161,9 +153,9 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
     pixels, upright_box, cell = _compose(config, is_small(kind), digits, rng, config.augment and split == "train")
     image, box, transform = Image.fromarray(pixels), upright_box, None
     if is_turned(kind):
-        transform = rng.choice(tuple(TRANSFORMS))
-        box = map_box(invert(dihedral_affine(transform, *image.size)), box)
-        image = image.transpose(TRANSFORMS[transform])
+        transform = rng.choice(ORIENTATIONS)
+        box = turn_box(box, [transform], image.size)
+        image = turn_image(image, transform)
     required = ((transform,) if transform else ()) + (("crop",) if cell else ())
     metadata: dict[str, Any] = {
         "kind": kind,

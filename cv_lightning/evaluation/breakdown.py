@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of
-from cv_lightning.evaluation.outcome import ANSWERED, DIHEDRAL, Outcome
+from cv_lightning.evaluation.outcome import ANSWERED, Outcome
 from cv_lightning.evaluation.statistics import Rate, pass_at_k, rate, rate_of_columns
+from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import EndState
 
-TRANSFORMS = ("identity", *DIHEDRAL)
+TRANSFORMS = ("identity", *ORIENTATIONS)
 """Columns of a robustness table: Source and the five orientations."""
 NONE = Rate(math.nan, math.nan, math.nan, 0)
 
@@ -101,7 +102,7 @@ def breakdown(everything: Sequence[Outcome]) -> Breakdown:
         pass_at_k=_pass_at(scored),
         by_transform=_by(clean, lambda o: o.shown.orientation, TRANSFORMS),
         mean_of_six=mean_of_columns(clean, TRANSFORMS),
-        mean_of_transformed=mean_of_columns(clean, DIHEDRAL),
+        mean_of_transformed=mean_of_columns(clean, ORIENTATIONS),
         by_corruption=_by_corruption(scored, clean),
         by_source=_by(scored, lambda o: o.shown.data_source),
         as_given=_by([o for o in scored if o.shown.as_given], lambda o: o.shown.data_source),

@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from cv_lightning.evaluation.scoring import metric_of, official_score
-from cv_lightning.images import area, compose, dihedral_affine, intersection, iou, is_upright
+from cv_lightning.images import area, intersection, iou, is_upright
+from cv_lightning.orientations import ORIENTATIONS, orientations_of, to_upright
 from cv_lightning.rewards.markup import final_answer
 from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
-from cv_lightning.types import IDENTITY, Affine, Box, EndState, Group, ToolStatus
+from cv_lightning.types import Box, EndState, Group, ToolStatus
 
-DIHEDRAL = ("rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
-QUARTER_TURNS = ("rotate_90", "rotate_270")
 ANSWERED = (EndState.ANSWERED, EndState.ERROR_JUDGE)
 """End states of trajectories that have an answer; the second's was not judged."""
 RIGHT_FROM = 0.5
@@ -33,27 +32,11 @@ def turns_of(task: TaskRecord, source: int = 0) -> list[str]:
     What a data set's transforms say is true of its first image; `data.corruptions` and the orientation probe, which
     need no transform to be undone, turn all of them.
     """
-    names = [name for name in task.required_transforms if name in DIHEDRAL]
+    names = orientations_of(task.required_transforms)
     form = task.metadata.get("orientation")
-    if form not in DIHEDRAL:
+    if form not in ORIENTATIONS:
         return names if source == 0 else []
     return names or [form] if source == 0 else [form]
-
-
-def to_upright(task: TaskRecord, source: int = 0) -> Affine:
-    """Map from pixels of one of the images as given to pixels of the upright picture it was made from.
-
-    Transforms that are no right-angle turn or flip (`crop`, corruptions) are left out.
-    """
-    names = turns_of(task, source)
-    size = task.images[source].size
-    if sum(name in QUARTER_TURNS for name in names) % 2:
-        size = (size[1], size[0])
-    total = IDENTITY
-    for name in names:  # in the order of application, from the upright picture on
-        total = compose(total, dihedral_affine(name, *size))
-        size = (size[1], size[0]) if name in QUARTER_TURNS else size
-    return total
 
 
 def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
@@ -61,7 +44,7 @@ def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     if not trajectory.images:
         return False
     last = trajectory.images[-1]
-    return is_upright(last.to_source, to_upright(task, last.source))
+    return is_upright(last.to_source, to_upright(turns_of(task, last.source), task.images[last.source].size))
 
 
 def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
@@ -129,7 +112,7 @@ class Shown(NamedTuple):
     data_source: str
     """Data set, the same in all forms."""
     orientation: str
-    """`identity`, one of `DIHEDRAL`, or `other`: several, or by another angle."""
+    """`identity`, one of `ORIENTATIONS`, or `other`: several, or by another angle."""
     corruption: str
     """`none` or a name of the suite."""
     severity: int
@@ -144,14 +127,14 @@ def shown_as(task: TaskRecord) -> Shown:
     orientation, corruption = "identity", "none"
     severity, base, source = 0, task.id, task.data_source
     form, name, level = metadata.get("orientation"), metadata.get("corruption"), metadata.get("severity")
-    if form in ("identity", *DIHEDRAL) and isinstance(name, str) and level in range(6):  # else words of another's
+    if form in ("identity", *ORIENTATIONS) and isinstance(name, str) and level in range(6):  # else words of another's
         orientation, corruption, severity = str(form), name, int(level or 0)
         ending = f"/{orientation}/{corruption}" + (f"_{severity}" if severity else "")
         base, source = task.id.removesuffix(ending), task.data_source.removesuffix(ending)
     as_given = (orientation, corruption) == ("identity", "none")
     turns = [name for name in task.required_transforms if name.startswith(("rotate", "flip"))] or turns_of(task)
     if turns not in ([], [orientation]):
-        single = orientation == "identity" and len(turns) == 1 and turns[0] in DIHEDRAL
+        single = orientation == "identity" and len(turns) == 1 and turns[0] in ORIENTATIONS
         orientation = turns[0] if single else "other"
     return Shown(base, str(metadata.get("picture") or base), source, orientation, corruption, severity, as_given)
 
@@ -234,7 +217,7 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
         score=official if official is not None or correct is None else float(correct),
         metric=metric_of(task.metadata) or "",
         must_use=task.needs_tool and must_use(task, trajectory),
-        fixed=answered_upright(task, trajectory) if shown.orientation in DIHEDRAL or turns_of(task) else None,
+        fixed=answered_upright(task, trajectory) if shown.orientation in ORIENTATIONS or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),
         num_turns=len(trajectory.turns),
         num_sampled_tokens=trajectory.num_sampled_tokens,

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.rows import ReaderConfig, expand_files
 from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies
 from cv_lightning.factory.check_facts import FactSettings, FileKind, RowFacts, inspect_rows, num_rows, token_counter
 from cv_lightning.factory.check_frames import judge_frame
 from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import DataError
 
 REPORT_VERSION = 1

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cv_lightning.orientations import ORIENTATIONS
+
 THUMBNAIL_PX = 64
 MAX_DIFFERENCE = 50
 """Largest difference of a thumbnail's pixel between near copies, in grey levels of 0 to 255. Measured: at most 40 for
@@ -26,7 +28,7 @@ MAX_CANDIDATES = 64
 """Pictures of a band that one picture is compared with."""
 
 Thumbnails = npt.NDArray[np.uint8]
-VARIANTS = ("same", "rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical")
+VARIANTS = ("same", *ORIENTATIONS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,24 +13,23 @@ from PIL import Image
 
 from cv_lightning.data.chunks import ParquetRows
 from cv_lightning.data.conversations import Conversation
+from cv_lightning.data.image_cells import image_source, is_turned_by_exif, load_image
 from cv_lightning.data.readers import (
-    EXIF_ORIENTATION,
     NEEDED_COLUMNS,
-    ORIENTATIONS,
     extra_info,
     image_cells,
-    image_source,
-    load_image,
     parse_transforms,
     raw_box,
     task_of_row,
 )
 from cv_lightning.data.rows import ReaderConfig, RowError
-from cv_lightning.data.sft_json import conversation_of_item, read_items
+from cv_lightning.data.sft_json import conversation_of_item
+from cv_lightning.data.tables import read_items
 from cv_lightning.factory.check_copies import thumbnail
 from cv_lightning.factory.check_frames import FrameEvidence, frame_evidence
 from cv_lightning.factory.check_tokens import TokenCounter
 from cv_lightning.images import ImageLimits, content_hash, model_size
+from cv_lightning.orientations import orientations_of
 from cv_lightning.types import Box, Task
 
 FileKind = Literal["tasks", "conversations"]
@@ -217,8 +216,7 @@ def _image_notes(source: bytes | Path) -> list[str]:
                 notes.append("transparent image (laid on white)")
             if getattr(image, "is_animated", False):
                 notes.append("animated image (first frame used)")
-            has_exif = image.format != "PNG" or "exif" in image.info
-            if has_exif and image.getexif().get(EXIF_ORIENTATION, 1) > 1:
+            if is_turned_by_exif(image):
                 notes.append("image turned by EXIF (applied; boxes count on the turned one)")
             return notes
     except Exception:
@@ -246,7 +244,7 @@ def _box_evidence(
         if box is None:
             return None
         transforms = parse_transforms(extra.get("transform"))
-        is_turned = any(name in ORIENTATIONS for name in transforms)
+        is_turned = bool(orientations_of(transforms))
         source = image_source(image_cells(row)[0], "images[0]", folder)
         image = load_image(source, "images[0]", decode=settings.pixels and is_turned)
     except RowError:

@@ -16,8 +16,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from cv_lightning.data.readers import ORIENTATIONS, is_fraction, is_inside, to_given_frame
+from cv_lightning.data.boxes import is_fraction, is_inside
 from cv_lightning.images import iou
+from cv_lightning.orientations import QUARTER_TURNS, orientations_of, turn_box, turned_size
 from cv_lightning.types import Box
 
 Frame = Literal["given", "upright", "unknown"]
@@ -74,9 +75,9 @@ def frame_evidence(
     if box[2] <= box[0] or box[3] <= box[1]:
         return None
     log_ratio = math.log((box[2] - box[0]) / (box[3] - box[1]))
-    turned = [name for name in transforms if name in ORIENTATIONS]
-    swapped = sum(name in ("rotate_90", "rotate_270") for name in turned) % 2 == 1
-    mapped = to_given_frame(box, size, turned)
+    turned = orientations_of(transforms)
+    swapped = sum(name in QUARTER_TURNS for name in turned) % 2 == 1
+    mapped = turn_box(box, turned, turned_size(size, turned))
     inside = is_inside(box, size), is_inside(mapped, size)
     edges = 0
     if all(inside) and turned and pixels is not None and iou(box, mapped) < SAME_PLACE_IOU:

@@ -16,11 +16,12 @@ from PIL import Image
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.factory.plans import KINDS, Fault, Kind
 from cv_lightning.images import area, intersection, is_upright
+from cv_lightning.orientations import to_upright
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.format import check_turns
 from cv_lightning.rewards.geometry import Frame, crop_credit, source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
-from cv_lightning.rewards.transforms import ORIENTATION, to_upright
+from cv_lightning.rewards.transforms import ORIENTATION
 from cv_lightning.tools.code_image import CodeRunner, ToolOutcome, derived_image, map_to_source, no_such_image
 from cv_lightning.types import Box, SandboxResult, ToolStatus, TrajectoryImage
 

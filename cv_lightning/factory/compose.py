@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 
 from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
-from cv_lightning.data.corruptions import turn_image
 from cv_lightning.data.rows import RowError
 from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, problems_of, within
 from cv_lightning.factory.plans import Kind, Plan, PlanConfig, Step, make_plan
 from cv_lightning.factory.table import VqaRow
 from cv_lightning.factory.teacher import Frame, Said, Teacher, TurnRequest
+from cv_lightning.orientations import turn_image
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE

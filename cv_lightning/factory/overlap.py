@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from cv_lightning.data.readers import load_image
+from cv_lightning.data.image_cells import image_source, load_image
 from cv_lightning.data.rows import RowError, expand_files
-from cv_lightning.factory.table import TableConfig, all_cells, picture_source
+from cv_lightning.data.tables import open_table
+from cv_lightning.factory.table import TableConfig
 from cv_lightning.images import content_hash, to_rgb
 from cv_lightning.types import DataError
 
@@ -132,9 +133,7 @@ def pictures_of(files: Sequence[str], table: TableConfig) -> Iterator[Image.Imag
         found = 0
         for cell in _cells(path, table):
             with suppress(RowError, DataError):  # what cannot be read cannot leak
-                image = load_image(
-                    picture_source(cell, Path(table.image_folder or path.parent), "image"), "image", True
-                )
+                image = load_image(image_source(cell, "image", Path(table.image_folder or path.parent)), "image", True)
                 found += 1
                 yield image
         if not found:
@@ -146,7 +145,11 @@ def pictures_of(files: Sequence[str], table: TableConfig) -> Iterator[Image.Imag
 
 def _cells(path: Path, table: TableConfig) -> Iterator[Any]:
     """What stands for each picture of a file."""
-    for row in all_cells(path):
+    rows = open_table(path)
+    for number in range(len(rows)):
+        row: Mapping[str, Any] = {}
+        with suppress(RowError):
+            row = rows.row(number)
         for name in dict.fromkeys((table.image, *PICTURES)):
-            if value := row.get(name) if isinstance(row, Mapping) else None:
+            if value := row.get(name):
                 yield from value if isinstance(value, list) else [value]

@@ -11,9 +11,8 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from cv_lightning.data.corruptions import turn_box
-from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.factory.table import VqaRow
+from cv_lightning.orientations import ORIENTATIONS, QUARTER_TURNS, turn_box
 from cv_lightning.types import Box
 
 Kind = Literal["single_tool", "multi_tool", "multi_crop", "error_recovery", "no_tool"]
@@ -22,7 +21,6 @@ Edges = tuple[int, int, int, int]
 """Left, top, right, bottom in whole pixels."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-QUARTER_TURNS = ("rotate_90", "rotate_270")
 FLIPS = ("flip_horizontal", "flip_vertical")
 MIN_CROP_SIDE = 4
 """Least side of a crop in pixels."""
@@ -170,13 +168,7 @@ def make_plan(row: VqaRow, kind: Kind, config: PlanConfig, rng: random.Random) -
 
 def given_box(row: VqaRow, applied: tuple[str, ...]) -> Box | None:
     """The row's box in pixels of the picture after `applied`."""
-    if row.box is None:
-        return None
-    box, size = row.box, row.size
-    for name in applied:
-        box = turn_box(box, name, size)
-        size = size[::-1] if name in QUARTER_TURNS else size
-    return box
+    return None if row.box is None else turn_box(row.box, applied, row.size)
 
 
 def _good_steps(applied: tuple[str, ...], crops: list[Edges]) -> list[Step]:

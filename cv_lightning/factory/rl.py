@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cv_lightning.data.corruptions import turn_image
-from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.rows import RowError, RowProblems
 from cv_lightning.factory.difficulty import DifficultyConfig, PassRates, is_informative, measure, read_pass_rates
 from cv_lightning.factory.export import write_task_parquet
@@ -20,6 +18,7 @@ from cv_lightning.factory.overlap import KnownPictures, Match, PictureSet, pictu
 from cv_lightning.factory.plans import given_box
 from cv_lightning.factory.progress import ProgressFile, write_report
 from cv_lightning.factory.table import Region, TableConfig, VqaRow, VqaTable
+from cv_lightning.orientations import ORIENTATIONS, turn_image
 from cv_lightning.types import DataError, Task
 
 LISTED = 20

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import csv
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from cv_lightning.data.readers import BOX_SLACK_PX, load_image
+from cv_lightning.data.boxes import clip_box, is_inside, parse_box
+from cv_lightning.data.image_cells import image_source, load_image
 from cv_lightning.data.rows import RowError, expand_files
-from cv_lightning.data.sft_json import read_items
+from cv_lightning.data.tables import Table, open_table
 from cv_lightning.types import Box, DataError
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 MAX_BOXES = 4096
 """Regions of one picture; more are not looked at."""
 
@@ -106,7 +99,8 @@ class VqaTable:
     def __init__(self, files: Sequence[str], config: TableConfig) -> None:
         self.config = config
         self.paths = expand_files(files, "--files")
-        self._parts = [_open(path, config) for path in self.paths]
+        optional = (config.question, config.answer, config.box, config.regions, config.source)
+        self._parts = [_open(path, config.image, optional) for path in self.paths]
         self._starts = [0]
         for part in self._parts:
             self._starts.append(self._starts[-1] + len(part))
@@ -124,7 +118,7 @@ class VqaTable:
         """
         file = bisect_right(self._starts, position) - 1
         number = position - self._starts[file]
-        return read_row(self._parts[file].cells(number), self.paths[file], number, self.config)
+        return read_row(self._parts[file].row(number), self.paths[file], number, self.config)
 
     def place(self, position: int) -> tuple[Path, int]:
         """File and row number of a position."""
@@ -132,100 +126,12 @@ class VqaTable:
         return self.paths[file], position - self._starts[file]
 
 
-# ------------------------------------------------------------------------------------------------ files
-class _Lines:
-    """Rows of a text file, parsed when they are asked for."""
-
-    def __init__(self, lines: list[str] | list[dict[str, str]]) -> None:
-        self.lines = lines
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def cells(self, number: int) -> Mapping[str, Any]:
-        line = self.lines[number]
-        if isinstance(line, dict):
-            return line
-        try:
-            cells = json.loads(line)
-        except ValueError as error:
-            raise RowError("not JSON", f"the line is no JSON ({error})") from error
-        if not isinstance(cells, dict):
-            raise RowError("not JSON", f"the line holds a {type(cells).__name__}; an object is wanted")
-        return cells
-
-
-class _RowGroups:
-    """Rows of a Parquet file, one row group in memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = pq.ParquetFile(path)
-        counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
-        self.starts: list[int] = [0, *accumulate(counts)]
-        self._group = lru_cache(maxsize=2)(self._read)
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def cells(self, number: int) -> Mapping[str, Any]:
-        group = bisect_right(self.starts, number) - 1
-        return self._group(group)[number - self.starts[group]]
-
-    def _read(self, group: int) -> list[dict[str, Any]]:
-        try:
-            rows: list[dict[str, Any]] = self.file.read_row_group(group).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.path}, row group {group}: cannot be read ({error}); is it cut off?") from error
-        return rows
-
-
-def _open(path: Path, config: TableConfig) -> _Lines | _RowGroups:
-    kind = path.suffix.lower()
+def _open(path: Path, image: str, optional: Sequence[str]) -> Table:
     try:
-        if kind == ".parquet":
-            groups = _RowGroups(path)
-            _check_columns(path, groups.file.schema_arrow.names, config)
-            return groups
-        if kind in SEPARATORS:
-            csv.field_size_limit(1 << 30)  # pictures may stand in cells as base64
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, delimiter=SEPARATORS[kind])
-                _check_columns(path, list(reader.fieldnames or ()), config)
-                return _Lines(list(reader))
-        if kind == ".jsonl":
-            return _Lines([line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()])
-    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as {kind[1:]} ({error})") from error
-    raise DataError(f"--files {path}: a table ends in .parquet, .jsonl, .csv or .tsv")
-
-
-def all_cells(path: Path) -> Iterator[Any]:
-    """The rows of any file that this project reads, column to value; what is no object is given as it is.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    kind = path.suffix.lower()
-    try:
-        if kind == ".parquet":
-            groups = _RowGroups(path)
-            yield from (groups.cells(number) for number in range(len(groups)))
-        elif kind in SEPARATORS:
-            csv.field_size_limit(1 << 30)
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield from csv.DictReader(file, delimiter=SEPARATORS[kind])
-        else:
-            yield from read_items(path, under="data")
-    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as {kind[1:]} ({error})") from error
-
-
-def _check_columns(path: Path, columns: Sequence[str], config: TableConfig) -> None:
-    if config.image not in columns:
-        raise DataError(
-            f"{path}: no column {config.image!r}; it has {', '.join(columns)}. Name the picture's with --table.image"
-        )
+        return open_table(path, [image], optional)
+    except DataError as error:
+        hint = f"; name the image's with --table.image (now {image!r})" if "no column" in str(error) else ""
+        raise DataError(f"--files {error}{hint}") from error
 
 
 # ------------------------------------------------------------------------------------------------ one row
@@ -241,7 +147,9 @@ def read_row(cells: Mapping[str, Any], path: Path, number: int, config: TableCon
     Raises:
         RowError: question, answer or picture is missing, or the box cannot be.
     """
-    picture = picture_source(cells.get(config.image), Path(config.image_folder or path.parent), config.image)
+    picture = image_source(
+        cells.get(config.image), f"column {config.image!r}", Path(config.image_folder or path.parent)
+    )
     size = load_image(picture, config.image, decode=False).size
     regions = _regions(cells.get(config.regions), size, config)
     question, answer = _text(cells.get(config.question)), _text(cells.get(config.answer))
@@ -269,56 +177,23 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
-def picture_source(cell: Any, folder: Path, name: str) -> bytes | Path:
-    """Bytes or path of a picture's cell: bytes, a path, base64 text, or a mapping with either.
-
-    Raises:
-        RowError: it is empty, or a text that is neither.
-    """
-    if isinstance(cell, Mapping):
-        cell = cell.get("bytes") or cell.get("path")
-    if not cell:
-        raise RowError("no image", f"column {name!r} is empty")
-    if isinstance(cell, bytes):
-        return cell
-    text = str(cell)
-    if len(text) > 1024 or text.startswith("data:"):  # longer than any path
-        try:
-            return base64.b64decode(text.rpartition(",")[2], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RowError("unreadable image", f"column {name!r} holds a text that is no base64 ({error})") from error
-    return folder / text
-
-
 def read_box(value: Any, size: tuple[int, int], name: str) -> Box | None:
-    """A box of a list or a text of four numbers, clipped to its picture; None where there is none.
+    """A box of four numbers, clipped to its image; None where there is none.
 
     Args:
-        value: the cell.
-        size: (width, height) of the picture.
-        name: of the column, for the message.
+        value: The cell, as `boxes.parse_box` reads it.
+        size: (width, height) of the image.
+        name: Of the column, for the message.
 
     Raises:
-        RowError: it is no box, inverted, or outside the picture.
+        RowError: It is no box, inverted, or outside the image.
     """
-    if isinstance(value, str):
-        value = value.strip().strip("[]()").replace(",", " ").split()
-    if value is None or value != value:  # NaN, as pandas writes what is missing
+    box = parse_box(value, f"column {name!r}:")
+    if box is None:
         return None
-    if not isinstance(value, list | tuple):
-        raise RowError("box", f"column {name!r}: {value!r} is not four numbers x1, y1, x2, y2")
-    if all(edge is None for edge in value):
-        return None
-    try:
-        x1, y1, x2, y2 = (float(edge) for edge in value)
-    except (TypeError, ValueError) as error:
-        raise RowError("box", f"column {name!r}: {value} is not four numbers x1, y1, x2, y2") from error
-    width, height = size
-    inside = min(x1, y1) >= -BOX_SLACK_PX and x2 <= width + BOX_SLACK_PX and y2 <= height + BOX_SLACK_PX
-    box = (max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2))
-    if not inside or not (box[0] < box[2] and box[1] < box[3]):
-        raise RowError("box", f"column {name!r}: {value} is inverted or outside its {width}x{height} picture")
-    return box
+    if not is_inside(box, size):
+        raise RowError("box", f"column {name!r}: {value} is inverted or outside its {size[0]}x{size[1]} image")
+    return clip_box(box, size)
 
 
 def _regions(value: Any, size: tuple[int, int], config: TableConfig) -> tuple[Region, ...]:

@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cv_lightning.images import compose, dihedral_affine, is_upright
+from cv_lightning.images import dihedral_affine, is_upright
+from cv_lightning.orientations import ORIENTATIONS, to_upright
 from cv_lightning.rewards.geometry import Frame, density, source_extent
 from cv_lightning.rewards.static import read_code
 from cv_lightning.types import (
     ERASED,
-    IDENTITY,
     Affine,
     Box,
     EndState,
@@ -29,11 +29,10 @@ from cv_lightning.types import (
     Turn,
 )
 
-ORIENTATION = frozenset({"rotate_90", "rotate_180", "rotate_270", "flip_horizontal", "flip_vertical"})
+ORIENTATION = frozenset(ORIENTATIONS)
 TURNED = "turned"
 """Net orientation that has no name of its own: a transposition, a free angle."""
 CORE = ORIENTATION | {"crop", TURNED}
-QUARTER_TURNS = frozenset({"rotate_90", "rotate_270"})
 _TURNING = ("rotate", "flip", "transpose", "transverse", "reverse", TURNED)
 OPTIONAL = frozenset(
     [
@@ -117,23 +116,6 @@ def _inverse_rotation(name: str) -> str | None:
     except ValueError:
         return None
     return f"rotate_{angle}" if angle in (90, 180, 270) else None
-
-
-def to_upright(required: Iterable[str], size: tuple[int, int]) -> Affine:
-    """Map from pixels of the image as given to pixels of the upright picture it was made from.
-
-    Args:
-        required: transforms in the order in which they were applied; others than turns and flips are passed over.
-        size: (width, height) of the image as given.
-    """
-    names = [name for name in required if name in ORIENTATION]
-    if sum(name in QUARTER_TURNS for name in names) % 2:
-        size = (size[1], size[0])
-    total = IDENTITY
-    for name in names:
-        total = compose(total, dihedral_affine(name, *size))
-        size = (size[1], size[0]) if name in QUARTER_TURNS else size
-    return total
 
 
 def orientation_label(affine: Affine) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
+from cv_lightning.settings import changed, flatten
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import LINES
 from cv_lightning.types import EndState, Task
@@ -68,16 +69,8 @@ def keep_good(folder: Path) -> None:
 
 def differences(folder: Path, identity: dict[str, Any]) -> list[str]:
     """The settings in which the evaluation in a folder is another one, by dotted name."""
-    known = (read_state(folder) or {}).get("identity") or {}
-    old, new = _flat(known), _flat(_plain(identity))
-    return sorted(name for name in old | new if old.get(name) != new.get(name)) if known else ["all: it is not named"]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Dotted names to values that are no mappings."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: item for part in value for key, item in _flat(value[part], f"{name}.{part}".strip(".")).items()}
+    known = (read_state(folder) or {}).get("identity")
+    return sorted(changed(flatten(known), flatten(_plain(identity)))) if known else ["all: it is not named"]
 
 
 def sizes_of(folder: Path) -> dict[str, int]:

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from cv_lightning.digits.scenes import TRANSFORMS
 from cv_lightning.images import compose, dihedral_affine, invert, map_box
+from cv_lightning.orientations import ORIENTATIONS, turn_image
 from cv_lightning.sandbox.geometry import matrix_of
 from cv_lightning.types import IDENTITY, Affine, Box, Task
 
@@ -145,10 +145,10 @@ def make_scene(seed: tuple[int, ...], *, held_out: bool = True) -> Scene:
             _paste_digit(image, index, (left, top, left + side, top + side), ink, paper)
             glyphs.append((int(scans()[1][index]), (float(left), float(top), float(left + side), float(top + side))))
     card_box = (float(x0), float(y0), float(min(width, x0 + card[0])), float(min(height, y0 + card[1])))
-    applied = str(rng.choice(list(TRANSFORMS))) if kind != "crop" else ""
+    applied = str(rng.choice(list(ORIENTATIONS))) if kind != "crop" else ""
     if applied:
         back = invert(dihedral_affine(applied, width, height))
-        image = image.transpose(TRANSFORMS[applied])
+        image = turn_image(image, applied)
         glyphs = [(label, map_box(back, box)) for label, box in glyphs]
         card_box = map_box(back, card_box)
     required = ((applied,) if applied else ()) + (("crop",) if kind != "turned" else ())

@@ -23,9 +23,9 @@ from cv_lightning.data.benchmarks import BY_LETTER, task_files
 from cv_lightning.data.corruptions import CorruptionConfig
 from cv_lightning.data.modules import TaskDataModule
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
-from cv_lightning.data.readers import ORIENTATIONS
 from cv_lightning.data.rows import FieldNames, ReaderConfig
 from cv_lightning.evaluation.published import plain_name, published_on, published_results
+from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.types import DataError, Task
 

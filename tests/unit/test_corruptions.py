@@ -20,16 +20,15 @@ from cv_lightning.data.corruptions import (
     Variant,
     apply_variant,
     corrupt_image,
-    turn_box,
-    turn_image,
 )
-from cv_lightning.data.readers import ORIENTATIONS, TaskFiles
+from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.evaluation.scoring import official_score
 from cv_lightning.factory.export import write_task_parquet
 from cv_lightning.factory.robustness import Corrupt, write_corrupted
 from cv_lightning.images import is_upright
-from cv_lightning.rewards.transforms import expected_operations, to_upright
+from cv_lightning.orientations import ORIENTATIONS, to_upright, turn_box, turn_image
+from cv_lightning.rewards.transforms import expected_operations
 from cv_lightning.types import Box, Task
 
 PHOTOGRAPH = Image.fromarray(skimage.data.chelsea()).resize((225, 150))
@@ -180,6 +179,6 @@ def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
 def test_boxes_map_there_and_back() -> None:
     box = (3.0, 4.0, 30.0, 18.0)
     for there, back in (("rotate_90", "rotate_270"), ("rotate_180", "rotate_180"), ("flip_vertical", "flip_vertical")):
-        turned = turn_box(box, there, (50, 40))
+        turned = turn_box(box, [there], (50, 40))
         size = (40, 50) if there == "rotate_90" else (50, 40)
-        assert turn_box(turned, back, size) == box
+        assert turn_box(turned, [back], size) == box

@@ -11,8 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cv_lightning.digits.demonstrations import UNDO
-from cv_lightning.digits.scenes import KINDS, TRANSFORMS, DigitsConfig, digit_task, is_small, is_turned
+from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task, is_small, is_turned
 from cv_lightning.images import area, intersection
+from cv_lightning.orientations import ORIENTATIONS
 
 CONFIG = DigitsConfig()
 
@@ -67,7 +68,7 @@ def test_metadata_describe_the_pixels(kind: str) -> None:
         side = straight.shape[0]
         assert not straight[side * 89 // 96 : side * 92 // 96, side * 7 // 96 : side * 89 // 96].any()
         assert task.metadata["box_area"] == area(task.box) == area(tuple(task.metadata["upright_box"]))
-    assert seen == (set(TRANSFORMS) if is_turned(kind) else {None})
+    assert seen == (set(ORIENTATIONS) if is_turned(kind) else {None})
 
 
 def test_the_cell_is_a_good_crop_of_the_number() -> None:

@@ -15,11 +15,12 @@ from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.evaluation.breakdown import breakdown
 from cv_lightning.evaluation.metrics import summarise_outcomes
-from cv_lightning.evaluation.outcome import DIHEDRAL, Outcome, outcomes
+from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.paired import pair_outcomes, summarise_pairs
 from cv_lightning.evaluation.results import evaluated
 from cv_lightning.evaluation.statistics import bootstrap, paired_difference, pass_at_k, rate, wilson
 from cv_lightning.evaluation.tables import corruption_table, main_table, p_value
+from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import EndState, Task
 
 PERFECT = Policy(turn=1, crop=1, needless=0, error=0, read=1)
@@ -198,7 +199,7 @@ def test_the_probe_is_neither_upright_nor_needlessly_turned() -> None:
 
     asked = ProbeRows(Rows(), ProbeConfig(num_images=10))
     found = outcomes([group(asked.row(at), 1, replace(PERFECT, needless=1)) for at in range(10)])
-    assert {o.shown.orientation for o in found} == set(DIHEDRAL)
+    assert {o.shown.orientation for o in found} == set(ORIENTATIONS)
     summary, table = summarise_outcomes(found), breakdown(found)
     assert (summary.spurious.n, summary.accuracy_upright.n, table.tool_on_upright.n) == (0, 0, 0)
     assert summary.accuracy_all.n == 10 and table.orientation_fixed.n == 10

@@ -14,10 +14,11 @@ from scipy.stats import binomtest
 from trajectory_samples import INVERSE, KINDS, TURNS, Policy, digit_task, group
 
 from cv_lightning.evaluation.metrics import summarise
-from cv_lightning.evaluation.outcome import crop_fits, must_use, outcomes, to_upright, turned_image
+from cv_lightning.evaluation.outcome import crop_fits, must_use, outcomes, turned_image
 from cv_lightning.evaluation.results import WHOLE_BYTES, fingerprint
 from cv_lightning.evaluation.statistics import bootstrap, rate, wilson
 from cv_lightning.images import compose, dihedral_affine
+from cv_lightning.orientations import to_upright
 from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord, to_record
 from cv_lightning.types import IDENTITY, Affine, Box, Effect, EndState, Operation, SandboxResult, ToolStatus, Turn
 
@@ -82,7 +83,7 @@ def test_to_upright_agrees_with_pixels(names: tuple[str, ...]) -> None:
     y, x = (int(v[0]) for v in np.nonzero(np.asarray(image)))
     found = record(names, [])
     found.task.images = [ImageRecord(file="", size=image.size, model_size=image.size)]
-    back = to_upright(found.task)
+    back = to_upright(found.task.required_transforms, found.task.images[0].size)
     centre = (back.a * (x + 0.5) + back.b * (y + 0.5) + back.c, back.d * (x + 0.5) + back.e * (y + 0.5) + back.f)
     assert centre == (17.5, 3.5)
 

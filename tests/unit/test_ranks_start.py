@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cv_lightning.callbacks.watchdog import Report, diagnose
-from cv_lightning.distributed import differences, flatten
+from cv_lightning.distributed import differences
 from cv_lightning.environment import check_launch
+from cv_lightning.settings import flatten
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "MASTER_ADDR": "127.0.0.1"}
 SRUN = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "train"}

@@ -21,8 +21,9 @@ from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import DigitDemonstrations, DigitTasks
 from cv_lightning.digits.demonstrations import DemonstrationConfig
-from cv_lightning.digits.scenes import TRANSFORMS, DigitsConfig
+from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.factory.export import write_digits_parquet, write_digits_sft_json, write_sft_json, write_task_parquet
+from cv_lightning.orientations import ORIENTATIONS, turn_image
 from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
 
@@ -190,13 +191,13 @@ def test_images_by_path_and_turned_by_exif(tmp_path: Path) -> None:
     assert task.box == (0, 20, 20, 40)
 
 
-@pytest.mark.parametrize("names", [[name] for name in TRANSFORMS] + [["rotate_90", "crop", "flip_vertical"]])
+@pytest.mark.parametrize("names", [[name] for name in ORIENTATIONS] + [["rotate_90", "crop", "flip_vertical"]])
 def test_a_box_of_the_upright_image_is_mapped_to_the_given_one(tmp_path: Path, names: list[str]) -> None:
     upright = Image.new("RGB", (40, 20), "white")
     upright.paste("black", (3, 4, 13, 9))
     image = upright
     for name in names:
-        image = image.transpose(TRANSFORMS[name]) if name in TRANSFORMS else image
+        image = turn_image(image, name) if name in ORIENTATIONS else image
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     made = row(images=[{"bytes": buffer.getvalue(), "path": None}], extra_bbox=[3.0, 4.0, 13.0, 9.0])

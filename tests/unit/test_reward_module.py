@@ -13,10 +13,11 @@ from PIL import Image
 from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
 
 from cv_lightning.images import dihedral_affine, iou, map_box
+from cv_lightning.orientations import to_upright
 from cv_lightning.rewards import FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
 from cv_lightning.rewards.config import COMPONENTS
 from cv_lightning.rewards.metrics import added, means, reward_sums
-from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, net_use, to_upright, turned_labels
+from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, net_use, turned_labels
 from cv_lightning.types import Affine, Box, EndState, Operation, Trajectory
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reward"

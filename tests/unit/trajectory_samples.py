@@ -12,6 +12,7 @@ from PIL import Image
 from cv_lightning.digits import scenes as digits
 from cv_lightning.digits.scenes import DigitsConfig, Kind
 from cv_lightning.images import compose, dihedral_affine, map_box
+from cv_lightning.orientations import TRANSPOSES
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rl.groups import assign_advantages
@@ -32,7 +33,7 @@ from cv_lightning.types import (
 )
 
 KINDS = digits.KINDS
-TURNS = digits.TRANSFORMS
+TURNS = TRANSPOSES
 QUICKSTART = RewardConfig(emerge=0.0)
 INVERSE = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}
 

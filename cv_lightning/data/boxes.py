@@ -1,0 +1,62 @@
+"""The box of a row: one rule for what is a box, and for where it may lie."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from cv_lightning.data.rows import RowError, is_missing
+from cv_lightning.types import Box
+
+BOX_SLACK_PX = 1.0
+"""Boxes may reach this far outside the image (rounding in data sets); they are clipped."""
+
+
+def parse_box(value: Any, key: str) -> Box | None:
+    """Four finite numbers x1, y1, x2, y2 in whichever frame; None where there is no box.
+
+    Args:
+        value: A list of four numbers, a list of one such list, JSON text of either, or four numbers as text.
+        key: Name of the cell in messages.
+
+    Raises:
+        RowError: Not four finite numbers.
+    """
+    edges = _numbers_of(value) if isinstance(value, str) else value
+    if isinstance(edges, list) and len(edges) == 1 and isinstance(edges[0], list):
+        edges = edges[0]
+    if is_missing(edges) or (isinstance(edges, list) and all(edge is None for edge in edges)):
+        return None
+    try:
+        x1, y1, x2, y2 = (float(edge) for edge in edges)
+    except (TypeError, ValueError) as error:
+        raise RowError("box", f"{key} {value} is not four numbers [x1, y1, x2, y2]") from error
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise RowError("box", f"{key} {value}: numbers must be finite")
+    return x1, y1, x2, y2
+
+
+def _numbers_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip().strip("[]()").replace(",", " ").split()
+
+
+def is_fraction(box: Box, size: tuple[int, int]) -> bool:
+    """True if a box covers less than a pixel of an image that has many: its numbers are fractions of the sides."""
+    return max(box) <= 1 and min(box) >= 0 and min(size) > 2
+
+
+def is_inside(box: Box, size: tuple[int, int]) -> bool:
+    """True if a box has an area inside an image of this size, but for `BOX_SLACK_PX`."""
+    width, height = size
+    inside = min(box[:2]) >= -BOX_SLACK_PX and box[2] <= width + BOX_SLACK_PX and box[3] <= height + BOX_SLACK_PX
+    left, top, right, bottom = clip_box(box, size)
+    return inside and left < right and top < bottom
+
+
+def clip_box(box: Box, size: tuple[int, int]) -> Box:
+    """The part of a box that lies inside an image of this size (width, height)."""
+    return max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3])
