@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-
 EXTRAS = {"optuna": "sweep", "nicegui": "web"}
 """The extra of pyproject.toml that installs a package which one verb alone needs."""
 

@@ -46,7 +46,7 @@ class Place:
     """`time.monotonic()` of its last progress."""
 
 
-class Report(NamedTuple):
+class RankReport(NamedTuple):
     """What one rank tells of itself."""
 
     rank: int
@@ -221,13 +221,13 @@ class Watchdog(pl.Callback):
         said = [_who(), place.name, place.waits, round(time.monotonic() - place.since, 1), over, time.time()]
         self._store.set(f"rank{self.rank}", json.dumps(said))
 
-    def _read(self, rank: int) -> Report:
+    def _read(self, rank: int) -> RankReport:
         assert self._store is not None
         said = self._store.get(f"rank{rank}").decode()
         if self._heard.get(rank, ("", 0.0))[0] != said:
             self._heard[rank] = (said, self._now)
         who, place, waits, idle_s, over, _ = json.loads(said)
-        return Report(rank, who, place, waits, idle_s, self._now - self._heard[rank][1], over)
+        return RankReport(rank, who, place, waits, idle_s, self._now - self._heard[rank][1], over)
 
     def _end(self, reason: str, pause: float) -> NoReturn:
         """Leave the reason for the others, show where this rank is, and end the process with all its children."""
@@ -254,7 +254,7 @@ class Watchdog(pl.Callback):
         os._exit(EXIT_CODE)  # the main thread may never come back from its collective
 
 
-def diagnose(reports: list[Report], timeout_s: float, silence_s: float) -> str:
+def diagnose(reports: list[RankReport], timeout_s: float, silence_s: float) -> str:
     """What keeps the ranks from getting on, in words; empty if they do.
 
     Args:

@@ -63,7 +63,7 @@ class ShowData:
             raise ValueError(f"--row {self.row}: rows are counted from 0")
 
 
-class Piece(NamedTuple):
+class TokenSpan(NamedTuple):
     """A stretch of tokens that is shown as one."""
 
     text: str
@@ -74,7 +74,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class ShownDialogue:
     """What there is to see."""
 
     title: str
@@ -83,7 +83,7 @@ class Shown:
     """The images at their own size, in order."""
 
 
-def load(config: ShowData) -> Shown:
+def load(config: ShowData) -> ShownDialogue:
     """Read and tokenise the row.
 
     Raises:
@@ -123,25 +123,25 @@ def _demonstration(config: ShowData) -> Conversation:
         return source.conversations(config.row, 1)[0]
 
 
-def _task(task: Task, encoder: DialogueEncoder, config: ShowData) -> Shown:
+def _task(task: Task, encoder: DialogueEncoder, config: ShowData) -> ShownDialogue:
     images = [encoder.model_image(image) for image in task.images]
     title = f"task {task.id}, answer {task.ground_truth!r}"
     dialogue = encoder.start(task, images, config.prompt, config.tool)
-    return Shown(title=title, dialogue=dialogue, originals=task.images)
+    return ShownDialogue(title=title, dialogue=dialogue, originals=task.images)
 
 
-def _conversation(conversation: Conversation, encoder: DialogueEncoder, config: ShowData) -> Shown:
+def _conversation(conversation: Conversation, encoder: DialogueEncoder, config: ShowData) -> ShownDialogue:
     from cv_lightning.modules.sft import encode_conversation
 
     made = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
-    return Shown(
+    return ShownDialogue(
         title=f"conversation {conversation.task.id}, {len(conversation.turns)} turns",
         dialogue=encode_conversation(encoder, conversation, config.prompt),
         originals=[*conversation.task.images, *made],
     )
 
 
-def pieces(dialogue: Dialogue) -> Iterator[Piece]:
+def pieces(dialogue: Dialogue) -> Iterator[TokenSpan]:
     """A dialogue in stretches of the same mask; each picture is one of its own.
 
     Args:
@@ -157,13 +157,13 @@ def pieces(dialogue: Dialogue) -> Iterator[Piece]:
         ids = [dialogue.token_ids[at] for at in run]
         if not is_picture:
             text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            yield Piece(text, len(ids), trained, False)
+            yield TokenSpan(text, len(ids), trained, False)
             continue
-        yield Piece(f"[image {number}: {len(ids)} tokens]", len(ids), trained, True)
+        yield TokenSpan(f"[image {number}: {len(ids)} tokens]", len(ids), trained, True)
         number += 1
 
 
-def print_shown(shown: Shown, console: Console) -> None:
+def print_shown(shown: ShownDialogue, console: Console) -> None:
     """Title, images and the whole text."""
     dialogue = shown.dialogue
     console.print(shown.title, style="bold", highlight=False)

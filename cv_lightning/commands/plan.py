@@ -26,7 +26,7 @@ GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """What is known of a run before it starts."""
 
     run: RunFacts
@@ -37,7 +37,7 @@ class Plan:
     hints: list[str] = field(default_factory=list)
 
 
-def make_plan(args: list[str], given: Assumptions) -> Plan:
+def make_plan(args: list[str], given: Assumptions) -> RunPlan:
     """Read the configs and work everything out.
 
     Args:
@@ -49,7 +49,7 @@ def make_plan(args: list[str], given: Assumptions) -> Plan:
 
     run = read_run(args)
     found = budget(run, given)
-    return Plan(run=run, given=given, budget=found, problems=problems(run, found), hints=hints(run, found, given))
+    return RunPlan(run=run, given=given, budget=found, problems=problems(run, found), hints=hints(run, found, given))
 
 
 def main(args: list[str] | None = None) -> int:
@@ -101,7 +101,7 @@ def _split(args: list[str], parser: Any) -> tuple[list[str], list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------ what is said
-def text_of(plan: Plan) -> str:
+def text_of(plan: RunPlan) -> str:
     """The plan for people."""
     parts = [_head(plan), _memory(plan)]
     parts += [part for part in (_cache(plan), _time(plan)) if part]
@@ -109,7 +109,7 @@ def text_of(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
-def _head(plan: Plan) -> str:
+def _head(plan: RunPlan) -> str:
     run, shape = plan.run, plan.run.shape
     ranks, stage = run.sharding.ranks, run.sharding.zero_stage
     where = f"{ranks} x {plan.given.gpu}" if run.on_gpu else "CPU"
@@ -121,7 +121,7 @@ def _head(plan: Plan) -> str:
     )
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: RunPlan) -> str:
     found, held = plan.budget, plan.budget.states
     where = "GPU" if plan.run.on_gpu else "machine"
     rows = [
@@ -151,7 +151,7 @@ def _memory(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _cache(plan: Plan) -> str:
+def _cache(plan: RunPlan) -> str:
     from cv_lightning.planner.budget import mean_length
 
     run, engine = plan.run, plan.budget.engine
@@ -166,7 +166,7 @@ def _cache(plan: Plan) -> str:
     )
 
 
-def _time(plan: Plan) -> str:
+def _time(plan: RunPlan) -> str:
     from cv_lightning.planner.budget import mean_length
 
     seconds, run, given = plan.budget.seconds, plan.run, plan.given
@@ -187,7 +187,7 @@ def _time(plan: Plan) -> str:
     )
 
 
-def figures_of(plan: Plan) -> dict[str, Any]:
+def figures_of(plan: RunPlan) -> dict[str, Any]:
     """The plan for programs: bytes, seconds."""
     found, held = plan.budget, plan.budget.states
     figures: dict[str, Any] = {name: getattr(held, name) for name in type(held).__dataclass_fields__}

@@ -68,7 +68,7 @@ class Change:
 
 
 @dataclass(slots=True)
-class Comparison:
+class Rescored:
     """Before and after."""
 
     before: Change = field(default_factory=Change)
@@ -80,7 +80,7 @@ class Comparison:
     """Lines that are no group."""
 
 
-def rescore(config: Rescore) -> Comparison:
+def rescore(config: Rescore) -> Rescored:
     """Write the new store.
 
     Raises:
@@ -89,7 +89,7 @@ def rescore(config: Rescore) -> Comparison:
     """
     if config.out.exists():
         raise DataError(f"--out {config.out} exists; name a folder that does not")
-    reader, found = read_groups(config.run), Comparison()
+    reader, found = read_groups(config.run), Rescored()
     temporary = config.out.with_name(f".{config.out.name}.tmp")
     (temporary / LINES).mkdir(parents=True, exist_ok=True)
     with (temporary / LINES / "groups.rank0.jsonl").open("wb") as file:
@@ -109,7 +109,7 @@ def rescore(config: Rescore) -> Comparison:
     return found
 
 
-def _scored(groups: Iterator[GroupRecord], reward: RewardConfig, found: Comparison) -> Iterator[GroupRecord]:
+def _scored(groups: Iterator[GroupRecord], reward: RewardConfig, found: Rescored) -> Iterator[GroupRecord]:
     """The groups with new rewards, in their order."""
     rewards, background = RewardModule(reward), Background("cv-lightning-rescore")
     try:
@@ -131,7 +131,7 @@ def _scored(groups: Iterator[GroupRecord], reward: RewardConfig, found: Comparis
         background.close()
 
 
-def _compared(record: GroupRecord, group: Group, found: Comparison) -> GroupRecord:
+def _compared(record: GroupRecord, group: Group, found: Rescored) -> GroupRecord:
     old, new = [t.reward for t in record.trajectories], [t.reward for t in group.trajectories]
     found.before.add(old)
     found.after.add(new)
@@ -145,7 +145,7 @@ def _compared(record: GroupRecord, group: Group, found: Comparison) -> GroupReco
     return replace(record, trajectories=rescored)
 
 
-def print_comparison(found: Comparison, out: Path) -> None:
+def print_comparison(found: Rescored, out: Path) -> None:
     """The table of components."""
     from rich.console import Console
     from rich.table import Table

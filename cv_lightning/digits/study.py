@@ -23,7 +23,7 @@ LAST_ITERATIONS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class StudyColumn:
     """One column of the table."""
 
     key: str
@@ -32,17 +32,17 @@ class Column:
 
 
 COLUMNS = (
-    Column(key="must_use_training", title="must-use, end of training"),
-    Column(key="accuracy_training", title="accuracy, end of training"),
-    Column(key="calls_training", title="calls, end of training"),
-    Column(key="spurious_training", title="needless turning, end of training", digits=3),
-    Column(key="must_use_early", title="must-use, iterations 6-25"),
-    Column(key="found_at", title="tool found at iteration", digits=0),
-    Column(key="must_use_greedy", title="test, greedy: must-use"),
-    Column(key="accuracy_greedy", title="test, greedy: accuracy"),
-    Column(key="must_use_sampled", title="test, sampled: must-use"),
-    Column(key="calls_sampled", title="test, sampled: calls"),
-    Column(key="spurious_sampled", title="test, sampled: needless turning", digits=3),
+    StudyColumn(key="must_use_training", title="must-use, end of training"),
+    StudyColumn(key="accuracy_training", title="accuracy, end of training"),
+    StudyColumn(key="calls_training", title="calls, end of training"),
+    StudyColumn(key="spurious_training", title="needless turning, end of training", digits=3),
+    StudyColumn(key="must_use_early", title="must-use, iterations 6-25"),
+    StudyColumn(key="found_at", title="tool found at iteration", digits=0),
+    StudyColumn(key="must_use_greedy", title="test, greedy: must-use"),
+    StudyColumn(key="accuracy_greedy", title="test, greedy: accuracy"),
+    StudyColumn(key="must_use_sampled", title="test, sampled: must-use"),
+    StudyColumn(key="calls_sampled", title="test, sampled: calls"),
+    StudyColumn(key="spurious_sampled", title="test, sampled: needless turning", digits=3),
 )
 TRAINING = {
     "must_use": "must-use",

@@ -13,9 +13,9 @@ from PIL import Image
 from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
 from cv_lightning.data.rows import RowError
 from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, problems_of, within
-from cv_lightning.factory.plans import Kind, Plan, PlanConfig, Step, make_plan
+from cv_lightning.factory.plans import ConversationPlan, Kind, PlanConfig, PlannedTurn, make_plan
 from cv_lightning.factory.table import VqaRow
-from cv_lightning.factory.teacher import Frame, Said, Teacher, TurnRequest
+from cv_lightning.factory.teacher import CropFrame, Said, Teacher, TurnRequest
 from cv_lightning.orientations import turn_image
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(slots=True, kw_only=True)
-class Outcome:
+class Composition:
     """What became of a candidate."""
 
     number: int
@@ -50,7 +50,7 @@ class Outcome:
     """Why it is not kept; None if it is."""
     facts: Facts | None = None
     turns: list[Played] = field(default_factory=list)
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PlannedTurn, ...] = ()
     """What each turn was planned to do."""
     images: list[Image.Image] = field(default_factory=list)
     """In the order in which the conversation shows them."""
@@ -67,13 +67,13 @@ class Composer:
     teacher: Teacher
     sandbox: CodeRunner
     plan: PlanConfig
-    frame: Frame
+    frame: CropFrame
     seed: int
     verdict: Verdict | None = None
 
-    async def compose(self, candidate: Candidate) -> Outcome:
+    async def compose(self, candidate: Candidate) -> Composition:
         """Try a candidate; whatever fails is told in the outcome."""
-        outcome = Outcome(number=candidate.number, id=candidate.row.id, kind=candidate.kind)
+        outcome = Composition(number=candidate.number, id=candidate.row.id, kind=candidate.kind)
         rng = random.Random(f"{self.seed}/{candidate.number}/{candidate.row.id}")
         plan = make_plan(candidate.row, candidate.kind, self.plan, rng)
         try:
@@ -87,7 +87,9 @@ class Composer:
             outcome.problem = Problem("sandbox", str(error))
         return outcome
 
-    async def _converse(self, candidate: Candidate, plan: Plan, image: Image.Image, outcome: Outcome) -> None:
+    async def _converse(
+        self, candidate: Candidate, plan: ConversationPlan, image: Image.Image, outcome: Composition
+    ) -> None:
         facts = facts_of(candidate, plan)
         player = Player(image, self.sandbox, owner=str(candidate.number))
         said: list[Said] = []
@@ -112,7 +114,7 @@ class Composer:
         outcome.facts, outcome.turns, outcome.steps = facts, player.turns, tuple(plan.steps)
         outcome.images = [each.original for each in player.images]
 
-    async def _turn(self, request: TurnRequest, facts: Facts, player: Player, outcome: Outcome) -> str:
+    async def _turn(self, request: TurnRequest, facts: Facts, player: Player, outcome: Composition) -> str:
         """Have a turn written until it does what its step wants; why the last try did not, or an empty text."""
         refusal = ""
         for attempt in range(self.teacher.tries):
@@ -146,7 +148,7 @@ class Composer:
         return replace(facts, judged=value > CORRECT_ABOVE)
 
 
-def facts_of(candidate: Candidate, plan: Plan) -> Facts:
+def facts_of(candidate: Candidate, plan: ConversationPlan) -> Facts:
     """What the conversation of a plan claims."""
     row = candidate.row
     return Facts(
@@ -162,7 +164,7 @@ def facts_of(candidate: Candidate, plan: Plan) -> Facts:
     )
 
 
-def _given_picture(row: VqaRow, plan: Plan) -> Image.Image:
+def _given_picture(row: VqaRow, plan: ConversationPlan) -> Image.Image:
     image = row.image()
     for name in plan.applied:
         image = turn_image(image, name)
@@ -183,7 +185,7 @@ def _is_right_by_rule(facts: Facts, turn: Played) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ one step
-def refusal_of(step: Step, turn: Played, image: TrajectoryImage | None, facts: Facts, player: Player) -> str:
+def refusal_of(step: PlannedTurn, turn: Played, image: TrajectoryImage | None, facts: Facts, player: Player) -> str:
     """Why a turn does not do what its step wants, for the teacher to read; empty if it does.
 
     Args:
@@ -228,7 +230,7 @@ def _crop_refusal(core: set[str], image: TrajectoryImage, facts: Facts, player: 
 
 
 # ------------------------------------------------------------------------------------------------ SFT item
-def item_of(outcome: Outcome, names: list[str], system: str | None, learn_faults: bool = True) -> dict[str, Any]:
+def item_of(outcome: Composition, names: list[str], system: str | None, learn_faults: bool = True) -> dict[str, Any]:
     """The entry of an SFT file; its `build` key holds the facts, by which `verify_file` checks it.
 
     Args:

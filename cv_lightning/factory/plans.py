@@ -62,7 +62,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class PlannedTurn:
     """One assistant turn of a plan."""
 
     action: Literal["turn", "crop", "answer"]
@@ -81,13 +81,13 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ConversationPlan:
     """A conversation before it is written."""
 
     kind: Kind
     applied: tuple[str, ...]
     """Transforms that make the given picture from the upright one, in order."""
-    steps: tuple[Step, ...]
+    steps: tuple[PlannedTurn, ...]
     box: Box | None
     """In pixels of the given picture."""
 
@@ -136,7 +136,7 @@ class KindDealer:
 
 
 # ------------------------------------------------------------------------------------------------ plans
-def make_plan(row: VqaRow, kind: Kind, config: PlanConfig, rng: random.Random) -> Plan:
+def make_plan(row: VqaRow, kind: Kind, config: PlanConfig, rng: random.Random) -> ConversationPlan:
     """A plan of a kind that is possible for the row.
 
     Args:
@@ -162,8 +162,8 @@ def make_plan(row: VqaRow, kind: Kind, config: PlanConfig, rng: random.Random) -
     steps = _good_steps(applied, crops)
     if kind == "error_recovery":
         steps = _with_fault(steps, row, rng)
-    answer = Step(action="answer", image_index=_num_images(steps) - 1)
-    return Plan(kind=kind, applied=applied, steps=(*steps, answer), box=given_box(row, applied))
+    answer = PlannedTurn(action="answer", image_index=_num_images(steps) - 1)
+    return ConversationPlan(kind=kind, applied=applied, steps=(*steps, answer), box=given_box(row, applied))
 
 
 def given_box(row: VqaRow, applied: tuple[str, ...]) -> Box | None:
@@ -171,18 +171,18 @@ def given_box(row: VqaRow, applied: tuple[str, ...]) -> Box | None:
     return None if row.box is None else turn_box(row.box, applied, row.size)
 
 
-def _good_steps(applied: tuple[str, ...], crops: list[Edges]) -> list[Step]:
+def _good_steps(applied: tuple[str, ...], crops: list[Edges]) -> list[PlannedTurn]:
     """Turns from the last applied to the first, then crops; each works on the image that the one before made."""
-    steps = [Step(action="turn", image_index=at, undoes=name) for at, name in enumerate(reversed(applied))]
+    steps = [PlannedTurn(action="turn", image_index=at, undoes=name) for at, name in enumerate(reversed(applied))]
     origin = (0, 0)
     for rank, (x1, y1, x2, y2) in enumerate(crops):
         edges = (x1 - origin[0], y1 - origin[1], x2 - origin[0], y2 - origin[1])
-        steps.append(Step(action="crop", image_index=len(steps), edges=edges, rank=rank))
+        steps.append(PlannedTurn(action="crop", image_index=len(steps), edges=edges, rank=rank))
         origin = (x1, y1)
     return steps
 
 
-def _with_fault(steps: list[Step], row: VqaRow, rng: random.Random) -> list[Step]:
+def _with_fault(steps: list[PlannedTurn], row: VqaRow, rng: random.Random) -> list[PlannedTurn]:
     """The steps with one of them failing first; a failed one that made an image shifts the numbers behind it."""
     at = rng.randrange(len(steps))
     step = steps[at]
@@ -201,7 +201,7 @@ def _with_fault(steps: list[Step], row: VqaRow, rng: random.Random) -> list[Step
     return [*steps[:at], failed, repaired, *later]
 
 
-def _num_images(steps: list[Step]) -> int:
+def _num_images(steps: list[PlannedTurn]) -> int:
     return 1 + sum(step.fault != "exception" for step in steps)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.data.rows import RowError, RowProblems
-from cv_lightning.factory.compose import Candidate, Composer, Outcome, item_of
+from cv_lightning.factory.compose import Candidate, Composer, Composition, item_of
 from cv_lightning.factory.endpoint import EndpointTeacher, TeacherConfig
 from cv_lightning.factory.plans import KINDS, KindDealer, PlanConfig
 from cv_lightning.factory.progress import ProgressFile, write_report
 from cv_lightning.factory.table import TableConfig, VqaRow, VqaTable
-from cv_lightning.factory.teacher import Frame, OfflineTeacher, Teacher
+from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, Teacher
 from cv_lightning.factory.verify import verify_file
 from cv_lightning.files import whole_file
 from cv_lightning.rewards.config import JudgeConfig
@@ -49,7 +49,7 @@ class BuildSFT:
     """Which columns hold what."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """Which kinds, in which shares, with which transforms."""
-    frame: Frame = field(default_factory=Frame)
+    frame: CropFrame = field(default_factory=CropFrame)
     """How the conversations speak of places in an image."""
     teacher: TeacherConfig | None = None
     """Model behind an OpenAI-compatible endpoint that writes the turns; None: templates, offline."""
@@ -286,7 +286,7 @@ def _require_text(row: VqaRow, config: TableConfig) -> None:
             raise RowError("no question" if name == config.question else "no answer", f"column {name!r} is empty")
 
 
-def _entry(outcome: Outcome, item: Mapping[str, Any] | None) -> dict[str, Any]:
+def _entry(outcome: Composition, item: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         "number": outcome.number,
         "id": outcome.id,
@@ -319,7 +319,7 @@ def _unusable(rows: RowProblems) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ writing
-def _save_images(outcome: Outcome, config: BuildSFT) -> list[str]:
+def _save_images(outcome: Composition, config: BuildSFT) -> list[str]:
     """Write the images of a conversation; their paths relative to the SFT file."""
     folder, names = image_folder_of(config.out), []
     for at, image in enumerate(outcome.images):

@@ -14,13 +14,13 @@ from PIL import Image
 from cv_lightning.agent.prompt import Coordinates
 from cv_lightning.agent.protocol import TOOL_NAME
 from cv_lightning.factory import phrases
-from cv_lightning.factory.plans import Edges, Plan, Step
+from cv_lightning.factory.plans import ConversationPlan, Edges, PlannedTurn
 from cv_lightning.factory.table import VqaRow
 from cv_lightning.images import ImageLimits, model_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
+class CropFrame:
     """How a conversation speaks of places in an image."""
 
     coordinates: Coordinates = "original_px"
@@ -62,21 +62,21 @@ class TurnRequest:
     """What a teacher is asked for: the next assistant turn."""
 
     row: VqaRow
-    plan: Plan
+    plan: ConversationPlan
     number: int
     """Of the step in the plan."""
     images: Sequence[Image.Image]
     """Of the conversation so far; the first is the given one."""
     said: Sequence[Said]
     """What was said so far."""
-    frame: Frame
+    frame: CropFrame
     seed: str
     """The same for the same conversation in the same run; with the number of the step it fixes what a template says."""
     refusal: str = ""
     """Why the last try at this turn was not taken; empty at the first."""
 
     @property
-    def step(self) -> Step:
+    def step(self) -> PlannedTurn:
         """The step to be written."""
         return self.plan.steps[self.number]
 
@@ -126,7 +126,7 @@ def answer_turn(thought: str, answer: str) -> str:
     return f"<think>{thought}</think>\n<answer>{answer}</answer>"
 
 
-def crop_arguments(edges: Edges, size: tuple[int, int], frame: Frame) -> tuple[str, str]:
+def crop_arguments(edges: Edges, size: tuple[int, int], frame: CropFrame) -> tuple[str, str]:
     """(lines before, tuple) of a crop's code, with numbers in the frame of the conversation.
 
     Args:

@@ -133,7 +133,7 @@ class WandbRun(WandbLogger):
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """`WandbTrajectories` uploads the last one, if asked to."""
 
-    def table(self, rows: Sequence[Row]) -> Any:
+    def table(self, rows: Sequence[TableRow]) -> Any:
         """A W&B table of trajectories."""
         import wandb
 
@@ -152,7 +152,7 @@ class WandbRun(WandbLogger):
         return table
 
     @rank_zero_only
-    def log_rows(self, key: str, rows: Sequence[Row]) -> None:
+    def log_rows(self, key: str, rows: Sequence[TableRow]) -> None:
         """Log a table."""
         if rows:
             self.experiment.log({key: self.table(rows), X_AXIS: self.iteration})
@@ -194,7 +194,7 @@ class WandbRun(WandbLogger):
         write_text(self._progress_path, json.dumps({run_id: self.iteration}))
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A trajectory for a table."""
 
     group: GroupRecord
@@ -216,28 +216,28 @@ class Row(NamedTuple):
         return found
 
 
-def live_rows(groups: Sequence[Group], iteration: int) -> list[Row]:
+def live_rows(groups: Sequence[Group], iteration: int) -> list[TableRow]:
     """Rows of groups in memory."""
     rows = []
     for group in groups:
         record = to_record(group, iteration)
         for trajectory, live in zip(record.trajectories, group.trajectories, strict=True):
-            rows.append(Row(record, trajectory, [image.original.copy for image in live.images]))
+            rows.append(TableRow(record, trajectory, [image.original.copy for image in live.images]))
     return rows
 
 
-def stored_rows(folder: Path) -> list[Row]:
+def stored_rows(folder: Path) -> list[TableRow]:
     """Rows of a store."""
     return [
-        Row(group, trajectory, [image.load for image in trajectory.images])
+        TableRow(group, trajectory, [image.load for image in trajectory.images])
         for group in read_groups(folder)
         for trajectory in group.trajectories
     ]
 
 
-def stratified(rows: Iterable[Row], most: int) -> list[Row]:
+def stratified(rows: Iterable[TableRow], most: int) -> list[TableRow]:
     """At most `most` rows, taken from every outcome and combination of transforms in turn; repeatable."""
-    strata: dict[tuple[bool | None, tuple[str, ...]], list[Row]] = {}
+    strata: dict[tuple[bool | None, tuple[str, ...]], list[TableRow]] = {}
     for row in sorted(rows, key=_draw):
         correct = row.trajectory.reward.correct if row.trajectory.reward else None
         strata.setdefault((correct, row.group.task.required_transforms), []).append(row)
@@ -246,6 +246,6 @@ def stratified(rows: Iterable[Row], most: int) -> list[Row]:
     return [queues[number][place] for place, number in ranked[:most]]
 
 
-def _draw(row: Row) -> bytes:
+def _draw(row: TableRow) -> bytes:
     key = f"{row.group.iteration}/{row.group.task.id}/{row.trajectory.sample}"
     return hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8).digest()

@@ -41,7 +41,7 @@ IMAGE_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 HOSTS = ("127.0.0.1", "localhost")
 
 
-class Page(NamedTuple):
+class RenderedReport(NamedTuple):
     """The report of one state of a run."""
 
     state: str
@@ -65,10 +65,10 @@ class LiveReport:
         self.config = config
         self._cache = StoreCache()
         self._lock = threading.Lock()
-        self._page: Page | None = None
+        self._page: RenderedReport | None = None
         self._rest_until = 0.0
 
-    def page(self) -> Page:
+    def page(self) -> RenderedReport:
         """The newest page, or the last one while it is too early for another.
 
         Raises:
@@ -87,11 +87,11 @@ class LiveReport:
         files = [path for pattern in SHOWN_FILES for path in self.folder.glob(f"**/{pattern}")]
         return hashlib.sha256(repr(file_state(files)).encode()).hexdigest()[:16]
 
-    def _build(self, state: str) -> Page:
+    def _build(self, state: str) -> RenderedReport:
         run = load_run(self.folder)
         report = Report(run, self.config, self.folder / "index.html", self._cache, is_live=True)
         report.data["state"] = state
-        return Page(
+        return RenderedReport(
             state=state,
             html=report.html().encode("utf-8", "backslashreplace"),
             data=json.dumps(report.data, ensure_ascii=False).encode("utf-8", "backslashreplace"),
@@ -131,7 +131,7 @@ class LiveReport:
 class Handler(BaseHTTPRequestHandler):
     """Answers GET for the page, its data and the run's pictures."""
 
-    server: Server
+    server: ReportServer
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -178,7 +178,7 @@ def _waiting(error: CVLightningError) -> bytes:
     return f"{head}<title>waiting</title><p>Waiting for the run: {text}</p></html>".encode()
 
 
-class Server(ThreadingHTTPServer):
+class ReportServer(ThreadingHTTPServer):
     """The server of one run, on loopback.
 
     Args:
@@ -201,7 +201,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
-def open_server(report: LiveReport, port: int) -> Server:
+def open_server(report: LiveReport, port: int) -> ReportServer:
     """A server on the port, or on the next free one.
 
     Raises:
@@ -209,7 +209,7 @@ def open_server(report: LiveReport, port: int) -> Server:
     """
     for number in range(port, min(port + TRIED_PORTS, 65536)):
         try:
-            return Server(report, number)
+            return ReportServer(report, number)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise

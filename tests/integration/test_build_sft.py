@@ -25,7 +25,7 @@ from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.factory.endpoint import TeacherConfig
 from cv_lightning.factory.plans import KINDS, PlanConfig
 from cv_lightning.factory.sft import BuildSFT, build_sft
-from cv_lightning.factory.teacher import Frame
+from cv_lightning.factory.teacher import CropFrame
 from cv_lightning.factory.verify import Verification, verify_file
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -181,7 +181,7 @@ def test_a_killed_build_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("coordinates", ["model_px", "relative_1000"])
 def test_other_frames_of_coordinates_verify_too(tmp_path: Path, sandbox: Sandbox, coordinates: Any) -> None:
     out = tmp_path / "sft.json"
-    report = build([table(tmp_path, 20)], out, frame=Frame(coordinates=coordinates))
+    report = build([table(tmp_path, 20)], out, frame=CropFrame(coordinates=coordinates))
     assert report["kept"] >= 18
     assert verified(out, sandbox).verified == report["kept"]
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 from trajectory_samples import KINDS, Policy, digit_task, group
 
 from cv_lightning.trajectory import TrajectoryWriter
-from cv_lightning.viewer.live import LiveReport, Server, open_server
+from cv_lightning.viewer.live import LiveReport, ReportServer, open_server
 from cv_lightning.viewer.live import main as view_main
 from cv_lightning.viewer.report import ReportConfig
 
@@ -32,23 +32,23 @@ def add(run: Path, start: int, count: int) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[ReportServer]:
     run = tmp_path / "ein Lauf, größer"
     run.mkdir()
-    with Server(LiveReport(run, CONFIG), 0) as started:
+    with ReportServer(LiveReport(run, CONFIG), 0) as started:
         threading.Thread(target=started.serve_forever, daemon=True).start()
         yield started
         started.shutdown()
 
 
-def get(server: Server, path: str, host: str | None = None) -> tuple[int, bytes]:
+def get(server: ReportServer, path: str, host: str | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     connection.request("GET", path, headers={"Host": host} if host else {})
     reply = connection.getresponse()
     return reply.status, reply.read()
 
 
-def test_an_empty_folder_waits_and_a_run_is_read_when_it_grows(server: Server) -> None:
+def test_an_empty_folder_waits_and_a_run_is_read_when_it_grows(server: ReportServer) -> None:
     run = server.report.folder
     assert b"Waiting for the run" in get(server, "/")[1]
     add(run, 0, 2)
@@ -62,7 +62,7 @@ def test_an_empty_folder_waits_and_a_run_is_read_when_it_grows(server: Server) -
     assert len(json.loads(get(server, f"/data.json?have={data['state']}")[1])["trajectories"]) == 12
 
 
-def test_only_pictures_of_the_run_can_be_read(server: Server) -> None:
+def test_only_pictures_of_the_run_can_be_read(server: ReportServer) -> None:
     run = server.report.folder
     add(run, 1, 1)
     (run.parent / "images").mkdir()
@@ -86,7 +86,7 @@ def test_only_pictures_of_the_run_can_be_read(server: Server) -> None:
     assert server.server_address[0] == "127.0.0.1"
 
 
-def test_a_taken_port_gives_the_next_one(server: Server, tmp_path: Path) -> None:
+def test_a_taken_port_gives_the_next_one(server: ReportServer, tmp_path: Path) -> None:
     with open_server(server.report, server.server_port) as other:
         assert server.server_port < other.server_port <= server.server_port + 20
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_viewed_is_a_message(tmp_path: Path, capsys: pytest.Captu
     assert "--port 70000: must be between" in error
 
 
-def test_new_groups_appear_in_a_page_that_is_open(server: Server, tmp_path: Path) -> None:
+def test_new_groups_appear_in_a_page_that_is_open(server: ReportServer, tmp_path: Path) -> None:
     pytest.importorskip("websockets.sync.client", reason="no websockets: pip install websockets")
     from report_browser import CHROMIUM, Browser
 

@@ -18,11 +18,11 @@ from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.factory.difficulty import is_informative, read_pass_rates
 from cv_lightning.factory.overlap import KnownPictures, PictureSet
-from cv_lightning.factory.plans import KINDS, KindDealer, PlanConfig, Step, make_plan, possible_kinds
+from cv_lightning.factory.plans import KINDS, KindDealer, PlanConfig, PlannedTurn, make_plan, possible_kinds
 from cv_lightning.factory.progress import ProgressFile
 from cv_lightning.factory.rl import BuildRL, TaskPlan, build_rl
 from cv_lightning.factory.table import TableConfig, VqaTable, read_box
-from cv_lightning.factory.teacher import Frame, OfflineTeacher, TurnRequest, crop_arguments
+from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, TurnRequest, crop_arguments
 from cv_lightning.types import DataError
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -137,7 +137,7 @@ def test_an_error_shifts_the_images_behind_it(tmp_path: Path) -> None:
         for step in plan.steps[:-1]:
             assert step.image_index < images
             images += step.fault != "exception"
-        assert plan.steps[-1] == Step(action="answer", image_index=images - 1)
+        assert plan.steps[-1] == PlannedTurn(action="answer", image_index=images - 1)
         seen.add(failed[0].fault)
     assert seen == {"exception", "wrong_turn", "missed_crop"}
 
@@ -148,7 +148,7 @@ def test_the_offline_teacher_varies_and_repeats_itself_with_its_seed(tmp_path: P
 
     def turn(seed: int) -> str:
         request = TurnRequest(
-            row=row, plan=plan, number=0, images=[row.image()], said=(), frame=Frame(), seed=str(seed)
+            row=row, plan=plan, number=0, images=[row.image()], said=(), frame=CropFrame(), seed=str(seed)
         )
         return OfflineTeacher().text(request)
 
@@ -159,7 +159,7 @@ def test_the_offline_teacher_varies_and_repeats_itself_with_its_seed(tmp_path: P
 
 @pytest.mark.parametrize("coordinates", ["original_px", "model_px", "relative_1000"])
 def test_crop_code_in_every_frame_cuts_the_same(coordinates: str) -> None:
-    frame = Frame(coordinates=coordinates, factor=32, min_pixels=1024, max_pixels=64 * 1024)  # type: ignore[arg-type]
+    frame = CropFrame(coordinates=coordinates, factor=32, min_pixels=1024, max_pixels=64 * 1024)  # type: ignore[arg-type]
     image = picture(1, (800, 600))
     before, edges = crop_arguments((200, 150, 400, 300), image.size, frame)
     scope = {"image": image}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cv_lightning.callbacks.watchdog import Report, diagnose
+from cv_lightning.callbacks.watchdog import RankReport, diagnose
 from cv_lightning.distributed import differences
 from cv_lightning.environment import check_launch
 from cv_lightning.settings import flatten
@@ -56,8 +56,8 @@ def test_ranks_with_other_versions_or_settings_are_named() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ watchdog
-def report(rank: int, place: str, *, waits: bool, idle_s: float, silent_s: float = 1.0) -> Report:
-    return Report(rank, f"node{rank}, process 1", place, waits, idle_s, silent_s, False)
+def report(rank: int, place: str, *, waits: bool, idle_s: float, silent_s: float = 1.0) -> RankReport:
+    return RankReport(rank, f"node{rank}, process 1", place, waits, idle_s, silent_s, False)
 
 
 def test_ranks_that_get_on_are_left_alone() -> None:

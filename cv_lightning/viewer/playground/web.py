@@ -41,7 +41,7 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_image(shown)).decode()
 
 
-class Page:
+class ChatPage:
     """What one browser tab sees."""
 
     def __init__(
@@ -222,7 +222,7 @@ def serve(playground: Playground, sampling: SamplingConfig, port: int, image: Pa
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as engine:
         print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
         ui.run(
-            lambda: Page(playground, sampling, engine, first),
+            lambda: ChatPage(playground, sampling, engine, first),
             host=HOST,
             port=port,
             title="cv_lightning playground",
