@@ -44,7 +44,7 @@ from cv_lightning.rollout.engine_group import EngineGroup, RankCollector
 from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator
 from cv_lightning.rollout.fingerprint import describe_rollouts
 from cv_lightning.rollout.self_test import SelfTest
-from cv_lightning.rollout.stale_cache import with_other_vision
+from cv_lightning.rollout.stale_cache import with_other_weights
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, EndState, Group, Iteration, Task
@@ -329,13 +329,13 @@ class RolloutCallback(pl.Callback):
             "rollout/tasks_dropped": float(dropped),
         }
 
-    def sync(self, module: PolicyModule, version: int, other_vision: Collection[str] = ()) -> None:
+    def sync(self, module: PolicyModule, version: int, spoiled: Collection[str] | None = None) -> None:
         """Hand the policy's weights to the engine, if it samples from them; collective under ZeRO-3.
 
         Args:
             module: The policy's module.
             version: Number of the weights.
-            other_vision: Names of vision parameters that reach the engine changed, see `with_other_vision`.
+            spoiled: If not None, weights reach the engine changed, of vision only these: see `with_other_weights`.
         """
         if self.engine_config.keeps_own_weights:
             return
@@ -343,7 +343,8 @@ class RolloutCallback(pl.Callback):
         if engine_kind(self.engine_config) == "transformers":  # it generates with the policy itself
             return self.parts.engine.update_weights(module.policy.named_parameters(), version)
         tensors = whole_tensors(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
-        tensors = with_other_vision(tensors, other_vision)
+        if spoiled is not None:
+            tensors = with_other_weights(tensors, spoiled)
         with Watchdog.at(module.trainer, "weight sync", waits=True):
             self.parts.engine.update_weights(tensors, version)
 

@@ -1,7 +1,8 @@
 """The start-up self-test of training: engine and trainer agree on what the engine samples, old caches included.
 
 It rolls out the first tasks of the run and compares log-probabilities (`mismatch.py`). The engine has answered the same
-tasks before under other vision weights (`stale_cache.py`), so that a cache which outlives a weight sync shows.
+tasks before under other weights (`stale_cache.py`), so that a weight which a sync does not bring shows, and a cache
+which outlives one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cv_lightning.rollout.stale_cache import (
     stale_images_message,
     trained_vision,
     unseen,
+    with_two_images,
 )
 from cv_lightning.types import ParityError, Task, Trajectory
 
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 NUM_TASKS, NUM_SAMPLES = 4, 2
 """Tasks of each rank, and trajectories of each task, that are compared."""
 FILLING_TOKENS = 4
-"""Tokens that are sampled under the other vision weights; only the prompts matter there."""
+"""Tokens that are sampled under the other weights; only the prompts matter there."""
 
 
 class Rollouts(Protocol):
@@ -44,7 +46,7 @@ class Rollouts(Protocol):
     sampling: SamplingConfig
     parity_tolerance: float
 
-    def sync(self, module: PolicyModule, version: int, other_vision: Collection[str] = ()) -> None:
+    def sync(self, module: PolicyModule, version: int, spoiled: Collection[str] | None = None) -> None:
         """Hand the policy's weights to the engine."""
 
     def collector(self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig) -> RankCollector:
@@ -60,18 +62,21 @@ class SelfTest:
     trainer: pl.Trainer
     module: PolicyModule
     tasks: Sequence[Task]
-    """This rank's tasks of the first iteration."""
+    """This rank's tasks of the first iteration; those that are compared, once the test is made."""
+
+    def __post_init__(self) -> None:
+        self.tasks = with_two_images(self.tasks[:NUM_TASKS], self.rollout.agent.max_images)
 
     def fill_caches(self) -> None:
-        """Have the engine answer the test's images under other vision weights; call it before the first sync."""
+        """Have the engine answer the test's images under other weights; call it before the first sync."""
         policy = self.module.policy
         assert policy is not None
         names = trained_vision(policy)
-        if not names:  # embeddings of a frozen vision tower stay right
-            return
         in_place = engine_kind(self.rollout.engine_config) == "transformers"
         with other_vision_in_place(policy, names) if in_place else nullcontext():
-            self.rollout.sync(self.module, version=self.module.iteration - 1, other_vision=names)
+            self.rollout.sync(self.module, version=self.module.iteration - 1, spoiled=names)
+            if not names:  # embeddings of a frozen vision tower stay right
+                return
             limit = min(FILLING_TOKENS, self.rollout.agent.max_turn_tokens)
             self._roll_out(self.tasks, 1, replace(self.rollout.agent, max_turns=1, max_turn_tokens=limit))
 
@@ -104,11 +109,17 @@ class SelfTest:
             return error, slept
 
     def _explained(self, error: ParityError) -> ParityError:
-        """The error itself, or a better one if engine and trainer agree on images that the engine has not seen."""
+        """The error itself, or a better one if engine and trainer agree after a second sync, or on other images."""
         assert self.module.policy is not None
+        self.rollout.sync(self.module, version=self.module.iteration)  # it wakes the engine
+        report, _ = self._compare(self.tasks)
+        if not isinstance(report, ParityError):
+            return ParityError(
+                f"the engine has some weights only after a second sync of the same ones. Before: {error}"
+            )
         if not trained_vision(self.module.policy):
             return error
-        self.rollout.sync(self.module, version=self.module.iteration)  # it wakes the engine
+        self.rollout.sync(self.module, version=self.module.iteration)
         report, _ = self._compare(unseen(self.tasks))
         if isinstance(report, ParityError):
             return error
@@ -116,5 +127,5 @@ class SelfTest:
 
     def _roll_out(self, tasks: Sequence[Task], num_samples: int, agent: AgentConfig) -> list[Trajectory]:
         collector = self.rollout.collector(self.trainer, self.module, agent)
-        groups = collector.roll_out(tasks[:NUM_TASKS], num_samples, self.rollout.sampling, self.module.iteration)
+        groups = collector.roll_out(tasks, num_samples, self.rollout.sampling, self.module.iteration)
         return [trajectory for group in groups for trajectory in group.trajectories]

@@ -1,8 +1,9 @@
-"""Does an engine forget, with its old weights, what it has computed from images?
+"""Does an engine take every weight of a sync, and forget with its old weights what it has computed from images?
 
-The start-up self-test lets the engine answer its prompts under other vision weights first. A prefix or vision
-embedding that survives the weight sync which follows then makes engine and trainer disagree, whatever the learning
-rate. Without that, weights move too little in one step to tell, and the difference grows over the run.
+The start-up self-test lets the engine answer its prompts under other weights first. A weight that the sync which
+follows does not replace, or a prefix or vision embedding that survives it, then makes engine and trainer disagree,
+whatever the learning rate. Without that, weights move too little in one step to tell, and the difference grows over
+the run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ADVICE = {
     "SGLANG_VLM_CACHE_SIZE_MB=0 in its environment",
 }
 """What to change, by the kind of the engine."""
+NUM_PAIRS = 2
+"""Prompts of two images that a rank makes of its tasks if they have one each."""
 
 
 def stale_images_message(kind: str, seen: str) -> str:
@@ -47,12 +50,17 @@ def trained_vision(policy: torch.nn.Module) -> frozenset[str]:
     )
 
 
-def with_other_vision(
-    tensors: Iterable[tuple[str, torch.Tensor]], names: Collection[str]
+def with_other_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], trained: Collection[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors, those of `names` rolled by one output: other features of the same size, without overflow."""
+    """Yield tensors rolled by one output: other features of the same size, without overflow.
+
+    Args:
+        tensors: Whole tensors by name.
+        trained: `trained_vision`. Other vision tensors stay, because an engine may keep what it has computed from them.
+    """
     for name, tensor in tensors:
-        yield name, tensor.roll(1, 0) if name in names else tensor
+        yield name, tensor.roll(1, 0) if VISION not in name or name in trained else tensor
 
 
 @contextmanager
@@ -69,6 +77,27 @@ def other_vision_in_place(policy: torch.nn.Module, names: Collection[str]) -> It
         yield
     finally:
         _roll(parameters, -1)
+
+
+def with_two_images(tasks: Sequence[Task], max_images: int) -> list[Task]:
+    """The tasks, and more of two images each if none of them has several: only those show images in the wrong order.
+
+    The second image is the first one inverted, turned and darkened, which differs from it also where it is mid-grey.
+    Both have half its width and height, so that a prompt of both is no longer than the task's own.
+
+    Args:
+        tasks: Of one rank.
+        max_images: Largest number of images of a trajectory.
+    """
+    if max_images < 2 or any(len(task.images) > 1 for task in tasks):
+        return list(tasks)
+    pairs = []
+    for task in [task for task in tasks if task.images][:NUM_PAIRS]:
+        width, height = task.images[0].size
+        half = task.images[0].resize((max(1, width // 2), max(1, height // 2)))
+        images = half, ImageOps.invert(half).rotate(180).point(lambda value: value // 4)
+        pairs.append(replace(task, id=f"{task.id}-pair", images=images, messages=(), box=None, required_transforms=()))
+    return [*tasks, *pairs]
 
 
 def unseen(tasks: Sequence[Task]) -> list[Task]:

@@ -71,7 +71,7 @@ def mean(differences: torch.Tensor) -> float:
 # ------------------------------------------------------------------ two ranks
 def gradients(family: Family, seed: int, folder: Path) -> Figures:
     """Errors of summed gradients on each of two ranks: the norm of the error over the norm of the exact ones."""
-    deep = {"deepstack_layers": (0,)} if family == "qwen3_vl" else {}
+    deep = {"deepstack_layers": (0,)} if family == "qwen3_vl" else {"full_attention_every": 1}
     small = {"num_layers": 1, "vision_depth": 1, "hidden_size": 64, "num_key_value_heads": 2}
     path = checkpoint(folder / "model", family=family, seed=seed, **small, **deep)
     many = Run(

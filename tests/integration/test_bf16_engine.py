@@ -106,8 +106,8 @@ def test_bf16_shifted_positions_exceed_the_limit(both: tuple[Policy, Engine], mo
 
 
 # ------------------------------------------------------------------ faults at the start of a run of GRPO on this engine
-def late_bucket(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the vision tower's weights reach the engine one sync late."""
+def late_bucket(engine: Engine, vision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the weights of the vision tower, or of the language model, reach the engine one sync late."""
     update, last = engine.update_weights, {}
 
     def late(weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -115,7 +115,7 @@ def late_bucket(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
             for number, (name, tensor) in enumerate(weights):
                 kept = last.get(name, tensor)
                 last[name] = tensor.detach().clone()
-                yield name, kept if ".visual." in name and number % 3 == 0 else tensor
+                yield name, kept if (".visual." in name) == vision and number % 3 == 0 else tensor
 
         update(told(), version)
 
@@ -123,18 +123,18 @@ def late_bucket(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start(both: tuple[Policy, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Takes one iteration of GRPO on tasks of two images, from the checkpoint's weights."""
+def start(both: tuple[Policy, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Takes one iteration of GRPO on tasks of two images or one, from the checkpoint's weights."""
     policy, engine = both
     monkeypatch.setattr(rollout, "build_engine", lambda *_, **__: engine)  # built once for all tests
     monkeypatch.setattr(type(engine), "close", lambda _: None)
     pictures = [[Image.effect_noise((96, 96), 40 + 20 * n).convert("RGB") for n in (i, i + 1)] for i in range(2)]
-    tasks = [
-        Task(id=f"t{n}", question="Read both.", images=tuple(images), ground_truth="1")
-        for n, images in enumerate(pictures)
-    ]
 
-    def run() -> None:
+    def run(num_images: int = 2) -> None:
+        tasks = [
+            Task(id=f"t{n}", question="Read both.", images=tuple(images[:num_images]), ground_truth="1")
+            for n, images in enumerate(pictures)
+        ]
         module = GRPOModule(PolicyConfig(path=str(policy.path), dtype="bfloat16"))
         callback = RolloutCallback(agent=AGENT, engine=CONFIG, num_samples=2)
         fit(module, lambda step: Iteration(step, tasks), 1, callbacks=[callback], default_root_dir=tmp_path)
@@ -142,20 +142,32 @@ def start(both: tuple[Policy, Engine], tmp_path: Path, monkeypatch: pytest.Monke
     return run
 
 
-def test_bf16_grpo_starts_where_nothing_is_wrong(start: Callable[[], None], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("num_images", [2, 1])
+def test_bf16_grpo_starts_where_nothing_is_wrong(
+    start: Callable[..., None], num_images: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO"):
-        start()
+        start(num_images)
     assert "engine and trainer agree after the first sync" in caplog.text
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, "late_bucket"])
+@pytest.mark.parametrize("fault", [*FAULTS, "late_vision", "late_text"])
 def test_bf16_grpo_with_a_planted_fault_does_not_start(
-    both: tuple[Policy, Engine], start: Callable[[], None], fault: str, monkeypatch: pytest.MonkeyPatch
+    both: tuple[Policy, Engine], start: Callable[..., None], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fault == "late_bucket":
-        late_bucket(both[1], monkeypatch)
+    if fault.startswith("late"):
+        late_bucket(both[1], fault == "late_vision", monkeypatch)
     else:
         plant(fault, monkeypatch)
     said = "buffers of the policy" if fault == "rotary" else "engine and trainer disagree"
+    said = "only after a second sync" if fault.startswith("late") else said
     with pytest.raises(CVLightningError, match=said):
         start()
+
+
+def test_bf16_grpo_with_swapped_images_does_not_start_on_tasks_of_one_image(
+    start: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant("swapped_image", monkeypatch)
+    with pytest.raises(CVLightningError, match="engine and trainer disagree"):
+        start(1)
