@@ -42,6 +42,7 @@ VERBS = {
     "ablations": Verb(
         "cv_lightning.digits.ablations:main", "train the quickstart with parts of reward and recipe taken away"
     ),
+    "config": Verb("cv_lightning.commands.config:main", "rewrite a config of an earlier version"),
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
     "chat": Verb("cv_lightning.commands.chat:main", "ask a model about a picture, in the terminal or a browser"),

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import transformers
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import cv_lightning.data.modules
 import cv_lightning.modules  # noqa: F401  (bare class names in YAML resolve among imported subclasses)
 from cv_lightning.callbacks.checkpoint import CheckpointCallback, check_fits
+from cv_lightning.callbacks.export import ExportCallback
 from cv_lightning.callbacks.owner import RunOwner
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
@@ -39,6 +40,7 @@ from cv_lightning.loggers import run_loggers
 from cv_lightning.loggers.wandb import WandbRun
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.preflight import check_evaluation, check_fit
+from cv_lightning.renames import STORED, migrate_config, new_key
 from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)
@@ -50,12 +52,39 @@ TAKE_OVER = (
 
 
 class ShortErrorParser(ShortErrors, LightningArgumentParser):
-    """A parser whose errors are not buried under a usage text of a hundred lines, and that wants whole names."""
+    """A parser whose errors are short, that wants whole names, and that knows what old configs are called today."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
 
+    def parse_string(self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any) -> Any:
+        """Parse a config. One that a run has stored may have old names; in a user's file they are an error."""
+        try:
+            loaded = yaml.safe_load(content)
+        except yaml.YAMLError:
+            loaded = None  # the parser's own error says where
+        if isinstance(loaded, dict):
+            migrated, changes = migrate_config(loaded)
+            if changes and Path(path).name not in STORED:
+                self.error(
+                    f"{path}: {'; '.join(f'{old} is now {new}' for old, new in changes.items())}. "
+                    f"`python -m cv_lightning config migrate {path}` rewrites the file"
+                )
+            content = yaml.safe_dump(migrated, sort_keys=False) if changes else content
+        return super().parse_string(content, path, *args, **kwargs)
 
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "watchdog": Watchdog,
+    "start_check": SFTStartCheck,
+    "progress": RunProgress,
+    "rollout": RolloutCallback,
+    "export": ExportCallback,
+    "checkpoint": CheckpointCallback,
+}
+"""Callbacks that a run has once, by their key in a config, in the order in which they are called."""
+SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
+"""Lightning's own switches of some of them."""
 PARTS = {"module": "model", "data": "data"}
 """Parts of a recipe to where they stand in a config."""
 
@@ -78,8 +107,12 @@ class CVLightningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults that a research run wants."""
         parser.add_argument("--take_over", type=bool, default=False, help=TAKE_OVER)
+        for key, kind in CALLBACKS.items():
+            parser.add_class_arguments(kind, key, sub_configs=True)
+        parser.link_arguments("rollout.sampling.temperature", "model.init_args.temperature")
         parser.set_defaults(
             {
+                "export.folder": None,
                 "trainer.default_root_dir": DEFAULT_FOLDER,
                 "trainer.use_distributed_sampler": False,
                 "trainer.num_sanity_val_steps": 0,
@@ -89,25 +122,17 @@ class CVLightningCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the metrics file, the checkpoints and the progress bar where the config names none."""
+        """Add the metrics file and the callbacks that have keys of their own."""
         config = self._get(self.config_init, "trainer", default={})
         kwargs["logger"] = run_loggers(config.get("logger"), config["default_root_dir"], self.subcommand or "fit")
-        callbacks = without_earlier(config.get("callbacks") or [])
         loggers = kwargs["logger"] if isinstance(kwargs["logger"], list) else []
-        callbacks += [WandbTrajectories(logger) for logger in loggers if isinstance(logger, WandbRun)]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, RunProgress) for c in callbacks):
-            callbacks.append(RunProgress())
-        if config.get("enable_checkpointing") is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            callbacks.append(CheckpointCallback())
-        if not any(isinstance(c, SFTStartCheck) for c in callbacks):
-            callbacks.insert(0, SFTStartCheck())
-        if not any(isinstance(c, Watchdog) for c in callbacks):
-            callbacks.insert(0, Watchdog())
-        callbacks = [*callbacks[:1], RunOwner(self._take_over), StopOnSignal(), *callbacks[1:]]
-        for callback in callbacks:
-            if isinstance(callback, CheckpointCallback):
-                callback.settings = self._settings
-        kwargs["callbacks"] = callbacks
+        given = list(config.get("callbacks") or [])
+        own = {key: self._get(self.config_init, key) for key in CALLBACKS if _is_wanted(key, config, given)}
+        if isinstance(own.get("checkpoint"), CheckpointCallback):
+            own["checkpoint"].settings = self._settings
+        first = [own.pop("watchdog", None), RunOwner(self._take_over), StopOnSignal(), own.pop("start_check", None)]
+        wandb = [WandbTrajectories(logger) for logger in loggers if isinstance(logger, WandbRun)]
+        kwargs["callbacks"] = [*filter(None, first), *given, *own.values(), *wandb]
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
@@ -202,15 +227,37 @@ class ConfigOnly(CVLightningCLI):
         """Run nothing."""
 
 
-def without_earlier(callbacks: Sequence[Callback]) -> list[Callback]:
-    """Of what a run has once, the last: a config's `callbacks+:` adds one to take the place of the recipe's."""
-    once = (CheckpointCallback, RolloutCallback, RunProgress, SFTStartCheck, Watchdog)
-    last = {kind: next((c for c in reversed(callbacks) if isinstance(c, kind)), None) for kind in once}
-    kept = [c for c in callbacks if all(c is last[kind] for kind in once if isinstance(c, kind))]
-    for callback in callbacks:
-        if callback not in kept:
-            LOG.info("of several %s in trainer.callbacks the last one holds", type(callback).__name__)
-    return kept
+def _is_wanted(key: str, trainer: Mapping[str, Any], given: Sequence[Callback]) -> bool:
+    """True if the callback of a key takes part in the run.
+
+    Args:
+        key: One of `CALLBACKS`.
+        trainer: Arguments of the trainer.
+        given: Its callbacks; one of a class derived from ours takes the place of ours.
+
+    Raises:
+        CVLightningError: Ours is among them.
+    """
+    kind = CALLBACKS[key]
+    if any(type(callback) is kind for callback in given):
+        raise CVLightningError(f"trainer.callbacks names {kind.__name__}, whose settings are under `{key}`")
+    return trainer.get(SWITCHES.get(key, "")) is not False and not any(isinstance(c, kind) for c in given)
+
+
+def refuse_old_flags(args: Sequence[str]) -> None:
+    """Stop at a flag that has another name today.
+
+    Args:
+        args: The command line.
+
+    Raises:
+        CVLightningError: Says the new name.
+    """
+    for argument in args:
+        old = argument.removeprefix("--").partition("=")[0]
+        new = new_key(old) if argument.startswith("--") else old
+        if new != old:
+            raise CVLightningError(f"--{old} is now --{new}")
 
 
 def find_checkpoint(given: str | None, run: Path) -> str | None:
@@ -263,6 +310,8 @@ def main(
     """
     _quiet_libraries()
     try:
+        if args is None or isinstance(args, list):
+            refuse_old_flags(sys.argv[1:] if args is None else args)
         with exit_codes():
             return _run(args, cli_class, parser_class)
     except CVLightningError as error:

@@ -13,14 +13,10 @@ from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskD
 from cv_lightning.data.rows import expand_files
 from cv_lightning.models.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
-from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.strategies import PRECISIONS, ZeroStrategy
 from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)
-REPLACED = (
-    "a `trainer.callbacks` list in a later --config takes the place of the recipe's; `callbacks+:` there adds to it"
-)
 
 
 def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
@@ -32,14 +28,6 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
     rollout = _rollout(trainer)
     if isinstance(module, PolicyModule):
         check_types(trainer, module.policy_config.dtype, trains=True)
-    if isinstance(module, GRPOModule) and rollout is None:
-        raise CVLightningError(f"trainer.callbacks names no RolloutCallback: GRPO has nothing to train on ({REPLACED})")
-    if isinstance(module, GRPOModule) and rollout is not None and module.temperature != rollout.sampling.temperature:
-        raise CVLightningError(
-            f"--model.init_args.temperature {module.temperature:g} is what the loss takes samples to be drawn with, "
-            f"--trainer.callbacks.init_args.sampling.temperature {rollout.sampling.temperature:g} what they are: every "
-            "ratio would be wrong. Set both alike"
-        )
     if isinstance(data, EvaluationDataModule):
         data.check_ranks(trainer.world_size)
         if type(data) in (TaskDataModule, SFTDataModule) and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
@@ -66,11 +54,6 @@ def check_evaluation(
         CVLightningError: what to change.
     """
     rollout = _rollout(trainer)
-    if isinstance(module, PolicyModule) and rollout is None:
-        raise CVLightningError(
-            f"{verb}: trainer.callbacks names no RolloutCallback, which is what rolls tasks out ({REPLACED}); "
-            "configs/eval holds whole configs"
-        )
     if isinstance(module, PolicyModule) and module.loads_policy:
         check_types(trainer, module.policy_config.dtype, trains=False)
     if isinstance(data, EvaluationDataModule):
@@ -134,5 +117,5 @@ def _check_engine(rollout: RolloutCallback | None, module: pl.LightningModule) -
     if positions is not None and wanted > positions:
         raise CVLightningError(
             f"engine.max_model_len {wanted} is more than the {positions} positions of {module.policy_config.path}: "
-            "lower --trainer.callbacks.init_args.engine.max_model_len"
+            "lower --rollout.engine.max_model_len"
         )

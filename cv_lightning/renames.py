@@ -7,6 +7,7 @@ silently. A flag or a user's YAML file with an old name is refused with the new 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache
@@ -15,8 +16,6 @@ from typing import Any
 
 FILE = Path(__file__).with_name("renames.json")
 CALLBACKS = "trainer.callbacks"
-ANY_CALLBACK = f"{CALLBACKS}.init_args"
-"""Beginning of a flag for the last callback of the list, which used to be the rollout callback."""
 STORED = ("fit_config.yaml", "validate_config.yaml", "test_config.yaml")
 """Names of the files in which a run keeps its resolved config."""
 
@@ -37,11 +36,13 @@ def new_key(key: str) -> str:
 
     Args:
         key: As in a flag without its dashes, or as `settings_of` names it: `trainer.callbacks.RolloutCallback.agent`.
+            A flag for the last callback of the list used to mean the rollout callback.
     """
-    if key.startswith(f"{ANY_CALLBACK}."):
-        key = f"{CALLBACKS}.RolloutCallback{key.removeprefix(ANY_CALLBACK)}"
+    listed = re.escape(CALLBACKS)
+    plain = re.sub(rf"^({listed}\.[A-Z]\w*)\.init_args\.", r"\1.", key)
+    plain = re.sub(rf"^{listed}\.(?:init_args\.)?(?=[a-z])(?!class_path)", f"{CALLBACKS}.RolloutCallback.", plain)
     renamed = table("config_keys")
-    parts = key.split(".")
+    parts = plain.split(".")
     for length in range(len(parts), 0, -1):
         start, rest = ".".join(parts[:length]), parts[length:]
         if start in renamed:
@@ -58,21 +59,22 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     """A config under the names of today.
 
     Args:
-        config: One verb's, as its YAML file holds it.
+        config: One verb's, as its YAML file holds it. It stays as it is.
 
     Returns:
-        The config, and the old names that it had with the new ones.
+        The config, of the same class where that is a kind of dict, and the old names that it had with the new ones.
     """
-    migrated: dict[str, Any] = deepcopy(dict(config))
+    migrated: dict[str, Any] = deepcopy(config) if isinstance(config, dict) else dict(config)
     changes = _migrate_class_paths(migrated)
-    changes |= _migrate_callbacks(migrated)
-    renamed = {old: new for old, new in table("config_keys").items() if not old.startswith(CALLBACKS)}
-    for old in sorted(renamed, key=len, reverse=True):
-        if _has(migrated, old):
-            new = new_key(old)
-            _put(migrated, new, _take(migrated, old))
-            changes[old] = new
-    return migrated, changes
+    moved = _migrate_callbacks(migrated)
+    table_of_keys = table("config_keys")
+    for old in sorted(table_of_keys, key=len, reverse=True):
+        listed = next((name for name in moved if old.startswith(f"{name}.")), None)
+        place = old if listed is None else f"{table_of_keys[listed]}{old.removeprefix(listed)}"
+        if old not in moved and _has(migrated, place):
+            _put(migrated, new_key(old), _take(migrated, place))
+            changes[old] = new_key(old)
+    return migrated, changes | {old: table_of_keys[old] for old in moved}
 
 
 def _migrate_class_paths(value: Any) -> dict[str, str]:
@@ -86,9 +88,13 @@ def _migrate_class_paths(value: Any) -> dict[str, str]:
     return changes
 
 
-def _migrate_callbacks(config: dict[str, Any]) -> dict[str, str]:
-    """Move single callbacks from `trainer.callbacks` to their own keys; of several of a kind the last one holds."""
-    changes: dict[str, str] = {}
+def _migrate_callbacks(config: dict[str, Any]) -> list[str]:
+    """Move single callbacks from `trainer.callbacks` to their own keys; of several of a kind the last one holds.
+
+    Returns:
+        The old names of those that were moved.
+    """
+    moved: list[str] = []
     trainer = config.get("trainer")
     for name in ("callbacks", "callbacks+"):
         listed = trainer.get(name) if isinstance(trainer, dict) else None
@@ -96,20 +102,20 @@ def _migrate_callbacks(config: dict[str, Any]) -> dict[str, str]:
             continue
         kept = []
         for entry in listed:
-            spec = {"class_path": entry} if isinstance(entry, str) else entry
-            path = str(spec.get("class_path", "")) if isinstance(spec, Mapping) else ""
-            old = f"{CALLBACKS}.{path.rpartition('.')[2]}"
+            path, arguments = entry, None
+            if isinstance(entry, Mapping):
+                path, arguments = entry.get("class_path"), entry.get("init_args")
+            old = f"{CALLBACKS}.{str(path).rpartition('.')[2]}"
             if old not in table("config_keys"):
                 kept.append(entry)
                 continue
-            changes[f"{CALLBACKS}: {path}"] = table("config_keys")[old]
-            for argument, given in (spec.get("init_args") or {}).items():
-                _put(config, new_key(f"{old}.{argument}"), given)
-        if kept:
+            moved.append(old)
+            _put(config, table("config_keys")[old], arguments or {})
+        if kept and len(kept) < len(listed):
             trainer[name] = kept
         elif len(kept) < len(listed):
             del trainer[name]
-    return changes
+    return moved
 
 
 def _has(config: Any, key: str) -> bool:
@@ -135,6 +141,6 @@ def _put(config: dict[str, Any], key: str, value: Any) -> None:
             inner = config[part] = {}
         config = inner
     if isinstance(value, dict) and isinstance(config.get(last), dict):
-        config[last] |= value
+        config[last].update(value)
     else:
         config[last] = value

@@ -39,15 +39,16 @@ class ExportCallback(pl.Callback):
     """`<run>/<folder>` holds safetensors, config, processor and our chat template: what `policy.path` takes.
 
     Args:
-        folder: under the run's folder.
+        folder: Name under the run's folder; None writes nothing.
     """
 
-    def __init__(self, folder: str = "model") -> None:
+    def __init__(self, folder: str | None = "model") -> None:
         self.folder = folder
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gather on all ranks, write on the first; the folder appears whole or not at all."""
-        assert isinstance(pl_module, PolicyModule)
+        if self.folder is None or not isinstance(pl_module, PolicyModule):
+            return
         run = Path(trainer.default_root_dir)
         export_policy(pl_module, run / self.folder, trainer.is_global_zero, run)
         trainer.strategy.barrier("export")

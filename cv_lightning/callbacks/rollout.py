@@ -83,6 +83,9 @@ class _Parts:
 class RolloutCallback(pl.Callback):
     """Makes the trajectories that GRPO trains on, and those that evaluations count.
 
+    The command line configures it under `rollout`. In a run that rolls nothing out, such as SFT without validation, it
+    does nothing.
+
     Args:
         agent: limits and words of the agent.
         engine: the engine inside this process.
@@ -103,28 +106,28 @@ class RolloutCallback(pl.Callback):
 
     def __init__(
         self,
-        agent: AgentConfig | None = None,
-        engine: EngineConfig | None = None,
-        sampling: SamplingConfig | None = None,
-        reward: RewardConfig | None = None,
-        advantage: AdvantageConfig | None = None,
-        mask: MaskConfig | None = None,
-        sandbox: SandboxConfig | None = None,
-        store: StoreConfig | None = None,
+        agent: AgentConfig = AgentConfig(),  # noqa: B008 (frozen)
+        engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        reward: RewardConfig = RewardConfig(),  # noqa: B008 (frozen)
+        advantage: AdvantageConfig = AdvantageConfig(),  # noqa: B008 (frozen)
+        mask: MaskConfig = MaskConfig(),  # noqa: B008 (frozen)
+        sandbox: SandboxConfig = SandboxConfig(),  # noqa: B008 (frozen)
+        store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
         num_samples: int = 8,
         evaluations: list[EvaluationConfig] | None = None,
         parity_tolerance: float = 1e-4,
         max_failed_frac: float = 0.25,
         eval_prefix: str = "",
     ) -> None:
-        self.agent = agent or AgentConfig()
-        self.engine_config = _repeatable(engine or EngineConfig(), self.agent)
-        self.sampling = sampling or SamplingConfig()
-        self.reward = reward or RewardConfig()
-        self.advantage = advantage or AdvantageConfig()
-        self.mask = mask or MaskConfig()
-        self.sandbox_config = sandbox or SandboxConfig()
-        self.store = store or StoreConfig()
+        self.agent = agent
+        self.engine_config = _repeatable(engine, agent)
+        self.sampling = sampling
+        self.reward = reward
+        self.advantage = advantage
+        self.mask = mask
+        self.sandbox_config = sandbox
+        self.store = store
         self.num_samples = num_samples
         about = describe_rollouts(self.agent, self.reward, self.engine_config, self.sandbox_config)
         settings = evaluations or [EvaluationConfig()]
@@ -145,9 +148,9 @@ class RolloutCallback(pl.Callback):
     # ------------------------------------------------------------------ life cycle
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start sandbox and judge; build vLLM before DeepSpeed initialises (traps T39, T49)."""
-        module = _policy_module(pl_module)
-        if self.parts is not None:
+        if self.parts is not None or not _rolls_out(trainer, pl_module, stage):
             return
+        module = _policy_module(pl_module)
         if self.engine_config.keeps_own_weights:
             if stage == "fit":
                 raise CVLightningError(
@@ -378,12 +381,16 @@ class RolloutCallback(pl.Callback):
         self._finish_evaluation(trainer, pl_module)
 
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.parts is None:
+            return
         module = _policy_module(pl_module)
         self._ready(module)
         self.evaluator.start(trainer, module)
         self.sync(module, version=module.iteration)
 
     def _evaluate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if self.parts is None:
+            return
         module = _policy_module(pl_module)
 
         def collector_of(setting: EvaluationConfig) -> RankCollector:
@@ -392,6 +399,8 @@ class RolloutCallback(pl.Callback):
         self.evaluator.run(trainer, module, batch, collector_of, partial(RunProgress.rollout_of, trainer))
 
     def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.parts is None:
+            return
         module = _policy_module(pl_module)
         self.evaluator.finish(trainer, module)
         parts = self._ready(module)
@@ -439,6 +448,14 @@ class RolloutCallback(pl.Callback):
             watch=lambda name: Watchdog.at(trainer, name, waits=False),
             check_stop=signals.check if signals is not None else None,
         )
+
+
+def _rolls_out(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> bool:
+    """True if the run trains on rollouts or evaluates by them."""
+    if not isinstance(module, PolicyModule):
+        return False
+    datamodule = getattr(trainer, "datamodule", None)
+    return stage != "fit" or module.trains_on_rollouts or bool(getattr(datamodule, "has_validation", False))
 
 
 def _repeatable(engine: EngineConfig, agent: AgentConfig) -> EngineConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from cv_lightning.renames import new_key
 from cv_lightning.settings import changed, flatten
 from cv_lightning.types import CheckpointError
 
@@ -62,7 +63,8 @@ def check_recipe(checkpoint: Path, classes: Mapping[str, str], settings: Mapping
         CheckpointError: it is of another module or other data.
     """
     stored = read_recipe(checkpoint)
-    found = _changes(stored.get("settings") or {}, settings)
+    before = {new_key(name): value for name, value in (stored.get("settings") or {}).items()}
+    found = _changes(before, settings)
     shown = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     if any(stored.get(part, name) != name for part, name in classes.items()):
         raise CheckpointError(
@@ -78,5 +80,13 @@ def check_recipe(checkpoint: Path, classes: Mapping[str, str], settings: Mapping
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if not old or not new:
         return []
-    names = [name for name in changed(old, new) if old.get(name) != new.get(name)]  # an absent one is None
+    unset = {name for name, value in old.items() if value is None and any(n.startswith(f"{name}.") for n in new)}
+    parts = {name.partition(".")[0] for name in old}
+    names = [
+        name
+        for name in changed(old, new)
+        if old.get(name) != new.get(name)  # an absent one is None
+        and name.partition(".")[0] in parts  # an earlier version stored no settings of this part
+        and not any(name == part or name.startswith(f"{part}.") for part in unset)  # and of this one null for defaults
+    ]
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if not name.endswith("class_path")]

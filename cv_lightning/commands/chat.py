@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from cv_lightning.environment import prepare_environment
+from cv_lightning.renames import migrate_config
 from cv_lightning.types import CheckpointError, CVLightningError
 
 prepare_environment()  # before transformers and vLLM
@@ -172,17 +173,16 @@ def run_defaults(file: Path) -> dict[str, Any]:
         CheckpointError: it is no config of a run.
     """
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config, _ = migrate_config(yaml.safe_load(file.read_text(encoding="utf-8")))
         model = config["model"]["init_args"]
-        callbacks = config["trainer"]["callbacks"] or []
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: no config of a run ({error!r}); move it away to go without") from error
     found: dict[str, Any] = {name: model["policy"][name] for name in ("dtype", "min_pixels", "max_pixels")}
     if model.get("prompt"):  # SFT
         found["agent"] = {"prompt": model["prompt"]}
-    for callback in callbacks:
-        if callback["class_path"].endswith("RolloutCallback"):
-            found |= {name: callback["init_args"].get(name) or {} for name in ("agent", "engine", "sandbox")}
+    rollout = config.get("rollout")
+    if rollout and not config["model"]["class_path"].endswith("SFTModule"):
+        found |= {name: rollout.get(name) or {} for name in ("agent", "engine", "sandbox")}
     return dict(_flat(found))
 
 

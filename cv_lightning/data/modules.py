@@ -136,9 +136,12 @@ class EvaluationDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> StepLoader[Iteration] | list[object]:
         """Tasks of a validation; an empty list, which skips it, where none are asked for."""
-        if not self.eval_files and not any(self.val_tasks.values()):
-            return []
-        return self._evaluation_loader(self.val_tasks)
+        return self._evaluation_loader(self.val_tasks) if self.has_validation else []
+
+    @property
+    def has_validation(self) -> bool:
+        """True if there are tasks to validate on."""
+        return bool(self.eval_files) or any(self.val_tasks.values())
 
     def test_dataloader(self) -> StepLoader[Iteration]:
         """Tasks of a test."""

@@ -93,7 +93,7 @@ def stages(
         tests: test every arm on held-out scenes, too.
     """
     digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
-    rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
+    rl = ["--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
     if iterations is not None:
         rl += ["--data.init_args.num_iterations", str(iterations)]
     test = list(SMOKE_TEST) if smoke else []
@@ -111,7 +111,7 @@ def stages(
     for name in arms:
         arm = ARMS[name]
         start = f"{arm.sft}/model" if arm.sft else "tiny"
-        reward = ["--trainer.callbacks.init_args.reward", arm.reward] if arm.reward else []
+        reward = ["--rollout.reward", arm.reward] if arm.reward else []
         found.append(fit_stage(name, f"GRPO: {arm.title}", run, start, [*digits, *rl, *reward], config="grpo"))
         found += [test_stage(name, run, seed, test)] if tests else []
     return found

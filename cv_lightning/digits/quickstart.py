@@ -24,7 +24,7 @@ SEVERAL_RANKS = Path("configs/hardware/cpu2.yaml")
 """What `--ranks` puts on top of the configs: ZeRO-3 among CPU ranks."""
 SMOKE_SFT = ["--data.init_args.num_steps", "6"]
 SMOKE_RL = ["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "4"]
-SMOKE_RL += ["--trainer.callbacks.init_args.store.share", "1.0"]  # so few groups that a tenth may be none
+SMOKE_RL += ["--rollout.store.share", "1.0"]  # so few groups that a tenth may be none
 SMOKE_TEST = ["--data.init_args.test_tasks", '{"upright": 2, "turned": 2, "small": 2, "turned_and_small": 2}']
 
 
@@ -90,7 +90,7 @@ def stages(
     scenes = model.scene_flags("data.init_args.")
     if ranks > 1:
         scenes += ["--config", str(SEVERAL_RANKS), "--trainer.devices", str(ranks)]
-    rl = ["--trainer.callbacks.init_args.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
+    rl = ["--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
     digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed), *scenes]
     tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
     tiny += [*model.tiny, *model.scene_flags("")]
@@ -103,7 +103,7 @@ def stages(
         test_stage("rl", run, seed, test),
     ]
     if ablation:
-        reward = ["--trainer.callbacks.init_args.reward", f"{CONFIGS}/reward_accuracy.yaml"]
+        reward = ["--rollout.reward", f"{CONFIGS}/reward_accuracy.yaml"]
         title = "the same GRPO with accuracy and format only"
         found.append(fit_stage("rl_accuracy", title, run, "sft/model", [*digits, *rl, *reward], config="grpo"))
         found.append(test_stage("rl_accuracy", run, seed, test))
@@ -124,8 +124,8 @@ def test_stage(stage: str, run: Path, seed: int, extra: list[str]) -> Stage:
     """Test of `run/stage/model` into `run/eval/<stage>_<greedy|sampled>_<tool|notool>`."""
     arguments = ["test", "--config", f"{CONFIGS}/eval.yaml", "--trainer.default_root_dir", str(run)]
     arguments += ["--model.init_args.policy.path", f"{run}/{stage}/model"]
-    arguments += ["--trainer.callbacks.init_args.eval_prefix", f"{stage}_"]
-    arguments += ["--trainer.callbacks.init_args.sampling.seed", str(seed), *extra]
+    arguments += ["--rollout.eval_prefix", f"{stage}_"]
+    arguments += ["--rollout.sampling.seed", str(seed), *extra]
     names = [f"{stage}_{mode}_{tool}" for mode in ("greedy", "sampled") for tool in ("tool", "notool")]
     writes = [run / "eval" / name for name in names]
     title = f"test of {stage} on held-out digits, with and without the tool"

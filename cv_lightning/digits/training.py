@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from cv_lightning.digits.demonstrations import DemonstrationConfig
+from cv_lightning.renames import migrate_config
 from cv_lightning.rewards.config import COMPONENTS, PENALTIES, RewardConfig
 
 CONFIG = "{stage}/fit_config.yaml"
@@ -30,8 +31,8 @@ def training_story(configs: Mapping[str, str]) -> list[tuple[str, list[str]]]:
         ("rl_accuracy", "Ablation", _rl),
     ):
         text = configs.get(CONFIG.format(stage=stage))
-        config = yaml.safe_load(text) if text else None
-        if isinstance(config, dict) and (sentences := tell(config)):
+        loaded = yaml.safe_load(text) if text else None
+        if isinstance(loaded, dict) and (sentences := tell(migrate_config(loaded)[0])):
             story.append((title, sentences))
     return story
 
@@ -87,7 +88,7 @@ def _said(policy: str) -> str:
 # ------------------------------------------------------------------------------------------------ RL
 def _rl(config: dict[str, Any]) -> list[str]:
     data = _at(config, "data", "init_args") or {}
-    rollout = _callback(config, "RolloutCallback")
+    rollout = _at(config, "rollout") or {}
     model = _at(config, "model", "init_args") or {}
     sentences = []
     if "num_iterations" in data and "tasks_per_iteration" in data:
@@ -114,14 +115,6 @@ def reward_formula(reward: Mapping[str, Any]) -> str:
         if weight:
             terms.append(f"{sign} {name}" if weight == 1 else f"{sign} {weight:g} {name}")
     return " ".join(terms).removeprefix("+ ") or "0"
-
-
-def _callback(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Constructor arguments of a callback; empty where the config names none."""
-    for entry in _at(config, "trainer", "callbacks") or []:
-        if isinstance(entry, dict) and str(entry.get("class_path", "")).endswith(name):
-            return entry.get("init_args") or {}
-    return {}
 
 
 def _at(config: Any, *path: str) -> Any:

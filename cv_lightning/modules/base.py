@@ -96,6 +96,9 @@ class PolicyModule(pl.LightningModule):
         max_tokens_per_row: token budget of one packed row, which is one micro-batch.
     """
 
+    trains_on_rollouts = False
+    """True for a module whose training batches are rolled out."""
+
     def __init__(
         self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384
     ) -> None:

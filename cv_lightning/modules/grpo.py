@@ -61,6 +61,8 @@ class GRPOModule(PolicyModule):
             run; where it does, the weight is multiplied by this (lazy regularisation, StyleGAN2, 1912.04958).
     """
 
+    trains_on_rollouts = True
+
     def __init__(
         self,
         policy: PolicyConfig,

@@ -96,7 +96,7 @@ def read_run(args: list[str]) -> RunFacts:
     kind = _class(model["class_path"])
     rollout = None
     if issubclass(kind, GRPOModule):
-        rollout = _rollout(trainer.get("callbacks") or [], given, policy)
+        rollout = _rollout(config["rollout"], given, policy)
         tasks = _build_class(TaskDataModule, data, "data")
         sequences, batches = tasks.tasks_per_iteration * rollout.num_samples, tasks.num_iterations
     elif issubclass(kind, SFTModule):
@@ -117,11 +117,9 @@ def read_run(args: list[str]) -> RunFacts:
     )
 
 
-def _rollout(callbacks: list[dict[str, Any]], given: dict[str, Any], policy: PolicyConfig) -> RolloutFacts:
-    found = [spec for spec in callbacks if issubclass(_class(spec["class_path"]), RolloutCallback)]
-    if not found:
-        raise CVLightningError("trainer.callbacks names no RolloutCallback: GRPO has nothing to train on")
-    callback = _build_class(RolloutCallback, found[-1], "trainer.callbacks")
+def _rollout(rollout: dict[str, Any], given: dict[str, Any], policy: PolicyConfig) -> RolloutFacts:
+    spec = {"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout}
+    callback = _build_class(RolloutCallback, spec, "rollout")
     loss = _build(PolicyLossConfig, given.get("loss") or {})
     own = policy.lora is not None and given.get("reference_path") in (None, policy.path)
     forwards = 1 / given["reference_every"] if loss.needs_reference else 0.0

@@ -154,7 +154,7 @@ class Evaluator:
             listed = ", ".join(changed[:SHOWN_DIFFERENCES]) + (", ..." if len(changed) > SHOWN_DIFFERENCES else "")
             return (
                 f"{folders[name]} holds another evaluation (it differs in {listed}); give this one its own place by "
-                "--trainer.callbacks.init_args.eval_prefix NAME_ or --trainer.default_root_dir, or remove that folder"
+                "--rollout.eval_prefix NAME_ or --trainer.default_root_dir, or remove that folder"
             )
         for name, folder in folders.items():
             if found[name] == "goes on" or name in self._finished:

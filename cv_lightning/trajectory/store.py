@@ -45,7 +45,7 @@ MAX_WAITING = 32
 """Groups that may wait to be written in the background, with their images in memory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """What is kept of a run's trajectories."""
 

@@ -26,12 +26,12 @@ NEEDED_GB = {"sft": 10.5, "grpo": 16.5}
 """In float32."""
 SIZES = {"hidden_size": 1280, "head_dim": 64, "num_key_value_heads": 4}
 LAYERS = 28
-ROLLOUT = "--trainer.callbacks.init_args"
+ROLLOUT = "--rollout"
 COMMON = [
     "--trainer.accelerator=cpu",
     "--trainer.logger=false",
     "--trainer.enable_checkpointing=false",
-    "--trainer.callbacks=[]",
+    "--export.folder=null",
     "--model.init_args.max_tokens_per_row=256",
 ]
 CHILD = """
@@ -65,8 +65,8 @@ def arguments(stage: str, base: Path, run: Path, dtype: str) -> list[str]:
         given += [*COMMON, "--data.init_args.num_steps=2", "--data.init_args.conversations_per_step=10"]
         return [*given, "--data.init_args.warm_up_share=0"]
     overlay = run.with_suffix(".yaml")
-    overlay.write_text(json.dumps({"trainer": {"callbacks": [_rollout(config)]}}))  # JSON is YAML
-    given += [*(flag for flag in COMMON if "callbacks" not in flag), "--config", str(overlay)]
+    overlay.write_text(json.dumps({"rollout": _rollout(config)}))  # JSON is YAML
+    given += [*COMMON, "--config", str(overlay)]
     given += ["--data.init_args.num_iterations=2", "--data.init_args.tasks_per_iteration=2"]
     return [*given, "--model.init_args.loss.kl_weight=0.001", "--model.init_args.num_minibatches=1"]
 
@@ -74,7 +74,7 @@ def arguments(stage: str, base: Path, run: Path, dtype: str) -> list[str]:
 def _rollout(config: Path) -> dict[str, Any]:
     """Short trajectories: a random policy says nothing that is worth more."""
     agent = {"max_turns": 1, "max_turn_tokens": 32, "max_prompt_tokens": 64, "max_response_tokens": 64}
-    init = {
+    return {
         "num_samples": 6,
         "agent": agent | {"prompt": str(config / "prompt.yaml"), "max_images": 2},
         "engine": {"kind": "vllm", "max_model_len": 256, "max_num_seqs": 16, "max_images": 2},
@@ -82,7 +82,6 @@ def _rollout(config: Path) -> dict[str, Any]:
         "parity_tolerance": 1e-2,
         "store": {"share": 0.0},
     }
-    return {"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": init}
 
 
 def child(args: list[str], *more: str) -> dict[str, Any]:

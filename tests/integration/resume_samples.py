@@ -55,8 +55,9 @@ def write_grpo(path: Path, policy: Path, *, iterations: int, engine: str = "tran
         "loss": {"kl_weight": 0.01, "entropy_weight": 0.01},
     }
     data = {"num_iterations": iterations, "tasks_per_iteration": 2, "oversample": 2.0, "val_tasks": {"upright": 1}}
-    callbacks = [("rollout.RolloutCallback", rollout)]
-    return _write(path, callbacks, ("modules.grpo.GRPOModule", module), ("TaskDataModule", data), validate_every=4)
+    return _write(
+        path, {"rollout": rollout}, ("modules.grpo.GRPOModule", module), ("TaskDataModule", data), validate_every=4
+    )
 
 
 TERM = {"name": "variety", "weight": 1.0, "function": "resume_samples.variety"}
@@ -70,19 +71,19 @@ def write_sft(path: Path, policy: Path, *, steps: int, every: int = EVERY) -> Pa
         "prompt": AGENT["prompt"],
     }
     data = {"num_steps": steps, "conversations_per_step": 4, "warm_up_conversations_per_step": 4}
-    callbacks = [("export.ExportCallback", {})]
-    return _write(path, callbacks, ("modules.sft.SFTModule", module), ("SFTDataModule", data), every=every)
+    return _write(
+        path, {"export": {"folder": "model"}}, ("modules.sft.SFTModule", module), ("SFTDataModule", data), every=every
+    )
 
 
 def _write(
     path: Path,
-    callbacks: list[tuple[str, Any]],
+    callbacks: dict[str, Any],
     module: tuple[str, Any],
     data: tuple[str, Any],
     validate_every: int | None = None,
     every: int = EVERY,
 ) -> Path:
-    named = [("checkpoint.CheckpointCallback", {"every_iterations": every}), *callbacks]
     config = {
         "seed_everything": 3,
         "trainer": {
@@ -91,10 +92,11 @@ def _write(
             "max_epochs": 1,
             "enable_progress_bar": False,
             "val_check_interval": validate_every,
-            "callbacks": [{"class_path": f"cv_lightning.callbacks.{n}", "init_args": a} for n, a in named],
         },
         "model": {"class_path": f"cv_lightning.{module[0]}", "init_args": module[1]},
         "data": {"class_path": f"cv_lightning.data.modules.{data[0]}", "init_args": data[1]},
+        "checkpoint": {"every_iterations": every},
+        **callbacks,
     }
     path.write_text(yaml.safe_dump(config))
     return path

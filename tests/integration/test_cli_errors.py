@@ -53,7 +53,7 @@ def grpo(checkpoint: Path, folder: Path, *more: str) -> list[str]:
     [
         ("--data.init_args.num_iteration", "3", "num_iteration"),
         ("--model.init_args.optimizer.learning_rate", "1", "learning_rate"),
-        ("--trainer.callbacks.init_args.agent.max_turn", "1", "max_turn"),
+        ("--rollout.agent.max_turn", "1", "max_turn"),
         ("--trainer.max_epoch", "1", "max_epoch"),
     ],
 )
@@ -68,7 +68,7 @@ def test_an_unknown_key_is_named(
     [
         ("--model.init_args.loss.clip_low", "2", "clip_low"),
         ("--data.init_args.test_tasks", '{"sideways": 3}', "sideways"),
-        ("--trainer.callbacks.init_args.agent.max_turns", "0", "max_turns"),
+        ("--rollout.agent.max_turns", "0", "max_turns"),
         ("--model.init_args.optimizer.lr", "-1", "lr"),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
         (["--trainer.max_epochs", "2"], "--data.init_args.num_iterations"),
         (["--data.init_args.eval_files", "[runs/nowhere.parquet]"], "no such file: runs/nowhere.parquet"),
         (["--data.init_args.train_files", "[configs]"], "configs is a folder; name its files"),
-        (["--trainer.callbacks.init_args.engine.max_model_len", "5000"], "more than the 4096 positions of"),
+        (["--rollout.engine.max_model_len", "5000"], "more than the 4096 positions of"),
         (["--trainer.accelerator", "gpu"], "this process sees no GPU"),
         (["--trainer.precision", "bf16-mixed"], "--trainer.precision bf16-mixed: the type of weights"),
         (["--trainer.precision", "bf16-true", f"{DTYPE}=bfloat16"], "Leave --trainer.precision out"),
@@ -114,7 +114,7 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
             "--trainer.precision 16-true",
         ),
         (
-            ["--trainer.callbacks.init_args.sampling.temperature", "0.6"],
+            ["--rollout.sampling.temperature", "0.6"],
             "init_args.temperature 1 is what the loss",
         ),
     ],
@@ -150,25 +150,45 @@ def built(arguments: list[str]) -> pl.Trainer:
     return main(arguments, Built).trainer
 
 
-def more(folder: Path, key: str) -> list[str]:
-    """A second config with one callback under `trainer.<key>`."""
-    kind = {"class_path": "cv_lightning.callbacks.checkpoint.CheckpointCallback", "init_args": {"keep": 7}}
-    (folder / "more.yaml").write_text(yaml.safe_dump({"trainer": {key: [kind]}}))
-    return ["--config", str(folder / "more.yaml")]
+KEEP_7 = {"class_path": "cv_lightning.callbacks.checkpoint.CheckpointCallback", "init_args": {"keep": 7}}
 
 
-def test_callbacks_that_take_the_place_of_the_recipes_are_refused(
+def old_config(folder: Path, name: str) -> list[str]:
+    """A second config that names a single callback in the list, as configs of earlier versions did."""
+    (folder / name).write_text(yaml.safe_dump({"trainer": {"callbacks": [KEEP_7]}}))
+    return ["--config", str(folder / name)]
+
+
+def test_config_of_an_earlier_version_is_refused_with_its_new_keys(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = refused(grpo(tiny_checkpoint, tmp_path, *more(tmp_path, "callbacks")), capsys)
-    assert "no RolloutCallback: GRPO has nothing to train on" in text and "`callbacks+:`" in text
+    text = refused(grpo(tiny_checkpoint, tmp_path, *old_config(tmp_path, "more.yaml")), capsys)
+    assert "checkpoint.CheckpointCallback is now checkpoint" in text and "config migrate more.yaml" in text
 
 
-def test_a_callback_that_is_added_takes_the_place_of_its_own_kind(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    trainer = built(grpo(tiny_checkpoint, tmp_path, *more(tmp_path, "callbacks+")))
+def test_config_that_an_earlier_version_stored_is_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trainer = built(grpo(tiny_checkpoint, tmp_path, *old_config(tmp_path, "fit_config.yaml")))
     checkpoints = [c for c in trainer.callbacks if isinstance(c, CheckpointCallback)]  # type: ignore[attr-defined]
     assert [c.keep for c in checkpoints] == [7]
     assert any(isinstance(c, RolloutCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def test_flag_of_an_earlier_version_is_refused_with_the_new_one(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"--trainer.callbacks.init_args.num_samples is now --rollout.num_samples"):
+        main(grpo(tiny_checkpoint, tmp_path, "--trainer.callbacks.init_args.num_samples", "4"))
+
+
+def test_single_callback_in_the_list_is_refused_with_its_key(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    listed = f"--trainer.callbacks+={KEEP_7['class_path']}"
+    with pytest.raises(SystemExit, match="CheckpointCallback, whose settings are under `checkpoint`"):
+        built(grpo(tiny_checkpoint, tmp_path, listed))
+
+
+def test_temperature_of_the_loss_is_that_of_sampling(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    module = built(grpo(tiny_checkpoint, tmp_path, "--rollout.sampling.temperature", "0.7")).lightning_module
+    assert module is None or module.temperature == 0.7
 
 
 def test_an_evaluation_of_nothing_says_what_is_missing(
@@ -176,9 +196,6 @@ def test_an_evaluation_of_nothing_says_what_is_missing(
 ) -> None:
     command = grpo(tiny_checkpoint, tmp_path)
     assert "--data.init_args.val_tasks" in refused(["validate", *command[1:]], capsys)
-    sft = [str(CONFIGS / "sft.yaml") if word.endswith("grpo.yaml") else word for word in command[1:]]
-    text = refused(["test", *sft], capsys)
-    assert "test: trainer.callbacks names no RolloutCallback" in text
 
 
 def test_validations_beyond_the_run_come_at_its_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -255,7 +272,7 @@ def test_all_rows_bad_stops_with_each_reason(
     frame.to_parquet(tmp_path / "bad.parquet")
     files = json.dumps([str(tmp_path / "bad.parquet")])
     command = grpo(tiny_checkpoint, tmp_path, "--data.init_args.train_files", files)
-    command += ["--trainer.callbacks.init_args.engine.kind", "transformers"]
+    command += ["--rollout.engine.kind", "transformers"]
     text = refused(command, capsys)
     assert "bad.parquet" in text
     for reason in reasons:
@@ -266,7 +283,7 @@ def test_a_missing_column_is_named(tiny_checkpoint: Path, tmp_path: Path, capsys
     rows(2).drop(columns=["prompt"]).to_parquet(tmp_path / "cut.parquet")
     files = json.dumps([str(tmp_path / "cut.parquet")])
     command = grpo(tiny_checkpoint, tmp_path, "--data.init_args.train_files", files)
-    command += ["--trainer.callbacks.init_args.engine.kind", "transformers"]
+    command += ["--rollout.engine.kind", "transformers"]
     text = refused(command, capsys)
     assert "cut.parquet" in text and "prompt" in text
 
@@ -286,11 +303,11 @@ def test_bad_rows_are_skipped_counted_and_listed(
         "1",
         "--data.init_args.tasks_per_iteration",
         "2",
-        "--trainer.callbacks.init_args.engine.kind",
+        "--rollout.engine.kind",
         "transformers",
-        "--trainer.callbacks.init_args.num_samples",
+        "--rollout.num_samples",
         "2",
-        "--trainer.callbacks.init_args.store.share",
+        "--rollout.store.share",
         "1.0",
     )
     with caplog.at_level("WARNING"):
@@ -324,8 +341,8 @@ def test_validation_within_training(tiny_checkpoint: Path, tmp_path: Path) -> No
             *["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "2"],
             *["--data.init_args.val_tasks", '{"upright": 1, "small": 2}'],
             *["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "null"],
-            *["--trainer.callbacks.init_args.num_samples", "2"],
-            *["--trainer.callbacks.init_args.engine.kind", "transformers"],
+            *["--rollout.num_samples", "2"],
+            *["--rollout.engine.kind", "transformers"],
         ]
     )
     for iteration in (1, 2):

@@ -11,8 +11,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
-    "--trainer.callbacks.init_args.mask.over_length=true",
-    "--trainer.callbacks.init_args.agent.finish_share=0.95",
+    "--rollout.mask.over_length=true",
+    "--rollout.agent.finish_share=0.95",
     "--model.init_args.policy.lora.rank=4",
     "--model.init_args.loss.kl_weight=0.01",
     "--model.init_args.reference_every=2",
@@ -28,7 +28,7 @@ def printed(flags: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     done = subprocess.run([*command, "--print_config"], cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     config = yaml.safe_load(done.stdout)
-    return config["trainer"]["callbacks"][-1]["init_args"], config["model"]["init_args"], config["data"]["init_args"]
+    return config["rollout"], config["model"]["init_args"], config["data"]["init_args"]
 
 
 def test_every_switch_is_a_flag() -> None:

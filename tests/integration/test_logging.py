@@ -45,7 +45,7 @@ class Done(NamedTuple):
 @pytest.fixture(scope="module")
 def done(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("logged") / "a rün"
-    rollout, logger = "--trainer.callbacks.init_args.", "--trainer.logger.init_args."
+    rollout, logger = "--rollout.", "--trainer.logger.init_args."
     command = [sys.executable, "-m", "cv_lightning", "fit", "--quiet"]
     command += ["--config", "configs/quickstart/grpo.yaml", "--config", "configs/logger/wandb.yaml"]
     command += ["--trainer.default_root_dir", str(folder), "--model.init_args.policy.path", str(tiny_checkpoint)]
@@ -84,7 +84,7 @@ def test_wandb_has_the_whole_config(done: Done) -> None:
     assert {"commit", "command", "versions", "python"} <= found["run"].keys()
     assert {"torch", "lightning", "transformers"} <= found["run"]["versions"].keys()
     settings = found["run"]["settings"]
-    assert resolved["trainer"]["callbacks"][-1]["init_args"]["advantage"] is None
+    assert resolved["rollout"]["advantage"]["method"] == AdvantageConfig().method, "defaults are told, too"
     assert settings["RolloutCallback"]["advantage"]["method"] == AdvantageConfig().method, "defaults are told, too"
     assert settings["GRPOModule"]["loss"]["clip_high"] == 0.28
 

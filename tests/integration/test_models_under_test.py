@@ -43,8 +43,8 @@ def arguments(model: Path, run: Path, *more: str, **rollout: Any) -> list[str]:
             "default_root_dir": str(run),
             "logger": False,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout}],
         },
+        "rollout": rollout,
         "model": {
             "class_path": "cv_lightning.modules.grpo.GRPOModule",
             "init_args": {"policy": {"path": str(model), "dtype": "float32"}, "loss": {"kl_weight": 0.0}},

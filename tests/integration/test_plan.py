@@ -92,7 +92,7 @@ def test_plan_warns_of_a_run_that_cannot_fit_and_the_setting_it_names_helps(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
-    awake = "--trainer.callbacks.init_args.engine.sleep=never"
+    awake = "--rollout.engine.sleep=never"
     assert main([*recipe, awake]) == 0, "a plan is no error unless --strict says so"
     assert main([*recipe, awake, "--strict"]) == 1
     text = capsys.readouterr().out
@@ -102,7 +102,7 @@ def test_plan_warns_of_a_run_that_cannot_fit_and_the_setting_it_names_helps(
 
 
 def test_plan_warns_of_a_cache_without_room_for_one_sequence(capsys: pytest.CaptureFixture[str]) -> None:
-    little = "--trainer.callbacks.init_args.engine.gpu_memory_utilization=0.28"
+    little = "--rollout.engine.gpu_memory_utilization=0.28"
     assert main([*configs("grpo/qwen3_vl_8b", "hardware/8gpu"), little, "--strict"]) == 1
     assert "raise engine.gpu_memory_utilization, or lower max_model_len" in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ def test_plan_counts_every_trajectory_that_is_longer_than_a_row() -> None:
     recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
     whole, short = (make_plan([*recipe, f"{ROW}={tokens}"], Assumptions()) for tokens in (32768, 4096))
     assert short.budget.activations == whole.budget.activations
-    capped = [f"--trainer.callbacks.init_args.agent.max_{part}_tokens=2048" for part in ("prompt", "response")]
+    capped = [f"--rollout.agent.max_{part}_tokens=2048" for part in ("prompt", "response")]
     assert make_plan([*recipe, f"{ROW}=4096", *capped], Assumptions()).budget.activations < whole.budget.activations / 5
 
 

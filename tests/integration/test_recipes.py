@@ -17,7 +17,7 @@ import yaml
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, chat_template
-from cv_lightning.cli import ConfigOnly, CVLightningCLI
+from cv_lightning.cli import CALLBACKS, ConfigOnly, CVLightningCLI
 from cv_lightning.cli import main as run_cli
 from cv_lightning.engines import EngineConfig
 from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
@@ -114,8 +114,8 @@ def test_every_config_of_the_recipes_and_the_rest_is_built(
     given = load(name).get("model", {}).get("class_path")
     assert given is None or type(cli.model).__name__ == given.rsplit(".", 1)[1]
     assert cli.model.policy is None, "weights are loaded in configure_model only"
-    wanted = [spec["class_path"].rsplit(".", 1)[1] for spec in load(name).get("trainer", {}).get("callbacks", [])]
-    assert set(wanted) <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+    kinds = {type(callback) for callback in cli.trainer.callbacks}
+    assert {kind for key, kind in CALLBACKS.items() if key in load(name)} <= kinds
 
 
 @pytest.mark.parametrize("name", of_kind(*PARTS))
@@ -176,7 +176,8 @@ def test_recipes_with_adapters_train_them_alone(stage: str, model: str) -> None:
 def test_recipes_stand_under_every_hardware_file(recipe: str, hardware: str) -> None:
     alone, both, given = load(recipe), read(recipe, hardware), load(hardware)["trainer"]
     assert both["trainer"]["devices"] == given["devices"] and both["trainer"]["accelerator"] == given["accelerator"]
-    assert len(both["trainer"]["callbacks"]) == len(alone["trainer"]["callbacks"])
+    assert both["export"] == alone["export"]
+    assert set(alone.get("rollout", {})) <= set(both["rollout"])
     assert both["model"]["init_args"]["policy"]["path"] == alone["model"]["init_args"]["policy"]["path"]
     if isinstance(given.get("strategy"), str):
         assert both["trainer"]["strategy"] == given["strategy"]
@@ -189,12 +190,11 @@ def test_recipes_stand_under_every_hardware_file(recipe: str, hardware: str) -> 
 def test_recipes_of_grpo_train_as_many_tokens_as_the_agent_may_make() -> None:
     for name in RECIPES[2:]:
         config = load(name)
-        given, rollout = config["model"]["init_args"], config["trainer"]["callbacks"][-1]["init_args"]
+        given, rollout = config["model"]["init_args"], config["rollout"]
         agent, engine = rollout["agent"], rollout["engine"]
         longest = agent["max_prompt_tokens"] + agent["max_response_tokens"]
         assert longest == engine["max_model_len"] == given["max_tokens_per_row"] == 32768
         assert agent["max_images"] == engine["max_images"] == 1 + agent["max_turns"]
-        assert given["temperature"] == rollout["sampling"]["temperature"]
         assert given["policy"]["path"] == str(
             Path(load(name.replace("grpo", "sft"))["trainer"]["default_root_dir"], "model")
         )

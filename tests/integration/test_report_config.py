@@ -29,7 +29,7 @@ def test_what_sft_showed_is_told_as_the_command_line_set_it() -> None:
 
 @pytest.mark.parametrize(("recipe", "formula"), [("reward", "mandatory"), ("reward_accuracy", None)])
 def test_what_rl_paid_for_is_told(recipe: str, formula: str | None) -> None:
-    reward = ["--trainer.callbacks.init_args.reward", f"configs/quickstart/{recipe}.yaml"]
+    reward = ["--rollout.reward", f"configs/quickstart/{recipe}.yaml"]
     text = resolved("--config", "configs/quickstart/grpo.yaml", *reward)
     ((_, sentences),) = training_story({"rl/fit_config.yaml": text})
     told = " ".join(sentences)

@@ -63,32 +63,28 @@ def own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "reward.yaml"
 
 
-ROLLOUT = "cv_lightning.callbacks.rollout.RolloutCallback"
-
-
-def trainer_parser() -> Any:
-    """The trainer's arguments as LightningCLI takes them."""
-    from lightning.pytorch import Trainer
+def rollout_parser() -> Any:
+    """The rollout's arguments as the command line takes them."""
     from lightning.pytorch.cli import LightningArgumentParser
+
+    from cv_lightning.callbacks.rollout import RolloutCallback
 
     parser = LightningArgumentParser()
     parser.add_argument("--config", action="config")
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.set_defaults({"trainer.accelerator": "cpu", "trainer.logger": False, "trainer.enable_checkpointing": False})
+    parser.add_class_arguments(RolloutCallback, "rollout", sub_configs=True)
     return parser
 
 
 def rollout_callback(parser: Any, arguments: list[str]) -> tuple[Any, Any]:
-    """The rollout callback of the trainer that the arguments make, and the parsed arguments."""
+    """The rollout callback that the arguments make, and the parsed arguments."""
     given = parser.parse_args(arguments)
-    callbacks = parser.instantiate(given).trainer.callbacks
-    return next(callback for callback in callbacks if type(callback).__name__ == "RolloutCallback"), given
+    return parser.instantiate(given).rollout, given
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_callback_takes_every_recipe_as_a_file(path: Path) -> None:
-    flags = [f"--trainer.callbacks+={ROLLOUT}", f"--trainer.callbacks.reward={path}"]
-    callback, _ = rollout_callback(trainer_parser(), [*flags, "--trainer.callbacks.reward.format=0.3"])
+    flags = [f"--rollout.reward={path}", "--rollout.reward.format=0.3"]
+    callback, _ = rollout_callback(rollout_parser(), flags)
     assert isinstance(callback.reward, RewardConfig)
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--reward", type=RewardConfig)
@@ -97,19 +93,14 @@ def test_the_callback_takes_every_recipe_as_a_file(path: Path) -> None:
 
 
 def test_a_judge_is_added_by_flags() -> None:
-    flags = [f"--trainer.callbacks+={ROLLOUT}", f"--trainer.callbacks.reward={RECIPES[0]}"]
-    judge = [
-        "--trainer.callbacks.reward.judge.base_url=http://judge:8000/v1",
-        "--trainer.callbacks.reward.judge.model=m",
-    ]
-    callback, _ = rollout_callback(trainer_parser(), flags + judge)
+    judge = ["--rollout.reward.judge.base_url=http://judge:8000/v1", "--rollout.reward.judge.model=m"]
+    callback, _ = rollout_callback(rollout_parser(), [f"--rollout.reward={RECIPES[0]}", *judge])
     assert callback.reward.judge == JudgeConfig(base_url="http://judge:8000/v1", model="m")
 
 
 def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Path) -> None:
-    run = f"trainer:\n  callbacks:\n    - class_path: {ROLLOUT}\n      init_args: {{reward: {own_reward.name}}}\n"
-    (tmp_path / "run.yaml").write_text(run)
-    parser = trainer_parser()
+    (tmp_path / "run.yaml").write_text(f"rollout: {{reward: {own_reward.name}}}\n")
+    parser = rollout_parser()
     callback, given = rollout_callback(parser, [f"--config={tmp_path / 'run.yaml'}"])
     module = RewardModule(callback.reward)
     short, long = Recorder(task(box=None)).answer(), Recorder(task(box=None)).call("contrast_up").answer()
@@ -124,7 +115,7 @@ def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Pa
     assert metrics["reward/by_source/digits/few_turns"] == 0.75
     module.close()
     (tmp_path / "saved.yaml").write_text(parser.dump(given))  # what is written beside a run gives the same reward again
-    again, _ = rollout_callback(trainer_parser(), [f"--config={tmp_path / 'saved.yaml'}"])
+    again, _ = rollout_callback(rollout_parser(), [f"--config={tmp_path / 'saved.yaml'}"])
     assert again.reward.weights == callback.reward.weights
     assert again.reward.terms[0].most_tokens == 7
 

@@ -200,8 +200,8 @@ def test_the_engine_is_evaluated_from_the_command_line(
             "default_root_dir": str(tmp_path / "run"),
             "logger": False,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout}],
         },
+        "rollout": rollout,
         "model": {
             "class_path": "cv_lightning.modules.grpo.GRPOModule",
             "init_args": {"policy": {"path": str(folder)}, "loss": {"kl_weight": 0.0}},

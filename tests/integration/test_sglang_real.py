@@ -228,8 +228,8 @@ def test_grpo_trains_from_the_command_line(url: str, tiny_checkpoint: Path, tmp_
             "max_epochs": 1,
             "default_root_dir": str(tmp_path / "run"),
             "enable_checkpointing": False,
-            "callbacks": [{"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout}],
         },
+        "rollout": rollout,
         "model": {
             "class_path": "cv_lightning.modules.grpo.GRPOModule",
             "init_args": {

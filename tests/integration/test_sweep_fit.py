@@ -50,8 +50,8 @@ def test_three_trials_of_real_training(
         "data.init_args.tasks_per_iteration": 2,
         "data.init_args.val_tasks": '{"upright": 2, "small": 2}',
         "trainer.val_check_interval": 1,
-        "trainer.callbacks.init_args.num_samples": 2,
-        "trainer.callbacks.init_args.engine.kind": "transformers",
+        "rollout.num_samples": 2,
+        "rollout.engine.kind": "transformers",
     }
     sets = [word for name, value in few.items() for word in ("--set", f"{name}={value}")]
     out = tmp_path / "sweep"

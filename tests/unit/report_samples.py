@@ -99,7 +99,7 @@ def _rl(folder: Path, size: Size, recipe: str, needless: float) -> None:
             logger.log_metrics(values | {"iteration": iteration + 1.0, "epoch": 0}, iteration)
     logger.save()
     config = resolved("grpo")
-    config["trainer"]["callbacks"][-1]["init_args"]["reward"] = weights
+    config["rollout"]["reward"] = weights
     (folder / "fit_config.yaml").write_text(yaml.safe_dump(config))
 
 
