@@ -25,6 +25,18 @@ def gather_lists(items: list[T]) -> list[T]:
     return [item for part in everything for item in part]
 
 
+def collective_timeout_s() -> float | None:
+    """Seconds after which a collective that not all ranks join is an error; None where there is one rank."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    # Lightning's strategies keep it to themselves.
+    options = torch.distributed.group.WORLD._get_backend(device).options  # type: ignore[union-attr]
+    return float(options._timeout.total_seconds())
+
+
 def check_agreement(facts: Mapping[str, Any]) -> None:
     """Refuse ranks with other versions, source or settings than the first. Call it on all ranks.
 

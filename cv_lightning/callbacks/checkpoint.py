@@ -81,12 +81,8 @@ class CheckpointCallback(Checkpoint):
         module = _policy_module(pl_module)
         if not self._is_due(trainer, module.iteration):
             return
-        fetcher = trainer.fit_loop._data_fetcher
-        # Lightning has no public word for a validation that is about to start.
-        self._after_validation = sum(trainer.num_val_batches) > 0 and (
-            fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-        )
-        if not self._after_validation:
+        self._after_validation = validation_follows(trainer)
+        if not self._after_validation or trainer.should_stop:  # a run that is to stop may leave out the validation
             self.save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,10 +140,10 @@ class CheckpointCallback(Checkpoint):
     ) -> None:
         """Add what Lightning leaves out; the same on every rank, as a checkpoint keeps one. Collective."""
         row: dict[str, float] = {}
-        if trainer.training:  # Lightning logs the iteration's metrics only after the hook that saves
-            row = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
-            row["epoch"] = trainer.current_epoch
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        module = _policy_module(pl_module)
+        if trainer.training:  # the loggers get the row only after the hook that saves
+            row = module.row | {"epoch": float(trainer.current_epoch)}
+        step = module.iteration - 1
         checkpoint[KEY] = {
             "rng": gather_lists([rng_state()]),
             "row": row,
@@ -209,6 +205,23 @@ class CheckpointCallback(Checkpoint):
             warn_of_missing_rows(file, state["step"], before)
         for file in files:
             file.rewind(state["step"], state["row"] if own else {})
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """True if Lightning validates after this training batch. It asks itself the same in private.
+
+    False where `trainer.val_check_interval` is a duration, which only Lightning measures: the checkpoint is then
+    saved before the validation.
+    """
+    every, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not sum(trainer.num_val_batches) or batches is None:
+        return False
+    if every is not None and (trainer.current_epoch + 1) % every:
+        return False
+    if batches == float("inf"):
+        return trainer.is_last_batch
+    loop = trainer.fit_loop.epoch_loop
+    return trainer.should_stop or ((loop.total_batch_idx if every is None else loop.batch_idx) + 1) % batches == 0
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):

@@ -25,7 +25,7 @@ from cv_lightning.background import Background
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.signals import StopOnSignal
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.distributed import check_agreement, gather_lists
+from cv_lightning.distributed import check_agreement, collective_timeout_s, gather_lists
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.engines.process import engine_device_index
 from cv_lightning.evaluation.metrics import summarise_outcomes
@@ -182,13 +182,13 @@ class RolloutCallback(pl.Callback):
 
     def _check_patience(self, trainer: pl.Trainer) -> None:
         """A rank that is done waits for one that takes `deadline_s`; the process group must not give up before."""
-        timeout = getattr(trainer.strategy, "_timeout", None)
-        if trainer.world_size > 1 and timeout is not None and timeout.total_seconds() <= self.agent.deadline_s:
+        timeout_s = collective_timeout_s() if trainer.world_size > 1 else None
+        if timeout_s is not None and timeout_s <= self.agent.deadline_s:
             logger.warning(
                 "agent.deadline_s (%g) is not below the strategy's time-out (%g s): a rank that waits for a long "
                 "rollout would end the run; raise trainer.strategy's time-out or lower the deadline",
                 self.agent.deadline_s,
-                timeout.total_seconds(),
+                timeout_s,
             )
 
     def _build_engine(self, module: PolicyModule) -> Engine:
@@ -238,8 +238,6 @@ class RolloutCallback(pl.Callback):
         if not isinstance(batch, Iteration):
             return
         module, parts = _policy_module(pl_module), self._ready(pl_module)
-        if trainer._results is not None:
-            trainer._results.reset()  # else Lightning logs a figure of the last iteration again if this one has none
         due = bool(self.parity_tolerance) and not self.parity_checked
         test = SelfTest(self, parts.engine, trainer, module, batch.tasks) if due else None
         if test is not None:

@@ -121,6 +121,8 @@ class PolicyModule(pl.LightningModule):
         """Weight decay of each group of the optimizer."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward and backward; a watchdog of the run sets it."""
+        self.row: dict[str, float] = {}
+        """Metrics of the current training batch, by name."""
         self.steps_per_batch = 1
         """Optimizer steps that one training batch takes."""
 
@@ -418,6 +420,25 @@ class PolicyModule(pl.LightningModule):
             where,
             "give the folder that its run began with as --model.init_args.policy.path, and its run's policy.lora",
         )
+
+    # ------------------------------------------------------------------ metrics
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Like Lightning's, but in training the value goes to the iteration's row and not to the loggers themselves.
+
+        A row holds what was logged in its own iteration only, and is known before its checkpoint is written.
+        """
+        if self.trainer.training and not kwargs.get("on_epoch") and kwargs.get("logger") is not False:
+            self.row[name] = float(value)
+            kwargs["logger"] = False
+        super().log(name, value, *args, **kwargs)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Hand the iteration's row to the loggers. Lightning calls the callbacks' hooks before."""
+        row, self.row = self.row, {}
+        if row and self.iteration % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in self.trainer.loggers:
+                logger.log_metrics(row | {"epoch": float(self.trainer.current_epoch)}, step=self.iteration - 1)
+                logger.save()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Rolled out and scored by `RolloutCallback`."""

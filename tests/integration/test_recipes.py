@@ -64,7 +64,7 @@ def kind_of(name: str) -> str:
     keys = set(load(name))
     if "parameters" in keys and "command" in keys:
         return "sweep"
-    if keys <= {"seed_everything", "trainer", "model", "data", "ckpt_path"}:
+    if keys <= {"seed_everything", "trainer", "model", "data", "ckpt_path", *CALLBACKS}:
         return "whole" if {"model", "data"} <= keys and "class_path" in load(name)["model"] else "overlay"
     part = name.split("/")[0] if name.split("/")[0] in PARTS else Path(name).stem.split("_")[0]
     assert part in PARTS, f"{name}: neither a config of fit or test, nor a part that this test knows; name it in PARTS"
