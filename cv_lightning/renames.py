@@ -110,6 +110,8 @@ def _migrate_callbacks(config: dict[str, Any]) -> list[str]:
                 kept.append(entry)
                 continue
             moved.append(old)
+            for argument in [name for name, value in (arguments or {}).items() if value is None]:
+                del arguments[argument]  # null stood for the defaults, which have become the values
             _put(config, table("config_keys")[old], arguments or {})
         if kept and len(kept) < len(listed):
             trainer[name] = kept

@@ -113,10 +113,6 @@ def test_a_model_folder_that_does_not_exist(tmp_path: Path, capsys: pytest.Captu
             ],
             "--trainer.precision 16-true",
         ),
-        (
-            ["--rollout.sampling.temperature", "0.6"],
-            "init_args.temperature 1 is what the loss",
-        ),
     ],
 )
 def test_what_would_fail_later_fails_before_an_engine_is_loaded(

@@ -61,7 +61,7 @@ def test_no_command_has_gone_unnoticed() -> None:
     "command",
     [
         "fit --config configs/quickstart/grpo.yaml --data.init_args.no_such_key 1",
-        "fit --config configs/quickstart/grpo.yaml --trainer.callbacks.init_args.num_sample 4",
+        "fit --config configs/quickstart/grpo.yaml --rollout.num_sample 4",
         "export --ckpt RUN --output FOLDER",
         "trajectories save RUN --out FILE.parquet",
         "data check FILES --tests bench.parquet",
