@@ -134,7 +134,7 @@ class RolloutCallback(pl.Callback):
         self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, about)
         self.parity_tolerance = parity_tolerance
         if not 0 <= max_failed_frac <= 1:
-            raise ValueError(f"RolloutCallback: max_failed_frac {max_failed_frac} must be between 0 and 1, a share")
+            raise ValueError(f"rollout.max_failed_frac {max_failed_frac} must be between 0 and 1, a share")
         self.max_failed_frac = max_failed_frac
         self.parts: _Parts | None = None
         self.parity_checked = False

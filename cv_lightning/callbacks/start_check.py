@@ -98,7 +98,7 @@ def check_start(module: SFTModule, conversations: Sequence[Conversation], tolera
                 f"a packed conversation has other log-probabilities than {what}: |difference| max "
                 f"{float(size.max()):.2e}, mean {float(size.mean()):.2e} over {len(size)} tokens (tolerance "
                 f"{tolerance:.0e} in float32). Positions, the order of images or attention are wrong: is this the "
-                "transformers version that pyproject.toml pins? callbacks: SFTStartCheck.tolerance 0 switches the "
+                "transformers version that pyproject.toml pins? start_check.tolerance 0 switches the "
                 "check off; training would learn from wrong inputs"
             )
     return report

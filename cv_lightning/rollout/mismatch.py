@@ -65,7 +65,7 @@ def check_parity(
             f"engine and trainer disagree: |difference| of log-probabilities max {worst:.2e}{where}, mean "
             f"{float(judged.mean()):.2e} over {len(judged)} tokens{which} (tolerance {tolerance:.0e} in float32). "
             "Weights not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
-            "callbacks: RolloutCallback.parity_tolerance switches the test off (0); training would be off-policy."
+            "rollout.parity_tolerance 0 switches the test off; training would be off-policy."
         )
     return ParityReport(worst, len(differences))
 
