@@ -181,7 +181,7 @@ def run_defaults(file: Path) -> dict[str, Any]:
     if model.get("prompt"):  # SFT
         found["agent"] = {"prompt": model["prompt"]}
     rollout = config.get("rollout")
-    if rollout and not config["model"]["class_path"].endswith("SFTModule"):
+    if rollout and not str(config["model"].get("class_path")).endswith("SFTModule"):
         found |= {name: rollout.get(name) or {} for name in ("agent", "engine", "sandbox")}
     return dict(_flat(found))
 
