@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.callbacks.rollout import RolloutCallback, rolls_out
 from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskDataModule
 from cv_lightning.data.rows import expand_files
 from cv_lightning.models.loading import model_positions
@@ -42,7 +42,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
             LOG.info("trainer.val_check_interval %d is beyond the run: validating at its end", interval)
             trainer.val_check_interval = length
         _check_files(data, data.train_files)
-    _check_engine(rollout, module)
+    if rolls_out(module, data, "fit"):
+        _check_engine(rollout, module)
 
 
 def check_evaluation(

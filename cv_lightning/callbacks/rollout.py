@@ -148,7 +148,7 @@ class RolloutCallback(pl.Callback):
     # ------------------------------------------------------------------ life cycle
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start sandbox and judge; build vLLM before DeepSpeed initialises (traps T39, T49)."""
-        if self.parts is not None or not _rolls_out(trainer, pl_module, stage):
+        if self.parts is not None or not rolls_out(pl_module, getattr(trainer, "datamodule", None), stage):
             return
         module = _policy_module(pl_module)
         if self.engine_config.keeps_own_weights:
@@ -448,12 +448,17 @@ class RolloutCallback(pl.Callback):
         )
 
 
-def _rolls_out(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> bool:
-    """True if the run trains on rollouts or evaluates by them."""
+def rolls_out(module: pl.LightningModule, data: object, stage: str) -> bool:
+    """True if a run trains on rollouts or evaluates by them.
+
+    Args:
+        module: The run's module.
+        data: The run's data module, if it has one.
+        stage: `fit`, `validate` or `test`.
+    """
     if not isinstance(module, PolicyModule):
         return False
-    datamodule = getattr(trainer, "datamodule", None)
-    return stage != "fit" or module.trains_on_rollouts or bool(getattr(datamodule, "has_validation", False))
+    return stage != "fit" or module.trains_on_rollouts or bool(getattr(data, "has_validation", False))
 
 
 def _repeatable(engine: EngineConfig, agent: AgentConfig) -> EngineConfig:

@@ -46,7 +46,7 @@ def evaluate(
     run: Path,
     seed: int = 0,
     data: dict[str, Any] | None = None,
-    reward: RewardConfig | None = None,
+    reward: RewardConfig = RewardConfig(),  # noqa: B008 (frozen)
     max_pixels: int | None = None,
     verb: str = "test",
     settings: list[EvaluationConfig] = SETTINGS,
