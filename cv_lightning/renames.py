@@ -21,13 +21,13 @@ STORED = ("fit_config.yaml", "validate_config.yaml", "test_config.yaml")
 
 
 @cache
-def table(section: str) -> dict[str, str]:
+def table(section: str) -> dict[str, Any]:
     """Old names to new ones.
 
     Args:
-        section: `class_paths`, `config_keys`, `metrics` or `stored_fields`.
+        section: `class_paths`, `config_keys`, `metrics`, `stored_fields` or `implied`.
     """
-    found: dict[str, str] = json.loads(FILE.read_text())[section]
+    found: dict[str, Any] = json.loads(FILE.read_text())[section]
     return found
 
 
@@ -52,7 +52,7 @@ def new_key(key: str) -> str:
 
 def new_class_path(path: str) -> str:
     """Where a class is today."""
-    return table("class_paths").get(path, path)
+    return str(table("class_paths").get(path, path))
 
 
 def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -66,6 +66,7 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     """
     migrated: dict[str, Any] = deepcopy(config) if isinstance(config, dict) else dict(config)
     changes = _migrate_class_paths(migrated)
+    changes |= _drop_implied(migrated)
     moved = _migrate_callbacks(migrated)
     table_of_keys = table("config_keys")
     for old in sorted(table_of_keys, key=len, reverse=True):
@@ -75,6 +76,25 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             _put(migrated, new_key(old), _take(migrated, place))
             changes[old] = new_key(old)
     return migrated, changes | {old: table_of_keys[old] for old in moved}
+
+
+def _drop_implied(value: Any) -> dict[str, str]:
+    """Remove settings that follow from another one of their group today, where they say what follows from it.
+
+    `implied` of the table names group and setting, the other setting, and what follows from each of its values, its
+    default first. A setting that says something else stays, and is refused by whoever reads the config.
+    """
+    changes: dict[str, str] = {}
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        changes |= _drop_implied(part)
+    for key, rule in table("implied").items() if isinstance(value, dict) else ():
+        group, _, name = key.partition(".")
+        settings = value.get(group)
+        for other, follows in rule.items() if isinstance(settings, dict) and name in settings else ():
+            if settings[name] == follows.get(settings.get(other, next(iter(follows)))):
+                del settings[name]
+                changes[key] = f"{group}.{other}"
+    return changes
 
 
 def _migrate_class_paths(value: Any) -> dict[str, str]:
@@ -102,17 +122,16 @@ def _migrate_callbacks(config: dict[str, Any]) -> list[str]:
             continue
         kept = []
         for entry in listed:
-            path, arguments = entry, None
-            if isinstance(entry, Mapping):
-                path, arguments = entry.get("class_path"), entry.get("init_args")
+            spec = entry if isinstance(entry, Mapping) else {"class_path": entry}
+            path, arguments = spec.get("class_path"), spec.get("init_args") or {}
             old = f"{CALLBACKS}.{str(path).rpartition('.')[2]}"
             if old not in table("config_keys"):
                 kept.append(entry)
                 continue
             moved.append(old)
-            for argument in [name for name, value in (arguments or {}).items() if value is None]:
+            for argument in [name for name, value in arguments.items() if value is None]:
                 del arguments[argument]  # null stood for the defaults, which have become the values
-            _put(config, table("config_keys")[old], arguments or {})
+            _put(config, table("config_keys")[old], arguments)
         if kept and len(kept) < len(listed):
             trainer[name] = kept
         elif len(kept) < len(listed):

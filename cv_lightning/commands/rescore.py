@@ -124,7 +124,7 @@ def _scored(groups: Iterator[GroupRecord], reward: RewardConfig, found: Rescored
             for future in waiting:
                 future.result()
             for record, group in zip(records, live, strict=True):
-                rewards.score_group(group)
+                rewards.score_group(group, background.submit(rewards.ask_terms(group)).result())
                 yield _compared(record, group, found)
     finally:
         rewards.close()

@@ -45,10 +45,7 @@ ARMS = {
     "no_penalty": Arm(title="no penalty", reward="configs/ablations/no_penalty.yaml"),
     "no_sft": Arm(title="RL without SFT", sft=None),
     "paper": Arm(title="paper's reward", reward="configs/reward/paper.yaml"),
-    "reference": Arm(title="released code's reward, from the trace", reward="configs/reward/reference.yaml"),
-    "reference_static": Arm(
-        title="released code's reward, from the code's text", reward="configs/ablations/reference_static.yaml"
-    ),
+    "reference": Arm(title="released code's reward", reward="configs/reward/reference.yaml"),
     "rare": Arm(title="quickstart's reward after SFT that seldom shows the tool", sft="sft_rare"),
     "rare_no_process": Arm(
         title="no process reward after SFT that seldom shows the tool",

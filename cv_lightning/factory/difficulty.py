@@ -102,7 +102,8 @@ def _pass_counts(
     counts = []
     for at, task in enumerate(tasks):
         members = trajectories[at * config.samples : (at + 1) * config.samples]
-        rewards.score_group(Group(task=task, trajectories=members))
+        group = Group(task=task, trajectories=members)
+        rewards.score_group(group, rollout.background.submit(rewards.ask_terms(group)).result())
         counts.append(count_right(members))
     return counts
 

@@ -2,6 +2,6 @@
 
 from cv_lightning.rewards.config import JudgeConfig, RewardConfig
 from cv_lightning.rewards.module import RewardModule
-from cv_lightning.rewards.terms import FunctionTerm, RewardTerm
+from cv_lightning.rewards.terms import AnsweredGroup, FunctionTerm, RewardTerm
 
-__all__ = ["FunctionTerm", "JudgeConfig", "RewardConfig", "RewardModule", "RewardTerm"]
+__all__ = ["AnsweredGroup", "FunctionTerm", "JudgeConfig", "RewardConfig", "RewardModule", "RewardTerm"]

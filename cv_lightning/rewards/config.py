@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from cv_lightning.endpoint.config import EndpointConfig
 from cv_lightning.rewards.geometry import CropCredit
@@ -14,6 +14,33 @@ from cv_lightning.rewards.terms import RewardTerm
 
 Credit = Literal["net", "ran", "steps"]
 
+
+class Recipe(NamedTuple):
+    """Formulas that belong together; `RewardConfig.credit` picks one."""
+
+    crop_credit: CropCredit
+    gate: bool
+    penalties: Penalties
+    """`linear` counts calls and operations, `binary` is 0 or 1 each."""
+    necessity_over: NecessityOver
+    """Who used the tool: all who called it, or who used an operation outside the core."""
+    format_by: Literal["turn", "response"]
+    """Every turn must be well-formed, or only the response as a whole."""
+    crop_frame: Literal["source", "call"]
+    """Where crops are compared with the box: in the source image, or in the image that each call worked on."""
+
+    @property
+    def rules(self) -> Rules:
+        """The choices that `process` needs."""
+        return Rules(gate=self.gate, penalties=self.penalties, necessity_over=self.necessity_over)
+
+
+RECIPES: dict[Credit, Recipe] = {
+    "net": Recipe("coverage", True, "linear", "any_tool", "turn", "source"),
+    "steps": Recipe("iou", False, "binary", "optional_tool", "turn", "source"),
+    "ran": Recipe("iou", True, "linear", "any_tool", "response", "call"),
+}
+"""The project's own recipe, the paper's, and the released code's."""
 
 JUDGE_COUNTS = ("verdicts", "failed", "cost", "requests", "retries", "prompt_tokens", "completion_tokens")
 """Figures of a judge that add up over ranks."""
@@ -91,25 +118,17 @@ class RewardConfig:
     spurious: float = 0.5
     """Weight of the penalty on turning what needs no turn (gamma)."""
     reasoning: float = 0.0
-    """Weight of the paper's penalty on being right with a crop that misses; only with `penalties: binary`."""
+    """Weight of the paper's penalty on being right with a crop that misses; only with `credit: steps`."""
     credit: Credit = "net"
-    """What counts as used. `net`: what the image that the answer was given on is of the source image; `ran`: everything
-    that ran (released code); `steps`: everything that ran, exactness in order (paper)."""
-    crop_credit: CropCredit = "coverage"
-    """Worth of a crop: `iou` with the ground-truth box, or `coverage`: full where it shows the box and little else."""
-    crop_frame: Literal["source", "call"] = "source"
-    """Where a crop is compared: mapped to the source image, or (`credit: ran` only) in the frame of the picture that
-    each call worked on, as the released code does."""
-    evidence: Literal["trace", "code"] = "trace"
-    """What tells which operations ran: the sandbox's trace, or (`credit: ran` only) a reading of the calls' code."""
-    gate: bool = True
-    """Where a crop is wanted and mandatory is below 0.1, multiply accuracy by mandatory."""
-    penalties: Penalties = "linear"
-    """`linear` counts calls and operations (released code), `binary` is 0 or 1 each (paper)."""
-    necessity_over: NecessityOver = "any_tool"
-    """Who used the tool: anybody who called it (released code), or who used an operation outside the core (paper)."""
-    format_by: Literal["turn", "response"] = "turn"
-    """Every turn must be well-formed, or only the response as a whole (released code)."""
+    """What counts as used, and with it the formulas (`RECIPES`). `net`: what the image that the answer was given on is
+    of the source image; `steps`: everything that ran, exactness in order (paper); `ran`: everything that ran, crops in
+    the frame of the image that each call worked on (released code; for comparisons, as it can be gamed)."""
+    crop_credit: CropCredit | None = None
+    """Worth of a crop: `iou` with the ground-truth box, or `coverage`: full where it shows the box and little else.
+    None: coverage for `credit: net`, else iou."""
+    gate: bool | None = None
+    """Where a crop is wanted and mandatory is below 0.1, multiply accuracy by mandatory. None: all but
+    `credit: steps`."""
     mathematics: bool = False
     """Compare answers symbolically, too (needs the package math-verify)."""
     judge: JudgeConfig | None = None
@@ -118,24 +137,27 @@ class RewardConfig:
     """Further components: classes by `class_path`, see docs/rewards.md."""
 
     def __post_init__(self) -> None:
-        if self.crop_frame == "call" and self.credit != "ran":
-            raise ValueError(
-                f"reward.crop_frame 'call' needs reward.credit 'ran', not {self.credit!r}: "
-                "other credit maps every image to its source"
-            )
-        if self.evidence == "code" and (self.credit != "ran" or self.crop_frame != "call"):
-            raise ValueError("reward.evidence 'code' knows no images: it needs credit 'ran' and crop_frame 'call'")
-        if self.reasoning and self.penalties != "binary":
-            raise ValueError("reward.reasoning is paid by reward.penalties 'binary' only; set that or reasoning to 0")
+        recipe = RECIPES[self.credit]
+        for name in ("crop_credit", "gate"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(recipe, name))
+            elif self.credit != "net" and getattr(self, name) != getattr(recipe, name):
+                raise ValueError(
+                    f"reward.{name} {getattr(self, name)!r}: it can be chosen with reward.credit 'net' only; "
+                    f"{self.credit!r} is the recipe of the paper or of the released code as a whole"
+                )
+        if self.reasoning and self.credit != "steps":
+            raise ValueError("reward.reasoning is a penalty of reward.credit 'steps' only; set that or reasoning to 0")
         names = [term.name for term in self.terms]
         taken = sorted({name for name in names if name in COMPONENTS + METRICS or names.count(name) > 1})
         if taken:
             raise ValueError(f"reward.terms: the names {taken} are taken; give every term a name of its own")
 
     @property
-    def rules(self) -> Rules:
-        """The choices that `process` needs."""
-        return Rules(gate=self.gate, penalties=self.penalties, necessity_over=self.necessity_over)
+    def recipe(self) -> Recipe:
+        """The formulas in force."""
+        assert self.crop_credit is not None and self.gate is not None
+        return RECIPES[self.credit]._replace(crop_credit=self.crop_credit, gate=self.gate)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import fmean
@@ -19,6 +19,7 @@ from cv_lightning.rewards.markup import final_answer
 from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, Attempt, group_components
 from cv_lightning.rewards.symbolic import SymbolicComparer
+from cv_lightning.rewards.terms import AnsweredGroup, RewardTerm
 from cv_lightning.rewards.transforms import Use, expected_operations, net_use, ran_use, step_use
 from cv_lightning.types import EndState, Group, JudgeError, RewardBreakdown, Task, Trajectory
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from cv_lightning.rewards.judge import Judge
 
 
+TermValues = Sequence[Mapping[str, float | None]]
+"""Values of the user's own terms by name, for every trajectory of a group (empty where infrastructure failed).
+
+None: the judge did not reply."""
 MIN_FAILED = 5
 """Failed verdicts below which a run continues whatever their fraction: one failure among the first may be chance."""
 
@@ -101,29 +106,66 @@ class RewardModule:
         return rule_score(answer, task.accepted, task.question, symbolic=self._symbolic)
 
     # ------------------------------------------------------------------ one group
-    def score_group(self, group: Group) -> None:
+    @property
+    def waits_for_terms(self) -> bool:
+        """True if a term of the user's own looks at whole groups: `ask_terms` comes before `score_group`."""
+        return any(term.looks_at_group for term in self.config.terms)
+
+    async def ask_terms(self, group: Group) -> TermValues:
+        """What the user's own terms give for the trajectories of a finished group; for `score_group`.
+
+        Runs on the event loop on which `score_answer` ran.
+
+        Raises:
+            ValueError: a term gives another number of values than there are trajectories.
+        """
+        members = [trajectory for trajectory in group.trajectories if not trajectory.end_state.is_error]
+        early = [self._early.get(id(trajectory)) for trajectory in members]
+        scores = [
+            (self._rule(trajectory) if known is None else known.score).value
+            for trajectory, known in zip(members, early, strict=True)
+        ]
+        view = AnsweredGroup(task=group.task, trajectories=tuple(members), scores=tuple(scores), judge=self.judge)
+        columns = await asyncio.gather(*(_values(term, view) for term in self.config.terms))
+        named = list(zip((term.name for term in self.config.terms), columns, strict=True))
+        rows = iter([{name: column[at] for name, column in named} for at in range(len(members))])
+        return [{} if trajectory.end_state.is_error else next(rows) for trajectory in group.trajectories]
+
+    def score_group(self, group: Group, terms: TermValues | None = None) -> None:
         """Set `reward` of every trajectory: None after an error of the infrastructure, else the breakdown.
 
         Trajectories that `score_answer` has not seen are scored by rule. Group statistics are those of the scored
         trajectories.
 
+        Args:
+            group: its trajectories are finished.
+            terms: what `ask_terms` gave; needed where a term looks at whole groups.
+
         Raises:
             JudgeError: more than `judge.max_failed_frac` of the last verdicts failed, and at least `MIN_FAILED`.
-            ValueError: a component of the user's own is no finite number.
+            ValueError: a component of the user's own is no finite number, or `terms` is missing.
         """
+        if terms is None and self.waits_for_terms:
+            raise ValueError("reward.terms: a term looks at whole groups; await ask_terms(group) and give its result")
         expected = wanted_operations(group.task)
         scored: list[_Early] = []
-        for trajectory in group.trajectories:
+        further: list[Mapping[str, float | None] | None] = []
+        rows: Sequence[Mapping[str, float | None] | None] = [None] * len(group.trajectories) if terms is None else terms
+        for trajectory, own in zip(group.trajectories, rows, strict=True):
+            if missing := [name for name, value in (own or {}).items() if value is None]:
+                trajectory.end_state = EndState.ERROR_JUDGE
+                trajectory.error = f"the judge did not reply to reward.terms {', '.join(missing)}"
             early = self._early.pop(id(trajectory), None)
             trajectory.reward = None
             self._count_verdict(trajectory, early)
             if not trajectory.end_state.is_error:
                 attempt = self._attempt(trajectory, expected) if early is None else early.attempt
                 scored.append(_Early(trajectory, self._rule(trajectory) if early is None else early.score, attempt))
+                further.append(own)
         attempts = [replace(each.attempt, score=each.score.value) for each in scored]
-        found = group_components(expected, attempts, self.config.rules)
-        for (trajectory, score, _), components in zip(scored, found, strict=True):
-            components |= self._further(trajectory, score.value)
+        found = group_components(expected, attempts, self.config.recipe.rules)
+        for (trajectory, score, _), components, own in zip(scored, found, further, strict=True):
+            components |= self._further(trajectory, score.value, own)
             trajectory.reward = RewardBreakdown(
                 components=components,
                 total=self.config.total(components),
@@ -137,7 +179,7 @@ class RewardModule:
         """What a finished trajectory did; its answer's score is still to come."""
         use = self._use(trajectory, expected)
         texts = [turn.text for turn in trajectory.turns]
-        by_turn = self.config.format_by == "turn"
+        check = check_turns(texts) if self.config.recipe.format_by == "turn" else check_format("".join(texts))
         answered = trajectory.end_state is EndState.ANSWERED
         worth = self._crop_worth(trajectory.task, use)
         # a crop that misses is no crop: by labels alone it would be paid for exactness (hazard 25)
@@ -146,14 +188,18 @@ class RewardModule:
             used=use.labels - {"crop"} if missed and self.config.credit == "net" else use.labels,
             crop_credit=worth,
             executions=trajectory.num_tool_calls,
-            format=(check_turns(texts) if by_turn else check_format("".join(texts))) if answered else 0.0,
+            format=check if answered else 0.0,
             turned=use.turned,
             ordered=use.ordered if use.ordered is None else use.ordered and not missed,
         )
 
-    def _further(self, trajectory: Trajectory, score: float) -> dict[str, float]:
-        """Components of the user's own."""
-        found = {term.name: float(term.value(trajectory, score)) for term in self.config.terms}
+    def _further(
+        self, trajectory: Trajectory, score: float, own: Mapping[str, float | None] | None
+    ) -> dict[str, float]:
+        """Components of the user's own: those of `ask_terms`, or by one trajectory at a time."""
+        found = {name: value for name, value in (own or {}).items() if value is not None}
+        if own is None:
+            found = {term.name: float(term.value(trajectory, score)) for term in self.config.terms}
         for name, value in found.items():
             if not math.isfinite(value):
                 raise ValueError(
@@ -166,8 +212,7 @@ class RewardModule:
             case "net":
                 return net_use(trajectory, expected)
             case "ran":
-                in_source, by_code = self.config.crop_frame == "source", self.config.evidence == "code"
-                return ran_use(trajectory, in_source=in_source, by_code=by_code)
+                return ran_use(trajectory, in_source=self.config.recipe.crop_frame == "source")
             case "steps":
                 return step_use(trajectory, expected)
 
@@ -175,10 +220,10 @@ class RewardModule:
         truth = parse_box(task.box)
         if truth is None or not use.boxes:
             return 0.0
-        if self.config.crop_frame == "call":
+        if self.config.recipe.crop_frame == "call":
             return best_iou(use.boxes, truth)
         frame = Frame(*task.images[0].size)
-        return max(crop_credit(box, truth, frame, self.config.crop_credit) for box in use.boxes)
+        return max(crop_credit(box, truth, frame, self.config.recipe.crop_credit) for box in use.boxes)
 
     def _count_verdict(self, trajectory: Trajectory, early: _Early | None) -> None:
         if trajectory.end_state is EndState.ERROR_JUDGE:
@@ -233,6 +278,18 @@ class RewardModule:
             self._symbolic.close()
         if self.judge is not None:
             self.judge.close()
+
+
+async def _values(term: RewardTerm, group: AnsweredGroup) -> list[float | None]:
+    try:
+        found = [None if value is None else float(value) for value in await term.values(group)]
+    except JudgeError:
+        return [None] * len(group.trajectories)
+    if len(found) != len(group.trajectories):
+        raise ValueError(
+            f"reward.terms: {term.name!r} gives {len(found)} values for {len(group.trajectories)} trajectories"
+        )
+    return found
 
 
 def wanted_operations(task: Task) -> frozenset[str]:

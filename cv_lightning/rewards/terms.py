@@ -1,17 +1,61 @@
-"""Reward components of a user's own: subclass `RewardTerm`, or name a function in a `FunctionTerm`."""
+"""Reward components of a user's own: subclass `RewardTerm`, or name a function in a `FunctionTerm`.
+
+A term that looks at one trajectory overrides `value`. One that compares the trajectories of a group, waits for
+something or asks the judge overrides `values`, which runs on the event loop while other groups still roll out.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from asyncio import gather
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cv_lightning.types import Trajectory
+from cv_lightning.types import JudgeError, Task, Trajectory
+
+if TYPE_CHECKING:
+    from cv_lightning.rewards.judge import Judge
 
 
-class RewardTerm(ABC):
-    """One further component of the reward.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredGroup:
+    """The trajectories of one task that can be scored, with the scores of their answers. Read it, change nothing."""
+
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+    scores: tuple[float, ...]
+    """Answer scores in [0, 1], one for each trajectory."""
+    judge: Judge | None = None
+    """The judge of `reward.judge`; None where none is configured."""
+
+    async def ask(self, prompt: str, max_tokens: int = 16) -> str:
+        """The judge's reply to a prompt.
+
+        Raises:
+            JudgeError: It did not reply within the tries and the time of its config.
+            ValueError: No judge is configured.
+        """
+        if self.judge is None:
+            raise ValueError("a term of reward.terms asks the judge: give its address in reward.judge.base_url")
+        return await self.judge.ask(prompt, max_tokens)
+
+    async def ask_each(self, prompts: Sequence[str], max_tokens: int = 16) -> list[str | None]:
+        """The judge's replies to several prompts, asked at once; None where it did not reply.
+
+        Raises:
+            ValueError: No judge is configured.
+        """
+        replies = await gather(*(self.ask(prompt, max_tokens) for prompt in prompts), return_exceptions=True)
+        for reply in replies:
+            if isinstance(reply, BaseException) and not isinstance(reply, JudgeError):
+                raise reply
+        return [reply if isinstance(reply, str) else None for reply in replies]
+
+
+class RewardTerm:
+    """One further component of the reward; a subclass overrides `value` or `values`.
 
     Example:
         >>> class Brevity(RewardTerm):
@@ -40,14 +84,29 @@ class RewardTerm(ABC):
         settings = (f"{name}={_named(value)}" for name, value in sorted(vars(self).items()))
         return f"{kind}({', '.join(settings)})"
 
-    @abstractmethod
     def value(self, trajectory: Trajectory, score: float) -> float:
-        """Unweighted value of the component.
+        """Unweighted value of the component for one trajectory.
 
         Args:
             trajectory: finished and scoreable; read it, change nothing.
             score: answer score in [0, 1].
         """
+        raise NotImplementedError(f"reward.terms: {type(self).__qualname__} defines neither value nor values")
+
+    async def values(self, group: AnsweredGroup) -> Sequence[float | None]:
+        """Unweighted values of the component for all trajectories of a group, in their order.
+
+        Returns:
+            None for a trajectory that the judge did not reply about: it stays unscored, as where the judge fails on
+            its answer. A `JudgeError` stands for None throughout.
+        """
+        pairs = zip(group.trajectories, group.scores, strict=True)
+        return [float(self.value(trajectory, score)) for trajectory, score in pairs]
+
+    @property
+    def looks_at_group(self) -> bool:
+        """True for a term that overrides `values`."""
+        return type(self).values is not RewardTerm.values
 
 
 def _named(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Which image operations a task wants, and which a trajectory used: from the trace by default, or from code text.
+"""Which image operations a task wants, and which a trajectory used by the sandbox's trace.
 
 Labels: rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical and crop are *core*; anything else that
 changes a picture (contrast_up, grayscale, resize, ...) is optional. Pure functions.
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from cv_lightning.images import dihedral_affine, is_upright
 from cv_lightning.orientations import ORIENTATIONS, to_upright
 from cv_lightning.rewards.geometry import Frame, density, source_extent
-from cv_lightning.rewards.static import read_code
 from cv_lightning.types import (
     ERASED,
     Affine,
@@ -206,24 +205,17 @@ def _net_orientation(task: Task, image: TrajectoryImage, wanted: frozenset[str])
     return frozenset() if label == "identity" else frozenset({label})
 
 
-def ran_use(trajectory: Trajectory, *, in_source: bool, by_code: bool = False) -> Use:
+def ran_use(trajectory: Trajectory, *, in_source: bool) -> Use:
     """Credit for everything that ran, as a set over the whole trajectory: the reference's rule, on what really ran.
 
     Args:
         trajectory: finished; whether it answered does not matter.
-        in_source: map crops to the source image; else leave them in the frame of the picture that each call worked
-            on, as the reference does (hazard 43).
-        by_code: read labels and boxes off the code of the calls instead of their trace; `in_source` is then without
-            effect.
+        in_source: map crops to the source image; else leave them in the frame of the image that each call worked on,
+            as the reference does.
     """
     labels: set[str] = set()
     boxes: list[Box] = []
     for turn, result in _successes(trajectory):
-        if by_code:
-            reading = read_code(turn.tool_call.code if turn.tool_call is not None else None)
-            labels |= reading.labels
-            boxes += reading.boxes
-            continue
         labels |= _labels_of(result)
         box = _call_box(trajectory, turn, result, in_source)
         boxes += [box] if box is not None else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -11,6 +12,7 @@ from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rewards.config import JUDGE_COUNTS
+from cv_lightning.rewards.module import TermValues
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rl.groups import MaskConfig, assign_advantages, carries_signal
 from cv_lightning.types import EndState, Group, Task, Trajectory
@@ -67,17 +69,31 @@ class Collector:
     ) -> list[Group]:
         """As `collect`, without advantages."""
         groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
+        waiting: list[tuple[Group, Future[TermValues]]] = []
+
+        def scored(group: Group, *terms: TermValues) -> None:
+            self.rewards.score_group(group, *terms)
+            if self.on_group is not None:
+                self.on_group(group)
+
+        def score_answered(*, wait: bool) -> None:
+            while waiting and (wait or waiting[0][1].done()):
+                group, asked = waiting.pop(0)
+                scored(group, asked.result())
 
         def settled(job: int, trajectory: Trajectory) -> None:
             group = groups[job // num_samples]
             group.trajectories.append(trajectory)
             if len(group.trajectories) == num_samples:
                 group.trajectories.sort(key=lambda member: member.sample)
-                self.rewards.score_group(group)
-                if self.on_group is not None:
-                    self.on_group(group)
+                if self.rewards.waits_for_terms:
+                    waiting.append((group, self.rollout.background.submit(self.rewards.ask_terms(group))))
+                else:
+                    scored(group)
+            score_answered(wait=False)
 
         self.rollout.run(jobs_of(tasks, num_samples), sampling, progress, settled)
+        score_answered(wait=True)
         return groups
 
     def assign(self, groups: Sequence[Group]) -> None:

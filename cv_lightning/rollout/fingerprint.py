@@ -42,7 +42,8 @@ def describe_rollouts(
     return {
         "agent": asdict(agent),
         "system": {name: agent.prompt.system_text(tool) for name, tool in (("tool", True), ("no_tool", False))},
-        "reward": asdict(reward),
+        # the formulas under the names that evaluations stored while each was a setting
+        "reward": asdict(reward) | reward.recipe._asdict() | {"evidence": "trace"},
         "judge_prompts": {name: load_prompt(name, judge.prompt_folder).version for name in sorted(types) if judge},
         "engine": {name: getattr(engine, name) for name in OF_ENGINE},
         "server": None if server is None else {"base_url": server.base_url, "model": server.model, "api": server.api},

@@ -93,7 +93,7 @@ def reward(case: Case) -> dict[str, Any]:
             "spurious_penalty": components["spurious"],
             "r_total": config.total(components),
         }
-        for components in group_components(expected, attempts, config.rules)
+        for components in group_components(expected, attempts, config.recipe.rules)
     ]
     return {"expected_ops": sorted(expected), "rollouts": rollouts}
 

@@ -187,8 +187,8 @@ def test_redteam_contrast_on_a_dummy_is_no_used_operation(sandbox: Sandbox) -> N
         "result = Image.frombytes('RGB', image.size, image.tobytes())"
     )
     for config in (
-        RewardConfig(credit="steps", penalties="binary", gate=False, emerge=0.2),
-        RewardConfig(credit="ran", crop_frame="call", emerge=0.2),
+        RewardConfig(credit="steps", emerge=0.2),
+        RewardConfig(credit="ran", emerge=0.2),
     ):
         assert components(run(sandbox, task(box=None), code), config)["emerge"] == 0
         real = "result = ImageEnhance.Contrast(image).enhance(1.4)"

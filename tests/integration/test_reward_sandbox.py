@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from reward_samples import BOX, Recorder, group, task
 
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.rewards.static import read_code
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.tools.code_image import ToolOutcome, derived_image, map_to_source
 from cv_lightning.types import Task, ToolCall, Trajectory, Turn
@@ -65,7 +64,7 @@ def test_a_crop_on_the_turned_picture_is_paid_in_the_source(sandbox: Sandbox, wa
     trajectory = run(sandbox, task("rotate_90", "crop"), *TURN_AND_CROP[way])
     found = components(trajectory, RewardConfig(crop_credit="iou"))
     assert (found["mandatory"], found["exact"], found["accuracy"]) == (pytest.approx(1.0), 1.0, 1.0)
-    parity = RewardConfig(credit="ran", crop_frame="call", crop_credit="iou")
+    parity = RewardConfig(credit="ran")
     frameless = components(trajectory, parity)["mandatory"]
     # a call's own box is in the frame of the picture that it worked on, here the source where there was one call only
     assert frameless == pytest.approx(1.0) if len(TURN_AND_CROP[way]) == 1 else frameless < 0.8
@@ -91,21 +90,19 @@ MENTIONS = {
 def test_what_did_not_happen_is_not_paid(sandbox: Sandbox, way: str, recipe: str) -> None:
     config = {
         "default": RewardConfig(),
-        "paper": RewardConfig(credit="steps", penalties="binary", gate=False, emerge=0.2),
-        "released code": RewardConfig(credit="ran", crop_frame="call", emerge=0.2),
+        "paper": RewardConfig(credit="steps", emerge=0.2),
+        "released code": RewardConfig(credit="ran", emerge=0.2),
     }[recipe]
     found = components(run(sandbox, task("rotate_90", "crop"), MENTIONS[way]), config)
     assert (found["mandatory"], found["exact"], found["emerge"]) == (0, 0, 0)
 
 
-def test_text_and_trace_disagree_where_the_text_lies(sandbox: Sandbox) -> None:
-    """Reading code is an option for comparisons; by default nothing looks at the text."""
+def test_a_text_that_lies_earns_nothing(sandbox: Sandbox) -> None:
+    """Nothing looks at the text: what it says and what ran disagree here."""
     code = "crop = lambda *_: image\nimage.rotate(270, expand=True)\nresult = image"
     trajectory = run(sandbox, task("rotate_90", box=None), code)
-    assert read_code(code).labels == {"rotate_270"}
-    by_code = RewardConfig(credit="ran", crop_frame="call", evidence="code")
-    assert components(trajectory, by_code)["mandatory"] == 1.0
     assert components(trajectory)["mandatory"] == 0.0
+    assert components(trajectory, RewardConfig(credit="ran"))["mandatory"] == 0.0
 
 
 def test_a_crop_beside_the_box_is_paid_by_its_overlap(sandbox: Sandbox) -> None:

@@ -210,7 +210,7 @@ def test_a_file_of_another_schema_names_what_is_missing(
 def test_a_file_of_no_known_kind(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("a,b\n")
-    with pytest.raises(DataError, match=r"not from '\.csv'"):
+    with pytest.raises(DataError, match=r"not from '\.txt'"):
         read(path, format="docvqa")
 
 

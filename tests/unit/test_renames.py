@@ -80,3 +80,14 @@ def test_migrate_leaves_a_file_that_is_not_a_config(tmp_path: Path, capsys: pyte
         assert main(["migrate", str(tmp_path / name)]) == 1
         assert name in capsys.readouterr().err and (tmp_path / name).read_text() == text
     assert main(["migrate", str(tmp_path / "none.yaml")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("credit", "crop_frame", "kept"),
+    [("net", "source", False), ("steps", "source", False), ("ran", "call", False), ("ran", "source", True)],
+)
+def test_settings_that_follow_from_another_are_dropped(credit: str, crop_frame: str, kept: bool) -> None:
+    reward = {"credit": credit, "crop_frame": crop_frame, "accuracy": 2.0}
+    new, _ = migrate_config({"rollout": {"reward": reward}})
+    left = new["rollout"]["reward"]
+    assert left == reward if kept else left == {"credit": credit, "accuracy": 2.0}

@@ -199,9 +199,9 @@ def test_thoughtless_turns_lose_the_format() -> None:
     recorder = Recorder(turned()).call("rotate_270").call("contrast_up")
     recorder.turns[1].text = "<tool_call>{}</tool_call>"
     assert score(recorder.answer()).components["format"] == 0
-    assert score(recorder.answer(), RewardConfig(format_by="response")).components["format"] == 1
+    assert score(recorder.answer(), RewardConfig(credit="ran")).components["format"] == 1
     recorder.turns[0].text = "<tool_call>{}</tool_call>"
-    assert score(recorder.answer(), RewardConfig(format_by="response")).components["format"] == 0
+    assert score(recorder.answer(), RewardConfig(credit="ran")).components["format"] == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,11 @@ from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
 
 from cv_lightning.images import dihedral_affine, iou, map_box
 from cv_lightning.orientations import to_upright
-from cv_lightning.rewards import FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
+from cv_lightning.rewards import AnsweredGroup, FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
 from cv_lightning.rewards.config import COMPONENTS
 from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, net_use, turned_labels
-from cv_lightning.types import Affine, Box, EndState, Operation, Trajectory
+from cv_lightning.types import Affine, Box, EndState, Group, JudgeError, Operation, Trajectory
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reward"
 
@@ -57,11 +58,10 @@ def test_a_crop_on_the_turned_picture_gets_the_iou_it_deserves(name: str) -> Non
 def test_without_provenance_the_same_crop_would_lose() -> None:
     wanted = task("rotate_180", "crop")
     trajectory = Recorder(wanted).call("rotate_180").call(in_picture("rotate_180", BOX)).answer()
-    frameless = RewardConfig(credit="ran", crop_frame="call")
-    total(trajectory, frameless)
+    total(trajectory, RewardConfig(credit="ran"))
     assert trajectory.reward is not None
     assert trajectory.reward.components["mandatory"] == pytest.approx(0.5)  # the turn alone
-    total(trajectory, RewardConfig(credit="ran"))
+    total(trajectory, RewardConfig(credit="steps"))
     assert trajectory.reward.components["mandatory"] == pytest.approx(1.0)
 
 
@@ -206,9 +206,9 @@ def test_further_terms_are_paid_and_logged() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"crop_frame": "call"}, "reward.credit"),
-        ({"reasoning": 0.5}, "reward.penalties"),
-        ({"evidence": "code"}, "crop_frame"),
+        ({"reasoning": 0.5}, "reward.credit 'steps'"),
+        ({"credit": "steps", "gate": True}, r"reward\.gate True.*credit 'net' only"),
+        ({"credit": "ran", "crop_credit": "coverage"}, r"reward\.crop_credit 'coverage'.*credit 'net' only"),
         ({"terms": [FunctionTerm("accuracy", 1.0, "math.hypot")]}, "taken"),
     ],
 )
@@ -263,9 +263,6 @@ def test_reference_pays_labels_the_default_does_not() -> None:
     there_and_back = Recorder(task("rotate_90", box=None)).call("rotate_270").call("rotate_90").answer()
     assert total(there_and_back, recipe("reference")) == pytest.approx(2.1)
     assert total(there_and_back) == pytest.approx(1.1)
-    by_code = RewardConfig(credit="ran", crop_frame="call", evidence="code")
-    code = Recorder(task("rotate_90", box=None)).call("rotate_180", code="result = image.rotate(270)").answer()
-    assert total(code, by_code) > total(code, RewardConfig(credit="ran"))
 
 
 def test_paper_pays_order_and_binary_penalties() -> None:
@@ -325,3 +322,72 @@ def test_swapped_colours_turn_nothing() -> None:
         flip = Operation(name="reverse", call="numpy.flip", arguments={"axis": axis})
         result = replace(made.turns[0].result, operations=(flip,))
         assert bool(turned_labels(replace(made.answer(), turns=[replace(made.turns[0], result=result)]))) is turned
+
+
+# ------------------------------------------------------------------------------------------------ terms of a group
+class Rank(RewardTerm):
+    """1 for the shortest right response of a group; it waits for something."""
+
+    async def values(self, group: AnsweredGroup) -> list[float | None]:
+        await asyncio.sleep(0)
+        lengths = [
+            len(t.turns) if score > 0.5 else 99 for t, score in zip(group.trajectories, group.scores, strict=True)
+        ]
+        return [float(length == min(lengths)) for length in lengths]
+
+
+class Unanswered(RewardTerm):
+    """The judge replies about the first trajectory only."""
+
+    async def values(self, group: AnsweredGroup) -> list[float | None]:
+        return [1.0, *[None] * (len(group.trajectories) - 1)]
+
+
+class Down(RewardTerm):
+    """The judge is down."""
+
+    async def values(self, group: AnsweredGroup) -> list[float | None]:
+        raise JudgeError("down")
+
+
+def scored_with(term: RewardTerm, members: Group) -> Group:
+    module = RewardModule(RewardConfig(terms=[term]))
+    assert module.waits_for_terms
+    module.score_group(members, asyncio.run(module.ask_terms(members)))
+    return members
+
+
+def test_a_term_compares_the_trajectories_of_a_group() -> None:
+    turned = task("rotate_90", box=None)
+    long = Recorder(turned).call("rotate_180").call("rotate_270").answer()
+    lost = Recorder(turned).answer(end=EndState.ERROR_ENGINE)
+    found = scored_with(Rank("rank", 0.5), group(long, lost, Recorder(turned).call("rotate_270").answer()))
+    rewards = [trajectory.reward for trajectory in found.trajectories]
+    assert rewards[1] is None
+    assert [reward.components["rank"] for reward in rewards if reward is not None] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("term", "left"), [(Unanswered("u", 1.0), 1), (Down("d", 1.0), 0)])
+def test_what_the_judge_did_not_reply_about_is_unscored_and_counted(term: RewardTerm, left: int) -> None:
+    found = scored_with(term, group(*(Recorder(task(box=None)).answer() for _ in range(3))))
+    states = [trajectory.end_state for trajectory in found.trajectories]
+    assert states == [EndState.ANSWERED] * left + [EndState.ERROR_JUDGE] * (3 - left)
+    assert [trajectory.reward is not None for trajectory in found.trajectories] == [True] * left + [False] * (3 - left)
+    assert term.name in (found.trajectories[-1].error or "")
+
+
+def test_a_term_of_a_group_is_not_passed_over() -> None:
+    module, members = RewardModule(RewardConfig(terms=[Rank("rank", 0.5)])), group(Recorder(task(box=None)).answer())
+    with pytest.raises(ValueError, match="await ask_terms"):
+        module.score_group(members)
+    with pytest.raises(NotImplementedError, match="neither value nor values"):
+        asyncio.run(RewardModule(RewardConfig(terms=[RewardTerm("empty", 1.0)])).ask_terms(members))
+
+
+def test_a_term_that_asks_without_a_judge_says_what_to_set() -> None:
+    class Asks(RewardTerm):
+        async def values(self, group: AnsweredGroup) -> list[str | None]:
+            return await group.ask_each(["?"])
+
+    with pytest.raises(ValueError, match=r"reward\.judge\.base_url"):
+        scored_with(Asks("asks", 1.0), group(Recorder(task(box=None)).answer()))

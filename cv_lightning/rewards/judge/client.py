@@ -10,7 +10,7 @@ from cv_lightning.endpoint.client import EndpointClient, Spent
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.cache import VerdictCache, cache_key
 from cv_lightning.rewards.judge.prompts import load_prompt
-from cv_lightning.rewards.judge.verdict import GRAMMAR, read_verdict
+from cv_lightning.rewards.judge.verdict import GRAMMAR, read_text, read_verdict
 from cv_lightning.types import EndpointError, JudgeError
 
 MAX_BODY_BYTES = 1 << 20
@@ -85,6 +85,19 @@ class Judge:
             self.counters.shared += 1
         try:
             return await asyncio.shield(task)
+        except EndpointError as error:
+            self.counters.failed += 1
+            raise JudgeError(str(error)) from error
+
+    async def ask(self, prompt: str, max_tokens: int = 16) -> str:
+        """The text of the model's reply to a prompt of a reward term; nothing is cached.
+
+        Raises:
+            JudgeError: no reply within the tries and the time of the config.
+        """
+        options = {"max_tokens": max_tokens, "temperature": self.config.temperature}
+        try:
+            return await self._client.chat([{"role": "user", "content": prompt}], options, read_text)
         except EndpointError as error:
             self.counters.failed += 1
             raise JudgeError(str(error)) from error

@@ -56,6 +56,12 @@ def read_verdict(body: object) -> float | None:
     return probability if (probability > 0.5) == (value > 0.5) else None
 
 
+def read_text(body: object) -> str | None:
+    """Text of the body of a chat completion; None where it holds none."""
+    text = _at(body, "choices", 0, "message", "content")
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def parse_verdict(text: str) -> float | None:
     """1.0 or 0.0 from the judge's text: one word (1, correct, no, ...), JSON with such a value, or `... Verdict: 1`.
 

@@ -6,8 +6,7 @@ import time
 import timeit
 
 import pytest
-
-from cv_lightning.rewards.static import read_code
+from code_reading import read_code
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Reading operations off the text of a snippet, without running it. For comparisons: the trace is what training uses.
+"""Reading operations off the text of a snippet, without running it, as the released code counts them.
 
 A syntax tree is read, never text by regular expressions, so comments, strings and descriptions say nothing and time is
 linear in the size of the code. Branches that a constant condition rules out and functions that nothing calls are left
