@@ -24,7 +24,7 @@ from cv_lightning.sandbox.geometry import SYMMETRIES, turn
 from cv_lightning.sandbox.locate import located
 from cv_lightning.sandbox.proof import is_equal, plain_border, prove
 from cv_lightning.sandbox.view import Pyramid, signs_of
-from cv_lightning.types import Affine, Effect, Operation
+from cv_lightning.types import Affine, Box, Effect, Operation
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +267,7 @@ class Comparison:
         self.grid = min(GRID, result.width), min(GRID, result.height)
         self._actual: np.ndarray[Any, Any] | None = None
         self._scores: dict[Affine, float] = {}
+        self._parts: dict[tuple[int, tuple[int, int, int, int]], Image.Image] = {}
         # Single pixels, at whole steps so that each one's centre is known.
         step = result.width // self.grid[0], result.height // self.grid[1]
         self._points = Affine(
@@ -308,16 +309,34 @@ class Comparison:
         level = max(0, int(np.log2(max(1.0, step))))
         while level and min(self.image.size) >> level < 1:
             level -= 1
-        small = self.before.level(level)
-        sx, sy = small.width / self.image.width, small.height / self.image.height
         full = compose(to_input, Affine(cell[0], 0, 0, 0, cell[1], 0))
-        data = (full.a * sx, full.b * sx, full.c * sx, full.d * sy, full.e * sy, full.f * sy)
+        small, box = self._reduced(level, map_box(full, (0.0, 0.0, float(columns), float(rows))))
+        sx, sy = small.width / (box[2] - box[0]), small.height / (box[3] - box[1])
+        full = compose(Affine(sx, 0, -box[0] * sx, 0, sy, -box[1] * sy), full)
+        data = full.a, full.b, full.c, full.d, full.e, full.f
         inside = _inside(data, self.grid, small.size)
         if inside.sum() < 4:
             return 0.0
         moved = small.transform(self.grid, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
         predicted = np.asarray(moved.convert("L"), np.float32)
         return _correlation(predicted[inside], self.actual[inside])
+
+    def _reduced(self, level: int, shown: Box) -> tuple[Image.Image, tuple[int, int, int, int]]:
+        """The input reduced by 2 ** level, or of a large one only the part that is shown; and where it lies."""
+        width, height = self.image.size
+        side = 1 << level
+        left, top = (max(0, int(v) // side - 1) * side for v in shown[:2])
+        right, bottom = (
+            min(most, (int(v) // side + 2) * side) for v, most in zip(shown[2:], (width, height), strict=True)
+        )  # fmt: skip
+        if level <= self.before.small[0] or right <= left or bottom <= top:
+            return self.before.level(level), (0, 0, width, height)
+        if 2 * (right - left) * (bottom - top) > width * height:
+            return self.before.level(level), (0, 0, width, height)
+        box = left, top, right, bottom
+        if (side, box) not in self._parts:
+            self._parts[side, box] = self.image.reduce(side, box)
+        return self._parts[side, box], box
 
 
 def _grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray[Any, Any]:

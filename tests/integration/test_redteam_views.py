@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from reward_samples import task
 from test_reward_sandbox import components, run
-from view_attacks import CLAIM, attack_program
-from view_programs import honest_program
+from view_attacks import CLAIM, attack_program, parts_of
+from view_programs import honest_program, make_scene
 from view_trials import attack_trial, honest_trial
 
 from cv_lightning.rewards import RewardConfig
@@ -111,6 +111,23 @@ def test_redteam_a_crop_that_is_not_shown_is_not_paid(sandbox: Sandbox, trick: s
     assert trajectory.turns[0].result is not None and trajectory.turns[0].result.image is not None
     found = components(trajectory)
     assert (found["mandatory"], found["exact"], found["accuracy"]) == (0, 0, 0)
+
+
+PAID_ONCE = {
+    (20261201, 1854): "r = ImageChops.add_modulo(v, u.point(lambda p: p * 0.40))",
+    (11, 0): "a = (np.array(v).astype(float) - np.array(v).mean()) * 0.3\nx = np.arange(v.width)[:, None]\n"
+    "r = Image.fromarray(np.clip(128 + a + 120 * np.sin(x * 0.0314), 0, 255).astype(np.uint8))",
+}
+"""By the seed of the scene: what was paid for although a digit could no longer be read in it."""
+
+
+@pytest.mark.parametrize("seed", PAID_ONCE)
+def test_redteam_what_was_paid_once_is_not_paid(sandbox: Sandbox, seed: tuple[int, int]) -> None:
+    scene = make_scene(seed)
+    honest, claim = parts_of(scene)
+    code = f"{CLAIM}\n{honest}\n"
+    assert components(run(sandbox, scene.task, f"{code}result = v"))["mandatory"] > 0
+    assert components(run(sandbox, scene.task, f"{code}{PAID_ONCE[seed]}\nresult = {claim}"))["mandatory"] == 0
 
 
 def test_redteam_the_honest_views_of_the_same_tasks_are_paid(sandbox: Sandbox) -> None:

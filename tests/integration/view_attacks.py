@@ -5,9 +5,10 @@ They may forge what the tracer says, because model code shares its process with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from view_mixtures import MIXTURES
 from view_programs import Program, Scene, make_scene
 
 CLAIM = """
@@ -26,15 +27,15 @@ def claim(r, turn='', box=None):
 """Forges the tracer's word: the result is what the task wants, whatever its pixels are."""
 
 
-@dataclass(frozen=True)
-class _Parts:
+class Parts(NamedTuple):
     """What attacks are composed of: code that makes the honest view `v`, and an unhonest one of its size `u`."""
 
     honest: str
     claim: str
 
 
-def _parts(scene: Scene) -> _Parts:
+def parts_of(scene: Scene) -> Parts:
+    """Code for a scene."""
     x = "image"
     if scene.crop:
         x += f".crop({scene.crop})"
@@ -44,7 +45,7 @@ def _parts(scene: Scene) -> _Parts:
             "flip_horizontal": "FLIP_LEFT_RIGHT", "flip_vertical": "FLIP_TOP_BOTTOM",
         }[scene.turn]  # fmt: skip
         x += f".transpose(Image.Transpose.{name})"
-    return _Parts(f"v = {x}\nu = image.resize(v.size)", f"claim(r, {scene.turn!r}, {scene.crop!r})")
+    return Parts(f"v = {x}\nu = image.resize(v.size)", f"claim(r, {scene.turn!r}, {scene.crop!r})")
 
 
 def _blend(rng: np.random.Generator) -> str:
@@ -213,9 +214,9 @@ def attack_program(seed: tuple[int, ...]) -> Program:
     """A program that claims what its task wants and shows something less legible, or tries to."""
     rng = np.random.default_rng((*seed, 2))
     scene = make_scene(seed)
-    parts = _parts(scene)
+    parts = parts_of(scene)
     makers = {"blend": _blend, "paste": _paste, "mask": _mask, "noise": _noise, "resampling": _resampling,
-              "palette": _palette, "shuffle": _shuffle}  # fmt: skip
+              "palette": _palette, "shuffle": _shuffle, **MIXTURES}  # fmt: skip
     kind = str(rng.choice([*makers, "erase", "composition", "calls"]))
     if kind == "erase":
         code = _erase(rng, scene) + parts.honest.replace("v = image", "v = y") + "\nr = v"
@@ -231,7 +232,7 @@ def attack_program(seed: tuple[int, ...]) -> Program:
     return Program(kind, scene, (code,))
 
 
-def _in_calls(rng: np.random.Generator, scene: Scene, parts: _Parts) -> Program:
+def _in_calls(rng: np.random.Generator, scene: Scene, parts: Parts) -> Program:
     """A loss spread over several calls, each of which is nearly harmless."""
     first = f"{parts.honest}\nresult = v"
     part, radius = rng.uniform(0.05, 0.6), rng.uniform(0.8, 3)

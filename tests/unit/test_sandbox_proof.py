@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from cv_lightning.images import compose
 from cv_lightning.sandbox.effect import _net_effect, _shows, net_effect, shows
@@ -66,6 +66,7 @@ HONEST: dict[str, Change] = {
     "grey": lambda x: ImageOps.grayscale(x).convert("RGB"),
     "inverted": ImageOps.invert,
     "autocontrast": lambda x: ImageOps.autocontrast(x, cutoff=1),
+    "gamma": lambda x: x.point(lambda v: round(255 * (v / 255) ** 2.2)),
     "threshold": lambda x: x.convert("L").point(lambda v: 255 * (v > 140)).convert("RGB"),
     "local contrast": lambda x: local_contrast(x),
     "compressed": jpeg,
@@ -109,8 +110,17 @@ DISHONEST: dict[str, Change] = {
     "shifted": lambda x: Image.fromarray(np.roll(np.asarray(x), 7, axis=1)),
     "mirrored": ImageOps.mirror,
     "one line painted over": lambda x: painted(x),
+    "a sum that wraps around": lambda x: ImageChops.add_modulo(x, ImageEnhance.Brightness(TEXT).enhance(0.4)),
+    "folded tones": lambda x: x.point(lambda v: 255 - abs(2 * v - 255)),
+    "faint beside waves": lambda x: waved(x),
     "a photograph": lambda x: noisy(Image.new("RGB", x.size, "grey"), 60),
 }
+
+
+def waved(image: Image.Image) -> Image.Image:
+    faint = 0.25 * (np.asarray(image, np.float64) - 128)
+    wave = 100 * np.sin(np.arange(image.width) / 10)[:, None]
+    return Image.fromarray(np.clip(128 + faint + wave, 0, 255).astype(np.uint8))
 
 
 def pasted(image: Image.Image, share: float) -> Image.Image:
