@@ -7,7 +7,7 @@
                    trainer.callbacks.RolloutCallback.sampling.seed
     metrics        columns of metrics.csv and dotted names of an evaluation's metrics.json
     stored_fields  trajectories[].turns[].num_tokens, of a stored line; `[]` stands for every item of a list
-    modules        cv_lightning.trajectory.store, in command lines
+    modules        cv_lightning.trajectory.store, in command lines, and the names of files there
 
 An entry renames its name and everything below it (behind the next `.`, `/` or `[`); one `*` in it stands for anything,
 as in `reward/*/mandatory`; the longest entry wins. Null says that it is gone on purpose. What is recorded and neither
