@@ -1,18 +1,17 @@
 """Public benchmarks in the formats that they are published in, to tasks.
 
-Each format is one function from a row to a `Question`; `configs/eval` says for each benchmark which files to download.
-What the benchmark's own metric needs (`metric`, `accepted_answers`, ...) goes into the task's metadata, for
-`evaluation.scoring`.
+Each is one declaration in `FORMATS`; `configs/eval` says for each benchmark which files to download. What its own
+metric needs (`metric`, `accepted_answers`, ...) goes into the task's metadata, for `evaluation.scoring`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from cv_lightning.data.benchmark import Benchmark, Question, scored_by
 from cv_lightning.data.boxes import is_inside
 from cv_lightning.data.image_cells import cells_digest, load_images
 from cv_lightning.data.readers import TaskFiles, without_marks
@@ -27,39 +26,13 @@ from cv_lightning.data.rows import (
     is_missing,
     unique_names,
 )
-from cv_lightning.data.tables import Table, open_table
+from cv_lightning.data.tables import ItemRows, Table, open_table
 from cv_lightning.types import Box, Task
 
 LETTERS = "ABCDEFGHIJ"
 BY_LETTER = "Answer with the letter of the right option."
-TIRBENCH_MENDED = {"60.jpg": "mobi", "62.jpg": "aires"}
-"""Answers of task ocr that the benchmark's own scoring replaces, by what the picture's path has in it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What a row says."""
-
-    text: str
-    images: Sequence[Any]
-    """Bytes, paths, mappings with either, or base64 texts."""
-    answers: list[str]
-    """Any of them is right; the first is the ground truth."""
-    metric: str | None = None
-    """Of `evaluation.scoring`; None: the project's rule."""
-    category: str = ""
-    box: Box | None = None
-    """Where the evidence is, in pixels of the first image."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-class Format(NamedTuple):
-    """How one benchmark is laid out."""
-
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
-    parse: Callable[[Mapping[str, Any], Path], Question]
-    """From a row and the folder that its image paths start from."""
+TIRBENCH_CORRECTED = {"60.jpg": "mobi", "62.jpg": "aires"}
+"""Answers of task ocr that the benchmark's own scoring replaces, by what the image's path has in it."""
 
 
 def task_files(files: Sequence[str | Path], config: ReaderConfig) -> RowFiles[Task]:
@@ -69,6 +42,25 @@ def task_files(files: Sequence[str | Path], config: ReaderConfig) -> RowFiles[Ta
         DataError: a file is missing or of another format, or none of its rows can be used.
     """
     return TaskFiles(files, config) if config.format == "codevision" else BenchmarkFiles(files, config)
+
+
+def format_name(config: ReaderConfig) -> str:
+    """Name of the format that files are read in: of a user's own benchmark, its class's."""
+    return config.format if isinstance(config.format, str) else type(config.format).__name__
+
+
+def benchmark_of(config: ReaderConfig) -> Benchmark:
+    """What reads the rows of files in the format that the config names, `codevision` aside."""
+    if isinstance(config.format, Benchmark):
+        return config.format
+    return Columns(config.fields) if config.format == "fields" else FORMATS[config.format]
+
+
+def _open(path: Path, benchmark: Benchmark) -> Table:
+    rows = benchmark.rows(path)
+    if rows is None:
+        return open_table(path, benchmark.needed, benchmark.optional)
+    return ItemRows(rows, benchmark.needed)
 
 
 class BenchmarkFiles(ListedRowFiles[Task]):
@@ -85,10 +77,8 @@ class BenchmarkFiles(ListedRowFiles[Task]):
     def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
         super().__init__(expand_files(files, "--data.eval_files"), config)
         self._names = unique_names(self.paths)
-        self._format = by_fields(config.fields) if config.format == "fields" else FORMATS[config.format]
-        self._tables: list[Table] = [
-            open_table(path, self._format.needed, self._format.optional) for path in self.paths
-        ]
+        self._benchmark = benchmark_of(config)
+        self._tables = [_open(path, self._benchmark) for path in self.paths]
         self._open([len(rows) for rows in self._tables])
 
     def read(self, index: int, *, decode: bool = True) -> Task:
@@ -101,9 +91,10 @@ class BenchmarkFiles(ListedRowFiles[Task]):
         folder = Path(self.config.image_folder or self.paths[file].parent)
         try:
             row = self._tables[file].row(number)
-            question = self._format.parse({k: None if is_missing(v) else v for k, v in row.items()}, folder)
+            known = {name: None if is_missing(value) else value for name, value in row.items()}
+            question = self._benchmark.question(known, folder)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise RowError("schema", f"not a row of format {self.config.format!r} ({error!r})") from error
+            raise RowError("schema", f"not a row of format {format_name(self.config)!r} ({error!r})") from error
         return self._task(question, f"{self._names[file]}:{number}", folder, decode)
 
     def _task(self, question: Question, name: str, folder: Path, decode: bool) -> Task:
@@ -113,14 +104,15 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             check_text(answer, "an answer")
         if not images or not text or not question.answers:
             raise RowError("incomplete", "no image, no question or no answer")
-        # an annotation beyond its picture shows nothing, but the question can still be asked
+        # an annotation beyond its image shows nothing, but the question can still be asked
         box = question.box if question.box is not None and is_inside(question.box, images[0].size) else None
         metadata = dict(question.metadata)
         metadata["picture"] = cells_digest(question.images, folder)
-        if question.metric or len(question.answers) > 1:
+        metric = self.config.metric or question.metric
+        if metric is not None:
+            metadata |= scored_by(metric, question.answers)
+        elif len(question.answers) > 1:
             metadata["accepted_answers"] = question.answers
-        if question.metric:
-            metadata["metric"] = question.metric
         if question.category:
             metadata["category"] = question.category
         return Task(
@@ -128,130 +120,120 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             question=text,
             images=images,
             ground_truth=question.answers[0],
-            data_source=self.config.data_source or self.config.format,
+            data_source=self.config.data_source or format_name(self.config),
             box=box,
             metadata=metadata,
         )
 
 
 # ------------------------------------------------------------------------------------------------ the formats
-def _ocrbench(row: Mapping[str, Any], folder: Path) -> Question:
-    return Question(
-        text=_said(row, "question"),
-        images=[row["image"]],
-        answers=_texts(row["answer"]),
-        metric="ocrbench",
-        category=str(row.get("question_type") or ""),
-        metadata={"dataset": row.get("dataset")},
-    )
+class Columns(Benchmark):
+    """A row a question, in plain columns.
+
+    Args:
+        names: The columns; `options` may be empty.
+        lettered: Options stand in columns `A`, `B`, ... of their own; the answer is a letter.
+        kept: Columns that go into the task's metadata, with their names there.
+    """
+
+    def __init__(
+        self, names: FieldNames | None = None, *, lettered: bool = False, kept: Mapping[str, str] | None = None
+    ) -> None:
+        self.names = names = names or FieldNames()
+        self.lettered, self.kept = lettered, dict(kept or {})
+        self.needed = (names.question, names.answer, names.image)
+        more = (*(LETTERS if lettered else ()), names.options, names.category, *self.kept)
+        self.optional = tuple(name for name in more if name)
+
+    def question(self, row: Mapping[str, Any], folder: Path) -> Question:
+        """Text with options, if there are any, images and answers."""
+        names, answers = self.names, _texts(row[self.names.answer])
+        options = _texts(row[names.options]) if names.options and row.get(names.options) else []
+        if len(options) > len(LETTERS):
+            raise ValueError(f"{len(options)} options, of {len(LETTERS)} at most")
+        by_letter = dict(zip(LETTERS, options, strict=False))
+        if self.lettered:
+            by_letter = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
+            answers = [_said(row, names.answer).strip()]
+        return Question(
+            text=_with_options(_said(row, names.question), by_letter),
+            images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],
+            answers=answers,
+            metric=names.metric,
+            category=str(row.get(names.category) or "") if names.category else "",
+            metadata={key: row[column] for column, key in self.kept.items() if row.get(column) is not None},
+        )
 
 
-def _chartqapro(row: Mapping[str, Any], folder: Path) -> Question:
+class ChartQAPro(Benchmark):
     """Of a conversation the earlier turns are given with their answers, and the last one is asked."""
-    questions, answers, kind = _texts(row["Question"]), _texts(row["Answer"]), str(row["Question Type"])
-    parts = [str(row.get("Paragraph") or "").strip()]
-    if kind == "Conversational":
-        parts += [f"Q: {asked}\nA: {said}" for asked, said in zip(questions[:-1], answers[:-1], strict=True)]
-    return Question(
-        text="\n\n".join([*(part for part in parts if part), questions[-1]]),
-        images=[row["image"]],
-        answers=answers[-1:],
-        metric="chartqapro",
-        category=kind,
-        metadata={"question_type": kind, "year": _texts(row["Year"])},
-    )
+
+    needed = ("Question", "Answer", "Question Type", "Year", "image")
+    optional = ("Paragraph",)
+
+    def question(self, row: Mapping[str, Any], folder: Path) -> Question:
+        """The last question, after the paragraph and the earlier turns."""
+        questions, answers, kind = _texts(row["Question"]), _texts(row["Answer"]), str(row["Question Type"])
+        parts = [str(row.get("Paragraph") or "").strip()]
+        if kind == "Conversational":
+            parts += [f"Q: {asked}\nA: {said}" for asked, said in zip(questions[:-1], answers[:-1], strict=True)]
+        return Question(
+            text="\n\n".join([*(part for part in parts if part), questions[-1]]),
+            images=[row["image"]],
+            answers=answers[-1:],
+            metric="chartqapro",
+            category=kind,
+            metadata={"question_type": kind, "year": _texts(row["Year"])},
+        )
 
 
-def _vstar(row: Mapping[str, Any], folder: Path) -> Question:
+class VStar(Benchmark):
     """The targets' boxes, as left, top, width, height, stand in a JSON file beside the image; else there is no box."""
-    beside = (folder / str(row["image"])).with_suffix(".json")
-    boxes = json.loads(beside.read_text()).get("bbox", []) if beside.is_file() else []
-    corners = [(x, y, x + width, y + height) for x, y, width, height in boxes]
-    around: Box | None = None
-    if corners:
-        left, top, right, bottom = zip(*corners, strict=True)
-        around = (float(min(left)), float(min(top)), float(max(right)), float(max(bottom)))
-    return Question(
-        text=_said(row, "text"),
-        images=[row["image"]],
-        answers=[_said(row, "label").strip()],
-        category=str(row.get("category") or ""),
-        box=around,
-    )
+
+    needed = ("image", "text", "label")
+    optional = ("category",)
+
+    def question(self, row: Mapping[str, Any], folder: Path) -> Question:
+        """The question with the box around all targets."""
+        beside = (folder / str(row["image"])).with_suffix(".json")
+        boxes = json.loads(beside.read_text()).get("bbox", []) if beside.is_file() else []
+        corners = [(x, y, x + width, y + height) for x, y, width, height in boxes]
+        around: Box | None = None
+        if corners:
+            left, top, right, bottom = zip(*corners, strict=True)
+            around = (float(min(left)), float(min(top)), float(max(right)), float(max(bottom)))
+        return Question(
+            text=_said(row, "text"),
+            images=[row["image"]],
+            answers=[_said(row, "label").strip()],
+            category=str(row.get("category") or ""),
+            box=around,
+        )
 
 
-def _hrbench(row: Mapping[str, Any], folder: Path) -> Question:
-    return Question(
-        text=_with_options(_said(row, "question"), _letter_columns(row)),
-        images=[row["image"]],
-        answers=[_said(row, "answer").strip()],
-        category=str(row.get("category") or ""),
-        metadata={"cycle_category": row.get("cycle_category")},
-    )
+class TIRBench(Benchmark):
+    """One or two images; the answers of task ocr are corrected as in the benchmark's own scoring."""
 
+    needed = ("image_1", "prompt", "answer", "task")
+    optional = ("image_2",)
 
-def _vtcbench(row: Mapping[str, Any], folder: Path) -> Question:
-    """With options in columns, or without any; the reference chain of tools is kept, never shown."""
-    return Question(
-        text=_with_options(_said(row, "question"), _letter_columns(row)),
-        images=[row["image"]],
-        answers=[_said(row, "answer").strip()],
-        category=str(row.get("category") or ""),
-        metadata={"reference_tools": row["model_tools_gt"]} if row.get("model_tools_gt") else {},
-    )
-
-
-def _letter_columns(row: Mapping[str, Any]) -> dict[str, str]:
-    """Letter to option, of the columns `A`, `B`, ... that are filled."""
-    return {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
+    def question(self, row: Mapping[str, Any], folder: Path) -> Question:
+        """The prompt, with the task as its category."""
+        is_ocr = row["task"] == "ocr" and isinstance(row["image_1"], str)
+        wrong = [name for name in TIRBENCH_CORRECTED if is_ocr and name in row["image_1"]]
+        return Question(
+            text=_said(row, "prompt"),
+            images=[row[key] for key in ("image_1", "image_2") if row.get(key)],
+            answers=[TIRBENCH_CORRECTED[wrong[0]] if wrong else _said(row, "answer")],
+            metric="tirbench",
+            category=str(row["task"]),
+        )
 
 
 def _with_options(question: str, options: Mapping[str, str]) -> str:
     """The question with its options and how to name one; alone where it has none."""
     lettered = [f"{letter}. {option}" for letter, option in options.items()]
     return "\n".join([question, *lettered, *([BY_LETTER] if lettered else [])])
-
-
-def _tirbench(row: Mapping[str, Any], folder: Path) -> Question:
-    images = [row[key] for key in ("image_1", "image_2") if row.get(key)]
-    is_ocr = row["task"] == "ocr" and isinstance(row["image_1"], str)
-    wrong = [name for name in TIRBENCH_MENDED if is_ocr and name in row["image_1"]]
-    return Question(
-        text=_said(row, "prompt"),
-        images=images,
-        answers=[TIRBENCH_MENDED[wrong[0]] if wrong else _said(row, "answer")],
-        metric="tirbench",
-        category=str(row["task"]),
-    )
-
-
-def _docvqa(row: Mapping[str, Any], folder: Path) -> Question:
-    return Question(
-        text=_said(row, "question"),
-        images=[row["image"]],
-        answers=_texts(row["answers"]),
-        metric="anls",
-        metadata={"question_id": row.get("questionId")},
-    )
-
-
-def by_fields(names: FieldNames) -> Format:
-    """The format of files that hold plain columns under names of their own."""
-
-    def parse(row: Mapping[str, Any], folder: Path) -> Question:
-        options = _texts(row[names.options]) if names.options and row.get(names.options) else []
-        if len(options) > len(LETTERS):
-            raise ValueError(f"{len(options)} options, of {len(LETTERS)} at most")
-        return Question(
-            text=_with_options(_said(row, names.question), dict(zip(LETTERS, options, strict=False))),
-            images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],
-            answers=_texts(row[names.answer]),
-            metric=names.metric,
-            category=str(row.get(names.category) or "") if names.category else "",
-        )
-
-    optional = tuple(name for name in (names.options, names.category) if name)
-    return Format((names.question, names.answer, names.image), optional, parse)
 
 
 def _said(row: Mapping[str, Any], key: str) -> str:
@@ -271,12 +253,12 @@ def _texts(value: Any) -> list[str]:
     return [str(item) for item in values if not is_missing(item) and str(item).strip()]
 
 
-FORMATS = {
-    "ocrbench": Format(("question", "answer", "image"), ("dataset", "question_type"), _ocrbench),
-    "chartqapro": Format(("Question", "Answer", "Question Type", "Year", "image"), ("Paragraph",), _chartqapro),
-    "vstar": Format(("image", "text", "label"), ("category",), _vstar),
-    "hrbench": Format(("question", "answer", "image"), (*LETTERS, "category", "cycle_category"), _hrbench),
-    "vtcbench": Format(("question", "answer", "image"), (*LETTERS, "category", "model_tools_gt"), _vtcbench),
-    "tirbench": Format(("image_1", "prompt", "answer", "task"), ("image_2",), _tirbench),
-    "docvqa": Format(("question", "answers", "image"), ("questionId",), _docvqa),
+FORMATS: dict[str, Benchmark] = {
+    "ocrbench": Columns(FieldNames(category="question_type", metric="ocrbench"), kept={"dataset": "dataset"}),
+    "chartqapro": ChartQAPro(),
+    "vstar": VStar(),
+    "hrbench": Columns(FieldNames(category="category"), lettered=True, kept={"cycle_category": "cycle_category"}),
+    "vtcbench": Columns(FieldNames(category="category"), lettered=True, kept={"model_tools_gt": "reference_tools"}),
+    "tirbench": TIRBench(),
+    "docvqa": Columns(FieldNames(answer="answers", metric="anls"), kept={"questionId": "question_id"}),
 }

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cv_lightning.data.benchmark import scored_by
 from cv_lightning.data.boxes import clip_box, is_fraction, is_inside, parse_box
 from cv_lightning.data.chunks import ParquetRows
 from cv_lightning.data.image_cells import load_images
@@ -125,6 +126,10 @@ def task_of_row(
     transforms = parse_transforms(extra.get("transform"))
     truth, accepted = _ground_truth(_parsed(row.get("reward_model"), "reward_model"), extra)
     metadata = {key: value for key, value in extra.items() if key not in EXTRA_KEYS and key != "accepted_answers"}
+    if accepted:
+        metadata["accepted_answers"] = accepted
+    if config.metric is not None:
+        metadata |= scored_by(config.metric, accepted or [truth])
     return Task(
         id=f"{name or path.stem}:{number}",
         question=question,
@@ -134,7 +139,7 @@ def task_of_row(
         required_transforms=transforms,
         box=_box(extra, images[0].size, transforms, config),
         messages=messages if config.prompt == "given" else (),
-        metadata=metadata | ({"accepted_answers": accepted} if accepted else {}),
+        metadata=metadata,
     )
 
 

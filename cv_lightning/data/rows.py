@@ -21,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from cv_lightning.data.benchmark import Benchmark, Metric
 from cv_lightning.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,12 @@ class RowProblems:
             logger.warning("%d of %d rows skipped:\n%s", skipped, skipped + num_usable, self.summary())
 
 
+MetricName = Literal["anls", "ocrbench", "chartqapro", "tirbench"]
+FormatName = Literal[
+    "codevision", "ocrbench", "chartqapro", "vstar", "hrbench", "tirbench", "vtcbench", "docvqa", "fields"
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FieldNames:
     """Columns of a benchmark of format `fields`."""
@@ -141,7 +148,7 @@ class FieldNames:
     """A list of options, lettered in the prompt; the answer is then a letter. Empty: none."""
     category: str = ""
     """What results are split by; empty: nothing."""
-    metric: Literal["anls", "ocrbench"] | None = None
+    metric: MetricName | None = None
     """The benchmark's own metric; null: the project's rule, and the judge where there is one."""
 
 
@@ -149,13 +156,13 @@ class FieldNames:
 class ReaderConfig:
     """How files of tasks and conversations are read."""
 
-    format: Literal[
-        "codevision", "ocrbench", "chartqapro", "vstar", "hrbench", "tirbench", "vtcbench", "docvqa", "fields"
-    ] = "codevision"
-    """Of files of tasks: the RL and benchmark format of CodeVision, a public benchmark's own, or plain columns under
-    the names in `fields`."""
+    format: FormatName | Benchmark = "codevision"
+    """Of files of tasks: the RL and benchmark format of CodeVision, a public benchmark's own, plain columns under the
+    names in `fields`, or a `Benchmark` of your own by `class_path`."""
     fields: FieldNames = field(default_factory=FieldNames)
     """For format `fields`."""
+    metric: MetricName | Metric | None = None
+    """What scores the answers instead of the format's own metric: a name, or a `Metric` of your own by `class_path`."""
     data_source: str = ""
     """What metrics and published results call the data set; empty: what the file says."""
     bbox_frame: Literal["given", "upright"] = "given"

@@ -51,21 +51,21 @@ def open_table(path: Path, needed: Sequence[str] = (), optional: Sequence[str] |
     if kind in SEPARATORS:
         return TextRows(path, needed, SEPARATORS[kind])
     if kind in (".json", ".jsonl"):
-        return JsonRows(path, needed)
+        return ItemRows(read_items(path, under="data"), needed)
     raise DataError(f"{path}: a table is read from .parquet, .csv, .tsv, .json or .jsonl, not from {path.suffix!r}")
 
 
-class JsonRows:
-    """Items of a JSON list (or of the list under its key `data`), or lines of JSON.
+class ItemRows:
+    """Rows that are in memory, such as the items of a JSON list.
 
     Args:
-        path: .json or .jsonl.
-        needed: keys of every item.
+        items: The rows.
+        needed: Keys of every row.
     """
 
-    def __init__(self, path: Path, needed: Sequence[str]) -> None:
+    def __init__(self, items: Sequence[Any], needed: Sequence[str]) -> None:
         self.needed = needed
-        self._items = read_items(path, under="data")
+        self._items = items
 
     def __len__(self) -> int:
         return len(self._items)

@@ -1,18 +1,24 @@
 """Scores as the benchmarks' own code gives them, of the answer that was extracted from a response.
 
-A task that came with a metric names it in `metadata["metric"]`; everything else is scored right or wrong by the reward
-module's rule, and by its judge where there is one. Sources: ANLS (Biten et al., 1905.13648), the evaluation code of
-OCRBench (Yuliang-Liu/MultimodalOCR), ChartQAPro (vis-nlp/ChartQAPro) and TIR-Bench (agents-x-project/TIR-Bench).
+A task that came with a metric names it in `metadata["metric"]`, by name or by class; everything else is scored right or
+wrong by the reward module's rule, and by its judge where there is one. Sources: ANLS (Biten et al., 1905.13648), the
+evaluation code of OCRBench (Yuliang-Liu/MultimodalOCR), ChartQAPro (vis-nlp/ChartQAPro) and TIR-Bench
+(agents-x-project/TIR-Bench).
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from cv_lightning.data.benchmark import Metric
 from cv_lightning.rewards.answer import are_answers_equivalent
+from cv_lightning.types import DataError
 
 ANLS_THRESHOLD = 0.5
 """Similarity below which an answer earns nothing."""
@@ -22,6 +28,10 @@ TIRBENCH_TOLERANCE = 5e-7
 """TIR-Bench's code compares numbers at six decimals."""
 MAX_DIGITS = 1000
 """A longer row of digits is not read as a number, which Python would refuse."""
+
+
+Scorer = Callable[[str, Mapping[str, Any]], float]
+"""Score in [0, 1] of an answer, from it and the task's metadata."""
 
 
 def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | None:
@@ -34,16 +44,43 @@ def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | N
     Returns:
         In [0, 1]; None where the task has no metric of ours.
     """
-    name = metric_of(metadata)
-    if name is None:
+    if metric_of(metadata) is None:
         return None
-    return METRICS[name](answer, metadata) if answer else 0.0
+    return _scorer(metadata["metric"])(answer, metadata) if answer else 0.0
 
 
 def metric_of(metadata: Mapping[str, Any]) -> str | None:
-    """Name of the benchmark's own metric; None where there is none, whatever else a data set calls `metric`."""
-    name = metadata.get("metric")
-    return name if name in METRICS and isinstance(metadata.get("accepted_answers"), list) else None
+    """Name of the task's own metric, of a user's its class's; None where there is none, whatever else is called so."""
+    metric = metadata.get("metric")
+    if not isinstance(metadata.get("accepted_answers"), list):
+        return None
+    if isinstance(metric, Mapping) and isinstance(metric.get("class_path"), str):
+        return str(metric["class_path"]).rpartition(".")[2]
+    return metric if isinstance(metric, str) and metric in METRICS else None
+
+
+def _scorer(metric: str | Mapping[str, Any]) -> Scorer:
+    return METRICS[metric] if isinstance(metric, str) else _metric(json.dumps(metric, sort_keys=True)).score
+
+
+@lru_cache(maxsize=64)
+def _metric(spec: str) -> Metric:
+    """A user's metric, as a task stores it.
+
+    Raises:
+        DataError: its class cannot be imported, or does not take its arguments.
+    """
+    path, arguments = str(json.loads(spec)["class_path"]), json.loads(spec).get("init_args") or {}
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)(**arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the tasks are scored by {path}, which cannot be made ({error}); put its folder on PYTHONPATH"
+        ) from error
+    if not isinstance(found, Metric):
+        raise DataError(f"the tasks are scored by {path}, which is not a cv_lightning.data.benchmark.Metric")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ ANLS
@@ -215,7 +252,7 @@ def _run_of_integers(text: str, count: int) -> list[int]:
     return next((run for run in runs if len(run) == count), [])
 
 
-METRICS: dict[str, Callable[[str, Mapping[str, Any]], float]] = {
+METRICS: dict[str, Scorer] = {
     "anls": _anls,
     "ocrbench": _ocrbench,
     "chartqapro": _chartqapro,

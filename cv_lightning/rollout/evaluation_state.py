@@ -54,7 +54,7 @@ def holds(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "
         `another`: trajectories of another one.
     """
     state = read_state(folder)
-    if state is None or state.get("identity") != _plain(identity):
+    if state is None or differences(folder, identity):
         return "another" if any(sizes_of(folder).values()) else "new"
     return "finished" if state.get("finished") else "goes on"
 
@@ -68,9 +68,15 @@ def keep_good(folder: Path) -> None:
 
 
 def differences(folder: Path, identity: dict[str, Any]) -> list[str]:
-    """The settings in which the evaluation in a folder is another one, by dotted name."""
+    """The settings in which the evaluation in a folder is another one, by dotted name.
+
+    A setting that is None means what was done before there was such a setting.
+    """
     known = (read_state(folder) or {}).get("identity")
-    return sorted(changed(flatten(known), flatten(_plain(identity)))) if known else ["all: it is not named"]
+    if not known:
+        return ["all: it is not named"]
+    old, new = flatten(known), flatten(_plain(identity))
+    return sorted(name for name in changed(old, new) if name in old or new[name] is not None)
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
