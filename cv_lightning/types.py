@@ -126,13 +126,32 @@ class Task:
 # ------------------------------------------------------------------------------------------------ tool
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A parsed call of the code tool."""
+    """A tool call as the policy wrote it; its arguments fit the tool's schema."""
 
     name: str
-    code: str
-    image_index: int = 0
-    """Which of the trajectory's images the code gets: 0 is the task's first image."""
-    description: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """By name, as JSON values; arguments that the policy left out have their default."""
+
+    @property
+    def code(self) -> str:
+        """The snippet of a call to the code tool; empty for other tools."""
+        return str(self.arguments.get("code", ""))
+
+    @property
+    def image_index(self) -> int:
+        """Which of the trajectory's images the call works on: 0 is the task's first image."""
+        index = self.arguments.get("image_index", 0)
+        return index if isinstance(index, int) else 0
+
+    @property
+    def description(self) -> str:
+        """What the policy says that the call is for; empty where it says nothing."""
+        return str(self.arguments.get("description", ""))
+
+    @property
+    def text(self) -> str:
+        """The call for people to read: its snippet, or for other tools the name and the arguments."""
+        return self.code or f"{self.name}({json.dumps(self.arguments, ensure_ascii=False)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,12 +195,12 @@ class Effect:
 
 
 class ToolStatus(StrEnum):
-    """How a tool call ended, as the sandbox tells it."""
+    """How a tool call ended."""
 
     OK = "ok"
-    """The snippet returned an image."""
+    """The tool did what it was asked to; the code tool's snippet returned an image."""
     ERROR = "error"
-    """The snippet raised, or returned something that is no usable image."""
+    """The call failed by the policy's fault: its snippet raised, or returned something that is no usable image."""
     TIMEOUT = "timeout"
     """Killed at its deadline."""
     KILLED = "killed"
@@ -189,16 +208,30 @@ class ToolStatus(StrEnum):
     REFUSED = "refused"
     """Never ran: too long, not text, bad image index, unknown tool."""
     LOST = "lost"
-    """The sandbox failed, not the snippet: the trajectory is masked, never scored."""
+    """The tool's host failed, not the call: the trajectory is masked, never scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxResult:
-    """What running one snippet on one image gave."""
+class ToolImage:
+    """An image that a tool call made."""
 
-    status: ToolStatus
-    image: Image.Image | None = None
-    """RGB; set exactly when `status` is OK."""
+    image: Image.Image
+    """Full resolution, RGB."""
+    parent: int
+    """Which of the trajectory's images it was made from."""
+    to_source: Affine | None
+    """Maps its coordinates to those of the source image; None: not known to be an affine image of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What a tool call gave."""
+
+    status: ToolStatus = ToolStatus.OK
+    text: str = ""
+    """Text for the model, shown beside the images."""
+    images: tuple[ToolImage, ...] = ()
+    """Images for the model; only where `status` is OK. The agent shows one per call."""
     error: str = ""
     """Short text for the model: exception, line of the snippet, hint. Empty when OK."""
     error_kind: str = ""
@@ -206,11 +239,19 @@ class SandboxResult:
     operations: tuple[Operation, ...] = ()
     """What ran, in order."""
     effect: Effect | None = None
-    """Net effect on the geometry; None when there is no result."""
+    """Net effect on the geometry; None when there is no image, or nothing is proven about it."""
     tier: str = ""
-    """`plan` (executed as checked operations), `process` (model code in a child) or `cache`."""
+    """Of the code tool: `plan` (executed as checked operations), `process` (model code in a child) or `cache`."""
     elapsed_s: float = 0.0
     """Running time in seconds, without queueing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxResult(ToolResult):
+    """What running one snippet on one image gave."""
+
+    image: Image.Image | None = None
+    """RGB; set exactly when `status` is OK."""
 
 
 # ------------------------------------------------------------------------------------------------ trajectory
@@ -267,7 +308,7 @@ class Turn:
     tool_call: ToolCall | None = None
     parse_error: str | None = None
     """Why a tool call could not be parsed; the model was told."""
-    result: SandboxResult | None = None
+    result: ToolResult | None = None
     image_index: int | None = None
     """Index in `Trajectory.images` of the image that this turn's call made."""
     response_text: str = ""
@@ -328,7 +369,7 @@ class Trajectory:
 
     @property
     def num_tool_calls(self) -> int:
-        """Calls that were handed to the sandbox, failed ones too."""
+        """Calls that were handed to a tool, failed ones too."""
         return sum(turn.result is not None for turn in self.turns)
 
     @property

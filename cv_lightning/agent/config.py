@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
+from cv_lightning.tools.schema import check_tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,10 @@ class AgentConfig:
     """Images in one trajectory, the task's own included."""
     max_parse_errors: int = 2
     """Malformed calls that are answered with an error before the trajectory ends."""
+    tools: list[Tool] | None = None
+    """What the policy can call: classes by `class_path`, see docs/tools.md. Null: the code tool alone."""
     tool: bool = True
-    """Offer the tool. False: its description is left out and `<tool_call>` cannot be sampled."""
+    """Offer the tools. False: their description is left out and `<tool_call>` cannot be sampled."""
     deterministic: bool = False
     """Admit tool results in a fixed order: bitwise repeatable, slower (trap T54)."""
     deadline_s: float = 1800.0
@@ -51,3 +56,11 @@ class AgentConfig:
             raise ValueError(f"agent.finish_share {self.finish_share} must be above 0 and at most 1, a share")
         if self.deadline_s <= 0 or self.tool_deadline_s <= 0:
             raise ValueError("agent.deadline_s and agent.tool_deadline_s must be above 0 seconds")
+        if self.tools is not None and not self.tools:
+            raise ValueError("agent.tools is empty; leave it out for the code tool, or set agent.tool false for none")
+        check_tools(self.tools or DEFAULT_TOOLS)
+
+    @property
+    def offered(self) -> Sequence[Tool]:
+        """The tools that the policy is told of; empty for none."""
+        return (self.tools or DEFAULT_TOOLS) if self.tool else ()

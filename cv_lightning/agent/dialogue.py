@@ -18,6 +18,7 @@ from PIL import Image
 from cv_lightning.agent.prompt import CUT, PromptConfig, chat_template, task_messages, text_part
 from cv_lightning.images import ImageLimits, to_model_image
 from cv_lightning.models.tokens import END_OF_TURN, IMAGE_PAD
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.types import CheckpointError, EngineError, Task
 
 if TYPE_CHECKING:
@@ -97,14 +98,25 @@ class DialogueEncoder:
         """The image as the model sees it."""
         return to_model_image(image, self.limits)
 
-    def start(self, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool) -> Dialogue:
+    def start(
+        self,
+        task: Task,
+        images: Sequence[Image.Image],
+        config: PromptConfig,
+        tools: Sequence[Tool] = DEFAULT_TOOLS,
+    ) -> Dialogue:
         """A dialogue that holds the prompt of a task; see `open`."""
         dialogue = Dialogue(encoder=self)
-        self.open(dialogue, task, images, config, tool)
+        self.open(dialogue, task, images, config, tools)
         return dialogue
 
     def open(
-        self, dialogue: Dialogue, task: Task, images: Sequence[Image.Image], config: PromptConfig, tool: bool
+        self,
+        dialogue: Dialogue,
+        task: Task,
+        images: Sequence[Image.Image],
+        config: PromptConfig,
+        tools: Sequence[Tool],
     ) -> None:
         """Put the prompt of a task into an empty dialogue.
 
@@ -113,13 +125,13 @@ class DialogueEncoder:
             task: the question.
             images: `task.images` as the model sees them.
             config: the words.
-            tool: whether the tool is offered.
+            tools: what the policy is offered; empty for none.
 
         Raises:
             DataError: the number of image marks in the task's messages differs from the number of its images.
         """
         sizes = [(full.size, seen.size) for full, seen in zip(task.images, images, strict=True)]
-        dialogue.append_given(self.prompt_ids(task_messages(task, sizes, config, tool)), images)
+        dialogue.append_given(self.prompt_ids(task_messages(task, sizes, config, tools)), images)
 
 
 @dataclass(slots=True)

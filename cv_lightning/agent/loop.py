@@ -14,11 +14,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
+from cv_lightning.agent.calls import ToolOutcome, lost, run_call, trajectory_image
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.job import Job, jobs_of
@@ -27,7 +28,8 @@ from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.agent.views import TaskViews
 from cv_lightning.background import Background
 from cv_lightning.engines.base import Completion, Engine, Request, SamplingConfig
-from cv_lightning.tools.code_image import CodeRunner, ToolOutcome, derived_image, lost, no_such_image, run_tool
+from cv_lightning.tools import CodeRunner, ToolContext
+from cv_lightning.tools.base import missing_image
 from cv_lightning.types import (
     DataError,
     EndState,
@@ -342,7 +344,7 @@ class _Pass:
         task = run.job.task
         views, hashes = self.task_views.of(task)
         seen = [view.model_image for view in views]
-        self.encoder.open(run.dialogue, task, seen, self.config.prompt, self.config.tool)
+        self.encoder.open(run.dialogue, task, seen, self.config.prompt, self.config.offered)
         run.trajectory.images += views
         run.hashes += hashes
         run.trajectory.num_prompt_tokens = len(run.dialogue.token_ids)
@@ -407,7 +409,7 @@ class _Pass:
         self.state.tokens += turn.num_tokens
         if not completion.stopped:
             return self._end(run, EndState.OVER_LENGTH, f"a turn was cut at {turn.num_tokens} tokens")
-        self._act(run, turn, parse_turn(turn.text))
+        self._act(run, turn, parse_turn(turn.text, self.config.offered))
 
     def _act(self, run: _Run, turn: Turn, parsed: ParsedTurn) -> None:
         """Decide what a finished turn leads to: the end, the sandbox, or a parse error for the model."""
@@ -428,13 +430,20 @@ class _Pass:
         run.text_suffix = prompt.one_call.format(count=parsed.num_calls) if parsed.num_calls > 1 else ""
         run.turn_started = time.perf_counter()
         self.state.tool_calls += 1
-        if not 0 <= parsed.call.image_index < len(run.trajectory.images):
-            return self._continue(run, no_such_image(parsed.call, len(run.trajectory.images)))
+        refused = missing_image(parsed.call.arguments, len(run.trajectory.images))
+        if refused is not None:
+            return self._continue(run, ToolOutcome(result=refused))
         self._to_sandbox(run, parsed.call)
 
     def _to_sandbox(self, run: _Run, call: ToolCall) -> None:
-        images = tuple(run.trajectory.images)
-        work = run_tool(self.owner.sandbox, self.encoder, images, call.image_index, call.code, run.id)
+        context = ToolContext(
+            images=tuple(run.trajectory.images),
+            owner=run.id,
+            sandbox=self.owner.sandbox,
+            coordinates=self.config.prompt.coordinates,
+        )
+        tool = next(tool for tool in self.config.offered if tool.name == call.name)
+        work = run_call(tool, call, context, self.encoder)
         under_way = _Call(run, self.owner.background.submit(work), since=run.turn_started)
         self.in_sandbox[run.id] = under_way
 
@@ -451,13 +460,14 @@ class _Pass:
         turn.result = result
         if result.status is ToolStatus.LOST:
             return self._end(run, EndState.ERROR_SANDBOX, result.error)
-        if result.image is None or outcome.model_image is None:
+        if result.status is not ToolStatus.OK or outcome.not_shown:
             return self._respond(run, turn, prompt.tool_error.format(error=result.error or outcome.not_shown))
+        if outcome.model_image is None:
+            return self._respond(run, turn, result.text)
         if len(run.trajectory.images) >= self.config.max_images:
             return self._end(run, EndState.MAX_IMAGES, f"agent.max_images is {self.config.max_images}")
-        assert turn.tool_call is not None
         seen = self.views.setdefault(outcome.image_hash, outcome.model_image)
-        view = derived_image(run.trajectory.images, turn.tool_call.image_index, replace(outcome, model_image=seen))
+        view = trajectory_image(run.trajectory.images, result.images[0], seen)
         text = tool_ok_text(prompt, len(run.trajectory.images), view.original.size, view.model_image.size)
         self._respond(run, turn, text, view, outcome.image_hash)
 
@@ -465,7 +475,9 @@ class _Pass:
         self, run: _Run, turn: Turn, text: str, view: TrajectoryImage | None = None, image_hash: str = ""
     ) -> None:
         """Append a tool response (text and image together, or neither) and ask for the next turn."""
-        parts, shown = response_parts(text + run.text_suffix, view is not None, self.config.max_tool_text_chars)
+        said = turn.result.text if turn.result is not None and view is not None else ""
+        limit = self.config.max_tool_text_chars
+        parts, shown = response_parts(text + run.text_suffix, view is not None, limit, said)
         run.text_suffix = ""
         ids = self.encoder.tool_ids(parts, after=run.dialogue.engine_ids)
         num_image_tokens = self.encoder.num_image_tokens(view.model_image.size) if view is not None else 0

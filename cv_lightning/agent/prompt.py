@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from cv_lightning.agent.protocol import example_call
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
+from cv_lightning.tools.base import Coordinates
+from cv_lightning.tools.schema import describe_arguments
 from cv_lightning.types import DataError, Message, Task
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
@@ -21,18 +26,16 @@ CUT = "\0"
 """`DialogueEncoder` cuts a text here before it tokenises the pieces: no token reaches across. No row holds it."""
 _MARKUP = re.compile(r"<(?=/?(?:think|tool_call|tool_response|answer)>)")
 
-Coordinates = Literal["original_px", "model_px", "relative_1000"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     """The words around the question. `{...}` fields are filled in; `<image>` stands for the image."""
 
     system: str = "default"
-    """`default`: our system prompt with the tool's description; `none`: no system message; else a file's path, or the
-    text."""
+    """`default`: our system prompt; `none`: no system message; else a file's path, or the text. `{tools}` in it stands
+    for the description of the tools."""
     system_without_tool: str = "default"
-    """The same, for evaluations with the tool switched off."""
+    """The same, for evaluations with the tools switched off."""
     question: str = "{images}{question}"
     """User message of a task that brings no messages of its own. `{images}` is one mark per image."""
     tool_ok: str = "<image>\n{size}"
@@ -69,14 +72,31 @@ class PromptConfig:
             if re.fullmatch(r"\S+\.(md|txt)", given) and not os.path.isfile(given):
                 raise ValueError(f"prompt.{name}: there is no file {given}")
 
-    def system_text(self, tool: bool) -> str | None:
-        """The system message, or None for none."""
-        given, file = (self.system, "system.md") if tool else (self.system_without_tool, "system_without_tool.md")
+    def system_text(self, tools: Sequence[Tool] = DEFAULT_TOOLS) -> str | None:
+        """The system message, or None for none.
+
+        Args:
+            tools: What the policy is offered; empty for none.
+        """
+        given, file = (self.system, "system.md") if tools else (self.system_without_tool, "system_without_tool.md")
         if given == "none":
             return None
-        if given == "default":
-            return _read(PROMPT_FOLDER / file)
-        return _read(Path(given)) if os.path.isfile(given) else given
+        if given != "default":
+            return (_read(Path(given)) if os.path.isfile(given) else given).replace("{tools}", tools_text(tools))
+        hints = "\n".join(f"- {hint}" for hint in dict.fromkeys(hint for tool in tools for hint in tool.hints))
+        opening = tools[0].opening if len(tools) == 1 else Tool.opening
+        text = _read(PROMPT_FOLDER / file).replace("{opening}", opening)
+        return text.replace("{hints}\n", f"{hints}\n" if hints else "").replace("{tools}", tools_text(tools))
+
+
+def tools_text(tools: Sequence[Tool]) -> str:
+    """The system prompt's section on the tools: what each does, its arguments and an example call."""
+    sections = [
+        f"`{tool.name}` {tool.description}\n\nArguments:\n{describe_arguments(tool.parameters)}\n\n"
+        f"Call it like this, once a turn at most, and wait for its answer:\n{example_call(tool)}"
+        for tool in tools
+    ]
+    return "\n\n".join([f"# Tool{'s' * (len(tools) > 1)}\n{sections[0]}", *sections[1:]]) if tools else ""
 
 
 @cache
@@ -132,25 +152,35 @@ def split_marks(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def response_parts(text: str, with_image: bool, limit: int) -> tuple[list[dict[str, str]], str]:
+def response_parts(text: str, with_image: bool, limit: int, said: str = "") -> tuple[list[dict[str, str]], str]:
     """Content parts of a tool response, and the text that the model reads in it.
 
-    Only our own mark stands for an image, and only where there is one; anything in a snippet's error text that looks
-    like a mark or a tag of the protocol is broken up.
+    Only our own mark stands for an image, and only where there is one; anything in a tool's or a snippet's own text
+    that looks like a mark or a tag of the protocol is broken up.
 
     Args:
         text: holds one `<image>` mark where `with_image`.
         with_image: whether the response shows an image.
         limit: characters of text, the mark not counted; what is above is cut out of the middle.
+        said: the tool's own text beside the image, put after `text`.
     """
     if not with_image:
-        harmless = re.sub(r"<(image|/?tool_response)>", r"< \1>", text.strip().replace(CUT, ""))
-        shown = text_part(cut_middle(harmless, limit))["text"]
+        shown = _harmless(text, limit)
         return [literal_part(shown)], shown
     before, after = text.strip().split(IMAGE_MARK, 1)
     before = cut_middle(before, limit)
-    pieces = split_marks(before + IMAGE_MARK + cut_middle(after, limit - len(before)))
-    return pieces, "".join(part.get("text", IMAGE_MARK) for part in pieces)
+    after = cut_middle(after, limit - len(before))
+    pieces = split_marks(before + IMAGE_MARK + after)
+    shown = "".join(part.get("text", IMAGE_MARK) for part in pieces)
+    if said.strip():
+        said = "\n" + _harmless(said, limit - len(before) - len(after) - 1)
+        pieces, shown = [*pieces, literal_part(said)], shown + said
+    return pieces, shown
+
+
+def _harmless(text: str, limit: int) -> str:
+    broken = re.sub(r"<(image|/?tool_response)>", r"< \1>", text.strip().replace(CUT, ""))
+    return text_part(cut_middle(broken, limit))["text"]
 
 
 def cut_middle(text: str, limit: int) -> str:
@@ -170,7 +200,10 @@ def _from_row(message: Message) -> Message:
 
 
 def task_messages(
-    task: Task, sizes: list[tuple[tuple[int, int], tuple[int, int]]], config: PromptConfig, tool: bool
+    task: Task,
+    sizes: list[tuple[tuple[int, int], tuple[int, int]]],
+    config: PromptConfig,
+    tools: Sequence[Tool] = DEFAULT_TOOLS,
 ) -> list[dict[str, Any]]:
     """Chat messages of a task, with content parts; exactly one image part per task image.
 
@@ -178,7 +211,7 @@ def task_messages(
         task: its own `messages` are used where it has any; our system message is put before them if they have none.
         sizes: (original size, size the model sees) of each task image.
         config: the words.
-        tool: False leaves the tool out.
+        tools: What the policy is offered; empty for none.
 
     Raises:
         DataError: the number of image marks differs from the number of images.
@@ -187,7 +220,7 @@ def task_messages(
     if not messages:
         marks = IMAGE_MARK * len(task.images)
         messages = [Message(role="user", content=config.question.format(images=marks, question=literal(task.question)))]
-    system = config.system_text(tool)
+    system = config.system_text(tools)
     if system is not None and messages[0].role != "system":
         messages.insert(0, Message(role="system", content=system))
     num_marks = sum(message.content.count(IMAGE_MARK) for message in messages)

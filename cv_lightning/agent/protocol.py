@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cv_lightning.rewards.markup import CALL_CLOSE, CUT, call_blocks, final_answer, load_call, without_thoughts
-from cv_lightning.types import ToolCall
-
-TOOL_NAME = "code_image_tool"
-
-EXAMPLE = (
-    '<tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image.rotate(90, expand=True)", '
-    '"image_index": 0}}\n</tool_call>'
+from cv_lightning.rewards.markup import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    CUT,
+    CallBlocks,
+    call_blocks,
+    final_answer,
+    load_call,
+    without_thoughts,
 )
-"""Shown to the model when a call cannot be read."""
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
+from cv_lightning.tools.schema import example_arguments, read_arguments
+from cv_lightning.types import ToolCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +36,36 @@ class ParsedTurn:
     """The last well-formed answer, outside thoughts, calls and tool responses; a turn that answers runs nothing."""
 
 
-def parse_turn(text: str) -> ParsedTurn:
+def call_markup(name: str, arguments: Mapping[str, Any]) -> str:
+    """A tool call as the policy writes it."""
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
+
+
+def example_call(tool: Tool) -> str:
+    """A call that shows the policy how to write one."""
+    return call_markup(tool.name, example_arguments(tool.parameters))
+
+
+def parse_turn(text: str, tools: Sequence[Tool] = DEFAULT_TOOLS) -> ParsedTurn:
     """Read an assistant turn.
 
     Only what stands outside thoughts counts: a call that is merely mentioned in a thought is not run. A turn that
     begins inside a thought (its template opened it) is read from the closing tag on.
+
+    Args:
+        text: The turn, without its end token.
+        tools: Those that the policy was offered; a call of another one, or with arguments that do not fit the tool's
+            schema, is an error.
     """
-    blocks, _, unclosed = call_blocks(without_thoughts(text.replace(CUT, "")))
+    blocks, _, unclosed = _blocks(text)
     answer = final_answer(text)
     if answer is not None:
         return ParsedTurn(num_calls=len(blocks), answer=answer)
     if not blocks:
-        error = f"it has no {CALL_CLOSE}. Write {EXAMPLE}" if unclosed else None
+        error = f"it has no {CALL_CLOSE}.{_write(tools)}" if unclosed else None
         return ParsedTurn(num_calls=int(unclosed), error=error)
-    call, error = read_call(blocks[0])
+    call, error = _read_call(blocks[0], tools)
     return ParsedTurn(call=call, num_calls=len(blocks), error=error)
 
 
@@ -55,36 +76,59 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
     are not calls, arguments given as JSON text are decoded, raw line breaks and tabs in strings are accepted, an
     end tag inside a string does not cut the call, and numbers that JSON cannot hold are refused.
     """
-    calls = []
-    for block in call_blocks(without_thoughts(text.replace(CUT, ""))).bodies:
-        value = load_call(block)
-        if isinstance(value, dict) and isinstance(value.get("name"), str) and "arguments" in value:
-            calls.append({"name": value["name"], "arguments": _decoded(value["arguments"])})
-    return calls
+    found = (_named(load_call(block)) for block in _blocks(text).bodies)
+    return [call for call in found if call is not None]
 
 
-def read_call(block: str) -> tuple[ToolCall | None, str | None]:
+def first_call(text: str) -> ToolCall | None:
+    """The call that a demonstration's turn shows: the one that the agent would run, or the first that it would refuse.
+
+    A call of a tool that is not shipped keeps its name and arguments. A malformed one, which was perhaps meant to fail,
+    has no name and its text as `code`.
+    """
+    parsed, blocks = parse_turn(text), _blocks(text).bodies
+    if parsed.call is not None or parsed.answer is not None or not blocks:
+        return parsed.call
+    call = _named(load_call(blocks[0]))
+    if call is None or not isinstance(call["arguments"], dict):
+        return ToolCall(name="", arguments={"code": blocks[0].strip()})
+    return ToolCall(**call)
+
+
+def _named(value: Any) -> dict[str, Any] | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or "arguments" not in value:
+        return None
+    return {"name": value["name"], "arguments": _decoded(value["arguments"])}
+
+
+def _blocks(text: str) -> CallBlocks:
+    return call_blocks(without_thoughts(text.replace(CUT, "")))
+
+
+def _read_call(block: str, tools: Sequence[Tool]) -> tuple[ToolCall | None, str | None]:
     """The call of a block, or why there is none."""
     value = load_call(block)
     if value is None:
-        return None, f"it is not valid JSON. Write {EXAMPLE}"
+        return None, f"it is not valid JSON.{_write(tools)}"
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None, f'it needs the keys "name" and "arguments". Write {EXAMPLE}'
-    if value["name"] != TOOL_NAME:
-        return None, f'there is no tool {value["name"][:40]!r}; the only tool is "{TOOL_NAME}"'
+        return None, f'it needs the keys "name" and "arguments".{_write(tools)}'
+    tool = next((tool for tool in tools if tool.name == value["name"]), None)
+    if tool is None:
+        return None, f"there is no tool {value['name'][:40]!r}; {_names(tools)}"
     arguments = _decoded(value.get("arguments"))
     if not isinstance(arguments, dict):
-        return None, f'"arguments" must be an object. Write {EXAMPLE}'
-    code, index, description = arguments.get("code"), arguments.get("image_index", 0), arguments.get("description", "")
-    if not isinstance(code, str) or not code.strip():
-        return None, '"arguments" needs "code": a text of Python'
-    if isinstance(index, str) and index.strip().isdecimal() and len(index) < 10:
-        index = int(index)
-    if not isinstance(index, int) or isinstance(index, bool):
-        return None, '"image_index" must be a whole number'
-    if not isinstance(description, str):
-        return None, '"description" must be a text'
-    return ToolCall(name=TOOL_NAME, code=code, image_index=index, description=description), None
+        return None, f'"arguments" must be an object.{_write([tool])}'
+    values, error = read_arguments(tool.parameters, arguments)
+    return (ToolCall(name=tool.name, arguments=values), None) if error is None else (None, error)
+
+
+def _write(tools: Sequence[Tool]) -> str:
+    return f" Write {example_call(tools[0])}" if tools else ""
+
+
+def _names(tools: Sequence[Tool]) -> str:
+    names = ", ".join(f'"{tool.name}"' for tool in tools)
+    return f"the only tool is {names}" if len(tools) == 1 else f"the tools are {names}" if tools else "there are none"
 
 
 def _decoded(arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.command_line import read_command_line
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.tools import DEFAULT_TOOLS
 from cv_lightning.types import CVLightningError, DataError, Task
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _demonstration(config: ShowData) -> Conversation:
 def _task(task: Task, encoder: DialogueEncoder, config: ShowData) -> ShownDialogue:
     images = [encoder.model_image(image) for image in task.images]
     title = f"task {task.id}, answer {task.ground_truth!r}"
-    dialogue = encoder.start(task, images, config.prompt, config.tool)
+    dialogue = encoder.start(task, images, config.prompt, DEFAULT_TOOLS if config.tool else ())
     return ShownDialogue(title=title, dialogue=dialogue, originals=task.images)
 
 

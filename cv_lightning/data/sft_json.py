@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from cv_lightning.agent.protocol import parse_tool_calls
+from cv_lightning.agent.protocol import first_call, parse_turn
 from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.data.image_cells import load_images
 from cv_lightning.data.readers import IMAGE_MARK, message_text, without_marks
@@ -28,15 +28,8 @@ from cv_lightning.data.rows import (
     unique_names,
 )
 from cv_lightning.data.tables import read_items
-from cv_lightning.rewards.markup import (
-    CALL_CLOSE,
-    CALL_OPEN,
-    CUT,
-    call_blocks,
-    final_answer,
-    without_thoughts,
-)
-from cv_lightning.types import Message, Task, ToolCall
+from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, final_answer
+from cv_lightning.types import Message, Task
 
 SPEAKERS = {
     "user": "human",
@@ -201,37 +194,17 @@ def _turns(speakers: Sequence[_Said], images: Sequence[Image.Image]) -> tuple[De
         if response.count(IMAGE_MARK) > 1:
             raise RowError("image marks", f"a tool turn shows {response.count(IMAGE_MARK)} images; one at most")
         image = next(remaining) if IMAGE_MARK in response else None
-        if at + 1 < len(speakers) and CALL_OPEN not in text:
-            raise RowError("no tool call", f"a tool turn follows {text[:80]!r}, which holds no {CALL_OPEN}")
-        call = parse_call(text)
+        if at + 1 < len(speakers) and not parse_turn(text).num_calls:
+            raise RowError(
+                "no tool call", f"a tool turn follows {text[:80]!r}, which holds no {CALL_OPEN} outside a thought"
+            )
         turns.append(
             DemoTurn(
                 text=text,
-                call=call,
+                call=first_call(text),
                 result_image=image,
                 response_text=response.replace(IMAGE_MARK, "").strip(),
                 learn=speakers[at].learn,
             )
         )
     return tuple(turns)
-
-
-def parse_call(text: str) -> ToolCall | None:
-    """The first call in an assistant turn, where the agent would read one.
-
-    A call that the agent would refuse keeps its text as code: it was meant to fail.
-    """
-    blocks = call_blocks(without_thoughts(text.replace(CUT, ""))).bodies
-    if not blocks:
-        return None
-    try:
-        [call] = parse_tool_calls(f"{CALL_OPEN}{blocks[0]}{CALL_CLOSE}")
-        arguments = call["arguments"]
-        return ToolCall(
-            name=call["name"],
-            code=str(arguments.get("code", "")),
-            image_index=int(arguments.get("image_index", 0)),
-            description=str(arguments.get("description", "")),
-        )
-    except (ValueError, TypeError, AttributeError):
-        return ToolCall(name="", code=blocks[0].strip())

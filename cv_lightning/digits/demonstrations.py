@@ -6,7 +6,6 @@ never turns or zooms, so that reinforcement learning has something to find. Tool
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +14,11 @@ from typing import Literal
 from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig, size_statement
-from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.agent.protocol import call_markup
 from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares, is_small, is_turned
 from cv_lightning.orientations import ORIENTATIONS
+from cv_lightning.tools.code_image import code_call
 from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
 
 Execute = Callable[[Image.Image, str], SandboxResult]
@@ -67,8 +67,8 @@ def answer_text(answer: str, thought: str = THOUGHT_READ) -> str:
 
 def call_text(call: ToolCall, thought: str) -> str:
     """Assistant turn that calls the tool, in the Hermes form of Qwen's chat template."""
-    body = json.dumps({"name": call.name, "arguments": {"code": call.code, "image_index": call.image_index}})
-    return f"<think>{thought}</think><tool_call>\n{body}\n</tool_call>"
+    arguments = {"code": call.code, "image_index": call.image_index}
+    return f"<think>{thought}</think>{call_markup(call.name, arguments)}"
 
 
 def undo_code(transform: str) -> str:
@@ -118,7 +118,7 @@ def demonstrate(
     steps = _tool_steps(task, digits)
     if warm_up and steps:
         thought, code = steps[0]
-        call = ToolCall(name=TOOL_NAME, code=code)
+        call = code_call(code)
         return Conversation(task=task, turns=(DemoTurn(text=call_text(call, thought), call=call),))
     if kind == "upright":
         if not warm_up and rng.random() < config.needless_share:
@@ -147,7 +147,7 @@ def _run_steps(task: Task, steps: list[tuple[str, str]], execute: Execute) -> li
     turns = []
     image = task.images[0]
     for index, (thought, code) in enumerate(steps):
-        call = ToolCall(name=TOOL_NAME, code=code, image_index=index)
+        call = code_call(code, index)
         result = execute(image, code)
         if result.status is not ToolStatus.OK or result.image is None:
             raise SandboxError(f"demonstration of {task.id}: `{code}` gave {result.status}: {result.error}")
@@ -167,11 +167,7 @@ def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
     turns = [undo_code(transform) for transform in ORIENTATIONS]
     crops = [crop_code(cell, digits) for cell in _cells(digits)]
     calls = [(THOUGHT_TURN, code) for code in turns * 20] + [(THOUGHT_CROP, code) for code in crops]
-    corpus = [
-        call_text(ToolCall(name=TOOL_NAME, code=code, image_index=index), thought)
-        for thought, code in calls
-        for index in (0, 1)
-    ]
+    corpus = [call_text(code_call(code, index), thought) for thought, code in calls for index in (0, 1)]
     views = {digits.model_side, digits.original_side, digits.crop_side}
     seen = (digits.model_side, digits.model_side)
     sizes = [size_statement(i, (side, side), seen, digits.coordinates) for side in sorted(views) for i in range(3)]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from cv_lightning.agent.prompt import Coordinates
 from cv_lightning.orientations import ORIENTATIONS, turn_box, turn_image
+from cv_lightning.tools.base import Coordinates
 from cv_lightning.types import Box, Task
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ class TokenCounter:
     def task(self, task: Task) -> int:
         """Tokens of a task's prompt with the tool offered, images expanded."""
         sizes = [(image.size, model_size(*image.size, self.limits)) for image in task.images]
-        ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt, tool=True))
+        ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt))
         return len(ids) - len(task.images) + self.image_tokens(task.images)
 
     def conversation(self, conversation: Conversation) -> int:

@@ -5,7 +5,6 @@ The same checks decide what a builder keeps and what `verify_file` accepts of th
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from PIL import Image
 
+from cv_lightning.agent.calls import trajectory_image
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.factory.plans import KINDS, Fault, Kind
 from cv_lightning.images import area, intersection, is_upright
@@ -22,8 +22,9 @@ from cv_lightning.rewards.format import check_turns
 from cv_lightning.rewards.geometry import Frame, crop_credit, source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION
-from cv_lightning.tools.code_image import CodeRunner, ToolOutcome, derived_image, map_to_source, no_such_image
-from cv_lightning.types import Box, SandboxResult, ToolStatus, TrajectoryImage
+from cv_lightning.tools import CodeRunner, CodeTool, ToolContext
+from cv_lightning.tools.base import missing_image
+from cv_lightning.types import Box, ToolResult, ToolStatus, TrajectoryImage
 
 MAX_SHRUNK = 0.9
 """A crop shows at most this share of the area before it, or it is none."""
@@ -96,7 +97,7 @@ class Played:
 
     text: str
     parsed: ParsedTurn
-    result: SandboxResult | None = None
+    result: ToolResult | None = None
     """Of the call; None for a turn without one."""
     image_index: int | None = None
     """Of the image that the call made."""
@@ -126,17 +127,13 @@ class Player:
         parsed = parse_turn(text)
         if parsed.call is None:
             return Played(text=text, parsed=parsed), None
-        at = parsed.call.image_index
-        if not 0 <= at < len(self.images):
-            outcome = no_such_image(parsed.call, len(self.images))
-        else:
-            result = await self._sandbox.run(self.images[at].original, parsed.call.code, owner=self._owner)
-            to_source = await asyncio.to_thread(map_to_source, tuple(self.images), at, result)
-            outcome = ToolOutcome(result=result, model_image=result.image, to_source=to_source)
-        if outcome.result.image is None:
-            return Played(text=text, parsed=parsed, result=outcome.result), None
-        image = derived_image(self.images, at, outcome)
-        return Played(text=text, parsed=parsed, result=outcome.result, image_index=len(self.images)), image
+        context = ToolContext(images=tuple(self.images), owner=self._owner, sandbox=self._sandbox)
+        arguments = parsed.call.arguments
+        result = missing_image(arguments, len(self.images)) or await CodeTool().call(arguments, context)
+        if not result.images:
+            return Played(text=text, parsed=parsed, result=result), None
+        image = trajectory_image(self.images, result.images[0], result.images[0].image)
+        return Played(text=text, parsed=parsed, result=result, image_index=len(self.images)), image
 
     def keep(self, turn: Played, image: TrajectoryImage | None) -> None:
         """Take over what `look` gave."""

@@ -21,7 +21,7 @@ from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations
-from cv_lightning.tools.code_image import CodeRunner
+from cv_lightning.tools import CodeRunner
 from cv_lightning.types import EndpointError, JudgeError, SandboxError, ToolStatus, TrajectoryImage
 
 Verdict = Callable[[str, str, str, str], Awaitable[float]]

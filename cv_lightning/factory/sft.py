@@ -216,7 +216,7 @@ class _Build:
             item = None
             if outcome.problem is None:
                 names = await asyncio.to_thread(_save_images, outcome, self.config)
-                system = PromptConfig().system_text(tool=True) if self.config.system else None
+                system = PromptConfig().system_text() if self.config.system else None
                 item = item_of(outcome, names, system, self.config.learn_faults)
             self.progress.add(_entry(outcome, item))
             self.new += 1

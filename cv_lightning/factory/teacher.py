@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -11,12 +10,13 @@ from typing import Protocol
 
 from PIL import Image
 
-from cv_lightning.agent.prompt import Coordinates
-from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.agent.protocol import call_markup
 from cv_lightning.factory import phrases
 from cv_lightning.factory.plans import ConversationPlan, Edges, PlannedTurn
 from cv_lightning.factory.table import VqaRow
 from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.tools import CodeTool
+from cv_lightning.tools.base import Coordinates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,7 @@ def call_turn(thought: str, code: str, image_index: int, description: str = "") 
     arguments = {"code": code, "image_index": image_index}
     if description:
         arguments["description"] = description
-    body = json.dumps({"name": TOOL_NAME, "arguments": arguments}, ensure_ascii=False)
-    return f"<think>{thought}</think>\n<tool_call>\n{body}\n</tool_call>"
+    return f"<think>{thought}</think>\n{call_markup(CodeTool.name, arguments)}"
 
 
 def answer_turn(thought: str, answer: str) -> str:

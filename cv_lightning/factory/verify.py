@@ -17,7 +17,7 @@ from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
 from cv_lightning.factory.checks import Facts, Player, Problem, problems_of
 from cv_lightning.factory.compose import TOOL_ERROR
-from cv_lightning.tools.code_image import CodeRunner
+from cv_lightning.tools import CodeRunner
 from cv_lightning.types import DataError
 
 AT_ONCE = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +14,8 @@ from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.models.packing import PackedBatch, TrainRow
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
+from cv_lightning.tools.schema import check_tools
 
 
 class SFTModule(PolicyModule):
@@ -23,6 +26,7 @@ class SFTModule(PolicyModule):
         optimizer: AdamW and schedule.
         max_tokens_per_row: token budget of one packed row, which is one micro-batch.
         prompt: the words around the question; use the agent's own, or RL starts off-distribution (trap T2).
+        tools: what the system prompt offers; as `rollout.agent.tools`. None: the code tool alone.
     """
 
     def __init__(
@@ -31,9 +35,12 @@ class SFTModule(PolicyModule):
         optimizer: OptimizerConfig | None = None,
         max_tokens_per_row: int = 16384,
         prompt: PromptConfig | None = None,
+        tools: list[Tool] | None = None,
     ) -> None:
         super().__init__(policy, optimizer, max_tokens_per_row)
         self.prompt = prompt or PromptConfig()
+        self.tools = tuple(tools or DEFAULT_TOOLS)
+        check_tools(self.tools)
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """One optimizer step on one batch of conversations; the loss is a mean over all ranks' tokens."""
@@ -70,19 +77,24 @@ class SFTModule(PolicyModule):
 
     def conversation_rows(self, conversations: list[Conversation]) -> list[TrainRow]:
         """Conversations as training reads them."""
-        dialogues = [encode_conversation(self.encoder, conversation, self.prompt) for conversation in conversations]
+        dialogues = [encode_conversation(self.encoder, each, self.prompt, self.tools) for each in conversations]
         cache = self.vision_cache
         cache.get([image for dialogue in dialogues for image in dialogue.images])
         return [TrainRow(token_ids=d.token_ids, loss_mask=d.loss_mask, vision=cache.get(d.images)) for d in dialogues]
 
 
-def encode_conversation(encoder: DialogueEncoder, conversation: Conversation, prompt: PromptConfig) -> Dialogue:
+def encode_conversation(
+    encoder: DialogueEncoder,
+    conversation: Conversation,
+    prompt: PromptConfig,
+    tools: Sequence[Tool] = DEFAULT_TOOLS,
+) -> Dialogue:
     """Tokens and mask of a demonstration, with the same boundaries as the agent's own (trap T2).
 
     What the tool answered is told in the agent's words where the conversation brings none of its own.
     """
     task = conversation.task
-    dialogue = encoder.start(task, [encoder.model_image(image) for image in task.images], prompt, tool=True)
+    dialogue = encoder.start(task, [encoder.model_image(image) for image in task.images], prompt, tools)
     for turn in conversation.turns:
         ids = encoder.assistant_ids(turn.text)
         dialogue.append_sampled(ids, [0.0] * len(ids), learn=turn.learn)

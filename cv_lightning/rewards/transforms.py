@@ -20,8 +20,8 @@ from cv_lightning.types import (
     Box,
     EndState,
     Operation,
-    SandboxResult,
     Task,
+    ToolResult,
     ToolStatus,
     Trajectory,
     TrajectoryImage,
@@ -260,19 +260,19 @@ def _is_of_channels(op: Operation) -> bool:
     return op.name == "reverse" and (axis if isinstance(axis, int) else (axis or [0])[-1]) in (-1, 2)
 
 
-def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, SandboxResult]]:
+def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, ToolResult]]:
     """Calls whose image the model saw."""
     for turn in trajectory.turns:
         if turn.result is not None and turn.result.status is ToolStatus.OK and turn.image_index is not None:
             yield turn, turn.result
 
 
-def _labels_of(result: SandboxResult) -> set[str]:
+def _labels_of(result: ToolResult) -> set[str]:
     core = set(result.effect.core) if result.effect is not None else set()
     return core | _optional_labels([result])
 
 
-def _optional_labels(results: Iterable[SandboxResult]) -> set[str]:
+def _optional_labels(results: Iterable[ToolResult]) -> set[str]:
     return {op.name for result in results for op in result.operations if op.used and _may_help(op)}
 
 
@@ -282,11 +282,11 @@ def _may_help(op: Operation) -> bool:
     return op.name in OPTIONAL and not idle
 
 
-def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[SandboxResult]]:
+def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[ToolResult]]:
     """The last image and those that it was made from, down to the task's own, and the results that made them."""
     made_by = {turn.image_index: turn.result for turn in trajectory.turns if turn.image_index is not None}
     images: list[TrajectoryImage] = []
-    results: list[SandboxResult] = []
+    results: list[ToolResult] = []
     index: int | None = len(trajectory.images) - 1
     while index is not None:
         images.append(trajectory.images[index])
@@ -296,12 +296,12 @@ def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[SandboxR
     return images, results
 
 
-def _shown_part(results: Sequence[SandboxResult]) -> Box | None:
+def _shown_part(results: Sequence[ToolResult]) -> Box | None:
     """Part of the last image, by the results that made it, that shows its source; None: all of it."""
     return results[0].effect.shown if results and results[0].effect is not None else None
 
 
-def _is_illegible(results: Iterable[SandboxResult]) -> bool:
+def _is_illegible(results: Iterable[ToolResult]) -> bool:
     """True if strokes and edges of the source did not survive the calls that an image came from.
 
     Each call is proven against its own input; what several calls lose together is the product.
@@ -309,7 +309,7 @@ def _is_illegible(results: Iterable[SandboxResult]) -> bool:
     return math.prod(result.effect.fidelity for result in results if result.effect is not None) < MIN_FIDELITY
 
 
-def _call_box(trajectory: Trajectory, turn: Turn, result: SandboxResult, in_source: bool) -> Box | None:
+def _call_box(trajectory: Trajectory, turn: Turn, result: ToolResult, in_source: bool) -> Box | None:
     if not in_source:
         return result.effect.crop_box if result.effect is not None else None
     assert turn.image_index is not None

@@ -5,7 +5,7 @@ An interrupted evaluation goes on only where all of it is the same.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cv_lightning.agent.config import AgentConfig
@@ -41,7 +41,10 @@ def describe_rollouts(
     types = {judge.default_task_type, *judge.task_types.values()} if judge else ()
     return {
         "agent": asdict(agent),
-        "system": {name: agent.prompt.system_text(tool) for name, tool in (("tool", True), ("no_tool", False))},
+        "system": {
+            "tool": agent.prompt.system_text(replace(agent, tool=True).offered),
+            "no_tool": agent.prompt.system_text(()),
+        },
         # the formulas under the names that evaluations stored while each was a setting
         "reward": asdict(reward) | reward.recipe._asdict() | {"evidence": "trace"},
         "judge_prompts": {name: load_prompt(name, judge.prompt_folder).version for name in sorted(types) if judge},

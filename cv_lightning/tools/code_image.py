@@ -1,84 +1,75 @@
-"""One tool call on the background thread: run the snippet, then make its image ready for the model."""
+"""The code tool: Python that the policy writes, run in the sandbox on one image of the trajectory."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import replace
+from typing import Any
 
-from PIL import Image
-
-from cv_lightning.images import compose, content_hash
+from cv_lightning.images import compose
 from cv_lightning.sandbox.effect import shows
-from cv_lightning.types import Affine, ImageError, SandboxResult, ToolCall, ToolStatus, TrajectoryImage
+from cv_lightning.tools.base import Tool, ToolContext
+from cv_lightning.types import Affine, SandboxResult, ToolCall, ToolImage, ToolResult, TrajectoryImage
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "code": {
+            "type": "string",
+            "contentMediaType": "text/x-python",
+            "pattern": r"\S",
+            "description": "Python. The chosen image is in scope as `image` (a Pillow image at full resolution); so "
+            "are `Image`, `ImageOps`, `ImageEnhance`, `ImageFilter`, `ImageDraw`, `np`, `cv2` and `math`. Put the new "
+            "image into `result`.",
+            "examples": ["result = image.rotate(90, expand=True)"],
+        },
+        "image_index": {
+            "type": "integer",
+            "default": 0,
+            "description": "which image the code works on. 0 is the first image; every image that the tool returns "
+            "gets the next number.",
+        },
+        "description": {"type": "string", "default": "", "description": "what the code is for."},
+    },
+    "required": ["code", "image_index"],
+}
 
 
-class CodeRunner(Protocol):
-    """What the loop asks of a sandbox."""
+class CodeTool(Tool):
+    """Runs a snippet that edits an image; what it puts into `result` is shown."""
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
-        """Run a snippet on an image; cancelling the coroutine ends the snippet."""
+    name = "code_image_tool"
+    description = "runs Python on one of the images of this conversation and shows you the image it makes."
+    opening = (
+        "You may look closer: write Python that edits an image, run it with the tool below, and look at the result "
+        "before you answer."
+    )
+    hints = (
+        "If the image lies on its side, stands on its head or is mirrored, put it upright first. `rotate` turns "
+        "counter-clockwise.",
+        "If what matters is too small to read, crop to it. Use the tool only where it helps.",
+    )
+    parameters = PARAMETERS
 
-
-class ImageSizer(Protocol):
-    """Knows at which size the model sees an image; the agent's dialogue encoder is one."""
-
-    def model_image(self, image: Image.Image) -> Image.Image:
-        """The image as the model sees it.
-
-        Raises:
-            ImageError: it cannot be shown.
-        """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolOutcome:
-    """What one call gave, with everything done that needs no engine."""
-
-    result: SandboxResult
-    model_image: Image.Image | None = None
-    """`result.image` as the model is to see it; None where there is none, or it cannot be shown."""
-    image_hash: str = ""
-    """Content hash of `model_image`."""
-    to_source: Affine | None = None
-    """Map from `result.image` to the source image of what the call worked on; None where the pixels do not prove it."""
-    not_shown: str = ""
-    """Why an image that the snippet made cannot be shown; for the model to read."""
-    elapsed_s: float = 0.0
-    """From the hand-over to here, queueing included."""
+    async def call(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
+        """Run the snippet, and locate what it made in the source image; see `Tool.call`."""
+        index = arguments["image_index"]
+        result = await context.sandbox.run(context.images[index].original, arguments["code"], owner=context.owner)
+        if result.image is None:
+            return result
+        to_source = await asyncio.to_thread(map_to_source, context.images, index, result)
+        return replace(result, images=(ToolImage(image=result.image, parent=index, to_source=to_source),))
 
 
-async def run_tool(
-    sandbox: CodeRunner, encoder: ImageSizer, images: Sequence[TrajectoryImage], index: int, code: str, owner: str
-) -> ToolOutcome:
-    """Run a snippet, and resize, hash and locate what it made, off the thread that owns the engine.
-
-    Args:
-        sandbox: runs the snippet.
-        encoder: knows how the model sees images.
-        images: of the trajectory so far.
-        index: which of them the snippet works on, at full resolution.
-        code: the snippet.
-        owner: id of the trajectory.
-    """
-    begun = time.perf_counter()
-    result = await sandbox.run(images[index].original, code, owner=owner)
-    if result.image is None:
-        return ToolOutcome(result=result, elapsed_s=time.perf_counter() - begun)
-    try:
-        seen, image_hash = await asyncio.to_thread(_prepare, encoder, result.image)
-    except ImageError as error:
-        return ToolOutcome(result=result, not_shown=str(error), elapsed_s=time.perf_counter() - begun)
-    to_source = await asyncio.to_thread(map_to_source, images, index, result)
-    elapsed = time.perf_counter() - begun
-    return ToolOutcome(result=result, model_image=seen, image_hash=image_hash, to_source=to_source, elapsed_s=elapsed)
+DEFAULT_TOOLS = (CodeTool(),)
+"""What the policy is offered where the config names no tools."""
 
 
-def _prepare(encoder: ImageSizer, image: Image.Image) -> tuple[Image.Image, str]:
-    seen = encoder.model_image(image)
-    return seen, content_hash(seen)
+def code_call(code: str, image_index: int = 0, description: str = "") -> ToolCall:
+    """A call of the code tool."""
+    arguments = {"code": code, "image_index": image_index, "description": description}
+    return ToolCall(name=CodeTool.name, arguments=arguments)
 
 
 def map_to_source(images: Sequence[TrajectoryImage], index: int, result: SandboxResult) -> Affine | None:
@@ -88,9 +79,9 @@ def map_to_source(images: Sequence[TrajectoryImage], index: int, result: Sandbox
     result of a later call is compared with the source image itself.
 
     Args:
-        images: of the trajectory so far.
-        index: which of them the call worked on.
-        result: of the call; it has an image.
+        images: Images of the trajectory so far.
+        index: The one that the call worked on.
+        result: The call's result; it has an image.
     """
     parent = images[index]
     to_input = result.effect.to_input if result.effect is not None else None
@@ -101,35 +92,3 @@ def map_to_source(images: Sequence[TrajectoryImage], index: int, result: Sandbox
         return to_source
     source = next(image for image in images if image.parent is None and image.source == parent.source)
     return to_source if shows(to_source, source.original, result.image) else None
-
-
-def lost(reason: BaseException | str) -> ToolOutcome:
-    """The outcome of a call whose sandbox failed."""
-    kind = "lost" if isinstance(reason, str) else type(reason).__name__
-    text = str(reason) or kind
-    return ToolOutcome(result=SandboxResult(status=ToolStatus.LOST, error=text, error_kind=kind))
-
-
-def no_such_image(call: ToolCall, num_images: int) -> ToolOutcome:
-    """The outcome of a call on an image that does not exist; nothing runs."""
-    error = f"image_index {call.image_index} does not exist; there are {num_images} images, numbered from 0"
-    return ToolOutcome(result=SandboxResult(status=ToolStatus.REFUSED, error=error, error_kind="image_index"))
-
-
-def derived_image(images: list[TrajectoryImage], parent_index: int, outcome: ToolOutcome) -> TrajectoryImage:
-    """The image of a call with its provenance: what it was made from, and the map to its source where it is proven.
-
-    Args:
-        images: of the trajectory so far.
-        parent_index: which of them the call worked on.
-        outcome: of the call; it has an image.
-    """
-    result, parent = outcome.result, images[parent_index]
-    assert result.image is not None and outcome.model_image is not None
-    return TrajectoryImage(
-        original=result.image,
-        model_image=outcome.model_image,
-        source=parent.source,
-        parent=parent_index,
-        to_source=outcome.to_source,
-    )

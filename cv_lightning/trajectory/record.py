@@ -29,9 +29,9 @@ from cv_lightning.types import (
     Group,
     Operation,
     RewardBreakdown,
-    SandboxResult,
     Task,
     ToolCall,
+    ToolResult,
     ToolStatus,
     Trajectory,
     Turn,
@@ -123,7 +123,7 @@ class LogprobSummary(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class TrajectoryRecord:
-    """One trajectory. `turns[i].result.image` is None when read from disk: see `images[turn.image_index]`."""
+    """One trajectory. `turns[i].result.images` is empty when read from disk: see `images[turn.image_index]`."""
 
     sample: int
     end_state: EndState
@@ -327,7 +327,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _result_to_json(result: SandboxResult) -> dict[str, Any]:
+def _result_to_json(result: ToolResult) -> dict[str, Any]:
     effect = result.effect
     return {
         "status": result.status.value,
@@ -453,7 +453,7 @@ def _turn_from_json(data: dict[str, Any]) -> Turn:
     return Turn(
         text=data["text"],
         num_tokens=data["num_tokens"],
-        tool_call=None if call is None else ToolCall(**call),
+        tool_call=None if call is None else _call_from_json(call),
         parse_error=data["parse_error"],
         result=None if result is None else _result_from_json(result),
         image_index=data["image_index"],
@@ -463,9 +463,15 @@ def _turn_from_json(data: dict[str, Any]) -> Turn:
     )
 
 
-def _result_from_json(data: dict[str, Any]) -> SandboxResult:
+def _call_from_json(data: dict[str, Any]) -> ToolCall:
+    """A call; files written before tools had schemas have the code tool's arguments beside the name."""
+    arguments = data["arguments"] if "arguments" in data else {key: data[key] for key in data if key != "name"}
+    return ToolCall(name=data["name"], arguments=arguments)
+
+
+def _result_from_json(data: dict[str, Any]) -> ToolResult:
     effect = data["effect"]
-    return SandboxResult(
+    return ToolResult(
         status=ToolStatus(data["status"]),
         error=data["error"],
         error_kind=data["error_kind"],

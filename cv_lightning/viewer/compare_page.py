@@ -105,7 +105,7 @@ def _trajectory(trajectory: TrajectoryRecord) -> dict[str, Any]:
         "turns": [
             {
                 "text": _said(turn)[:MAX_TEXT],
-                "code": highlight(turn.tool_call.code[:MAX_TEXT]) if turn.tool_call else [],
+                "code": highlight(turn.tool_call.text[:MAX_TEXT]) if turn.tool_call else [],
                 "status": turn.result.status.value if turn.result else "",
                 "error": turn.result.error[:MAX_TEXT] if turn.result else "",
                 "operations": ", ".join(op.name for op in turn.result.operations) if turn.result else "",

@@ -228,7 +228,7 @@ class Gallery:
     def _turn(self, turn: Turn) -> dict[str, Any]:
         data = _turn(turn)
         if turn.tool_call is not None:
-            data["call"]["code"] = self._code(turn.tool_call.code)
+            data["call"]["code"] = self._code(turn.tool_call.text)
         return data
 
     def _code(self, code: str) -> int:

@@ -97,7 +97,7 @@ class Trainer:
         pixels = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8, generator=generator) for w, h in sizes]
         images = [Image.fromarray(image.numpy()) for image in pixels]
         task = Task(id="t", question="Read it.", images=tuple(images), ground_truth="1")
-        return self.encoder.start(task, [self.encoder.model_image(image) for image in images], WORDS, tool=False)
+        return self.encoder.start(task, [self.encoder.model_image(image) for image in images], WORDS, tools=())
 
     @torch.no_grad()
     def logprobs(self, dialogue: Dialogue, done: Completion) -> torch.Tensor:

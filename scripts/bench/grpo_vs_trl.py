@@ -273,14 +273,14 @@ def messages_of(task: Task, processor: Any) -> list[dict[str, Any]]:
     encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
     views = [encoder.model_image(image) for image in task.images]
     sizes = [(full.size, seen.size) for full, seen in zip(task.images, views, strict=True)]
-    messages = task_messages(task, sizes, PROMPT, tool=True)
+    messages = task_messages(task, sizes, PROMPT)
     waiting = iter(views)
     for message in messages:
         message["content"] = [
             part | ({"image": next(waiting)} if part["type"] == "image" else {}) for part in message["content"]
         ]
     ids = processor.apply_chat_template([messages], add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert ids["input_ids"][0] == encoder.start(task, views, PROMPT, tool=True).token_ids
+    assert ids["input_ids"][0] == encoder.start(task, views, PROMPT).token_ids
     return messages
 
 

@@ -62,7 +62,7 @@ class Policy:
         torch.manual_seed(seed)
         images = [Image.fromarray(torch.randint(0, 256, (h, w, 3), dtype=torch.uint8).numpy()) for w, h in sizes]
         task = Task(id="t", question="Read it.", images=tuple(images), ground_truth="1")
-        return self.encoder.start(task, [self.encoder.model_image(image) for image in images], WORDS, tool=False)
+        return self.encoder.start(task, [self.encoder.model_image(image) for image in images], WORDS, tools=())
 
     @torch.no_grad()
     def logprobs(self, dialogue: Dialogue, done: Completion, temperature: float = 1.0) -> torch.Tensor:

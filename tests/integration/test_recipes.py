@@ -226,7 +226,7 @@ def test_recipes_on_a_thinking_model_leave_the_thought_to_be_opened_by_the_model
     assert stock.apply_chat_template(message, add_generation_prompt=True).endswith("<think>\n")
     encoder = DialogueEncoder(stock.tokenizer, image_limits(stock))
     task = Task(id="t", question="?", images=(), ground_truth="1")
-    dialogue = encoder.start(task, [], PromptConfig(), tool=True)
+    dialogue = encoder.start(task, [], PromptConfig())
     follow_up = encoder.tool_ids([{"type": "text", "text": "Look."}])
     for ids in (dialogue.token_ids, follow_up):
         assert stock.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")

@@ -14,8 +14,8 @@ from reward_samples import BOX, Recorder, group, task
 
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.tools.code_image import ToolOutcome, derived_image, map_to_source
-from cv_lightning.types import Task, ToolCall, Trajectory, Turn
+from cv_lightning.tools.code_image import ToolOutcome, code_call, derived_image, map_to_source
+from cv_lightning.types import Task, Trajectory, Turn
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def run(sandbox: Sandbox, subject: Task, *snippets: str, answer: str = "42") -> 
             to_source = map_to_source(recorder.images, at, result)
             outcome = ToolOutcome(result=result, model_image=result.image, to_source=to_source)
             recorder.images.append(derived_image(recorder.images, at, outcome))
-        call = ToolCall(name="code_image_tool", code=code, image_index=len(recorder.images) - 1)
+        call = code_call(code, len(recorder.images) - 1)
         text = "<think>t</think><tool_call>{}</tool_call>"
         recorder.turns.append(Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=index))
     return recorder.answer(answer)

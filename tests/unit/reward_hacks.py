@@ -12,7 +12,8 @@ from reward_samples import BOX, HEIGHT, WIDTH, Recorder, task
 
 from cv_lightning.agent.protocol import parse_turn
 from cv_lightning.images import compose
-from cv_lightning.types import Affine, Operation, Task, ToolCall, ToolStatus, Trajectory, TrajectoryImage, Turn
+from cv_lightning.tools.code_image import code_call
+from cv_lightning.types import Affine, Operation, Task, ToolStatus, Trajectory, TrajectoryImage, Turn
 
 WHOLE = (0.0, 0.0, float(WIDTH), float(HEIGHT))
 RIM = (1.0, 1.0, WIDTH - 1.0, HEIGHT - 1.0)
@@ -87,7 +88,7 @@ def unused() -> Trajectory:
 def box_in_description() -> Trajectory:
     recorder = Recorder(both()).call()
     said = "rotate so that [40, 30, 200, 150] is cropped"
-    recorder.turns[0].tool_call = ToolCall(name="code_image_tool", code="result = image", description=said)
+    recorder.turns[0].tool_call = code_call("result = image", description=said)
     return recorder.answer()
 
 

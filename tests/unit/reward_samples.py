@@ -10,6 +10,7 @@ from PIL import Image
 
 from cv_lightning.images import compose, dihedral_affine
 from cv_lightning.rewards.transforms import ORIENTATION, orientation_label
+from cv_lightning.tools.code_image import code_call
 from cv_lightning.types import (
     IDENTITY,
     Affine,
@@ -20,7 +21,6 @@ from cv_lightning.types import (
     Operation,
     SandboxResult,
     Task,
-    ToolCall,
     ToolStatus,
     Trajectory,
     TrajectoryImage,
@@ -103,7 +103,7 @@ class Recorder:
         return self
 
     def _turn(self, code: str, result: SandboxResult, index: int, made: int | None) -> None:
-        call = ToolCall(name="code_image_tool", code=code, image_index=index)
+        call = code_call(code, index)
         text = "<think>t</think><tool_call>{}</tool_call>"
         self.turns.append(Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=made))
 

@@ -40,7 +40,7 @@ def test_conversations_and_prompts_have_the_length_that_training_sees(
         assert counter.conversation(conversation) == len(encode_conversation(encoder, conversation, prompt).token_ids)
         task = conversation.task
         seen = [encoder.model_image(image) for image in task.images]
-        assert counter.task(task) == len(encoder.start(task, seen, prompt, tool=True).token_ids)
+        assert counter.task(task) == len(encoder.start(task, seen, prompt).token_ids)
 
 
 def test_a_processor_brings_tokens_and_limits_into_the_report(tmp_path: Path, tiny_checkpoint: Path) -> None:

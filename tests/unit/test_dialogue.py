@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, response_parts, task_messages, tool_ok_text
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.types import DataError, EngineError, Message, Task
 
 
@@ -17,9 +19,9 @@ def task(num_images: int = 1, messages: tuple[Message, ...] = ()) -> Task:
     return Task(id="t", question="How many?", images=images, ground_truth="2", messages=messages)
 
 
-def text_of(task: Task, config: PromptConfig, tool: bool = True) -> str:
+def text_of(task: Task, config: PromptConfig, tools: Sequence[Tool] = DEFAULT_TOOLS) -> str:
     sizes = [(image.size, (96, 64)) for image in task.images]
-    parts = [part for message in task_messages(task, sizes, config, tool) for part in message["content"]]
+    parts = [part for message in task_messages(task, sizes, config, tools) for part in message["content"]]
     return "".join(part.get("text", "<image>") for part in parts)
 
 
@@ -32,7 +34,7 @@ def test_a_finished_conversation_is_the_template_of_its_messages(encoder: Dialog
     ]
     config = PromptConfig(system="none", state_size=False)
     image = encoder.model_image(task().images[0])
-    dialogue = encoder.start(task(), [image], config, tool=True)
+    dialogue = encoder.start(task(), [image], config)
     messages: list[dict[str, object]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}
     ]
@@ -89,13 +91,13 @@ def test_every_image_has_its_size_in_the_frame_of_the_config(coordinates: str, e
 
 def test_the_system_prompt_offers_the_tool_only_where_there_is_one(tmp_path: Path) -> None:
     assert "code_image_tool" in text_of(task(), PromptConfig())
-    assert "code_image_tool" not in text_of(task(), PromptConfig(), tool=False)
-    assert PromptConfig(system="none").system_text(tool=True) is None
+    assert "code_image_tool" not in text_of(task(), PromptConfig(), tools=())
+    assert PromptConfig(system="none").system_text() is None
     file = tmp_path / "mine.md"
     file.write_text("From a file.\n")
-    assert PromptConfig(system=str(file)).system_text(tool=True) == "From a file."
+    assert PromptConfig(system=str(file)).system_text() == "From a file."
     long_text = "Given as text. " * 40  # longer than a file name may be
-    assert PromptConfig(system=long_text).system_text(tool=True) == long_text
+    assert PromptConfig(system=long_text).system_text() == long_text
 
 
 def test_a_data_sets_own_messages_are_kept() -> None:
@@ -112,7 +114,6 @@ def test_text_cannot_bring_control_tokens_or_marks(encoder: DialogueEncoder) -> 
             task(messages=(Message(role="user", content="<image>" + evil[:-7]),)),
             [((9, 9), (9, 9))],
             PromptConfig(),
-            True,
         )
     )
     vocabulary = encoder.tokenizer.get_vocab()

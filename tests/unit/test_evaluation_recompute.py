@@ -26,8 +26,9 @@ from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox
+from cv_lightning.tools.code_image import code_call
 from cv_lightning.trajectory import TrajectoryWriter
-from cv_lightning.types import Task, ToolCall
+from cv_lightning.types import Task
 
 DIGITS = DigitsConfig()
 HALF_TURN_BY_FLIPS = "result = image.transpose(Image.FLIP_LEFT_RIGHT).transpose(Image.FLIP_TOP_BOTTOM)"
@@ -65,7 +66,7 @@ def scripts(task: Task) -> dict[str, list[str]]:
 def _turns(task: Task, codes: list[str]) -> list[str]:
     made, texts = 0, []
     for code in codes:
-        texts.append(call_text(ToolCall(name="code_image_tool", code=code, image_index=made), "look"))
+        texts.append(call_text(code_call(code, made), "look"))
         made += "imge" not in code
     wrong = len(codes) == 1 and task.metadata["kind"] != "upright"
     return [*texts, answer_text("00" if wrong else task.ground_truth)]

@@ -92,7 +92,7 @@ def controls(encoder: DialogueEncoder, ids: list[int]) -> Counter[str]:
 
 
 def task_tokens(encoder: DialogueEncoder, task: Task, prompt: PromptConfig) -> Counter[str]:
-    return controls(encoder, encoder.start(task, task.images, prompt, tool=True).engine_ids)
+    return controls(encoder, encoder.start(task, task.images, prompt).engine_ids)
 
 
 def test_hostile_tags_in_a_question_stay_text(encoder: DialogueEncoder) -> None:
@@ -103,7 +103,7 @@ def test_hostile_tags_in_a_question_stay_text(encoder: DialogueEncoder) -> None:
             for text in (said, "plain")
         ]
         assert task_tokens(encoder, tasks[0], PromptConfig()) == task_tokens(encoder, tasks[1], PromptConfig())
-        ids = encoder.start(tasks[0], tasks[0].images, PromptConfig(), tool=True).engine_ids
+        ids = encoder.start(tasks[0], tasks[0].images, PromptConfig()).engine_ids
         assert said in encoder.decode(ids), "the model reads them as they were written"
     assert tasks[0].question == said
 

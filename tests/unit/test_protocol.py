@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 
-from cv_lightning.agent.protocol import TOOL_NAME, parse_tool_calls, parse_turn
+from cv_lightning.agent.protocol import example_call, first_call, parse_tool_calls, parse_turn
+from cv_lightning.tools import CodeTool, Tool, ToolContext
+from cv_lightning.tools.code_image import code_call
+from cv_lightning.types import ToolCall, ToolResult
 
 
-def call(code: object = "result = image", name: str = TOOL_NAME, **arguments: object) -> str:
+def call(code: object = "result = image", name: str = CodeTool.name, **arguments: object) -> str:
     body = json.dumps({"name": name, "arguments": {"code": code, **arguments}})
     return f"<tool_call>\n{body}\n</tool_call>"
 
@@ -139,3 +143,96 @@ def test_a_no_break_space_outside_strings_is_no_call() -> None:
     assert parse_tool_calls('<tool_call>\r\n\t {"name": "f", "arguments": {"t": "a\u00a0b"}}\n</tool_call>') == [
         {"name": "f", "arguments": {"t": "a\u00a0b"}}
     ]
+
+
+# ------------------------------------------------------------------------------------------------ other tools
+class Zoom(Tool):
+    """A tool with every kind of argument."""
+
+    name = "zoom"
+    description = "zooms."
+
+    def __init__(self) -> None:
+        box = {"type": "array", "items": {"$ref": "#/$defs/side"}, "minItems": 4, "maxItems": 4}
+        self.parameters = {
+            "type": "object",
+            "properties": {
+                "box": box | {"description": "what to show", "examples": [[0, 0, 9, 9]]},
+                "mode": {"enum": ["near", "far"], "default": "near"},
+                "factor": {"type": "number", "exclusiveMinimum": 0},
+            },
+            "required": ["box"],
+            "$defs": {"side": {"type": "integer", "minimum": 0}},
+        }
+
+    async def call(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
+        return ToolResult(text="zoomed")
+
+
+ZOOM = (CodeTool(), Zoom())
+
+
+def zoom(**arguments: object) -> str:
+    return f"<tool_call>{json.dumps({'name': 'zoom', 'arguments': arguments})}</tool_call>"
+
+
+def test_a_call_is_checked_against_the_schema_of_its_tool() -> None:
+    parsed = parse_turn(zoom(box=[1, 2, 3, "x"]), ZOOM)
+    assert parsed.call is None
+    parsed = parse_turn(zoom(box=[1, 2, 3, 4], factor=1.5, unknown=7), ZOOM)
+    assert parsed.call is not None
+    assert parsed.call.arguments == {"box": [1, 2, 3, 4], "mode": "near", "factor": 1.5}
+    assert (parsed.call.code, parsed.call.image_index) == ("", 0) and parsed.call.text.startswith("zoom({")
+    assert parse_turn(call(), ZOOM).call == parse_turn(call()).call
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (zoom(), '"arguments" needs "box": a list'),
+        (zoom(box="all"), '"arguments" needs "box": a list'),
+        (zoom(box=[1, 2, 3]), "is too short"),
+        (zoom(box=[1, 2, 3, -4]), "minimum of 0"),
+        (zoom(box=[1, 2, 3, 4], mode="middle"), "is not one of"),
+        (zoom(box=[1, 2, 3, 4], factor="big"), '"factor" must be a number'),
+        (zoom(box=[1, 2, 3, 4], factor=None), '"factor" must be a number'),
+        (call(name="search"), 'there is no tool \'search\'; the tools are "code_image_tool", "zoom"'),
+    ],
+)
+def test_arguments_that_do_not_fit_the_schema_are_explained(text: str, message: str) -> None:
+    parsed = parse_turn(text, ZOOM)
+    assert parsed.call is None and parsed.error is not None
+    assert message in parsed.error and len(parsed.error) < 300
+
+
+@pytest.mark.parametrize("tool", ZOOM, ids=lambda tool: tool.name)
+def test_the_example_in_the_prompt_is_a_call_that_runs(tool: Tool) -> None:
+    assert parse_turn(example_call(tool), ZOOM).call is not None
+
+
+def test_the_errors_of_the_code_tool_keep_their_bytes() -> None:
+    write = 'Write <tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image.rotate(90, '
+    write += 'expand=True)", "image_index": 0}}\n</tool_call>'
+    told = {
+        "<tool_call>{nonsense}</tool_call>": f"it is not valid JSON. {write}",
+        "<tool_call>{": f"it has no </tool_call>. {write}",
+        "<tool_call>[1]</tool_call>": f'it needs the keys "name" and "arguments". {write}',
+        call(name="search"): "there is no tool 'search'; the only tool is \"code_image_tool\"",
+        '<tool_call>{"name": "code_image_tool"}</tool_call>': f'"arguments" must be an object. {write}',
+        call(code=7): '"arguments" needs "code": a text of Python',
+        call(code=" "): '"arguments" needs "code": a text of Python',
+        call(image_index=2.0): '"image_index" must be a whole number',
+        call(image_index=None): '"image_index" must be a whole number',
+        call(description=1): '"description" must be a text',
+    }
+    assert {text: parse_turn(text).error for text in told} == told
+
+
+def test_the_first_call_is_found_as_the_agent_finds_it() -> None:
+    text = f"<think>{call('no')}</think>{call('yes')}"
+    assert first_call(text) == parse_turn(text).call == code_call("yes")
+    assert first_call(call(name="search")) == ToolCall(name="search", arguments={"code": "result = image"})
+    malformed = first_call("<tool_call> {oops </tool_call>")
+    assert malformed == ToolCall(name="", arguments={"code": "{oops"})
+    assert first_call(f"<think>{call()}</think>") is None
+    assert first_call(call() + "<answer>1</answer>") is None

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from cv_lightning.agent.protocol import parse_turn
 from cv_lightning.data import chunks
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.readers import TaskFiles, parse_transforms
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
@@ -395,6 +397,36 @@ def test_texts_of_other_tools(tmp_path: Path) -> None:
     assert len(files) == 2, "nobody learns to say None, nor to call a tool without a call"
     assert [(p.row, p.kind) for p in files.problems.problems] == [(2, "no text"), (3, "no tool call")]
     assert "between <tool_call> tags" in files.problems.problems[0].message
+
+
+def spoken(folder: Path, first: str, last: str = "<answer>3</answer>") -> Conversation:
+    given = item()
+    given["conversations"][1]["value"], given["conversations"][3]["value"] = first, last
+    return ConversationFiles([sft_file(folder, [given])], ReaderConfig()).row(0)
+
+
+def call_of(code: str) -> str:
+    return f"<tool_call>{json.dumps({'name': 'code_image_tool', 'arguments': {'code': code}})}</tool_call>"
+
+
+def test_an_end_tag_inside_a_string_does_not_end_a_call(tmp_path: Path) -> None:
+    code = "print('</tool_call>'); result = image"
+    text = f"<think>a</think>{call_of(code)}"
+    (first, _) = spoken(tmp_path, text).turns
+    assert first.call.code == parse_turn(text).call.code == code
+
+
+def test_a_call_inside_a_thought_is_not_the_call(tmp_path: Path) -> None:
+    text = f"<think>Perhaps {call_of('result = image.rotate(90)')}?</think>{call_of('result = image')}"
+    (first, _) = spoken(tmp_path, text).turns
+    assert first.call.code == parse_turn(text).call.code == "result = image"
+    with pytest.raises(DataError, match="outside a thought"):
+        spoken(tmp_path, f"<think>Perhaps {call_of('result = image')}?</think>")
+
+
+def test_the_ground_truth_is_the_answer_that_the_agent_reads(tmp_path: Path) -> None:
+    text = "<answer>3</answer><think>Or is it <answer>9</answer>?</think>"
+    assert spoken(tmp_path, call_of("result = image"), text).task.ground_truth == parse_turn(text).answer == "3"
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:

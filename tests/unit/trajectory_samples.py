@@ -16,6 +16,7 @@ from cv_lightning.orientations import TRANSPOSES
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rl.groups import assign_advantages
+from cv_lightning.tools.code_image import code_call
 from cv_lightning.types import (
     IDENTITY,
     Affine,
@@ -25,7 +26,6 @@ from cv_lightning.types import (
     Operation,
     SandboxResult,
     Task,
-    ToolCall,
     ToolStatus,
     Trajectory,
     TrajectoryImage,
@@ -115,7 +115,7 @@ def _turn(code: str, on: int, result: SandboxResult, made: int | None, rng: rand
     return Turn(
         text=text,
         num_tokens=30,
-        tool_call=ToolCall(name="code_image_tool", code=code, image_index=on),
+        tool_call=code_call(code, on),
         result=result,
         image_index=made,
         response_text="Look at the result." if made is not None else result.error,

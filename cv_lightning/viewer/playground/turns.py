@@ -6,7 +6,6 @@ earlier turns again, the edited one in place of the original, and the real engin
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cv_lightning.agent.protocol import TOOL_NAME
+from cv_lightning.agent.protocol import call_markup
 from cv_lightning.engines import Completion, Engine, Request
-from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, THINK_CLOSE
-from cv_lightning.tools.code_image import CodeRunner
+from cv_lightning.rewards.markup import CALL_OPEN, THINK_CLOSE
+from cv_lightning.tools import CodeRunner, CodeTool
 from cv_lightning.types import EngineError, SandboxResult
 
 if TYPE_CHECKING:
@@ -120,8 +119,7 @@ def with_code(text: str, code: str, image_index: int) -> str:
     """
     thought, close, rest = text.rpartition(THINK_CLOSE)
     arguments = {"code": code, "image_index": image_index}
-    call = json.dumps({"name": TOOL_NAME, "arguments": arguments}, ensure_ascii=False)
-    return f"{thought}{close}{rest.partition(CALL_OPEN)[0]}{CALL_OPEN}\n{call}\n{CALL_CLOSE}"
+    return f"{thought}{close}{rest.partition(CALL_OPEN)[0]}{call_markup(CodeTool.name, arguments)}"
 
 
 def edited_turns(

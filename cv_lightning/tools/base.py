@@ -1,0 +1,108 @@
+"""What a tool is: name, description and JSON schema for the policy, and a coroutine that runs one call.
+
+A tool of your own is a subclass of `Tool` in a file of your own, named in the config:
+
+    rollout:
+      agent:
+        tools:
+          - class_path: my_tools.Grid
+            init_args: {color: red}
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+
+from cv_lightning.images import compose
+from cv_lightning.types import Affine, SandboxResult, ToolImage, ToolResult, ToolStatus, TrajectoryImage
+
+Coordinates = Literal["original_px", "model_px", "relative_1000"]
+"""Frame in which sizes and positions are stated to the model."""
+IMAGE_INDEX = "image_index"
+"""An integer argument of this name chooses one of the trajectory's images; the agent checks that it exists."""
+
+
+class CodeRunner(Protocol):
+    """What tools need of a sandbox."""
+
+    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        """Run a snippet on an image; cancelling the coroutine ends the snippet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolContext:
+    """The trajectory that calls a tool. Read it, change nothing."""
+
+    images: Sequence[TrajectoryImage]
+    """Images of the trajectory so far: the task's own, then those that calls made."""
+    owner: str
+    """Id of the trajectory, unique within a rollout."""
+    sandbox: CodeRunner
+    """Runs code that the policy wrote."""
+    coordinates: Coordinates = "original_px"
+    """The frame in which the policy is told sizes, `prompt.coordinates`."""
+
+    def derived(self, image: Image.Image, parent: int, to_parent: Affine | None) -> ToolImage:
+        """An image that was made from one of the trajectory's, with the map to its source image.
+
+        Args:
+            image: Full resolution, RGB.
+            parent: Index of the image it was made from.
+            to_parent: Maps its pixel coordinates to those of the parent; `IDENTITY` for a drawing on top of it, None
+                where there is no such map.
+        """
+        before = self.images[parent].to_source
+        to_source = None if before is None or to_parent is None else compose(before, to_parent)
+        return ToolImage(image=image, parent=parent, to_source=to_source)
+
+
+class Tool(ABC):
+    """A tool that the policy can call. A subclass sets the attributes, in the class or in `__init__`."""
+
+    name: str
+    """By which the policy calls it: letters, digits, `_` and `-`."""
+    description: str
+    """What it does, as the rest of a sentence that begins with its name: "draws a grid over an image and shows it"."""
+    parameters: Mapping[str, Any]
+    """JSON schema (2020-12) of the arguments: an object with `properties`. The system prompt lists each property with
+    its type and `description`, and calls are checked against it before they run. `examples` of a property show the
+    policy how to call; a property with a `default` may be left out."""
+    opening: str = "You may look closer: call a tool below and look at the result before you answer."
+    """Sentence of the system prompt that introduces the tool where it is the only one."""
+    hints: Sequence[str] = ()
+    """Lines of the system prompt on how to answer: when to use the tool."""
+
+    @abstractmethod
+    async def call(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
+        """Run one call, on the thread of the sandbox and the judge; many calls run at once.
+
+        Args:
+            arguments: Fit `parameters`, defaults filled in.
+            context: The trajectory.
+
+        Returns:
+            What the model is to see. A call that fails by the policy's fault has the status ERROR and an error text.
+
+        Raises:
+            Exception: The tool itself failed: the trajectory is masked, never scored as wrong. A policy must not be
+                able to cause this.
+        """
+
+    def __repr__(self) -> str:
+        """Class and settings, the same in every process: evaluations compare it before they continue."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__module__}.{type(self).__qualname__}({settings})"
+
+
+def missing_image(arguments: Mapping[str, Any], num_images: int) -> ToolResult | None:
+    """The result of a call on an image that does not exist, which runs nothing; None where the image exists."""
+    index = arguments.get(IMAGE_INDEX, 0)
+    if not isinstance(index, int) or 0 <= index < num_images:
+        return None
+    error = f"image_index {index} does not exist; there are {num_images} images, numbered from 0"
+    return ToolResult(status=ToolStatus.REFUSED, error=error, error_kind=IMAGE_INDEX)
