@@ -12,10 +12,11 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from reward_samples import BOX, Recorder, group, task
 
+from cv_lightning.agent.calls import trajectory_image
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.tools.code_image import ToolOutcome, code_call, derived_image, map_to_source
-from cv_lightning.types import Task, Trajectory, Turn
+from cv_lightning.tools.code_image import code_call, map_to_source
+from cv_lightning.types import Task, ToolImage, Trajectory, Turn
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def run(sandbox: Sandbox, subject: Task, *snippets: str, answer: str = "42") -> 
         if result.image is not None:
             at, index = len(recorder.images) - 1, len(recorder.images)
             to_source = map_to_source(recorder.images, at, result)
-            outcome = ToolOutcome(result=result, model_image=result.image, to_source=to_source)
-            recorder.images.append(derived_image(recorder.images, at, outcome))
+            made = ToolImage(image=result.image, parent=at, to_source=to_source)
+            recorder.images.append(trajectory_image(recorder.images, made, result.image))
         call = code_call(code, len(recorder.images) - 1)
         text = "<think>t</think><tool_call>{}</tool_call>"
         recorder.turns.append(Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=index))
