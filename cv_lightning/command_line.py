@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -44,18 +45,43 @@ def _parser_class() -> Any:
     return Parser
 
 
-def read_command_line(components: Any, args: list[str] | None, prog: str, **options: Any) -> Any:
+def read_command_line(component: Any, args: list[str] | None, prog: str, **options: Any) -> Any:
     """What `jsonargparse.auto_cli` makes of a command line: an object of a config's class, or a function's result.
 
+    Flags may have dashes (`--per-kind`), switches come without a value (`--json`), lists as words (`--seeds 0 1`).
+
     Args:
-        components: the class or function, or several by name.
+        component: the class or function, or several by name.
         args: the command line without the program's name; None: `sys.argv[1:]`.
         prog: the verb, for messages.
         options: further ones of `auto_cli`.
     """
     import jsonargparse
 
-    return jsonargparse.auto_cli(components, args=args, prog=prog, parser_class=_parser_class(), **options)
+    words = spelled_out(sys.argv[1:] if args is None else args, component)
+    return jsonargparse.auto_cli(component, args=words, prog=prog, parser_class=_parser_class(), **options)
+
+
+def spelled_out(args: list[str], component: Any) -> list[str]:
+    """A command line as jsonargparse takes it: flags with underscores, switches and lists with one value."""
+    hints = getattr(component, "__annotations__", {})
+    switches = {f"--{name}" for name, kind in hints.items() if kind in ("bool", bool)}
+    lists = {f"--{name}" for name, kind in hints.items() if str(kind).startswith("list[")}
+    found: list[str] = []
+    left = list(args)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        if flag in switches and not equals and not (left and left[0].lower() in ("true", "false")):
+            equals, value = "=", "true"
+        if flag in lists and not equals:
+            end = next((at for at, word in enumerate(left) if word.startswith("-")), len(left))
+            words, left = left[:end], left[end:]
+            is_list = len(words) == 1 and words[0].startswith("[")
+            equals, value = "=", words[0] if is_list else json.dumps(words)
+        found.append(flag + equals + value)
+    return found
 
 
 def run_verb(component: Any, args: list[str] | None, prog: str, failed: int = 2, **options: Any) -> int:

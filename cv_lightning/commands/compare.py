@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from cv_lightning.command_line import read_command_line
+from cv_lightning.command_line import run_verb
 from cv_lightning.types import CVLightningError
 
 
@@ -38,9 +37,4 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    try:
-        read_command_line(compare_evaluations, args, prog="cv_lightning compare")
-    except CVLightningError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_verb(compare_evaluations, args, prog="cv_lightning compare", failed=1)

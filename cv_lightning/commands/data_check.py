@@ -2,74 +2,90 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cv_lightning.command_line import run_verb
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.files import write_text
-from cv_lightning.types import CVLightningError
 
 LISTED_ROWS = 12
 PROGRESS_EVERY_S = 10.0
 
 
-def main(argv: list[str]) -> int:
-    """Check RL Parquet and SFT JSON files. Exit code 0: every file has usable rows; 1: one has none; 2: wrong usage."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+def check(
+    files: list[str],
+    test: list[str] | None = None,
+    processor: str = "",
+    bbox_frame: Literal["given", "upright"] = "given",
+    image_folder: str = "",
+    factor: int = 32,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    max_tokens: int | None = None,
+    headers_only: bool = False,
+    max_rows: int = 0,
+    workers: int = 0,
+    json: Path | None = None,
+    page: Path | None = None,
+) -> int:
+    """Check RL Parquet and SFT JSON files. Exit code 0: every file has usable rows; 1: one has none; 2: wrong usage.
+
+    Args:
+        files: .parquet (RL, benchmarks), .json or .jsonl (SFT).
+        test: held-out files, for leakage.
+        processor: model folder: count its tokens, use its pixel limits.
+        bbox_frame: as in data.reader.
+        image_folder: where relative image paths start; by default the file's folder.
+        factor: patch factor without --processor: 28 or 32.
+        min_pixels: of an image for the model.
+        max_pixels: of an image for the model.
+        max_tokens: of a prompt (16,384) or a conversation (32,768).
+        headers_only: decode no image: fast, finds no copies.
+        max_rows: rows of each file, evenly spread; 0: all.
+        workers: processes; 0: as it pays.
+        json: write the report here.
+        page: write a self-contained HTML page here.
+    """
     from cv_lightning.factory.check import CheckConfig, check_files
 
-    try:
-        config = CheckConfig(
-            reader=ReaderConfig(bbox_frame=options.bbox_frame, image_folder=options.image_folder),
-            test_files=tuple(options.test),
-            processor=options.processor,
-            factor=options.factor,
-            min_pixels=options.min_pixels,
-            max_pixels=options.max_pixels,
-            max_tokens=options.max_tokens,
-            pixels=not options.headers_only,
-            max_rows=options.max_rows,
-            num_workers=options.workers,
-        )
-        report = check_files(options.files, config, _progress())
-    except (CVLightningError, ValueError) as error:
-        sys.stderr.write(f"data check: {error}\n")
-        return 2
-    if options.json:
-        write_text(options.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    if options.page:
+    config = CheckConfig(
+        reader=ReaderConfig(bbox_frame=bbox_frame, image_folder=image_folder),
+        test_files=tuple(test or ()),
+        processor=processor,
+        factor=factor,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        max_tokens=max_tokens,
+        pixels=not headers_only,
+        max_rows=max_rows,
+        num_workers=workers,
+    )
+    report = check_files(files, config, _progress())
+    if json:
+        _write_json(json, report)
+    sys.stdout.write(summary(report) + "\n")
+    if page:
         from cv_lightning.factory.page import write_page
 
-        write_page(options.page, report)
-    sys.stdout.write(summary(report) + "\n")
-    if options.page:
-        sys.stdout.write(f"page: {options.page.resolve().as_uri()}\n")
+        write_page(page, report)
+        sys.stdout.write(f"page: {page.resolve().as_uri()}\n")
     return 0 if report["ok"] else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cv_lightning data check", description=main.__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILES", help=".parquet (RL, benchmarks), .json or .jsonl (SFT)")
-    parser.add_argument("--test", nargs="+", default=[], metavar="FILE", help="held-out files, for leakage")
-    parser.add_argument("--processor", default="", help="model folder: count its tokens, use its pixel limits")
-    parser.add_argument("--bbox-frame", choices=("given", "upright"), default="given", help="as in data.reader")
-    parser.add_argument("--image-folder", default="", help="where relative image paths start (the file's folder)")
-    parser.add_argument("--factor", type=int, default=32, help="patch factor without --processor: 28 or 32")
-    parser.add_argument("--min-pixels", type=int, help="of an image for the model")
-    parser.add_argument("--max-pixels", type=int, help="of an image for the model")
-    parser.add_argument("--max-tokens", type=int, help="of a prompt (16,384) or a conversation (32,768)")
-    parser.add_argument("--headers-only", action="store_true", help="decode no image: fast, finds no copies")
-    parser.add_argument("--max-rows", type=int, default=0, help="rows of each file, evenly spread; 0: all")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: as it pays")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report here")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write a self-contained HTML page here")
-    return parser
+def main(argv: list[str]) -> int:
+    """Command line entry; returns the exit code."""
+    words = next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
+    given = [*(["--files", *argv[:words]] if words else []), *argv[words:]]
+    return run_verb(check, given, prog="cv_lightning data check", as_positional=False)
+
+
+def _write_json(path: Path, report: dict[str, Any]) -> None:
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def _progress() -> Callable[[int, int], None]:

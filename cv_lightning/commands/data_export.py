@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
+from cv_lightning.command_line import run_verb
 from cv_lightning.data.sources import DigitDemonstrations
 from cv_lightning.digits.demonstrations import DemonstrationConfig
-from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.factory.export import write_digits_parquet, write_digits_sft_json
+from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
+from cv_lightning.digits.scenes import DigitsConfig, Split
+from cv_lightning.types import DataError
+
+
+def export_digits(
+    out: Path, count: PositiveInt = 256, split: Split = "train", seed: int = 0, tool_share: float = 0.4
+) -> None:
+    """Write scenes to a .parquet file (RL), or demonstrations on scenes to a .json file (SFT).
+
+    Args:
+        out: file to write: .parquet (RL) or .json (SFT).
+        count: rows.
+        split: which digits (.parquet only).
+        seed: of the scenes.
+        tool_share: fraction of the tasks with a use for the tool that show it (.json only).
+    """
+    digits = DigitsConfig(seed=seed)
+    if out.suffix == ".parquet":
+        write_digits_parquet(out, digits, split, count)
+    elif out.suffix != ".json":
+        raise DataError(f"{out}: the name must end in .parquet (RL) or .json (SFT)")
+    elif split != "train":
+        raise DataError("--split held_out: demonstrations are made on training scenes only; write a .parquet file")
+    else:
+        _write_demonstrations(out, digits, tool_share, count)
+    sys.stdout.write(f"{count} rows in {out}\n")
 
 
 def main(argv: list[str]) -> int:
-    """Write scenes to a .parquet file (RL), or demonstrations on scenes to a .json file (SFT). Exit code 0 or 2."""
-    parser = argparse.ArgumentParser(prog="python -m cv_lightning data export", description=main.__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="file to write: .parquet (RL) or .json (SFT)")
-    parser.add_argument("--count", type=int, default=256, help="rows (default 256)")
-    parser.add_argument("--split", choices=("train", "held_out"), default="train", help="which digits (.parquet only)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
-    parser.add_argument(
-        "--tool-share", type=float, default=0.4, help="share of the tasks with a use for the tool that show it (.json)"
-    )
-    options = parser.parse_args(argv)
-    if options.count < 1:
-        parser.error(f"--count {options.count}: at least 1")
-    digits = DigitsConfig(seed=options.seed)
-    if options.out.suffix == ".parquet":
-        write_digits_parquet(options.out, digits, options.split, options.count)
-    elif options.out.suffix == ".json":
-        if options.split != "train":
-            parser.error("--split held_out: demonstrations are made on training scenes only; write a .parquet file")
-        _write_demonstrations(options.out, digits, options.tool_share, options.count)
-    else:
-        parser.error(f"OUT {options.out}: the name must end in .parquet (RL) or .json (SFT)")
-    sys.stdout.write(f"{options.count} rows in {options.out}\n")
-    return 0
+    """Command line entry; returns the exit code."""
+    return run_verb(export_digits, argv, prog="cv_lightning data export")
 
 
 def _write_demonstrations(path: Path, digits: DigitsConfig, tool_share: float, count: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from cv_lightning.command_line import run_verb
 from cv_lightning.environment import extensions_folder, prepare_environment
 
 Status = Literal["ok", "absent", "failed"]
@@ -239,21 +239,31 @@ def can_train(checks: list[Check]) -> bool:
     return all(check.status == "ok" for check in checks if check.required)
 
 
-def main(argv: list[str]) -> int:
-    """Entry. Exit code 0: training works; 1: it could not."""
-    parser = argparse.ArgumentParser(prog="python -m cv_lightning doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="most seconds that one import may take")
-    options = parser.parse_args(argv)
+def doctor(json: bool = False, timeout_s: float = 120.0) -> int:
+    """Show what works on this machine. Exit code 0: training works; 1: it could not.
+
+    Args:
+        json: print JSON.
+        timeout_s: most seconds that one import may take.
+    """
     prepare_environment()
-    checks = examine(options.timeout_s)
-    if options.json:
-        sys.stdout.write(
-            json.dumps({"can_train": can_train(checks), "checks": [asdict(c) for c in checks]}, indent=1) + "\n"
-        )
+    checks = examine(timeout_s)
+    if json:
+        show_json(checks)
     else:
         show(checks)
     return 0 if can_train(checks) else 1
+
+
+def main(argv: list[str]) -> int:
+    """Command line entry; returns the exit code."""
+    return run_verb(doctor, argv, prog="cv_lightning doctor")
+
+
+def show_json(checks: list[Check]) -> None:
+    """Print the checks for programs."""
+    report = {"can_train": can_train(checks), "checks": [asdict(check) for check in checks]}
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
 
 
 def show(checks: list[Check]) -> None:

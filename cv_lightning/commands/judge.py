@@ -40,11 +40,8 @@ class JudgeQuestion:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    given = [_underscored(flag) for flag in (sys.argv[1:] if argv is None else argv)]
-    after = [*given[1:], "--"]
-    flags = [f"{f}=true" if f in SWITCHES and n.startswith("--") else f for f, n in zip(given, after, strict=True)]
     try:
-        asked = read_command_line(JudgeQuestion, flags, as_positional=False, prog="cv_lightning judge")
+        asked = read_command_line(JudgeQuestion, argv, as_positional=False, prog="cv_lightning judge")
         return _check(asked) if asked.check else _ask(asked)
     except ValueError as error:  # a config's own cross-check; it names the flag
         print(error, file=sys.stderr)
@@ -64,10 +61,6 @@ def _ask(asked: JudgeQuestion) -> int:
     return 0
 
 
-SWITCHES = ("--check", "--as_json")
-"""Flags that need no value."""
-
-
 def _check(asked: JudgeQuestion) -> int:
     report = check_endpoint(asked.judge)
     said = {"ok": report.ok, "message": report.message, "latency_s": report.latency_s}
@@ -77,9 +70,3 @@ def _check(asked: JudgeQuestion) -> int:
 
 def _word(correct: bool | float) -> str:
     return "correct" if correct else "wrong"
-
-
-def _underscored(flag: str) -> str:
-    """`--ground-truth=a-b` as `--ground_truth=a-b`."""
-    name, equals, value = flag.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else flag

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from cv_lightning.command_line import read_command_line
-from cv_lightning.types import CVLightningError
+from cv_lightning.command_line import run_verb
+from cv_lightning.digits.report import sections_of
 from cv_lightning.viewer.report import ReportConfig, write_report
 
 
@@ -23,15 +22,10 @@ def report(
         thumbnail_px: longest side of an embedded picture.
     """
     config = ReportConfig(max_trajectories=max_trajectories, max_image_mb=max_image_mb, thumbnail_px=thumbnail_px)
-    page = write_report(run, config, out)
+    page = write_report(run, config, out, sections_of)
     print(f"{page.resolve().as_uri()}  ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    try:
-        read_command_line(report, args, prog="cv_lightning report")
-    except (CVLightningError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return run_verb(report, args, prog="cv_lightning report", failed=1)

@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
+from cv_lightning.command_line import run_verb
 from cv_lightning.images import decode_image
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.sandbox.config import MAX_CODE_CHARS
 from cv_lightning.sandbox.selftest import PACKAGED, load_cases, report, run_cases
-from cv_lightning.types import CVLightningError
+from cv_lightning.types import DataError
+
+
+def sandbox(
+    self_test: bool = False,
+    run: list[Path] | None = None,
+    corpus: Path = PACKAGED,
+    json: bool = False,
+    output: Path | None = None,
+    timeout_s: float = 2.0,
+    no_private_root: bool = False,
+    allow_unsafe: bool = False,
+) -> int:
+    """Test the sandbox, or run one snippet in it and show what it did.
+
+    Exit code 0: contained, or ran; 1: a case was not contained, or the snippet failed; 2: it cannot start.
+
+    Args:
+        self_test: run the packaged cases, or those of --corpus.
+        run: CODE.py IMAGE: run one snippet on an image and print its trace.
+        corpus: cases to run.
+        json: print JSON.
+        output: where --run writes the result; also -o.
+        timeout_s: limit of a snippet in seconds.
+        no_private_root: as on a host that allows no private root.
+        allow_unsafe: start although a required layer is missing.
+    """
+    if self_test == (run is not None) or (run is not None and len(run) != 2):
+        raise DataError("give --self-test, or --run CODE.py IMAGE")
+    config = SandboxConfig(
+        timeout_s=timeout_s,
+        max_code_chars=MAX_CODE_CHARS,
+        private_root=not no_private_root,
+        allow_unsafe=allow_unsafe,
+    )
+    with Sandbox(config) as started:
+        if run is None:
+            return _self_test(started, corpus, json)
+        return _run(started, run[0], run[1], output, json)
 
 
 def main(argv: list[str]) -> int:
-    """Entry. Exit code 0: contained, or ran; 1: a case was not contained, or the snippet failed; 2: cannot start."""
-    parser = argparse.ArgumentParser(prog="python -m cv_lightning sandbox", description=__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--self-test", action="store_true", help="run the packaged cases, or those of --corpus")
-    what.add_argument("--run", nargs=2, metavar=("CODE.py", "IMAGE"), help="run one snippet and print its trace")
-    parser.add_argument("--corpus", default=str(PACKAGED), help="cases to run")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("-o", "--output", help="where --run writes the result")
-    parser.add_argument("--timeout-s", type=float, default=2.0, help="limit of a snippet in seconds")
-    parser.add_argument("--no-private-root", action="store_true", help="as on a host that allows no private root")
-    parser.add_argument("--allow-unsafe", action="store_true", help="start although a required layer is missing")
-    options = parser.parse_args(argv)
-    config = SandboxConfig(
-        timeout_s=options.timeout_s,
-        max_code_chars=MAX_CODE_CHARS,
-        private_root=not options.no_private_root,
-        allow_unsafe=options.allow_unsafe,
-    )
-    try:
-        with Sandbox(config) as sandbox:
-            return _self_test(sandbox, options) if options.self_test else _run(sandbox, options)
-    except (CVLightningError, OSError) as error:
-        print(f"sandbox: {error}", file=sys.stderr)
-        return 2
+    """Command line entry; returns the exit code."""
+    return run_verb(sandbox, ["--output" if word == "-o" else word for word in argv], prog="cv_lightning sandbox")
 
 
-def _self_test(sandbox: Sandbox, options: argparse.Namespace) -> int:
-    summary = report(sandbox, run_cases(sandbox, load_cases(options.corpus)))
-    if options.json:
+def _self_test(sandbox: Sandbox, corpus: Path, as_json: bool) -> int:
+    summary = report(sandbox, run_cases(sandbox, load_cases(str(corpus))))
+    if as_json:
         print(json.dumps(summary, indent=1))
     else:
         for name, state in summary["layers"].items():
@@ -54,12 +69,12 @@ def _self_test(sandbox: Sandbox, options: argparse.Namespace) -> int:
     return int(summary["failed"] > 0)
 
 
-def _run(sandbox: Sandbox, options: argparse.Namespace) -> int:
+def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json: bool) -> int:
     try:
-        code = Path(options.run[0]).read_text(encoding="utf-8")
+        code = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CVLightningError(f"{options.run[0]} is no text: --run CODE.py IMAGE, the code first") from error
-    picture = decode_image(options.run[1])
+        raise DataError(f"{file} is not text: --run CODE.py IMAGE, the code first") from error
+    picture = decode_image(image)
     result = sandbox.run_sync(picture, code)
     shown = {
         "status": str(result.status),
@@ -81,10 +96,10 @@ def _run(sandbox: Sandbox, options: argparse.Namespace) -> int:
         "crop_box": result.effect.crop_box if result.effect else None,
         "to_input": result.effect.to_input if result.effect else None,
     }
-    print(json.dumps(shown, indent=None if options.json else 1))
-    if result.image is not None and options.output:
+    print(json.dumps(shown, indent=None if as_json else 1))
+    if result.image is not None and output:
         try:
-            result.image.save(options.output)
+            result.image.save(output)
         except ValueError as error:
-            raise CVLightningError(f"-o {options.output}: {error}; end it in .png, .jpg or .webp") from error
+            raise DataError(f"--output {output}: {error}; end it in .png, .jpg or .webp") from error
     return int(result.image is None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cv_lightning.command_line import read_command_line
+from cv_lightning.command_line import run_verb
 from cv_lightning.evaluation.runs import find_stores
 from cv_lightning.trajectory.parquet import write_parquet
-from cv_lightning.types import CVLightningError, DataError
+from cv_lightning.types import DataError
 
 
 def export(run: Path, out: Path | None = None, stores: list[str] | None = None) -> None:
@@ -36,9 +36,4 @@ def export(run: Path, out: Path | None = None, stores: list[str] | None = None) 
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    try:
-        read_command_line({"export": export}, args, prog="cv_lightning trajectories")
-    except (CVLightningError, ValueError, OSError) as error:
-        print(f"trajectories: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_verb({"export": export}, args, prog="cv_lightning trajectories", failed=1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from cv_lightning.digits.stages import FULL, REDUCED
 from cv_lightning.evaluation.curves import mean_between
 from cv_lightning.evaluation.runs import Curve, read_curves
 
-FULL, REDUCED = "rl", "rl_accuracy"
-"""Stages with and without process reward."""
 NEEDLESS = "rollout/spurious"
 """Metric: share of the trajectories of upright tasks in which an orientation operation ran."""
 FIRST, LAST = 6, 25
@@ -26,8 +25,13 @@ class Needless(NamedTuple):
     """Mean over iterations of the share, in [0, 1]."""
     num_iterations: int
     """How many of them logged it: an iteration without upright tasks does not."""
-    first: int = FIRST
-    last: int = LAST
+
+    @property
+    def note(self) -> str:
+        """What the mean was taken over."""
+        all_of_them = self.num_iterations == LAST - FIRST + 1
+        some = "" if all_of_them else f", {self.num_iterations} of which had upright tasks"
+        return f"mean of iterations {FIRST}\N{EN DASH}{LAST}{some}"
 
 
 def needless_turns(curves: dict[str, list[Curve]]) -> list[Needless]:

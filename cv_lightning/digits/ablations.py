@@ -7,12 +7,14 @@ off, and seeds can run side by side.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
+
+from cv_lightning.command_line import run_verb
 from cv_lightning.digits.quickstart import (
     CONFIGS,
     SMOKE_RL,
@@ -24,8 +26,9 @@ from cv_lightning.digits.quickstart import (
     run_stages,
     test_stage,
 )
+from cv_lightning.digits.scenes import KINDS
 from cv_lightning.files import write_text
-from cv_lightning.types import CVLightningError
+from cv_lightning.types import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,6 @@ SFTS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Title and options of each SFT. The quickstart's own shows the tool in a third of the tasks that need it, so that
 right answers alone lead to it, and never calls without need, so that a penalty has nothing to do. The second shows it
 in a twentieth; the third turns half of the upright pictures first, for no reason."""
-KINDS = ("upright", "turned", "small", "turned_and_small")
 
 
 def stages(
@@ -135,55 +137,68 @@ def write_table(out: Path) -> str:
     return table
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="ablations", description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default runs/ablations")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default all")
-    parser.add_argument("--iterations", type=int, help="of RL (default the quickstart's 100)")
-    parser.add_argument("--per-kind", type=int, help="held-out scenes of each kind (default the quickstart's)")
-    parser.add_argument("--no-tests", action="store_true", help="train only: figures of the last iterations")
-    parser.add_argument("--smoke", action="store_true", help="every stage once, small; nothing can be learned from it")
-    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
-    given = parser.parse_args(args)
-    for name in ("iterations", "per_kind"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1")
+def ablations(
+    out: Path = Path("runs/ablations"),
+    seeds: list[int] | None = None,
+    arms: list[str] | None = None,
+    iterations: PositiveInt | None = None,
+    per_kind: PositiveInt | None = None,
+    no_tests: bool = False,
+    smoke: bool = False,
+    table: bool = False,
+) -> int:
+    """Train the quickstart with parts of reward and recipe taken away, and compare.
+
+    Args:
+        out: folder of the study.
+        seeds: by default 0 1 2.
+        arms: by default all.
+        iterations: of RL; by default the quickstart's 100.
+        per_kind: held-out scenes of each kind; by default the quickstart's.
+        no_tests: train only: figures of the last iterations.
+        smoke: every stage once, small; nothing can be learned from it.
+        table: only write the table of what is finished.
+    """
+    arms = arms or list(ARMS)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise DataError(f"--arms {unknown[0]}: not one of {', '.join(ARMS)}")
     if not CONFIGS.is_dir():
-        parser.error(f"{CONFIGS} is not here; run it in the project's folder")
+        raise DataError(f"{CONFIGS} is not here; run it in the project's folder")
     try:
-        for seed in [] if given.table else given.seeds:
-            if code := _run_seed(given, seed):
+        for seed in [] if table else seeds or [0, 1, 2]:
+            run = out / f"seed{seed}"
+            wanted = stages(
+                run,
+                seed=seed,
+                arms=arms,
+                iterations=iterations,
+                per_kind=per_kind,
+                smoke=smoke,
+                tests=not no_tests,
+            )
+            if code := run_stages(run, wanted, _timing(run, seed, iterations, per_kind)):
                 return code
-        sys.stdout.write(f"\n{write_table(given.out)}\nwritten to {given.out}/ablations.md, .json and .png\n")
-    except CVLightningError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        sys.stdout.write(f"\n{write_table(out)}\nwritten to {out}/ablations.md, .json and .png\n")
     except KeyboardInterrupt:
-        sys.stdout.write("\nstopped; the same command goes on with the stage that was cut off\n")
+        sys.stdout.write("\nstopped; the same command continues with the stage that was cut off\n")
         return 130
     return 0
 
 
-def _run_seed(given: argparse.Namespace, seed: int) -> int:
-    run: Path = given.out / f"seed{seed}"
+def main(args: list[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    return run_verb(ablations, args, prog="cv_lightning ablations", failed=1)
+
+
+def _timing(run: Path, seed: int, iterations: int | None, per_kind: int | None) -> Timing:
+    """The timing of a seed's folder, which must have been made with the same settings."""
     run.mkdir(parents=True, exist_ok=True)
     timing = Timing(run)
-    for name, value in (("seed", seed), ("iterations", given.iterations or 0), ("per_kind", given.per_kind or 0)):
+    for name, value in (("seed", seed), ("iterations", iterations or 0), ("per_kind", per_kind or 0)):
         if timing.values.get(name, value) != value:
-            raise CVLightningError(
+            raise DataError(
                 f"{run} was made with --{name.replace('_', '-')} {timing.values[name]:.0f}, not {value} (0: the "
                 "quickstart's); arms that are to be compared need the same, so choose another --out"
             )
         timing.set(name, value)
-    wanted = stages(
-        run,
-        seed=seed,
-        arms=given.arms,
-        iterations=given.iterations,
-        per_kind=given.per_kind,
-        smoke=given.smoke,
-        tests=not given.no_tests,
-    )
-    return run_stages(run, wanted, timing)
+    return timing

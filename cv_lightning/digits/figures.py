@@ -11,15 +11,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cv_lightning.digits.stages import EVALUATION_NAME, kind_order, read_timing, stage_order, training_minutes
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
-from cv_lightning.evaluation.runs import EVALUATION_NAME, parity_max, read_curves, read_timing, stage_order
+from cv_lightning.evaluation.runs import parity_max, read_curves
 from cv_lightning.files import write_text
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import DataError
 
 STAGES = ("sft", "rl")
-TIMED = ("sft", "sft_eval", "rl", "rl_eval")
-"""Keys of `timing.json` that add up to `minutes`."""
 MODES = {"sampled": "_sampled", "greedy": ""}
 """Decoding and the suffix of its key in the summary."""
 Evaluations = dict[tuple[str, str, str], EvalSummary]
@@ -72,13 +71,6 @@ def summary(run: Path, found: Evaluations, seed: int | None = None) -> dict[str,
     return result
 
 
-def training_minutes(timing: dict[str, float]) -> float | None:
-    """Minutes of SFT, RL and their evaluations; None unless each of them was timed."""
-    if not all(name in timing for name in TIMED):
-        return None
-    return round(math.fsum(timing[name] for name in TIMED) / 60, 2)
-
-
 def stage_figures(found: Evaluations, stage: str, mode: str) -> dict[str, Any] | None:
     """The figures of one stage and decoding; None where it was not evaluated with the tool."""
     with_tool, without = found.get((stage, mode, "tool")), found.get((stage, mode, "notool"))
@@ -120,12 +112,6 @@ def write_summary(run: str | Path, seed: int | None = None) -> tuple[dict[str, A
     result = summary(run, found, seed)
     write_text(run / "summary.json", json.dumps(result, indent=2) + "\n")
     return result, found
-
-
-def kind_order(kind: str) -> tuple[int, str]:
-    """Simple kinds first: upright, turned, small, then their combinations."""
-    order = ("upright", "turned", "small", "turned_and_small")
-    return (order.index(kind) if kind in order else len(order), kind)
 
 
 def _number(value: float) -> float | None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from cv_lightning.command_line import read_command_line
-from cv_lightning.digits.ablation import FULL, REDUCED, needless_while_sampling
-from cv_lightning.digits.figures import Evaluations, kind_order, write_summary
-from cv_lightning.evaluation.runs import stage_label, stage_order
+from cv_lightning.command_line import run_verb
+from cv_lightning.digits.ablation import FIRST, LAST, needless_while_sampling
+from cv_lightning.digits.figures import Evaluations, write_summary
+from cv_lightning.digits.stages import FULL, REDUCED, kind_order, stage_label, stage_order
 from cv_lightning.evaluation.statistics import Rate
-from cv_lightning.types import CVLightningError
 
 ROWS = (
     ("accuracy", "tool", "accuracy"),
@@ -114,7 +112,7 @@ def _ablation_lines(run: Path) -> list[str]:
     """Needless turns while sampling, with the process reward and without; empty where there is no ablation."""
     return [
         f"needless turns on upright tasks while sampling, {entry.label}: {100 * entry.mean:.1f} % "
-        f"(mean of iterations {entry.first}-{entry.last}, {entry.num_iterations} logged)"
+        f"(mean of iterations {FIRST}-{LAST}, {entry.num_iterations} logged)"
         for entry in needless_while_sampling(run)
     ]
 
@@ -131,9 +129,4 @@ def _short(rate: Rate) -> str:
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    try:
-        read_command_line(quickstart_summary, args, prog="cv_lightning quickstart-summary")
-    except CVLightningError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return run_verb(quickstart_summary, args, prog="cv_lightning quickstart-summary", failed=1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cv_lightning.evaluation.runs import Curve, stage_label
+from cv_lightning.evaluation.runs import Curve
 
 MAX_POINTS = 400
 """Points of a curve on the page; longer ones are averaged in equal stretches."""
@@ -59,7 +59,7 @@ RULES = (
     ChartRule("Further metrics", r"", folded=True),
 )
 COMPARED = ("rollout/must_use", "rollout/accuracy", "rollout/spurious", "rollout/turns_mean")
-"""What the runs with and without process reward are compared by."""
+"""What runs are compared by while they sample."""
 
 
 def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -95,14 +95,13 @@ def _series_name(rule: ChartRule, curve: Curve) -> str:
     return match["series"] if match and "series" in match.groupdict() else curve.name
 
 
-def compared_charts(curves: dict[str, list[Curve]], stages: Sequence[str]) -> list[dict[str, Any]]:
-    """One chart for each of `COMPARED`, with a line for each stage that logged it."""
+def compared_charts(curves: Mapping[str, Sequence[Curve]]) -> list[dict[str, Any]]:
+    """One chart for each of `COMPARED`, with a line for each training, by label, that logged it."""
     charts = []
     for name in COMPARED:
-        found = [(stage, curve) for stage in stages for curve in curves.get(stage, []) if curve.name == name]
+        found = [(label, curve) for label, logged in curves.items() for curve in logged if curve.name == name]
         if found:
-            labels = [stage_label(stage) for stage, _ in found]
-            charts.append(_chart(name.partition("/")[2], [curve for _, curve in found], labels))
+            charts.append(_chart(name.partition("/")[2], [c for _, c in found], [label for label, _ in found]))
     return charts
 
 

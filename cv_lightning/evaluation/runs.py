@@ -1,8 +1,8 @@
-"""What lies in a run folder: evaluations, training trajectories, metric curves, timings, configs.
+"""What lies in a run folder, from the run's own records: evaluations, trajectories of training, curves and configs.
 
-Layout: `RUN/eval/<name>/`, `RUN/rl/` and `RUN/rl_accuracy/` are trajectory stores; `RUN/<stage>/metrics.csv` is what
-Lightning's CSVLogger wrote, `RUN/<stage>/fit_config.yaml` the resolved config; `RUN/timing.json` holds seconds per
-stage. Every part may be missing.
+A folder with `trajectories/` in it is a store; below `eval/` it is an evaluation, whose `evaluation.json` says how it
+was made. `metrics.csv` is what the logger wrote, `*config.yaml` a resolved config, `*run.json` command and versions.
+Every part may be missing.
 """
 
 from __future__ import annotations
@@ -11,28 +11,15 @@ import csv
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cv_lightning.types import DataError
 
-EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>tool|notool)")
-STAGES = {"base": "before training", "sft": "SFT", "rl": "RL", "rl_accuracy": "RL, accuracy reward only"}
-"""Stages that a run may have, in order, and what people call them."""
-NOT_SECONDS = ("seed", "ranks", "iterations", "per_kind")
-"""What `timing.json` holds besides seconds."""
-
-
-def stage_label(stage: str) -> str:
-    """Name of a stage for people."""
-    return STAGES.get(stage, stage.replace("_", " "))
-
-
-def stage_order(stage: str) -> tuple[int, str]:
-    """Sort key of stages: the known ones as they follow each other, then the others by name."""
-    known = list(STAGES)
-    return (known.index(stage) if stage in known else len(known), stage)
+EVALUATION_RECORD = "evaluation.json"
+"""In an evaluation's folder: its setting, the model and what else the numbers depend on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +29,12 @@ class Store:
     name: str
     """Path below the run: `rl`, `eval/sft_greedy_tool`, ...; `.` for the run's own folder."""
     path: Path
+    stage: str = ""
+    """Of an evaluation: its `eval_prefix`, which tells models apart; without a record the folder's name."""
+    mode: str = ""
+    """Of an evaluation: `greedy` or `sampled`; empty without a record."""
+    tool: bool = True
+    """Of an evaluation: the tool was offered."""
 
     @property
     def is_evaluation(self) -> bool:
@@ -50,15 +43,16 @@ class Store:
 
     @property
     def label(self) -> str:
-        """Name for people: `SFT, greedy, tool off`; `RL training`."""
-        match = EVALUATION_NAME.fullmatch(self.name.removeprefix("eval/"))
-        if match is not None:
-            off = ", tool off" if match["tool"] == "notool" else ""
-            return f"{stage_label(match['stage'])}, {match['mode']}{off}"
-        if self.is_evaluation:
-            return stage_label(self.name.removeprefix("eval/"))
-        stage, _, rest = stage_label(self.name).partition(",")
-        return "training" if self.name == "." else f"{stage} training" + (f",{rest}" if rest else "")
+        """Name for people: `sft, greedy, tool off`; `rl training`."""
+        return self.label_with({})
+
+    def label_with(self, names: Mapping[str, str]) -> str:
+        """Name for people, with names of stages where there are any."""
+        if not self.is_evaluation:
+            stage, _, rest = names.get(self.name, self.name.replace("_", " ")).partition(",")
+            return "training" if self.name == "." else f"{stage} training" + (f",{rest}" if rest else "")
+        stage = names.get(self.stage, self.stage.replace("_", " "))
+        return ", ".join(part for part in (stage, self.mode, "" if self.tool else "tool off") if part)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,8 +73,6 @@ class Run:
     stores: list[Store]
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     """By stage (`sft`, `rl`, ...)."""
-    timing: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage, `seed` and `ranks`."""
     configs: dict[str, str] = field(default_factory=dict)
     """Text of every resolved config, by path below the run."""
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -88,16 +80,9 @@ class Run:
 
 
 def find_stores(folder: Path) -> list[Path]:
-    """Stores of a run: evaluations first, SFT before RL, greedy before sampled, with the tool before without."""
+    """Folders of the stores of a run: evaluations first, each part by name."""
     found = [path.parent for path in folder.glob("**/trajectories") if path.is_dir()]
-    return sorted(found, key=lambda path: _order(str(path.relative_to(folder))))
-
-
-def _order(name: str) -> tuple[object, ...]:
-    match = EVALUATION_NAME.fullmatch(name.removeprefix("eval/"))
-    if match is None:
-        return (2 if name.startswith("eval/") else 3, *stage_order(name))
-    return (1, match["mode"] == "sampled", *stage_order(match["stage"]), match["tool"] == "notool")
+    return sorted(found, key=lambda path: (not path.is_relative_to(folder / "eval"), str(path)))
 
 
 def load_run(folder: str | Path) -> Run:
@@ -109,11 +94,11 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder; give the folder that fit or test wrote (runs/...)")
-    stores = [Store(name=str(path.relative_to(folder)), path=path) for path in find_stores(folder)]
+    stores = [_store(folder, path) for path in find_stores(folder)]
     curves = {}
-    files = {str(path.parent.relative_to(folder)): path for path in folder.glob("**/metrics.csv")}
-    for stage in sorted(files, key=stage_order):
-        if found := read_curves(files[stage]):
+    for path in sorted(folder.glob("**/metrics.csv")):
+        if found := read_curves(path):
+            stage = str(path.parent.relative_to(folder))
             curves["run" if stage == "." else stage] = found
     if not stores and not curves:
         raise DataError(f"{folder}: holds no run: neither trajectories/*.jsonl nor metrics.csv, here or below")
@@ -121,20 +106,24 @@ def load_run(folder: str | Path) -> Run:
         folder=folder,
         stores=stores,
         curves=curves,
-        timing=read_timing(folder),
         configs={str(p.relative_to(folder)): p.read_text() for p in sorted(folder.glob("**/*config.yaml"))},
-        records={str(p.relative_to(folder)): _read_json(p) for p in sorted(folder.glob("**/*run.json"))},
+        records={str(p.relative_to(folder)): read_json(p) for p in sorted(folder.glob("**/*run.json"))},
     )
 
 
-def read_timing(folder: Path) -> dict[str, float]:
-    """Numbers of `timing.json`: seconds by stage, and `NOT_SECONDS`; empty where there is none."""
-    path = folder / "timing.json"
-    found = _read_json(path) if path.is_file() else {}
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+def _store(folder: Path, path: Path) -> Store:
+    """A store as its record describes it."""
+    store = Store(name=str(path.relative_to(folder)), path=path, stage=path.name)
+    record = read_json(path / EVALUATION_RECORD) if (path / EVALUATION_RECORD).is_file() else {}
+    if store.is_evaluation and isinstance(setting := record.get("identity", {}).get("setting"), dict):
+        store.stage = path.name.removesuffix(setting["name"]).strip("_")
+        store.mode = "sampled" if setting["temperature"] else "greedy"
+        store.tool = setting["tool"]
+    return store
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; DataError where it does not."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.data.rows import RowError, RowProblems
+from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.factory.difficulty import DifficultyConfig, PassRates, is_informative, measure, read_pass_rates
-from cv_lightning.factory.export import write_task_parquet
 from cv_lightning.factory.overlap import KnownPictures, Match, PictureSet, pictures_of
 from cv_lightning.factory.plans import given_box
 from cv_lightning.factory.progress import ProgressFile, write_report

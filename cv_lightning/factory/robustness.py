@@ -10,7 +10,7 @@ from pathlib import Path
 from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
 from cv_lightning.data.rows import ReaderConfig, RowError
-from cv_lightning.factory.export import write_task_parquet
+from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.types import Task
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.evaluation.runs import EVALUATION_RECORD
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
 from cv_lightning.settings import changed, flatten
@@ -17,7 +18,7 @@ from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import LINES
 from cv_lightning.types import EndState, Task
 
-STATE = "evaluation.json"
+STATE = EVALUATION_RECORD
 """In an evaluation's folder: what was evaluated, and whether it is finished."""
 RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
 """End states of trajectories that a resumed evaluation makes anew: something around the model had failed."""

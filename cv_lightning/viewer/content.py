@@ -1,51 +1,42 @@
-"""What the report says: headlines, tables, interval charts, examples and facts, computed from figures and records."""
+"""What the report of any run says: headlines, tables, intervals, examples and facts, from the run's own records.
+
+An application adds what it knows about its runs with `RunSections`: names and order of stages, and sections of its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
-from cv_lightning.digits.ablation import FULL, REDUCED, needless_turns
-from cv_lightning.digits.figures import kind_order, training_minutes
+import yaml
+
 from cv_lightning.evaluation.metrics import EvalSummary
-from cv_lightning.evaluation.runs import EVALUATION_NAME, NOT_SECONDS, Run, Store, parity_max, stage_label
+from cv_lightning.evaluation.runs import Run, Store, parity_max
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.viewer.gallery import Gallery
 
 MODES = ("greedy", "sampled")
-Key = tuple[str, str, str]
-"""(stage, mode, tool) of a quickstart evaluation."""
 
 
-@dataclass(slots=True)
-class Evaluated:
+class EvaluatedStore(NamedTuple):
     """One evaluation of the run, for the tables."""
 
     store: Store
     figures: EvalSummary
-
-    @property
-    def key(self) -> Key:
-        """(stage, mode, tool) of a quickstart evaluation; the store's name otherwise."""
-        match = EVALUATION_NAME.fullmatch(self.store.name.removeprefix("eval/"))
-        return (match["stage"], match["mode"], match["tool"]) if match else (self.store.name, "", "tool")
+    label: str
 
 
-class Column(NamedTuple):
-    """A column of a comparison."""
+class StageColumn(NamedTuple):
+    """A column of a table of stages."""
 
     stage: str
+    label: str
     mode: str
 
-    @property
-    def label(self) -> str:
-        """Name of the stage for people."""
-        return stage_label(self.stage)
 
-
-class Row(NamedTuple):
+class FigureRow(NamedTuple):
     """A figure of several evaluations."""
 
     title: str
@@ -54,122 +45,188 @@ class Row(NamedTuple):
     """One per column; None where it was not measured."""
 
 
-class Comparison(NamedTuple):
-    """A table: stages and decodings side by side."""
+class StageTable(NamedTuple):
+    """Stages and decodings side by side."""
 
-    columns: list[Column]
-    rows: list[Row]
+    columns: list[StageColumn]
+    rows: list[FigureRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section that an application adds to the page."""
+
+    id: str
+    title: str
+    lead: str = ""
+    texts: Sequence[tuple[str, Sequence[str]]] = ()
+    """Sentences by heading."""
+    table: StageTable | None = None
+    rows_title: str = ""
+    rows: Sequence[tuple[str, str, str]] = ()
+    """Label, value and note."""
+    charts: list[dict[str, Any]] = field(default_factory=list)
+    """Of `evaluation.curves`; one section of a page may have charts."""
+
+
+class RunSections:
+    """What an application adds to the report of a run that it made; as it stands, nothing.
+
+    Args:
+        run: The run.
+    """
+
+    stages: ClassVar[Mapping[str, str]] = {}
+    """Names of stages for people, in the order of the tables; others follow by name."""
+    kinds: ClassVar[Sequence[str]] = ()
+    """Kinds of tasks in the order of the tables; others follow by name."""
+    apart: ClassVar[Collection[str]] = ()
+    """Stages that are shown in a section of their own and not in the main tables."""
+    settings: ClassVar[Collection[str]] = ()
+    """Further keys of configs that a reader asks for first."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def lead(self) -> list[str]:
+        """Sentences under the title."""
+        return []
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Facts about the run, in a line each."""
+        return []
+
+    def sections(self, evaluated: Sequence[EvaluatedStore]) -> list[Section]:
+        """Sections, between results and curves."""
+        return []
+
+    def label(self, stage: str) -> str:
+        """Name of a stage for people."""
+        return self.stages.get(stage, stage.replace("_", " ") or "model")
+
+    def stage_order(self, stage: str) -> tuple[int, str]:
+        """Sort key of stages."""
+        return _order(list(self.stages), stage)
+
+    def kind_order(self, kind: str) -> tuple[int, str]:
+        """Sort key of kinds of tasks."""
+        return _order(self.kinds, kind)
+
+    def main_stages(self, evaluated: Sequence[EvaluatedStore]) -> list[str]:
+        """Stages of the main tables that were evaluated with the tool, in order."""
+        found = {entry.store.stage for entry in evaluated if entry.store.mode and entry.store.tool}
+        return sorted(found - set(self.apart), key=self.stage_order)
+
+
+def _order(known: Sequence[str], name: str) -> tuple[int, str]:
+    return (known.index(name) if name in known else len(known), name)
 
 
 # ------------------------------------------------------------------------------------------------ results
 COMPARED = (
-    ("Accuracy", "tasks that need the tool", "tool", "accuracy"),
-    ("… with the tool switched off", "the same tasks", "notool", "accuracy"),
-    ("Must-use", "tasks that need the tool", "tool", "must_use"),
-    ("Accuracy, upright", "tasks that need no tool", "tool", "accuracy_upright"),
-    ("Needless turning", "upright tasks in which the picture was turned", "tool", "spurious"),
+    ("Accuracy", "tasks that need the tool", True, "accuracy"),
+    ("… with the tool switched off", "the same tasks", False, "accuracy"),
+    ("Must-use", "tasks that need the tool", True, "must_use"),
+    ("Accuracy, upright", "tasks that need no tool", True, "accuracy_upright"),
+    ("Needless turning", "upright tasks in which the image was turned", True, "spurious"),
 )
 
 
-def comparison(evaluated: list[Evaluated], stages: tuple[str, ...]) -> Comparison | None:
+def figures_of(evaluated: Sequence[EvaluatedStore]) -> dict[tuple[str, str, bool], EvalSummary]:
+    """Figures by stage, mode and tool, of the evaluations that have a record."""
+    return {(e.store.stage, e.store.mode, e.store.tool): e.figures for e in evaluated if e.store.mode}
+
+
+def stage_table(evaluated: Sequence[EvaluatedStore], stages: Sequence[str], app: RunSections) -> StageTable | None:
     """The main figures of some stages side by side; None unless one of them was evaluated with the tool."""
-    by_key = {entry.key: entry.figures for entry in evaluated}
-    columns = [Column(stage, mode) for mode in MODES for stage in stages if (stage, mode, "tool") in by_key]
+    by_key = figures_of(evaluated)
+    columns = [
+        StageColumn(stage, app.label(stage), mode)
+        for mode in MODES
+        for stage in stages
+        if (stage, mode, True) in by_key
+    ]
     rows = []
     for title, note, tool, name in COMPARED:
         figures = [by_key.get((column.stage, column.mode, tool)) for column in columns]
         cells: list[Rate | None] = [getattr(found, name) if found else None for found in figures]
-        count = max((cell.n for cell in cells if cell), default=0)
-        if count:
-            rows.append(Row(title, f"{note}, n = {count}", cells))
-    return Comparison(columns, rows) if columns else None
+        if count := max((cell.n for cell in cells if cell), default=0):
+            rows.append(FigureRow(title, f"{note}, n = {count}", cells))
+    return StageTable(columns, rows) if columns else None
 
 
-def headlines(evaluated: list[Evaluated]) -> list[dict[str, Any]]:
-    """Before and after: the greedy (else sampled) figures of SFT and of RL, where both were evaluated."""
-    by_key = {entry.key: entry.figures for entry in evaluated}
-    modes = [mode for mode in MODES if ("sft", mode, "tool") in by_key and ("rl", mode, "tool") in by_key]
-    if not modes:
+def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
+    """Before and after: the greedy (else sampled) figures of the last two stages, where both were evaluated."""
+    by_key = figures_of(evaluated)
+    stages = app.main_stages(evaluated)[-2:]
+    modes = [mode for mode in MODES if all((stage, mode, True) in by_key for stage in stages)]
+    if len(stages) < 2 or not modes:
         return []
-    before, after = by_key["sft", modes[0], "tool"], by_key["rl", modes[0], "tool"]
-    off = by_key.get(("rl", modes[0], "notool"))
+    before, after = (by_key[stage, modes[0], True] for stage in stages)
+    off = by_key.get((stages[1], modes[0], False))
     tasks = f"of {after.accuracy.n} held-out tasks that need the tool, {modes[0]}"
     found = [
         ("Uses the tool as needed", "must_use", f"must-use: {tasks}"),
         ("Accuracy", "accuracy", tasks + (f"; with the tool switched off {off.accuracy.value:.3f}" if off else "")),
         ("Turns upright images for nothing", "spurious", f"of {after.spurious.n} upright tasks, {modes[0]}"),
     ]
-    also = [(by_key["sft", mode, "tool"], by_key["rl", mode, "tool"], mode) for mode in modes[1:]]
+    also = [(mode, *(by_key[stage, mode, True] for stage in stages)) for mode in modes[1:]]
     return [
         {
             "title": title,
+            "stages": [app.label(stage) for stage in stages],
             "before": getattr(before, name),
             "after": getattr(after, name),
-            "also": [(mode, getattr(first, name), getattr(second, name)) for first, second, mode in also],
+            "also": [(mode, getattr(first, name), getattr(second, name)) for mode, first, second in also],
             "note": note,
         }
         for title, name, note in found
     ]
 
 
-def interval_rows(evaluated: list[Evaluated]) -> list[dict[str, Any]]:
-    """By kind and evaluation: the numbers of the interval charts; the ablation has its own section."""
+def interval_rows(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
+    """By kind and evaluation: the numbers of the interval charts."""
     rows = []
     for entry in evaluated:
-        stage, mode, tool = entry.key
-        if stage == REDUCED:
+        store = entry.store
+        if store.stage in app.apart:
             continue
-        for kind, figures in sorted(entry.figures.by_kind.items(), key=lambda item: kind_order(item[0])):
-            for name in ("accuracy", "must_use"):
+        label = app.label(store.stage) + ("" if store.tool else ", tool off")
+        for kind, figures in sorted(entry.figures.by_kind.items(), key=lambda item: app.kind_order(item[0])):
+            for name in ("accuracy", "must_use") if store.tool else ("accuracy",):
                 found: Rate = getattr(figures, name)
-                if found.n and (name == "accuracy" or tool == "tool"):
-                    label = stage_label(stage) + (", tool off" if tool == "notool" else "")
-                    rows.append(
-                        {
-                            "metric": name,
-                            "kind": kind,
-                            "label": label if mode else entry.store.label,
-                            "stage": stage,
-                            "mode": mode,
-                            "off": tool == "notool",
-                            "rate": found,
-                        }
-                    )
+                row: dict[str, Any] = {"metric": name, "kind": kind, "rate": found}
+                row |= {"label": label if store.mode else entry.label}
+                row |= {"stage": store.stage, "mode": store.mode, "off": not store.tool}
+                rows += [row] if found.n else []
     return rows
 
 
-def ablation(run: Run, evaluated: list[Evaluated]) -> dict[str, Any] | None:
-    """The run with the accuracy and format reward only beside the other; None where there is none."""
-    table = comparison(evaluated, (FULL, REDUCED))
-    has_table = table is not None and any(column.stage == REDUCED for column in table.columns)
-    if not has_table and REDUCED not in run.curves:
-        return None
-    return {"table": table if has_table else None, "needless": needless_turns(run.curves)}
-
-
 # ------------------------------------------------------------------------------------------------ examples
-def examples(gallery: Gallery) -> list[dict[str, Any]]:
-    """One task of each kind as SFT and RL answered it, drawn by a hash of its id: never by what came of it.
+def examples(gallery: Gallery, evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
+    """One task of each kind as the last two stages answered it, drawn by a hash of its id, not by the outcome.
 
     Returns:
-        `kind`, `mode`, and the numbers of the trajectories `before` and `after` in the gallery.
+        `kind`, `mode`, `labels`, and the numbers of the trajectories `before` and `after` in the gallery.
     """
     by_store: dict[str, dict[str, int]] = {}
-    tasks: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for number, trajectory in enumerate(gallery.trajectories):
         group = gallery.groups[trajectory["group"]]
         by_store.setdefault(gallery.stores[group["store"]]["name"], {}).setdefault(group["task"]["id"], number)
-        tasks[group["task"]["id"]] = group["task"]["kind"]
-    for mode in MODES:
-        before, after = (by_store.get(f"eval/{stage}_{mode}_tool", {}) for stage in ("sft", "rl"))
+        kinds[group["task"]["id"]] = group["task"]["kind"]
+    names = {(e.store.stage, e.store.mode): e.store.name for e in evaluated if e.store.tool}
+    stages = app.main_stages(evaluated)[-2:]
+    for mode in MODES if len(stages) == 2 else ():
+        before, after = (by_store.get(names.get((stage, mode), ""), {}) for stage in stages)
         chosen: dict[str, str] = {}
         for task in sorted(before.keys() & after.keys(), key=_draw):
-            chosen.setdefault(tasks[task], task)
+            chosen.setdefault(kinds[task], task)
         if chosen:
-            kinds = sorted(chosen, key=kind_order)
+            labels = [app.label(stage) for stage in stages]
             return [
-                {"kind": kind, "mode": mode, "before": before[chosen[kind]], "after": after[chosen[kind]]}
-                for kind in kinds
+                {"kind": kind, "mode": mode, "labels": labels, "before": before[task], "after": after[task]}
+                for kind, task in sorted(chosen.items(), key=lambda item: app.kind_order(item[0]))
             ]
     return []
 
@@ -179,30 +236,19 @@ def _draw(task: str) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ the run
-def lead(run: Run, num_trajectories: int, num_evaluations: int) -> str:
-    """One sentence under the title."""
-    parts = []
-    if "seed" in run.timing:
-        parts.append(f"Seed {run.timing['seed']:.0f}.")
-    if (minutes := training_minutes(run.timing)) is not None:
-        parts.append(f"SFT, RL and their evaluations took {minutes:.1f} minutes.")
+def lead(run: Run, num_trajectories: int, num_evaluations: int, app: RunSections) -> str:
+    """The sentences under the title."""
     sets = f"{len(run.stores)} set{'' if len(run.stores) == 1 else 's'}"
-    parts.append(f"{num_trajectories:,} stored trajectories in {sets}")
-    return " ".join(parts) + (f", {num_evaluations} of them evaluations." if num_evaluations else ".")
+    evaluations = f", {num_evaluations} of them evaluations" if num_evaluations else ""
+    return " ".join([*app.lead(), f"{num_trajectories:,} stored trajectories in {sets}{evaluations}."])
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: Run, app: RunSections) -> list[tuple[str, str]]:
     """What the run was, in a line each."""
-    found = []
-    seconds = {name: value for name, value in run.timing.items() if name not in NOT_SECONDS}
-    if seconds:
-        parts = [f"{name.replace('_', ' ')} {_duration(value)}" for name, value in seconds.items()]
-        found.append(("time", ", ".join(parts)))
-    if run.timing.get("ranks"):
-        found.append(("ranks", f"{run.timing['ranks']:.0f}"))
+    found = app.facts()
     for stage, curves in run.curves.items():
         if (parity := parity_max(curves)) is not None:
-            found.append((f"{stage_label(stage)}: engine versus trainer", f"log-probabilities within {parity:.1e}"))
+            found.append((f"{app.label(stage)}: engine versus trainer", f"log-probabilities within {parity:.1e}"))
     record = next(iter(run.records.values()), {})
     for name in ("commit", "started", "python", "devices"):
         if record.get(name):
@@ -213,21 +259,30 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-SETTING = re.compile(
-    r"^\s*(tool_share|direct_turned|direct_small|needless_share|warm_up_\w+|temperature|num_samples|lr|seed_everything"
-    r"|num_steps|num_iterations|tasks_per_iteration|kl_weight|num_minibatches|clip_low|clip_high):\s*(\S.*)$"
+MAIN_SETTINGS = frozenset(
+    "temperature num_samples lr seed_everything num_steps num_iterations tasks_per_iteration kl_weight num_minibatches"
+    " clip_low clip_high".split()
 )
 
 
-def settings(run: Run) -> list[tuple[str, str, str]]:
+def settings(run: Run, app: RunSections) -> list[tuple[str, str, str]]:
     """(config file, key, value) of the settings a reader asks for first; the whole files stand below them."""
+    wanted = MAIN_SETTINGS.union(app.settings)
     found = []
     for path, text in run.configs.items():
-        for line in text.splitlines():
-            if (match := SETTING.match(line)) and match[2] not in ("null", "{}"):
-                found.append((path, match[1], match[2]))
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError:
+            continue
+        found += [(path, key, str(value)) for key, value in _leaves(config) if key in wanted and value is not None]
     return list(dict.fromkeys(found))
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys with their values, at any depth, where the value is not a container."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(item, dict | list):
+            yield from _leaves(item)
+        else:
+            yield str(key), item

@@ -1,22 +1,20 @@
-"""`python -m cv_lightning view RUN`: the report of a run in the browser, while the run goes on.
+"""The report of a run in the browser while the run continues.
 
 Only this machine can reach it (loopback), only for reading, and only the page and the pictures of the run's stores.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import html
 import io
 import json
-import os
 import re
 import sys
 import threading
 import time
-import webbrowser
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,17 +23,18 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from PIL import Image
 
-from cv_lightning.evaluation.runs import load_run
+from cv_lightning.evaluation.runs import Run, load_run
 from cv_lightning.images import decode_image
 from cv_lightning.trajectory.store import IMAGES
 from cv_lightning.types import CVLightningError, DataError
+from cv_lightning.viewer.content import RunSections
 from cv_lightning.viewer.report import Report, ReportConfig, StoreCache, file_state
 
 PORT = 8765
 TRIED_PORTS = 20
 IDLE_PER_BUILD = 9
 """Reading a run that grows takes at most a tenth of the time of one core."""
-SHOWN_FILES = ("trajectories/*.jsonl", "metrics.csv", "metrics.json", "timing.json", "*config.yaml", "*run.json")
+SHOWN_FILES = ("trajectories/*.jsonl", "metrics.csv", "*.json", "*config.yaml")
 IMAGE_PATH = re.compile(rf"(?P<store>.*?)/?{IMAGES}/(?P<file>[0-9a-f]{{8,128}}\.(?P<kind>png|webp))")
 IMAGE_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 HOSTS = ("127.0.0.1", "localhost")
@@ -58,11 +57,15 @@ class LiveReport:
     Args:
         folder: the run; it may be empty still.
         config: how much the page shows; pictures are served, not embedded.
+        sections_of: what an application adds.
     """
 
-    def __init__(self, folder: Path, config: ReportConfig) -> None:
+    def __init__(
+        self, folder: Path, config: ReportConfig, sections_of: Callable[[Run], RunSections] = RunSections
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.sections_of = sections_of
         self._cache = StoreCache()
         self._lock = threading.Lock()
         self._page: RenderedReport | None = None
@@ -89,7 +92,8 @@ class LiveReport:
 
     def _build(self, state: str) -> RenderedReport:
         run = load_run(self.folder)
-        report = Report(run, self.config, self.folder / "index.html", self._cache, is_live=True)
+        page = self.folder / "index.html"
+        report = Report(run, self.config, page, self.sections_of(run), self._cache, is_live=True)
         report.data["state"] = state
         return RenderedReport(
             state=state,
@@ -216,34 +220,26 @@ def open_server(report: LiveReport, port: int) -> ReportServer:
     raise DataError(f"--port {port}: it and the ports behind it are in use; give another, or 0 for any free one")
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="cv_lightning view", description=__doc__.split("\n\n")[0] if __doc__ else "")
-    parser.add_argument("run", type=Path, help="the run's folder, also of one that is still training")
-    parser.add_argument(
-        "--port", type=int, default=PORT, help=f"default {PORT}; the next free one if it is taken; 0: any"
-    )
-    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    parser.add_argument("--max_trajectories", type=int, default=5000, help="on the page, a stratified sample beyond")
-    given = parser.parse_args(args)
-    if not 0 <= given.port <= 65535:
-        parser.error(f"--port {given.port}: must be between 0 and 65535")
-    if not given.run.is_dir():
-        parser.error(f"{given.run}: no such folder; give the one that fit or test writes (runs/...)")
-    try:
-        config = ReportConfig(max_trajectories=given.max_trajectories, max_image_mb=0.0)
-        server = open_server(LiveReport(given.run, config), given.port)
-    except (CVLightningError, ValueError) as error:
-        parser.error(str(error))
+def serve_report(report: LiveReport, port: int, open_browser: Callable[[str], object] | None = None) -> None:
+    """Serve a run until Ctrl-C.
+
+    Args:
+        report: what is shown.
+        port: of the loopback; the next free one if it is taken, 0: any.
+        open_browser: called with the address.
+
+    Raises:
+        DataError: none of the ports is free.
+    """
+    server = open_server(report, port)
     address = f"http://127.0.0.1:{server.server_port}/"
-    if given.port not in (0, server.server_port):
-        print(f"port {given.port} is in use, took {server.server_port}", file=sys.stderr)
-    print(f"{address}  ({given.run}; Ctrl-C stops it)", flush=True)
-    if not given.no_browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        webbrowser.open(address)
+    if port not in (0, server.server_port):
+        print(f"port {port} is in use, took {server.server_port}", file=sys.stderr)
+    print(f"{address}  ({report.folder}; Ctrl-C stops it)", flush=True)
+    if open_browser is not None:
+        open_browser(address)
     with server:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
-    return 0

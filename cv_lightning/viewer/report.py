@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +22,15 @@ import jinja2
 from markupsafe import Markup
 
 from cv_lightning import __version__
-from cv_lightning.digits.ablation import FULL, REDUCED
-from cv_lightning.digits.training import training_story
-from cv_lightning.evaluation.curves import chart_groups, compared_charts
+from cv_lightning.evaluation.curves import chart_groups
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
-from cv_lightning.evaluation.runs import Run, Store, load_run, stage_label
+from cv_lightning.evaluation.runs import Curve, Run, Store, load_run
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.files import write_text
 from cv_lightning.trajectory import BadLine, GroupRecord, read_groups
 from cv_lightning.trajectory.store import LINES, finite
 from cv_lightning.viewer import content
-from cv_lightning.viewer.content import Evaluated
+from cv_lightning.viewer.content import EvaluatedStore, RunSections
 from cv_lightning.viewer.gallery import Gallery, GroupSampler, relative_folder
 
 LOG = logging.getLogger(__name__)
@@ -62,13 +60,19 @@ class ReportConfig:
             )
 
 
-def write_report(folder: str | Path, config: ReportConfig | None = None, out: str | Path | None = None) -> Path:
+def write_report(
+    folder: str | Path,
+    config: ReportConfig | None = None,
+    out: str | Path | None = None,
+    sections_of: Callable[[Run], RunSections] = RunSections,
+) -> Path:
     """Write the report of a run.
 
     Args:
         folder: the run.
         config: how much is embedded.
         out: the page; by default `report.html` in the run.
+        sections_of: what an application adds.
 
     Returns:
         The page's path.
@@ -78,7 +82,7 @@ def write_report(folder: str | Path, config: ReportConfig | None = None, out: st
     """
     run = load_run(folder)
     page = Path(out) if out is not None else run.folder / "report.html"
-    html = Report(run, config or ReportConfig(), page).html()
+    html = Report(run, config or ReportConfig(), page, sections_of(run)).html()
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, html, errors="backslashreplace")
     return page
@@ -146,30 +150,50 @@ class Report:
         run: the run.
         config: how much is embedded.
         page: where the page stands or is served, for the paths of pictures that are not embedded.
+        app: what an application adds.
         cache: what was read before.
         is_live: the page asks its server for new data.
     """
 
     def __init__(
-        self, run: Run, config: ReportConfig, page: Path, cache: StoreCache | None = None, *, is_live: bool = False
+        self,
+        run: Run,
+        config: ReportConfig,
+        page: Path,
+        app: RunSections,
+        cache: StoreCache | None = None,
+        *,
+        is_live: bool = False,
     ) -> None:
         self.run = run
+        self.app = app
         self.is_live = is_live
         self.gallery = Gallery(config.thumbnail_px, int(config.max_image_mb * 1e6))
-        self.evaluated: list[Evaluated] = []
+        self.evaluated: list[EvaluatedStore] = []
         self.bad_lines: dict[str, Counter[str]] = {}
         found = _read_stores(run.stores, config.max_trajectories, cache or StoreCache())
-        for store in run.stores:
+        for store in sorted(run.stores, key=self._order):
             self._add(store, found[store.path], page)
-        self.ablation = content.ablation(run, self.evaluated)
+        self.sections = app.sections(self.evaluated)
+
+    def _order(self, store: Store) -> tuple[Any, ...]:
+        """Evaluations first; by stage, greedy before sampled, with the tool before without."""
+        return (
+            not store.is_evaluation,
+            store.is_evaluation and not store.mode,
+            store.mode == "sampled",
+            self.app.stage_order(store.stage if store.is_evaluation else store.name),
+            not store.tool,
+        )
 
     def _add(self, store: Store, found: StoreContent, page: Path) -> None:
+        label = store.label_with(self.app.stages)
         if found.figures is not None:
-            self.evaluated.append(Evaluated(store, found.figures))
+            self.evaluated.append(EvaluatedStore(store, found.figures, label))
         if found.bad_lines:
-            self.bad_lines[store.label] = Counter(_why(line) for line in found.bad_lines)
+            self.bad_lines[label] = Counter(_why(line) for line in found.bad_lines)
         folder = relative_folder(store.path, page)
-        self.gallery.add_store(store.name, store.label, found.groups, found.num_seen, folder)
+        self.gallery.add_store(store.name, label, found.groups, found.num_seen, folder)
 
     @cached_property
     def num_total(self) -> int:
@@ -186,13 +210,18 @@ class Report:
             "trajectories": self.gallery.trajectories,
             "codes": self.gallery.codes,
             "curves": [
-                {"stage": stage, "label": stage_label(stage), "groups": chart_groups(of_stage)}
-                for stage, of_stage in curves.items()
+                {
+                    "stage": stage,
+                    "label": self.app.label(stage),
+                    "axis": _axis(curves[stage]),
+                    "groups": chart_groups(curves[stage]),
+                }
+                for stage in sorted(curves, key=self.app.stage_order)
             ],
-            "compared": compared_charts(curves, (FULL, REDUCED)) if self.ablation else [],
-            "intervals": content.interval_rows(self.evaluated),
-            "examples": content.examples(self.gallery),
-            "lead": content.lead(self.run, self.num_total, len(self.evaluated)),
+            "compared": [chart for section in self.sections for chart in section.charts],
+            "intervals": content.interval_rows(self.evaluated, self.app),
+            "examples": content.examples(self.gallery, self.evaluated, self.app),
+            "lead": content.lead(self.run, self.num_total, len(self.evaluated), self.app),
             "live": self.is_live,
         }
         # what the script does not draw: where this differs, the page has to be loaded anew
@@ -220,17 +249,21 @@ class Report:
                 images=gallery.images,
                 gallery=gallery,
                 evaluated=self.evaluated,
-                headlines=content.headlines(self.evaluated),
-                comparison=content.comparison(self.evaluated, ("base", "sft", "rl")),
-                ablation=self.ablation,
-                story=training_story(run.configs),
-                facts=content.facts(run),
-                settings=content.settings(run),
+                headlines=content.headlines(self.evaluated, self.app),
+                comparison=content.stage_table(self.evaluated, self.app.main_stages(self.evaluated), self.app),
+                sections=self.sections,
+                facts=content.facts(run, self.app),
+                settings=content.settings(run, self.app),
                 num_shown=len(gallery.trajectories),
                 num_total=self.num_total,
                 bad_lines=self.bad_lines,
             )
         )
+
+
+def _axis(curves: Sequence[Curve]) -> str:
+    """What the curves of a training are drawn over."""
+    return "iteration" if any(curve.name.startswith("rollout/") for curve in curves) else "step"
 
 
 def _why(line: BadLine) -> str:

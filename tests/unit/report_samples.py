@@ -64,6 +64,9 @@ def _evaluate(folder: Path, policy: Policy, size: Size) -> None:
         for item in groups:
             writer.write_group(item, 0)
     (folder / "metrics.json").write_text(json.dumps(summarise(groups).to_json()))
+    _, mode, tool = folder.name.rsplit("_", 2)
+    setting = {"name": f"{mode}_{tool}", "temperature": float(mode == "sampled"), "tool": tool == "tool"}
+    (folder / "evaluation.json").write_text(json.dumps({"finished": True, "identity": {"setting": setting}}))
 
 
 def _sft(folder: Path) -> None:

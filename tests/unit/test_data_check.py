@@ -25,11 +25,11 @@ from PIL import Image
 
 from cv_lightning.commands.data import main
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.digits.export import write_digits_parquet
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.factory.check import CheckConfig, check_files
 from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies, thumbnail
 from cv_lightning.factory.check_frames import FrameEvidence, judge_frame, sign_test
-from cv_lightning.factory.export import write_digits_parquet
 from cv_lightning.types import DataError
 
 TRANSPOSE = {
@@ -333,5 +333,5 @@ def test_digits_are_exported_and_pass(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["export", str(tmp_path / "d.parquet"), "--count", "12", "--seed", "3"]) == 0
     assert main(["check", str(tmp_path / "d.parquet")]) == 0
     assert "12 rows of tasks, 12 usable" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["export", str(tmp_path / "d.csv")])
+    assert main(["export", str(tmp_path / "d.csv")]) == 2
+    assert "must end in .parquet (RL) or .json (SFT)" in capsys.readouterr().err

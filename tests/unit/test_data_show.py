@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from cv_lightning.commands.data_show import ShowData, load, main, pieces, print_shown, print_tokens
+from cv_lightning.digits.export import write_digits_parquet
 from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.factory.export import write_digits_parquet
 
 CALL = '<tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result = image"}}\n</tool_call>'
 

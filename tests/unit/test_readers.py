@@ -22,9 +22,10 @@ from cv_lightning.data.readers import TaskFiles, parse_transforms
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import DigitDemonstrations, DigitTasks
+from cv_lightning.data.writers import write_sft_json, write_task_parquet
 from cv_lightning.digits.demonstrations import DemonstrationConfig
+from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
 from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.factory.export import write_digits_parquet, write_digits_sft_json, write_sft_json, write_task_parquet
 from cv_lightning.orientations import ORIENTATIONS, turn_image
 from cv_lightning.types import DataError, SandboxResult, ToolStatus
 

@@ -17,10 +17,11 @@ from report_samples import Size, resolved, write_run
 from cv_lightning.commands.report import main as report_main
 from cv_lightning.digits.ablation import needless_while_sampling
 from cv_lightning.digits.figures import write_summary
+from cv_lightning.digits.report import sections_of
 from cv_lightning.digits.summary import main as summary_main
 from cv_lightning.digits.training import reward_formula, training_story
 from cv_lightning.evaluation.curves import chart_groups, mean_between, thin
-from cv_lightning.evaluation.runs import Curve, load_run, parity_max, read_curves
+from cv_lightning.evaluation.runs import Curve, parity_max, read_curves
 from cv_lightning.types import DataError
 from cv_lightning.viewer.highlight import highlight
 from cv_lightning.viewer.report import TEMPLATES, ReportConfig, write_report
@@ -32,6 +33,10 @@ FIGURES = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_too
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = Size(per_kind=5, iterations=28, tasks=4, samples=2, ablation=True)
     return write_run(tmp_path_factory.mktemp("runs") / "quickstart-seed3", size)
+
+
+def report_of(run: Path, config: ReportConfig | None = None) -> Path:
+    return write_report(run, config, sections_of=sections_of)
 
 
 def page_data(page: Path) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def test_thinning_keeps_the_mean() -> None:
 
 # ------------------------------------------------------------------------------------------------ the page
 def test_the_page_says_what_the_issue_wants(run: Path) -> None:
-    page = write_report(run)
+    page = report_of(run)
     text = page.read_text()
     share = resolved("sft")["data"]["init_args"]["demonstrations"]["tool_share"]
     assert f"Of the tasks that need the tool, {100 * share:g} % demonstrate it" in text
@@ -180,7 +185,7 @@ def test_the_page_says_what_the_issue_wants(run: Path) -> None:
 
 
 def test_examples_are_the_same_tasks_drawn_without_their_outcome(run: Path) -> None:
-    data = page_data(write_report(run))
+    data = page_data(report_of(run))
     kinds = [example["kind"] for example in data["examples"]]
     assert kinds == ["upright", "turned", "small", "turned_and_small"]
     drawn = []
@@ -197,14 +202,14 @@ def test_examples_are_the_same_tasks_drawn_without_their_outcome(run: Path) -> N
     shutil.copytree(run, again)
     for path in again.glob("eval/*/trajectories/*.jsonl"):  # everything right: the same tasks are drawn
         path.write_text(path.read_text().replace('"correct":false', '"correct":true'))
-    other = page_data(write_report(again))
+    other = page_data(report_of(again))
     assert drawn == [
         other["groups"][other["trajectories"][e["after"]]["group"]]["task"]["id"] for e in other["examples"]
     ]
 
 
 def test_what_the_model_saw_is_shown_where_it_is_much_smaller(run: Path) -> None:
-    data = page_data(write_report(run))
+    data = page_data(report_of(run))
     for trajectory in data["trajectories"]:
         kind = data["groups"][trajectory["group"]]["task"]["kind"]
         assert ("seen" in trajectory["images"][0]) == ("small" in kind)
@@ -222,18 +227,18 @@ def test_a_torn_line_is_told_on_the_page(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "eval" / "rl_greedy_tool", tmp_path / "eval" / "rl_greedy_tool")
     (path,) = tmp_path.glob("eval/*/trajectories/*.jsonl")
     path.write_bytes(path.read_bytes()[:-30])
-    assert "1 unreadable line in RL, greedy skipped" in write_report(tmp_path).read_text()
+    assert "1 unreadable line in rl, greedy skipped" in write_report(tmp_path).read_text()
 
 
 def test_the_limit_on_pictures_leaves_links(run: Path, tmp_path: Path) -> None:
-    text = write_report(run, ReportConfig(max_image_mb=0.0)).read_text()
+    text = report_of(run, ReportConfig(max_image_mb=0.0)).read_text()
     assert "pictures are loaded from the run's folder" in text
     assert "data:image/png" not in text
-    write_report(run)
+    report_of(run)
 
 
 def test_the_sample_holds_the_same_tasks_of_every_evaluation(run: Path) -> None:
-    data = page_data(write_report(run, ReportConfig(max_trajectories=96)))
+    data = page_data(report_of(run, ReportConfig(max_trajectories=96)))
     assert len(data["trajectories"]) <= 96 + len(data["stores"])
     tasks: dict[str, set[str]] = {}
     for group in data["groups"]:
@@ -255,7 +260,7 @@ def test_pictures_and_lines_that_cannot_be_had_are_counted(run: Path, tmp_path: 
     for limit in (8.0, 0.0):
         text = write_report(tmp_path, ReportConfig(max_image_mb=limit)).read_text()
         assert re.search(rf"{len({image['file'] for image in last})} {noun}\s+missing in the run's folder", text)
-        assert re.search(r"2 unreadable lines in RL, greedy skipped:\s+of an older schema", text)
+        assert re.search(r"2 unreadable lines in rl, greedy skipped:\s+of an older schema", text)
 
 
 def test_text_has_contrast_in_both_colour_schemes() -> None:
@@ -308,4 +313,4 @@ def test_a_cut_off_timing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "rl").mkdir()
     (tmp_path / "rl" / "metrics.csv").write_text("step,reward/total\n1,2\n")
     with pytest.raises(DataError, match=r"timing\.json: not JSON"):
-        load_run(tmp_path)
+        report_of(tmp_path)

@@ -205,11 +205,10 @@ function showStage(stage) {
     tab.setAttribute("aria-selected", String(chosen));
     tab.tabIndex = chosen ? 0 : -1;
   }
-  const { groups } = data.curves.find((entry) => entry.stage === stage);
-  byId("charts").replaceChildren(...groups.map((group) => curveGroup(group, axisOf(stage))));
+  const { groups, axis } = data.curves.find((entry) => entry.stage === stage);
+  byId("charts").replaceChildren(...groups.map((group) => curveGroup(group, axis)));
 }
 
-const axisOf = (stage) => (stage === "sft" ? "step" : "iteration");
 
 function startCurves(chosen = null) {
   const stages = data.curves.map((entry) => entry.stage);
@@ -229,7 +228,8 @@ function startCurves(chosen = null) {
     smoothing = Number(event.target.value);
     for (const figure of document.querySelectorAll("#charts figure, #compared figure")) figure.redraw();
   };
-  showStage([chosen, "rl", stages[0]].find((stage) => stages.includes(stage)));
+  const rolled = data.curves.find((entry) => entry.axis === "iteration")?.stage;
+  showStage([chosen, rolled, stages[0]].find((stage) => stages.includes(stage)));
 }
 
 /** The runs with and without process reward in the same charts. */

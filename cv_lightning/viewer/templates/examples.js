@@ -22,8 +22,8 @@ function exampleCard(example) {
     make("h3", { text: `${words(example.kind)} ` }, about),
     put("div", "example-grid",
       sourcePanel(after),
-      exampleColumn(before, "After SFT"),
-      exampleColumn(after, "After RL")));
+      exampleColumn(before, example.labels[0]),
+      exampleColumn(after, example.labels[1])));
 }
 
 function startExamples() {

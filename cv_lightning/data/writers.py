@@ -15,33 +15,12 @@ from PIL import Image
 
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.readers import IMAGE_MARK
-from cv_lightning.data.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
-from cv_lightning.digits.scenes import DigitsConfig, Split
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.types import Task
 
 ROWS_PER_GROUP = 256
 """Rows of a row group, which is what a reader or writer holds in memory."""
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-
-
-def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, count: int) -> None:
-    """Write scenes to an RL file, kinds balanced by the config's shares (equally in the held-out split).
-
-    Args:
-        path: file to write.
-        digits: looks, shares and seed.
-        split: which digits the scenes are made of.
-        count: number of rows.
-    """
-    if split == "train":
-        tasks = DigitTasks(digits).tasks(0, count)
-    else:
-        kinds = list(digits.kind_shares)
-        counts = {kind: count // len(kinds) + (at < count % len(kinds)) for at, kind in enumerate(kinds)}
-        scenes = HeldOutScenes(digits, counts)
-        tasks = [scenes.row(position) for position in range(len(scenes))]
-    write_task_parquet(path, tasks, split)
 
 
 def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> None:
@@ -106,17 +85,6 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def write_digits_sft_json(path: str | Path, source: DigitDemonstrations, count: int) -> None:
-    """Write demonstrations on training scenes to an SFT file, images into a folder beside it.
-
-    Args:
-        path: file to write; the folder has its stem and `_images`.
-        source: scenes and what is shown on them.
-        count: number of conversations.
-    """
-    write_sft_json(path, source.conversations(0, count))
 
 
 def write_sft_json(path: str | Path, conversations: Iterable[Conversation]) -> None:
