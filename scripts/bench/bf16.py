@@ -5,8 +5,8 @@
     python scripts/bench/bf16.py --json FILE --table                    the table of what FILE holds; measures nothing
 
 Every measurement is a line of FILE, and what FILE holds already is not measured again. The models, runs and faults are
-those of tests/integration/test_bf16*.py. Two gloo ranks or one process, no GPU; parts: `gradients` and `runs` (two
-ranks, minutes a seed), `forward`, `sequences` and `engine` (seconds a seed).
+those of tests/integration/test_bf16*.py. No GPU; parts: `gradients`, `sft` and `grpo` (two gloo ranks, one to three
+minutes a seed on an idle machine), `forward`, `sequences` and `engine` (one process, seconds a seed).
 """
 
 from __future__ import annotations
@@ -92,25 +92,30 @@ def gradients(family: Family, seed: int, folder: Path) -> Figures:
         yield what, whole.gradient_error(found[str(number)])
 
 
-def runs(family: Family, seed: int, folder: Path) -> Figures:
+def sft(family: Family, seed: int, folder: Path) -> Figures:
+    """Distances of 20 steps of supervised fine-tuning, vision tower frozen; see `distances_of`."""
+    return distances_of("sft", family, seed, folder, module="sft", steps=20, freeze_vision=True)
+
+
+def grpo(family: Family, seed: int, folder: Path) -> Figures:
+    """Distances of 10 iterations of GRPO; see `distances_of`."""
+    return distances_of("grpo", family, seed, folder)
+
+
+def distances_of(kind: str, family: Family, seed: int, folder: Path, **settings: object) -> Figures:
     """Distances of whole runs on two ranks from one process, as `test_bf16.py` takes them."""
-    tied = family == "qwen2_5_vl"
-    path = checkpoint(folder / "model", family=family, seed=seed, tie_embeddings=tied)
-    base = Run(checkpoint=str(path), dtype="bfloat16", seed=seed)
-    for kind, run in (("sft", replace(base, module="sft", steps=20, freeze_vision=True)), ("grpo", base)):
-        many = {strategy: replace(run, strategy=strategy) for strategy in whole.STRATEGIES}
-        many["lora"] = replace(run, strategy="zero3", lora=True)
-        many["planted: dropped"] = replace(run, strategy="zero3", fault="dropped_micro_batch")
-        (folder / kind).mkdir()
-        ranks = launch(folder / kind, {name.split()[-1]: one for name, one in many.items()})
-        plain = perform(replace(run, float32_copies=True), folder)
-        ones = {
-            "ddp": perform(run, folder),
-            "lora": perform(replace(run, float32_copies=True, lora=True), folder),
-        }
-        for name in many:
-            for what, value in whole.distances(ranks[name.split()[-1]], ones.get(name, plain), kind).items():
-                yield f"{kind}, {what.split('/')[-1]}, {name}", value
+    path = checkpoint(folder / "model", family=family, seed=seed, tie_embeddings=family == "qwen2_5_vl")
+    run = replace(Run(checkpoint=str(path), dtype="bfloat16", seed=seed), **settings)  # type: ignore[arg-type]
+    many = {strategy: replace(run, strategy=strategy) for strategy in whole.STRATEGIES}
+    many["lora"] = replace(run, strategy="zero3", lora=True)
+    many["dropped"] = replace(run, strategy="zero3", fault="dropped_micro_batch")
+    ranks = launch(folder, many)
+    copies = replace(run, float32_copies=True)
+    plain = perform(copies, folder)
+    ones = {"ddp": perform(run, folder), "lora": perform(replace(copies, lora=True), folder)}
+    for name, found in ranks.items():
+        for what, value in whole.distances(found, ones.get(name, plain), kind).items():
+            yield f"{'planted: ' * (name == 'dropped')}{what.split('/')[-1]}, {name}", value
 
 
 # ------------------------------------------------------------------ one process
@@ -198,7 +203,8 @@ PARTS: dict[str, tuple[Callable[[Family, int, Path], Figures], int]] = {
     "sequences": (sequence_lengths, 8),
     "engine": (engine, 3),
     "gradients": (gradients, 5),
-    "runs": (runs, 3),
+    "sft": (sft, 3),
+    "grpo": (grpo, 3),
 }
 """What measures each part, and its number of seeds."""
 

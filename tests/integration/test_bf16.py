@@ -90,9 +90,13 @@ def test_bf16_rotary_frequencies_rounded_by_zero_init_are_refused_at_the_start(l
 
 
 # ------------------------------------------------------------------ whole runs, against one process
-CURVES = {"sft": {"sft/loss": 5e-3, "sft/grad_norm": 0.05}, "grpo": {"policy/loss": 0.02, "policy/grad_norm": 0.06}}
-"""Largest accepted difference of a curve over its largest value, or over 1 where that is larger."""
-MOVED = {"sft": 0.15, "grpo": 0.25}
+CURVES = {"sft": {"sft/loss": 5e-3, "sft/grad_norm": 0.05}, "grpo": {"policy/loss": 0.03, "policy/grad_norm": 0.12}}
+"""Largest accepted difference of a curve over its largest value, or over 1 where that is larger.
+
+The gradient norm of GRPO separates honest runs from a dropped micro-batch by a factor of 4, and its bound lies between;
+the others stand for gross faults (docs/benchmarks.md has the figures over seeds).
+"""
+MOVED = {"sft": 0.15, "grpo": 0.33}
 """Largest accepted norm of the difference of all weights over how far they moved."""
 STRATEGIES = ("zero3", "zero2", "ddp")
 CASES = ("qwen3_vl-sft", "qwen3_vl-grpo", "qwen2_5_vl-sft", "qwen2_5_vl-grpo")
