@@ -8,10 +8,10 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from cv_lightning.command_line import run_verb
-from cv_lightning.data.sources import DigitDemonstrations
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
 from cv_lightning.digits.scenes import DigitsConfig, Split
+from cv_lightning.digits.sources import DigitDemonstrations
 from cv_lightning.types import DataError
 
 

@@ -115,13 +115,13 @@ def load(config: ShowData) -> ShownDialogue:
 
 
 def _demonstration(config: ShowData) -> Conversation:
-    from cv_lightning.data.sources import DigitDemonstrations
     from cv_lightning.digits.demonstrations import DemonstrationConfig
+    from cv_lightning.digits.sources import DigitDemonstrations
     from cv_lightning.sandbox import Sandbox, SandboxConfig
 
     with Sandbox(SandboxConfig()) as sandbox:
         source = DigitDemonstrations(config.digits, DemonstrationConfig(tool_share=1.0), sandbox.run_sync)
-        return source.conversations(config.row, 1)[0]
+        return source.batch(config.row, 1)[0]
 
 
 def _task(task: Task, encoder: DialogueEncoder, config: ShowData) -> ShownDialogue:

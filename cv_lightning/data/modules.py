@@ -22,19 +22,10 @@ from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems
 from cv_lightning.data.sft_json import ConversationFiles
-from cv_lightning.data.sources import (
-    ConversationSource,
-    DigitDemonstrations,
-    DigitTasks,
-    HeldOutScenes,
-    RowConversations,
-    Rows,
-    RowTasks,
-    TaskSource,
-    share_of_rank,
-)
+from cv_lightning.data.sources import Rows, RowStream, Source, share_of_rank
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
+from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import CVLightningError, Iteration, SandboxResult, Task
 
@@ -295,14 +286,14 @@ class TaskDataModule(EvaluationDataModule):
         rank, world_size = self._rank_and_world()
         self.check_ranks(world_size)
         count, wanted = self.overfit_tasks or self.tasks_per_iteration, None
-        files = RowTasks(task_files(self.train_files, self.reader), self.seed) if self.train_files else None
+        files = RowStream(task_files(self.train_files, self.reader), self.seed) if self.train_files else None
         if self.oversample > 1:
             count = math.ceil(self.oversample * count / world_size) * world_size
             wanted = self.tasks_per_iteration // world_size
 
         def build(step: int) -> Iteration:
-            source: TaskSource = files or DigitTasks(self._digits_at(step))
-            return Iteration(step, source.tasks(0 if self.overfit_tasks else step, count, rank, world_size), wanted)
+            source: Source[Task] = files or DigitTasks(self._digits_at(step))
+            return Iteration(step, source.batch(0 if self.overfit_tasks else step, count, rank, world_size), wanted)
 
         return StepLoader(build, self.num_iterations)
 
@@ -390,9 +381,9 @@ class SFTDataModule(EvaluationDataModule):
         """One batch an optimizer step: this rank's share of its conversations."""
         rank, world_size = self._rank_and_world()
         self.check_ranks(world_size)
-        source: ConversationSource
+        source: Source[Conversation]
         if self.train_files:
-            source = RowConversations(ConversationFiles(self.train_files, self.reader), self.seed)
+            source = RowStream(ConversationFiles(self.train_files, self.reader), self.seed)
         else:
             source = DigitDemonstrations(self.digits, self.demonstrations, self._execute)
         warm_up_steps = 0 if self.train_files else round(self.num_steps * self.warm_up_share)
@@ -400,7 +391,7 @@ class SFTDataModule(EvaluationDataModule):
         def build(step: int) -> DemonstrationBatch:
             warm_up = step < warm_up_steps
             count = self.warm_up_conversations_per_step if warm_up else self.conversations_per_step
-            return DemonstrationBatch(step, source.conversations(step, count, rank, world_size, warm_up=warm_up))
+            return DemonstrationBatch(step, source.batch(step, count, rank, world_size, warm_up=warm_up))
 
         return StepLoader(build, self.num_steps)
 

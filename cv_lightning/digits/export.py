@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cv_lightning.data.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
 from cv_lightning.data.writers import write_sft_json, write_task_parquet
 from cv_lightning.digits.scenes import DigitsConfig, Split
+from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
 
 
 def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, count: int) -> None:
@@ -19,7 +19,7 @@ def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, c
         count: number of rows.
     """
     if split == "train":
-        tasks = DigitTasks(digits).tasks(0, count)
+        tasks = DigitTasks(digits).batch(0, count)
     else:
         kinds = list(digits.kind_shares)
         counts = {kind: count // len(kinds) + (at < count % len(kinds)) for at, kind in enumerate(kinds)}
@@ -36,4 +36,4 @@ def write_digits_sft_json(path: str | Path, source: DigitDemonstrations, count: 
         source: scenes and what is shown on them.
         count: number of conversations.
     """
-    write_sft_json(path, source.conversations(0, count))
+    write_sft_json(path, source.batch(0, count))

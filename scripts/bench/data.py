@@ -2,7 +2,7 @@
 
     python scripts/bench/data.py [--json FILE] [--check] [--rows N] [--folder DIR]
 
-`reader_over_floor`: images per second of `RowTasks` and the resize for the model, over those of a bare loop of Pillow
+`reader_over_floor`: images per second of `RowStream` and the resize for the model, over those of a bare loop of Pillow
 decode and resize of the same JPEG bytes in memory; both on the same cores, the loop in one process a core. Blocks of
 both alternate, so that a busy machine slows both. `memory_spread`: half the range of resident memory over the epoch,
 over its median. `first_batch_s`: from opening files of 100,000 rows to 64 decoded tasks, in a fresh process.
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.data.sources import RowTasks
+from cv_lightning.data.sources import RowStream
 from cv_lightning.images import ImageLimits, to_model_image
 
 LIMITS = ImageLimits(factor=32, min_pixels=784, max_pixels=262_144)
@@ -50,9 +50,9 @@ FIRST_BATCH = """
 import sys, time
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.data.sources import RowTasks
+from cv_lightning.data.sources import RowStream
 begun = time.perf_counter()
-tasks = RowTasks(TaskFiles(sys.argv[1:], ReaderConfig()), seed=0).tasks(0, 64)
+tasks = RowStream(TaskFiles(sys.argv[1:], ReaderConfig()), seed=0).batch(0, 64)
 assert len(tasks) == 64 and all(task.images[0].getpixel((0, 0)) for task in tasks)
 print(time.perf_counter() - begun)
 """
@@ -120,7 +120,7 @@ def _bare_loop(numbers: list[int]) -> int:
 
 def blocks(path: Path, rows: int, cores: int) -> Iterator[tuple[float, float, int]]:
     """(seconds of the floor, seconds of the reader, resident bytes) of each block of an epoch."""
-    source = RowTasks(TaskFiles([str(path)], ReaderConfig()), seed=0)
+    source = RowStream(TaskFiles([str(path)], ReaderConfig()), seed=0)
     process = psutil.Process()
     context = get_context("spawn")
     with (
@@ -134,7 +134,7 @@ def blocks(path: Path, rows: int, cores: int) -> Iterator[tuple[float, float, in
             list(floor.map(_bare_loop, parts))
             between = time.perf_counter()
             for step in range(block * BLOCK // BATCH, (block + 1) * BLOCK // BATCH):
-                tasks = source.tasks(step, BATCH)
+                tasks = source.batch(step, BATCH)
                 list(resize.map(lambda task: to_model_image(task.images[0], LIMITS), tasks))
             yield between - begun, time.perf_counter() - between, process.memory_info().rss
 

@@ -35,8 +35,8 @@ from cv_lightning.agent.loop import Rollout  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
-from cv_lightning.data.sources import HeldOutScenes  # noqa: E402
 from cv_lightning.digits.scenes import KINDS, DigitsConfig  # noqa: E402
+from cv_lightning.digits.sources import HeldOutScenes  # noqa: E402
 from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
 from cv_lightning.evaluation.outcome import Outcome, outcomes  # noqa: E402
 from cv_lightning.evaluation.results import evaluated  # noqa: E402

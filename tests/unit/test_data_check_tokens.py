@@ -10,9 +10,9 @@ from data_corpus import encoded, picture, row, write_tasks
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.data.conversations import Conversation, DemoTurn
-from cv_lightning.data.sources import DigitDemonstrations
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, digit_task
+from cv_lightning.digits.sources import DigitDemonstrations
 from cv_lightning.factory.check import CheckConfig, check_files
 from cv_lightning.factory.check_tokens import TokenCounter
 from cv_lightning.modules.sft import encode_conversation
@@ -22,7 +22,7 @@ from cv_lightning.types import CheckpointError, SandboxResult, ToolStatus
 def conversations() -> list[Conversation]:
     """Demonstrations with calls, and one with a failed call told in the file's own words."""
     turned = lambda image, code: SandboxResult(status=ToolStatus.OK, image=image.rotate(90, expand=True))  # noqa: E731
-    made = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(tool_share=1.0), turned).conversations(0, 12)
+    made = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(tool_share=1.0), turned).batch(0, 12)
     turns = (
         DemoTurn(text="<think>try</think><tool_call>{oops</tool_call>", response_text="Error: no JSON"),
         DemoTurn(text="<tool_call>{}</tool_call>"),

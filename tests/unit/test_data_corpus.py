@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from cv_lightning.data.readers import TaskFiles, task_of_row
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles, conversation_of_item
-from cv_lightning.data.sources import RowConversations, RowTasks
+from cv_lightning.data.sources import RowStream
 from cv_lightning.types import DataError
 
 
@@ -40,8 +40,8 @@ def test_training_goes_on_past_every_kind_of_bad_row(tmp_path: Path) -> None:
     good = [row(reward_model={"ground_truth": f"good {at}"}) for at in range(6)]
     rows = [*good[:3], *(bad for _, bad in BAD_TASKS.values()), *good[3:]]
     files = TaskFiles([write_tasks(tmp_path / "set.parquet", rows, row_group_size=5)], ReaderConfig())
-    source = RowTasks(files, seed=0)
-    tasks = [task for step in range(len(rows)) for task in source.tasks(step, 4)]
+    source = RowStream(files, seed=0)
+    tasks = [task for step in range(len(rows)) for task in source.batch(step, 4)]
     assert len(tasks) == 4 * len(rows)
     assert {task.ground_truth for task in tasks} == {f"good {at}" for at in range(6)}
     assert kinds(files) == {at: kind for at, (kind, _) in enumerate(BAD_TASKS.values(), start=3)}
@@ -53,7 +53,7 @@ def test_a_bad_row_is_replaced_the_same_way_whenever_its_step_is_asked_for(tmp_p
 
     def step(number: int, rank: int = 0, world_size: int = 1, num_threads: int = 0) -> list[str]:
         files = TaskFiles([path], ReaderConfig(num_threads=num_threads))
-        return [task.ground_truth for task in RowTasks(files, seed=3).tasks(number, 8, rank, world_size)]
+        return [task.ground_truth for task in RowStream(files, seed=3).batch(number, 8, rank, world_size)]
 
     assert step(7) == step(7) == step(7, num_threads=1)
     assert [x for pair in zip(step(7, 0, 2), step(7, 1, 2), strict=True) for x in pair] == step(7)
@@ -77,7 +77,7 @@ def test_a_damaged_row_group_in_the_middle_costs_its_rows_only(tmp_path: Path) -
     path = write_tasks(tmp_path / "set.parquet", rows, row_group_size=4)
     damage_middle(Path(path), group=1)
     files = TaskFiles([path], ReaderConfig())
-    answers = {task.ground_truth for step in range(3) for task in RowTasks(files, seed=0).tasks(step, 4)}
+    answers = {task.ground_truth for step in range(3) for task in RowStream(files, seed=0).batch(step, 4)}
     assert answers <= {"0", "1", "2", "3", "8", "9", "10", "11"}
     assert len(files) == 8
     assert kinds(files) == dict.fromkeys(range(4, 8), "unreadable rows")
@@ -104,7 +104,7 @@ def test_files_with_different_columns_are_read_together(tmp_path: Path) -> None:
     nested = write_tasks(tmp_path / "texts.parquet", [{"image": row()["images"][0], **texts}])
     other = row(extra_bbox=None, extra_bbox_2d=[[1, 2, 11, 12]], extra_transform=["crop"])
     boxed = write_tasks(tmp_path / "boxed.parquet", [other])
-    tasks = RowTasks(TaskFiles([full, thin, nested, boxed], ReaderConfig()), seed=0).tasks(0, 4)
+    tasks = RowStream(TaskFiles([full, thin, nested, boxed], ReaderConfig()), seed=0).batch(0, 4)
     found = {task.id: (task.box, task.required_transforms) for task in tasks}
     same = ((1.0, 2.0, 11.0, 12.0), ("crop",))
     assert found == {"full:0": same, "thin:0": (None, ()), "texts:0": same, "boxed:0": same}
@@ -130,8 +130,8 @@ def test_the_system_message_stays_or_makes_room_for_the_agents(tmp_path: Path, s
 def test_bad_conversations_are_skipped_and_the_others_trained_on(tmp_path: Path) -> None:
     path = write_items(tmp_path, [item(), *(bad for _, bad in BAD_ITEMS.values()), item()])
     files = ConversationFiles([path], ReaderConfig())
-    source = RowConversations(files, seed=1)
-    ids = {one.task.id for step in range(11) for one in source.conversations(step, 4)}
+    source = RowStream(files, seed=1)
+    ids = {one.task.id for step in range(11) for one in source.batch(step, 4)}
     assert ids == {"sft:0", f"sft:{len(BAD_ITEMS) + 1}"}
     assert kinds(files) == {at: kind for at, (kind, _) in enumerate(BAD_ITEMS.values(), start=1)}
 

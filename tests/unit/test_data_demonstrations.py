@@ -12,9 +12,9 @@ from PIL import Image
 
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.data.conversations import Conversation
-from cv_lightning.data.sources import DigitDemonstrations
 from cv_lightning.digits.demonstrations import DemonstrationConfig, crop_code, demonstrate, tokenizer_corpus
 from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task
+from cv_lightning.digits.sources import DigitDemonstrations
 from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
 
 ALWAYS = DemonstrationConfig(tool_share=1.0)
@@ -88,7 +88,7 @@ def test_the_share_of_tool_use_and_of_needless_turns() -> None:
 
 def test_the_warm_up_has_clean_single_turns() -> None:
     source = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(), execute)
-    shown = source.conversations(0, 60, warm_up=True)
+    shown = source.batch(0, 60, warm_up=True)
     kinds = [c.task.metadata["kind"] for c in shown]
     assert [kinds.count(kind) for kind in KINDS] == [30, 10, 20, 0]
     for c in shown:

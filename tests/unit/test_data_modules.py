@@ -16,10 +16,10 @@ from PIL import Image
 from cv_lightning.data.corruptions import CorruptionConfig
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader, TaskDataModule
 from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.data.sources import DigitDemonstrations
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
 from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.digits.sources import DigitDemonstrations
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import CVLightningError, Group, Iteration
 

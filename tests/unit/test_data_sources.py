@@ -8,14 +8,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from cv_lightning.data.sources import (
-    DEMONSTRATIONS_FROM,
-    DigitTasks,
-    HeldOutScenes,
-    RowStream,
-    balanced_kinds,
-)
+from cv_lightning.data.sources import RowStream
 from cv_lightning.digits.scenes import KINDS, DigitsConfig
+from cv_lightning.digits.sources import DEMONSTRATIONS_FROM, DigitTasks, HeldOutScenes, balanced_kinds
 
 
 @pytest.mark.parametrize(
@@ -43,17 +38,17 @@ def test_each_kind_is_within_one_of_its_share_and_exact_on_average(shares: dict[
 
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
     source = DigitTasks(DigitsConfig(seed=3))
-    ids = [task.id for task in source.tasks(7, 12)]
-    source.tasks(2, 12)
-    assert [task.id for task in DigitTasks(DigitsConfig(seed=3)).tasks(7, 12)] == ids
-    assert len(set(ids) | {task.id for task in source.tasks(8, 12)}) == 24
+    ids = [task.id for task in source.batch(7, 12)]
+    source.batch(2, 12)
+    assert [task.id for task in DigitTasks(DigitsConfig(seed=3)).batch(7, 12)] == ids
+    assert len(set(ids) | {task.id for task in source.batch(8, 12)}) == 24
     assert all(int(name.rsplit("-", 1)[1]) < DEMONSTRATIONS_FROM for name in ids)
 
 
 def test_ranks_share_a_step_without_gap_or_overlap() -> None:
     source = DigitTasks(DigitsConfig())
-    whole = [task.id for task in source.tasks(1, 12)]
-    parts = [[task.id for task in source.tasks(1, 12, rank, 3)] for rank in range(3)]
+    whole = [task.id for task in source.batch(1, 12)]
+    parts = [[task.id for task in source.batch(1, 12, rank, 3)] for rank in range(3)]
     assert sorted(name for part in parts for name in part) == sorted(whole)
     assert {len(part) for part in parts} == {4}
 
@@ -75,15 +70,15 @@ class Numbers:
 def test_files_are_gone_through_whole_before_they_start_again() -> None:
     rows = Numbers()
     source = RowStream(rows, seed=1)
-    stream = [number for step in range(10) for number in source.step(step, 4, 0, 1)]
+    stream = [number for step in range(10) for number in source.batch(step, 4, 0, 1)]
     epochs = [stream[at : at + 10] for at in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert rows.num_orders == 4  # an order is made once an epoch
-    assert RowStream(Numbers(), seed=1).step(5, 4, 0, 1) == stream[20:24]  # nothing but the step's number counts
-    assert RowStream(Numbers(), seed=2).step(0, 10, 0, 1) != epochs[0]
-    parts = [source.step(3, 6, rank, 3) for rank in range(3)]
-    assert sorted(number for part in parts for number in part) == sorted(source.step(3, 6, 0, 1))
+    assert RowStream(Numbers(), seed=1).batch(5, 4, 0, 1) == stream[20:24]  # nothing but the step's number counts
+    assert RowStream(Numbers(), seed=2).batch(0, 10, 0, 1) != epochs[0]
+    parts = [source.batch(3, 6, rank, 3) for rank in range(3)]
+    assert sorted(number for part in parts for number in part) == sorted(source.batch(3, 6, 0, 1))
 
 
 def test_held_out_scenes_have_the_asked_number_of_each_kind() -> None:

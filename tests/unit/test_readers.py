@@ -21,11 +21,11 @@ from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.readers import TaskFiles, parse_transforms
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
-from cv_lightning.data.sources import DigitDemonstrations, DigitTasks
 from cv_lightning.data.writers import write_sft_json, write_task_parquet
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
 from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks
 from cv_lightning.orientations import ORIENTATIONS, turn_image
 from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
@@ -83,7 +83,7 @@ def test_digits_come_back_from_parquet_as_they_were(tmp_path: Path, split: str) 
     assert len(files) == 14
     assert not files.problems.problems
     if split == "train":
-        made = DigitTasks(digits).tasks(0, 14)
+        made = DigitTasks(digits).batch(0, 14)
         for at, task in enumerate(made):
             read = files.row(at)
             assert read.images[0].tobytes() == task.images[0].tobytes()
@@ -311,7 +311,7 @@ def test_digits_come_back_from_sft_json_as_they_were(tmp_path: Path) -> None:
     write_digits_sft_json(tmp_path / "digits.json", source, 12)
     files = ConversationFiles([str(tmp_path / "digits.json")], ReaderConfig(prompt="own"))
     assert len(files) == 12
-    for at, made in enumerate(source.conversations(0, 12)):
+    for at, made in enumerate(source.batch(0, 12)):
         read = files.row(at)
         assert [turn.text for turn in read.turns] == [turn.text for turn in made.turns]
         assert [turn.call for turn in read.turns] == [turn.call for turn in made.turns]
