@@ -170,13 +170,13 @@ def _copy_lines(copies: dict[str, Any] | None) -> list[str]:
         return ["copies: not looked for (--headers-only)"]
     lines = [
         f"copies: {copies['double_rows']['count']} rows with image and question of an earlier one; "
-        f"{copies['different']} different pictures of {copies['pictures']}, "
+        f"{copies['different']} different images of {copies['pictures']}, "
         f"{copies['near_copies']['count']} of them nearly another"
     ]
     leakage = copies["leakage"]
     if leakage["held_out_by"]:
         lines.append(
-            f"leakage: of {leakage['held_out_pictures']} held-out pictures (by {leakage['held_out_by']}) "
+            f"leakage: of {leakage['held_out_pictures']} held-out images (by {leakage['held_out_by']}) "
             f"{leakage['exact']} are in the training rows, {leakage['near']} nearly (turned ones too)"
         )
     else:

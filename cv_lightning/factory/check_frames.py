@@ -142,11 +142,11 @@ def _decide(
             "Multiply them by width and height; until then their rows are skipped"
         )
     if not num_turned:
-        return "unknown", "no picture with a box was turned or flipped: both frames are the same"
+        return "unknown", "no image with a box was turned or flipped: both frames are the same"
     if max(bounds) >= CLEAR_RATIO * max(1, min(bounds)) or (min(bounds) == 0 and max(bounds) >= 3):
         more, fewer = max(bounds), min(bounds)
         frame: Frame = "given" if bounds[0] > bounds[1] else "upright"
-        return frame, f"{more} boxes lie inside their picture only if {frame}, {fewer} only in the other frame"
+        return frame, f"{more} boxes lie inside their image only if {frame}, {fewer} only in the other frame"
     p = sign_test(*edges)
     if p < CLEAR_P:
         frame = "given" if edges[0] > edges[1] else "upright"
@@ -160,6 +160,6 @@ def _decide(
         a, b = median(turned), median(others)
         if min(abs(a), abs(b)) > SHAPE_LOG_RATIO:
             frame = "upright" if a * b > 0 else "given"
-            shapes = f"{math.exp(a):.2f} on pictures turned by a quarter, {math.exp(b):.2f} on others"
+            shapes = f"{math.exp(a):.2f} on images turned by a quarter, {math.exp(b):.2f} on others"
             return frame, f"boxes' width over height (median): {shapes}"
     return "unknown", f"too little evidence: bounds {bounds[0]} to {bounds[1]}, edges {edges[0]} to {edges[1]}"
