@@ -163,7 +163,7 @@ HACKS: dict[str, Hack] = {
     "the same crop many times": Hack(lambda: same_crop(5), lambda: same_crop(1)),
     "crops sprayed over the image": calls(small, *GRID, on=0),
     "the right crop, then one elsewhere": calls(small, (BOX,), (ELSEWHERE,), on=0),
-    "a picture shrunk to nothing": Hack(shrunk, lambda: Recorder(turned()).answer()),
+    "an image shrunk to nothing": Hack(shrunk, lambda: Recorder(turned()).answer()),
     "a call that raised": failed(ToolStatus.ERROR),
     "a call that was stopped": failed(ToolStatus.TIMEOUT),
     "a call that was killed": failed(ToolStatus.KILLED),
@@ -201,7 +201,7 @@ OPEN: dict[str, set[str]] = {
         "crops sprayed over the image",
         "the right crop, then one elsewhere",
         "a needless optional operation",
-        "a picture shrunk to nothing",
+        "an image shrunk to nothing",
     },
     "reference": {
         "there and back in two calls",
@@ -209,7 +209,7 @@ OPEN: dict[str, set[str]] = {
         "the right crop, then one elsewhere",
         "a crop of all but the rim",
         "a needless optional operation",
-        "a picture shrunk to nothing",
+        "an image shrunk to nothing",
     },
 }
 """By recipe: what it pays for although nothing was gained. A recipe that is not here is closed to all of them."""
