@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from cv_lightning.evaluation.scoring import metric_of, official_score
-from cv_lightning.images import area, intersection, iou, is_upright
+from cv_lightning.images import area, iou, is_upright
 from cv_lightning.orientations import ORIENTATIONS, orientations_of, to_upright
+from cv_lightning.rewards.geometry import MAX_AREA_RATIO, shows
 from cv_lightning.rewards.markup import final_answer
 from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
 from cv_lightning.types import Box, EndState, Group, ToolStatus
@@ -20,10 +21,6 @@ ANSWERED = (EndState.ANSWERED, EndState.ERROR_JUDGE)
 """End states of trajectories that have an answer; the second's was not judged."""
 RIGHT_FROM = 0.5
 """Score by a benchmark's own metric from which on an answer counts as right where only right and wrong count."""
-MIN_COVERED = 0.9
-"""Least share of the ground-truth box that a crop must show."""
-MAX_AREA_RATIO = 6.0
-"""Largest area of a crop, in areas of the ground-truth box."""
 
 
 def turns_of(task: TaskRecord, source: int = 0) -> list[str]:
@@ -50,18 +47,13 @@ def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
 def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     """True if some crop that the model saw shows the ground-truth box and little else, in source pixels.
 
-    At least `MIN_COVERED` of the box, at most `MAX_AREA_RATIO` times its area, and less than the whole image.
+    At least `geometry.MIN_COVERED` of the box, at most `MAX_AREA_RATIO` times its area, and less than the whole image.
     A crop turned by no right angle is taken for its bounding box.
     """
     if task.box is None:
         return False
     limit = MAX_AREA_RATIO * area(task.box)
     return any(area(crop) <= limit and shows(crop, task.box) for crop in crops(task, trajectory))
-
-
-def shows(crop: Box, evidence: Box) -> bool:
-    """True if a crop contains at least `MIN_COVERED` of the evidence's box; both in source pixels."""
-    return intersection(crop, evidence) >= MIN_COVERED * area(evidence)
 
 
 def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:

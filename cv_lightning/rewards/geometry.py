@@ -6,7 +6,6 @@ Boxes are (x1, y1, x2, y2) in pixels of the task's first image as given.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from cv_lightning.images import area, intersection, iou, map_box
@@ -51,19 +50,6 @@ class Frame(NamedTuple):
         return 0 < area(box) < WHOLE_FRAME * self.area
 
 
-def parse_box(value: object) -> Box | None:
-    """Box of four finite numbers (numeric text counts), x1 < x2 and y1 < y2; None for anything else."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 4:
-        return None
-    try:
-        x1, y1, x2, y2 = (float(edge) for edge in value)
-    except (TypeError, ValueError):
-        return None
-    if not all(math.isfinite(edge) for edge in (x1, y1, x2, y2)) or x1 >= x2 or y1 >= y2:
-        return None
-    return x1, y1, x2, y2
-
-
 def source_extent(image: TrajectoryImage, frame: Frame, part: Box | None = None) -> Box | None:
     """Part of the source image that an image shows; None where the map between them is unknown.
 
@@ -92,12 +78,9 @@ def density(image: TrajectoryImage) -> float:
     return 1.0 / abs(a * e - b * d) if a * e != b * d else math.inf
 
 
-def best_iou(boxes: Iterable[object], truth: object) -> float:
-    """Largest intersection over union of any readable box with the ground-truth box, in [0, 1]; 0 if that is none."""
-    wanted = parse_box(truth)
-    if wanted is None:
-        return 0.0
-    return max((iou(box, wanted) for box in map(parse_box, boxes) if box is not None), default=0.0)
+def shows(crop: Box, evidence: Box) -> bool:
+    """True if a crop contains at least `MIN_COVERED` of the evidence's box; both in source pixels."""
+    return intersection(crop, evidence) >= MIN_COVERED * area(evidence)
 
 
 def crop_credit(box: Box, truth: Box, frame: Frame, kind: CropCredit) -> float:
@@ -115,6 +98,5 @@ def crop_credit(box: Box, truth: Box, frame: Frame, kind: CropCredit) -> float:
     if kind == "iou":
         return overlap
     shown, wanted = area(box), area(truth)
-    covers = intersection(box, truth) >= MIN_COVERED * wanted
     small = shown <= MAX_AREA_RATIO * wanted and (shown <= MAX_FRAME_SHARE * frame.area or shown <= 1.5 * wanted)
-    return 1.0 if covers and small else min(MAX_LOOSE_CREDIT, overlap)
+    return 1.0 if shows(box, truth) and small else min(MAX_LOOSE_CREDIT, overlap)

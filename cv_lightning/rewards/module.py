@@ -11,10 +11,11 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from cv_lightning.images import area
 from cv_lightning.rewards.answer import AnswerScore, is_copied, rule_score
 from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.format import check_format, check_turns
-from cv_lightning.rewards.geometry import Frame, best_iou, crop_credit, parse_box
+from cv_lightning.rewards.geometry import Frame, crop_credit
 from cv_lightning.rewards.markup import final_answer
 from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, Attempt, group_components
@@ -217,12 +218,10 @@ class RewardModule:
                 return step_use(trajectory, expected)
 
     def _crop_worth(self, task: Task, use: Use) -> float:
-        truth = parse_box(task.box)
+        truth = task.box
         if truth is None or not use.boxes:
             return 0.0
-        if self.config.recipe.crop_frame == "call":
-            return best_iou(use.boxes, truth)
-        frame = Frame(*task.images[0].size)
+        frame = Frame(*task.images[0].size)  # of `credit: ran` the boxes are in other frames, and it is not looked at
         return max(crop_credit(box, truth, frame, self.config.recipe.crop_credit) for box in use.boxes)
 
     def _count_verdict(self, trajectory: Trajectory, early: _Early | None) -> None:
@@ -295,7 +294,7 @@ async def _values(term: RewardTerm, group: AnsweredGroup) -> list[float | None]:
 def wanted_operations(task: Task) -> frozenset[str]:
     """E of a task; a crop is wanted only where there is a ground-truth box to compare it with (hazard 21)."""
     expected = expected_operations(task.required_transforms)
-    return expected if parse_box(task.box) is not None else expected - {"crop"}
+    return expected if task.box is not None and area(task.box) > 0 else expected - {"crop"}
 
 
 def _is_judgeable(task: Task, answer: str | None) -> bool:

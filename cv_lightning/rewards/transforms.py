@@ -6,9 +6,8 @@ changes a picture (contrast_up, grayscale, resize, ...) is optional. Pure functi
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cv_lightning.images import dihedral_affine, is_upright
@@ -75,38 +74,20 @@ MIN_FIDELITY = 0.8
 
 
 # ------------------------------------------------------------------------------------------------ what is wanted
-def expected_operations(required: object) -> frozenset[str]:
+def expected_operations(required: Iterable[str]) -> frozenset[str]:
     """Operations that a task wants: the inverse of everything that was done to its image.
 
     `rotate_n` becomes the rotation by 360 - n where that is 90, 180 or 270, and is left out otherwise; flips are
-    their own inverse; every other name stands for itself (design.md, "Reward"; golden/reward `expected_ops`).
-
-    Args:
-        required: names as a list, a mapping (names with the value None or False are absent), JSON text of either, one
-            name, or None.
+    their own inverse; every other name stands for itself.
     """
     wanted = set()
-    for name in _names(required):
+    for name in required:
         if name.startswith("rotate_"):
             inverse = _inverse_rotation(name)
             wanted |= {inverse} if inverse else set()
-        elif name:
+        else:
             wanted.add(name)
     return frozenset(wanted)
-
-
-def _names(required: object) -> list[str]:
-    if isinstance(required, str):
-        try:
-            decoded = json.loads(required)
-        except ValueError:
-            decoded = None
-        return _names(decoded) if isinstance(decoded, list | dict) else [required.strip()]
-    if isinstance(required, Mapping):
-        return [str(name).strip() for name, value in required.items() if value is not None and value is not False]
-    if isinstance(required, Iterable):
-        return [str(name).strip() for name in required if name is not None]
-    return []
 
 
 def _inverse_rotation(name: str) -> str | None:

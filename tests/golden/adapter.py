@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ def reward(case: Case) -> dict[str, Any]:
     """Components and totals of a group, by the recipe `reference` with the case's weights."""
     import yaml
 
+    from cv_lightning.images import iou
     from cv_lightning.rewards.config import RewardConfig
-    from cv_lightning.rewards.geometry import best_iou
     from cv_lightning.rewards.process import Attempt, group_components
     from cv_lightning.rewards.transforms import expected_operations
 
@@ -74,12 +75,18 @@ def reward(case: Case) -> dict[str, Any]:
         "spurious": params["gamma"],
     }
     config = RewardConfig(**(recipe | weights))
-    expected = expected_operations(given["required_transforms"])
+    expected = expected_operations(_names(given["required_transforms"]))
+    truth = _box(given["gt_bbox"])
+    crops = [
+        [iou(box, truth) for box in map(_box, rollout["crop_boxes"]) if box and truth] for rollout in given["rollouts"]
+    ]
     attempts = [
         Attempt(
             score=float(rollout["score"]),
             used=frozenset(rollout["used"]),
-            crop_credit=best_iou(rollout["crop_boxes"], given["gt_bbox"]),
+            crop_credit=max(
+                (iou(box, truth) for box in map(_box, rollout["crop_boxes"]) if box and truth), default=0.0
+            ),
             executions=rollout["exec_ok"] + rollout["exec_error"],
             format=rollout["format_reward"],
         )
@@ -96,6 +103,29 @@ def reward(case: Case) -> dict[str, Any]:
         for components in group_components(expected, attempts, config.recipe.rules)
     ]
     return {"expected_ops": sorted(expected), "rollouts": rollouts}
+
+
+def _names(required: object) -> list[str]:
+    """Names of a column: a list, a mapping (None and False are absent), JSON text of either, or one name."""
+    if isinstance(required, str):
+        try:
+            decoded = json.loads(required)
+        except ValueError:
+            decoded = None
+        return _names(decoded) if isinstance(decoded, list | dict) else [name for name in [required.strip()] if name]
+    if isinstance(required, dict):
+        required = [name for name, value in required.items() if value is not None and value is not False]
+    names = [str(name).strip() for name in required if name is not None] if isinstance(required, list) else []
+    return [name for name in names if name]
+
+
+def _box(value: object) -> tuple[float, float, float, float] | None:
+    """Four finite numbers with an area; None for anything else."""
+    try:
+        x1, y1, x2, y2 = (float(edge) for edge in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return None
+    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) and x1 < x2 and y1 < y2 else None
 
 
 def losses(case: Case) -> Any:
