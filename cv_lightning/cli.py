@@ -352,7 +352,7 @@ def _quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     if is_verbose():
         return
-    for name in ("httpx", "matplotlib", "DeepSpeed"):
+    for name in ("httpx2", "openai", "matplotlib", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ class EndpointConfig:
     max_attempts: int = 4
     """Failed tries per answer, the first one included. HTTP 429 is no failure: the server asks for a slower pace."""
     max_backoff_s: float = 20.0
-    """Longest wait between tries; a server's Retry-After is honoured up to this."""
+    """A server's Retry-After is honoured up to this; after other failures the openai library waits 0.5 to 8 s."""
     breaker_failures: int = 16
     """Failures in a row after which nothing is sent for `breaker_pause_s`."""
     breaker_pause_s: float = 10.0
@@ -88,3 +89,17 @@ class EndpointConfig:
                 raise ValueError(f"{self.flag}.{name} is {value}; it must be at least {at_least:g}")
             if above is not None and not value > above:
                 raise ValueError(f"{self.flag}.{name} is {value}; it must be above {above:g}")
+
+
+@dataclass(slots=True)
+class Spent:
+    """What an endpoint was asked for so far."""
+
+    requests: int = 0
+    retries: int = 0
+    failed: int = 0
+    """Answers that were given up."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+    """Of successful requests, the last ones."""

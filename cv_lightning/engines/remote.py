@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 
 from cv_lightning.background import Background
 from cv_lightning.endpoint.client import EndpointClient, is_local
@@ -153,10 +153,10 @@ class RemoteEngine(ABC):
         try:
             response.raise_for_status()
             return response.json()
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx2.HTTPError, ValueError) as error:
             raise EngineError(self._no_answer(url, error)) from error
 
-    def send(self, method: str, url: str) -> httpx.Response:
+    def send(self, method: str, url: str) -> httpx2.Response:
         """The server's response to a request without a body, whatever its status; sent once.
 
         Raises:
@@ -165,9 +165,9 @@ class RemoteEngine(ABC):
         key = self.client.key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            with httpx.Client(trust_env=not is_local(url), timeout=self.server.timeout_s, headers=headers) as http:
+            with httpx2.Client(trust_env=not is_local(url), timeout=self.server.timeout_s, headers=headers) as http:
                 return http.request(method, url)
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise EngineError(self._no_answer(url, error)) from error
 
     def _no_answer(self, url: str, error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 
 from cv_lightning.endpoint.messages import text_part
 from cv_lightning.engines.base import Completion, EngineConfig, Request
@@ -41,7 +41,7 @@ class ServerEngine(RemoteEngine):
         """
         super().__init__(config, processor)
         self.by_tokens = self.server.api == "tokens"
-        self.generate_url = str(httpx.URL(self.server.base_url).join("/inference/v1/generate"))
+        self.generate_url = str(httpx2.URL(self.server.base_url).join("/inference/v1/generate"))
         try:
             self._check_model()
         except EngineError:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import httpx2
 import torch
 
 from cv_lightning.engines.base import Completion, EngineConfig, Request, check_idle, check_weights
@@ -59,7 +59,7 @@ class SGLangEngine(RemoteEngine):
         self.model, self.processor = model, processor
         self.expected = _weight_names(model)
         self.folder = Path(self.server.weights_folder).absolute()
-        self.root = httpx.URL(self.server.base_url)
+        self.root = httpx2.URL(self.server.base_url)
         self.sleeps = config.sleep == "always"
         self.asleep = False
         self.served_version = ""

@@ -67,7 +67,7 @@ class RewardModule:
         self._failures: deque[bool] = deque(maxlen=self.config.judge.failure_window if self.config.judge else 1)
         self._last_failure = ""
         if self.config.judge is not None:
-            from cv_lightning.rewards.judge import Judge  # httpx and diskcache are not needed without a judge
+            from cv_lightning.rewards.judge import Judge  # openai and diskcache are not needed without a judge
 
             self.judge = Judge(self.config.judge)
         self._symbolic = SymbolicComparer() if self.config.mathematics else None

@@ -229,6 +229,16 @@ def test_a_refused_request_is_not_repeated_and_the_key_stays_secret(
     assert "sk-very-secret" not in str(caught.value) + caplog.text + repr(config)
 
 
+def test_nothing_of_an_openai_account_reaches_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "of-the-account")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with JudgeServer() as server:
+        assert ask_all(config_of(server), pairs(1))[0] == [1.0]
+    head = server.headers[0].lower()
+    assert "of-the-account" not in head and "authorization" not in head and "x-stainless" not in head
+
+
 @pytest.mark.parametrize(
     ("unknown", "said", "instead"),
     [

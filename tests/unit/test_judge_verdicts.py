@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from judge_replies import REPLIES
 
-from cv_lightning.endpoint.client import retry_after
+from cv_lightning.endpoint.paced import retry_after
 from cv_lightning.rewards.judge.prompts import MAX_FIELD_CHARS, SHIPPED, load_prompt
 from cv_lightning.rewards.judge.verdict import parse_verdict, read_verdict
 

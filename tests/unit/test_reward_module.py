@@ -285,7 +285,7 @@ def test_paper_pays_order_and_binary_penalties() -> None:
 
 
 def test_importing_rewards_is_light() -> None:
-    heavy = "{'torch', 'lightning', 'vllm', 'httpx', 'transformers', 'sympy'}"
+    heavy = "{'torch', 'lightning', 'vllm', 'httpx2', 'openai', 'transformers', 'sympy'}"
     code = f"import sys, cv_lightning.rewards; print(sorted({heavy} & set(sys.modules)))"
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parents[1], check=True

@@ -6,7 +6,8 @@ import asyncio
 import math
 from dataclasses import dataclass
 
-from cv_lightning.endpoint.client import EndpointClient, Spent
+from cv_lightning.endpoint.client import EndpointClient
+from cv_lightning.endpoint.config import Spent
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.cache import VerdictCache, cache_key
 from cv_lightning.rewards.judge.prompts import load_prompt
