@@ -21,7 +21,7 @@ from cv_lightning.digits.quickstart import MODELS
 from cv_lightning.digits.tiny import Family
 
 ROOT = Path(__file__).parents[2]
-KEEP_ALL = ["--trainer.callbacks.init_args.store", "{share: 1.0, tokens: true}"]
+KEEP_ALL = ["--rollout.store", "{share: 1.0, tokens: true}"]
 SETTINGS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
 
 
