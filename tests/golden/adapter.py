@@ -77,9 +77,6 @@ def reward(case: Case) -> dict[str, Any]:
     config = RewardConfig(**(recipe | weights))
     expected = expected_operations(_names(given["required_transforms"]))
     truth = _box(given["gt_bbox"])
-    crops = [
-        [iou(box, truth) for box in map(_box, rollout["crop_boxes"]) if box and truth] for rollout in given["rollouts"]
-    ]
     attempts = [
         Attempt(
             score=float(rollout["score"]),
