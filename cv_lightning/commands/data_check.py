@@ -70,9 +70,7 @@ def check(
         _write_json(json, report)
     sys.stdout.write(summary(report) + "\n")
     if page:
-        from cv_lightning.factory.page import write_page
-
-        write_page(page, report)
+        _write_page(page, report, config.reader)
         sys.stdout.write(f"page: {page.resolve().as_uri()}\n")
     return 0 if report["ok"] else 1
 
@@ -82,6 +80,14 @@ def main(argv: list[str]) -> int:
     words = next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
     given = [*(["--files", *argv[:words]] if words else []), *argv[words:]]
     return run_verb(check, given, prog="cv_lightning data check", as_positional=False)
+
+
+def _write_page(path: Path, report: dict[str, Any], reader: ReaderConfig) -> None:
+    from cv_lightning.factory.check_facts import images_of_row
+    from cv_lightning.viewer.check_page import write_check_page
+
+    kinds = {file["path"]: file["kind"] for file in report["files"]}
+    write_check_page(path, report, lambda file, row: images_of_row(Path(file), kinds[file], row, reader))
 
 
 def _write_json(path: Path, report: dict[str, Any]) -> None:

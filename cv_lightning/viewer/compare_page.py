@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-
 from cv_lightning.evaluation.compare import Comparison, comparison_tables, differences, flips
 from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.statistics import Difference
@@ -18,9 +16,9 @@ from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
 from cv_lightning.types import DataError, Turn
 from cv_lightning.viewer.gallery import thumbnail
 from cv_lightning.viewer.highlight import highlight
+from cv_lightning.viewer.pages import environment, style
 
 LOG = logging.getLogger(__name__)
-TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL_PX = 224
 CALL = "<tool_call>"
 MAX_TEXT = 4000
@@ -45,9 +43,6 @@ def render(
     found: Comparison, first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord], max_flips: int
 ) -> str:
     """The page as HTML, pictures inside, no script. Texts of models and data are escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     sections = []
     for title, names in (("Right in B only", found.gained), ("Right in A only", found.lost)):
         shown = flips(_spread(names, max_flips), found.matching, first, second)
@@ -56,8 +51,16 @@ def render(
     tables = comparison_tables(found)
     drawn = iter(spans([part.score for parts in differences(found).values() for part in parts.values()]))
     drawings = [[next(drawn) for _ in parts] for parts in differences(found).values()]
-    return environment.get_template("compare.html.jinja").render(
-        found=found, differences=zip(tables, drawings, strict=False), sides=tables[-1], sections=sections
+    return (
+        environment()
+        .get_template("compare.html.jinja")
+        .render(
+            style=style(),
+            found=found,
+            differences=zip(tables, drawings, strict=False),
+            sides=tables[-1],
+            sections=sections,
+        )
     )
 
 

@@ -32,9 +32,9 @@ from cv_lightning.trajectory.store import LINES, finite
 from cv_lightning.viewer import content
 from cv_lightning.viewer.content import EvaluatedStore, RunSections
 from cv_lightning.viewer.gallery import Gallery, GroupSampler, relative_folder
+from cv_lightning.viewer.pages import TEMPLATES, environment, style
 
 LOG = logging.getLogger(__name__)
-TEMPLATES = Path(__file__).parent / "templates"
 NONE = "\N{EN DASH}"
 """Stands where nothing was measured, and between the ends of an interval."""
 SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "examples.js", "live.js", "start.js")
@@ -232,7 +232,7 @@ class Report:
 
     def html(self) -> str:
         """The whole page."""
-        style = (TEMPLATES / "report.css").read_text()
+        sheet = style()
         script = '"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS)
         run, gallery = self.run, self.gallery
         return (
@@ -242,9 +242,9 @@ class Report:
                 run=run,
                 name=run.folder.resolve().name,
                 version=__version__,
-                style=Markup(style),
+                style=sheet,
                 script=Markup(script),
-                policy=_policy(style, script, "connect-src 'self'; " if self.is_live else ""),
+                policy=_policy(sheet, script, "connect-src 'self'; " if self.is_live else ""),
                 data=self.data,
                 images=gallery.images,
                 gallery=gallery,
@@ -282,18 +282,12 @@ def _read_stores(stores: Sequence[Store], most: int, cache: StoreCache) -> dict[
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["rate"] = _rate
-    environment.filters["count"] = "{:,}".format
-    environment.filters["share"] = lambda value: NONE if value != value else f"{value:.3f}"
-    environment.filters["mean"] = lambda value: NONE if value != value else f"{value:.2f}"
-    return environment
+    templates = environment()
+    templates.filters["rate"] = _rate
+    templates.filters["count"] = "{:,}".format
+    templates.filters["share"] = lambda value: NONE if value != value else f"{value:.3f}"
+    templates.filters["mean"] = lambda value: NONE if value != value else f"{value:.2f}"
+    return templates
 
 
 def _rate(value: Rate | None) -> Markup:

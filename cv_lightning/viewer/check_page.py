@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from PIL import Image
 
-from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.factory.check_facts import FileKind, images_of_row
 from cv_lightning.files import write_text
+from cv_lightning.viewer.gallery import thumbnail
+from cv_lightning.viewer.pages import environment, style
 
-TEMPLATES = Path(__file__).with_name("templates")
 THUMBNAIL_PX = 128
 MAX_PICTURES = 80
 """Embedded at most."""
 CHART_WIDTH, CHART_HEIGHT = 400, 90
 
 
-def write_page(path: Path, report: Mapping[str, Any]) -> None:
+def write_check_page(
+    path: Path, report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]
+) -> None:
     """Write the page.
 
     Args:
         path: file to write.
         report: of `check_files`.
+        images_of: The images of a row, by file and number.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"bars": _bars, "name": lambda p: Path(p).name, "place": _place, "whole": _whole}
+    templates = environment().overlay(undefined=jinja2.Undefined)  # parts of the report may be missing
+    templates.filters |= {"bars": _bars, "name": lambda p: Path(p).name, "place": _place, "whole": _whole}
     names = [Path(file["path"]).name for file in report["files"]]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    page = environment.get_template("check.html.jinja").render(report=report, title=title, pictures=_pictures(report))
+    page = templates.get_template("check.html.jinja").render(
+        report=report, title=title, pictures=_pictures(report, images_of), style=style()
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
 
@@ -64,17 +64,15 @@ def _bars(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-def _pictures(report: Mapping[str, Any]) -> dict[str, str]:
-    """Place to a small picture as a data URI."""
-    kinds: dict[str, FileKind] = {file["path"]: file["kind"] for file in report["files"]}
-    reader = ReaderConfig(bbox_frame=report["settings"]["bbox_frame"], image_folder=report["settings"]["image_folder"])
+def _pictures(report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]) -> dict[str, str]:
+    """Place to a small image as a data URI."""
     pictures: dict[str, str] = {}
     for place in _places(report["copies"]):
         if len(pictures) >= MAX_PICTURES:
             break
         if _place(place) not in pictures:
-            images = images_of_row(Path(place["path"]), kinds[place["path"]], int(place["row"]), reader)
-            pictures[_place(place)] = _data_uri(images[int(place["image"])])
+            images = images_of(place["path"], int(place["row"]))
+            pictures[_place(place)] = thumbnail(images[int(place["image"])], THUMBNAIL_PX)
     return pictures
 
 
@@ -85,11 +83,3 @@ def _places(copies: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     for part, sides in (("leakage", ("held_out", "train")), ("near_copies", ("image", "like"))):
         for pair in copies[part]["pairs"][:60]:
             yield from (pair[side] for side in sides)
-
-
-def _data_uri(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
