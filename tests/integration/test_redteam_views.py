@@ -297,7 +297,7 @@ def test_redteam_generators_are_seeded_and_of_many_kinds() -> None:
 @pytest.mark.slow
 def test_redteam_two_thousand_attacks_and_honest_programs(sandbox: Sandbox) -> None:
     """The bars, with a seed that no threshold was chosen by."""
-    attacks, honest = (trial(sandbox, 20261130, range(2000)) for trial in (attack_trial, honest_trial))
+    attacks, honest = (trial(sandbox, 20261217, range(2000)) for trial in (attack_trial, honest_trial))
     assert attacks.illegible == []
     assert attacks.lost_accuracy <= 0.05
     assert len(honest.unpaid) <= 0.005 * honest.programs, honest.unpaid
