@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 from PIL import Image
@@ -212,9 +212,7 @@ class TaskDataModule(EvaluationDataModule):
 
     Args:
         digits: the embedded scenes.
-        reader: how files are read.
         train_files: Parquet files to train on instead of digits.
-        eval_files: files that `validate` and `test` go through instead of digits, in the format that `reader` names.
         num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
         tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
         oversample: above 1: dynamic sampling (DAPO, 2503.14476). An iteration brings so many times its tasks, and
@@ -223,33 +221,23 @@ class TaskDataModule(EvaluationDataModule):
             `tasks_per_iteration`. For debugging: a policy that cannot learn one group learns nothing.
         curriculum: mix of the kinds of digit scenes over the run (from easy to hard: Kimi k1.5, 2501.12599), instead
             of `digits.kind_shares`; empty: that mix throughout.
-        val_tasks: held-out scenes of each kind in a validation; none: no validation.
-        test_tasks: held-out scenes of each kind in a test.
-        tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
-        corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
-        probe: ask of the pictures of `validate` and `test` only which way they were turned.
         seed: order of the rows of files (scenes have their own seed).
+        evaluation: arguments of `EvaluationDataModule`.
     """
 
     def __init__(
         self,
         digits: DigitsConfig | None = None,
-        reader: ReaderConfig | None = None,
         train_files: list[str] | None = None,
-        eval_files: list[str] | None = None,
         num_iterations: int = 100,
         tasks_per_iteration: int = 16,
         oversample: float = 1.0,
         overfit_tasks: int = 0,
         curriculum: list[CurriculumPoint] | None = None,
-        val_tasks: dict[str, int] | None = None,
-        test_tasks: dict[str, int] | None = None,
-        tasks_per_eval_batch: int = 1024,
-        corruptions: CorruptionConfig | None = None,
-        probe: ProbeConfig | None = None,
         seed: int = 0,
+        **evaluation: Any,
     ) -> None:
-        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions, probe)
+        super().__init__(digits, **evaluation)
         if num_iterations < 1 or tasks_per_iteration < 1:
             raise ValueError(
                 f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
@@ -309,42 +297,30 @@ class SFTDataModule(EvaluationDataModule):
     Args:
         digits: the embedded scenes.
         demonstrations: in which scenes the tool is used.
-        reader: how files are read.
         sandbox: runs the snippets of the demonstrations.
         train_files: JSON files of conversations to train on instead of digits; they have no warm-up.
-        eval_files: files that `validate` and `test` go through instead of digits, in the format that `reader` names.
         num_steps: optimizer steps of the whole run; set `trainer.max_epochs: 1`.
         conversations_per_step: of all ranks; a multiple of their number.
         warm_up_share: share of the steps, at the start, that show single turns only.
         warm_up_conversations_per_step: of all ranks, in the warm-up.
-        val_tasks: held-out scenes of each kind in a validation; none: no validation.
-        test_tasks: held-out scenes of each kind in a test.
-        tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
-        corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
-        probe: ask of the pictures of `validate` and `test` only which way they were turned.
         seed: order of the rows of files (scenes have their own seed).
+        evaluation: arguments of `EvaluationDataModule`.
     """
 
     def __init__(
         self,
         digits: DigitsConfig | None = None,
         demonstrations: DemonstrationConfig | None = None,
-        reader: ReaderConfig | None = None,
         sandbox: SandboxConfig | None = None,
         train_files: list[str] | None = None,
-        eval_files: list[str] | None = None,
         num_steps: int = 400,
         conversations_per_step: int = 32,
         warm_up_share: float = 0.35,
         warm_up_conversations_per_step: int = 64,
-        val_tasks: dict[str, int] | None = None,
-        test_tasks: dict[str, int] | None = None,
-        tasks_per_eval_batch: int = 1024,
-        corruptions: CorruptionConfig | None = None,
-        probe: ProbeConfig | None = None,
         seed: int = 0,
+        **evaluation: Any,
     ) -> None:
-        super().__init__(digits, reader, eval_files, val_tasks, test_tasks, tasks_per_eval_batch, corruptions, probe)
+        super().__init__(digits, **evaluation)
         if min(num_steps, conversations_per_step, warm_up_conversations_per_step) < 1 or not 0 <= warm_up_share <= 1:
             raise ValueError(
                 f"--data.num_steps {num_steps}, --data.conversations_per_step {conversations_per_step} and "
