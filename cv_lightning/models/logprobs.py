@@ -94,14 +94,15 @@ def packed_logprobs(
             spread = normaliser - (torch.softmax(logits, -1) * logits).sum(-1)
         return chosen, spread
 
-    def all_chunks(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def all_chunks(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         chunks = []
         for states, chosen in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
             if torch.is_grad_enabled() and hidden.shape[0] > chunk_tokens:
                 chunks.append(checkpoint(one_chunk, head, states, chosen, use_reentrant=False))
             else:
                 chunks.append(one_chunk(head, states, chosen))
-        return torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])
+        # One tensor: ZeRO-3 hooks each output's backward, and ranks would differ in which of two outputs has one.
+        return torch.stack([torch.cat([chunk[0] for chunk in chunks]), torch.cat([chunk[1] for chunk in chunks])])
 
     head = model.get_output_embeddings()
     whole = head(hidden, inside=all_chunks) if isinstance(head, OneCallHead) else all_chunks(head, hidden)
