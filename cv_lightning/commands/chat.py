@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from cv_lightning.types import CheckpointError, CVLightningError
 prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
-from cv_lightning.command_line import short_parser  # noqa: E402
+from cv_lightning.command_line import short_parser, spelled_out  # noqa: E402
 from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
@@ -136,14 +135,12 @@ def parse(arguments: list[str]) -> ChatOptions:
     parser = short_parser(prog="cv_lightning chat", description=ChatOptions.__doc__)
     parser.add_argument("--config", action="config", help="file with any of the arguments below")
     parser.add_class_arguments(ChatOptions, as_group=False, sub_configs=True)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--model", "--ckpt"):
-        first.add_argument(name)
-    where, _ = first.parse_known_args(arguments)
-    if given := where.model or where.ckpt:
-        _set_defaults(parser, Path(given))
-    switches = {"--save": "--save=true", "--inline": "--inline=true", "--web": "--web=true"}
-    built = parser.instantiate(parser.parse_args([switches.get(word, word) for word in arguments]))
+    words = spelled_out(arguments, ChatOptions)
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        flag, _, value = word.partition("=")
+        if flag in ("--model", "--ckpt") and (given := value or following):
+            _set_defaults(parser, Path(given))
+    built = parser.instantiate(parser.parse_args(words))
     return ChatOptions(**{name: getattr(built, name) for name in ChatOptions.__dataclass_fields__})
 
 
