@@ -13,6 +13,7 @@ from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskD
 from cv_lightning.data.rows import expand_files
 from cv_lightning.models.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.strategies import PRECISIONS, ZeroStrategy
 from cv_lightning.types import CVLightningError
 
@@ -28,6 +29,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
     rollout = _rollout(trainer)
     if isinstance(module, PolicyModule):
         check_types(trainer, module.policy_config.dtype, trains=True)
+    if isinstance(module, GRPOModule) and isinstance(data, TaskDataModule) and data.overfit_tasks:
+        _check_overfit(module)
     if isinstance(data, EvaluationDataModule):
         data.check_ranks(trainer.world_size)
         if type(data) in (TaskDataModule, SFTDataModule) and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
@@ -101,6 +104,14 @@ def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
 def _rollout(trainer: pl.Trainer) -> RolloutCallback | None:
     found = [callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback)]  # type: ignore[attr-defined]
     return found[-1] if found else None
+
+
+def _check_overfit(module: GRPOModule) -> None:
+    if module.algorithm.dynamic_sampling.max_oversample > 1:
+        raise CVLightningError(
+            "--data.init_args.overfit_tasks brings the same tasks in every iteration and stands alone: leave out "
+            "--model.init_args.algorithm.dynamic_sampling"
+        )
 
 
 def _check_files(data: EvaluationDataModule, train_files: list[str]) -> None:

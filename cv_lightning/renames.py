@@ -16,6 +16,15 @@ from typing import Any
 
 FILE = Path(__file__).with_name("renames.json")
 CALLBACKS = "trainer.callbacks"
+MODULE = "model.init_args"
+ALGORITHM = f"{MODULE}.algorithm"
+PUBLISHED_CLIPS: dict[Any, dict[str, float]] = {
+    "ppo_clip": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": float("inf")},
+    "cispo": {"clip_low": 1.0, "clip_high": 4.0},
+    "dppo": {"clip_low": 0.15, "clip_high": 0.15, "ratio_cap": 20.0},
+}
+"""What null stood for when the loss was a setting."""
 STORED = ("fit_config.yaml", "validate_config.yaml", "test_config.yaml")
 """Names of the files in which a run keeps its resolved config."""
 
@@ -75,6 +84,7 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         if old not in moved and _has(migrated, place):
             _put(migrated, new_key(old), _take(migrated, place))
             changes[old] = new_key(old)
+    _complete_algorithm(migrated, changes)
     return migrated, changes | {old: table_of_keys[old] for old in moved}
 
 
@@ -97,6 +107,30 @@ def _drop_implied(value: Any) -> dict[str, str]:
     return changes
 
 
+def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a checkpoint has stored, under the names of today.
+
+    Args:
+        settings: Values by dotted name, as `settings_of` tells them.
+    """
+    found = {new_key(name): value for name, value in settings.items()}
+    for key, rule in table("implied").items():
+        for name in [name for name in found if f".{name}".endswith(f".{key}")]:
+            for other, follows in rule.items():
+                given = found.get(f"{name.rpartition('.')[0]}.{other}", next(iter(follows)))
+                if found[name] == follows.get(given):
+                    del found[name]
+    for part in (f"{ALGORITHM}.loss", f"{ALGORITHM}.advantage"):
+        if found.get(f"{part}.class_path") in table("class_paths"):
+            arguments = f"{part}.init_args."
+            own = {name.removeprefix(arguments): found.pop(name) for name in list(found) if name.startswith(arguments)}
+            spec = {"class_path": found[f"{part}.class_path"], "init_args": own}
+            _name_class(spec)
+            found[f"{part}.class_path"] = spec["class_path"]
+            found |= {f"{arguments}{name}": value for name, value in spec.get("init_args", {}).items()}
+    return found
+
+
 def _migrate_class_paths(value: Any) -> dict[str, str]:
     changes: dict[str, str] = {}
     if isinstance(value, dict):
@@ -116,9 +150,11 @@ def _migrate_callbacks(config: dict[str, Any]) -> list[str]:
     """
     moved: list[str] = []
     trainer = config.get("trainer")
+    if not isinstance(trainer, dict):
+        return moved
     for name in ("callbacks", "callbacks+"):
-        listed = trainer.get(name) if isinstance(trainer, dict) else None
-        if not isinstance(trainer, dict) or not isinstance(listed, list):
+        listed = trainer.get(name)
+        if not isinstance(listed, list):
             continue
         kept = []
         for entry in listed:
@@ -137,6 +173,58 @@ def _migrate_callbacks(config: dict[str, Any]) -> list[str]:
         elif len(kept) < len(listed):
             del trainer[name]
     return moved
+
+
+def _complete_algorithm(config: dict[str, Any], changes: Mapping[str, str]) -> None:
+    """Finish what moved into `algorithm`: policy loss and advantages were settings once, and are classes.
+
+    Args:
+        config: Its keys have moved; changed in place.
+        changes: Old keys to new ones.
+    """
+    for emptied in (f"{MODULE}.loss", "rollout.advantage"):
+        if _has(config, emptied) and not _get(config, emptied):
+            _take(config, emptied)
+    if not any(new.startswith(ALGORITHM) for new in changes.values()):
+        return
+    whole = "class_path" in config["model"]
+    if whole and str(config["model"]["class_path"]).endswith("SFTModule"):
+        _take(config, ALGORITHM)  # a config of SFT named defaults of what RL reads
+        return
+    algorithm = _get(config, ALGORITHM)
+    for part, default in (("loss", "ppo_clip"), ("advantage", "grpo")):
+        spec = algorithm.get(part)
+        if isinstance(spec, dict):
+            if whole:
+                spec.setdefault("class_path", default)
+            _name_class(spec)
+    for name in [name for name, value in algorithm.items() if value is None and name != "tis_clip"]:
+        del algorithm[name]
+
+
+def _name_class(spec: dict[str, Any]) -> None:
+    """Name the class of a loss or of advantages by its path, with the arguments that it has."""
+    given = spec.get("class_path")
+    if given is not None:
+        spec["class_path"] = new_class_path(given)
+    arguments = spec.setdefault("init_args", {})
+    if given == "dppo" and "dual_clip" in arguments:
+        arguments["ratio_cap"] = arguments.pop("dual_clip")
+    if given in ("grpo_no_std", "rloo"):  # which never read it
+        arguments.pop("epsilon", None)
+    for name in [name for name, value in arguments.items() if value is None]:
+        if name in PUBLISHED_CLIPS.get(given, {}):
+            arguments[name] = PUBLISHED_CLIPS[given][name]
+        else:
+            del arguments[name]
+    if not arguments:
+        del spec["init_args"]
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def _has(config: Any, key: str) -> bool:

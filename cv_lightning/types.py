@@ -402,12 +402,12 @@ class Iteration:
     Args:
         index: of the iteration, from 0.
         tasks: of this rank.
-        wanted: groups whose rewards differ that this rank is to train on, where `tasks` has some to spare (dynamic
+        num_groups: groups whose rewards differ that this rank is to train on, where `tasks` has some to spare (dynamic
             sampling); None: roll out every task and train on whatever comes.
     """
 
-    def __init__(self, index: int, tasks: list[Task], wanted: int | None = None) -> None:
+    def __init__(self, index: int, tasks: list[Task], num_groups: int | None = None) -> None:
         self.index = index
         self.tasks = tasks
-        self.wanted = wanted
+        self.num_groups = num_groups
         self.groups: list[Group] = []

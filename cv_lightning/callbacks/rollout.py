@@ -32,14 +32,13 @@ from cv_lightning.evaluation.metrics import summarise_outcomes
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.models.gather import whole_tensors
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.metrics import added, means, reward_sums
-from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.groups import MaskConfig
 from cv_lightning.rollout.collector import end_state_metric, merge_metrics, rollout_metrics
-from cv_lightning.rollout.dynamic_sampling import TaskQueue, refill
+from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups
 from cv_lightning.rollout.engine_group import EngineGroup, RankCollector
 from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator
 from cv_lightning.rollout.fingerprint import describe_rollouts
@@ -91,8 +90,6 @@ class RolloutCallback(pl.Callback):
         engine: the engine inside this process.
         sampling: temperature, top_p and run seed of training rollouts.
         reward: components and weights.
-        advantage: how rewards of a group become advantages.
-        mask: which trajectories are not learned from though they have a reward.
         sandbox: where model code runs.
         store: which trajectories are kept on disk.
         num_samples: trajectories per task in training.
@@ -110,8 +107,6 @@ class RolloutCallback(pl.Callback):
         engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         reward: RewardConfig = RewardConfig(),  # noqa: B008 (frozen)
-        advantage: AdvantageConfig = AdvantageConfig(),  # noqa: B008 (frozen)
-        mask: MaskConfig = MaskConfig(),  # noqa: B008 (frozen)
         sandbox: SandboxConfig = SandboxConfig(),  # noqa: B008 (frozen)
         store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
         num_samples: int = 8,
@@ -124,8 +119,6 @@ class RolloutCallback(pl.Callback):
         self.engine_config = _repeatable(engine, agent)
         self.sampling = sampling
         self.reward = reward
-        self.advantage = advantage
-        self.mask = mask
         self.sandbox_config = sandbox
         self.store = store
         self.num_samples = num_samples
@@ -309,23 +302,27 @@ class RolloutCallback(pl.Callback):
         Returns:
             Every group that was rolled out, and what only dynamic sampling has to say.
         """
+        if not isinstance(module, GRPOModule):
+            raise TypeError(f"RolloutCallback trains a GRPOModule, not {type(module).__name__}; change --model")
         collector = self.collector(trainer, module, self.agent, training=True)
 
         def roll_out(tasks: Sequence[Task]) -> list[Group]:
             return collector.roll_out(tasks, self.num_samples, self.sampling, module.iteration + 1, show)
 
-        if batch.wanted is None:
+        if batch.num_groups is None:
             batch.groups = roll_out(batch.tasks)
-            collector.assign(batch.groups)
+            module.assign_advantages(batch.groups)
             return batch.groups, {}
         limit = len(batch.tasks)
         self.queue.add(batch, trainer)
-        groups, rounds = refill(self.queue, batch.wanted, collector, roll_out, module.reduce_max)
-        batch.groups = [group for group in groups if collector.can_teach(group)]
+        found = module.has_reward_variance
+        groups, rounds = sample_groups(self.queue, batch.num_groups, roll_out, found, module.reduce_max)
+        module.assign_advantages(groups)
+        batch.groups = [group for group in groups if found(group)]
         dropped = self.queue.close_iteration(limit)
         return groups, {
-            "rollout/refill_rounds": float(rounds),
-            "rollout/groups_wanted_frac": len(batch.groups) / batch.wanted,
+            "rollout/sampling_rounds": float(rounds),
+            "rollout/groups_found_frac": len(batch.groups) / batch.num_groups,
             "rollout/tasks_waiting": float(len(self.queue.waiting)),
             "rollout/tasks_dropped": float(dropped),
         }
@@ -438,10 +435,6 @@ class RolloutCallback(pl.Callback):
         return RankCollector(
             rollout,
             parts.rewards,
-            self.advantage,
-            module.reduce_sum,
-            self.mask if training else MaskConfig(),
-            module.advantage_rewards if training else None,
             ranks=parts.ranks,
             watch=lambda name: Watchdog.at(trainer, name, waits=False),
             check_stop=signals.check if signals is not None else None,

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from cv_lightning.renames import new_key
+from cv_lightning.renames import migrate_settings
 from cv_lightning.settings import changed, flatten
 from cv_lightning.types import CheckpointError
 
@@ -63,7 +63,7 @@ def check_recipe(checkpoint: Path, classes: Mapping[str, str], settings: Mapping
         CheckpointError: it is of another module or other data.
     """
     stored = read_recipe(checkpoint)
-    before = {new_key(name): value for name, value in (stored.get("settings") or {}).items()}
+    before = migrate_settings(stored.get("settings") or {})
     found = _changes(before, settings)
     shown = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     if any(stored.get(part, name) != name for part, name in classes.items()):
@@ -89,4 +89,12 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         and name.partition(".")[0] in parts  # an earlier version stored no settings of this part
         and not any(name == part or name.startswith(f"{part}.") for part in unset)  # and of this one null for defaults
     ]
-    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if not name.endswith("class_path")]
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if not _is_same_class(name, old, new)]
+
+
+def _is_same_class(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """True for a class path, unless two differ in more than where the class is; module and data are compared before."""
+    paths = old.get(name), new.get(name)
+    if not name.endswith("class_path") or name in ("model.class_path", "data.class_path"):
+        return name.endswith("class_path")
+    return None in paths or len({str(path).rpartition(".")[2] for path in paths}) == 1

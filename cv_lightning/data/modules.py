@@ -26,6 +26,7 @@ from cv_lightning.data.sources import Rows, RowStream, Source, share_of_rank
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
 from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
+from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import CVLightningError, Iteration, SandboxResult, Task
 
@@ -214,9 +215,8 @@ class TaskDataModule(EvaluationDataModule):
         digits: the embedded scenes.
         train_files: Parquet files to train on instead of digits.
         num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
-        tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number.
-        oversample: above 1: dynamic sampling (DAPO, 2503.14476). An iteration brings so many times its tasks, and
-            they are rolled out in order until `tasks_per_iteration` groups have rewards that differ.
+        tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number. With
+            `model.algorithm.dynamic_sampling` it brings more, and this is the number of groups to train on.
         overfit_tasks: above 0: every iteration brings the same so many tasks, the first of the run, instead of
             `tasks_per_iteration`. For debugging: a policy that cannot learn one group learns nothing.
         curriculum: mix of the kinds of digit scenes over the run (from easy to hard: Kimi k1.5, 2501.12599), instead
@@ -231,7 +231,6 @@ class TaskDataModule(EvaluationDataModule):
         train_files: list[str] | None = None,
         num_iterations: int = 100,
         tasks_per_iteration: int = 16,
-        oversample: float = 1.0,
         overfit_tasks: int = 0,
         curriculum: list[CurriculumPoint] | None = None,
         seed: int = 0,
@@ -243,17 +242,14 @@ class TaskDataModule(EvaluationDataModule):
                 f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
                 "must be at least 1"
             )
-        if not oversample >= 1:
-            raise ValueError(f"--data.oversample {oversample} must be at least 1 (1: no dynamic sampling)")
-        self.oversample = oversample
         self.overfit_tasks = overfit_tasks
         self.curriculum = sorted(curriculum or [], key=lambda point: point.at)
         if self.curriculum and train_files:
             raise ValueError("--data.curriculum mixes kinds of digit scenes: it cannot be had with --data.train_files")
-        if overfit_tasks < 0 or (overfit_tasks and (oversample > 1 or curriculum)):
+        if overfit_tasks < 0 or (overfit_tasks and curriculum):
             raise ValueError(
-                f"--data.overfit_tasks {overfit_tasks} must be at least 0, and stands alone: no --data.oversample and "
-                "no --data.curriculum with it"
+                f"--data.overfit_tasks {overfit_tasks} must be at least 0, and stands alone: no --data.curriculum "
+                "with it"
             )
         self.train_files = train_files or []
         self.num_iterations = self.num_train_batches = num_iterations
@@ -273,17 +269,22 @@ class TaskDataModule(EvaluationDataModule):
         """One batch an RL iteration: this rank's share of its tasks."""
         rank, world_size = self._rank_and_world()
         self.check_ranks(world_size)
-        count, wanted = self.overfit_tasks or self.tasks_per_iteration, None
+        count, num_groups = self.overfit_tasks or self.tasks_per_iteration, None
         files = RowStream(task_files(self.train_files, self.reader), self.seed) if self.train_files else None
-        if self.oversample > 1:
-            count = math.ceil(self.oversample * count / world_size) * world_size
-            wanted = self.tasks_per_iteration // world_size
+        if (oversample := self._max_oversample()) > 1:
+            count = math.ceil(oversample * count / world_size) * world_size
+            num_groups = self.tasks_per_iteration // world_size
 
         def build(step: int) -> Iteration:
             source: Source[Task] = files or DigitTasks(self._digits_at(step))
-            return Iteration(step, source.batch(0 if self.overfit_tasks else step, count, rank, world_size), wanted)
+            return Iteration(step, source.batch(0 if self.overfit_tasks else step, count, rank, world_size), num_groups)
 
         return StepLoader(build, self.num_iterations)
+
+    def _max_oversample(self) -> float:
+        """How many times its tasks an iteration may try, as the module in training says; 1: no dynamic sampling."""
+        algorithm = getattr(self.trainer and self.trainer.lightning_module, "algorithm", None)
+        return algorithm.dynamic_sampling.max_oversample if isinstance(algorithm, AlgorithmConfig) else 1.0
 
     def _digits_at(self, step: int) -> DigitsConfig:
         if not self.curriculum:

@@ -95,12 +95,12 @@ def _rl(config: dict[str, Any]) -> list[str]:
         samples = rollout.get("num_samples", 8)
         sentences.append(
             f"GRPO: {data['num_iterations']} iterations of {data['tasks_per_iteration']} tasks with {samples} "
-            f"trajectories each, {model.get('num_minibatches', 1)} optimizer steps an iteration."
+            f"trajectories each, {_at(model, 'algorithm', 'num_minibatches') or 2} optimizer steps an iteration."
         )
     reward = rollout.get("reward")
     if isinstance(reward, dict):
         sentences.append(f"Reward: {reward_formula(reward)}.")
-    if (weight := _at(model, "loss", "kl_weight")) is not None:
+    if (weight := _at(model, "algorithm", "kl", "weight")) is not None:
         sentences.append(f"KL to the SFT model: weight {weight:g}." if weight else "No KL term to the SFT model.")
     return sentences
 

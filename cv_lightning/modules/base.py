@@ -253,14 +253,6 @@ class PolicyModule(pl.LightningModule):
         tokens = trajectory.token_ids.count(self.encoder.image_pad_id)
         return features == tokens and length == len(trajectory.loss_mask) == len(trajectory.logprobs)
 
-    def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """The rewards that advantages are computed from. Called on all ranks.
-
-        Args:
-            trajectories: scored ones, of this rank.
-        """
-        return [t.reward.total for t in trajectories if t.reward is not None]
-
     def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
         """Packed rows within the token budget; at least one, and equally many on every rank. Call it on all ranks."""
         assert self.policy is not None

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +16,12 @@ from cv_lightning.models.logprobs import Entropy, LogProbs
 from cv_lightning.models.lora import adapters_off
 from cv_lightning.models.packing import PackedBatch, pack_rows
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
-from cv_lightning.rl.groups import carries_signal, is_trainable
+from cv_lightning.rl.advantages import GRPO
+from cv_lightning.rl.algorithm import AlgorithmConfig
+from cv_lightning.rl.groups import assign_advantages, has_advantage, has_reward_variance, is_trainable
 from cv_lightning.rl.kl import rewards_with_kl
-from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
+from cv_lightning.rl.losses import TokenBatch
+from cv_lightning.rl.objective import total_loss
 from cv_lightning.types import Group, Iteration, Trajectory
 
 if TYPE_CHECKING:
@@ -28,14 +31,14 @@ REFERENCE = "reference."
 """Prefix of the reference policy's parameters, which no checkpoint holds."""
 
 TOKENS, PACKED_TOKENS = "trained_tokens", "packed_tokens"
-LOSSES = ("loss", "surrogate_loss")
+LOSSES = ("loss", "pg_loss")
 PER_STEP = (*LOSSES, "grad_norm", "skipped_steps", "trajectories", "unpackable")
-"""Metrics that are no means over the tokens trained on."""
+"""Metrics that are sums or means over steps; all others are means over the tokens trained on."""
 
 NOT_COMPARED = -1.0
 """A parity figure where no token was compared."""
-NO_NUMBER = 1e9
-"""A parity figure that is no number: finite, so that it stands out in curves and tables."""
+NOT_FINITE = 1e9
+"""Stands for a parity figure that is not finite, so that it shows in curves and tables."""
 PROBED = 8
 """Trajectories that are compared where none has a gradient."""
 
@@ -43,22 +46,15 @@ PROBED = 8
 class GRPOModule(PolicyModule):
     """Group-relative policy optimisation over packed trajectories.
 
-    One batch is one RL iteration. It takes `num_minibatches` optimizer steps, always (trap T51): each on an equal
-    share of the groups, normalised by the counts of all their scored trajectories over all ranks.
+    One batch is one RL iteration. It takes `algorithm.num_minibatches` optimizer steps, always: each on an equal share
+    of the groups, normalised by the counts of all their scored trajectories over all ranks.
 
     Args:
-        policy: which model, and how it is loaded.
+        policy: Which model, and how it is loaded.
         optimizer: AdamW and schedule.
-        max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-        loss: clipping, aggregation, KL and entropy.
-        num_minibatches: optimizer steps per iteration.
-        temperature: of the rollouts, for the log-probabilities; the same as `sampling.temperature`.
-        old_logprobs: what the ratio is taken against: the engine's log-probabilities, or one pass of the
-            trainer's before the first step, times a truncated importance weight to the engine (T53).
-        reference_path: Hugging Face folder of the reference policy; by default `policy.path`. Loaded only
-            where the KL weight is above 0, and not with LoRA, where the policy without its adapters is the reference.
-        reference_every: iterations from one KL penalty in the loss to the next. Between them the reference does not
-            run; where it does, the weight is multiplied by this (lazy regularisation, StyleGAN2, 1912.04958).
+        max_tokens_per_row: Token budget of one packed row, which is one micro-batch.
+        algorithm: Advantages, masks, policy loss, KL, entropy, mini-batches and dynamic sampling.
+        temperature: Of the rollouts, for the log-probabilities; the same as `sampling.temperature`.
     """
 
     trains_on_rollouts = True
@@ -68,39 +64,25 @@ class GRPOModule(PolicyModule):
         policy: PolicyConfig,
         optimizer: OptimizerConfig | None = None,
         max_tokens_per_row: int = 16384,
-        loss: PolicyLossConfig | None = None,
-        num_minibatches: int = 2,
+        algorithm: AlgorithmConfig = AlgorithmConfig(),  # noqa: B008 (frozen)
         temperature: float = 1.0,
-        old_logprobs: Literal["engine", "trainer"] = "engine",
-        reference_path: str | None = None,
-        reference_every: int = 1,
     ) -> None:
         super().__init__(policy, optimizer, max_tokens_per_row)
-        if num_minibatches < 1 or temperature <= 0:
-            raise ValueError("model.num_minibatches must be at least 1 and model.temperature above 0")
-        self.loss = loss or PolicyLossConfig()
-        if reference_every < 1 or (reference_every > 1 and not (self.loss.kl_weight and self.loss.kl_in == "loss")):
-            raise ValueError(
-                f"model.reference_every {reference_every}: at least 1, and 1 without a KL penalty in the loss "
-                "(model.loss.kl_weight above 0, model.loss.kl_in loss)"
-            )
-        if self.loss.importance_band is not None and old_logprobs == "engine":
-            raise ValueError(
-                "model.loss.importance_band masks by the engine's ratio: set model.old_logprobs to trainer"
-            )
-        self.num_minibatches = self.steps_per_batch = num_minibatches
+        if temperature <= 0:
+            raise ValueError(f"model.temperature must be above 0, not {temperature}")
+        self.algorithm = algorithm.resolved()
+        self.steps_per_batch = self.algorithm.num_minibatches
         self.temperature = temperature
-        self.old_logprobs = old_logprobs
-        self.reference_path = reference_path or policy.path
-        self.reference_every = reference_every
+        self.reference_path = self.algorithm.kl.reference_path or policy.path
         self._taken_off: list[float] = []
         """What KL penalties took off the rewards of this iteration's trajectories."""
         self.reference: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
-        """Load the policy and, for training with a KL penalty, the frozen reference (design decision 15)."""
+        """Load the policy and, for training with a KL penalty, the frozen reference."""
         super().configure_model()
-        if self.loss.needs_reference and self.reference is None and self.trainer.training and not self.is_own_reference:
+        wanted = self.algorithm.kl.weight > 0 and self.trainer.training and not self.is_own_reference
+        if wanted and self.reference is None:
             self.reference = load_policy(replace(self.policy_config, path=self.reference_path, lora=None))
             self.reference.requires_grad_(False)
 
@@ -132,9 +114,10 @@ class GRPOModule(PolicyModule):
         self._log_update(totals, parity, learning_rate, time.perf_counter() - start)
 
     def _share_out(self, groups: Sequence[Group], totals: defaultdict[str, float]) -> list[list[Trajectory]]:
-        """The scored trajectories of each mini-batch: as many groups each, those with signal spread first."""
-        ordered = sorted(groups, key=carries_signal, reverse=True)
-        shares = [ordered[first :: self.num_minibatches] for first in range(self.num_minibatches)]
+        """The scored trajectories of each mini-batch: as many groups each, those with an advantage spread first."""
+        ordered = sorted(groups, key=has_advantage, reverse=True)
+        count = self.algorithm.num_minibatches
+        shares = [ordered[first::count] for first in range(count)]
         scored = [[t for group in share for t in group.trajectories if is_trainable(t)] for share in shares]
         usable = [[t for t in share if self.can_pack(t)] for share in scored]
         totals["unpackable"] += sum(map(len, scored)) - sum(map(len, usable))
@@ -145,56 +128,65 @@ class GRPOModule(PolicyModule):
 
         The others are not computed but count in the normalisers, so that leaving them out changes nothing.
         """
-        loss = self.current_loss
-        regularised = (loss.kl_weight > 0 and loss.kl_in == "loss") or loss.entropy_weight > 0
+        regularised = self.kl_weight > 0 or self.algorithm.entropy_weight > 0
         return [t for t in scored if t.advantage or regularised]
 
     @property
-    def current_loss(self) -> PolicyLossConfig:
-        """Of the iteration under way: with or without its KL penalty, see `reference_every`."""
-        if self.reference_every == 1:
-            return self.loss
-        if self.iteration % self.reference_every:
-            return replace(self.loss, kl_weight=0.0, kl_importance=False)
-        return replace(self.loss, kl_weight=self.loss.kl_weight * self.reference_every)
+    def kl_weight(self) -> float:
+        """Weight of the KL penalty in the loss of the iteration under way."""
+        return self.algorithm.kl.weight_at(self.iteration)
 
-    # ------------------------------------------------------------------ KL in the reward
-    @torch.no_grad()
-    def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """The rewards that advantages are computed from, less the KL penalty where `kl_in` is `reward`.
+    # ------------------------------------------------------------------ advantages
+    def assign_advantages(self, groups: Sequence[Group]) -> None:
+        """Set the advantages of all groups of an iteration. Call it once, on every rank.
 
         Args:
-            trajectories: scored ones, of this rank.
+            groups: Scored ones, of this rank.
         """
-        rewards = super().advantage_rewards(trajectories)
-        if self.loss.kl_weight == 0 or self.loss.kl_in != "reward":
-            return rewards
+        estimator, mask = self.algorithm.advantage or GRPO(), self.algorithm.mask
+        assign_advantages(groups, estimator, mask, self.reduce_sum, self.advantage_rewards)
+
+    def has_reward_variance(self, group: Group) -> bool:
+        """True if rewards of the group differ and not all of its scored trajectories are masked."""
+        return has_reward_variance(group, self.algorithm.mask)
+
+    @torch.no_grad()
+    def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """The rewards that advantages are computed from, less the KL penalty where it is taken off them.
+
+        Args:
+            trajectories: Scored ones, of this rank.
+        """
+        totals = [t.reward.total for t in trajectories if t.reward is not None]
+        if not self.algorithm.kl.in_reward:
+            return totals
         assert self.policy is not None
+        rewards = list(totals)
         # the update leaves the others out, too: nothing sampled, such as an over-long prompt, or images missing
         counted = [n for n, t in enumerate(trajectories) if any(t.loss_mask) and self.can_pack(t)]
-        rows = self.train_rows([trajectories[number] for number in counted])
-        numbers = {id(row): number for row, number in zip(rows, counted, strict=True)}
-        for chunk in self.split_rows(rows):
+        sequences = self.train_rows([trajectories[number] for number in counted])
+        numbers = {id(sequence): number for sequence, number in zip(sequences, counted, strict=True)}
+        for chunk in self.split_rows(sequences):
             packed = pack_rows(chunk, self.policy.config)
             reference = self._reference_logprobs(packed).cpu()
-            own = [rewards[numbers[id(row)]] if id(row) in numbers else 0.0 for row in chunk]
-            penalised = rewards_with_kl(own, packed.engine_logprobs, reference, packed.row_index, self.loss)
-            for row, reward in zip(chunk, penalised, strict=True):
-                if id(row) in numbers:
-                    rewards[numbers[id(row)]] = float(reward)
-        given = super().advantage_rewards(trajectories)
-        self._taken_off += [given[number] - rewards[number] for number in counted]
+            own = [rewards[numbers[id(member)]] if id(member) in numbers else 0.0 for member in chunk]
+            kl = self.algorithm.kl
+            penalised = rewards_with_kl(own, packed.engine_logprobs, reference, packed.row_index, kl)
+            for member, reward in zip(chunk, penalised, strict=True):
+                if id(member) in numbers:
+                    rewards[numbers[id(member)]] = float(reward)
+        self._taken_off += [totals[number] - rewards[number] for number in counted]
         return rewards
 
     # ------------------------------------------------------------------ log-probabilities that stay fixed
     @torch.no_grad()
     def _attach_fixed(self, micro_batches: Sequence[PackedBatch]) -> None:
         """Log-probabilities of the reference and, where asked for, of the policy before its first step."""
-        penalised = self.current_loss.kl_weight > 0 and self.loss.kl_in == "loss"
+        algorithm = self.algorithm
         for micro_batch in micro_batches:
-            if penalised:
+            if self.kl_weight > 0:
                 micro_batch.reference_logprobs = self._reference_logprobs(micro_batch)
-            if self.old_logprobs == "trainer" and self.num_minibatches > 1:
+            if algorithm.old_logprobs == "trainer" and algorithm.num_minibatches > 1:
                 micro_batch.old_logprobs = self._logprobs(micro_batch).logprobs
 
     def _reference_logprobs(self, micro_batch: PackedBatch) -> torch.Tensor:
@@ -226,15 +218,15 @@ class GRPOModule(PolicyModule):
             Largest difference between engine and trainer log-probabilities that it met on this rank, or NOT_COMPARED.
         """
         counts = [float(sum(sum(t.loss_mask) for t in scored)), float(len(scored))]
-        num_tokens, num_rows = self.reduce_sum(counts)
-        entropy: Entropy = "gradient" if self.loss.entropy_weight > 0 else "value"
-        config = self.current_loss
+        num_tokens, num_sequences = self.reduce_sum(counts)
+        entropy: Entropy = "gradient" if self.algorithm.entropy_weight > 0 else "value"
+        kl_weight = self.kl_weight
         gaps, shares = [NOT_COMPARED], []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
             computed = self._logprobs(micro_batch, entropy=entropy)
-            inputs = self._loss_inputs(micro_batch, computed, max(num_tokens, 1.0), max(num_rows, 1.0))
-            value, metrics = policy_loss(inputs, config)
+            tokens = self._tokens(micro_batch, computed, max(num_tokens, 1.0), max(num_sequences, 1.0))
+            value, metrics = total_loss(tokens, self.algorithm, kl_weight)
             shares.append(metrics)
             gaps.append(_largest_gap(computed.logprobs.detach(), micro_batch))
             return value
@@ -242,33 +234,33 @@ class GRPOModule(PolicyModule):
         step = self.accumulate_and_step(micro_batches, loss)
         for metrics in shares:
             for name, share in metrics.items():
-                totals[name] += float(share) * (1 / self.num_minibatches if name in LOSSES else num_tokens)
-        totals["grad_norm"] += step.grad_norm / self.num_minibatches / self.trainer.world_size
+                totals[name] += float(share) * (1 / self.steps_per_batch if name in LOSSES else num_tokens)
+        totals["grad_norm"] += step.grad_norm / self.steps_per_batch / self.trainer.world_size
         totals["skipped_steps"] += step.skipped / self.trainer.world_size
         totals["trajectories"] += sum(m.num_trained for m in micro_batches)
         totals[TOKENS] += sum(m.num_loss_tokens for m in micro_batches)
         totals[PACKED_TOKENS] += sum(m.input_ids.numel() for m in micro_batches)
         return max(gaps)
 
-    def _loss_inputs(
-        self, micro_batch: PackedBatch, computed: LogProbs, num_tokens: float, num_rows: float
-    ) -> LossInputs:
-        device = self.device
-        engine = micro_batch.engine_logprobs.to(device)
-        old: torch.Tensor = engine
-        if self.old_logprobs == "trainer":
+    def _tokens(
+        self, micro_batch: PackedBatch, computed: LogProbs, num_tokens: float, num_sequences: float
+    ) -> TokenBatch:
+        device, of_trainer = self.device, self.algorithm.old_logprobs == "trainer"
+        rollout = micro_batch.engine_logprobs.to(device)
+        old = rollout
+        if of_trainer:
             before = micro_batch.old_logprobs
             old = computed.logprobs.detach() if before is None else before.to(device)
         reference = micro_batch.reference_logprobs
-        return LossInputs(
+        return TokenBatch(
             logprobs=computed.logprobs,
-            old=old,
+            old_logprobs=old,
             advantages=micro_batch.advantages.to(device),
-            row_index=micro_batch.row_index.to(device),
+            sequence_index=micro_batch.row_index.to(device),
             num_tokens=num_tokens,
-            num_rows=num_rows,
-            engine=engine if self.old_logprobs == "trainer" else None,
-            reference=None if reference is None else reference.to(device),
+            num_sequences=num_sequences,
+            rollout_logprobs=rollout if of_trainer else None,
+            reference_logprobs=None if reference is None else reference.to(device),
             entropy=computed.entropy,
         )
 
@@ -280,7 +272,7 @@ class GRPOModule(PolicyModule):
         metrics = {
             f"policy/{name}": value if name in PER_STEP else value / max(tokens, 1.0) for name, value in sums.items()
         }
-        if self.loss.kl_weight > 0 and self.loss.kl_in == "reward":
+        if self.algorithm.kl.in_reward:
             penalty, count = self.reduce_sum([sum(self._taken_off), float(len(self._taken_off))])
             metrics["policy/kl_penalty"] = penalty / max(count, 1.0)
             self._taken_off.clear()
@@ -298,7 +290,7 @@ class GRPOModule(PolicyModule):
     # ------------------------------------------------------------------ checkpoints
     @contextmanager
     def checkpoint_view(self) -> Iterator[None]:
-        """Without the reference, which is loaded from its own folder."""
+        """Context manager that hides the reference, which is loaded from its own folder."""
         reference, self.reference = self.reference, None
         try:
             yield
@@ -306,7 +298,7 @@ class GRPOModule(PolicyModule):
             self.reference = reference
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference out, also where Lightning writes the checkpoint by itself."""
+        """Leave the reference out, also where Lightning writes the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(REFERENCE)}
@@ -320,8 +312,8 @@ class GRPOModule(PolicyModule):
 
 
 def _largest_gap(logprobs: torch.Tensor, micro_batch: PackedBatch) -> float:
-    """Largest difference from the engine's log-probabilities; one that is no number counts as NO_NUMBER."""
+    """Largest difference from the engine's log-probabilities; one that is not finite counts as NOT_FINITE."""
     if not micro_batch.num_loss_tokens:
         return NOT_COMPARED
     gap = (logprobs - micro_batch.engine_logprobs.to(logprobs.device)).abs()
-    return float(gap.nan_to_num(nan=NO_NUMBER, posinf=NO_NUMBER).max())
+    return float(gap.nan_to_num(nan=NOT_FINITE, posinf=NOT_FINITE).max())

@@ -22,7 +22,7 @@ from cv_lightning.models.shapes import empty_policy
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.modules.sft import SFTModule
 from cv_lightning.planner.footprint import Shape, Sharding, shape_of
-from cv_lightning.rl.loss_config import PolicyLossConfig
+from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.strategies import ZeroStrategy
 from cv_lightning.types import CVLightningError
 
@@ -120,15 +120,16 @@ def read_run(args: list[str]) -> RunFacts:
 def _rollout(rollout: dict[str, Any], given: dict[str, Any], policy: PolicyConfig) -> RolloutFacts:
     spec = {"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout}
     callback = _build_class(RolloutCallback, spec, "rollout")
-    loss = _build(PolicyLossConfig, given.get("loss") or {})
-    own = policy.lora is not None and given.get("reference_path") in (None, policy.path)
-    forwards = 1 / given["reference_every"] if loss.needs_reference else 0.0
-    forwards += given["old_logprobs"] == "trainer" and given["num_minibatches"] > 1
+    algorithm = _build(AlgorithmConfig, given.get("algorithm") or {})
+    kl = algorithm.kl
+    own = policy.lora is not None and kl.reference_path in (None, policy.path)
+    forwards = 1 / kl.every if kl.weight > 0 else 0.0
+    forwards += algorithm.old_logprobs == "trainer" and algorithm.num_minibatches > 1
     return RolloutFacts(
         agent=callback.agent,
         engine=callback.engine_config,
         num_samples=callback.num_samples,
-        has_reference=loss.needs_reference and not own,
+        has_reference=kl.weight > 0 and not own,
         extra_forwards=forwards,
     )
 

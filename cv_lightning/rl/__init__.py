@@ -1,1 +1,1 @@
-"""From scored trajectories to a loss: collector, advantages, policy losses, micro-batches."""
+"""The algorithm of reinforcement learning: advantages, policy losses, KL, masks, micro-batches. No models, no ranks."""

@@ -1,105 +1,138 @@
-"""Advantages of groups of rewards. Pure functions, in float64."""
+"""Advantage estimators: from the rewards of groups to advantages, in float64."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-AdvantageMethod = Literal["grpo", "grpo_no_std", "rloo", "reinforce_pp_baseline"]
+Rewards = NDArray[np.float64]
+ReduceSum = Callable[[list[float]], Sequence[float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdvantageConfig:
-    """How the rewards of a group become advantages."""
-
-    method: AdvantageMethod = "grpo"
-    """`grpo`: reward minus the group's mean, over its sample deviation (DeepSeekMath, 2402.03300; the recipe).
-    `grpo_no_std`: the difference alone, as in Dr.GRPO (2503.20783); with dense rewards the division magnifies noise.
-    `rloo`: reward minus the mean of the others (2402.14740). `reinforce_pp_baseline`: the difference over the deviation
-    of the whole batch (REINFORCE++ with a baseline, 2501.03262)."""
-    epsilon: float = 1e-6
-    """Added to the deviation, of the group or the batch."""
-
-    def __post_init__(self) -> None:
-        if self.method not in (known := get_args(AdvantageMethod)):
-            raise ValueError(f"advantage.method is one of {', '.join(known)}, not {self.method!r}")
-        if not self.epsilon > 0:
-            raise ValueError(f"advantage.epsilon must be above 0, not {self.epsilon}")
-
-    @property
-    def needs_batch(self) -> bool:
-        """True if an advantage depends on other groups: `batch_advantages` is the whole method."""
-        return self.method == "reinforce_pp_baseline"
+def one_rank(values: list[float]) -> list[float]:
+    """The sum over ranks where there is one."""
+    return values
 
 
-def group_advantages(rewards: Sequence[float], config: AdvantageConfig) -> NDArray[np.float64]:
-    """One advantage per reward of one group.
+class AdvantageEstimator(ABC):
+    """How rewards become advantages. The constructor's arguments are its config, checked there."""
 
-    A group of equal rewards has advantages of exactly 0, whatever the mean rounds to (the reference gives -0.19 for
-    eight rewards of 2.1 in float32; reference.md item 29), and so has a group of one.
+    def __repr__(self) -> str:
+        """The class and its attributes, for the record of a run."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
+
+    @abstractmethod
+    def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
+        """Advantages of all groups of an iteration. Called on every rank, also on one without groups.
+
+        Args:
+            groups: [n] each, float64: finite rewards of the scored trajectories of this rank's groups. There may be no
+                group, and a group may be empty.
+            reduce_sum: Element-wise sum of a list of floats over ranks; a collective, to be called equally often on
+                every rank, whatever the groups.
+
+        Returns:
+            One float64 array per group, of its length.
+        """
+
+
+class GRPO(AdvantageEstimator):
+    """Reward less the group's mean, over the group's sample deviation (DeepSeekMath, 2402.03300; the recipe).
 
     Args:
-        rewards: of the scored trajectories of one group; may be empty.
-        config: method and epsilon.
-
-    Returns:
-        float64 [len(rewards)].
-
-    Raises:
-        ValueError: a reward is NaN or infinite (an unscored trajectory is to be left out, not scored NaN), or the
-            method needs the other groups too.
+        epsilon: Added to the deviation.
     """
-    if config.needs_batch:
-        raise ValueError(f"advantage.method {config.method} needs all groups of an iteration: batch_advantages")
-    return _scaled(_centred(rewards), config)
+
+    def __init__(self, epsilon: float = 1e-6) -> None:
+        self.epsilon = _checked(epsilon)
+
+    def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
+        """Advantages of all groups, see `AdvantageEstimator`."""
+        centred = [centre(group) for group in groups]
+        return [c / (float(c.std(ddof=1)) + self.epsilon) if c.any() else c for c in centred]
 
 
-def _centred(rewards: Sequence[float]) -> NDArray[np.float64]:
-    """Rewards less their mean; exactly 0 where all are equal."""
-    values = np.asarray(rewards, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"rewards must be finite; leave unscored trajectories out of their group: {values.tolist()}")
-    if values.size < 2 or values.max() == values.min():
-        return np.zeros_like(values)
-    return np.asarray(values - values.mean(), dtype=np.float64)
+class DrGRPO(AdvantageEstimator):
+    """Reward less the group's mean (Dr.GRPO, 2503.20783): with dense rewards a division would magnify noise."""
+
+    def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
+        """Advantages of all groups, see `AdvantageEstimator`."""
+        return [centre(group) for group in groups]
 
 
-def _scaled(centred: NDArray[np.float64], config: AdvantageConfig) -> NDArray[np.float64]:
-    """What the method makes of the centred rewards of one group."""
-    if config.method == "rloo" and centred.size > 1:
-        return centred * (centred.size / (centred.size - 1))
-    if config.method == "grpo" and centred.any():
-        return centred / (float(centred.std(ddof=1)) + config.epsilon)
-    return centred
+class RLOO(AdvantageEstimator):
+    """Reward less the mean of the group's others (2402.14740)."""
+
+    def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
+        """Advantages of all groups, see `AdvantageEstimator`."""
+        centred = [centre(group) for group in groups]
+        return [c * (c.size / (c.size - 1)) if c.size > 1 else c for c in centred]
 
 
-def batch_advantages(
-    rewards: Sequence[Sequence[float]],
-    config: AdvantageConfig,
-    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None,
-) -> list[NDArray[np.float64]]:
-    """Advantages of all groups of an iteration, for every method.
+class ReinforcePlusPlusBaseline(AdvantageEstimator):
+    """Reward less the group's mean, over the deviation of all ranks' batch (REINFORCE++ with a baseline, 2501.03262).
 
-    Where the method needs the whole batch, its deviation is taken over every reward of every rank. As each group is
-    centred, so is the batch: no mean is subtracted, and groups of equal rewards stay at exactly 0.
+    As each group is centred, so is the batch: no mean is subtracted, and groups of equal rewards stay at exactly 0.
 
     Args:
-        rewards: of this rank's groups; may be empty, as may a group.
-        config: method and epsilon.
-        reduce_sum: sums a list of floats over ranks; called exactly once, on every rank, where the method needs the
-            batch, and never otherwise. None: one rank.
+        epsilon: Added to the deviation.
+    """
+
+    def __init__(self, epsilon: float = 1e-6) -> None:
+        self.epsilon = _checked(epsilon)
+
+    def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
+        """Advantages of all groups, see `AdvantageEstimator`; one sum over ranks."""
+        centred = [centre(group) for group in groups]
+        moments = [float(sum(c.size for c in centred)), float(sum((c**2).sum() for c in centred))]
+        count, squares = reduce_sum(moments)
+        deviation = (squares / max(count - 1, 1)) ** 0.5
+        return [c / (deviation + self.epsilon) for c in centred]
+
+
+def centre(rewards: Rewards) -> Rewards:
+    """Rewards less their mean; exactly 0, whatever the mean rounds to, where all are equal or there is one."""
+    if rewards.size < 2 or rewards.max() == rewards.min():
+        return np.zeros_like(rewards)
+    return np.asarray(rewards - rewards.mean(), dtype=np.float64)
+
+
+def estimate_advantages(
+    estimator: AdvantageEstimator, groups: Sequence[Sequence[float]], reduce_sum: ReduceSum = one_rank
+) -> list[Rewards]:
+    """What an estimator makes of the rewards of an iteration, checked on both sides.
+
+    Args:
+        estimator: The method.
+        groups: Rewards of this rank's groups; may be empty, as may a group.
+        reduce_sum: Sums a list of floats over ranks.
 
     Returns:
         One float64 array per group.
+
+    Raises:
+        ValueError: A reward is NaN or infinite (leave an unscored trajectory out of its group instead), or the
+            estimator's advantages are not as many as the rewards, or not finite.
     """
-    groups = [_centred(group) for group in rewards]
-    if not config.needs_batch:
-        return [_scaled(group, config) for group in groups]
-    moments = [float(sum(g.size for g in groups)), float(sum((g**2).sum() for g in groups))]
-    count, squares = reduce_sum(moments) if reduce_sum is not None else moments
-    deviation = (squares / max(count - 1, 1)) ** 0.5
-    return [group / (deviation + config.epsilon) for group in groups]
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    for array in arrays:
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"rewards must be finite; leave unscored trajectories out of their group: {array.tolist()}"
+            )
+    found = [np.asarray(advantages, dtype=np.float64) for advantages in estimator(arrays, reduce_sum)]
+    name = type(estimator).__name__
+    if [a.shape for a in found] != [a.shape for a in arrays]:
+        raise ValueError(f"{name} gave advantages of shapes {[a.shape for a in found]}; one per reward, group by group")
+    if not all(np.isfinite(a).all() for a in found):
+        raise ValueError(f"{name} gave advantages that are not finite")
+    return found
+
+
+def _checked(epsilon: float) -> float:
+    if not epsilon > 0:
+        raise ValueError(f"model.algorithm.advantage.epsilon must be above 0, not {epsilon}")
+    return epsilon

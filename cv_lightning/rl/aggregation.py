@@ -1,59 +1,64 @@
-"""From tokens to rows and to one number. Rows (trajectories) are never split over micro-batches."""
+"""Weights that turn token losses into one number. Sequences are never split over micro-batches."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cv_lightning.rl.loss_config import PolicyLossConfig
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant_length"]
 
 
-def token_weights(row_index: Tensor, num_tokens: float, num_rows: float, config: PolicyLossConfig) -> Tensor:
+def aggregation_weights(
+    sequence_index: Tensor,
+    num_tokens: float,
+    num_sequences: float,
+    aggregation: Aggregation,
+    constant_length: int | None = None,
+) -> Tensor:
     """Weight of every token in the global loss.
 
-    Over all micro-batches and ranks they sum to 1 for the two token means, to the mean length for
-    `seq_mean_token_sum`, to mean length over constant for `constant_length`.
+    Over all micro-batches and ranks the weights sum to 1 for the two token means, to the mean length for
+    `seq_mean_token_sum`, and to mean length over constant for `constant_length`.
 
     Args:
-        row_index: [N] which trajectory each token belongs to.
-        num_tokens: sampled tokens of the mini-batch, over micro-batches and ranks.
-        num_rows: trajectories with a sampled token, same scope.
-        config: the aggregation.
+        sequence_index: [N] Which sequence each token belongs to.
+        num_tokens: Sampled tokens of the mini-batch, over micro-batches and ranks.
+        num_sequences: Sequences with a sampled token, same scope.
+        aggregation: How token losses become one number.
+        constant_length: Tokens; the constant of `constant_length`.
 
     Returns:
         float64 [N].
     """
-    shape, device = row_index.shape, row_index.device
-    if not len(row_index):  # the counts may be 0 as well
+    shape, device = sequence_index.shape, sequence_index.device
+    if not len(sequence_index):  # the counts may be 0 as well
         return torch.zeros(shape, dtype=torch.float64, device=device)
-    if config.aggregation == "token_mean":
+    if aggregation == "token_mean":
         return torch.full(shape, 1.0 / num_tokens, dtype=torch.float64, device=device)
-    if config.aggregation == "seq_mean_token_mean":
-        return 1.0 / (row_lengths(row_index).double() * num_rows)
-    constant = config.constant_length if config.aggregation == "constant_length" else None
-    return torch.full(shape, 1.0 / (num_rows * (constant or 1)), dtype=torch.float64, device=device)
+    if aggregation == "seq_mean_token_mean":
+        lengths = torch.bincount(sequence_index)[sequence_index]
+        return 1.0 / (lengths.double() * num_sequences)
+    constant = constant_length if aggregation == "constant_length" else None
+    return torch.full(shape, 1.0 / (num_sequences * (constant or 1)), dtype=torch.float64, device=device)
 
 
-def row_lengths(row_index: Tensor) -> Tensor:
-    """For every token, how many tokens its row has: int64 [N]."""
-    return torch.bincount(row_index)[row_index] if len(row_index) else torch.zeros_like(row_index)
-
-
-def row_means(values: Tensor, row_index: Tensor, keep: Tensor) -> Tensor:
-    """For every token, the mean of `values` over the kept tokens of its row; 0 in a row that keeps none.
+def sequence_means(values: Tensor, sequence_index: Tensor, mask: Tensor) -> Tensor:
+    """For every token, the mean of `values` over the unmasked tokens of its sequence; 0 where none is unmasked.
 
     Args:
-        values: [N]; anything where not kept.
-        row_index: [N]
-        keep: [N] bool.
+        values: [N]; anything where the mask is False.
+        sequence_index: [N] Which sequence each token belongs to.
+        mask: [N] bool; False leaves a token out.
 
     Returns:
         [N], the type of `values`.
     """
     if not len(values):
         return values
-    size = int(row_index.max()) + 1
-    kept = torch.where(keep, values, torch.zeros_like(values))
-    sums = values.new_zeros(size).index_add(0, row_index, kept)
-    counts = values.new_zeros(size).index_add(0, row_index, keep.to(values.dtype))
-    return (sums / counts.clamp(min=1.0))[row_index]
+    size = int(sequence_index.max()) + 1
+    kept = torch.where(mask, values, torch.zeros_like(values))
+    sums = values.new_zeros(size).index_add(0, sequence_index, kept)
+    counts = values.new_zeros(size).index_add(0, sequence_index, mask.to(values.dtype))
+    return (sums / counts.clamp(min=1.0))[sequence_index]

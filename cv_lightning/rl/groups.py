@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cv_lightning.rl.advantages import AdvantageConfig, batch_advantages
+from cv_lightning.rl.advantages import AdvantageEstimator, ReduceSum, estimate_advantages, one_rank
 from cv_lightning.types import EndState, Group, Trajectory
 
 
@@ -36,34 +36,45 @@ class MaskConfig:
 
 def assign_advantages(
     groups: Sequence[Group],
-    config: AdvantageConfig,
-    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None,
-    advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None,
+    estimator: AdvantageEstimator,
+    mask: MaskConfig | None = None,
+    reduce_sum: ReduceSum = one_rank,
+    rewards_of: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None,
 ) -> None:
     """Set `advantage` on the scored trajectories; the unscored ones are left out of their group's statistics.
 
-    Call it on every rank, also on one without groups (see `batch_advantages`).
+    It stays None where a trajectory has no reward or is masked, and is 0.0 throughout a group of equal rewards. Call
+    it on every rank, also on one without groups.
 
     Args:
-        groups: of this rank.
-        config: the method.
-        reduce_sum: sums over ranks; None: one rank.
-        advantage_rewards: called exactly once, with all scored trajectories; None: their totals.
+        groups: Of this rank.
+        estimator: The method.
+        mask: Which trajectories count in the statistics only; None: none.
+        reduce_sum: Sums over ranks.
+        rewards_of: Called exactly once, with all scored trajectories; None: their totals.
     """
     scored = [[t for t in group.trajectories if t.reward is not None] for group in groups]
     flat = [trajectory for members in scored for trajectory in members]
-    given = [t.reward.total for t in flat if t.reward is not None]
-    rewards = iter(given if advantage_rewards is None else advantage_rewards(flat))
-    values = batch_advantages([[next(rewards) for _ in members] for members in scored], config, reduce_sum)
+    totals = [t.reward.total for t in flat if t.reward is not None]
+    rewards = iter(totals if rewards_of is None else rewards_of(flat))
+    values = estimate_advantages(estimator, [[next(rewards) for _ in members] for members in scored], reduce_sum)
+    masked = frozenset() if mask is None else mask.states
     for group in groups:
         for trajectory in group.trajectories:
             trajectory.advantage = None
     for members, advantages in zip(scored, values, strict=True):
         for trajectory, advantage in zip(members, advantages, strict=True):
-            trajectory.advantage = float(advantage)
+            trajectory.advantage = None if trajectory.end_state in masked else float(advantage)
 
 
-def carries_signal(group: Group) -> bool:
+def has_reward_variance(group: Group, mask: MaskConfig) -> bool:
+    """True if rewards of the group differ and not all of its scored trajectories are masked."""
+    scored = [t for t in group.trajectories if t.reward is not None]
+    totals = {t.reward.total for t in scored if t.reward is not None}
+    return len(totals) > 1 and any(t.end_state not in mask.states for t in scored)
+
+
+def has_advantage(group: Group) -> bool:
     """True if any trajectory of the group has an advantage other than 0."""
     return any(t.advantage for t in group.trajectories)
 

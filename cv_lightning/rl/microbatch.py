@@ -8,50 +8,50 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def split_by_tokens(rows: Sequence[T], lengths: Sequence[int], budget: int) -> list[list[T]]:
-    """Split rows into as few micro-batches as a first-fit of the longest rows finds, each within the budget.
+def split_by_tokens(sequences: Sequence[T], lengths: Sequence[int], budget: int) -> list[list[T]]:
+    """Split sequences into as few micro-batches as a first-fit of the longest sequences finds, each within the budget.
 
-    A row longer than the budget gets a micro-batch of its own. The order of rows within a micro-batch is that of
-    `rows`; the result depends on nothing but the arguments.
+    A sequence longer than the budget gets a micro-batch of its own. Within a micro-batch they keep their order; the
+    result depends on nothing but the arguments.
 
     Args:
-        rows: anything.
-        lengths: tokens of each row.
+        sequences: anything.
+        lengths: tokens of each sequence.
         budget: tokens of one micro-batch.
     """
     bins: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(sequences)), key=lambda i: (-lengths[i], i)):
         for number, (used, members) in enumerate(bins):
             if used + lengths[index] <= budget:
                 bins[number] = (used + lengths[index], [*members, index])
                 break
         else:
             bins.append((lengths[index], [index]))
-    return [[rows[i] for i in sorted(members)] for _, members in bins]
+    return [[sequences[i] for i in sorted(members)] for _, members in bins]
 
 
-def split_evenly(rows: Sequence[T], lengths: Sequence[int], budget: int, count: int) -> list[list[T]]:
-    """Split rows into at most `count` micro-batches of nearly the same number of tokens, the largest first.
+def split_evenly(sequences: Sequence[T], lengths: Sequence[int], budget: int, count: int) -> list[list[T]]:
+    """Split sequences into at most `count` micro-batches of nearly the same number of tokens, the largest first.
 
     Ranks run their k-th micro-batches side by side, so that each waits for the largest: even ones waste least. The
-    longest rows are dealt first, each to the micro-batch with the fewest tokens. Where one would leave the budget that
-    way, the micro-batches are filled instead (`split_by_tokens`).
+    longest sequences are dealt first, each to the micro-batch with the fewest tokens. Where one would leave the budget
+    that way, the micro-batches are filled instead (`split_by_tokens`).
 
     Args:
-        rows: anything; they stay on their rank.
-        lengths: tokens of each row.
+        sequences: anything; they stay on their rank.
+        lengths: tokens of each sequence.
         budget: tokens of one micro-batch.
         count: at least what `split_by_tokens` needs: the largest number that any rank does.
 
     Returns:
-        No empty micro-batch; the rows of each in the order of `rows`.
+        No empty micro-batch; the sequences of each in the order of `sequences`.
     """
-    bins: list[tuple[int, list[int]]] = [(0, []) for _ in range(min(count, len(rows)))]
-    for index in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
+    bins: list[tuple[int, list[int]]] = [(0, []) for _ in range(min(count, len(sequences)))]
+    for index in sorted(range(len(sequences)), key=lambda i: (-lengths[i], i)):
         number = min(range(len(bins)), key=lambda n: (bins[n][0], n))
         used, members = bins[number]
         bins[number] = used + lengths[index], [*members, index]
     if any(used > budget and len(members) > 1 for used, members in bins):
-        return split_by_tokens(rows, lengths, budget)
+        return split_by_tokens(sequences, lengths, budget)
     bins.sort(key=lambda bin: -bin[0])
-    return [[rows[i] for i in sorted(members)] for _, members in bins]
+    return [[sequences[i] for i in sorted(members)] for _, members in bins]

@@ -1,11 +1,11 @@
-"""From tasks to groups: roll out, score, compute advantages. No Lightning, no disk."""
+"""From tasks to scored groups: roll out, score. No algorithm, no Lightning, no disk."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
@@ -13,8 +13,7 @@ from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rewards.config import JUDGE_COUNTS
 from cv_lightning.rewards.module import TermValues
-from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.groups import MaskConfig, assign_advantages, carries_signal
+from cv_lightning.rl.groups import has_advantage
 from cv_lightning.types import EndState, Group, Task, Trajectory
 
 ADDED_METRICS = frozenset(
@@ -28,36 +27,12 @@ ADDED_METRICS = frozenset(
 
 @dataclass
 class Collector:
-    """Rolls tasks out to scored groups with advantages."""
+    """Rolls tasks out to scored groups."""
 
     rollout: Rollout
     rewards: RewardModule
-    advantage: AdvantageConfig
-    reduce_sum: Callable[[list[float]], Sequence[float]] | None = None
-    """Sums over ranks, for advantages that need the whole batch; None: one rank."""
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    """Which scored trajectories get no advantage."""
-    advantage_rewards: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None
-    """The rewards that advantages are computed from, of scored trajectories; None: their totals."""
     on_group: Callable[[Group], None] | None = None
     """Told of every group as soon as it is complete and scored, while others still roll out."""
-
-    def collect(
-        self,
-        tasks: Sequence[Task],
-        num_samples: int,
-        sampling: SamplingConfig,
-        iteration: int = 0,
-        progress: Callable[[RolloutProgress], None] | None = None,
-    ) -> list[Group]:
-        """One group of `num_samples` trajectories per task, in the order of the tasks.
-
-        Every trajectory that can be scored gets a reward; `advantage` stays None where it cannot, or where the
-        trajectory is masked, and is 0.0 throughout a group whose rewards are all equal.
-        """
-        groups = self.roll_out(tasks, num_samples, sampling, iteration, progress)
-        self.assign(groups)
-        return groups
 
     def roll_out(
         self,
@@ -67,7 +42,10 @@ class Collector:
         iteration: int = 0,
         progress: Callable[[RolloutProgress], None] | None = None,
     ) -> list[Group]:
-        """As `collect`, without advantages."""
+        """One group of `num_samples` trajectories per task, in the order of the tasks.
+
+        Every trajectory that can be scored gets a reward.
+        """
         groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
         waiting: list[tuple[Group, Future[TermValues]]] = []
 
@@ -96,21 +74,6 @@ class Collector:
         score_answered(wait=True)
         return groups
 
-    def assign(self, groups: Sequence[Group]) -> None:
-        """Set the advantages of all groups of an iteration. Call it once, on every rank."""
-        assign_advantages(groups, self.advantage, self.reduce_sum, self.advantage_rewards)
-        masked = self.mask.states
-        for group in groups:
-            for trajectory in group.trajectories:
-                if trajectory.end_state in masked:
-                    trajectory.advantage = None
-
-    def can_teach(self, group: Group) -> bool:
-        """True if rewards of the group differ and not all of its scored trajectories are masked."""
-        scored = [t for t in group.trajectories if t.reward is not None]
-        totals = {t.reward.total for t in scored if t.reward is not None}
-        return len(totals) > 1 and any(t.end_state not in self.mask.states for t in scored)
-
 
 def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, float]:
     """`rollout/*` numbers of one iteration on this rank: lengths, end states, signal, speed.
@@ -128,7 +91,7 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
         "rollout/length_mean": fmean(len(t.token_ids) for t in trajectories),
         "rollout/length_max": float(max(len(t.token_ids) for t in trajectories)),
         "rollout/parse_errors_mean": fmean(sum(turn.parse_error is not None for turn in t.turns) for t in trajectories),
-        "rollout/signal_frac": fmean(carries_signal(g) for g in groups),
+        "rollout/reward_variance_frac": fmean(has_advantage(g) for g in groups),
         "rollout/unscored_frac": fmean(t.reward is None for t in trajectories),
         "rollout/masked_frac": fmean(t.reward is not None and t.advantage is None for t in trajectories),
         "rollout/tokens_per_s": sampled / max(elapsed_s, 1e-9),

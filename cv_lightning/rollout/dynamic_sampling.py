@@ -1,7 +1,7 @@
-"""Dynamic sampling: tasks in order until enough groups can teach; what is left over comes first next time.
+"""Dynamic sampling: tasks in order until enough groups have rewards that differ; the rest comes first next time.
 
 DAPO (2503.14476): a group of equal rewards has no gradient, and an iteration full of them a noisy one. The data module
-yields `oversample` times the tasks of an iteration; that bounds what an iteration may roll out.
+yields `max_oversample` times the tasks of an iteration; that bounds what an iteration may roll out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cv_lightning.distributed import gather_lists
-from cv_lightning.rollout.collector import Collector
 from cv_lightning.types import Group, Iteration, Task
 
 RollOut = Callable[[Sequence[Task]], list[Group]]
@@ -63,7 +62,7 @@ class TaskQueue:
 
     def _rebuild(self, places: list[list[tuple[int, int]]], trainer: pl.Trainer) -> None:
         if len(places) != trainer.world_size:
-            return  # another number of ranks shares tasks out anew
+            return  # another number of ranks shares tasks out differently
         loader: Any = trainer.train_dataloader
         build = loader.build
         batches: dict[int, Iteration] = {}
@@ -73,34 +72,33 @@ class TaskQueue:
             self.waiting.append((index, position, batches[index].tasks[position]))
 
 
-def refill(
+def sample_groups(
     queue: TaskQueue,
-    wanted: int,
-    collector: Collector,
+    num_groups: int,
     roll_out: RollOut,
+    has_reward_variance: Callable[[Group], bool],
     reduce_max: Callable[[float], float],
 ) -> tuple[list[Group], int]:
     """Roll tasks out in rounds, each of as many as groups are missing.
 
-    Ends when every rank has what it wants or no tasks. Advantages are set over all groups, as without dynamic sampling.
+    Ends when every rank has the groups that it needs or no tasks.
 
     Args:
-        queue: tasks in order; what is rolled out leaves it.
-        wanted: groups that can teach.
-        collector: tells which can, and sets advantages.
-        roll_out: makes a group of each task.
-        reduce_max: over ranks.
+        queue: Tasks in order; what is rolled out leaves it.
+        num_groups: Groups with reward variance that this rank needs.
+        roll_out: Makes a group of each task.
+        has_reward_variance: Tells which groups can be learned from.
+        reduce_max: Over ranks.
 
     Returns:
-        All groups that were rolled out, at most `wanted` of which can teach, and the number of rounds.
+        All groups that were rolled out, at most `num_groups` of which have reward variance, and the number of rounds.
     """
     groups: list[Group] = []
     rounds = 0
     while True:
-        tasks = queue.take(wanted - sum(collector.can_teach(group) for group in groups))
+        tasks = queue.take(num_groups - sum(has_reward_variance(group) for group in groups))
         if not int(reduce_max(len(tasks))):
             break
         groups += roll_out(tasks)
         rounds += 1
-    collector.assign(groups)
     return groups, rounds

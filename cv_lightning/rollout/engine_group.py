@@ -119,7 +119,7 @@ class RankCollector(Collector):
             follow(engine, ranks.from_leader, get_on)
         else:
             leading = LeadingEngine(engine, ranks.from_leader)
-            shared = Collector(replace(self.rollout, engine=leading), self.rewards, self.advantage)
+            shared = Collector(replace(self.rollout, engine=leading), self.rewards)
             try:
                 every = [task for part in by_rank for task in part]
                 groups = shared.roll_out(every, num_samples, sampling, iteration, progress)

@@ -27,6 +27,7 @@ from cv_lightning.data.modules import StepLoader
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.strategies import CPUDeepSpeedStrategy, ZeroStrategy
 from cv_lightning.types import Group, Iteration
 
@@ -59,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write(TinyCheckpoint(out=Path(name)))
         policy = PolicyConfig(path=name, dtype="float32", kernels="torch")
-        module = GRPOModule(policy, OptimizerConfig(lr=1e-4), 512, num_minibatches=1)
+        module = GRPOModule(policy, OptimizerConfig(lr=1e-4), 512, algorithm=AlgorithmConfig(num_minibatches=1))
         made = trajectories(
             module, [{"tokens": 64 + 24 * (n % 5), "images": 1 + n % 2} for n in range(4 * max(world, 2))]
         )

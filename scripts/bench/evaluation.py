@@ -43,7 +43,6 @@ from cv_lightning.evaluation.results import evaluated  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
 from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
 from cv_lightning.rewards import RewardConfig, RewardModule  # noqa: E402
-from cv_lightning.rl.advantages import AdvantageConfig  # noqa: E402
 from cv_lightning.rollout.collector import Collector  # noqa: E402
 from cv_lightning.sandbox import Sandbox, SandboxConfig  # noqa: E402
 from cv_lightning.trajectory import TrajectoryWriter, read_groups  # noqa: E402
@@ -124,7 +123,7 @@ class Bench:
             score=self.rewards.score_answer,
             window=self.window,
         )
-        collector = Collector(rollout, self.rewards, AdvantageConfig())
+        collector = Collector(rollout, self.rewards)
         found: list[Outcome] = []
         begun = time.perf_counter()
         with TrajectoryWriter(self.folder / str(number), background=True) as writer:

@@ -33,6 +33,7 @@ from cv_lightning.models.loading import PolicyConfig, prepare_policy
 from cv_lightning.models.shapes import model_config
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.types import Group, Iteration
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "H800": 989.0, "L40S": 362.0, "B200": 2250.0}
@@ -49,7 +50,7 @@ class BigModule(GRPOModule):
 
     def __init__(self, tokenizer_folder: Path, config: Any, row_tokens: int) -> None:
         policy = PolicyConfig(path=str(tokenizer_folder), dtype="bfloat16", gradient_checkpointing=True)
-        super().__init__(policy, OptimizerConfig(lr=1e-6), row_tokens, num_minibatches=1)
+        super().__init__(policy, OptimizerConfig(lr=1e-6), row_tokens, algorithm=AlgorithmConfig(num_minibatches=1))
         self.architecture = config
         self.encoder.image_pad_id = config.image_token_id
         self.vision_ids = ()

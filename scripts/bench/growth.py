@@ -31,6 +31,7 @@ from cv_lightning.data.modules import StepLoader
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.types import Group, Iteration, Trajectory
 
 ROWS = (1024, 4096, 16384)
@@ -100,7 +101,9 @@ def measure(repeats: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         write(TinyCheckpoint(out=Path(name)))
         policy = PolicyConfig(path=name, dtype="float32")
-        module = GRPOModule(policy, OptimizerConfig(lr=1e-5, weight_decay=0.0), num_minibatches=1)
+        module = GRPOModule(
+            policy, OptimizerConfig(lr=1e-5, weight_decay=0.0), algorithm=AlgorithmConfig(num_minibatches=1)
+        )
         points = settings(module)
         turns = Turns(points)
         trainer = pl.Trainer(

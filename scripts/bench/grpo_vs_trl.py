@@ -139,6 +139,7 @@ def train_ours(folder: str, tool: bool) -> None:
     from cv_lightning.callbacks.rollout import RolloutCallback
     from cv_lightning.modules.base import OptimizerConfig
     from cv_lightning.modules.grpo import GRPOModule
+    from cv_lightning.rl.algorithm import AlgorithmConfig
 
     referee = Referee(1)
 
@@ -163,7 +164,7 @@ def train_ours(folder: str, tool: bool) -> None:
         PolicyConfig(path=folder, dtype="float32"),
         OptimizerConfig(lr=LEARNING_RATE, weight_decay=0.0),
         max_tokens_per_row=2048,
-        num_minibatches=1,
+        algorithm=AlgorithmConfig(num_minibatches=1),
     )
     module.vision_ids = tuple(never_sampled(module.processor.tokenizer))
     module.encoder = PlannedEncoder(module.processor.tokenizer, image_limits(module.processor))

@@ -68,7 +68,7 @@ def arguments(stage: str, base: Path, run: Path, dtype: str) -> list[str]:
     overlay.write_text(json.dumps({"rollout": _rollout(config)}))  # JSON is YAML
     given += [*COMMON, "--config", str(overlay)]
     given += ["--data.init_args.num_iterations=2", "--data.init_args.tasks_per_iteration=2"]
-    return [*given, "--model.init_args.loss.kl_weight=0.001", "--model.init_args.num_minibatches=1"]
+    return [*given, "--model.init_args.algorithm.kl.weight=0.001", "--model.init_args.algorithm.num_minibatches=1"]
 
 
 def _rollout(config: Path) -> dict[str, Any]:

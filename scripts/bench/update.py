@@ -48,6 +48,7 @@ from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows  # noqa
 from cv_lightning.models.tokens import LOGIT_BAN  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
+from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
 from cv_lightning.types import Group, Iteration, Task, Trajectory, TrajectoryImage  # noqa: E402
 
 LENGTHS = Path(__file__).parent / "lengths.json"
@@ -67,7 +68,9 @@ class BenchModule(GRPOModule):
 
     def __init__(self, folder: Path) -> None:
         policy = PolicyConfig(path=str(folder), dtype="float32", attention="packed")
-        super().__init__(policy, OptimizerConfig(lr=1e-4, weight_decay=0.0), ROW_TOKENS, num_minibatches=1)
+        super().__init__(
+            policy, OptimizerConfig(lr=1e-4, weight_decay=0.0), ROW_TOKENS, algorithm=AlgorithmConfig(num_minibatches=1)
+        )
         self.padded: dict[int, dict[str, torch.Tensor]] = {}
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.cpu_seconds: dict[str, list[float]] = defaultdict(list)

@@ -6,17 +6,18 @@ plus 1e-8, its sequence means count rows without tokens, and its normalised sum 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cv_lightning.rl.advantages import AdvantageConfig, group_advantages
-from cv_lightning.rl.aggregation import token_weights
+from cv_lightning.rl.advantages import GRPO, DrGRPO, estimate_advantages
+from cv_lightning.rl.aggregation import aggregation_weights
+from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.rl.kl import kl_penalty
-from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
+from cv_lightning.rl.losses import GSPO, PPOClip, TokenBatch
+from cv_lightning.rl.objective import total_loss
 
 MASKED_MEAN_EPSILON = 1e-8
 AGGREGATIONS = {
@@ -26,7 +27,7 @@ AGGREGATIONS = {
     "seq-mean-token-sum-norm": "constant_length",
 }
 ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
-VARIANTS = {"vanilla": "ppo_clip", "gspo": "gspo"}
+VARIANTS = ("vanilla", "gspo")
 
 
 def golden_losses(case: dict[str, Any]) -> Any:
@@ -47,12 +48,12 @@ def _tensor(rows: Any, dtype: torch.dtype) -> Tensor:
     return torch.tensor(number(rows), dtype=dtype)
 
 
-def _aggregation(name: str, mask: Tensor) -> tuple[PolicyLossConfig, float]:
-    """The project's config and count of rows for one of the reference's names."""
+def _aggregation(name: str, mask: Tensor) -> tuple[dict[str, Any], float]:
+    """The project's options and count of sequences for one of the reference's names."""
     rows, width = mask.shape
     if name == "seq-mean-token-sum-norm":
-        return PolicyLossConfig(aggregation="constant_length", constant_length=width), 1.0
-    return PolicyLossConfig(aggregation=AGGREGATIONS[name]), float(rows)
+        return {"aggregation": "constant_length", "constant_length": width}, 1.0
+    return {"aggregation": AGGREGATIONS[name]}, float(rows)
 
 
 def _advantage(given: dict[str, Any], dtype: torch.dtype) -> list[list[float]]:
@@ -60,10 +61,10 @@ def _advantage(given: dict[str, Any], dtype: torch.dtype) -> list[list[float]]:
     members = defaultdict(list)
     for row, group in enumerate(given["group"]):
         members[group].append(row)
-    config = AdvantageConfig(method="grpo" if given["norm_by_std"] else "grpo_no_std", epsilon=given["epsilon"])
+    estimator = GRPO(epsilon=given["epsilon"]) if given["norm_by_std"] else DrGRPO()
     advantages = torch.zeros(len(totals), dtype=torch.float64)
     for rows in members.values():
-        advantages[rows] = torch.from_numpy(group_advantages(totals[rows].tolist(), config))
+        advantages[rows] = torch.from_numpy(estimate_advantages(estimator, [totals[rows].tolist()])[0])
     mask = _tensor(given["response_mask"], dtype)
     return (advantages.to(dtype).unsqueeze(-1) * mask).tolist()
 
@@ -80,32 +81,30 @@ def _policy_loss(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any] | 
         return _tensor(given[name], dtype)[row_index, column]
 
     # The reference ignores the aggregation asked for with gspo, and has no dual clip there.
-    config, num_rows = _aggregation("seq-mean-token-mean" if sequence else given["aggregation"], mask)
+    aggregation, num_rows = _aggregation("seq-mean-token-mean" if sequence else given["aggregation"], mask)
     corrected = given["rollout_log_prob"] is not None and given["tis_cap"] > 0
-    config = dataclasses.replace(
-        config,
-        policy=VARIANTS[given["variant"]],
-        clip_low=0.2 if given["clip_low"] is None else given["clip_low"],
-        clip_high=0.2 if given["clip_high"] is None else given["clip_high"],
-        clip_dual=None if sequence else given["clip_dual"],
-        importance_cap=given["tis_cap"] if corrected else None,
+    bounds = {name: 0.2 if given[name] is None else given[name] for name in ("clip_low", "clip_high")}
+    algorithm = AlgorithmConfig(
+        loss=GSPO(**bounds) if sequence else PPOClip(**bounds, dual_clip=given["clip_dual"]),
+        tis_clip=given["tis_cap"] if corrected else None,
+        **aggregation,
     )
-    inputs = LossInputs(
+    tokens = TokenBatch(
         logprobs=logprobs[row_index, column],
-        old=flat("old_log_prob"),
+        old_logprobs=flat("old_log_prob"),
         advantages=flat("advantages"),
-        row_index=row_index,
+        sequence_index=row_index,
         num_tokens=len(row_index) + MASKED_MEAN_EPSILON,
-        num_rows=num_rows,
-        engine=flat("rollout_log_prob") if corrected else None,
+        num_sequences=num_rows,
+        rollout_logprobs=flat("rollout_log_prob") if corrected else None,
     )
-    loss, metrics = policy_loss(inputs, config)
+    loss, metrics = total_loss(tokens, algorithm)
     loss.backward()
     assert logprobs.grad is not None
     return {
         "loss": loss.item(),
         "clip_fraction": metrics["clip_frac"].item(),
-        "clip_fraction_lower": metrics["clip_dual_frac"].item(),
+        "clip_fraction_lower": metrics["dual_clip_frac"].item(),
         "approx_kl": metrics["approx_kl"].item(),
         "grad_log_prob": logprobs.grad.tolist(),
     }
@@ -115,11 +114,11 @@ def _aggregate(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     matrix = _tensor(given["matrix"], dtype).requires_grad_()
     mask = _tensor(given["mask"], dtype)
     row_index, column = mask.nonzero(as_tuple=True)
-    config, num_rows = _aggregation(given["aggregation"], mask)
+    options, num_rows = _aggregation(given["aggregation"], mask)
     share = mask[row_index, column]
-    if config.aggregation == "seq_mean_token_mean":  # a fractional mask weighs within its row
+    if options["aggregation"] == "seq_mean_token_mean":  # a fractional mask weighs within its row
         share = share * ((mask > 0).sum(-1) / mask.sum(-1))[row_index]
-    weights = token_weights(row_index, float(mask.sum()) + MASKED_MEAN_EPSILON, num_rows, config).to(dtype)
+    weights = aggregation_weights(row_index, float(mask.sum()) + MASKED_MEAN_EPSILON, num_rows, **options).to(dtype)
     loss = (matrix[row_index, column] * share * weights).sum()
     loss.backward()
     assert matrix.grad is not None

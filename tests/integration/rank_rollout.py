@@ -33,7 +33,6 @@ from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardModule
-from cv_lightning.rl.losses import PolicyLossConfig
 from cv_lightning.strategies import CPUDeepSpeedStrategy
 from cv_lightning.types import Group, Iteration, RewardBreakdown, Trajectory
 
@@ -127,7 +126,6 @@ def run(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int, rank: 
     module = GRPOModule(
         PolicyConfig(path=str(checkpoint), dtype="float32"),
         OptimizerConfig(lr=1e-3),
-        loss=PolicyLossConfig(kl_weight=0),
     )
     data = TaskDataModule(num_iterations=2, tasks_per_iteration=4, val_tasks={"upright": 1})
     trainer.fit(module, datamodule=data)

@@ -43,7 +43,8 @@ from cv_lightning.modules import base  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.modules.sft import SFTModule  # noqa: E402
-from cv_lightning.rl.losses import PolicyLossConfig  # noqa: E402
+from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
+from cv_lightning.rl.kl import KLConfig  # noqa: E402
 from cv_lightning.strategies import CPUDeepSpeedStrategy, ZeroStrategy  # noqa: E402
 from cv_lightning.types import CVLightningError, Group, Iteration  # noqa: E402
 
@@ -238,9 +239,11 @@ def build_module(run: Run, budget: int) -> PolicyModule:
     )
     if run.module == "sft":
         return SFTModule(policy, OPTIMIZER, budget, PROMPT)
-    loss = PolicyLossConfig(kl_weight=0.05, entropy_weight=1e-3)
     steps = 1 if run.micro_batches else 2
-    return GRPOModule(policy, OPTIMIZER, budget, loss, num_minibatches=steps, old_logprobs="trainer")
+    algorithm = AlgorithmConfig(
+        kl=KLConfig(weight=0.05), entropy_weight=1e-3, num_minibatches=steps, old_logprobs="trainer"
+    )
+    return GRPOModule(policy, OPTIMIZER, budget, algorithm)
 
 
 def use_float32_copies(module: PolicyModule) -> None:

@@ -52,9 +52,9 @@ def write_grpo(path: Path, policy: Path, *, iterations: int, engine: str = "tran
     module = {
         "policy": {"path": str(policy), "dtype": "float32"},
         "optimizer": {"lr": 1e-3, "schedule": "hold_linear", "warmup_steps": 3},
-        "loss": {"kl_weight": 0.01, "entropy_weight": 0.01},
+        "algorithm": {"kl": {"weight": 0.01}, "entropy_weight": 0.01, "dynamic_sampling": {"max_oversample": 2.0}},
     }
-    data = {"num_iterations": iterations, "tasks_per_iteration": 2, "oversample": 2.0, "val_tasks": {"upright": 1}}
+    data = {"num_iterations": iterations, "tasks_per_iteration": 2, "val_tasks": {"upright": 1}}
     return _write(
         path, {"rollout": rollout}, ("modules.grpo.GRPOModule", module), ("TaskDataModule", data), validate_every=4
     )

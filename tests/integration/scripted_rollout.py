@@ -22,7 +22,7 @@ from cv_lightning.background import Background
 from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.rl.advantages import AdvantageConfig
+from cv_lightning.rl.advantages import GRPO
 from cv_lightning.rl.groups import assign_advantages
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -100,8 +100,9 @@ def rolled_out(encoder: DialogueEncoder, folder: Path) -> dict[str, Any]:
     config = AgentConfig(max_turns=4, max_turn_tokens=400, max_parse_errors=1, deterministic=True)
     with sandbox:
         rollout = Rollout(ScriptedEngine(encoder, script, 8192), sandbox, encoder, background, config, banned_ids=())
-        collector = Collector(rollout, RewardModule(recipe(RECIPES[0])), AdvantageConfig())
-        groups = collector.collect(tasks, len(said[tasks[0].id]), SamplingConfig(seed=3), iteration=1)
+        collector = Collector(rollout, RewardModule(recipe(RECIPES[0])))
+        groups = collector.roll_out(tasks, len(said[tasks[0].id]), SamplingConfig(seed=3), iteration=1)
+        assign_advantages(groups, GRPO())
     background.close()
     with TrajectoryWriter(folder, StoreConfig(tokens=True)) as writer:
         for group in groups:
@@ -112,7 +113,7 @@ def rolled_out(encoder: DialogueEncoder, folder: Path) -> dict[str, Any]:
         module = RewardModule(recipe(name))
         for group in groups:
             module.score_group(group)
-        assign_advantages(groups, AdvantageConfig())
+        assign_advantages(groups, GRPO())
         scored = [(t.reward, t.advantage) for group in groups for t in group.trajectories]
         rewards[name] = [
             {"total": reward.total, "advantage": advantage, "components": dict(reward.components)}

@@ -66,7 +66,7 @@ def test_an_unknown_key_is_named(
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
-        ("--model.init_args.loss.clip_low", "2", "clip_low"),
+        ("--model.init_args.algorithm.loss.init_args.clip_low", "2", "clip_low"),
         ("--data.init_args.test_tasks", '{"sideways": 3}', "sideways"),
         ("--rollout.agent.max_turns", "0", "max_turns"),
         ("--model.init_args.optimizer.lr", "-1", "lr"),

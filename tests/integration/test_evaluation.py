@@ -22,7 +22,6 @@ from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardConfig
 from cv_lightning.rewards.terms import FunctionTerm
-from cv_lightning.rl.losses import PolicyLossConfig
 from cv_lightning.trajectory import TrajectoryWriter, read_groups
 from cv_lightning.types import CVLightningError, Group, Trajectory
 
@@ -54,7 +53,7 @@ def evaluate(
 ) -> None:
     """`test` or `validate` three upright and three turned digits, or the `data`."""
     policy = PolicyConfig(path=str(checkpoint), dtype="float32", max_pixels=max_pixels)
-    module = GRPOModule(policy, loss=PolicyLossConfig(kl_weight=0.0))
+    module = GRPOModule(policy)
     callback = RolloutCallback(
         agent=AGENT, engine=ENGINE, evaluations=settings, sampling=SamplingConfig(seed=seed), reward=reward
     )

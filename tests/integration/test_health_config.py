@@ -11,13 +11,13 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
-    "--rollout.mask.over_length=true",
+    "--model.init_args.algorithm.mask.over_length=true",
     "--rollout.agent.finish_share=0.95",
     "--model.init_args.policy.lora.rank=4",
-    "--model.init_args.loss.kl_weight=0.01",
-    "--model.init_args.reference_every=2",
+    "--model.init_args.algorithm.kl.weight=0.01",
+    "--model.init_args.algorithm.kl.every=2",
+    "--model.init_args.algorithm.dynamic_sampling.max_oversample=2.5",
     "--model.init_args.optimizer.skip_norm_above=20",
-    "--data.init_args.oversample=2.5",
     "--data.init_args.curriculum=[{at: 0, kind_shares: {upright: 1}}, {at: 1, kind_shares: {small: 1}}]",
 ]
 
@@ -33,15 +33,20 @@ def printed(flags: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
 def test_every_switch_is_a_flag() -> None:
     rollout, model, data = printed(FLAGS)
-    assert rollout["mask"] == {"over_length": True, "over_turns": False, "broken": False}
+    algorithm = model["algorithm"]
+    assert algorithm["mask"] == {"over_length": True, "over_turns": False, "broken": False}
     assert rollout["agent"]["finish_share"] == 0.95
-    assert model["policy"]["lora"]["rank"] == 4 and model["reference_every"] == 2
+    assert model["policy"]["lora"]["rank"] == 4 and algorithm["kl"]["every"] == 2
     assert model["optimizer"]["skip_norm_above"] == 20
-    assert data["oversample"] == 2.5 and [point["at"] for point in data["curriculum"]] == [0, 1]
+    assert algorithm["dynamic_sampling"]["max_oversample"] == 2.5 and [point["at"] for point in data["curriculum"]] == [
+        0,
+        1,
+    ]
 
 
 def test_all_are_off_in_the_quickstart() -> None:
     rollout, model, data = printed([])
-    assert not any((rollout["mask"] or {}).values()) and rollout["agent"]["finish_share"] == 1.0
+    algorithm = model["algorithm"]
+    assert not any(algorithm["mask"].values()) and rollout["agent"]["finish_share"] == 1.0
     assert model["policy"]["lora"] is None and model["optimizer"]["skip_norm_above"] is None
-    assert data["oversample"] == 1.0 and not data["curriculum"]
+    assert algorithm["dynamic_sampling"]["max_oversample"] == 1.0 and not data["curriculum"]

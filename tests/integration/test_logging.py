@@ -26,7 +26,6 @@ from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as cli_main
 from cv_lightning.loggers import TensorBoardRun, run_loggers
 from cv_lightning.loggers.wandb import PROGRESS_FILE, WandbRun, live_rows, stratified
-from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.trajectory import TrajectoryWriter
 
 ROOT = Path(__file__).parents[2]
@@ -84,9 +83,9 @@ def test_wandb_has_the_whole_config(done: Done) -> None:
     assert {"commit", "command", "versions", "python"} <= found["run"].keys()
     assert {"torch", "lightning", "transformers"} <= found["run"]["versions"].keys()
     settings = found["run"]["settings"]
-    assert resolved["rollout"]["advantage"]["method"] == AdvantageConfig().method, "defaults are told, too"
-    assert settings["RolloutCallback"]["advantage"]["method"] == AdvantageConfig().method, "defaults are told, too"
-    assert settings["GRPOModule"]["loss"]["clip_high"] == 0.28
+    algorithm = settings["GRPOModule"]["algorithm"]
+    assert algorithm["advantage"] == "GRPO(epsilon=1e-06)", "defaults are told, too"
+    assert algorithm["loss"] == "PPOClip(clip_low=0.2, clip_high=0.28, dual_clip=10.0)"
 
 
 def test_wandb_has_tables_with_pictures_and_the_model(done: Done) -> None:

@@ -22,7 +22,8 @@ from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.modules.sft import SFTModule
 from cv_lightning.rewards import RewardModule
-from cv_lightning.rl.losses import PolicyLossConfig
+from cv_lightning.rl.algorithm import AlgorithmConfig
+from cv_lightning.rl.kl import KLConfig
 from cv_lightning.types import CheckpointError, Group, RewardBreakdown
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -49,7 +50,9 @@ def test_the_engine_gets_the_adapter_and_so_does_the_export(
 
     monkeypatch.setattr(RewardModule, "score_group", score)
     optimizer = OptimizerConfig(lr=3e-2, weight_decay=0.0, gradient_clip=0.0)
-    module = GRPOModule(with_lora(tiny_checkpoint), optimizer, loss=PolicyLossConfig(kl_weight=0.01, kl="k2"))
+    module = GRPOModule(
+        with_lora(tiny_checkpoint), optimizer, algorithm=AlgorithmConfig(kl=KLConfig(weight=0.01, estimator="k2"))
+    )
     engine = EngineConfig(kind=kind, max_model_len=512, max_num_seqs=16, max_images=2)  # type: ignore[arg-type]
     batches = Batches()
     trainer = pl.Trainer(
@@ -117,8 +120,9 @@ def test_sft_with_lora_lowers_its_loss_and_leaves_the_weights(tiny_checkpoint: P
 
 
 def test_another_reference_than_the_base_is_loaded(tiny_checkpoint: Path) -> None:
-    loss = PolicyLossConfig(kl_weight=0.1)
-    other = GRPOModule(with_lora(tiny_checkpoint), SGD_LIKE, loss=loss, reference_path=str(tiny_checkpoint) + "/.")
+    algorithm = AlgorithmConfig(kl=KLConfig(weight=0.1))
+    elsewhere = AlgorithmConfig(kl=KLConfig(weight=0.1, reference_path=str(tiny_checkpoint) + "/."))
+    other = GRPOModule(with_lora(tiny_checkpoint), SGD_LIKE, algorithm=elsewhere)
     assert not other.is_own_reference
-    assert GRPOModule(with_lora(tiny_checkpoint), SGD_LIKE, loss=loss).is_own_reference
-    assert not GRPOModule(policy(tiny_checkpoint), SGD_LIKE, loss=loss).is_own_reference
+    assert GRPOModule(with_lora(tiny_checkpoint), SGD_LIKE, algorithm=algorithm).is_own_reference
+    assert not GRPOModule(policy(tiny_checkpoint), SGD_LIKE, algorithm=algorithm).is_own_reference

@@ -22,14 +22,18 @@ from cv_lightning.models.loading import load_policy
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.modules.sft import SFTModule, encode_conversation
-from cv_lightning.rl.losses import PolicyLossConfig
+from cv_lightning.rl.algorithm import AlgorithmConfig
+from cv_lightning.rl.kl import KLConfig
+from cv_lightning.rl.losses import PPOClip
 from cv_lightning.types import Group, Iteration
+
+ONE_STEP = AlgorithmConfig(num_minibatches=1)
 
 
 def grpo_after_one_iteration(
     path: Path, made: list[Group] | None = None, **arguments: object
 ) -> tuple[GRPOModule, pl.Trainer]:
-    module = GRPOModule(policy(path), **({"optimizer": SGD_LIKE, "num_minibatches": 1} | arguments))  # type: ignore[arg-type]
+    module = GRPOModule(policy(path), **({"optimizer": SGD_LIKE, "algorithm": ONE_STEP} | arguments))  # type: ignore[arg-type]
     chosen = groups(module, 3) if made is None else made
 
     def build(step: int) -> Iteration:
@@ -41,9 +45,9 @@ def grpo_after_one_iteration(
 
 
 def test_many_micro_batches_take_the_step_of_one(tiny_checkpoint: Path) -> None:
-    loose = {"loss": PolicyLossConfig(clip_low=0.99, clip_high=1e6, clip_dual=1e6)}
-    whole, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100_000, **loose)
-    split, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100, **loose)
+    loose = AlgorithmConfig(loss=PPOClip(clip_low=0.99, clip_high=1e6, dual_clip=1e6), num_minibatches=1)
+    whole, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100_000, algorithm=loose)
+    split, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100, algorithm=loose)
     rows = split.train_rows([t for g in groups(split, 3) for t in g.trajectories])
     assert len(split.pack_micro_batches(rows)) > 3
     assert len(whole.pack_micro_batches(rows)) == 1
@@ -62,7 +66,7 @@ def test_groups_without_signal_change_nothing_but_the_counters(tiny_checkpoint: 
         replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories])
         for group in groups(module, 2)
     ]
-    trained, trainer = grpo_after_one_iteration(tiny_checkpoint, still, num_minibatches=2)
+    trained, trainer = grpo_after_one_iteration(tiny_checkpoint, still, algorithm=AlgorithmConfig())
     module.trainer = trainer
     module.configure_model()
     assert torch.equal(parameters(trained), parameters(module))
@@ -74,8 +78,7 @@ def test_groups_without_signal_change_nothing_but_the_counters(tiny_checkpoint: 
 def test_ratio_against_the_trainers_own_logprobs_starts_at_one(tiny_checkpoint: Path, num_minibatches: int) -> None:
     _, trainer = grpo_after_one_iteration(
         tiny_checkpoint,
-        old_logprobs="trainer",
-        num_minibatches=num_minibatches,
+        algorithm=AlgorithmConfig(old_logprobs="trainer", num_minibatches=num_minibatches),
         optimizer=OptimizerConfig(lr=1e-12, weight_decay=0.0),
     )
     assert float(trainer.callback_metrics["policy/ratio_mean"]) == pytest.approx(1.0, abs=1e-5)
@@ -85,8 +88,8 @@ def test_ratio_against_the_trainers_own_logprobs_starts_at_one(tiny_checkpoint: 
 
 
 def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    loss = PolicyLossConfig(kl_weight=0.1)
-    module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, loss=loss, num_minibatches=2)
+    algorithm = AlgorithmConfig(kl=KLConfig(weight=0.1))
+    module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, algorithm=algorithm)
     chosen = groups(module, 2)
 
     def build(step: int) -> Iteration:
@@ -101,7 +104,7 @@ def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: 
     saved = torch.load(tmp_path / "run.ckpt", weights_only=False)
     assert saved["iteration"] == 2 and not any(name.startswith("reference.") for name in saved["state_dict"])
 
-    resumed = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, loss=loss, num_minibatches=2)
+    resumed = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, algorithm=algorithm)
     again = pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -140,8 +143,8 @@ def test_the_schedule_holds_then_falls() -> None:
 
 def test_the_entropy_bonus_raises_the_entropy(tiny_checkpoint: Path) -> None:
     def entropy_after(weight: float) -> float:
-        loss = PolicyLossConfig(entropy_weight=weight)
-        module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, loss=loss, num_minibatches=1)
+        algorithm = AlgorithmConfig(entropy_weight=weight, num_minibatches=1)
+        module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, algorithm=algorithm)
         chosen = groups(module, 2)
 
         def build(step: int) -> Iteration:
@@ -192,7 +195,7 @@ def test_no_groups_at_all_is_an_iteration_like_any_other(tiny_checkpoint: Path) 
 
 def test_a_watchdog_hears_of_every_forward_and_backward(tiny_checkpoint: Path) -> None:
     """An update of many long rows may take longer than the watchdog waits for a sign of progress."""
-    module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, max_tokens_per_row=100, num_minibatches=1)
+    module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, max_tokens_per_row=100, algorithm=ONE_STEP)
     heard: list[int] = []
     module.on_progress = lambda: heard.append(1)
     batch = Iteration(0, [])
@@ -209,8 +212,8 @@ def test_a_watchdog_hears_of_every_forward_and_backward(tiny_checkpoint: Path) -
 # ------------------------------------------------------------------ reference and images, no more often than needed
 def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path, tmp_path: Path) -> None:
     write(TinyCheckpoint(out=tmp_path, model=TinyModelConfig(seed=1)))
-    loss = PolicyLossConfig(kl_weight=0.05, kl="k1", kl_in="reward")
-    module = GRPOModule(policy(tiny_checkpoint), None, 250, loss, reference_path=str(tmp_path), temperature=0.9)
+    kl = KLConfig(weight=0.05, estimator="k1", place="reward", reference_path=str(tmp_path))
+    module = GRPOModule(policy(tiny_checkpoint), None, 250, AlgorithmConfig(kl=kl), temperature=0.9)
     module.trainer = pl.Trainer(accelerator="cpu", logger=False)
     module.policy, module.reference = start(tiny_checkpoint).policy, load_policy(policy(tmp_path))
     trajectories = [t for group in groups(module, 2) for t in group.trajectories]
@@ -226,7 +229,7 @@ def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path,
         assert trajectory.reward is not None
         gap = sum(logprob for logprob, mask in zip(trajectory.logprobs, trajectory.loss_mask, strict=True) if mask)
         assert reward == pytest.approx(trajectory.reward.total - 0.05 * (gap - float(reference.sum())), abs=1e-4)
-    module.loss = PolicyLossConfig()
+    module.algorithm = AlgorithmConfig()
     assert module.advantage_rewards(trajectories) == [t.reward.total for t in trajectories if t.reward is not None]
 
 
@@ -234,9 +237,7 @@ def test_the_reference_runs_every_second_iteration_at_twice_the_weight(tiny_chec
     module = GRPOModule(
         policy(tiny_checkpoint),
         SGD_LIKE,
-        loss=PolicyLossConfig(kl_weight=0.1, kl_importance=True),
-        num_minibatches=1,
-        reference_every=2,
+        algorithm=AlgorithmConfig(kl=KLConfig(weight=0.1, importance=True, every=2), num_minibatches=1),
     )
     weights, calls = [], []
     compute = module._reference_logprobs
@@ -244,15 +245,13 @@ def test_the_reference_runs_every_second_iteration_at_twice_the_weight(tiny_chec
     made = groups(module, 1)
 
     def build(step: int) -> Iteration:
-        weights.append(module.current_loss.kl_weight)
+        weights.append(module.kl_weight)
         batch = Iteration(step, [])
         batch.groups = made
         return batch
 
     fit(module, build, 3)
     assert weights == [0.2, 0.0, 0.2] and calls == [0, 2]
-    with pytest.raises(ValueError, match="reference_every"):
-        GRPOModule(policy(tiny_checkpoint), reference_every=2)
 
 
 def test_each_image_is_processed_once_an_iteration(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +284,7 @@ def test_parity_is_measured_where_nothing_is_learned(tiny_checkpoint: Path) -> N
         replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories])
         for group in groups(module, 2)
     ]
-    _, trainer = grpo_after_one_iteration(tiny_checkpoint, still, num_minibatches=2)
+    _, trainer = grpo_after_one_iteration(tiny_checkpoint, still, algorithm=AlgorithmConfig())
     assert (
         float(trainer.callback_metrics["policy/parity_max"]) > 0.1
     )  # the made-up engine log-probabilities are no match
@@ -293,5 +292,5 @@ def test_parity_is_measured_where_nothing_is_learned(tiny_checkpoint: Path) -> N
         replace(g, trajectories=[replace(t, logprobs=[float("nan")] * len(t.logprobs)) for t in g.trajectories])
         for g in still
     ]
-    _, trainer = grpo_after_one_iteration(tiny_checkpoint, broken, num_minibatches=2)
+    _, trainer = grpo_after_one_iteration(tiny_checkpoint, broken, algorithm=AlgorithmConfig())
     assert float(trainer.callback_metrics["policy/parity_max"]) == 1e9

@@ -90,7 +90,7 @@ def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: Family, 
     """GRPO of a policy too young to earn anything: regularised, all its trajectories count, and its weights change."""
     command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
     command += ["--trainer.default_root_dir", str(out), "--model.init_args.policy.path", str(policy)]
-    command += ["--model.init_args.loss.kl_weight", "0.01", "--model.init_args.loss.entropy_weight", "0.01"]
+    command += ["--model.init_args.algorithm.kl.weight", "0.01", "--model.init_args.algorithm.entropy_weight", "0.01"]
     command += ["--model.init_args.optimizer.warmup_steps", "0"]
     command += ["--data.init_args.num_iterations", "3", "--data.init_args.tasks_per_iteration", "2"]
     command += [*MODELS[family].scene_flags("data.init_args."), *flags]

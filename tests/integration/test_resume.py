@@ -56,7 +56,7 @@ def test_the_run_is_worth_resuming(straight: Path) -> None:
     assert [float(row["iteration"]) for row in training] == [1, 2, 3, 4, 5]
     assert len(rows(straight)) == ITERATIONS + 1, "one validation, after the fourth"
     assert float(training[-1]["policy/kl_to_reference"]) > 1e-3, "the weights move"
-    assert any(float(row["policy/surrogate_loss"]) for row in training)
+    assert any(float(row["policy/pg_loss"]) for row in training)
     assert any(float(row["rollout/tasks_waiting"]) for row in training), "dynamic sampling leaves tasks over"
     kept = state(straight)
     assert not any(name.startswith("reference") for name in kept["state_dict"])

@@ -20,13 +20,14 @@ from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardModule
+from cv_lightning.rl.algorithm import AlgorithmConfig, DynamicSamplingConfig
 from cv_lightning.rl.groups import MaskConfig
-from cv_lightning.rl.losses import PolicyLossConfig
+from cv_lightning.rl.kl import KLConfig
 from cv_lightning.types import CVLightningError, EngineError, Group, Iteration, RewardBreakdown, SandboxError
 
 AGENT = AgentConfig(max_turns=2, max_turn_tokens=12, max_images=2, prompt=PromptConfig(system="none", state_size=False))
 ENGINE = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=16, max_images=2)
-KL_IN_REWARD = PolicyLossConfig(kl_weight=0.1, kl="k1", kl_in="reward")
+KL_IN_REWARD = KLConfig(weight=0.1, estimator="k1", place="reward")
 
 
 class Batches(pl.Callback):
@@ -56,9 +57,9 @@ def odd_tasks_teach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RewardModule, "score_group", score)
 
 
-def run(checkpoint: Path, folder: Path, loss: PolicyLossConfig, data: TaskDataModule, **rollout: object) -> Batches:
+def run(checkpoint: Path, folder: Path, algorithm: AlgorithmConfig, data: TaskDataModule, **rollout: object) -> Batches:
     optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.0)
-    module = GRPOModule(PolicyConfig(path=str(checkpoint), dtype="float32"), optimizer, loss=loss)
+    module = GRPOModule(PolicyConfig(path=str(checkpoint), dtype="float32"), optimizer, algorithm=algorithm)
     batches = Batches()
     callback = RolloutCallback(agent=AGENT, engine=ENGINE, num_samples=2, **rollout)  # type: ignore[arg-type]
     trainer = pl.Trainer(
@@ -75,16 +76,17 @@ def run(checkpoint: Path, folder: Path, loss: PolicyLossConfig, data: TaskDataMo
     return batches
 
 
-def test_dynamic_sampling_refills_and_keeps_the_rest(
+def test_dynamic_sampling_rolls_out_more_and_keeps_the_rest(
     tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None
 ) -> None:
-    data = TaskDataModule(tasks_per_iteration=2, num_iterations=2, oversample=3.0)
-    batches = run(tiny_checkpoint, tmp_path, KL_IN_REWARD, data)
+    data = TaskDataModule(tasks_per_iteration=2, num_iterations=2)
+    algorithm = AlgorithmConfig(kl=KL_IN_REWARD, dynamic_sampling=DynamicSamplingConfig(max_oversample=3.0))
+    batches = run(tiny_checkpoint, tmp_path, algorithm, data)
     numbers = [[int(g.task.id.rsplit("-", 1)[-1]) for g in batch.groups] for batch in batches.seen]
     assert numbers == [[1, 3], [5, 7]], "only groups that teach, in the order of the tasks over both iterations"
     first, second = batches.metrics
-    assert first["rollout/refill_rounds"] == 3 and first["rollout/tasks_waiting"] == 2
-    assert second["rollout/groups_wanted_frac"] == 1.0 and second["rollout/trajectories"] == 8
+    assert first["rollout/sampling_rounds"] == 3 and first["rollout/tasks_waiting"] == 2
+    assert second["rollout/groups_found_frac"] == 1.0 and second["rollout/trajectories"] == 8
     stored = [json.loads(line) for path in (tmp_path / "trajectories").glob("*.jsonl") for line in path.open()]
     assert len(stored) == 8, "what did not teach is on record, too"
     for batch in batches.seen:
@@ -97,7 +99,7 @@ def test_dynamic_sampling_refills_and_keeps_the_rest(
 
 def test_masked_states_are_not_learned_from(tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None) -> None:
     data = TaskDataModule(tasks_per_iteration=2, num_iterations=1)
-    batches = run(tiny_checkpoint, tmp_path, PolicyLossConfig(), data, mask=MaskConfig(over_length=True, broken=True))
+    batches = run(tiny_checkpoint, tmp_path, AlgorithmConfig(mask=MaskConfig(over_length=True, broken=True)), data)
     (metrics,) = batches.metrics
     assert metrics["rollout/masked_frac"] > 0.5, "a random policy answers nothing"
     left = [t for g in batches.seen[0].groups for t in g.trajectories if t.advantage is not None]
@@ -123,7 +125,7 @@ def test_an_engine_that_fails_ends_the_run_with_nothing_left_running(
     monkeypatch.setattr(TransformersEngine, "step", step)
     before = children()
     with pytest.raises(type(error), match=str(error)):
-        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE)
+        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE)
     assert children() <= before
 
 
@@ -139,8 +141,8 @@ def test_too_many_failed_trajectories_end_the_run(
     with pytest.raises(
         CVLightningError, match=r"50% .* max_failed_frac 25%: rollout/end_error_engine_frac 0\.50; refused"
     ):
-        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, parity_tolerance=0.0)
-    run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, parity_tolerance=0.0, max_failed_frac=0.5)
+        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0)
+    run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0, max_failed_frac=0.5)
 
 
 def test_a_full_disk_ends_the_run_and_says_which(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_full_disk_ends_the_run_and_says_which(tiny_checkpoint: Path, tmp_path
     lines.parent.mkdir()
     lines.symlink_to("/dev/full")
     with pytest.raises(CVLightningError, match=rf"{tmp_path}: No space left on device.*store\.max_gb"):
-        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE, parity_tolerance=0.0)
+        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0)
 
 
 def test_a_sandbox_that_cannot_start_ends_the_run_before_it_begins(
@@ -157,5 +159,5 @@ def test_a_sandbox_that_cannot_start_ends_the_run_before_it_begins(
     before = children()
     monkeypatch.setattr("sys.executable", "/bin/false")  # its fork servers end at once
     with pytest.raises(SandboxError):
-        run(tiny_checkpoint, tmp_path, PolicyLossConfig(), ONE)
+        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE)
     assert children() <= before

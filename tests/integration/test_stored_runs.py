@@ -162,6 +162,7 @@ def test_a_stored_config_means_what_it_meant(name: str, monkeypatch: pytest.Monk
     found = settings(parsed(FIXTURES / name, RUNS, monkeypatch))
     # null stood for defaults, which now stand there
     stored = {k: v for k, v in stored.items() if v is not None or not any(n.startswith(f"{k}.") for n in found)}
+    stored = {k: v for k, v in stored.items() if v is not None or ".algorithm.loss.init_args." not in k}
     assert len(stored) > 50
     said = differences(stored, found, 0.0, 0.0)
     assert not said, "\n".join(said)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from cv_lightning.data.corruptions import CorruptionConfig
-from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader, TaskDataModule
+from cv_lightning.data.modules import CurriculumPoint, DemonstrationBatch, SFTDataModule, StepLoader, TaskDataModule
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
@@ -90,7 +90,8 @@ def test_overfitting_brings_the_same_tasks_again_and_again() -> None:
     again = [[task.id for task in data.train_dataloader().build(step).tasks] for step in range(4)]
     assert again == [again[0]] * 4 and len(again[0]) == 2
     assert set(first[0]).isdisjoint(first[1])
-    for changes in ({"overfit_tasks": -1}, {"overfit_tasks": 2, "oversample": 2.0}):
+    curriculum = [CurriculumPoint(at=0, kind_shares={"small": 1.0})]
+    for changes in ({"overfit_tasks": -1}, {"overfit_tasks": 2, "curriculum": curriculum}):
         with pytest.raises(ValueError, match=r"--data\.overfit_tasks"):
             task_data(**changes)
 
@@ -160,7 +161,7 @@ def test_evaluations_have_the_asked_tasks_in_batches(tmp_path: Path) -> None:
 def test_ranks_share_every_batch_without_gap_or_overlap(loader: str) -> None:
     def batches(rank: int, world_size: int) -> list[list[str]]:
         data = task_data(test_tasks={"upright": 5, "small": 4}, tasks_per_eval_batch=4)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=None)
         return [[task.id for task in batch.tasks] for batch in getattr(data, loader)()]
 
     whole, ranks = batches(0, 1), [batches(rank, 2) for rank in range(2)]

@@ -23,7 +23,6 @@ from cv_lightning.digits.figures import write_summary
 from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.tools.code_image import code_call
@@ -85,8 +84,8 @@ def run(encoder: DialogueEncoder, tmp_path_factory: pytest.TempPathFactory) -> I
     background = Background()
     with Sandbox() as sandbox, TrajectoryWriter(folder / "eval" / "sft_greedy_tool") as writer:
         rollout = Rollout(engine, sandbox, encoder, background, config, banned_ids=())  # type: ignore[arg-type]
-        collector = Collector(rollout, RewardModule(RewardConfig()), AdvantageConfig())
-        for group in collector.collect(tasks, 1, SamplingConfig(), 0):
+        collector = Collector(rollout, RewardModule(RewardConfig()))
+        for group in collector.roll_out(tasks, 1, SamplingConfig(), 0):
             writer.write_group(group, 0)
     background.close()
     yield folder

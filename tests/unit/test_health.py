@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cv_lightning.data.modules import CurriculumPoint, StepLoader, TaskDataModule, curriculum_shares
-from cv_lightning.rl.advantages import AdvantageConfig
-from cv_lightning.rl.groups import MaskConfig
-from cv_lightning.rollout.collector import Collector, merge_metrics, rollout_metrics
-from cv_lightning.rollout.dynamic_sampling import TaskQueue, refill
+from cv_lightning.rl.advantages import GRPO
+from cv_lightning.rl.algorithm import AlgorithmConfig, DynamicSamplingConfig
+from cv_lightning.rl.groups import MaskConfig, assign_advantages, has_reward_variance
+from cv_lightning.rollout.collector import merge_metrics, rollout_metrics
+from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups
 from cv_lightning.types import EndState, Group, Iteration, RewardBreakdown, Task, Trajectory
 
 PICTURE = Image.new("RGB", (32, 32))
@@ -35,11 +36,6 @@ def trajectory(of: Task, sample: int, reward: float | None, state: EndState = En
     return made
 
 
-def collector(mask: MaskConfig | None = None) -> Collector:
-    parts: Any = None  # neither engine nor rewards are called
-    return Collector(parts, parts, AdvantageConfig(), mask=mask or MaskConfig())
-
-
 # ------------------------------------------------------------------ masks
 @pytest.mark.parametrize(
     ("switch", "states"),
@@ -53,16 +49,16 @@ def test_masked_trajectories_count_in_the_statistics_and_teach_nothing(switch: s
     of, judged = task("a"), [state for state in EndState if not state.is_error]
     members = [trajectory(of, i, float(i % 2), state) for i, state in enumerate(judged)]
     plain, masked = Group(task=of, trajectories=members), MaskConfig(**{switch: True})
-    collector().assign([plain])
+    assign_advantages([plain], GRPO())
     everybody = {t.end_state: t.advantage for t in members}
     assert None not in everybody.values(), "off by default"
-    collector(masked).assign([plain])
+    assign_advantages([plain], GRPO(), masked)
     for t in members:
         assert t.advantage == (None if t.end_state in states else everybody[t.end_state])
     assert rollout_metrics([plain], 1.0)["rollout/masked_frac"] == pytest.approx(len(states) / len(members))
 
 
-def test_a_group_teaches_if_rewards_differ_and_someone_is_left() -> None:
+def test_a_group_has_reward_variance_if_rewards_differ_and_one_is_not_masked() -> None:
     of, mask = task("a"), MaskConfig(over_length=True)
     cut = EndState.OVER_LENGTH
     cases = [
@@ -75,7 +71,7 @@ def test_a_group_teaches_if_rewards_differ_and_someone_is_left() -> None:
     ]
     for members, teaches in cases:
         group = Group(task=of, trajectories=[trajectory(of, i, r, s) for i, (r, s) in enumerate(members)])
-        assert collector(mask).can_teach(group) is teaches
+        assert has_reward_variance(group, mask) is teaches
 
 
 # ------------------------------------------------------------------ dynamic sampling
@@ -86,17 +82,20 @@ def roll_out(tasks: Sequence[Task]) -> list[Group]:
     ]
 
 
-def batch(index: int, names: str, wanted: int = 2) -> Iteration:
+def differ(group: Group) -> bool:
+    return has_reward_variance(group, MaskConfig())
+
+
+def batch(index: int, names: str, num_groups: int = 2) -> Iteration:
     """`a+b` is the teaching task a and the dull task b."""
     found = [name + "+" * (names[at + 1 : at + 2] == "+") for at, name in enumerate(names) if name != "+"]
-    return Iteration(index, [task(name) for name in found], wanted)
+    return Iteration(index, [task(name) for name in found], num_groups)
 
 
 def rounds_of(queue: TaskQueue, given_batch: Iteration, trainer: Any = None) -> tuple[list[str], int]:
     queue.add(given_batch, trainer)
-    assert given_batch.wanted is not None
-    groups, rounds = refill(queue, given_batch.wanted, collector(), roll_out, lambda value: value)
-    assert all(t.advantage is not None for group in groups for t in group.trajectories)
+    assert given_batch.num_groups is not None
+    groups, rounds = sample_groups(queue, given_batch.num_groups, roll_out, differ, lambda value: value)
     return [group.task.id for group in groups], rounds
 
 
@@ -106,7 +105,7 @@ def test_tasks_come_in_order_until_enough_teach_and_the_rest_comes_first_next_ti
     assert queue.close_iteration(6) == 0
     assert rounds_of(queue, batch(1, "g+h+")) == (["e", "f+", "g+"], 2)
     assert queue.close_iteration(6) == 0
-    assert rounds_of(queue, batch(2, "xyz")) == (["h+", "x", "y", "z"], 3), "bounded: it goes on without"
+    assert rounds_of(queue, batch(2, "xyz")) == (["h+", "x", "y", "z"], 3), "bounded: it continues without"
     assert queue.close_iteration(6) == 0 and not queue.state_dict()
 
 
@@ -141,17 +140,18 @@ def test_a_rank_without_tasks_takes_part_in_every_round() -> None:
         asked.append(value)
         return max(value, next(counts))
 
-    groups, rounds = refill(TaskQueue(), 2, collector(), roll_out, others_have)
+    groups, rounds = sample_groups(TaskQueue(), 2, roll_out, differ, others_have)
     assert not groups and rounds == 2 and asked == [0, 0, 0]
 
 
 def test_oversampling_is_off_unless_asked_for() -> None:
-    plain = TaskDataModule(tasks_per_iteration=4, num_iterations=2).train_dataloader().build(1)
-    more = TaskDataModule(tasks_per_iteration=4, num_iterations=2, oversample=1.6).train_dataloader().build(1)
-    assert plain.wanted is None and len(plain.tasks) == 4
-    assert more.wanted == 4 and len(more.tasks) == 7
-    with pytest.raises(ValueError, match="oversample"):
-        TaskDataModule(oversample=0.5)
+    data = TaskDataModule(tasks_per_iteration=4, num_iterations=2)
+    plain = data.train_dataloader().build(1)
+    module = SimpleNamespace(algorithm=AlgorithmConfig(dynamic_sampling=DynamicSamplingConfig(max_oversample=1.6)))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=module)  # type: ignore[assignment]
+    more = data.train_dataloader().build(1)
+    assert plain.num_groups is None and len(plain.tasks) == 4
+    assert more.num_groups == 4 and len(more.tasks) == 7
 
 
 # ------------------------------------------------------------------ curriculum

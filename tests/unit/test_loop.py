@@ -18,7 +18,6 @@ from cv_lightning.agent.loop import Job, Rollout, RolloutProgress, cut_middle, j
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.background import Background
 from cv_lightning.engines.base import Completion, Request, SamplingConfig
-from cv_lightning.rl.advantages import AdvantageConfig
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import (
@@ -252,7 +251,7 @@ def test_a_group_is_told_of_as_soon_as_it_is_judged(encoder: DialogueEncoder, ba
 
     engine = ScriptedEngine(encoder, lambda _, turn: (TURN, ANSWER)[turn])
     rollout = Rollout(engine, Slow(), encoder, background, AgentConfig(deadline_s=10), banned_ids=(), score=score)
-    collector = Collector(rollout, Rewards(), AdvantageConfig(), on_group=on_group)  # type: ignore[arg-type]
+    collector = Collector(rollout, Rewards(), on_group=on_group)  # type: ignore[arg-type]
     groups = collector.roll_out([task("slow"), task("quick")], 2, SamplingConfig())
     assert told == [[EndState.ANSWERED, EndState.ERROR_JUDGE], [EndState.ANSWERED, EndState.ANSWERED]]
     assert [group.task.id for group in groups] == ["slow", "quick"]

@@ -9,128 +9,134 @@ import numpy as np
 import pytest
 import torch
 
-from cv_lightning.rl.aggregation import row_means, token_weights
-from cv_lightning.rl.kl import kl_penalty, rewards_with_kl
-from cv_lightning.rl.loss_config import PUBLISHED_CLIPS
-from cv_lightning.rl.losses import LossInputs, PolicyLossConfig, policy_loss
+from cv_lightning.rl.aggregation import aggregation_weights, sequence_means
+from cv_lightning.rl.algorithm import AlgorithmConfig, DynamicSamplingConfig
+from cv_lightning.rl.kl import KLConfig, kl_penalty, rewards_with_kl
+from cv_lightning.rl.losses import CISPO, DPPO, GSPO, PolicyLoss, PPOClip, TokenBatch
+from cv_lightning.rl.objective import total_loss
 
 
 def tokens(
-    ratios: list[float], advantages: list[float], old: float = -3.0, rows: list[int] | None = None
-) -> LossInputs:
+    ratios: list[float],
+    advantages: list[float],
+    old: float = -3.0,
+    rows: list[int] | None = None,
+    **more: torch.Tensor,
+) -> TokenBatch:
     """Tokens with the given ratios of policy to old."""
     size = len(ratios)
-    return LossInputs(
+    return TokenBatch(
         logprobs=(torch.tensor(ratios, dtype=torch.float64).log() + old).requires_grad_(),
-        old=torch.full((size,), old, dtype=torch.float64),
+        old_logprobs=torch.full((size,), old, dtype=torch.float64),
         advantages=torch.tensor(advantages, dtype=torch.float64),
-        row_index=torch.tensor(rows or list(range(size))),
+        sequence_index=torch.tensor(rows or list(range(size))),
         num_tokens=size,
-        num_rows=len(set(rows or range(size))),
+        num_sequences=len(set(rows or range(size))),
+        **more,
     )
 
 
-def gradient(inputs: LossInputs, config: PolicyLossConfig) -> list[float]:
+def gradient(inputs: TokenBatch, loss_of: PolicyLoss | AlgorithmConfig) -> list[float]:
     """Gradient of the loss times the count: what each token gets."""
-    loss, _ = policy_loss(inputs, config)
+    algorithm = loss_of if isinstance(loss_of, AlgorithmConfig) else AlgorithmConfig(loss=loss_of)
+    loss, _ = total_loss(inputs, algorithm)
     (grad,) = torch.autograd.grad(loss, inputs.logprobs)
     return [round(value, 12) for value in (grad * inputs.num_tokens).tolist()]
 
 
 def test_clip_higher_and_dual_clip() -> None:
-    config = PolicyLossConfig(clip_low=0.2, clip_high=0.3, clip_dual=5.0)
+    config = PPOClip(clip_low=0.2, clip_high=0.3, dual_clip=5.0)
     inputs = tokens([1.25, 1.35, 0.75, 0.75, 1.35, 6.0], [1, 1, -1, 1, -1, -1])
     # A token that the clip bounds gets no gradient; one that moves back towards 1 keeps its own.
     assert gradient(inputs, config) == [-1.25, 0.0, 0.0, -0.75, 1.35, 0.0]
-    loss, metrics = policy_loss(inputs, config)
+    loss, metrics = total_loss(inputs, AlgorithmConfig(loss=config))
     assert loss.item() * 6 == pytest.approx(-1.25 - 1.3 + 0.8 - 0.75 + 1.35 + 5.0)
     assert metrics["clip_frac"].item() == pytest.approx(2 / 6)
-    assert metrics["clip_dual_frac"].item() == pytest.approx(1 / 6)
-    assert gradient(inputs, PolicyLossConfig(clip_low=0.2, clip_high=0.3, clip_dual=math.inf))[-1] == 6.0
+    assert metrics["dual_clip_frac"].item() == pytest.approx(1 / 6)
+    assert gradient(inputs, PPOClip(clip_low=0.2, clip_high=0.3, dual_clip=math.inf))[-1] == 6.0
 
 
 def test_gspo_clips_a_sequence_as_a_whole() -> None:
-    config = PolicyLossConfig(policy="gspo", clip_low=0.1, clip_high=0.1, aggregation="seq_mean_token_mean")
+    config = AlgorithmConfig(loss=GSPO(clip_low=0.1, clip_high=0.1), aggregation="seq_mean_token_mean")
     # Row 0: 2 and 0.5 cancel, the ratio is 1. Row 1: geometric mean of 1.21 and 1.44 is 1.32, outside.
     inputs = tokens([2.0, 0.5, 1.21, 1.44], [1, 1, 1, 1], rows=[0, 0, 1, 1])
     assert gradient(inputs, config) == [-1.0, -1.0, 0.0, 0.0]
-    _, metrics = policy_loss(inputs, config)
+    _, metrics = total_loss(inputs, config)
     assert metrics["clip_frac"].item() == 0.5
     assert metrics["ratio_mean"].item() == pytest.approx((2 + 2 * 1.32) / 4)
 
 
-@pytest.mark.parametrize(("policy", "log_ratio"), [("gspo", 11.0), ("ppo_clip", 21.0)])
-def test_tokens_that_only_the_clamp_bounds_are_counted(policy: Any, log_ratio: float) -> None:
+@pytest.mark.parametrize(("kind", "log_ratio"), [(GSPO, 11.0), (PPOClip, 21.0)])
+def test_tokens_that_only_the_clamp_bounds_are_counted(kind: Any, log_ratio: float) -> None:
     """With A < 0 and without a dual clip no clip bounds them, and yet they have no gradient."""
     inputs = tokens([math.exp(log_ratio), 1.0], [-1.0, -1.0])
-    config = PolicyLossConfig(policy=policy, clip_dual=math.inf)
+    config = kind(dual_clip=math.inf)
     assert gradient(inputs, config)[0] == 0.0
-    metrics = policy_loss(inputs, config)[1]
+    metrics = total_loss(inputs, AlgorithmConfig(loss=config))[1]
     assert metrics["ratio_saturated_frac"].item() == pytest.approx(1 / 2)
-    assert metrics["clip_frac"].item() == metrics["clip_dual_frac"].item() == 0.0
-    risen = policy_loss(tokens([math.exp(log_ratio)], [1.0]), config)[1]  # with A > 0 the clip bounds it, and says so
+    assert metrics["clip_frac"].item() == metrics["dual_clip_frac"].item() == 0.0
+    risen = kind()(tokens([math.exp(log_ratio)], [1.0]))[1]  # with A > 0 the clip bounds it, and says so
     assert (risen["ratio_saturated_frac"].item(), risen["clip_frac"].item()) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_unusable_reference_logprobs_have_no_penalty_and_are_counted(estimator: Any, bad: float) -> None:
-    inputs = tokens([1.0, 1.0, 1.0], [1.0, -1.0, 0.5])
-    inputs.reference = torch.tensor([-2.0, bad, -3.5], dtype=torch.float64)
-    config = PolicyLossConfig(kl_weight=0.3, kl=estimator)
-    loss, metrics = policy_loss(inputs, config)
+    reference = torch.tensor([-2.0, bad, -3.5], dtype=torch.float64)
+    inputs = tokens([1.0, 1.0, 1.0], [1.0, -1.0, 0.5], reference_logprobs=reference)
+    loss, metrics = total_loss(inputs, AlgorithmConfig(kl=KLConfig(weight=0.3, estimator=estimator)))
     (grad,) = torch.autograd.grad(loss, inputs.logprobs)
     assert math.isfinite(loss.item()) and grad.isfinite().all()
     assert grad[1].item() == pytest.approx(1 / 3)  # its policy gradient, and no other
     assert metrics["nonfinite_reference_frac"].item() == pytest.approx(1 / 3)
     usable = torch.tensor([0, 2])
-    alone = kl_penalty(inputs.logprobs.detach()[usable], inputs.reference[usable], estimator)
+    alone = kl_penalty(inputs.logprobs.detach()[usable], reference[usable], estimator)
     assert metrics["kl_to_reference"].item() == pytest.approx(alone.sum().item() / 3)
 
 
 def test_cispo_keeps_the_gradient_that_ppo_drops() -> None:
     inputs = tokens([0.3, 1.0, 9.0], [1, -1, 1])
-    assert gradient(inputs, PolicyLossConfig(policy="cispo")) == [-0.3, 1.0, -5.0]
-    assert gradient(inputs, PolicyLossConfig(policy="cispo", clip_low=0.2, clip_high=1.0)) == [-0.8, 1.0, -2.0]
-    assert gradient(inputs, PolicyLossConfig(policy="ppo_clip"))[2] == 0.0
-    marks = policy_loss(inputs, PolicyLossConfig(policy="cispo", clip_low=0.2, clip_high=9.0))[1]
+    assert gradient(inputs, CISPO()) == [-0.3, 1.0, -5.0]
+    assert gradient(inputs, CISPO(clip_low=0.2, clip_high=1.0)) == [-0.8, 1.0, -2.0]
+    assert gradient(inputs, PPOClip())[2] == 0.0
+    marks = CISPO(clip_low=0.2, clip_high=9.0)(inputs)[1]
     assert marks["clip_frac"].item() == pytest.approx(1 / 3)
 
 
 def test_dppo_bounds_the_probability_not_the_ratio() -> None:
-    config = PolicyLossConfig(policy="dppo")  # 0.15 either way, ratio at most 20
+    config = DPPO()  # 0.15 either way, ratio at most 20
     rare = tokens([10.0, 30.0], [1, 1], old=math.log(1e-4))  # 1e-4 -> 1e-3: PPO clips it, though nothing has moved
     assert gradient(rare, config) == [-10.0, -20.0]
-    assert gradient(rare, PolicyLossConfig()) == [0.0, 0.0]
+    assert gradient(rare, PPOClip()) == [0.0, 0.0]
     likely = tokens([0.82, 0.82, 0.90], [-1, 1, -1], old=math.log(0.99))  # 0.99 -> 0.81: within PPO's clip
     assert gradient(likely, config) == [0.0, -0.82, 0.9]
-    assert gradient(likely, PolicyLossConfig())[0] == 0.82
-    assert policy_loss(likely, config)[1]["clip_frac"].item() == pytest.approx(1 / 3)
-    assert policy_loss(rare, config)[1]["clip_dual_frac"].item() == pytest.approx(1 / 2)
+    assert gradient(likely, PPOClip())[0] == 0.82
+    assert config(likely)[1]["clip_frac"].item() == pytest.approx(1 / 3)
+    assert config(rare)[1]["ratio_cap_frac"].item() == pytest.approx(1 / 2)
     # Probability 0.01 -> 0.3, ratio 30: outside the trust region, so that the cap bounds nothing.
     far = tokens([30.0], [1], old=math.log(0.01))
-    marks = policy_loss(far, config)[1]
-    assert (marks["clip_frac"].item(), marks["clip_dual_frac"].item()) == (1.0, 0.0)
+    marks = config(far)[1]
+    assert (marks["clip_frac"].item(), marks["ratio_cap_frac"].item()) == (1.0, 0.0)
 
 
 def test_dppo_has_a_bound_for_each_direction() -> None:
     moved = tokens([1.4, 1.4, 0.6, 0.6], [1, -1, -1, 1], old=math.log(0.5))  # 0.2 up and 0.2 down
-    assert gradient(moved, PolicyLossConfig(policy="dppo", clip_low=0.3, clip_high=0.1)) == [0.0, 1.4, 0.6, -0.6]
-    assert gradient(moved, PolicyLossConfig(policy="dppo", clip_low=0.1, clip_high=0.3)) == [-1.4, 1.4, 0.0, -0.6]
+    assert gradient(moved, DPPO(clip_low=0.3, clip_high=0.1)) == [0.0, 1.4, 0.6, -0.6]
+    assert gradient(moved, DPPO(clip_low=0.1, clip_high=0.3)) == [-1.4, 1.4, 0.0, -0.6]
 
 
-@pytest.mark.parametrize("policy", sorted(PUBLISHED_CLIPS))
-def test_on_policy_every_loss_is_the_policy_gradient(policy: Any) -> None:
+@pytest.mark.parametrize("kind", [PPOClip, GSPO, CISPO, DPPO])
+def test_on_policy_every_loss_is_the_policy_gradient(kind: Any) -> None:
     inputs = tokens([1.0] * 5, [0.5, -1.0, 2.0, 0.0, -0.25])
-    assert gradient(inputs, PolicyLossConfig(policy=policy)) == [-0.5, 1.0, -2.0, 0.0, 0.25]
+    assert gradient(inputs, kind()) == [-0.5, 1.0, -2.0, 0.0, 0.25]
 
 
 def test_aggregations_of_the_recipe_differ_as_said() -> None:
     """Rows of 1 and 3 tokens: the long row has three quarters of the token mean, half of the sequence mean."""
-    row_index = torch.tensor([0, 1, 1, 1])
+    sequence_index = torch.tensor([0, 1, 1, 1])
 
     def weights(**options: Any) -> list[float]:
-        return token_weights(row_index, 4, 2, PolicyLossConfig(**options)).tolist()
+        return aggregation_weights(sequence_index, 4, 2, **options).tolist()
 
     assert weights(aggregation="token_mean") == pytest.approx([1 / 4] * 4)
     assert weights(aggregation="seq_mean_token_mean") == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
@@ -141,12 +147,12 @@ def test_aggregations_of_the_recipe_differ_as_said() -> None:
 def test_micro_batch_of_one_with_token_mean_is_a_sequence_mean() -> None:
     """Why both are named: the released recipe averages per-micro-batch token means, one sequence each (item 35)."""
     rows = [tokens([1.1, 0.9, 1.2], [1, 1, 1]), tokens([1.05], [-1])]
-    config = PolicyLossConfig(aggregation="token_mean")
-    recipe = np.mean([policy_loss(row, config)[0].item() for row in rows])
+    config = AlgorithmConfig(aggregation="token_mean")
+    recipe = np.mean([total_loss(row, config)[0].item() for row in rows])
     both = tokens([1.1, 0.9, 1.2, 1.05], [1, 1, 1, -1], rows=[0, 0, 0, 1])
-    sequence = policy_loss(both, PolicyLossConfig(aggregation="seq_mean_token_mean"))[0].item()
+    sequence = total_loss(both, AlgorithmConfig(aggregation="seq_mean_token_mean"))[0].item()
     assert recipe == pytest.approx(sequence)
-    assert recipe != pytest.approx(policy_loss(both, config)[0].item())
+    assert recipe != pytest.approx(total_loss(both, config)[0].item())
 
 
 def test_k2_in_the_loss_and_weighted_k1_have_the_gradient_of_the_divergence() -> None:
@@ -186,21 +192,21 @@ def test_k3_of_policies_worlds_apart_is_finite() -> None:
     assert logprobs.grad is not None and logprobs.grad.item() == 0.0
 
 
-def test_row_means_leave_out_what_is_not_kept() -> None:
+def test_sequence_means_leave_out_masked_tokens() -> None:
     values = torch.tensor([1.0, 3.0, math.nan, 8.0, math.inf])
-    found = row_means(values, torch.tensor([0, 0, 0, 2, 3]), torch.tensor([True, True, False, True, False]))
+    found = sequence_means(values, torch.tensor([0, 0, 0, 2, 3]), torch.tensor([True, True, False, True, False]))
     assert found.tolist() == [2.0, 2.0, 2.0, 8.0, 0.0]
 
 
 def test_kl_in_the_reward() -> None:
-    config = PolicyLossConfig(kl="k1", kl_in="reward", kl_weight=0.5)
+    config = KLConfig(estimator="k1", place="reward", weight=0.5)
     logprobs = torch.tensor([-1.0, -2.0, -0.5, math.nan, -1.0])
     reference = torch.tensor([-1.5, -2.5, -0.25, -1.0, -1.0])
     index = torch.tensor([0, 0, 2, 2, 2])
     found = rewards_with_kl([1.0, 0.25, 0.0], logprobs, reference, index, config)
     assert found.tolist() == pytest.approx([1.0 - 0.5 * 1.0, 0.25, 0.0 + 0.5 * 0.25])
-    with pytest.raises(ValueError, match="kl_in"):
-        rewards_with_kl([1.0], logprobs, reference, index, PolicyLossConfig(kl_weight=0.5))
+    with pytest.raises(ValueError, match="place"):
+        rewards_with_kl([1.0], logprobs, reference, index, KLConfig(weight=0.5))
     with pytest.raises(ValueError, match="2 rewards"):
         rewards_with_kl([1.0, 2.0], logprobs, reference, index, config)
     empty = torch.zeros(0)
@@ -208,68 +214,98 @@ def test_kl_in_the_reward() -> None:
 
 
 def test_kl_in_the_reward_leaves_the_loss_alone() -> None:
-    inputs = tokens([1.1, 0.9], [1, -1])
-    inputs.reference = inputs.old - 0.5
-    plain, _ = policy_loss(inputs, PolicyLossConfig())
-    moved, metrics = policy_loss(inputs, PolicyLossConfig(kl="k1", kl_in="reward", kl_weight=3.0))
+    reference = torch.full((2,), -3.5, dtype=torch.float64)
+    inputs = tokens([1.1, 0.9], [1, -1], reference_logprobs=reference)
+    plain, _ = total_loss(inputs, AlgorithmConfig())
+    in_reward = KLConfig(estimator="k1", place="reward", weight=3.0)
+    moved, metrics = total_loss(inputs, AlgorithmConfig(kl=in_reward))
     assert moved.item() == plain.item()
     assert metrics["kl_to_reference"].item() == pytest.approx(0.5 + math.log(1.1 * 0.9) / 2)
 
 
 @pytest.mark.parametrize(
-    ("options", "flag"),
+    ("kind", "options", "key"),
     [
-        ({"policy": "ppo"}, "model.loss.policy"),
-        ({"clip_low": -0.1}, "model.loss.clip_low"),
-        ({"clip_low": 1.5}, "model.loss.clip_low"),
-        ({"clip_low": math.nan}, "model.loss.clip_low"),
-        ({"clip_high": -1.0}, "model.loss.clip_high"),
-        ({"policy": "dppo", "clip_high": 1.5}, "model.loss.clip_high"),
-        ({"clip_dual": 1.0}, "model.loss.clip_dual"),
-        ({"policy": "cispo", "clip_dual": 10.0}, "model.loss.clip_dual"),
-        ({"aggregation": "mean"}, "model.loss.aggregation"),
-        ({"aggregation": "constant_length"}, "model.loss.constant_length"),
-        ({"aggregation": "constant_length", "constant_length": 0}, "model.loss.constant_length"),
-        ({"constant_length": 100}, "model.loss.constant_length"),
-        ({"kl": "k4"}, "model.loss.kl "),
-        ({"kl_in": "both"}, "model.loss.kl_in"),
-        ({"kl_weight": -1.0}, "model.loss.kl_weight"),
-        ({"kl_in": "reward"}, "model.loss.kl_weight"),
-        ({"kl_importance": True}, "model.loss.kl_importance"),
-        ({"kl_importance": True, "kl_in": "reward", "kl_weight": 1.0}, "model.loss.kl_importance"),
-        ({"entropy_weight": -1.0}, "model.loss.entropy_weight"),
-        ({"importance_cap": 0.0}, "model.loss.importance_cap"),
-        ({"importance_band": (1.1, 0.9)}, "model.loss.importance_band"),
+        (PPOClip, {"clip_low": -0.1}, "loss.clip_low"),
+        (PPOClip, {"clip_low": 1.5}, "loss.clip_low"),
+        (PPOClip, {"clip_low": math.nan}, "loss.clip_low"),
+        (PPOClip, {"clip_high": -1.0}, "loss.clip_high"),
+        (DPPO, {"clip_high": 1.5}, "loss.clip_high"),
+        (PPOClip, {"dual_clip": 1.0}, "loss.dual_clip"),
+        (GSPO, {"dual_clip": 0.5}, "loss.dual_clip"),
+        (DPPO, {"ratio_cap": 1.0}, "loss.ratio_cap"),
+        (CISPO, {"clip_low": 2.0}, "loss.clip_low"),
+        (AlgorithmConfig, {"aggregation": "mean"}, "aggregation"),
+        (AlgorithmConfig, {"aggregation": "constant_length"}, "constant_length"),
+        (AlgorithmConfig, {"aggregation": "constant_length", "constant_length": 0}, "constant_length"),
+        (AlgorithmConfig, {"constant_length": 100}, "constant_length"),
+        (AlgorithmConfig, {"entropy_weight": -1.0}, "entropy_weight"),
+        (AlgorithmConfig, {"num_minibatches": 0}, "num_minibatches"),
+        (AlgorithmConfig, {"old_logprobs": "both"}, "old_logprobs"),
+        (AlgorithmConfig, {"tis_clip": 0.0}, "tis_clip"),
+        (AlgorithmConfig, {"sequence_mask": (1.1, 0.9)}, "sequence_mask"),
+        (AlgorithmConfig, {"sequence_mask": (0.9, 1.1)}, "old_logprobs"),
+        (DynamicSamplingConfig, {"max_oversample": 0.5}, "dynamic_sampling.max_oversample"),
+        (KLConfig, {"estimator": "k4"}, "kl.estimator "),
+        (KLConfig, {"place": "both"}, "kl.place"),
+        (KLConfig, {"weight": -1.0}, "kl.weight"),
+        (KLConfig, {"place": "reward"}, "kl.weight"),
+        (KLConfig, {"importance": True}, "kl.importance"),
+        (KLConfig, {"importance": True, "place": "reward", "weight": 1.0}, "kl.importance"),
+        (KLConfig, {"every": 2}, "kl.every"),
+        (KLConfig, {"every": 0, "weight": 1.0}, "kl.every"),
     ],
 )
-def test_refused_with_the_flag_to_change(options: dict[str, Any], flag: str) -> None:
-    with pytest.raises(ValueError, match=flag):
-        PolicyLossConfig(**options)
+def test_refused_with_the_key_to_change(kind: Any, options: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=f"model.algorithm.{key}"):
+        kind(**options)
+
+
+def test_options_that_another_loss_reads_are_no_arguments() -> None:
+    for kind, name in ((CISPO, "dual_clip"), (DPPO, "dual_clip"), (PPOClip, "ratio_cap")):
+        with pytest.raises(TypeError, match=name):
+            kind(**{name: 10.0})
+
+
+def test_gspo_warns_of_a_clip_range_that_was_meant_for_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    GSPO()
+    assert not caplog.records
+    GSPO(clip_low=0.2, clip_high=0.28)
+    assert "4e-4" in caplog.text
 
 
 def test_missing_inputs_are_refused() -> None:
+    bonus = AlgorithmConfig(entropy_weight=0.1)
     inputs = tokens([1.0, 1.1], [1, -1])
-    with pytest.raises(ValueError, match="kl_weight"):
-        policy_loss(inputs, PolicyLossConfig(kl_weight=0.1))
+    with pytest.raises(ValueError, match=r"kl\.weight"):
+        total_loss(inputs, AlgorithmConfig(kl=KLConfig(weight=0.1)))
     with pytest.raises(ValueError, match="entropy_weight"):
-        policy_loss(inputs, PolicyLossConfig(entropy_weight=0.1))
-    inputs.entropy = torch.ones(2)
+        total_loss(inputs, bonus)
     with pytest.raises(ValueError, match="no gradient"):
-        policy_loss(inputs, PolicyLossConfig(entropy_weight=0.1))
+        total_loss(tokens([1.0, 1.1], [1, -1], entropy=torch.ones(2)), bonus)
     with torch.no_grad():  # in evaluation nothing carries one
+        inputs = tokens([1.0, 1.1], [1, -1], entropy=torch.ones(2))
         inputs.logprobs = inputs.logprobs.detach()
-        policy_loss(inputs, PolicyLossConfig(entropy_weight=0.1))
+        total_loss(inputs, bonus)
 
 
 def test_wrong_shapes_and_counts_are_refused() -> None:
     good = tokens([1.0, 1.1], [1, -1])
-    values = {name: getattr(good, name) for name in LossInputs.__dataclass_fields__}
-    with pytest.raises(ValueError, match=r"old has shape \[3\]"):
-        LossInputs(**{**values, "old": torch.zeros(3)})
+    values = {name: getattr(good, name) for name, field in TokenBatch.__dataclass_fields__.items() if field.init}
+    with pytest.raises(ValueError, match=r"old_logprobs has shape \[3\]"):
+        TokenBatch(**{**values, "old_logprobs": torch.zeros(3)})
     with pytest.raises(ValueError, match="num_tokens"):
-        LossInputs(**{**values, "num_tokens": 0})
+        TokenBatch(**{**values, "num_tokens": 0})
 
 
-def test_published_clips_stand_in_for_null() -> None:
-    assert PolicyLossConfig().clips == (0.2, 0.28, 10.0)
-    assert PolicyLossConfig(policy="gspo", clip_high=0.001).clips == (3e-4, 0.001, math.inf)
+def test_defaults_are_the_published_bounds() -> None:
+    assert vars(PPOClip()) == {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
+    assert vars(GSPO(clip_high=0.001)) == {"clip_low": 3e-4, "clip_high": 0.001, "dual_clip": math.inf}
+    assert vars(CISPO()) == {"clip_low": 1.0, "clip_high": 4.0}
+    assert vars(DPPO()) == {"clip_low": 0.15, "clip_high": 0.15, "ratio_cap": 20.0}
+
+
+def test_the_kl_penalty_is_due_every_so_many_iterations_at_as_many_times_the_weight() -> None:
+    kl = KLConfig(weight=0.1, every=2)
+    assert [kl.weight_at(iteration) for iteration in range(3)] == [0.2, 0.0, 0.2]
+    assert KLConfig(weight=0.1, place="reward").weight_at(0) == 0.0

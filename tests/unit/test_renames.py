@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import yaml
 
 from cv_lightning.commands.config import main
-from cv_lightning.renames import migrate_config, new_key
+from cv_lightning.renames import migrate_config, migrate_settings, new_key
+from cv_lightning.rl.algorithm import AlgorithmConfig
+from cv_lightning.rl.losses import DPPO
+from cv_lightning.settings import flatten
 
 OLD: dict[str, Any] = {
     "trainer": {
@@ -91,3 +95,80 @@ def test_settings_that_follow_from_another_are_dropped(credit: str, crop_frame: 
     new, _ = migrate_config({"rollout": {"reward": reward}})
     left = new["rollout"]["reward"]
     assert left == reward if kept else left == {"credit": credit, "accuracy": 2.0}
+
+
+DEFAULTS = {
+    "policy": "ppo_clip", "clip_low": None, "clip_high": None, "clip_dual": None, "aggregation": "token_mean",
+    "constant_length": None, "kl_weight": 0.0, "kl": "k3", "kl_in": "loss", "kl_importance": False,
+    "entropy_weight": 0.0, "importance_cap": 2.0, "importance_band": None,
+}  # fmt: skip
+"""A loss as a run's resolved config told it."""
+
+
+def with_algorithm(loss: Any, rollout: Any = None, module: str = "grpo.GRPOModule", **more: Any) -> dict[str, Any]:
+    """A config from when loss and advantages were settings of module and rollout callback."""
+    callback = {"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout or {}}
+    return {
+        "trainer": {"callbacks": [callback]},
+        "model": {"class_path": f"cv_lightning.modules.{module}", "init_args": {"loss": loss, **more}},
+        "data": {"init_args": {"oversample": 1.0}},
+    }
+
+
+def algorithm_of(config: dict[str, Any]) -> tuple[dict[str, Any], AlgorithmConfig]:
+    """The block as it is after the move, and what it builds."""
+    block = migrate_config(config)[0]["model"]["init_args"]["algorithm"]
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=AlgorithmConfig)
+    return block, parser.instantiate(parser.parse_object({"value": block})).value
+
+
+def test_a_resolved_config_of_defaults_is_the_default_algorithm() -> None:
+    rollout = {"advantage": {"method": "grpo", "epsilon": 1e-6}, "mask": None}
+    more = {"num_minibatches": 2, "old_logprobs": "engine", "reference_path": None, "reference_every": 1}
+    block, built = algorithm_of(with_algorithm(DEFAULTS, rollout, **more))
+    assert block["loss"] == {
+        "class_path": "cv_lightning.rl.losses.PPOClip",
+        "init_args": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0},
+    }
+    assert repr(built.resolved()) == repr(AlgorithmConfig().resolved())
+
+
+@pytest.mark.parametrize("part", [None, {}])
+def test_nothing_is_left_of_a_loss_that_said_nothing(part: Any) -> None:
+    new, _ = migrate_config(with_algorithm(part, {"advantage": None}))
+    assert "loss" not in new["model"]["init_args"] and "advantage" not in new["rollout"]
+    assert new["model"]["init_args"]["algorithm"] == {"dynamic_sampling": {"max_oversample": 1.0}}
+
+
+def test_every_setting_of_the_algorithm_is_kept() -> None:
+    loss = DEFAULTS | {"policy": "dppo", "clip_low": 0.1, "clip_dual": 30.0, "kl_weight": 0.1, "importance_cap": None}
+    rollout = {"advantage": {"method": "rloo", "epsilon": 1e-6}, "mask": {"over_length": True}}
+    config = with_algorithm(loss, rollout, num_minibatches=4, old_logprobs="trainer", reference_every=2)
+    config["data"]["init_args"]["oversample"] = 3.0
+    _, built = algorithm_of(config)
+    assert repr(built.loss) == repr(DPPO(clip_low=0.1, ratio_cap=30.0)) and repr(built.advantage) == "RLOO()"
+    assert built.mask.over_length and built.dynamic_sampling.max_oversample == 3.0
+    assert (built.kl.weight, built.kl.every, built.tis_clip, built.num_minibatches) == (0.1, 2, None, 4)
+
+
+def test_a_config_of_sft_gets_no_algorithm() -> None:
+    new, _ = migrate_config(with_algorithm(None, {"advantage": None, "mask": None}, "sft.SFTModule"))
+    assert "algorithm" not in new["model"]["init_args"]
+
+
+def test_an_overlay_does_not_choose_the_loss() -> None:
+    new, changes = migrate_config({"model": {"init_args": {"loss": {"clip_low": 0.1}}}})
+    assert new["model"]["init_args"] == {"algorithm": {"loss": {"init_args": {"clip_low": 0.1}}}}
+    assert migrate_config(new) == (new, {}) and len(changes) == 1
+    assert new_key("trainer.callbacks.init_args.advantage.method") == "model.init_args.algorithm.advantage.class_path"
+
+
+@pytest.mark.parametrize("policy", ["ppo_clip", "gspo", "cispo", "dppo"])
+def test_settings_of_a_checkpoint_are_those_of_its_config(policy: str) -> None:
+    config = with_algorithm(DEFAULTS | {"policy": policy}, {"advantage": {"method": "rloo", "epsilon": 1e-6}})
+    new, _ = migrate_config(config)
+    algorithm = {name: value for name, value in flatten(new).items() if ".algorithm." in name}
+    found = migrate_settings(flatten(config))
+    assert algorithm.items() <= found.items()
+    assert {name for name in found if ".algorithm.loss" in name} == {n for n in algorithm if ".algorithm.loss" in n}

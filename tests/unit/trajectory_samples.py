@@ -14,7 +14,7 @@ from cv_lightning.digits.scenes import DigitsConfig, Kind
 from cv_lightning.images import compose, dihedral_affine, map_box
 from cv_lightning.orientations import TRANSPOSES
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.rl.advantages import AdvantageConfig
+from cv_lightning.rl.advantages import GRPO
 from cv_lightning.rl.groups import assign_advantages
 from cv_lightning.tools.code_image import code_call
 from cv_lightning.types import (
@@ -101,7 +101,7 @@ def group(
         iteration=iteration,
     )
     RewardModule(reward).score_group(found)
-    assign_advantages([found], AdvantageConfig())
+    assign_advantages([found], GRPO())
     return found
 
 

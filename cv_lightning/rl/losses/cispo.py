@@ -1,0 +1,36 @@
+"""REINFORCE with a clipped importance weight, so that no token loses its gradient."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
+
+
+class CISPO(PolicyLoss):
+    """-A sg(clip(r, 1 - low, 1 + high)) log p: the weight is bounded, the gradient never dropped (2506.13585).
+
+    The defaults bound the weight at 5 (2510.13786) and leave it free below.
+
+    Args:
+        clip_low: The weight is bounded below at 1 - clip_low; 1: no bound.
+        clip_high: The weight is bounded above at 1 + clip_high.
+    """
+
+    def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0) -> None:
+        check_range("clip_low", clip_low, 0, 1)
+        check_range("clip_high", clip_high, 0, math.inf)
+        self.clip_low, self.clip_high = clip_low, clip_high
+
+    def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one micro-batch, see `PolicyLoss`."""
+        log_ratio = tokens.log_ratio().detach()
+        ratio = log_ratio.exp()
+        weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        return tokens.pg_loss(-tokens.advantages * weight * tokens.score()), {
+            "clip_frac": tokens.mean(weight != ratio),
+            "ratio_mean": tokens.mean(ratio),
+            "approx_kl": tokens.mean(-log_ratio),
+        }
