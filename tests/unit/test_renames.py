@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from cv_lightning.commands.config import main
-from cv_lightning.renames import migrate_config, migrate_settings, new_key
+from cv_lightning.renames import migrate_config, migrate_settings, new_key, table
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.rl.losses import DPPO
 from cv_lightning.settings import flatten
@@ -172,3 +173,9 @@ def test_settings_of_a_checkpoint_are_those_of_its_config(policy: str) -> None:
     found = migrate_settings(flatten(config))
     assert algorithm.items() <= found.items()
     assert {name for name in found if ".algorithm.loss" in name} == {n for n in algorithm if ".algorithm.loss" in n}
+
+
+def test_every_new_class_path_is_there() -> None:
+    for old, new in table("class_paths").items():
+        module, _, name = new.rpartition(".")
+        assert old != new and hasattr(importlib.import_module(module), name), new
