@@ -260,8 +260,8 @@ def facts(run: Run, app: RunSections) -> list[tuple[str, str]]:
 
 
 MAIN_SETTINGS = frozenset(
-    "temperature num_samples lr seed_everything num_steps num_iterations tasks_per_iteration kl_weight num_minibatches"
-    " clip_low clip_high".split()
+    "temperature num_samples lr seed_everything num_steps num_iterations tasks_per_iteration kl_weight kl.weight"
+    " num_minibatches clip_low clip_high".split()
 )
 
 
@@ -274,15 +274,18 @@ def settings(run: Run, app: RunSections) -> list[tuple[str, str, str]]:
             config = yaml.safe_load(text)
         except yaml.YAMLError:
             continue
-        found += [(path, key, str(value)) for key, value in _leaves(config) if key in wanted and value is not None]
+        for name, value in _leaves(config):
+            key = name.rpartition(".")[2]
+            if value is not None and (key in wanted or name in wanted):
+                found.append((path, key if key in wanted else name, str(value)))
     return list(dict.fromkeys(found))
 
 
-def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys with their values, at any depth, where the value is not a container."""
+def _leaves(value: Any, parent: str = "") -> Iterator[tuple[str, Any]]:
+    """`parent.key` with its value, at any depth, where the value is not a container."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         if isinstance(item, dict | list):
-            yield from _leaves(item)
+            yield from _leaves(item, str(key))
         else:
-            yield str(key), item
+            yield f"{parent}.{key}", item
