@@ -156,9 +156,9 @@ def stage_table(evaluated: Sequence[EvaluatedStore], stages: Sequence[str], app:
 
 
 def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
-    """Before and after: the greedy (else sampled) figures of the last two stages, where both were evaluated."""
+    """Before and after: greedy (else sampled) figures of the last two stages whose order the application knows."""
     by_key = figures_of(evaluated)
-    stages = app.main_stages(evaluated)[-2:]
+    stages = [stage for stage in app.main_stages(evaluated) if stage in app.stages][-2:]
     modes = [mode for mode in MODES if all((stage, mode, True) in by_key for stage in stages)]
     if len(stages) < 2 or not modes:
         return []

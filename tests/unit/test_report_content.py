@@ -215,6 +215,20 @@ def test_what_the_model_saw_is_shown_where_it_is_much_smaller(run: Path) -> None
         assert ("seen" in trajectory["images"][0]) == ("small" in kind)
 
 
+def test_any_run_gets_the_same_tables_without_the_words_of_the_quickstart(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("timing.json", "report.html", "summary.json"))
+    text = report_of(tmp_path / "run").read_text()
+    assert "Side by side, with 95 % intervals" in text and "rl accuracy" in text
+    assert not any(words in text for words in ("Before and after", "process reward", "How it was trained"))
+    data = page_data(tmp_path / "run" / "report.html")
+    assert {row["stage"] for row in data["intervals"]} == {"sft", "rl", "rl_accuracy"}
+    assert {entry["stage"]: entry["axis"] for entry in data["curves"]} == {
+        "sft": "step",
+        "rl": "iteration",
+        "rl_accuracy": "iteration",
+    }
+
+
 def test_parts_of_a_run_make_a_page_too(run: Path, tmp_path: Path) -> None:
     for name in ("rl", "sft", "eval"):
         shutil.copytree(run / name, tmp_path / name / name)

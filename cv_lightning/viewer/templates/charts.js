@@ -232,7 +232,7 @@ function startCurves(chosen = null) {
   showStage([chosen, rolled, stages[0]].find((stage) => stages.includes(stage)));
 }
 
-/** The runs with and without process reward in the same charts. */
+/** Trainings that an application compares, in the same charts. */
 function startCompared() {
   byId("compared")?.append(...data.compared.map((chart) =>
     chartFigure({ ...chart, title: words(chart.title), captioned: true }, 190, "iteration")));
