@@ -1,7 +1,7 @@
 """Net geometric effect of a snippet, derived from the pixels of input and result.
 
 Model code shares its process with the tracer and can forge what the tracer says. So a claimed map is a candidate and
-nothing more: it must explain the result better than the seven other turns and flips of it (`Comparison`), and the
+nothing more: it must explain the result better than the seven other turns and flips of it (`PixelMatch`), and the
 result must agree with the parent's own view of the input in every block (`proof.prove`). The tier that executes plans
 and the one that runs model code ask the same function, so that both give the same effect.
 """
@@ -129,14 +129,14 @@ def _net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Imag
     claims = [claim for claim in claims if abs(claim.a * claim.e - claim.b * claim.d) > 1e-9][: 1 if direct else None]
     end = time.thread_time() + MAX_CPU_S
     before, after = Pyramid(image), Pyramid(result)
-    comparison = Comparison(before, after)
+    comparison = PixelMatch(before, after)
     found = _proven(claims, comparison, direct, end)
     if found is not None:
         return found
     left, top, right, bottom = inner = plain_border(result)
     if inner != (0, 0, *result.size) and min(right - left, bottom - top) >= MIN_INNER and time.thread_time() < end:
         moved = [compose(claim, Affine(1, 0, left, 0, 1, top)) for claim in claims]
-        found = _proven(moved, Comparison(before, Pyramid(result.crop(inner))), direct, end)
+        found = _proven(moved, PixelMatch(before, Pyramid(result.crop(inner))), direct, end)
     if found is None or found.effect.to_input is None:
         return Found(Effect(to_input=None, turned=_suggested(claims, comparison)))
     to_input = compose(found.effect.to_input, Affine(1, 0, -left, 0, 1, -top))
@@ -144,7 +144,7 @@ def _net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Imag
     return Found(replace(found.effect, to_input=to_input, shown=shown))
 
 
-def _proven(claims: Sequence[Affine], comparison: Comparison, direct: bool, end: float) -> Found | None:
+def _proven(claims: Sequence[Affine], comparison: PixelMatch, direct: bool, end: float) -> Found | None:
     """The effect of the first candidate that the pixels prove."""
     before, after = comparison.before, comparison.after
     sizes = before.image.size, after.image.size
@@ -206,7 +206,7 @@ def checked_operations(operations: Sequence[Operation], found: Found) -> tuple[O
     return tuple(replace(op, used=op.used and op.name.startswith(GEOMETRIC)) for op in operations)
 
 
-def _candidates(claims: Sequence[Affine], comparison: Comparison, direct: bool) -> Iterator[Affine]:
+def _candidates(claims: Sequence[Affine], comparison: PixelMatch, direct: bool) -> Iterator[Affine]:
     """Maps worth a proof, the likeliest first: claims that no other symmetry beats, and what the pixels suggest."""
     tried: set[Affine] = set()
     place = None if direct else located(comparison.before, comparison.after)
@@ -228,7 +228,7 @@ def _candidates(claims: Sequence[Affine], comparison: Comparison, direct: bool) 
         yield place
 
 
-def _best_of_symmetries(claim: Affine, comparison: Comparison) -> Affine | None:
+def _best_of_symmetries(claim: Affine, comparison: PixelMatch) -> Affine | None:
     """The claim, or the symmetry of it that explains the result clearly better; None if nothing does."""
     score = comparison.score(claim)
     if score > PROVEN:
@@ -243,7 +243,7 @@ def _best_of_symmetries(claim: Affine, comparison: Comparison) -> Affine | None:
     return other if best > GOOD else None
 
 
-def _suggested(claims: Sequence[Affine], comparison: Comparison) -> tuple[str, ...]:
+def _suggested(claims: Sequence[Affine], comparison: PixelMatch) -> tuple[str, ...]:
     """Turns and flips that the pixels suggest though they prove no map: for blame, never for credit."""
     maps = [*_frame_turns(*comparison.sizes), *claims[:1]]
     scored = [(comparison.score(claim), claim) for claim in maps]
@@ -255,7 +255,7 @@ def _suggested(claims: Sequence[Affine], comparison: Comparison) -> tuple[str, .
 
 
 # ------------------------------------------------------------------------------------------------ coarse agreement
-class Comparison:
+class PixelMatch:
     """Input and result, ready to be compared under any map."""
 
     def __init__(self, before: Pyramid, after: Pyramid) -> None:

@@ -47,7 +47,7 @@ ADVICE = "are Pillow, NumPy and OpenCV installed?"
 
 
 @dataclass(slots=True)
-class Outcome:
+class ChildResult:
     """How a child ended; whoever gets this reads the output and closes it."""
 
     output_fd: int
@@ -83,7 +83,7 @@ class Job:
     science: bool
     """Needs a server with SciPy and scikit-image."""
     timeout_s: float
-    future: Future[Outcome] = field(default_factory=Future)
+    future: Future[ChildResult] = field(default_factory=Future)
     input_fd: int = -1
     output_fd: int = -1
     attempts: int = 0
@@ -153,7 +153,7 @@ class Pool:
         flags: int,
         science: bool,
     ) -> Job:
-        """Queue a snippet; the job's future gets an `Outcome`, and cancelling it kills the child."""
+        """Queue a snippet; the job's future gets an `ChildResult`, and cancelling it kills the child."""
         job = Job(
             id=next(self._ids),
             owner=owner,
@@ -183,7 +183,7 @@ class Pool:
             self._unread -= 1
         self._wake_up()
 
-    def _finished(self, job: Job, future: Future[Outcome]) -> None:
+    def _finished(self, job: Job, future: Future[ChildResult]) -> None:
         with self._lock:
             self._unfinished -= 1
         if future.cancelled():
@@ -383,7 +383,7 @@ class Pool:
             return
         self.counts["timeouts"] += bool(late)
         self.counts["killed"] += bool(status and not late)
-        outcome = Outcome(job.output_fd, bool(late), status, elapsed, cpu, self._was_read)
+        outcome = ChildResult(job.output_fd, bool(late), status, elapsed, cpu, self._was_read)
         job.output_fd = -1
         self._release(job)
         with self._lock:
@@ -484,7 +484,7 @@ class Pool:
             log.error("sandbox: %d snippets lost since the start; the latest because %s", number, why)
         self._release(job)
         with contextlib.suppress(InvalidStateError):  # cancelled
-            job.future.set_result(Outcome(-1, lost=why))
+            job.future.set_result(ChildResult(-1, lost=why))
 
     def _shut_down(self) -> None:
         jobs = [job for what, job in self._inbox if what == "job" and job is not None]

@@ -13,7 +13,7 @@ from cv_lightning.images import is_usable_size
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.effect import checked_operations, net_effect
 from cv_lightning.sandbox.plan import told_operations
-from cv_lightning.sandbox.pool import Outcome
+from cv_lightning.sandbox.pool import ChildResult
 from cv_lightning.sandbox.wire import (
     HEADER,
     MAGIC,
@@ -30,7 +30,7 @@ from cv_lightning.sandbox.wire import (
 from cv_lightning.types import SandboxResult, ToolStatus
 
 
-def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *, is_plan: bool) -> SandboxResult:
+def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig, *, is_plan: bool) -> SandboxResult:
     """The result of a job; closes its output.
 
     Args:
@@ -53,7 +53,7 @@ def read_outcome(image: Image.Image, outcome: Outcome, config: SandboxConfig, *,
     return replace(result, tier=tier, elapsed_s=outcome.elapsed_s)
 
 
-def _without_output(outcome: Outcome, config: SandboxConfig) -> SandboxResult | None:
+def _without_output(outcome: ChildResult, config: SandboxConfig) -> SandboxResult | None:
     """The result of a child that did not end by itself, whatever it wrote."""
     if outcome.late:
         limits = f"limit {config.timeout_s:g} s, {config.cpu_s} s of CPU time"

@@ -22,7 +22,7 @@ from PIL import Image
 from cv_lightning.images import content_hash, is_usable_size, to_rgb
 from cv_lightning.sandbox import plan
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
-from cv_lightning.sandbox.pool import Job, Outcome, Pool
+from cv_lightning.sandbox.pool import ChildResult, Job, Pool
 from cv_lightning.sandbox.reading import read_outcome
 from cv_lightning.sandbox.wire import FLAG_PLAN, FLAG_REFERENCE
 from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
@@ -251,7 +251,7 @@ class Sandbox:
             science=science,
         )
 
-    def _finish(self, run: _Run, outcome: Outcome) -> SandboxResult | None:
+    def _finish(self, run: _Run, outcome: ChildResult) -> SandboxResult | None:
         """The result of a job; None if a worker could not execute its plan, so that a child has to run it."""
         result = read_outcome(run.image, outcome, self.config, is_plan=run.as_plan)
         if run.as_plan and result.status not in (ToolStatus.OK, ToolStatus.LOST):

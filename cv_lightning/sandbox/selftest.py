@@ -18,16 +18,35 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.pool import WATCHDOG_S
 from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
-if TYPE_CHECKING:
-    from cv_lightning.sandbox.sandbox import Sandbox
+
+class Sandboxed(Protocol):
+    """What the self-test asks of a `Sandbox`, which itself runs the self-test at its start."""
+
+    config: SandboxConfig
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """State of every isolation layer."""
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Counters since the start."""
+
+    def server_pids(self) -> list[int]:
+        """Processes of the fork servers."""
+
+    def run_sync(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        """Run a snippet on an image."""
+
 
 PORT = 39871
 SECRET_NAME, SECRET = "SBX_SECRET_TOKEN", "s3cr3t"
@@ -182,7 +201,7 @@ def surroundings() -> Iterator[Surroundings]:
             os.unlink(CANARY)
 
 
-def run_cases(sandbox: Sandbox, cases: Iterable[Case]) -> list[CaseResult]:
+def run_cases(sandbox: Sandboxed, cases: Iterable[Case]) -> list[CaseResult]:
     """Run cases one after the other, a harmless job after each."""
     with surroundings() as around:
         return [_run_case(sandbox, case, around) for case in cases]
@@ -198,11 +217,11 @@ class _Before:
     peak_kb: int
 
     @classmethod
-    def take(cls, sandbox: Sandbox, around: Surroundings) -> _Before:
+    def take(cls, sandbox: Sandboxed, around: Surroundings) -> _Before:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return cls(around.listener.reached, sandbox.stats.get("restarts", 0), _tracer(), peak)
 
-    def faults(self, sandbox: Sandbox, result: SandboxResult) -> list[str]:
+    def faults(self, sandbox: Sandboxed, result: SandboxResult) -> list[str]:
         """What no case may do, whatever it expects."""
         found = {
             "a fork server died": sandbox.stats.get("restarts", 0) > self.restarts,
@@ -224,7 +243,7 @@ def _peak_kb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def strays(sandbox: Sandbox) -> list[int]:
+def strays(sandbox: Sandboxed) -> list[int]:
     """Processes in the sessions of the fork servers that are neither they nor their own children."""
     servers = set(sandbox.server_pids())
     found = []
@@ -238,7 +257,7 @@ def strays(sandbox: Sandbox) -> list[int]:
     return found
 
 
-def _run_case(sandbox: Sandbox, case: Case, around: Surroundings) -> CaseResult:
+def _run_case(sandbox: Sandboxed, case: Case, around: Surroundings) -> CaseResult:
     image = test_image()
     before = image.tobytes()
     for part in case.expect.split(";"):
@@ -268,7 +287,7 @@ def _run_case(sandbox: Sandbox, case: Case, around: Surroundings) -> CaseResult:
     return CaseResult(name=case.name, ok=not faults, got="; ".join([*faults, got]))
 
 
-def _fault(sandbox: Sandbox, part: str, case: Case, result: SandboxResult, seconds: float, reached: int) -> str:
+def _fault(sandbox: Sandboxed, part: str, case: Case, result: SandboxResult, seconds: float, reached: int) -> str:
     """Why one part of an expectation is not met; empty if it is."""
     kind, _, detail = part.strip().partition(":")
     if kind == "timeout":
@@ -330,7 +349,7 @@ def _status_fault(kind: str, detail: str, result: SandboxResult, hidden: bool) -
     return "" if allowed.get(kind) is result.status else f"{result.status} where {kind} was expected"
 
 
-def report(sandbox: Sandbox, results: Iterable[CaseResult]) -> dict[str, Any]:
+def report(sandbox: Sandboxed, results: Iterable[CaseResult]) -> dict[str, Any]:
     """JSON form: layers, passed, failed, cases."""
     rows = list(results)
     return {

@@ -15,14 +15,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
 from cv_lightning.sandbox.heap import TUNABLES
 from cv_lightning.sandbox.private_root import is_within
-
-if TYPE_CHECKING:
-    from cv_lightning.sandbox.pool import Job
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +52,8 @@ class Server:
     started: float
     report: dict[str, str] | None = None
     """States of its layers; None while it starts."""
-    jobs: dict[int, Job] = field(default_factory=dict)
+    jobs: dict[int, Any] = field(default_factory=dict)
+    """The pool's jobs that it works on, by number."""
     served: int = 0
     draining: bool = False
     first_bytes: int = 0

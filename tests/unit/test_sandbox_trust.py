@@ -11,7 +11,7 @@ from PIL import Image
 
 from cv_lightning.sandbox import SandboxConfig
 from cv_lightning.sandbox.effect import believed, effect_of
-from cv_lightning.sandbox.pool import Outcome
+from cv_lightning.sandbox.pool import ChildResult
 from cv_lightning.sandbox.reading import read_outcome
 from cv_lightning.sandbox.wire import (
     HEADER,
@@ -89,10 +89,10 @@ def test_one_wrong_byte_is_read_or_refused(at: int, value: int) -> None:
         assert str(error)
 
 
-def _outcome(data: bytes) -> Outcome:
+def _outcome(data: bytes) -> ChildResult:
     fd = os.memfd_create("test")
     os.write(fd, data)
-    return Outcome(fd)
+    return ChildResult(fd)
 
 
 def _header(width: int, height: int, pixels: int, trace: int, text: int, status: int = STATUS_OK) -> bytes:
@@ -133,11 +133,11 @@ def test_any_output_gives_a_result(data: bytes) -> None:
 
 def test_whatever_way_a_child_ends_it_is_not_lost() -> None:
     for status in range(256):
-        outcome = Outcome(os.memfd_create("test"), wait_status=status << 8)
+        outcome = ChildResult(os.memfd_create("test"), wait_status=status << 8)
         result = read_outcome(NOISE, outcome, SandboxConfig(), is_plan=False)
         assert (result.status, result.error_kind) == (ToolStatus.ERROR, "no_result")
     for number in range(1, 65):
-        outcome = Outcome(os.memfd_create("test"), wait_status=number)
+        outcome = ChildResult(os.memfd_create("test"), wait_status=number)
         assert read_outcome(NOISE, outcome, SandboxConfig(), is_plan=False).status is ToolStatus.KILLED
 
 
