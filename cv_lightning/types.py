@@ -396,8 +396,8 @@ class Group:
 class Iteration:
     """One Lightning batch: the tasks of one RL iteration and, once rolled out, their groups.
 
-    A plain class on purpose: Lightning copies dataclasses, lists and mappings on their way to the
-    device, and what a callback hangs on them would be lost (trap T48).
+    A plain class on purpose: Lightning copies dataclasses, lists and mappings on their way to the device, and what a
+    callback attaches to them would be lost (docs/decisions.md, "batches are plain objects").
 
     Args:
         index: of the iteration, from 0.

@@ -36,10 +36,10 @@ class Weight:
 def whole_tensors(model: torch.nn.Module, bucket_bytes: int = 500_000_000) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) of every parameter; under ZeRO-3 gathered bucket by bucket, on all ranks.
 
-    Every rank must exhaust the iterator (trap T37). Nothing is copied: DeepSpeed shards a bucket again by letting go of
-    the gathered memory, which a tensor that somebody keeps holds on to (vLLM keeps the parts of a fused weight until
-    it has them all). Without ZeRO-3 they are the parameters themselves. Adapters are merged into the weights that they
-    adapt (trap T42), one weight at a time.
+    Every rank must exhaust the iterator (docs/decisions.md, "every rank gathers"). Nothing is copied: DeepSpeed shards
+    a bucket again by releasing the gathered memory, which a tensor that is kept holds (vLLM keeps the parts of a fused
+    weight until it has all of them). Without ZeRO-3 they are the parameters themselves. Adapters are merged into the
+    weights that they adapt, one weight at a time.
 
     Args:
         model: the policy; parameters may be ZeRO-3 shards.

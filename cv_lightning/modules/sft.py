@@ -25,7 +25,7 @@ class SFTModule(PolicyModule):
         policy: which model, and how it is loaded.
         optimizer: AdamW and schedule.
         max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-        prompt: the words around the question; use the agent's own, or RL starts off-distribution (trap T2).
+        prompt: the words around the question; use the agent's own, or RL starts off-distribution.
         tools: what the system prompt offers; as `rollout.agent.tools`. None: the code tool alone.
     """
 
@@ -89,7 +89,7 @@ def encode_conversation(
     prompt: PromptConfig,
     tools: Sequence[Tool] = DEFAULT_TOOLS,
 ) -> Dialogue:
-    """Tokens and mask of a demonstration, with the same boundaries as the agent's own (trap T2).
+    """Tokens and mask of a demonstration, with the same boundaries as the agent's own.
 
     What the tool answered is told in the agent's words where the conversation brings none of its own.
     """
