@@ -36,10 +36,10 @@ class AgentConfig:
     """Admit tool results in a fixed order: bitwise repeatable, slower (trap T54)."""
     deadline_s: float = 1800.0
     """A rollout's wall-clock limit in seconds; what is unfinished then ends as `stopped`."""
-    finish_share: float = 1.0
-    """A training rollout ends once this share of its trajectories has finished; the rest ends as `stopped`, is counted
-    and never scored. Below 1 the engine does not run on for a few stragglers (over-provisioning, APRIL, 2509.18521),
-    but what is cut are long trajectories: keep it above 0.9, or the policy learns from short ones only."""
+    early_stop_fraction: float = 1.0
+    """A training rollout ends once this fraction of its trajectories has finished; the rest ends as `stopped`, is
+    counted and never scored. Below 1 the engine does not run for a few stragglers (over-provisioning, APRIL,
+    2509.18521), but what is cut are long trajectories: keep it above 0.9, or the policy learns from short ones only."""
     tool_deadline_s: float = 60.0
     """Seconds after which a tool call without an answer is given up; its trajectory counts as lost, not as wrong.
     Counted from the last answer to a call handed over before it: calls that wait behind slow ones are not late."""
@@ -52,8 +52,8 @@ class AgentConfig:
                 raise ValueError(f"agent.{name} must be at least 1, not {getattr(self, name)}")
         if self.max_parse_errors < 0 or self.max_tool_text_chars < 16:
             raise ValueError("agent.max_parse_errors must be at least 0 and agent.max_tool_text_chars at least 16")
-        if not 0 < self.finish_share <= 1:
-            raise ValueError(f"agent.finish_share {self.finish_share} must be above 0 and at most 1, a share")
+        if not 0 < self.early_stop_fraction <= 1:
+            raise ValueError(f"agent.early_stop_fraction {self.early_stop_fraction} must be above 0 and at most 1")
         if self.deadline_s <= 0 or self.tool_deadline_s <= 0:
             raise ValueError("agent.deadline_s and agent.tool_deadline_s must be above 0 seconds")
         if self.tools is not None and not self.tools:

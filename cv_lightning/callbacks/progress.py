@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from cv_lightning.agent.loop import RolloutProgress
+from cv_lightning.agent.driver import RolloutProgress
 from cv_lightning.environment import FILE_ONLY, is_quiet
 
 LOG = logging.getLogger(__name__)

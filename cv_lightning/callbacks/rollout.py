@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from cv_lightning.agent.config import AgentConfig
-from cv_lightning.agent.loop import Rollout, RolloutProgress
+from cv_lightning.agent.driver import Rollout, RolloutProgress
 from cv_lightning.background import Background
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.signals import StopOnSignal
@@ -389,7 +389,7 @@ class RolloutCallback(pl.Callback):
         module = _policy_module(pl_module)
 
         def collector_of(setting: EvaluationConfig) -> RankCollector:
-            return self.collector(trainer, module, replace(self.agent, tool=setting.tool, finish_share=1.0))
+            return self.collector(trainer, module, replace(self.agent, tool=setting.tool, early_stop_fraction=1.0))
 
         self.evaluator.run(trainer, module, batch, collector_of, partial(RunProgress.rollout_of, trainer))
 

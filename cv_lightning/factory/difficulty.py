@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Rollout, jobs_of
+from cv_lightning.agent.driver import Rollout
+from cv_lightning.agent.request import requests_of
 from cv_lightning.background import Background
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.factory.progress import ProgressFile
@@ -98,7 +99,7 @@ def measure(
 def _pass_counts(
     tasks: Sequence[Task], config: DifficultyConfig, rollout: Rollout, rewards: RewardModule
 ) -> list[tuple[int, int]]:
-    trajectories = rollout.run(jobs_of(tasks, config.samples), config.sampling)
+    trajectories = rollout.run(requests_of(tasks, config.samples), config.sampling)
     counts = []
     for at, task in enumerate(tasks):
         members = trajectories[at * config.samples : (at + 1) * config.samples]

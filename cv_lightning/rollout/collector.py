@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from statistics import fmean
 
-from cv_lightning.agent.loop import Rollout, RolloutProgress, jobs_of
+from cv_lightning.agent.driver import Rollout, RolloutProgress
+from cv_lightning.agent.request import requests_of
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rewards.config import JUDGE_COUNTS
@@ -59,8 +60,8 @@ class Collector:
                 group, asked = waiting.pop(0)
                 scored(group, asked.result())
 
-        def settled(job: int, trajectory: Trajectory) -> None:
-            group = groups[job // num_samples]
+        def on_complete(number: int, trajectory: Trajectory) -> None:
+            group = groups[number // num_samples]
             group.trajectories.append(trajectory)
             if len(group.trajectories) == num_samples:
                 group.trajectories.sort(key=lambda member: member.sample)
@@ -70,7 +71,7 @@ class Collector:
                     scored(group)
             score_answered(wait=False)
 
-        self.rollout.run(jobs_of(tasks, num_samples), sampling, progress, settled)
+        self.rollout.run(requests_of(tasks, num_samples), sampling, progress, on_complete)
         score_answered(wait=True)
         return groups
 

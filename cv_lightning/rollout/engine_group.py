@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from cv_lightning.agent.loop import RolloutProgress
+from cv_lightning.agent.driver import RolloutProgress
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.engines.tensor_parallel import LeadingEngine, follow
 from cv_lightning.rollout.collector import Collector

@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cv_lightning.agent.loop import RolloutProgress
+from cv_lightning.agent.driver import RolloutProgress
 from cv_lightning.data.rows import RowProblem
 from cv_lightning.distributed import gather_lists
 from cv_lightning.engines import SamplingConfig

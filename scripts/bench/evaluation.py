@@ -31,7 +31,7 @@ prepare_environment()
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
-from cv_lightning.agent.loop import Rollout  # noqa: E402
+from cv_lightning.agent.driver import Rollout  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402

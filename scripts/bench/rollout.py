@@ -33,8 +33,9 @@ from PIL import Image  # noqa: E402
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
-from cv_lightning.agent.loop import Job, Rollout  # noqa: E402
+from cv_lightning.agent.driver import Rollout  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
+from cv_lightning.agent.request import RolloutRequest  # noqa: E402
 from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.digits.tiny import MARKUP_TOKENS  # noqa: E402
@@ -155,9 +156,9 @@ class Bench:
         config = AgentConfig(deterministic=loop != "async", max_turns=CALLS[1] + 1, prompt=prompt)
         engine, tool = PlannedEngine(self.engine, self.encoder), SlowTool(serial=loop == "lockstep_serial_tools")
         rollout = Rollout(engine, tool, self.encoder, background, config, self.banned)  # type: ignore[arg-type]
-        jobs = [Job(task, 0) for task in self.tasks]
+        requests = [RolloutRequest(task, 0) for task in self.tasks]
         begun = time.perf_counter()
-        trajectories = rollout.run(jobs, SamplingConfig(seed=1))
+        trajectories = rollout.run(requests, SamplingConfig(seed=1))
         return time.perf_counter() - begun, trajectories
 
 

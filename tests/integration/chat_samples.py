@@ -13,7 +13,7 @@ from test_loop import ScriptedEngine
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Rollout
+from cv_lightning.agent.driver import Rollout
 from cv_lightning.background import Background
 from cv_lightning.engines import Completion, SamplingConfig
 from cv_lightning.sandbox import Sandbox

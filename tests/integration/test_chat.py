@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Rollout
+from cv_lightning.agent.driver import Rollout
 from cv_lightning.commands.chat import main, parse
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.trajectory import read_groups

@@ -14,7 +14,8 @@ from engine_samples import WORDS, Policy, finish, request_of, worst_gap
 from PIL import Image
 
 from cv_lightning.agent.config import AgentConfig
-from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.agent.driver import Rollout
+from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.digits.tiny import MARKUP_TOKENS
 from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine
@@ -234,7 +235,9 @@ def test_deterministic_rollouts_repeat_to_the_last_bit(engines: dict[str, Engine
     seen: list[list[Trajectory]] = []
     for _ in range(3):
         vllm.update_weights(policy.model.named_parameters(), version=1)
-        seen.append(rollout.run([Job(task, sample) for task in tasks for sample in range(6)], SamplingConfig(seed=3)))
+        seen.append(
+            rollout.run([RolloutRequest(task, sample) for task in tasks for sample in range(6)], SamplingConfig(seed=3))
+        )
     background.close()
     assert all(len(t.images) == 3 and t.end_state is not EndState.ERROR_ENGINE for t in seen[0])
     for again in seen[1:]:

@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 FLAGS = [
     "--model.init_args.algorithm.mask.over_length=true",
-    "--rollout.agent.finish_share=0.95",
+    "--rollout.agent.early_stop_fraction=0.95",
     "--model.init_args.policy.lora.rank=4",
     "--model.init_args.algorithm.kl.weight=0.01",
     "--model.init_args.algorithm.kl.every=2",
@@ -35,7 +35,7 @@ def test_every_switch_is_a_flag() -> None:
     rollout, model, data = printed(FLAGS)
     algorithm = model["algorithm"]
     assert algorithm["mask"] == {"over_length": True, "over_turns": False, "broken": False}
-    assert rollout["agent"]["finish_share"] == 0.95
+    assert rollout["agent"]["early_stop_fraction"] == 0.95
     assert model["policy"]["lora"]["rank"] == 4 and algorithm["kl"]["every"] == 2
     assert model["optimizer"]["skip_norm_above"] == 20
     assert algorithm["dynamic_sampling"]["max_oversample"] == 2.5 and [point["at"] for point in data["curriculum"]] == [
@@ -47,6 +47,6 @@ def test_every_switch_is_a_flag() -> None:
 def test_all_are_off_in_the_quickstart() -> None:
     rollout, model, data = printed([])
     algorithm = model["algorithm"]
-    assert not any(algorithm["mask"].values()) and rollout["agent"]["finish_share"] == 1.0
+    assert not any(algorithm["mask"].values()) and rollout["agent"]["early_stop_fraction"] == 1.0
     assert model["policy"]["lora"] is None and model["optimizer"]["skip_norm_above"] is None
     assert algorithm["dynamic_sampling"]["max_oversample"] == 1.0 and not data["curriculum"]

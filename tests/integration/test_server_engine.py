@@ -21,8 +21,9 @@ from PIL import Image
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.cli import main
 from cv_lightning.engines import EngineConfig, SamplingConfig, ServerConfig, build_engine
@@ -73,7 +74,9 @@ def rolled_out(engine: ServerEngine, encoder: DialogueEncoder, count: int, tempe
     background = Background()
     try:
         rollout = Rollout(engine, Turning(), encoder, background, agent, banned_ids=())
-        return rollout.run([Job(task, sample) for sample in range(count)], SamplingConfig(temperature=temperature))
+        return rollout.run(
+            [RolloutRequest(task, sample) for sample in range(count)], SamplingConfig(temperature=temperature)
+        )
     finally:
         background.close()
 

@@ -10,7 +10,8 @@ from PIL import Image
 from scripted_engine import ScriptedEngine
 
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.agent.driver import Rollout
+from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.engines.base import SamplingConfig
@@ -49,7 +50,7 @@ def test_a_tool_brought_by_yaml_runs_beside_the_code_tool(
     with Sandbox() as sandbox:
         rollout = Rollout(engine, sandbox, encoder, background, agent, banned_ids=())
         task = Task(id="t", question="Where?", images=(Image.new("RGB", (96, 64), "white"),), ground_truth="42")
-        (trajectory,) = rollout.run([Job(task, 0)], SamplingConfig())
+        (trajectory,) = rollout.run([RolloutRequest(task, 0)], SamplingConfig())
     background.close()
     bad, grid, _, _ = trajectory.turns
     assert trajectory.end_state is EndState.ANSWERED, trajectory.error

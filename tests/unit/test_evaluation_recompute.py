@@ -15,7 +15,7 @@ from test_loop import ScriptedEngine
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Rollout
+from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.background import Background
 from cv_lightning.digits.demonstrations import answer_text, call_text, crop_code, undo_code

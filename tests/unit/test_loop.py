@@ -14,8 +14,9 @@ from scripted_engine import ScriptedEngine
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Job, Rollout, RolloutProgress, cut_middle, jobs_of
-from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.agent.driver import Rollout, RolloutProgress
+from cv_lightning.agent.prompt import PromptConfig, cut_middle
+from cv_lightning.agent.request import RolloutRequest, requests_of
 from cv_lightning.background import Background
 from cv_lightning.engines.base import Completion, Request, SamplingConfig
 from cv_lightning.rollout.collector import Collector
@@ -74,13 +75,13 @@ def roll(
     background: Background,
     sandbox: object,
     script: Callable[[str, int], str],
-    jobs: list[Job] | None = None,
+    requests: list[RolloutRequest] | None = None,
     config: AgentConfig | None = None,
     **engine: int,
 ) -> tuple[list[Trajectory], ScriptedEngine]:
     scripted = ScriptedEngine(encoder, script, **engine)
     rollout = Rollout(scripted, sandbox, encoder, background, config or AgentConfig(max_turns=4), banned_ids=(1,))  # type: ignore[arg-type]
-    return rollout.run(jobs or [Job(task(), 0)], SamplingConfig()), scripted
+    return rollout.run(requests or [RolloutRequest(task(), 0)], SamplingConfig()), scripted
 
 
 def test_a_tool_call_runs_and_its_image_comes_back(
@@ -103,7 +104,13 @@ def test_trajectories_that_made_the_same_image_share_it(
 ) -> None:
     """Training processes and encodes an image object once."""
     asked = task()
-    made, _ = roll(encoder, background, sandbox, lambda _, turn: (TURN, ANSWER)[turn], [Job(asked, 0), Job(asked, 1)])
+    made, _ = roll(
+        encoder,
+        background,
+        sandbox,
+        lambda _, turn: (TURN, ANSWER)[turn],
+        [RolloutRequest(asked, 0), RolloutRequest(asked, 1)],
+    )
     first, second = (trajectory.images[1] for trajectory in made)
     assert first.model_image is second.model_image is not None
 
@@ -219,8 +226,8 @@ def test_no_trajectory_waits_for_a_slow_tool(encoder: DialogueEncoder, backgroun
     engine = ScriptedEngine(encoder, lambda _, turn: (TURN, TURN, ANSWER)[turn])
     config = AgentConfig(deadline_s=10)
     rollout = Rollout(engine, Slow(), encoder, background, config, banned_ids=(), score=score)
-    jobs = jobs_of([task("slow"), task("quick-a"), task("quick-b")], 2)
-    trajectories = rollout.run(jobs, SamplingConfig())
+    requests = requests_of([task("slow"), task("quick-a"), task("quick-b")], 2)
+    trajectories = rollout.run(requests, SamplingConfig())
     assert [t.task.id for t in trajectories] == ["slow", "slow", "quick-a", "quick-a", "quick-b", "quick-b"]
     assert {t.end_state for t in trajectories} == {EndState.ANSWERED}
     assert set(finished[:4]) == {"quick-a", "quick-b"}
@@ -282,9 +289,9 @@ def test_a_call_that_never_returns_costs_its_own_trajectory_only(
     encoder: DialogueEncoder, background: Background, deterministic: bool
 ) -> None:
     hanging = Hanging("hung")
-    jobs = [Job(task(name), 0) for name in ("a", "hung", "b")]
+    requests = [RolloutRequest(task(name), 0) for name in ("a", "hung", "b")]
     config = AgentConfig(tool_deadline_s=0.2, deterministic=deterministic)
-    trajectories, _ = roll(encoder, background, hanging, lambda _, turn: (TURN, ANSWER)[turn], jobs, config)
+    trajectories, _ = roll(encoder, background, hanging, lambda _, turn: (TURN, ANSWER)[turn], requests, config)
     states = [t.end_state for t in trajectories]
     assert states == [EndState.ANSWERED, EndState.ERROR_SANDBOX, EndState.ANSWERED]
     assert "tool_deadline_s" in trajectories[1].error
@@ -292,10 +299,10 @@ def test_a_call_that_never_returns_costs_its_own_trajectory_only(
 
 
 def test_calls_that_queue_behind_slow_ones_are_not_late(encoder: DialogueEncoder, background: Background) -> None:
-    jobs = [Job(task(f"t{i}"), 0) for i in range(8)]
+    requests = [RolloutRequest(task(f"t{i}"), 0) for i in range(8)]
     config = AgentConfig(tool_deadline_s=0.3)  # all eight together take 0.8 s, one at a time
     trajectories, _ = roll(
-        encoder, background, Hanging(seconds=0.1), lambda _, turn: (TURN, ANSWER)[turn], jobs, config
+        encoder, background, Hanging(seconds=0.1), lambda _, turn: (TURN, ANSWER)[turn], requests, config
     )
     assert {t.end_state for t in trajectories} == {EndState.ANSWERED}
 
@@ -316,15 +323,15 @@ def test_the_deadline_stops_every_trajectory_and_loses_none(encoder: DialogueEnc
     engine = Dawdling(encoder, lambda _, turn: (TURN, ANSWER)[min(turn, 1)])
     config = AgentConfig(deadline_s=0.4)
     rollout = Rollout(engine, hanging, encoder, background, config, banned_ids=(), score=score, window=4)
-    jobs = [Job(task(name), 0) for name in ("hung", "a", "b", "c", "waiting-1", "waiting-2")]
+    requests = [RolloutRequest(task(name), 0) for name in ("hung", "a", "b", "c", "waiting-1", "waiting-2")]
     shown: list[int] = []
-    trajectories = rollout.run(jobs, SamplingConfig(), lambda state: shown.append(state.finished))
-    assert [t.task.id for t in trajectories] == [job.task.id for job in jobs]
+    trajectories = rollout.run(requests, SamplingConfig(), lambda state: shown.append(state.finished))
+    assert [t.task.id for t in trajectories] == [request.task.id for request in requests]
     stopped = [t for t in trajectories if t.end_state is EndState.STOPPED]
     assert {"hung", "waiting-1", "waiting-2"} <= {t.task.id for t in stopped}
     assert all(t.end_state.is_error for t in stopped)  # no outcome: masked, and nobody judges it
     assert not set(scored) & {t.task.id for t in stopped}
-    assert not engine.has_unfinished() and shown[-1] == len(jobs)
+    assert not engine.has_unfinished() and shown[-1] == len(requests)
     wait_until(lambda: "hung/0/0" in hanging.cancelled)
 
 
@@ -343,7 +350,7 @@ def test_an_exception_leaves_no_request_and_no_snippet(
     engine = Interrupted(encoder, lambda *_: TURN)
     rollout = Rollout(engine, hanging, encoder, background, AgentConfig(), banned_ids=())
     with pytest.raises(BaseException) as caught:
-        rollout.run([Job(task(name), 0) for name in ("hung", "a", "b")], SamplingConfig())
+        rollout.run([RolloutRequest(task(name), 0) for name in ("hung", "a", "b")], SamplingConfig())
     assert caught.type is (error if isinstance(error, type) else type(error))
     assert not engine.has_unfinished()
     wait_until(lambda: hanging.cancelled == ["hung/0/0"])
@@ -360,7 +367,7 @@ def test_ctrl_c_leaves_no_child(encoder: DialogueEncoder, background: Background
     engine = ScriptedEngine(encoder, lambda *_: endless)
     rollout = Rollout(engine, sandbox, encoder, background, AgentConfig(), banned_ids=())
     with pytest.raises(KeyboardInterrupt):
-        rollout.run([Job(task(), 0)], SamplingConfig(), interrupt)
+        rollout.run([RolloutRequest(task(), 0)], SamplingConfig(), interrupt)
     wait_until(lambda: len(children()) <= len(before))
 
 
@@ -375,8 +382,8 @@ def test_a_prompt_that_cannot_be_built_ends_its_trajectory_with_the_reason(
         messages=(Message(role="user", content="no mark"),),
     )
     strip = task("strip", size=(3000, 2))
-    jobs = [Job(t, 0) for t in (marks, strip, task("fine"))]
-    trajectories, engine = roll(encoder, background, sandbox, lambda *_: ANSWER, jobs)
+    requests = [RolloutRequest(t, 0) for t in (marks, strip, task("fine"))]
+    trajectories, engine = roll(encoder, background, sandbox, lambda *_: ANSWER, requests)
     assert [t.end_state for t in trajectories] == [EndState.ERROR_TASK, EndState.ERROR_TASK, EndState.ANSWERED]
     assert "task m: 0 <image> marks in its prompt but 1 images" in trajectories[0].error
     assert "3000x2" in trajectories[1].error
@@ -396,7 +403,9 @@ def test_what_the_engine_cannot_take_never_reaches_it(
 ) -> None:
     image = task().images[0]
     two = Task(id="two", question="q", images=(image, image), ground_truth="1")
-    (trajectory,), engine = roll(encoder, background, sandbox, lambda *_: ANSWER, [Job(two, 0)], config, **limits)
+    (trajectory,), engine = roll(
+        encoder, background, sandbox, lambda *_: ANSWER, [RolloutRequest(two, 0)], config, **limits
+    )
     assert trajectory.end_state in (EndState.OVER_LENGTH, EndState.MAX_IMAGES)
     assert engine.requests == [] and trajectory.error
 
@@ -413,7 +422,7 @@ def test_a_request_that_the_engine_refuses_or_forgets_costs_one_trajectory(
 
     rollout = Rollout(Fussy(encoder, lambda *_: ANSWER), sandbox, encoder, background, AgentConfig(), banned_ids=())
     refused, forgotten, fine = rollout.run(
-        [Job(task(n), 0) for n in ("refused", "forgotten", "fine")], SamplingConfig()
+        [RolloutRequest(task(n), 0) for n in ("refused", "forgotten", "fine")], SamplingConfig()
     )
     assert (refused.end_state, refused.error) == (EndState.ERROR_ENGINE, "too long for me")
     assert forgotten.end_state is EndState.ERROR_ENGINE and "forgot" in forgotten.error
@@ -442,7 +451,7 @@ def test_a_turn_that_ends_by_another_token_keeps_the_template(
 
     engine = EndsText(encoder, lambda _, turn: (TURN, ANSWER)[turn])
     rollout = Rollout(engine, sandbox, encoder, background, AgentConfig(), banned_ids=())
-    (trajectory,) = rollout.run([Job(task(), 0)], SamplingConfig())
+    (trajectory,) = rollout.run([RolloutRequest(task(), 0)], SamplingConfig())
     assert trajectory.end_state is EndState.ANSWERED
     where = trajectory.token_ids.index(encoder.tokenizer.pad_token_id)
     assert trajectory.token_ids[where + 1] == encoder.end_id
@@ -491,9 +500,9 @@ def test_deterministic_order_does_not_depend_on_tool_speed(encoder: DialogueEnco
 
     seen = []
     for reverse in (False, True):
-        jobs = [Job(task(f"t{i}"), 0) for i in range(5)]
+        requests = [RolloutRequest(task(f"t{i}"), 0) for i in range(5)]
         config = AgentConfig(deterministic=True)
-        _, engine = roll(encoder, background, Shuffled(reverse), lambda _, turn: (TURN, ANSWER)[turn], jobs, config)
+        _, engine = roll(encoder, background, Shuffled(reverse), lambda _, turn: (TURN, ANSWER)[turn], requests, config)
         seen.append([r.id for r in engine.requests])
     assert seen[0] == seen[1]
 
@@ -503,9 +512,9 @@ def test_cut_middle_keeps_both_ends() -> None:
     assert len(cut) == 20 and cut.startswith("aaa") and cut.endswith("bbb")
 
 
-def test_a_task_that_comes_twice_is_sampled_anew() -> None:
+def test_a_repeated_task_gets_other_samples() -> None:
     of = task()
-    jobs = jobs_of([of, replace(of, id="other"), of], 2)
-    assert [(job.task.id, job.sample, job.occurrence) for job in jobs if job.task.id == of.id] == [
+    requests = requests_of([of, replace(of, id="other"), of], 2)
+    assert [(request.task.id, request.sample_index, request.repeat) for request in requests if request.task.id == of.id] == [
         (of.id, 0, 0), (of.id, 1, 0), (of.id, 0, 1), (of.id, 1, 1),
     ]  # fmt: skip

@@ -9,7 +9,8 @@ from test_loop import ANSWER, TURN, Hanging, ScriptedEngine, task
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.agent.driver import Rollout
+from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rollout.collector import rollout_metrics
@@ -27,13 +28,13 @@ def test_stragglers_are_stopped_once_the_share_has_finished(encoder: DialogueEnc
     """Two of eight hang in the sandbox for ever: a share of three quarters ends without them, unscored."""
     names = ["hung-1", *"abcdef", "hung-2"]
     engine = ScriptedEngine(encoder, lambda _, turn: (TURN, ANSWER)[turn])
-    config = AgentConfig(finish_share=0.75, deadline_s=60, tool_deadline_s=60)
+    config = AgentConfig(early_stop_fraction=0.75, deadline_s=60, tool_deadline_s=60)
     rollout = Rollout(engine, Hanging("hung"), encoder, background, config, banned_ids=())
-    trajectories = rollout.run([Job(task(name), 0) for name in names], SamplingConfig())
+    trajectories = rollout.run([RolloutRequest(task(name), 0) for name in names], SamplingConfig())
     states = {t.task.id: t.end_state for t in trajectories}
     assert [name for name, state in states.items() if state is EndState.STOPPED] == ["hung-1", "hung-2"]
     assert all(states[name] is EndState.ANSWERED for name in "abcdef")
-    assert "finish_share" in trajectories[0].error and trajectories[0].end_state.is_error
+    assert "early_stop_fraction" in trajectories[0].error and trajectories[0].end_state.is_error
     groups = [Group(task=t.task, trajectories=[t]) for t in trajectories]
     assert rollout_metrics(groups, 1.0)["rollout/end_stopped_frac"] == 0.25
     assert not engine.has_unfinished()
@@ -41,6 +42,6 @@ def test_stragglers_are_stopped_once_the_share_has_finished(encoder: DialogueEnc
 
 @pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"agent\.finish_share"):
-        AgentConfig(finish_share=share)
-    assert AgentConfig().finish_share == 1.0
+    with pytest.raises(ValueError, match=r"agent\.early_stop_fraction"):
+        AgentConfig(early_stop_fraction=share)
+    assert AgentConfig().early_stop_fraction == 1.0

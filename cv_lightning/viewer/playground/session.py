@@ -14,8 +14,9 @@ from PIL import Image
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.loop import Job, Rollout
+from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
+from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.engines import Completion, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.images import content_hash
@@ -146,7 +147,7 @@ class Playground:
             exchange.stop = engine.stopped.set
             watch(exchange)
             rollout = replace(self.rollout, engine=engine, sandbox=sandbox)
-            [trajectory] = rollout.run([Job(exchange.task, 0)], exchange.sampling)
+            [trajectory] = rollout.run([RolloutRequest(exchange.task, 0)], exchange.sampling)
             if engine.stopped.is_set() and trajectory.end_state is EndState.ERROR_ENGINE:
                 trajectory.end_state, trajectory.error = EndState.STOPPED, "by the user"
             _unlearn(trajectory, exchange)

@@ -1,0 +1,286 @@
+"""One trajectory as a coroutine: the prompt, then turns and tool results, until it ends.
+
+The coroutine waits at two places, for a turn of the engine and for a tool; both times it hands a step to the driver
+(`ask`) and gets what came of it. It knows no threads and no other trajectory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Coroutine, Generator
+from dataclasses import dataclass, field
+from types import coroutine
+from typing import Any
+
+from PIL import Image
+
+from cv_lightning.agent.calls import ToolOutcome, run_call, trajectory_image
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
+from cv_lightning.agent.prompt import response_parts, tool_ok_text
+from cv_lightning.agent.protocol import parse_turn
+from cv_lightning.agent.request import RolloutRequest
+from cv_lightning.agent.views import TaskViews
+from cv_lightning.engines.base import Completion, Request, SamplingConfig
+from cv_lightning.tools import CodeRunner, ToolContext
+from cv_lightning.tools.base import missing_image
+from cv_lightning.types import (
+    DataError,
+    EndState,
+    EngineError,
+    ToolCall,
+    ToolStatus,
+    Trajectory,
+    TrajectoryImage,
+    Turn,
+)
+
+
+@dataclass(slots=True)
+class RolloutProgress:
+    """What a progress display shows."""
+
+    total: int
+    finished: int = 0
+    tokens: int = 0
+    tool_calls: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What the conversations of one rollout share."""
+
+    config: AgentConfig
+    encoder: DialogueEncoder
+    sandbox: CodeRunner
+    sampling: SamplingConfig
+    banned_ids: tuple[int, ...]
+    max_model_len: int
+    policy_version: int
+    seed_version: int
+    """Part of every request's seed: the policy version in training, 0 in evaluations."""
+    views: TaskViews
+    progress: RolloutProgress
+    images: dict[str, Image.Image] = field(default_factory=dict)
+    """By hash: trajectories that made the same image share one object, which training then encodes once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStep:
+    """A tool call to run on the background thread."""
+
+    work: Coroutine[Any, Any, ToolOutcome]
+
+
+@coroutine
+def ask(step: Request | ToolStep) -> Generator[Any, Any, Any]:
+    """Hand a step to the driver and wait: a `Completion` of a request, a `ToolOutcome` of a call.
+
+    A step that fails has a result that says so.
+    """
+    return (yield step)
+
+
+class _End(Exception):
+    """Ends the trajectory."""
+
+    def __init__(self, state: EndState, error: str = "") -> None:
+        self.state, self.error = state, error
+
+
+class Conversation:
+    """One trajectory in the making.
+
+    Args:
+        request: What to make.
+        order: Number of the request in its rollout.
+        shared: What all conversations of the rollout share.
+    """
+
+    def __init__(self, request: RolloutRequest, order: int, shared: Shared) -> None:
+        self.request, self.order, self.shared, self.config = request, order, shared, shared.config
+        self.id = f"{request.task.id}/{request.sample_index}/{order}"
+        self.dialogue = Dialogue(encoder=shared.encoder)
+        self.trajectory = Trajectory(
+            task=request.task,
+            sample=request.sample_index,
+            token_ids=self.dialogue.token_ids,
+            loss_mask=self.dialogue.loss_mask,
+            logprobs=self.dialogue.logprobs,
+            num_prompt_tokens=0,
+            weight_version=shared.policy_version,
+        )
+        self.hashes: list[str] = []
+        """Content hashes of the dialogue's images."""
+        self.parse_errors = 0
+        self.started = time.perf_counter()
+        self.steps = self._run()
+        """Yields `Request` and `ToolStep`, wants `Completion` and `ToolOutcome`; returns when the trajectory ends."""
+
+    def end(self, state: EndState, error: str = "") -> Trajectory:
+        """End the trajectory where it stands.
+
+        Args:
+            state: Why.
+            error: What failed or was over.
+        """
+        self.steps.close()
+        self.trajectory.end_state, self.trajectory.error = state, error
+        self.trajectory.total_s = time.perf_counter() - self.started
+        return self.trajectory
+
+    async def _run(self) -> tuple[EndState, str]:
+        try:
+            self._open()
+            while True:
+                turn = await self._generate()
+                await self._act(turn)
+        except _End as end:
+            return end.state, end.error
+
+    def _open(self) -> None:
+        """Put the prompt into the dialogue."""
+        task, config, trajectory = self.request.task, self.config, self.trajectory
+        try:
+            views, hashes = self.shared.views.of(task)
+            seen = [view.model_image for view in views]
+            self.shared.encoder.open(self.dialogue, task, seen, config.prompt, config.offered)
+        except DataError as error:
+            raise _End(EndState.ERROR_TASK, str(error)) from error
+        trajectory.images += views
+        self.hashes += hashes
+        trajectory.num_prompt_tokens = length = len(self.dialogue.token_ids)
+        if length > config.max_prompt_tokens:
+            limit = f"agent.max_prompt_tokens is {config.max_prompt_tokens}"
+            raise _End(EndState.OVER_LENGTH, f"a prompt of {length} tokens, {limit}")
+        if len(views) > config.max_images:
+            limit = f"agent.max_images is {config.max_images}"
+            raise _End(EndState.MAX_IMAGES, f"the task has {len(views)} images, {limit}")
+
+    async def _generate(self) -> Turn:
+        """Sample the next turn and append it."""
+        length, began = len(self.dialogue.token_ids), time.perf_counter()
+        budget = min(
+            self.config.max_turn_tokens,
+            self.config.max_response_tokens - (length - self.trajectory.num_prompt_tokens),
+            self.shared.max_model_len - length - 1,
+        )
+        if budget < 1:
+            raise _End(EndState.OVER_LENGTH, f"no room for another turn after {length} tokens")
+        completion: Completion = await ask(self._engine_request(budget))
+        expanded = completion.prompt_ids
+        if completion.error:
+            raise _End(EndState.ERROR_ENGINE, completion.error)
+        if expanded is not None and expanded != self.dialogue.token_ids:
+            raise _End(EndState.ERROR_ENGINE, f"the engine expanded {len(expanded)} ids, training {length}")
+        try:
+            self.dialogue.append_sampled(completion.token_ids, completion.logprobs)
+        except EngineError as error:
+            raise _End(EndState.ERROR_ENGINE, str(error)) from error
+        turn = Turn(text=self.shared.encoder.decode(completion.token_ids), num_tokens=len(completion.token_ids))
+        turn.generate_s = time.perf_counter() - began
+        self.trajectory.turns.append(turn)
+        self.shared.progress.tokens += turn.num_tokens
+        if not completion.stopped:
+            raise _End(EndState.OVER_LENGTH, f"a turn was cut at {turn.num_tokens} tokens")
+        return turn
+
+    def _engine_request(self, budget: int) -> Request:
+        """Of copies: the engine may look at a request again, and the dialogue grows."""
+        return Request(
+            id=self.id,
+            prompt_ids=tuple(self.dialogue.engine_ids),
+            images=tuple(self.dialogue.images),
+            image_hashes=tuple(self.hashes),
+            max_tokens=budget,
+            temperature=self.shared.sampling.temperature,
+            top_p=self.shared.sampling.top_p,
+            seed=self._seed(),
+            banned_ids=self.shared.banned_ids,
+        )
+
+    def _seed(self) -> int:
+        """A function of run seed, task, sample, turn and, in training, policy version; of nothing else."""
+        request = self.request
+        parts: tuple[object, ...] = (self.shared.sampling.seed, request.task.id, request.sample_index)
+        parts += (len(self.trajectory.turns), self.shared.seed_version)
+        parts += (request.repeat,) if request.repeat else ()  # the same words again would teach nothing new
+        digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=4)
+        return int.from_bytes(digest.digest(), "big")
+
+    async def _act(self, turn: Turn) -> None:
+        """Do what a turn asks for: end, run a tool, or tell the model what is wrong with its call."""
+        config, prompt = self.config, self.config.prompt
+        parsed = parse_turn(turn.text, config.offered)
+        if parsed.answer is not None:
+            raise _End(EndState.ANSWERED)
+        if not config.tool or (parsed.call is None and parsed.error is None):
+            raise _End(EndState.NO_ANSWER)
+        if len(self.trajectory.turns) >= config.max_turns:
+            raise _End(EndState.MAX_TURNS)
+        if parsed.call is None:
+            turn.parse_error = parsed.error
+            self.parse_errors += 1
+            if self.parse_errors > config.max_parse_errors:
+                raise _End(EndState.PARSE_ERRORS)
+            return self._respond(turn, prompt.parse_error.format(error=parsed.error))
+        turn.tool_call = parsed.call
+        outcome = await self._call_tool(parsed.call)
+        note = prompt.one_call.format(count=parsed.num_calls) if parsed.num_calls > 1 else ""
+        self._take_result(turn, outcome, note)
+
+    async def _call_tool(self, call: ToolCall) -> ToolOutcome:
+        self.shared.progress.tool_calls += 1
+        images = tuple(self.trajectory.images)
+        refused = missing_image(call.arguments, len(images))
+        if refused is not None:
+            return ToolOutcome(result=refused)
+        tool = next(tool for tool in self.config.offered if tool.name == call.name)
+        coordinates = self.config.prompt.coordinates
+        context = ToolContext(images=images, owner=self.id, sandbox=self.shared.sandbox, coordinates=coordinates)
+        outcome: ToolOutcome = await ask(ToolStep(run_call(tool, call, context, self.shared.encoder)))
+        return outcome
+
+    def _take_result(self, turn: Turn, outcome: ToolOutcome, note: str) -> None:
+        """Take what a call gave into the trajectory, and tell the model."""
+        result, prompt = outcome.result, self.config.prompt
+        turn.tool_s, turn.result = outcome.elapsed_s, result
+        if result.status is ToolStatus.LOST:
+            raise _End(EndState.ERROR_SANDBOX, result.error)
+        if result.status is not ToolStatus.OK or outcome.not_shown:
+            error = result.error or outcome.not_shown
+            return self._respond(turn, prompt.tool_error.format(error=error) + note)
+        if outcome.model_image is None:
+            return self._respond(turn, result.text + note)
+        images = self.trajectory.images
+        if len(images) >= self.config.max_images:
+            raise _End(EndState.MAX_IMAGES, f"agent.max_images is {self.config.max_images}")
+        seen = self.shared.images.setdefault(outcome.image_hash, outcome.model_image)
+        view = trajectory_image(images, result.images[0], seen)
+        text = tool_ok_text(prompt, len(images), view.original.size, view.model_image.size)
+        self._respond(turn, text + note, result.text, view)
+        self.hashes.append(outcome.image_hash)
+
+    def _respond(self, turn: Turn, text: str, said: str = "", view: TrajectoryImage | None = None) -> None:
+        """Append a tool response: text and image together, or neither.
+
+        Args:
+            turn: What it responds to.
+            text: In the agent's words; with one `<image>` mark where there is an image.
+            said: The tool's own text beside the image.
+            view: The image.
+        """
+        parts, shown = response_parts(text, view is not None, self.config.max_tool_text_chars, said)
+        ids = self.shared.encoder.tool_ids(parts, after=self.dialogue.engine_ids)
+        features = self.shared.encoder.num_image_tokens(view.model_image.size) - 1 if view is not None else 0
+        length = len(self.dialogue.token_ids) + len(ids) + features
+        response = length - self.trajectory.num_prompt_tokens
+        if response >= self.config.max_response_tokens or length >= self.shared.max_model_len - 1:
+            raise _End(EndState.OVER_LENGTH, f"no room for the tool's response after {length} tokens")
+        self.dialogue.append_given(ids, [view.model_image] if view is not None else [])
+        turn.response_text = shown
+        if view is not None:
+            turn.image_index = len(self.trajectory.images)
+            self.trajectory.images.append(view)
