@@ -14,6 +14,7 @@ from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.callbacks.rollout import RolloutCallback
+from cv_lightning.cli import ConfigOnly, main
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import IDENTITY, EndState, Task, ToolStatus
@@ -64,3 +65,13 @@ def test_a_tool_brought_by_yaml_runs_beside_the_code_tool(
     assert [op.name for op in trajectory.operations] == ["grid", "rotate_90"]
     prompt = encoder.tokenizer.decode(engine.requests[0].prompt_ids)
     assert "`grid` draws labelled grid lines" in prompt and "`code_image_tool` runs Python" in prompt
+
+
+def test_a_run_config_names_the_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` reads them, and the record of the run holds what was read."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    module = "model:\n  class_path: GRPOModule\n  init_args: {policy: {path: nowhere}}\ndata: TaskDataModule\n"
+    (tmp_path / "run.yaml").write_text(YAML + module)
+    tools = main(["fit", "--config", str(tmp_path / "run.yaml")], ConfigOnly).as_dict()["rollout"]["agent"]["tools"]
+    assert [tool["class_path"].rpartition(".")[2] for tool in tools] == ["CodeTool", "Grid"]
+    assert tools[1]["init_args"] == {"color": "blue"}
