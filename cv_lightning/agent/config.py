@@ -33,7 +33,7 @@ class AgentConfig:
     tool: bool = True
     """Offer the tools. False: their description is left out and `<tool_call>` cannot be sampled."""
     deterministic: bool = False
-    """Admit tool results in a fixed order: bitwise repeatable, slower (trap T54)."""
+    """Admit tool results in a fixed order: bitwise repeatable, slower."""
     deadline_s: float = 1800.0
     """A rollout's wall-clock limit in seconds; what is unfinished then ends as `stopped`."""
     early_stop_fraction: float = 1.0

@@ -64,7 +64,8 @@ class Shared:
     views: TaskViews
     progress: RolloutProgress
     images: dict[str, Image.Image] = field(default_factory=dict)
-    """By hash: trajectories that made the same image share one object, which training then encodes once."""
+    """Images as the model sees them, by hash: trajectories that made the same one share an object, which training then
+    encodes once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class ToolStep:
 def ask(step: Request | ToolStep) -> Generator[Any, Any, Any]:
     """Hand a step to the driver and wait: a `Completion` of a request, a `ToolOutcome` of a call.
 
-    A step that fails has a result that says so.
+    A step that fails has a result with the error.
     """
     return (yield step)
 
@@ -144,7 +145,7 @@ class Conversation:
         """Put the prompt into the dialogue."""
         task, config, trajectory = self.request.task, self.config, self.trajectory
         try:
-            views, hashes = self.shared.views.of(task)
+            views, hashes = self.shared.views.of(self.request)
             seen = [view.model_image for view in views]
             self.shared.encoder.open(self.dialogue, task, seen, config.prompt, config.offered)
         except DataError as error:

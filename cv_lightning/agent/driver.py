@@ -116,13 +116,13 @@ class _Pass:
             max_model_len=self.engine.max_model_len,
             policy_version=self.engine.weight_version,
             seed_version=self.engine.weight_version if owner.new_samples else 0,
-            views=TaskViews(owner.encoder, (request.task for request in requests)),
+            views=TaskViews(owner.encoder, requests),
             progress=self.progress,
         )
         self.waiting = deque(enumerate(requests))
         self.generating: dict[str, Conversation] = {}
         self.in_tool: dict[str, _Call] = {}
-        """In the order of their hand-over."""
+        """Calls, the earliest first."""
         self.results: queue.SimpleQueue[tuple[_Call, ToolOutcome]] = queue.SimpleQueue()
         self.judging: list[tuple[int, Trajectory, Future[None] | None]] = []
         """Finished trajectories; None: no verdict is asked for."""

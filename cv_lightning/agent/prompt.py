@@ -106,7 +106,7 @@ def _read(path: Path) -> str:
 
 @cache
 def chat_template() -> str:
-    """Our chat template: append-only, and its generation prompt opens nothing (traps T2-T4, T55)."""
+    """Our chat template: append-only, and its generation prompt opens nothing."""
     return TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
 
 

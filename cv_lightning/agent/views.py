@@ -1,4 +1,4 @@
-"""The pictures of tasks as the model sees them, made ahead, beside the engine's thread."""
+"""The images of tasks as the model sees them, made ahead on threads beside the engine's."""
 
 from __future__ import annotations
 
@@ -9,58 +9,72 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.images import content_hash
 from cv_lightning.types import Task, TrajectoryImage
 
 AHEAD = 64
-"""Tasks whose pictures are made before their turn."""
+"""Tasks whose images are made before they are asked for."""
 MAX_THREADS = 8
 
 
 class Views(NamedTuple):
-    """The pictures of one task; its trajectories share them."""
+    """The images of one task; its trajectories share them."""
 
     images: list[TrajectoryImage]
     hashes: list[str]
-    """Content hash of each as the model sees it."""
+    """Content hash of each image as the model sees it."""
 
 
 class TaskViews:
-    """Pictures of tasks, in the order in which they will be asked for. Resizing and hashing let other threads run.
+    """Images of tasks, made in the order in which they will be asked for. Resizing and hashing release the GIL.
 
     Args:
-        encoder: knows how the model sees images.
-        tasks: one after another; the same task may come several times.
+        encoder: Knows how the model sees images.
+        requests: What is rolled out; the requests of one task share its images.
+
+    Raises:
+        ValueError: Requests of different tasks cannot be told apart.
     """
 
-    def __init__(self, encoder: DialogueEncoder, tasks: Iterable[Task]) -> None:
+    def __init__(self, encoder: DialogueEncoder, requests: Iterable[RolloutRequest]) -> None:
         self._encoder = encoder
-        self._ahead = deque({id(task): task for task in tasks}.values())
-        self._made: dict[int, Future[Views]] = {}
-        """By identity of the task."""
-        self._opened: set[int] = set()
+        tasks: dict[tuple[str, int], Task] = {}
+        for request in requests:
+            if tasks.setdefault(_key(request), request.task) is not request.task:
+                raise ValueError(
+                    f"two tasks of a rollout have the id {request.task.id!r}; `requests_of` tells them apart"
+                )
+        self._ahead = deque(tasks.items())
+        self._made: dict[tuple[str, int], Future[Views]] = {}
+        self._opened: set[tuple[str, int]] = set()
         threads = min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(threads, "views")
-        self._go_on()
+        self._make_ahead()
 
-    def of(self, task: Task) -> Views:
-        """The pictures of a task.
+    def of(self, request: RolloutRequest) -> Views:
+        """The images of a request's task.
 
         Raises:
-            DataError: one cannot be shown to the model.
+            DataError: An image cannot be shown to the model.
         """
-        self._opened.add(id(task))
-        self._go_on()
-        return self._made[id(task)].result()
+        self._opened.add(_key(request))
+        self._make_ahead()
+        return self._made[_key(request)].result()
 
     def close(self) -> None:
-        """Forget what nobody will ask for."""
+        """Drop the images that will not be asked for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _go_on(self) -> None:
+    def _make_ahead(self) -> None:
         while self._ahead and len(self._made) < len(self._opened) + AHEAD:
-            task = self._ahead.popleft()
-            self._made[id(task)] = self._threads.submit(_views_of, self._encoder, task)
+            key, task = self._ahead.popleft()
+            self._made[key] = self._threads.submit(_views_of, self._encoder, task)
+
+
+def _key(request: RolloutRequest) -> tuple[str, int]:
+    """Which task a request is of: `requests_of` counts tasks of the same id as repeats."""
+    return request.task.id, request.repeat
 
 
 def _views_of(encoder: DialogueEncoder, task: Task) -> Views:

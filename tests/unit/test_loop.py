@@ -245,6 +245,8 @@ def test_a_group_is_told_of_as_soon_as_it_is_judged(encoder: DialogueEncoder, ba
             return SandboxResult(status=ToolStatus.OK, image=image)
 
     class Rewards:
+        waits_for_terms = False
+
         def score_group(self, group: Group) -> None:
             assert [trajectory.sample for trajectory in group.trajectories] == [0, 1]
 

@@ -1,4 +1,4 @@
-"""Pictures of tasks made ahead: the same as when asked for, no further ahead than said, errors where they belong."""
+"""Images of tasks made ahead: the same as when asked for, no further ahead than said, errors where they belong."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from trajectory_samples import digit_task
 
 from cv_lightning.agent import views as module
 from cv_lightning.agent.dialogue import DialogueEncoder
+from cv_lightning.agent.request import requests_of
 from cv_lightning.agent.views import TaskViews
 from cv_lightning.images import content_hash
 from cv_lightning.types import Task
@@ -23,9 +24,10 @@ def test_no_further_ahead_than_said(encoder: DialogueEncoder, monkeypatch: pytes
 
     monkeypatch.setattr(module, "_views_of", noted)
     tasks = [digit_task(index, "small") for index in range(8)]
-    views = TaskViews(encoder, [task for task in tasks for _ in range(2)])
+    requests = requests_of(tasks, 2)
+    views = TaskViews(encoder, requests)
     for at, task in enumerate(tasks):
-        first, again = views.of(task), views.of(task)
+        first, again = views.of(requests[2 * at]), views.of(requests[2 * at + 1])
         assert first is again and first.images[0].original is task.images[0]
         assert first.hashes == [content_hash(encoder.model_image(task.images[0]))]
         assert len(made) <= at + 1 + 3
