@@ -161,7 +161,7 @@ def _run_trials(study: Study, sweep: Mapping[str, Any], count: int, extra: Mappi
                 raise DataError(f"the first {number} trials failed; the last: {error}") from error
         else:
             study.tell(trial, value, TrialState.PRUNED if value is None else TrialState.COMPLETE)
-            print("  stopped early" if value is None else f"  {value:.4g}", flush=True)
+            print("  stopped early" if value is None else f"  {sweep['metric']['name']} {value:.4g}", flush=True)
 
 
 def sweep(file: Path, count: int | None = None, out: Path | None = None, set: list[str] | None = None) -> None:
