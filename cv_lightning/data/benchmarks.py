@@ -36,7 +36,7 @@ TIRBENCH_CORRECTED = {"60.jpg": "mobi", "62.jpg": "aires"}
 
 
 def task_files(files: Sequence[str | Path], config: ReaderConfig) -> RowFiles[Task]:
-    """The tasks of files in whichever format the config names.
+    """The tasks of files in the format the config names.
 
     Raises:
         DataError: a file is missing or of another format, or none of its rows can be used.

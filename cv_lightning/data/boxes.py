@@ -14,7 +14,7 @@ BOX_SLACK_PX = 1.0
 
 
 def parse_box(value: Any, key: str) -> Box | None:
-    """Four finite numbers x1, y1, x2, y2 in whichever frame; None where there is no box.
+    """Four finite numbers x1, y1, x2, y2 in any frame; None where there is no box.
 
     Args:
         value: A list of four numbers, a list of one such list, JSON text of either, or four numbers as text.

@@ -25,7 +25,7 @@ from cv_lightning.types import DataError
 CHUNK_BYTES = 16 << 20
 """Uncompressed size of a chunk, about."""
 MAX_CHUNK_ROWS = 1024
-"""A dictionary (one picture, many questions) makes rows look smaller than they are once read."""
+"""A dictionary (one image, many questions) makes rows look smaller than they are once read."""
 MIXED_CHUNKS = 4
 """Chunks from different row groups whose rows are shuffled together."""
 KEPT_CHUNKS = 2 * MIXED_CHUNKS
@@ -65,7 +65,7 @@ class ParquetRows:
         optional: further columns of a row; None: all that the file has.
 
     Raises:
-        DataError: a file is no Parquet, or lacks columns.
+        DataError: a file is not Parquet, or lacks columns.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class DemoTurn:
     result_image: Image.Image | None = None
     """Image that the call made, at full resolution; None if it made none or the conversation ends with the call."""
     response_text: str = ""
-    """Text that the tool answered with beside the image; empty where the agent's own words are to be used."""
+    """Text that the tool answered with beside the image; empty where the agent's own words are used."""
     learn: bool = True
     """False: the turn is context only and carries no loss."""
 

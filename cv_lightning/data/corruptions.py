@@ -1,8 +1,8 @@
 """Turned and corrupted forms of any task: five orientations, thirteen corruptions, boxes mapped along.
 
 The corruptions and their severities follow ImageNet-C (Hendrycks and Dietterich, 1903.12261). What is measured in
-pixels there, on pictures of 224, grows with the picture here, so that a severity means the same on a page and on a
-thumbnail. All of it is a function of the picture, the names and a seed.
+pixels there, on images of 224, grows with the image here, so that a severity means the same on a page and on a
+thumbnail. All of it is a function of the image, the names and a seed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 CLEAN = "none"
 """The corruption that changes nothing."""
 REFERENCE_SIDE = 224
-"""Side in pixels of the pictures that the severities were chosen on."""
+"""Side in pixels of the images that the severities were chosen on."""
 
 
 # ------------------------------------------------------------------------------------------------ corruptions
@@ -47,7 +47,7 @@ def _image(pixels: npt.NDArray[Any]) -> Image.Image:
 
 
 def _unit(image: Image.Image) -> float:
-    """Pixels that stand for one pixel of a picture of `REFERENCE_SIDE`; at least a quarter."""
+    """Pixels that stand for one pixel of an image of `REFERENCE_SIDE`; at least a quarter."""
     return max(0.25, math.sqrt(image.width * image.height) / REFERENCE_SIDE)
 
 
@@ -112,7 +112,7 @@ def _convolve(image: Image.Image, kernel: Pixels) -> Image.Image:
 
 
 def _fog(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    """White mist of many octaves: at every pixel a share of the picture's light is replaced by white."""
+    """White mist of many octaves: at every pixel a share of the image's light is replaced by white."""
     cloud: Pixels = np.zeros((image.height, image.width), np.float32)
     for octave in range(7):
         grid = rng.random((2**octave + 1, 2**octave + 1), dtype=np.float32)
@@ -164,7 +164,7 @@ CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], Image.I
     "jpeg": _jpeg,
     "pixelate": _pixelate,
 }
-"""By name: picture, level (severity - 1), random numbers."""
+"""By name: image, level (severity - 1), random numbers."""
 
 
 def corrupt_image(image: Image.Image, corruption: str, severity: int, seed: int | str = 0) -> Image.Image:

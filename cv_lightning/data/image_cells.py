@@ -86,7 +86,7 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
     """Decode an image; with `decode` False read only its header: the result then has a size but no pixels.
 
     Raises:
-        RowError: It is no image, or too large or too long for the model; names the key.
+        RowError: It is not an image, or too large or too long for the model; names the key.
     """
     try:
         image = decode_image(source) if decode else _open_header(source)

@@ -76,7 +76,7 @@ class StepLoader(Generic[Batch]):
         return {"next": self._next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the batch that the state names; after the last one, from the start."""
+        """Continue with the batch that the state names; after the last one, from the start."""
         self._next = state["next"]
         self._resumed = self._next < self.num_steps
 
@@ -92,7 +92,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         test_tasks: held-out scenes of each kind in a test.
         tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
         corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
-        probe: ask of the pictures of `validate` and `test` only which way they were turned.
+        probe: ask of the images of `validate` and `test` only which way they were turned.
     """
 
     def __init__(

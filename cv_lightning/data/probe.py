@@ -1,4 +1,4 @@
-"""The orientation probe: which of the five turns and flips was done to a picture (CodeVision, figure 1)."""
+"""The orientation probe: which of the five turns and flips was done to an image (CodeVision, figure 1)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ QUESTION = "\n".join(
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """How many pictures are asked about."""
+    """How many images are asked about."""
 
     num_images: int = 200
     """Drawn from the data set without replacement; all where it has fewer."""
     seed: int = 0
-    """Of which pictures, and of what is done to each."""
+    """Of which images, and of what is done to each."""
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -42,12 +42,12 @@ class ProbeConfig:
 
 
 class ProbeRows:
-    """Pictures of a data set, each turned or flipped in one way, and the question which it was.
+    """Images of a data set, each turned or flipped in one way, and the question which it was.
 
     The ways come equally often, so that guessing earns one in five.
 
     Args:
-        rows: a data set of upright pictures.
+        rows: a data set of upright images.
         config: how many.
     """
 
@@ -65,7 +65,7 @@ class ProbeRows:
         """One question.
 
         Raises:
-            DataError: the picture is not upright.
+            DataError: the image is not upright.
         """
         task, done = self.rows.row(self._chosen[position]), self._done[position]
         if set(task.required_transforms) & set(ORIENTATIONS):

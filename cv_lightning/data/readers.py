@@ -301,7 +301,7 @@ def _turn(name: str) -> str:
 
 
 def raw_box(extra: Mapping[str, Any]) -> Box | None:
-    """The box as the row has it, in whichever frame, from `bbox` or `bbox_2d`.
+    """The box as the row has it, in any frame, from `bbox` or `bbox_2d`.
 
     Raises:
         RowError: not four finite numbers.

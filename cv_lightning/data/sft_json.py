@@ -3,7 +3,7 @@
 An item has `conversations` (a list of `{from: human|gpt|tool, value}`), `images` (paths in the order of the
 `<image>` marks) and may have `system`. The first turn is the human's question, then `gpt` and `tool` alternate.
 `messages` with `{role, content}` are read too. A `gpt` turn with `"loss": false` (or `"weight": 0`) is read and not
-learnt from: a call that goes wrong on purpose, say.
+learned from: a call that goes wrong on purpose, say.
 """
 
 from __future__ import annotations

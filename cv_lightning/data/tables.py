@@ -139,7 +139,7 @@ class _Lines(Iterator[str]):
 
 
 def read_items(path: Path, under: str = "") -> list[Any]:
-    """The items of a file; of JSON Lines, a line that is no JSON is an item that cannot be used.
+    """The items of a file; of JSON Lines, a line that is not JSON is an item that cannot be used.
 
     Args:
         path: .json or .jsonl.

@@ -26,7 +26,7 @@ IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> None:
     """Write tasks to an RL file, images as PNG bytes.
 
-    Pictures wait in a file without a name, since the columns of `extra_info` are known after the last task only.
+    Images wait in a file without a name, since the columns of `extra_info` are known after the last task only.
 
     Args:
         path: file to write; it appears whole or not at all.

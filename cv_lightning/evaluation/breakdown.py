@@ -27,7 +27,7 @@ class Breakdown:
     """Mean score: by the benchmark's own metric where it has one, else accuracy. Over all tasks that were scored."""
     score_bounds: tuple[float, float] | None
     """The score if all that the judge failed on were wrong, and if all were right; None where it failed on none. What
-    was scored is no fair sample, since the judge is asked only where the rule says no."""
+    was scored is not a fair sample, since the judge is asked only where the rule says no."""
     metrics: tuple[str, ...]
     """Names of the benchmarks' own metrics that `score` is made of; empty: accuracy."""
     accuracy_rule: Rate
@@ -57,13 +57,13 @@ class Breakdown:
     """Chance that one of k tries is right, for k = 1, 2, 4, ..., over the tasks with as many; empty with one sample a
     task."""
     by_transform: dict[str, Rate]
-    """Score by orientation, Source as `identity`, of uncorrupted pictures; only those that occurred."""
+    """Score by orientation, Source as `identity`, of uncorrupted images; only those that occurred."""
     mean_of_six: Rate
     """Mean of Source and the five orientations, as the paper's table prints it; n = 0 where one is missing."""
     mean_of_transformed: Rate
     """Mean of the five orientations without Source; n = 0 where one is missing."""
     by_corruption: dict[str, dict[int, Rate]]
-    """Score by corruption and severity, at 0 that of all uncorrupted pictures; empty where nothing was corrupted."""
+    """Score by corruption and severity, at 0 that of all uncorrupted images; empty where nothing was corrupted."""
     by_source: dict[str, Rate]
     as_given: dict[str, Rate]
     """Score by data source, of what `data.corruptions` left as it was: to stand beside published scores."""
@@ -155,7 +155,7 @@ def _crops_showing(found: Sequence[Outcome]) -> Rate:
 def mean_of_columns(found: Sequence[Outcome], columns: Sequence[str]) -> Rate:
     """Mean of the columns of a robustness table, each weighing the same.
 
-    A question that was shown in several columns is resampled with all of its forms. `n` is the number of pictures.
+    A question that was shown in several columns is resampled with all of its forms. `n` is the number of images.
 
     Args:
         found: scored outcomes.

@@ -40,11 +40,11 @@ class Matching:
     names: dict[str, str] = field(default_factory=dict)
     """Id in the first by id in the second."""
     num_renamed: int = 0
-    """Of those, how many have another id but the same words, ground truth and pictures."""
+    """Of those, how many have another id but the same words, ground truth and images."""
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
     num_changed: int = 0
-    """Same id, other words, truth or pictures: not compared."""
+    """Same id, other words, truth or images: not compared."""
 
     @property
     def is_whole(self) -> bool:

@@ -136,7 +136,7 @@ def _kind_summary(found: list[Outcome]) -> KindSummary:
 
 
 def rate_of(found: Iterable[Outcome], value: Callable[[Outcome], float | None]) -> Rate:
-    """Mean of a value over trajectories; None leaves one out. What shares a picture is one cluster."""
+    """Mean of a value over trajectories; None leaves one out. What shares an image is one cluster."""
     pairs = [(float(hit), outcome.shown.cluster) for outcome in found if (hit := value(outcome)) is not None]
     return rate([hit for hit, _ in pairs], [task for _, task in pairs])
 

@@ -59,7 +59,7 @@ def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
 def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:
     """What the crops that the model saw show of the first image, in its pixels and in order.
 
-    A picture that shows the whole image, or just what its parent shows (a turned crop), is none.
+    An image that shows the whole image, or just what its parent shows (a turned crop), is none.
     """
     width, height = task.images[0].size
     found = []
@@ -100,7 +100,7 @@ class Shown(NamedTuple):
     base_id: str
     """Id of the question, the same in all its forms."""
     cluster: str
-    """What is drawn together where intervals are resampled: all questions about a picture, in all forms."""
+    """What is drawn together where intervals are resampled: all questions about an image, in all forms."""
     data_source: str
     """Data set, the same in all forms."""
     orientation: str

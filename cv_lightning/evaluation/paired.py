@@ -40,8 +40,8 @@ class PairedSummary:
 
     num_pairs: int
     num_unscored: int
-    """Questions that both answered and a judge left unscored in one. What is left is no fair sample: the judge is asked
-    only where the rule says no."""
+    """Questions that both answered and a judge left unscored in one. What is left is not a fair sample: the judge is
+    asked only where the rule says no."""
     score: Difference
     """Of the mean score (the benchmark's own metric where it has one)."""
     accuracy: Difference

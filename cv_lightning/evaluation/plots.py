@@ -1,4 +1,4 @@
-"""Pictures: of an evaluation, its scores with intervals; of an ablation study, how its arms train."""
+"""Figures: of an evaluation, its scores with intervals; of an ablation study, how its arms train."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Results that others have published, to stand beside a user's own. Package data: `published.json`.
 
-Rows of different harnesses are no measurements of one instrument: the table names base model and harness of each.
+Rows of different harnesses are not measurements of one instrument: the table names base model and harness of each.
 Means of the transformed columns are computed from the published columns; no work prints them.
 """
 

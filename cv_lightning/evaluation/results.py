@@ -1,4 +1,4 @@
-"""The files of a finished evaluation: one JSON with all that reproduces it, one Markdown page, one picture."""
+"""The files of a finished evaluation: one JSON with all that reproduces it, one Markdown page, one figure."""
 
 from __future__ import annotations
 

@@ -173,5 +173,5 @@ class RewardConfig:
 
 PENALTIES = ("usage", "spurious", "reasoning")
 METRICS = ("total", "answer_accuracy", "judged", "by_source", "by_transform")
-"""Names under `reward/` in the metrics that are no components."""
+"""Names under `reward/` in the metrics that are not components."""
 COMPONENTS = ("accuracy", "format", "mandatory", "necessity", "exact", "emerge", *PENALTIES)

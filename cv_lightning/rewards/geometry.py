@@ -53,7 +53,7 @@ class Frame(NamedTuple):
 def source_extent(image: TrajectoryImage, frame: Frame, part: Box | None = None) -> Box | None:
     """Part of the source image that an image shows; None where the map between them is unknown.
 
-    A picture turned by no right angle is taken for its bounding box.
+    An image turned by no right angle is taken for its bounding box.
 
     Args:
         image: any image of a trajectory.

@@ -46,7 +46,7 @@ def cut_spans(text: str, opening: str, closing: str, *, unclosed: bool = False, 
         text: any text.
         opening: tag.
         closing: tag.
-        unclosed: a span without an end goes on to the end of the text; else it stays.
+        unclosed: a span without an end runs to the end of the text; else it stays.
         mark: what stands in for a span.
     """
     pieces: list[str] = []

@@ -18,10 +18,10 @@ from cv_lightning.rewards.format import check_format, check_turns
 from cv_lightning.rewards.geometry import Frame, crop_credit
 from cv_lightning.rewards.markup import final_answer
 from cv_lightning.rewards.metrics import means, reward_sums
-from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, Attempt, group_components
+from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, ToolUse, group_components
 from cv_lightning.rewards.symbolic import SymbolicComparer
 from cv_lightning.rewards.terms import AnsweredGroup, RewardTerm
-from cv_lightning.rewards.transforms import Use, expected_operations, net_use, ran_use, step_use
+from cv_lightning.rewards.transforms import ToolCredit, expected_operations, net_credit, ran_credit, step_credit
 from cv_lightning.types import EndState, Group, JudgeError, RewardBreakdown, Task, Trajectory
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ MIN_FAILED = 5
 """Failed verdicts below which a run continues whatever their fraction: one failure among the first may be chance."""
 
 
-class _Early(NamedTuple):
+class _PartialScore(NamedTuple):
     """What is known of a trajectory before its group is complete."""
 
     trajectory: Trajectory
     """Kept, so that its `id` stays its own."""
     score: AnswerScore
-    attempt: Attempt
+    tool_use: ToolUse
 
 
 class RewardModule:
@@ -63,7 +63,7 @@ class RewardModule:
         """
         self.config = config or RewardConfig()
         self.judge: Judge | None = None
-        self._early: dict[int, _Early] = {}
+        self._early: dict[int, _PartialScore] = {}
         self._failures: deque[bool] = deque(maxlen=self.config.judge.failure_window if self.config.judge else 1)
         self._last_failure = ""
         if self.config.judge is not None:
@@ -84,7 +84,7 @@ class RewardModule:
             score = self._rule(trajectory)
         else:  # it may take seconds, which the loop does not have
             score = await asyncio.get_running_loop().run_in_executor(self._symbolic_thread, self._rule, trajectory)
-        attempt = self._attempt(trajectory, wanted_operations(trajectory.task))
+        tool_use = self._tool_use(trajectory, wanted_operations(trajectory.task))
         if self.judge is not None and score.value <= CORRECT_ABOVE and _is_judgeable(trajectory.task, score.answer):
             task = trajectory.task
             assert score.answer is not None
@@ -97,7 +97,7 @@ class RewardModule:
             if trajectory.end_state.is_error:
                 return  # the rollout has given up waiting
             score = AnswerScore(value, score.answer, "judge")
-        self._early[id(trajectory)] = _Early(trajectory, score, attempt)
+        self._early[id(trajectory)] = _PartialScore(trajectory, score, tool_use)
 
     def _rule(self, trajectory: Trajectory) -> AnswerScore:
         answer = None
@@ -144,12 +144,12 @@ class RewardModule:
 
         Raises:
             JudgeError: more than `judge.max_failed_frac` of the last verdicts failed, and at least `MIN_FAILED`.
-            ValueError: a component of the user's own is no finite number, or `terms` is missing.
+            ValueError: a component of the user's own is not a finite number, or `terms` is missing.
         """
         if terms is None and self.waits_for_terms:
             raise ValueError("reward.terms: a term looks at whole groups; await ask_terms(group) and give its result")
         expected = wanted_operations(group.task)
-        scored: list[_Early] = []
+        scored: list[_PartialScore] = []
         further: list[Mapping[str, float | None] | None] = []
         rows: Sequence[Mapping[str, float | None] | None] = [None] * len(group.trajectories) if terms is None else terms
         for trajectory, own in zip(group.trajectories, rows, strict=True):
@@ -160,11 +160,12 @@ class RewardModule:
             trajectory.reward = None
             self._count_verdict(trajectory, early)
             if not trajectory.end_state.is_error:
-                attempt = self._attempt(trajectory, expected) if early is None else early.attempt
-                scored.append(_Early(trajectory, self._rule(trajectory) if early is None else early.score, attempt))
+                tool_use = self._tool_use(trajectory, expected) if early is None else early.tool_use
+                score = self._rule(trajectory) if early is None else early.score
+                scored.append(_PartialScore(trajectory, score, tool_use))
                 further.append(own)
-        attempts = [replace(each.attempt, score=each.score.value) for each in scored]
-        found = group_components(expected, attempts, self.config.recipe.rules)
+        uses = [replace(each.tool_use, score=each.score.value) for each in scored]
+        found = group_components(expected, uses, self.config.recipe.rules)
         for (trajectory, score, _), components, own in zip(scored, found, further, strict=True):
             components |= self._further(trajectory, score.value, own)
             trajectory.reward = RewardBreakdown(
@@ -176,18 +177,18 @@ class RewardModule:
             )
         self._check_failures()
 
-    def _attempt(self, trajectory: Trajectory, expected: frozenset[str]) -> Attempt:
+    def _tool_use(self, trajectory: Trajectory, expected: frozenset[str]) -> ToolUse:
         """What a finished trajectory did; its answer's score is still to come."""
-        use = self._use(trajectory, expected)
+        use = self._credit(trajectory, expected)
         texts = [turn.text for turn in trajectory.turns]
         check = check_turns(texts) if self.config.recipe.format_by == "turn" else check_format("".join(texts))
         answered = trajectory.end_state is EndState.ANSWERED
-        worth = self._crop_worth(trajectory.task, use)
-        # a crop that misses is no crop: by labels alone it would be paid for exactness (hazard 25)
-        missed = "crop" in expected and worth < GATE
-        return Attempt(
+        crop_score = self._crop_score(trajectory.task, use)
+        # a crop that misses is not a crop: by labels alone it would be paid for exactness
+        missed = "crop" in expected and crop_score < GATE
+        return ToolUse(
             used=use.labels - {"crop"} if missed and self.config.credit == "net" else use.labels,
-            crop_credit=worth,
+            crop_credit=crop_score,
             executions=trajectory.num_tool_calls,
             format=check if answered else 0.0,
             turned=use.turned,
@@ -208,23 +209,23 @@ class RewardModule:
                 )
         return found
 
-    def _use(self, trajectory: Trajectory, expected: frozenset[str]) -> Use:
+    def _credit(self, trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
         match self.config.credit:
             case "net":
-                return net_use(trajectory, expected)
+                return net_credit(trajectory, expected)
             case "ran":
-                return ran_use(trajectory, in_source=self.config.recipe.crop_frame == "source")
+                return ran_credit(trajectory, in_source=self.config.recipe.crop_frame == "source")
             case "steps":
-                return step_use(trajectory, expected)
+                return step_credit(trajectory, expected)
 
-    def _crop_worth(self, task: Task, use: Use) -> float:
+    def _crop_score(self, task: Task, credit: ToolCredit) -> float:
         truth = task.box
-        if truth is None or not use.boxes:
+        if truth is None or not credit.boxes:
             return 0.0
         frame = Frame(*task.images[0].size)  # of `credit: ran` the boxes are in other frames, and it is not looked at
-        return max(crop_credit(box, truth, frame, self.config.recipe.crop_credit) for box in use.boxes)
+        return max(crop_credit(box, truth, frame, self.config.recipe.crop_credit) for box in credit.boxes)
 
-    def _count_verdict(self, trajectory: Trajectory, early: _Early | None) -> None:
+    def _count_verdict(self, trajectory: Trajectory, early: _PartialScore | None) -> None:
         if trajectory.end_state is EndState.ERROR_JUDGE:
             self._failures.append(True)
             self._last_failure = trajectory.error
@@ -292,7 +293,7 @@ async def _values(term: RewardTerm, group: AnsweredGroup) -> list[float | None]:
 
 
 def wanted_operations(task: Task) -> frozenset[str]:
-    """E of a task; a crop is wanted only where there is a ground-truth box to compare it with (hazard 21)."""
+    """E of a task; a crop is wanted only where there is a ground-truth box to compare it with."""
     expected = expected_operations(task.required_transforms)
     return expected if task.box is not None and area(task.box) > 0 else expected - {"crop"}
 

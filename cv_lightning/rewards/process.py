@@ -27,7 +27,7 @@ NecessityOver = Literal["any_tool", "optional_tool"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class ToolUse:
     """What one scored trajectory of a group did."""
 
     score: float = 0.0
@@ -40,7 +40,7 @@ class Attempt:
     """Calls handed to the sandbox, failed ones too."""
     format: float = 0.0
     turned: frozenset[str] | None = None
-    """Orientation operations that are to be blamed where none is wanted; None: those in `used`."""
+    """Orientation operations to blame where none is wanted; None: those in `used`."""
     ordered: bool | None = None
     """Decides `exact` where it is not None."""
 
@@ -77,62 +77,62 @@ class GroupStatistics:
     """Who counts as a user of the tool."""
 
 
-def group_statistics(attempts: Sequence[Attempt], over: NecessityOver = "any_tool") -> GroupStatistics:
+def group_statistics(uses: Sequence[ToolUse], over: NecessityOver = "any_tool") -> GroupStatistics:
     """Accuracy with and without the tool (paper: r_nec; reference: agent_loop.py:1236)."""
-    users = tuple(a.used_tool if over == "any_tool" else bool(a.used - CORE) for a in attempts)
-    with_tool = [a.correct for a, uses in zip(attempts, users, strict=True) if uses]
-    without = [a.correct for a, uses in zip(attempts, users, strict=True) if not uses]
+    users = tuple(a.used_tool if over == "any_tool" else bool(a.used - CORE) for a in uses)
+    with_tool = [a.correct for a, is_user in zip(uses, users, strict=True) if is_user]
+    without = [a.correct for a, is_user in zip(uses, users, strict=True) if not is_user]
     value = max(0.0, (fmean(with_tool) if with_tool else 0.0) - fmean(without)) if without else 0.0
     return GroupStatistics(necessity=value, correct_without=sum(without), tool_users=users)
 
 
 def group_components(
-    expected: frozenset[str], attempts: Sequence[Attempt], rules: Rules | None = None
+    expected: frozenset[str], uses: Sequence[ToolUse], rules: Rules | None = None
 ) -> list[dict[str, float]]:
     """Unweighted components of every trajectory of a group.
 
     Args:
         expected: E, from `transforms.expected_operations`.
-        attempts: the scored trajectories of the group, in any order.
+        uses: the scored trajectories of the group, in any order.
         rules: which formulas.
 
     Returns:
-        One mapping per attempt: accuracy, format, mandatory, necessity, exact, emerge in [0, 1] (necessity below 1),
+        One mapping per trajectory: accuracy, format, mandatory, necessity, exact, emerge in [0, 1] (necessity below 1),
         and the penalties usage, spurious (counts, or 0/1) and reasoning (0/1), all >= 0.
     """
     rules = rules or Rules()
-    statistics = group_statistics(attempts, rules.necessity_over)
+    statistics = group_statistics(uses, rules.necessity_over)
     return [
-        _components(expected, attempt, rules, statistics, uses)
-        for attempt, uses in zip(attempts, statistics.tool_users, strict=True)
+        _components(expected, tool_use, rules, statistics, is_user)
+        for tool_use, is_user in zip(uses, statistics.tool_users, strict=True)
     ]
 
 
 def _components(
-    expected: frozenset[str], attempt: Attempt, rules: Rules, group: GroupStatistics, uses_tool: bool
+    expected: frozenset[str], tool_use: ToolUse, rules: Rules, group: GroupStatistics, uses_tool: bool
 ) -> dict[str, float]:
-    credit = mandatory(expected, attempt)
+    credit = mandatory(expected, tool_use)
     gated = rules.gate and "crop" in expected and credit < GATE
-    needed = uses_tool and attempt.correct and group.correct_without < NECESSARY_BELOW and not gated
-    exact = exactness(expected, attempt.used) if attempt.ordered is None else float(attempt.ordered)
+    needed = uses_tool and tool_use.correct and group.correct_without < NECESSARY_BELOW and not gated
+    exact = exactness(expected, tool_use.used) if tool_use.ordered is None else float(tool_use.ordered)
     values = {
-        "accuracy": float(attempt.correct) * (credit if gated else 1.0),
-        "format": attempt.format,
+        "accuracy": float(tool_use.correct) * (credit if gated else 1.0),
+        "format": tool_use.format,
         "mandatory": credit,
         "necessity": group.necessity if needed else 0.0,
         "exact": exact,
-        "emerge": float(attempt.correct and bool(attempt.used - CORE)),
+        "emerge": float(tool_use.correct and bool(tool_use.used - CORE)),
     }
-    return values | penalties(expected, attempt, rules.penalties)
+    return values | penalties(expected, tool_use, rules.penalties)
 
 
-def mandatory(expected: frozenset[str], attempt: Attempt) -> float:
+def mandatory(expected: frozenset[str], tool_use: ToolUse) -> float:
     """Share of the wanted operations that were used, a crop counted by its worth; in [0, 1], 0 if none is wanted."""
     if not expected:
         return 0.0
-    hits = float(len((expected - {"crop"}) & attempt.used))
-    if "crop" in expected and "crop" in attempt.used:
-        hits += attempt.crop_credit
+    hits = float(len((expected - {"crop"}) & tool_use.used))
+    if "crop" in expected and "crop" in tool_use.used:
+        hits += tool_use.crop_credit
     return min(1.0, hits / len(expected))
 
 
@@ -142,22 +142,22 @@ def exactness(expected: frozenset[str], used: frozenset[str]) -> float:
     return float(bool(wanted) and used & CORE == wanted)
 
 
-def penalties(expected: frozenset[str], attempt: Attempt, kind: Penalties) -> dict[str, float]:
+def penalties(expected: frozenset[str], tool_use: ToolUse, kind: Penalties) -> dict[str, float]:
     """What is subtracted, unweighted.
 
     `linear` (released code): usage = calls beyond max(2, |E|), spurious = orientation operations that ran though E has
     none. `binary` (paper): usage = more than |E| + 1 calls, spurious = an orientation operation ran and E is empty,
     reasoning = right although the crop's worth is below 0.1.
     """
-    turned = (attempt.used if attempt.turned is None else attempt.turned) & (ORIENTATION | {TURNED})
+    turned = (tool_use.used if tool_use.turned is None else tool_use.turned) & (ORIENTATION | {TURNED})
     if kind == "binary":
         return {
-            "usage": float(attempt.executions > len(expected) + 1),
+            "usage": float(tool_use.executions > len(expected) + 1),
             "spurious": float(not expected and bool(turned)),
-            "reasoning": float("crop" in expected and attempt.correct and attempt.crop_credit < GATE),
+            "reasoning": float("crop" in expected and tool_use.correct and tool_use.crop_credit < GATE),
         }
     return {
-        "usage": float(max(0, attempt.executions - max(FREE_CALLS, len(expected)))),
+        "usage": float(max(0, tool_use.executions - max(FREE_CALLS, len(expected)))),
         "spurious": float(len(turned)) if not expected & ORIENTATION else 0.0,
         "reasoning": 0.0,
     }

@@ -71,7 +71,7 @@ class RewardTerm:
             weight: factor in the total; negative for a penalty.
 
         Raises:
-            ValueError: a name that is no word, or a weight that is not finite.
+            ValueError: a name that is not a word, or a weight that is not finite.
         """
         if not name or not name.replace("_", "").isalnum() or not math.isfinite(weight):
             raise ValueError(f"reward.terms: name {name!r} must be letters, digits and _, weight {weight} finite")
@@ -79,7 +79,7 @@ class RewardTerm:
         self.weight = weight
 
     def __repr__(self) -> str:
-        """Class and settings, the same in every process: what an evaluation notes, and compares when it goes on."""
+        """Class and settings, the same in every process: what an evaluation notes, and compares when it continues."""
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
         settings = (f"{name}={_named(value)}" for name, value in sorted(vars(self).items()))
         return f"{kind}({', '.join(settings)})"

@@ -1,7 +1,7 @@
 """Which image operations a task wants, and which a trajectory used by the sandbox's trace.
 
 Labels: rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical and crop are *core*; anything else that
-changes a picture (contrast_up, grayscale, resize, ...) is optional. Pure functions.
+changes an image (contrast_up, grayscale, resize, ...) is optional. Pure functions.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ OPTIONAL = frozenset(
         "tone",
     ]
 )
-"""Operations outside the core that may help to see; a name that is not here earns nothing (hazard 24)."""
+"""Operations outside the core that may help to see; a name that is not here earns nothing."""
 ROUNDING_PX = 16
 """Half a patch of Qwen3-VL (Qwen2.5-VL: 14): what rounding takes off a side at most."""
 MIN_DENSITY = 0.6
@@ -116,7 +116,7 @@ def _sign_pattern(affine: Affine) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------------ what was used
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
+class ToolCredit:
     """What a trajectory gets credit and blame for."""
 
     labels: frozenset[str] = frozenset()
@@ -129,31 +129,31 @@ class Use:
     """True if exactly the wanted operations ran, each once, in order; None where order is not looked at."""
 
 
-def net_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
+def net_credit(trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
     """Credit for what the answer was given on: the net geometry of the last image that the model saw.
 
-    Nothing is credited to a trajectory that did not answer. A picture that is upright on balance has all the wanted
+    Nothing is credited to a trajectory that did not answer. An image that is upright on balance has all the wanted
     turns, however they were composed (two flips for a half turn); one that is not has at most its net turn.
-    An image that shows its part of the source less legibly, or more coarsely than the first view, helps nobody and
+    An image that shows its part of the source less legibly, or more coarsely than the first view, helps no one and
     earns nothing.
     Optional operations count where that image descends from their result.
     """
     turned = turned_labels(trajectory)
     if not trajectory.images or trajectory.end_state is not EndState.ANSWERED:
-        return Use(turned=turned)
+        return ToolCredit(turned=turned)
     image = trajectory.last_image_seen
     chain, results = _chain(trajectory)
     labels = set(_optional_labels(results))
     if image.source != 0 or image.to_source is None or image.parent is None:
-        return Use(labels=frozenset(labels), turned=turned)
+        return ToolCredit(labels=frozenset(labels), turned=turned)
     frame = Frame(*trajectory.task.images[0].size)
     box = source_extent(image, frame, _shown_part(results))
     if box is None or _is_illegible(results) or is_coarser(chain, trajectory.images[0], frame):
-        return Use(labels=frozenset(labels), turned=turned)
+        return ToolCredit(labels=frozenset(labels), turned=turned)
     labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
     if not frame.is_cropped_to(box):
-        return Use(labels=frozenset(labels), turned=turned)
-    return Use(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
+        return ToolCredit(labels=frozenset(labels), turned=turned)
+    return ToolCredit(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
 
 
 def is_coarser(chain: Sequence[TrajectoryImage], first: TrajectoryImage, frame: Frame) -> bool:
@@ -186,7 +186,7 @@ def _net_orientation(task: Task, image: TrajectoryImage, wanted: frozenset[str])
     return frozenset() if label == "identity" else frozenset({label})
 
 
-def ran_use(trajectory: Trajectory, *, in_source: bool) -> Use:
+def ran_credit(trajectory: Trajectory, *, in_source: bool) -> ToolCredit:
     """Credit for everything that ran, as a set over the whole trajectory: the reference's rule, on what really ran.
 
     Args:
@@ -200,16 +200,16 @@ def ran_use(trajectory: Trajectory, *, in_source: bool) -> Use:
         labels |= _labels_of(result)
         box = _call_box(trajectory, turn, result, in_source)
         boxes += [box] if box is not None else []
-    return Use(labels=frozenset(labels), boxes=tuple(boxes), turned=turned_labels(trajectory))
+    return ToolCredit(labels=frozenset(labels), boxes=tuple(boxes), turned=turned_labels(trajectory))
 
 
-def step_use(trajectory: Trajectory, expected: frozenset[str]) -> Use:
+def step_credit(trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
     """Credit step by step (paper, section "must-use"): each wanted operation on its first correct use, crops in source.
 
     Each step is the net effect of one call whose image the model saw. `ordered` holds where the calls did the wanted
     operations once each, the last transform undone first and the crop at the end, and no call failed.
     """
-    use = ran_use(trajectory, in_source=True)
+    use = ran_credit(trajectory, in_source=True)
     steps: list[str] = []
     for _, result in _successes(trajectory):
         core = sorted(result.effect.core if result.effect else (), key=lambda label: label == "crop")
@@ -236,7 +236,7 @@ def turned_labels(trajectory: Trajectory) -> frozenset[str]:
 
 
 def _is_of_channels(op: Operation) -> bool:
-    """True for `np.flip` along the last axis, which swaps colours; of a grey picture the net effect tells."""
+    """True for `np.flip` along the last axis, which swaps colours; of a grey image the net effect tells."""
     axis = op.arguments.get("axis")
     return op.name == "reverse" and (axis if isinstance(axis, int) else (axis or [0])[-1]) in (-1, 2)
 

@@ -21,7 +21,7 @@ from cv_lightning.types import EndState, Task
 STATE = EVALUATION_RECORD
 """In an evaluation's folder: what was evaluated, and whether it is finished."""
 RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
-"""End states of trajectories that a resumed evaluation makes anew: something around the model had failed."""
+"""End states of trajectories that a resumed evaluation makes again: something around the model had failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 
 def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> int:
-    """Take out of a store what was answered before and is not asked any more, or was asked anew since.
+    """Take out of a store what was answered before and is not asked any more, or was asked again since.
 
     Args:
         folder: of one evaluation; nobody writes to it.

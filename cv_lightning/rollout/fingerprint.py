@@ -1,6 +1,6 @@
 """What the numbers of an evaluation depend on, besides model, data and seed.
 
-An interrupted evaluation goes on only where all of it is the same.
+An interrupted evaluation continues only where all of it is the same.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def describe_rollouts(
 
 
 def describe_questions(data: object) -> dict[str, Any]:
-    """Which questions a data module asks, as JSON values: files by path, as what changed in one is asked anew."""
+    """Which questions a data module asks, as JSON values: files by path, as what changed in one is asked again."""
     if not isinstance(data, EvaluationDataModule):
         return {"module": type(data).__name__}
     settings = {name: getattr(data, name) for name in ("reader", "corruptions", "probe")}

@@ -61,7 +61,7 @@ def reward(case: Case) -> dict[str, Any]:
 
     from cv_lightning.images import iou
     from cv_lightning.rewards.config import RewardConfig
-    from cv_lightning.rewards.process import Attempt, group_components
+    from cv_lightning.rewards.process import ToolUse, group_components
     from cv_lightning.rewards.transforms import expected_operations
 
     given, params = case["input"], case["input"]["params"]
@@ -77,8 +77,8 @@ def reward(case: Case) -> dict[str, Any]:
     config = RewardConfig(**(recipe | weights))
     expected = expected_operations(_names(given["required_transforms"]))
     truth = _box(given["gt_bbox"])
-    attempts = [
-        Attempt(
+    uses = [
+        ToolUse(
             score=float(rollout["score"]),
             used=frozenset(rollout["used"]),
             crop_credit=max(
@@ -97,7 +97,7 @@ def reward(case: Case) -> dict[str, Any]:
             "spurious_penalty": components["spurious"],
             "r_total": config.total(components),
         }
-        for components in group_components(expected, attempts, config.recipe.rules)
+        for components in group_components(expected, uses, config.recipe.rules)
     ]
     return {"expected_ops": sorted(expected), "rollouts": rollouts}
 

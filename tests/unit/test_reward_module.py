@@ -18,7 +18,7 @@ from cv_lightning.orientations import to_upright
 from cv_lightning.rewards import AnsweredGroup, FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
 from cv_lightning.rewards.config import COMPONENTS
 from cv_lightning.rewards.metrics import added, means, reward_sums
-from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, net_use, turned_labels
+from cv_lightning.rewards.transforms import ORIENTATION, expected_operations, net_credit, turned_labels
 from cv_lightning.types import Affine, Box, EndState, Group, JudgeError, Operation, Trajectory
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "reward"
@@ -300,19 +300,19 @@ def test_a_crop_of_a_patch_or_two_is_not_coarse_because_its_sides_are_rounded(si
     for seen, credited in ((round(side / factor) * factor, True), (factor // 2, False)):
         made = Recorder(wanted).call(box)
         made.images[-1] = replace(made.images[-1], model_image=Image.new("RGB", (seen, seen)))
-        assert ("crop" in net_use(made.answer(), frozenset({"crop"})).labels) is credited
+        assert ("crop" in net_credit(made.answer(), frozenset({"crop"})).labels) is credited
     shrunk = Recorder(wanted).call(box)  # by the code itself
     tiny = Image.new("RGB", (factor // 2, factor // 2))
     scale = side / tiny.width
     shrunk.images[-1] = replace(
         shrunk.images[-1], original=tiny, model_image=tiny, to_source=Affine(scale, 0, 100, 0, scale, 100)
     )
-    assert "crop" not in net_use(shrunk.answer(), frozenset({"crop"})).labels
+    assert "crop" not in net_credit(shrunk.answer(), frozenset({"crop"})).labels
     enlarged = Recorder(wanted).call(box)  # by the least size, as the first view was
     for at in (0, 1):
         view = enlarged.images[at].original
         enlarged.images[at] = replace(enlarged.images[at], model_image=view.resize((2 * view.width, 2 * view.height)))
-    assert "crop" in net_use(enlarged.answer(), frozenset({"crop"})).labels
+    assert "crop" in net_credit(enlarged.answer(), frozenset({"crop"})).labels
 
 
 def test_swapped_colours_turn_nothing() -> None:
