@@ -139,9 +139,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         recipe = RECIPES[self.credit]
         for name in ("crop_credit", "gate"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(recipe, name))
-            elif self.credit != "net" and getattr(self, name) != getattr(recipe, name):
+            if self.credit != "net" and getattr(self, name) not in (None, getattr(recipe, name)):
                 raise ValueError(
                     f"reward.{name} {getattr(self, name)!r}: it can be chosen with reward.credit 'net' only; "
                     f"{self.credit!r} is the recipe of the paper or of the released code as a whole"
@@ -156,8 +154,9 @@ class RewardConfig:
     @property
     def recipe(self) -> Recipe:
         """The formulas in force."""
-        assert self.crop_credit is not None and self.gate is not None
-        return RECIPES[self.credit]._replace(crop_credit=self.crop_credit, gate=self.gate)
+        recipe = RECIPES[self.credit]
+        gate = recipe.gate if self.gate is None else self.gate
+        return recipe._replace(crop_credit=self.crop_credit or recipe.crop_credit, gate=gate)
 
     @property
     def weights(self) -> dict[str, float]:

@@ -248,8 +248,9 @@ def test_recipes_load_and_score(name: str) -> None:
 
 
 def test_the_default_is_written_down_and_is_the_quickstart_s() -> None:
-    assert recipe("default") == RewardConfig()
-    assert recipe("../quickstart/reward") == RewardConfig()
+    for name in ("default", "../quickstart/reward"):
+        found = recipe(name)
+        assert (found.weights, found.credit, found.recipe) == (RewardConfig().weights, "net", RewardConfig().recipe)
 
 
 def test_accuracy_pays_the_outcome_only() -> None:
