@@ -45,7 +45,7 @@ stage "ruff check" ruff check --output-format concise .
 stage "ruff format" ruff format --check --output-format concise .
 stage "mypy" mypy
 stage "import rules" lint-imports --config setup.cfg --no-logo
-stage "unit" pytest tests/unit tests/golden "${slow[@]}" -q --junitxml "$results/unit.xml"
+stage "unit" pytest tests/unit tests/golden tests/plugins "${slow[@]}" -q --junitxml "$results/unit.xml"
 stage "smoke" pytest tests/integration/test_quickstart.py "${slow[@]}" -q --junitxml "$results/smoke.xml"
 stage "integration" pytest tests/integration --ignore tests/integration/test_quickstart.py "${slow[@]}" -q --junitxml "$results/integration.xml"
 
