@@ -33,7 +33,7 @@ VERBS = {
     "export": Verb("cv_lightning.commands.export:main", "write a checkpoint as a Hugging Face folder"),
     "rescore": Verb("cv_lightning.commands.rescore:main", "apply another reward recipe to stored trajectories"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
-    "view": Verb("cv_lightning.viewer.live:main", "show a run in the browser while it continues"),
+    "view": Verb("cv_lightning.commands.view_run:main", "show a run in the browser while it continues"),
     "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),
     "quickstart": Verb(
         "cv_lightning.digits.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"

@@ -16,9 +16,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 from trajectory_samples import KINDS, Policy, digit_task, group
 
+from cv_lightning.commands.view_run import main as view_main
 from cv_lightning.trajectory import TrajectoryWriter
 from cv_lightning.viewer.live import LiveReport, ReportServer, open_server
-from cv_lightning.viewer.live import main as view_main
 from cv_lightning.viewer.report import ReportConfig
 
 CONFIG = ReportConfig(max_image_mb=0.0)
