@@ -207,7 +207,7 @@ def test_the_engine_is_evaluated_from_the_command_line(
         "rollout": rollout,
         "model": {
             "class_path": "cv_lightning.modules.grpo.GRPOModule",
-            "init_args": {"policy": {"path": str(folder)}, "loss": {"kl_weight": 0.0}},
+            "init_args": {"policy": {"path": str(folder)}, "algorithm": {"kl": {"weight": 0.0}}},
         },
         "data": {
             "class_path": "cv_lightning.data.modules.TaskDataModule",
