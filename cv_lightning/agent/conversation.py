@@ -50,7 +50,7 @@ class RolloutProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What the conversations of one rollout share."""
+    """What the episodes of one rollout share."""
 
     config: AgentConfig
     encoder: DialogueEncoder
@@ -91,13 +91,13 @@ class _End(Exception):
         self.state, self.error = state, error
 
 
-class Conversation:
-    """One trajectory in the making.
+class Episode:
+    """One trajectory in the making: the conversation, and where it stands.
 
     Args:
         request: What to make.
         order: Number of the request in its rollout.
-        shared: What all conversations of the rollout share.
+        shared: What all episodes of the rollout share.
     """
 
     def __init__(self, request: RolloutRequest, order: int, shared: Shared) -> None:

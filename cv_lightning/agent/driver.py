@@ -1,7 +1,7 @@
-"""Drives many conversations at once through one stepping engine.
+"""Drives many episodes at once through one stepping engine.
 
 No trajectory waits for another: a finished turn's call goes to its tool at once and comes back as the next request
-while the others decode. The calling thread owns the engine and runs the conversations; tools and judge run on the
+while the others decode. The calling thread owns the engine and runs the episodes; tools and judge run on the
 background thread and hand results back through a queue.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from cv_lightning.agent.calls import ToolOutcome, lost
 from cv_lightning.agent.config import AgentConfig
-from cv_lightning.agent.conversation import Conversation, RolloutProgress, Shared, ToolStep
+from cv_lightning.agent.conversation import Episode, RolloutProgress, Shared, ToolStep
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.agent.views import TaskViews
@@ -44,7 +44,7 @@ POLL_S = 0.5
 class _Call:
     """A tool call under way."""
 
-    conversation: Conversation
+    episode: Episode
     future: Future[ToolOutcome]
     handed_over: float
     since: float
@@ -120,7 +120,7 @@ class _Pass:
             progress=self.progress,
         )
         self.waiting = deque(enumerate(requests))
-        self.generating: dict[str, Conversation] = {}
+        self.generating: dict[str, Episode] = {}
         self.in_tool: dict[str, _Call] = {}
         """Calls, the earliest first."""
         self.results: queue.SimpleQueue[tuple[_Call, ToolOutcome]] = queue.SimpleQueue()
@@ -157,40 +157,40 @@ class _Pass:
             self.progress.elapsed_s = self._elapsed()
             self.report(self.progress)
 
-    # ------------------------------------------------------------------ conversations
+    # ------------------------------------------------------------------ episodes
     def _admit_requests(self) -> None:
         while self.waiting and len(self.generating) + len(self.in_tool) < self.owner.window:
             order, request = self.waiting.popleft()
-            self._continue(Conversation(request, order, self.shared), None)
+            self._continue(Episode(request, order, self.shared), None)
 
-    def _continue(self, conversation: Conversation, answer: Completion | ToolOutcome | None) -> None:
-        """Let a conversation run to its next step or its end.
+    def _continue(self, episode: Episode, answer: Completion | ToolOutcome | None) -> None:
+        """Let an episode run to its next step or its end.
 
         Args:
-            conversation: Waits for `answer`.
+            episode: Waits for `answer`.
             answer: The result of its last step; None at its start.
         """
         while True:
             try:
-                step = conversation.steps.send(answer)
+                step = episode.steps.send(answer)
             except StopIteration as end:
-                return self._end(conversation, *end.value)
+                return self._end(episode, *end.value)
             if isinstance(step, ToolStep):
-                return self._to_tool(conversation, step)
-            self.generating[conversation.id] = conversation
+                return self._to_tool(episode, step)
+            self.generating[episode.id] = episode
             try:
                 return self.engine.add_request(step)
             except EngineError as error:
-                del self.generating[conversation.id]
+                del self.generating[episode.id]
                 answer = _failed(step, str(error))
 
-    def _end(self, conversation: Conversation, state: EndState, error: str) -> None:
-        self.done[conversation.order] = trajectory = conversation.end(state, error)
+    def _end(self, episode: Episode, state: EndState, error: str) -> None:
+        self.done[episode.order] = trajectory = episode.end(state, error)
         self.progress.finished += 1
         verdict = None
         if self.owner.score is not None and not state.is_error:
             verdict = self.owner.background.submit(self.owner.score(trajectory))
-        self.judging.append((conversation.order, trajectory, verdict))
+        self.judging.append((episode.order, trajectory, verdict))
 
     # ------------------------------------------------------------------ engine
     def _step(self) -> None:
@@ -200,14 +200,14 @@ class _Pass:
         elif self.generating:
             forgotten = list(self.generating.values())
             self.generating.clear()
-            for conversation in forgotten:
-                self._end(conversation, EndState.ERROR_ENGINE, "the engine forgot this request")
+            for episode in forgotten:
+                self._end(episode, EndState.ERROR_ENGINE, "the engine forgot this request")
 
     # ------------------------------------------------------------------ tools
-    def _to_tool(self, conversation: Conversation, step: ToolStep) -> None:
+    def _to_tool(self, episode: Episode, step: ToolStep) -> None:
         now = time.perf_counter()
-        call = _Call(conversation, self.owner.background.submit(step.work), handed_over=now, since=now)
-        self.in_tool[conversation.id] = call
+        call = _Call(episode, self.owner.background.submit(step.work), handed_over=now, since=now)
+        self.in_tool[episode.id] = call
 
         def hand_back(finished: Future[ToolOutcome]) -> None:
             error = "the background thread was closed" if finished.cancelled() else finished.exception()
@@ -225,8 +225,8 @@ class _Pass:
             if self.config.deterministic:  # all, so that their order is the requests' and not their speed's
                 while self.in_tool and self._elapsed() <= self.config.deadline_s:
                     arrived.append(self._next_result(self._patience()))
-            for conversation, outcome in sorted(filter(None, arrived), key=lambda pair: pair[0].order):
-                self._continue(conversation, outcome)
+            for episode, outcome in sorted(filter(None, arrived), key=lambda pair: pair[0].order):
+                self._continue(episode, outcome)
             if arrived[-1] is None:
                 return
 
@@ -234,29 +234,29 @@ class _Pass:
         """Seconds that the rollout may block on the queue."""
         return max(0.0, min(POLL_S, self.config.tool_deadline_s, self.config.deadline_s - self._elapsed()))
 
-    def _next_result(self, timeout: float) -> tuple[Conversation, ToolOutcome] | None:
+    def _next_result(self, timeout: float) -> tuple[Episode, ToolOutcome] | None:
         """The next tool call that came back, or one that is given up; None if there is neither within `timeout` s."""
         try:
             call, outcome = self.results.get(timeout=timeout) if timeout > 0 else self.results.get_nowait()
         except queue.Empty:
             return self._late_call()
-        if self.in_tool.get(call.conversation.id) is not call:
+        if self.in_tool.get(call.episode.id) is not call:
             return None  # given up meanwhile
-        del self.in_tool[call.conversation.id]
+        del self.in_tool[call.episode.id]
         now = time.perf_counter()
         for other in self.in_tool.values():
             if other.handed_over >= call.handed_over:
                 other.since = now
-        return call.conversation, outcome
+        return call.episode, outcome
 
-    def _late_call(self) -> tuple[Conversation, ToolOutcome] | None:
+    def _late_call(self) -> tuple[Episode, ToolOutcome] | None:
         """Give up the first call that is past its deadline; the others continue to wait."""
         limit = self.config.tool_deadline_s
         for call in self.in_tool.values():
             if time.perf_counter() - call.since > limit and not call.future.done():
                 call.future.cancel()
-                del self.in_tool[call.conversation.id]
-                return call.conversation, lost(f"no answer from the sandbox within {limit:g} s (agent.tool_deadline_s)")
+                del self.in_tool[call.episode.id]
+                return call.episode, lost(f"no answer from the sandbox within {limit:g} s (agent.tool_deadline_s)")
         return None
 
     # ------------------------------------------------------------------ verdicts
@@ -297,10 +297,10 @@ class _Pass:
         self.engine.abort(list(self.generating))
         for call in self.in_tool.values():
             call.future.cancel()
-        unfinished = [*self.generating.values(), *(call.conversation for call in self.in_tool.values())]
-        unfinished += [Conversation(request, order, self.shared) for order, request in self.waiting]
-        for conversation in unfinished:
-            self._end(conversation, EndState.STOPPED, reason)
+        unfinished = [*self.generating.values(), *(call.episode for call in self.in_tool.values())]
+        unfinished += [Episode(request, order, self.shared) for order, request in self.waiting]
+        for episode in unfinished:
+            self._end(episode, EndState.STOPPED, reason)
         self.generating.clear()
         self.in_tool.clear()
         self.waiting.clear()
