@@ -46,7 +46,7 @@ VERBS = {
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
     "chat": Verb("cv_lightning.commands.chat:main", "ask a model about a picture, in the terminal or a browser"),
-    "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight Qwen3-VL checkpoint"),
+    "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight checkpoint"),
     "quickstart-summary": Verb("cv_lightning.digits.summary:main", "summarise a quickstart run: tables, summary.json"),
 }
 USAGE = "usage: python -m cv_lightning VERB [options]"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,17 +22,41 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAX_ASPECT = 200.0
-"""Longest over shortest side; Qwen-VL's own limit."""
+"""Longest over shortest side that the models' processors accept."""
 MAX_DECODED_PIXELS = 120_000_000
 """More than this is taken for a decompression bomb."""
 
 
+class ImageRule(ABC):
+    """At what size a model sees an image, and how many tokens that takes."""
+
+    __slots__ = ()
+    factor: int
+    """Side in pixels of what one token covers."""
+    min_pixels: int
+    """Of the smallest image that the model sees."""
+    max_pixels: int
+    """Of the largest image that the model sees."""
+
+    @abstractmethod
+    def model_size(self, width: int, height: int) -> tuple[int, int]:
+        """Size at which the model sees an image of `width` x `height` pixels; a size that it returns stays the same.
+
+        Raises:
+            ImageError: The model cannot see such an image.
+        """
+
+    @abstractmethod
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of (width, height), a size that `model_size` returns."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageLimits:
-    """What size the model may see."""
+class ImageLimits(ImageRule):
+    """Sides are multiples of a factor, one token for each square of it, within limits of pixels."""
 
     factor: int
-    """Sides are multiples of this: patch size times merge size (28 for Qwen2.5-VL, 32 for Qwen3-VL)."""
+    """Sides are multiples of this: patch size times merge size."""
     min_pixels: int
     max_pixels: int
 
@@ -42,6 +67,42 @@ class ImageLimits:
                 f"max_pixels >= factor^2 ({self.factor**2}) must hold; change --model.init_args.policy.min_pixels "
                 "or max_pixels"
             )
+
+    def model_size(self, width: int, height: int) -> tuple[int, int]:
+        """Size at which the model sees an image: multiples of `factor` within the pixel limits.
+
+        The arithmetic of transformers' `smart_resize`, made idempotent: a size that already fits is returned unchanged,
+        and the result fits for every aspect ratio, so that the processor's own resize does nothing.
+
+        Raises:
+            ImageError: Zero size, or an aspect ratio above `MAX_ASPECT`, also where only the rounding makes it
+                `MAX_ASPECT` or more: the processor would refuse that view when the update encodes it.
+        """
+        if width < 1 or height < 1:
+            raise ImageError(f"an image of {width}x{height} pixels has nothing to see")
+        if max(width, height) / min(width, height) > MAX_ASPECT:
+            raise ImageError(f"{width}x{height}: longer than {MAX_ASPECT:.0f} times its width; crop it first")
+        factor = self.factor
+        w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
+        if w * h > self.max_pixels:
+            scale = math.sqrt(width * height / self.max_pixels)
+            w, h = (max(factor, math.floor(side / scale / factor) * factor) for side in (width, height))
+        elif w * h < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (width * height))
+            w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
+        # A side cannot shrink below one factor, so long strips may still hold too many pixels: the long side shrinks.
+        longest = self.max_pixels // min(w, h) // factor * factor
+        w, h = min(w, max(longest, min(w, h))), min(h, max(longest, min(w, h)))
+        if max(w, h) >= MAX_ASPECT * min(w, h):
+            raise ImageError(
+                f"{width}x{height}: in whole patches it is {w}x{h}, {MAX_ASPECT:.0f} times as long as wide or more; "
+                "crop it first"
+            )
+        return w, h
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """One token for each square of `factor` pixels."""
+        return (size[0] // self.factor) * (size[1] // self.factor)
 
 
 # ------------------------------------------------------------------------------------------------ decoding
@@ -94,43 +155,10 @@ def content_hash(image: Image.Image) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the one resize
-def model_size(width: int, height: int, limits: ImageLimits) -> tuple[int, int]:
-    """Size at which the model sees a picture: multiples of `factor` within the pixel limits.
-
-    The arithmetic of Qwen's processor (transformers `smart_resize`), made idempotent: a size that already fits is
-    returned unchanged, and the result fits for every aspect ratio, so that the processor's own resize does nothing.
-
-    Raises:
-        ImageError: zero size, or an aspect ratio above `MAX_ASPECT`, also where only the rounding makes it `MAX_ASPECT`
-            or more: the processor would refuse that view when the update encodes it.
-    """
-    if width < 1 or height < 1:
-        raise ImageError(f"an image of {width}x{height} pixels has nothing to see")
-    if max(width, height) / min(width, height) > MAX_ASPECT:
-        raise ImageError(f"{width}x{height}: longer than {MAX_ASPECT:.0f} times its width; crop it first")
-    factor = limits.factor
-    w, h = (max(factor, round(side / factor) * factor) for side in (width, height))
-    if w * h > limits.max_pixels:
-        scale = math.sqrt(width * height / limits.max_pixels)
-        w, h = (max(factor, math.floor(side / scale / factor) * factor) for side in (width, height))
-    elif w * h < limits.min_pixels:
-        scale = math.sqrt(limits.min_pixels / (width * height))
-        w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
-    # A side cannot shrink below one factor, so long strips may still hold too many pixels: their long side gives way.
-    longest = limits.max_pixels // min(w, h) // factor * factor
-    w, h = min(w, max(longest, min(w, h))), min(h, max(longest, min(w, h)))
-    if max(w, h) >= MAX_ASPECT * min(w, h):
-        raise ImageError(
-            f"{width}x{height}: in whole patches it is {w}x{h}, {MAX_ASPECT:.0f} times as long as wide or more; "
-            "crop it first"
-        )
-    return w, h
-
-
-def to_model_image(image: Image.Image, limits: ImageLimits) -> Image.Image:
-    """The picture as the model sees it: RGB, resized once; applying it again changes nothing."""
+def to_model_image(image: Image.Image, rule: ImageRule) -> Image.Image:
+    """The image as the model sees it: RGB, resized once; applying it again changes nothing."""
     image = to_rgb(image)
-    size = model_size(*image.size, limits)
+    size = rule.model_size(*image.size)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -143,7 +171,7 @@ def fit_to_pixels(width: int, height: int, *, min_pixels: int, max_pixels: int) 
     """Size of a picture fitted to a number of pixels as the reference does (golden/images); None without pixels.
 
     Growing comes first and rounds each side up, shrinking cuts each side to a whole number of at least 1, so that a
-    long strip may still break the limits. Runs that compare with the reference use it; `model_size` keeps the limits.
+    long strip may still break the limits. Runs that compare with the reference use it; `ImageLimits` keeps the limits.
     """
     if width < 1 or height < 1:
         return None

@@ -69,10 +69,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoder(tiny_checkpoint: Path) -> DialogueEncoder:
     """Dialogue encoder of the tiny checkpoint."""
     from cv_lightning.agent.dialogue import DialogueEncoder
-    from cv_lightning.models.loading import image_limits, load_processor
+    from cv_lightning.models.loading import PolicyConfig, load_adapter
 
-    processor = load_processor(str(tiny_checkpoint))
-    return DialogueEncoder(processor.tokenizer, image_limits(processor))
+    return DialogueEncoder(load_adapter(PolicyConfig(path=str(tiny_checkpoint))))
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +79,7 @@ def tiny_qwen25(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random-weight Qwen2.5-VL: tied embeddings as in the 3B, fewer key-value heads than heads, and
     weights large enough that every part shows in its log-probabilities."""
     from cv_lightning.commands.tiny import TinyCheckpoint, write
-    from cv_lightning.digits.tiny import TinyModelConfig
+    from cv_lightning.models.adapters.tiny import TinyModelConfig
 
     folder = tmp_path_factory.mktemp("qwen25")
     sizes = TinyModelConfig(

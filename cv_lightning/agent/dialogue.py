@@ -1,7 +1,7 @@
 """Tokens in, tokens out: one conversation as the ids that the engine saw and sampled, with its loss mask.
 
 History is never decoded and tokenised again (trap T1). Two forms grow side by side: `engine_ids` with one
-`<|image_pad|>` per image, which the engine expands itself (trap T5), and `token_ids` with one per image
+image token per image, which the engine expands itself (trap T5), and `token_ids` with one per image
 feature, which training uses. Everything the policy did not sample, the turn separator included, has mask False
 (traps T2, T9).
 """
@@ -15,39 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from cv_lightning.agent.prompt import CUT, PromptConfig, chat_template, task_messages, text_part
-from cv_lightning.images import ImageLimits, to_model_image
-from cv_lightning.models.tokens import END_OF_TURN, IMAGE_PAD
+from cv_lightning.agent.prompt import CUT, PromptConfig, task_messages, text_part
+from cv_lightning.images import to_model_image
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
-from cv_lightning.types import CheckpointError, EngineError, Task
+from cv_lightning.types import EngineError, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from cv_lightning.models.adapters import ModelAdapter
 
 
 class DialogueEncoder:
-    """Turns messages into ids with one tokenizer, one chat template and one image size rule."""
+    """Turns messages into ids with the tokenizer, chat template and image rule of one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, limits: ImageLimits) -> None:
+    def __init__(self, adapter: ModelAdapter) -> None:
         """Prepare for one model.
 
         Args:
-            tokenizer: of a Qwen-VL model.
-            limits: how images are resized for the model; also gives the number of tokens per image.
-
-        Raises:
-            CheckpointError: the tokenizer lacks the special tokens of Qwen-VL.
+            adapter: Bound to the model's processor.
         """
-        self.tokenizer = tokenizer
-        self.limits = limits
-        vocabulary = tokenizer.get_vocab()
-        missing = [token for token in (END_OF_TURN, IMAGE_PAD) if token not in vocabulary]
-        if missing:
-            raise CheckpointError(
-                f"{tokenizer.name_or_path}: the tokenizer has no {', '.join(missing)}; not a Qwen-VL model?"
-            )
-        self.end_id: int = vocabulary[END_OF_TURN]
-        self.image_pad_id: int = vocabulary[IMAGE_PAD]
+        self.adapter = adapter
+        self.tokenizer = adapter.tokenizer
+        self.image_rule = adapter.image_rule
+        self.end_id: int = adapter.end_id
+        self.image_pad_id: int = adapter.image_id
         self._ids = lru_cache(maxsize=4096)(self._tokenize)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -56,9 +46,10 @@ class DialogueEncoder:
         return tuple(token for piece in ids for token in piece)
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
-        """Text of messages by our chat template."""
+        """Text of messages by the adapter's chat template."""
+        template = self.adapter.chat_template()
         text = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=chat_template(), tokenize=False, add_generation_prompt=generation_prompt
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
         )
         return str(text)
 
@@ -92,11 +83,11 @@ class DialogueEncoder:
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
         """Features that the model makes of an image of this (already model) size."""
-        return (size[0] // self.limits.factor) * (size[1] // self.limits.factor)
+        return self.image_rule.num_tokens(size)
 
     def model_image(self, image: Image.Image) -> Image.Image:
         """The image as the model sees it."""
-        return to_model_image(image, self.limits)
+        return to_model_image(image, self.image_rule)
 
     def start(
         self,

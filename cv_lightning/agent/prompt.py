@@ -20,7 +20,6 @@ from cv_lightning.tools.schema import describe_arguments
 from cv_lightning.types import DataError, Message, Task
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
-TEMPLATE_FILE = Path(__file__).parent / "templates" / "qwen.jinja"
 IMAGE_MARK = "<image>"
 CUT = "\0"
 """`DialogueEncoder` cuts a text here before it tokenises the pieces: no token reaches across. No row holds it."""
@@ -102,12 +101,6 @@ def tools_text(tools: Sequence[Tool]) -> str:
 @cache
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
-
-
-@cache
-def chat_template() -> str:
-    """Our chat template: append-only, and its generation prompt opens nothing."""
-    return TEMPLATE_FILE.read_text(encoding="utf-8").rstrip("\n")
 
 
 def size_statement(index: int, original: tuple[int, int], seen: tuple[int, int], coordinates: Coordinates) -> str:

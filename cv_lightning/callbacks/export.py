@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from transformers import GenerationConfig
 
-from cv_lightning.agent.prompt import chat_template
 from cv_lightning.checkpoints.reader import StoredPolicy
 from cv_lightning.evaluation.model_card import model_card
 from cv_lightning.models.export import (
@@ -25,7 +24,7 @@ from cv_lightning.models.export import (
     write_weights,
 )
 from cv_lightning.models.gather import whole_tensors
-from cv_lightning.models.loading import PolicyConfig, load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.models.shapes import empty_policy
 from cv_lightning.models.verify import check_same, folder_logits, probe, reference_logits
 from cv_lightning.modules.base import PolicyModule
@@ -70,7 +69,7 @@ def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | N
             pass
         return
     with whole_folder(folder) as temporary:
-        write_companions(temporary, module.policy, module.processor, chat_template())
+        write_companions(temporary, module.policy, module.adapter)
         write_weights(temporary, tensors, module.policy)
         config = module.policy_config
         (temporary / "README.md").write_text(
@@ -102,7 +101,7 @@ class CheckpointExport:
         """
         self._check_adapters()
         policy = self.policy
-        model, processor = self._model(), load_processor(policy.path)
+        model, adapter = self._model(), load_adapter(replace(policy, min_pixels=None, max_pixels=None))
         tied = self._tied(model)
         given = {name: shape for name, shape in self.source.merged_shapes.items() if name not in tied}
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -110,10 +109,10 @@ class CheckpointExport:
         check_shapes(given, wanted, model.config.model_type, f"--ckpt {self.source.path}", remedy)
         if self.lora == "separate":
             assert policy.lora is not None
-            size = write_adapter(folder, self.source.factors(), policy.lora, policy.path)
-            write_processor(folder, processor, chat_template())
+            size = write_adapter(folder, self.source.factors(), policy.lora, adapter, policy.path)
+            write_processor(folder, adapter.processor, adapter.chat_template())
         else:
-            write_companions(folder, model, processor, chat_template())
+            write_companions(folder, model, adapter)
             size = write_weights(folder, self._tensors(tied), model, self.shard_bytes)
         (folder / "README.md").write_text(model_card(policy.path, policy.dtype, self.run, self.source.path.name))
         return size

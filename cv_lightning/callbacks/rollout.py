@@ -192,7 +192,7 @@ class RolloutCallback(pl.Callback):
             dtype=config.dtype,
             seed=self.sampling.seed,
             model=module.policy,
-            processor=module.processor,
+            adapter=module.adapter,
         )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -342,7 +342,8 @@ class RolloutCallback(pl.Callback):
             return self.parts.engine.update_weights(module.policy.named_parameters(), version)
         tensors = whole_tensors(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
         if spoiled is not None:
-            tensors = with_other_weights(tensors, spoiled)
+            tensors = with_other_weights(tensors, spoiled, module.adapter)
+        tensors = module.adapter.engine_weights(tensors)
         with Watchdog.at(module.trainer, "weight sync", waits=True):
             self.parts.engine.update_weights(tensors, version)
 
@@ -416,17 +417,13 @@ class RolloutCallback(pl.Callback):
     ) -> RankCollector:
         """What rolls tasks out with this agent on this rank."""
         parts = self._ready(module)
-        banned = list(module.vision_ids)
-        if not agent.tool:
-            tool_call = module.processor.tokenizer.convert_tokens_to_ids("<tool_call>")
-            banned += [tool_call] if tool_call is not None else []
         rollout = Rollout(
             engine=parts.engine,
             sandbox=parts.sandbox,
             encoder=module.encoder,
             background=parts.background,
             config=agent,
-            banned_ids=tuple(banned),
+            banned_ids=module.adapter.banned_ids(agent.tool),
             score=parts.rewards.score_answer,
             window=2 * self.engine_config.max_num_seqs,
             new_samples=training,

@@ -120,19 +120,19 @@ def _differences(
 
     A rank that lacks conversations takes dummies: every forward is a collective under ZeRO-3.
     """
-    policy, processor, vision_ids = module.policy, module.processor, module.vision_ids
+    policy, adapter = module.policy, module.adapter
     assert policy is not None
     dummy, dummy_image = module.dummy_row()
     sequences = [sequence for _, sequence in chosen] + [dummy] * (NUM_CHECKED - len(chosen))
-    packed = pack_rows(sequences, policy.config)
+    packed = pack_rows(sequences, policy.config, adapter)
     together = module.logprobs(packed).logprobs.cpu()
-    alone = [module.logprobs(pack_rows([sequence], policy.config)).logprobs.cpu() for sequence in sequences]
+    alone = [module.logprobs(pack_rows([sequence], policy.config, adapter)).logprobs.cpu() for sequence in sequences]
     images = [dummy_image]
     if chosen:  # not those of the sequence: its order is checked, too
         conversation = chosen[0][0]
         shown = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
         images = [module.encoder.model_image(image) for image in (*conversation.task.images, *shown)]
     first = sequences[0]
-    plain = plain_logprobs(policy, processor, first.token_ids, first.loss_mask, images, vision_ids).cpu()
+    plain = plain_logprobs(policy, adapter, first.token_ids, first.loss_mask, images, adapter.vision_ids).cpu()
     by_sequence = [together[packed.row_index.cpu() == number] for number in range(len(sequences))]
     return by_sequence[0] - plain, torch.cat([a - b for a, b in zip(by_sequence, alone, strict=True)])

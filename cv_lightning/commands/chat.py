@@ -34,7 +34,7 @@ class ChatOptions:
     """What is asked, and of which model. Agent, engine and sandbox are by default as in the run that trained it."""
 
     model: str | None = None
-    """Hugging Face folder or hub name of a Qwen-VL model."""
+    """Hugging Face folder or hub name of a vision-language model."""
     ckpt: Path | None = None
     """A checkpoint of a run instead: .ckpt file, DeepSpeed folder, or the run's folder."""
     image: Path | None = None

@@ -94,10 +94,10 @@ def load(config: ShowData) -> ShownDialogue:
     from cv_lightning.agent.dialogue import DialogueEncoder
     from cv_lightning.data.readers import TaskFiles
     from cv_lightning.data.sft_json import ConversationFiles
-    from cv_lightning.models.loading import image_limits, load_processor
+    from cv_lightning.models.loading import PolicyConfig, load_adapter
 
-    processor = load_processor(config.processor, config.min_pixels, config.max_pixels)
-    encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+    policy = PolicyConfig(path=config.processor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    encoder = DialogueEncoder(load_adapter(policy))
     if config.file == DIGITS:
         return _conversation(_demonstration(config), encoder, config)
     suffix = Path(config.file).suffix

@@ -67,7 +67,7 @@ PROBES = (
     ),
     Probe(
         "torchvision",
-        "import torchvision; from transformers import Qwen3VLProcessor; import transformers;"
+        "import torchvision; from transformers.video_processing_utils import BaseVideoProcessor; import transformers;"
         "found = f'{torchvision.__version__}, with the processors of transformers {transformers.__version__}'",
         "python scripts/mend_torchvision.py",
         required=True,

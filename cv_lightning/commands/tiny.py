@@ -1,4 +1,4 @@
-"""`python -m cv_lightning tiny`: write a tiny random-weight Qwen-VL checkpoint for the embedded digits task."""
+"""`python -m cv_lightning tiny`: write a tiny random-weight checkpoint for the embedded digits task."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cv_lightning.agent.prompt import PromptConfig, chat_template
+from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.digits.demonstrations import tokenizer_corpus
 from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.digits.tiny import Family, TinyModelConfig, write_tiny_checkpoint
+from cv_lightning.digits.tiny import write_tiny_checkpoint
+from cv_lightning.models.adapters import known_types
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,6 @@ def write(checkpoint: TinyCheckpoint) -> int:
         checkpoint.out,
         checkpoint.model,
         corpus=tokenizer_corpus(checkpoint.digits, checkpoint.prompt),
-        chat_template=chat_template(),
     )
 
 
@@ -43,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog="cv_lightning tiny", description=__doc__)
     parser.add_argument("--config", action="config", help="file with any of the arguments below")
-    parser.add_argument("--family", type=Family, default="qwen3_vl", help="architecture")
+    parser.add_argument("--family", type=str, default="qwen3_vl", help=f"architecture: {', '.join(known_types())}")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_class_arguments(TinyCheckpoint, as_group=False, sub_configs=True)
     for name in ("family", "seed"):

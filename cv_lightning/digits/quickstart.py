@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cv_lightning.digits.tiny import Family
 from cv_lightning.files import write_text
 
 CONFIGS = Path("configs/quickstart")
@@ -46,7 +45,7 @@ class Model:
         return [word for name, value in self.digits.items() for word in (f"--{prefix}digits.{name}", str(value))]
 
 
-MODELS: dict[Family, Model] = {
+MODELS: dict[str, Model] = {
     "qwen3_vl": Model(name="Qwen3-VL"),
     "qwen2_5_vl": Model(
         name="Qwen2.5-VL",
@@ -74,7 +73,7 @@ class Stage:
 
 
 def stages(
-    run: Path, *, seed: int, smoke: bool, ablation: bool, family: Family = "qwen3_vl", ranks: int = 1
+    run: Path, *, seed: int, smoke: bool, ablation: bool, family: str = "qwen3_vl", ranks: int = 1
 ) -> list[Stage]:
     """The stages of a quickstart, in order.
 

@@ -12,7 +12,9 @@ from cv_lightning.engines.base import Completion, Engine, EngineConfig, Request,
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
+
+    from cv_lightning.models.adapters import ModelAdapter
 
 __all__ = [
     "Completion",
@@ -53,7 +55,7 @@ def vllm_imports() -> bool:
 
 
 def build_engine(
-    config: EngineConfig, path: str, *, dtype: str, seed: int, model: PreTrainedModel | None, processor: ProcessorMixin
+    config: EngineConfig, path: str, *, dtype: str, seed: int, model: PreTrainedModel | None, adapter: ModelAdapter
 ) -> Engine:
     """Build the engine that `config` names, or connect to the server that runs it.
 
@@ -63,7 +65,7 @@ def build_engine(
         dtype: the trainer's parameter type.
         seed: engine seed.
         model: the policy itself, which the transformers engine generates with and SGLang gets its weights from.
-        processor: its processor.
+        adapter: of its family, bound to its processor.
 
     Raises:
         EngineError: vLLM is asked for but cannot be imported, the engine cannot be built, or no server answers.
@@ -77,20 +79,18 @@ def build_engine(
                 "or set engine.kind to transformers"
             ) from error
 
-        from cv_lightning.models.loading import image_limits
-
-        return VLLMEngine(path, config, image_limits(processor), dtype=dtype, seed=seed)
+        return VLLMEngine(path, config, adapter, dtype=dtype, seed=seed)
     if config.kind == "server":
         from cv_lightning.engines.server import ServerEngine
 
-        return ServerEngine(config, processor)
+        return ServerEngine(config, adapter)
     if config.kind == "sglang":
         from cv_lightning.engines.sglang import SGLangEngine
 
-        return SGLangEngine(config, processor, _required(model, config))
+        return SGLangEngine(config, adapter, _required(model, config))
     from cv_lightning.engines.hf import TransformersEngine
 
-    return TransformersEngine(_required(model, config), processor, config)
+    return TransformersEngine(_required(model, config), adapter, config)
 
 
 def _required(model: PreTrainedModel | None, config: EngineConfig) -> PreTrainedModel:

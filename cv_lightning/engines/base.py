@@ -15,6 +15,9 @@ from cv_lightning.types import EngineError
 if TYPE_CHECKING:
     import torch
 
+    from cv_lightning.images import ImageRule
+    from cv_lightning.models.adapters import ModelAdapter
+
 
 GPU_PROCESSOR_CACHE_GB, CPU_PROCESSOR_CACHE_GB = 4.0, 0.25
 """Cache of processed images of one engine, where the config names no size."""
@@ -159,7 +162,7 @@ class Request:
 
     id: str
     prompt_ids: Sequence[int]
-    """Everything so far, one `<|image_pad|>` per image."""
+    """Everything so far, one image token per image."""
     images: Sequence[Image.Image]
     """Model-sized images in the order of their pads; the engine resizes nothing."""
     image_hashes: Sequence[str]
@@ -258,19 +261,19 @@ def must_sleep(config: EngineConfig, *, memory: float, num_parameters: int, num_
     return trainer > (1 - config.gpu_memory_utilization) * memory
 
 
-def check_length(request: Request, factor: int, max_model_len: int, max_images: int) -> None:
+def check_length(request: Request, rule: ImageRule, max_model_len: int, max_images: int) -> None:
     """Refuse what no engine can take, before the library behind it stops the whole batch.
 
     Args:
         request: to be queued.
-        factor: pixels a side of one image token.
+        rule: how many tokens an image takes.
         max_model_len: of the engine.
         max_images: of the engine.
 
     Raises:
         EngineError: says by how much it is too long, and which setting to change.
     """
-    features = sum((image.width // factor) * (image.height // factor) for image in request.images)
+    features = sum(rule.num_tokens(image.size) for image in request.images)
     length = len(request.prompt_ids) - len(request.images) + features
     if request.max_tokens < 1 or length + request.max_tokens > max_model_len:
         raise EngineError(
@@ -279,6 +282,13 @@ def check_length(request: Request, factor: int, max_model_len: int, max_images: 
         )
     if len(request.images) > max_images:
         raise EngineError(f"request {request.id}: {len(request.images)} images, engine.max_images is {max_images}")
+
+
+def expanded(request: Request, adapter: ModelAdapter) -> list[int]:
+    """The prompt's ids with one image token per feature of each image, as training has them."""
+    counts = iter(adapter.image_rule.num_tokens(image.size) for image in request.images)
+    pad = adapter.image_id
+    return [i for token in request.prompt_ids for i in ([token] * next(counts) if token == pad else [token])]
 
 
 def check_idle(engine: Engine) -> None:

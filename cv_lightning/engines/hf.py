@@ -13,48 +13,50 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from cv_lightning.engines.base import Completion, EngineConfig, Request, check_idle, check_length, check_weights
-from cv_lightning.models.tokens import END_OF_TURN, LOGIT_BAN
-from cv_lightning.models.vision import process_images
+from cv_lightning.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    check_idle,
+    check_length,
+    check_weights,
+    expanded,
+)
+from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
 
 
 class TransformersEngine:
     """Generates with the policy module; one process, unsharded weights."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, config: EngineConfig) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, config: EngineConfig) -> None:
         """Generate with a policy.
 
         Args:
             model: the policy; it must hold whole tensors.
-            processor: its processor.
+            adapter: bound to its processor.
             config: `max_model_len`, `max_num_seqs` and `max_images` are used.
 
         Raises:
             EngineError: the policy's parameters are sharded.
         """
         _require_whole(model)
-        self.model, self.processor = model, processor
+        self.model, self.adapter = model, adapter
         self.max_model_len = config.max_model_len
         self.max_num_seqs = config.max_num_seqs
         self.max_images = config.max_images
         self.weight_version = -1
         self.queue: list[Request] = []
-        tokenizer = processor.tokenizer
-        self.end_id: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self.stop_ids = [self.end_id, *_as_list(model.generation_config.eos_token_id)]
-        self.pad_id: int = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.image_id: int = model.config.image_token_id
-        vision = model.config.vision_config
-        self.merge: int = vision.spatial_merge_size
-        self.factor: int = vision.patch_size * vision.spatial_merge_size
+        self.stop_ids = [adapter.end_id, *_as_list(model.generation_config.eos_token_id)]
+        padding = adapter.tokenizer.pad_token_id
+        self.pad_id: int = adapter.end_id if padding is None else padding
 
     def add_request(self, request: Request) -> None:
         """Queue a request; see `Engine`."""
-        check_length(request, self.factor, self.max_model_len, self.max_images)
+        check_length(request, self.adapter.image_rule, self.max_model_len, self.max_images)
         self.queue.append(request)
 
     def step(self) -> list[Completion]:
@@ -107,7 +109,8 @@ class TransformersEngine:
     @torch.no_grad()
     def _generate(self, batch: list[Request]) -> list[Completion]:
         device = self.model.device
-        rows, visual = self._expand(batch)
+        rows = [expanded(request, self.adapter) for request in batch]
+        images = [image for request in batch for image in request.images]
         width = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -116,30 +119,13 @@ class TransformersEngine:
         with _generating(self.model, self.stop_ids, self.pad_id):
             generate: Any = self.model.generate
             sequences = generate(
-                input_ids=ids,
-                attention_mask=mask,
-                mm_token_type_ids=(ids == self.image_id).long() * mask,
-                **visual,
+                **self.adapter.plain_inputs(ids, mask, self.adapter.process_images(images) if images else []),
                 max_new_tokens=longest,
                 logits_processor=LogitsProcessorList([sampler]),
             )
         tokens = sequences[:, width:].tolist()
         logprobs = torch.stack(sampler.logprobs, 1).tolist()
         return [self._completion(*parts) for parts in zip(batch, rows, tokens, logprobs, strict=True)]
-
-    def _expand(self, batch: list[Request]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-        """Prompts with one pad per image feature, and the images of all of them."""
-        rows, images = [], []
-        for request in batch:
-            vision = process_images(self.processor, request.images) if request.images else None
-            counts = iter([] if vision is None else (vision.grid_thw.prod(-1) // self.merge**2).tolist())
-            rows.append([i for t in request.prompt_ids for i in ([t] * next(counts) if t == self.image_id else [t])])
-            images += [] if vision is None else [vision]
-        if not images:
-            return rows, {}
-        device = self.model.device
-        pixels = torch.cat([v.pixel_values for v in images]).to(device, self.model.dtype)
-        return rows, {"pixel_values": pixels, "image_grid_thw": torch.cat([v.grid_thw for v in images]).to(device)}
 
     def _completion(self, request: Request, prompt: list[int], ids: list[int], logprobs: list[float]) -> Completion:
         ends = [index for index, token in enumerate(ids) if token in self.stop_ids]
@@ -195,7 +181,7 @@ def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
 
 @contextmanager
 def _generating(model: PreTrainedModel, stop_ids: list[int], pad_id: int) -> Iterator[None]:
-    """Evaluation mode, and none of the checkpoint's own sampling settings (Qwen's penalise repetition)."""
+    """Evaluation mode, and none of the checkpoint's own sampling settings, some of which penalise repetition."""
     training, config = model.training, model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id)
     model.eval()

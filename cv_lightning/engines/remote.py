@@ -19,13 +19,13 @@ from cv_lightning.background import Background
 from cv_lightning.endpoint.client import EndpointClient, is_local
 from cv_lightning.endpoint.messages import data_url
 from cv_lightning.engines.base import Completion, EngineConfig, Request, check_length
-from cv_lightning.models.tokens import END_OF_TURN, IMAGE_PAD
 from cv_lightning.types import EndpointError, EngineError
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import ProcessorMixin
+
+    from cv_lightning.models.adapters import ModelAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +38,17 @@ KEPT_IMAGES = 256
 class RemoteEngine(ABC):
     """An engine that a server runs. Its requests share nothing but the client."""
 
-    def __init__(self, config: EngineConfig, processor: ProcessorMixin) -> None:
+    def __init__(self, config: EngineConfig, adapter: ModelAdapter) -> None:
         """Prepare; nothing is sent yet.
 
         Args:
             config: `server`, `max_model_len` and `max_images` are used.
-            processor: of the served model: its tokenizer, and the sizes of its images.
+            adapter: of the served model: its tokenizer, and the sizes of its images.
         """
         self.server = server = config.server_config
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
         self.weight_version = -1
-        self.tokenizer = processor.tokenizer
-        image_processor = processor.image_processor
-        self.factor: int = image_processor.patch_size * image_processor.merge_size
-        self.end_id: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self.image_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.adapter, self.tokenizer = adapter, adapter.tokenizer
         self.client = EndpointClient(server, "completion")
         self.background = Background("cv-lightning-server")
         self.under_way: dict[str, Future[Completion]] = {}
@@ -71,7 +67,7 @@ class RemoteEngine(ABC):
     # ------------------------------------------------------------------ the protocol of engines
     def add_request(self, request: Request) -> None:
         """Send a request; see `Engine`."""
-        check_length(request, self.factor, self.max_model_len, self.max_images)
+        check_length(request, self.adapter.image_rule, self.max_model_len, self.max_images)
         future = self.background.submit(self.complete(request))
         self.under_way[request.id] = future
         future.add_done_callback(lambda finished: self._done.put((request.id, finished)))
@@ -177,13 +173,6 @@ class RemoteEngine(ABC):
         """The images of a request as addresses that hold their bytes, without loss; each is encoded once."""
         pairs = zip(request.image_hashes, request.images, strict=True)
         return [self._urls(_Named(name, image)) for name, image in pairs]
-
-    def expanded(self, request: Request) -> list[int]:
-        """The prompt's ids with one image token per feature of each image, as training has them."""
-        counts = iter((image.width // self.factor) * (image.height // self.factor) for image in request.images)
-        return [
-            i for token in request.prompt_ids for i in ([token] * next(counts) if token == self.image_id else [token])
-        ]
 
 
 class _Named:

@@ -7,39 +7,32 @@ for the record only and never trained on. `tokens` sends the ids themselves to v
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
 
 from cv_lightning.endpoint.messages import text_part
 from cv_lightning.engines.base import Completion, EngineConfig, Request
 from cv_lightning.engines.remote import RemoteEngine
-from cv_lightning.models.tokens import END_OF_TURN, IMAGE_PAD, LOGIT_BAN, VISION_END, VISION_START
+from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
 from cv_lightning.types import EngineError
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
-START_OF_TURN = "<|im_start|>"
-IMAGE = VISION_START + IMAGE_PAD + VISION_END
-ROLES = ("system", "user", "assistant")
 
 
 class ServerEngine(RemoteEngine):
     """A model that somebody else serves."""
 
-    def __init__(self, config: EngineConfig, processor: ProcessorMixin) -> None:
+    def __init__(self, config: EngineConfig, adapter: ModelAdapter) -> None:
         """Look whether the server is there and serves the model.
 
         Args:
             config: `server` says where, `max_model_len` and `max_images` are used.
-            processor: of the served model, or of any Qwen-VL where its own is not known: it sizes images and counts
+            adapter: of the served model, or of any model where its own is not known: it sizes images and counts
                 tokens.
 
         Raises:
             EngineError: nothing answers, or it serves other models.
         """
-        super().__init__(config, processor)
+        super().__init__(config, adapter)
         self.by_tokens = self.server.api == "tokens"
         self.generate_url = str(httpx2.URL(self.server.base_url).join("/inference/v1/generate"))
         try:
@@ -72,12 +65,13 @@ class ServerEngine(RemoteEngine):
         options = {"max_tokens": request.max_tokens, "temperature": request.temperature}
         options |= {"top_p": request.top_p, "seed": request.seed % 2**31}
         needed = [name for name in ("temperature", "top_p") if options[name] != 1]
-        text, reason = await self.client.chat(messages_of(prompt, urls), options, _read_text, needed)
+        messages = messages_of(self.adapter.messages_of(str(prompt)), urls)
+        text, reason = await self.client.chat(messages, options, _read_text, needed)
         if reason not in ("stop", "length"):
             raise EngineError(f"{self.server.base_url} ended a turn by {reason!r}; only stop and length are known")
         # Nothing that a model writes may pass for a control token of our own template.
         ids = list(self.tokenizer(text.replace("<|", "< |"), add_special_tokens=False)["input_ids"])
-        ids = [*ids, self.end_id] if reason == "stop" else ids
+        ids = [*ids, self.adapter.end_id] if reason == "stop" else ids
         return Completion(id=request.id, token_ids=ids, logprobs=None, stopped=reason == "stop", prompt_ids=None)
 
     # ------------------------------------------------------------------ tokens
@@ -87,7 +81,7 @@ class ServerEngine(RemoteEngine):
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": request.seed,
-            "stop_token_ids": [self.end_id],
+            "stop_token_ids": [self.adapter.end_id],
             "logprobs": 0,
             "detokenize": False,
             "logit_bias": {str(token): LOGIT_BAN for token in request.banned_ids},
@@ -100,26 +94,16 @@ class ServerEngine(RemoteEngine):
         return await self.client.post(self.generate_url, body, lambda value: _read_tokens(request.id, value))
 
 
-def messages_of(prompt: str, urls: list[str]) -> list[dict[str, Any]]:
-    """Messages of a prompt that our chat template has made: the template's inverse.
+def messages_of(pieces: list[tuple[str, list[str]]], urls: list[str]) -> list[dict[str, Any]]:
+    """Messages as OpenAI-compatible servers take them.
 
     Args:
-        prompt: text with control tokens, up to and with the generation prompt.
-        urls: an address for each image mark.
-
-    Raises:
-        EngineError: it is no such text.
+        pieces: (role, text before, between and after its images) of each message.
+        urls: An address for each image.
     """
-    pieces = prompt.split(START_OF_TURN)
-    if pieces[0] or pieces[-1] != "assistant\n":
-        raise EngineError(f"no prompt of the chat template: {prompt[:80]!r}...{prompt[-40:]!r}")
     remaining = iter(urls)
     messages: list[dict[str, Any]] = []
-    for piece in pieces[1:-1]:
-        role, _, content = piece.partition("\n")
-        if role not in ROLES:
-            raise EngineError(f"the prompt has a message of {role[:20]!r}; known are {', '.join(ROLES)}")
-        texts = content.removesuffix("\n").removesuffix(END_OF_TURN).split(IMAGE)
+    for role, texts in pieces:
         parts = [text_part(texts[0])] if texts[0] else []
         for text in texts[1:]:
             parts.append({"type": "image_url", "image_url": {"url": next(remaining)}})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import torch
 
-from cv_lightning.engines.base import Completion, EngineConfig, Request, check_idle, check_weights
+from cv_lightning.engines.base import Completion, EngineConfig, Request, check_idle, check_weights, expanded
 from cv_lightning.engines.remote import RemoteEngine
 from cv_lightning.engines.sglang_server import (
     check_settings,
@@ -26,13 +26,13 @@ from cv_lightning.engines.sglang_server import (
     probe_text,
     prompt_difference,
 )
+from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
 from cv_lightning.models.export import whole_folder, write_companions, write_weights
 from cv_lightning.models.lora import BASE, FACTORS
-from cv_lightning.models.tokens import LOGIT_BAN
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 IDLE_S, IDLE_POLL_S = 120.0, 0.2
@@ -42,21 +42,21 @@ IDLE_S, IDLE_POLL_S = 120.0, 0.2
 class SGLangEngine(RemoteEngine):
     """A policy that an SGLang server samples from; all ranks share the server."""
 
-    def __init__(self, config: EngineConfig, processor: ProcessorMixin, model: PreTrainedModel) -> None:
+    def __init__(self, config: EngineConfig, adapter: ModelAdapter, model: PreTrainedModel) -> None:
         """Connect, and refuse a server that would answer other prompts than training sees.
 
         Args:
             config: `server` says where, `server.weights_folder` how weights get there, `sleep` whether the server gives
                 its memory back.
-            processor: The policy's.
+            adapter: The policy's.
             model: The policy, whose tensors have to reach the server whole and under their published names.
 
         Raises:
             EngineError: Nothing answers, or the server is too old, has another tokenizer or cannot do what `config`
                 asks.
         """
-        super().__init__(config, processor)
-        self.model, self.processor = model, processor
+        super().__init__(config, adapter)
+        self.model = model
         self.expected = _weight_names(model)
         self.folder = Path(self.server.weights_folder).absolute()
         self.root = httpx2.URL(self.server.base_url)
@@ -97,7 +97,7 @@ class SGLangEngine(RemoteEngine):
             "temperature": request.temperature,
             "top_p": request.top_p,
             "sampling_seed": request.seed % 2**31,
-            "stop_token_ids": [self.end_id],
+            "stop_token_ids": [self.adapter.end_id],
             "skip_special_tokens": False,
             "logit_bias": {str(token): LOGIT_BAN for token in request.banned_ids},
         }
@@ -113,9 +113,9 @@ class SGLangEngine(RemoteEngine):
         reason = meta["finish_reason"]
         if reason.get("type") not in ("stop", "length"):
             raise EngineError(f"SGLang ended request {request.id} by {reason.get('type')}: {reason.get('message', '')}")
-        expected, given = self.expanded(request), answer["prompt_token_ids"]
+        expected, given = expanded(request, self.adapter), answer["prompt_token_ids"]
         if given != expected:
-            difference = prompt_difference(given, expected, self.image_id)
+            difference = prompt_difference(given, expected, self.adapter.image_id)
             raise EngineError(f"SGLang expanded request {request.id} to {difference}")
         served = meta.get("weight_version", self.served_version)
         if self.served_version and served != self.served_version:
@@ -205,7 +205,7 @@ class SGLangEngine(RemoteEngine):
         with whole_folder(target) as folder:
             write_weights(folder, noted(), self.model)
             check_weights(name for name in self.expected if name not in given)
-            write_companions(folder, self.model, self.processor, str(self.processor.chat_template or ""))
+            write_companions(folder, self.model, self.adapter)
         if self.asleep:
             self._order("/resume_memory_occupation")
         self._wait_until_idle()

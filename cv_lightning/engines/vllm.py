@@ -38,14 +38,11 @@ from cv_lightning.engines.process import (
     threads,
 )
 from cv_lightning.engines.rendering import Rendered, RenderQueue
-from cv_lightning.models.tokens import END_OF_TURN, LOGIT_BAN
+from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
-
-    from cv_lightning.images import ImageLimits
-
 
 CPU_STEP_TOKENS = 65536
 """Most tokens that one step of the CPU build processes; its buffers grow with it."""
@@ -56,13 +53,13 @@ IN_FLIGHT_STEPS = 100
 class VLLMEngine:
     """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init (T39, T49)."""
 
-    def __init__(self, path: str, config: EngineConfig, limits: ImageLimits, *, dtype: str, seed: int = 0) -> None:
+    def __init__(self, path: str, config: EngineConfig, adapter: ModelAdapter, *, dtype: str, seed: int = 0) -> None:
         """Build the engine and load the checkpoint's weights.
 
         Args:
             path: Hugging Face folder of the policy; its weights are replaced at the first update.
             config: sizes and memory.
-            limits: the trainer's of image sizes; vLLM alone would resize by those in the folder, which may be others.
+            adapter: the trainer's, whose image rule holds; vLLM alone would take the one in the folder.
             dtype: `float32`, `bfloat16` or `float16`, the trainer's.
             seed: engine seed; requests carry their own.
 
@@ -81,7 +78,7 @@ class VLLMEngine:
         self.asleep = False
         _check_memory_pool(self.sleeps)
         with keep_threads():
-            self.llm = LLM(**_arguments(path, config, limits, dtype, seed, num_ranks, self.sleeps))
+            self.llm = LLM(**_arguments(path, config, adapter, dtype, seed, num_ranks, self.sleeps))
             self.num_threads = torch.get_num_threads()
         self.engine = self.llm.llm_engine
         # Above 1 every step would be a collective of all ranks, which take different numbers of them.
@@ -90,21 +87,19 @@ class VLLMEngine:
             raise EngineError(f"the engine's data-parallel size is {parallel}, not 1: unset VLLM_DP_SIZE")
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
         self.weight_version = -1
-        vision = self.llm.model_config.hf_config.vision_config
-        self.factor: int = vision.patch_size * vision.spatial_merge_size
-        self.end_id: int = self.llm.get_tokenizer().convert_tokens_to_ids(END_OF_TURN)
+        self.adapter = adapter
         in_background = config.renders_in_background(on_gpu=torch.cuda.is_available())
         self.rendering = RenderQueue(self._render) if in_background else None
 
     def add_request(self, request: Request) -> None:
         """Queue a request; see `Engine`."""
-        check_length(request, self.factor, self.max_model_len, self.max_images)
+        check_length(request, self.adapter.image_rule, self.max_model_len, self.max_images)
         params = SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
             seed=request.seed,
-            stop_token_ids=[self.end_id],
+            stop_token_ids=[self.adapter.end_id],
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -196,7 +191,7 @@ class VLLMEngine:
                 torch.cuda.empty_cache()  # what the trainer has left over is not free for waking
             self.llm.wake_up(["weights"])
             if self.sleep_level == 2:
-                self.llm.collective_rpc(_clear_unnamed_buffers)
+                self.llm.collective_rpc(_clear_unnamed_buffers, args=(self.adapter.unsaved_engine_buffers,))
         try:
             (missing,) = self.llm.collective_rpc(_reload, args=(iter(named_tensors),))
         except (ValueError, KeyError, AttributeError) as error:
@@ -239,7 +234,7 @@ class VLLMEngine:
 
 
 def _arguments(
-    path: str, config: EngineConfig, limits: ImageLimits, dtype: str, seed: int, num_ranks: int, sleeps: bool
+    path: str, config: EngineConfig, adapter: ModelAdapter, dtype: str, seed: int, num_ranks: int, sleeps: bool
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM`."""
     on_cpu = not torch.cuda.is_available()
@@ -252,8 +247,7 @@ def _arguments(
         "max_num_seqs": config.max_num_seqs,
         "enforce_eager": eager,
         "gpu_memory_utilization": config.gpu_memory_utilization,
-        "limit_mm_per_prompt": {"image": config.max_images, "video": 0},
-        "mm_processor_kwargs": {"size": {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}},
+        **adapter.engine_arguments(config.max_images),
         "skip_mm_profiling": on_cpu,
         "mm_processor_cache_gb": config.cache_of_images_gb(on_gpu=not on_cpu),
         "enable_prefix_caching": True,
@@ -287,15 +281,16 @@ def _check_memory_pool(sleeps: bool) -> None:
         )
 
 
-def _clear_unnamed_buffers(worker: Any) -> None:
+def _clear_unnamed_buffers(worker: Any, names: Sequence[str]) -> None:
     """Zero what level 2 loses and no weight sync brings; runs inside vLLM's worker.
 
-    Qwen3-VL keeps the deepstack inputs of a step in a plain list, which vLLM does not save as it saves named buffers;
-    it is added to the hidden states of every step and holds zeros between steps.
+    vLLM saves named buffers, but not tensors that a model keeps in a plain list, such as inputs of a step that are
+    added to the hidden states and hold zeros between steps.
     """
     model = worker.model_runner.get_model()
-    for buffer in getattr(model, "deepstack_input_embeds", None) or ():
-        buffer.zero_()
+    for name in names:
+        for buffer in getattr(model, name, None) or ():
+            buffer.zero_()
 
 
 def _sleeps(path: str, config: EngineConfig, num_ranks: int) -> bool:

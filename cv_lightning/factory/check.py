@@ -19,7 +19,7 @@ from cv_lightning.data.rows import ReaderConfig, expand_files
 from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies
 from cv_lightning.factory.check_facts import FactSettings, FileKind, RowFacts, inspect_rows, num_rows, token_counter
 from cv_lightning.factory.check_frames import judge_frame
-from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.images import ImageLimits, ImageRule
 from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import DataError
 
@@ -49,9 +49,9 @@ class CheckConfig:
     """Files that are held out: pictures that these share with the others are leakage. None: `extra_info.split` says
     which rows are."""
     processor: str = ""
-    """Hugging Face folder of a Qwen-VL model: its tokenizer counts tokens, its factor and pixel limits hold."""
+    """Hugging Face folder of a model: its tokenizer counts tokens, its factor and pixel limits hold."""
     factor: int = 32
-    """Sides that the model sees are multiples of this where no processor says: 28 for Qwen2.5-VL, 32 for Qwen3-VL."""
+    """Sides that the model sees are multiples of this where no processor says: patch size times merge size."""
     min_pixels: int | None = None
     """Pixels an image has at least for the model; by default the processor's, else 784."""
     max_pixels: int | None = None
@@ -71,7 +71,7 @@ class CheckConfig:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
         if self.factor < 1:
-            raise ValueError(f"--factor {self.factor}: 28 for Qwen2.5-VL, 32 for Qwen3-VL")
+            raise ValueError(f"--factor {self.factor}: the model's patch size times its merge size, such as 28 or 32")
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class FileFacts:
     path: Path
     kind: FileKind
     held_out: bool
-    limits: ImageLimits
+    limits: ImageRule
     max_tokens: int
     num_rows: int = 0
     error: str = ""
@@ -123,7 +123,7 @@ def _paths(files: Sequence[str], config: CheckConfig) -> list[tuple[Path, bool]]
 def _file(path: Path, config: CheckConfig, held_out: bool) -> FileFacts:
     kind: FileKind = "tasks" if path.suffix == ".parquet" else "conversations"
     if config.processor:
-        limits = token_counter(config.processor, config.min_pixels, config.max_pixels).limits
+        limits: ImageRule = token_counter(config.processor, config.min_pixels, config.max_pixels).limits
     else:
         limits = ImageLimits(
             factor=config.factor,
@@ -313,7 +313,7 @@ def histogram(values: Sequence[float], bins: int = HISTOGRAM_BINS) -> dict[str, 
 
 def _images(used: Sequence[tuple[FileFacts, RowFacts]]) -> dict[str, Any]:
     sizes = [(size, file.limits) for file, row in used for size in row.sizes]
-    seen = [model_size(*size, limits) for size, limits in sizes]
+    seen = [limits.model_size(*size) for size, limits in sizes]
     return {
         "count": len(sizes),
         "widths": histogram([size[0] for size, _ in sizes]),

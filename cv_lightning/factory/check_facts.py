@@ -28,7 +28,7 @@ from cv_lightning.data.tables import read_items
 from cv_lightning.factory.check_copies import thumbnail
 from cv_lightning.factory.check_frames import FrameEvidence, frame_evidence
 from cv_lightning.factory.check_tokens import TokenCounter
-from cv_lightning.images import ImageLimits, content_hash, model_size
+from cv_lightning.images import ImageRule, content_hash
 from cv_lightning.orientations import orientations_of
 from cv_lightning.types import Box, Task
 
@@ -43,7 +43,7 @@ class FactSettings:
     """What is looked at, and at which limits."""
 
     reader: ReaderConfig
-    limits: ImageLimits
+    limits: ImageRule
     pixels: bool
     """Decode every image: finds broken pixels and copies. Otherwise headers only."""
     processor: str = ""
@@ -224,13 +224,13 @@ def _image_notes(source: bytes | Path) -> list[str]:
 
 
 def _image_tokens(images: Sequence[Image.Image], settings: FactSettings) -> int:
-    sizes = (model_size(*image.size, settings.limits) for image in images)
-    return sum(width * height for width, height in sizes) // settings.limits.factor**2
+    sizes = (settings.limits.model_size(*image.size) for image in images)
+    return sum(settings.limits.num_tokens(size) for size in sizes)
 
 
 def _measure_box(box: Box, size: tuple[int, int], facts: RowFacts, settings: FactSettings) -> None:
     width, height = box[2] - box[0], box[3] - box[1]
-    seen = model_size(*size, settings.limits)
+    seen = settings.limits.model_size(*size)
     facts.box_frac = width * height / (size[0] * size[1])
     facts.box_model_px = min(width * seen[0] / size[0], height * seen[1] / size[1])
 

@@ -9,7 +9,6 @@ from PIL import Image
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, task_messages, tool_ok_text
 from cv_lightning.data.conversations import Conversation
-from cv_lightning.images import ImageLimits, model_size
 from cv_lightning.types import Task
 
 
@@ -17,7 +16,7 @@ class TokenCounter:
     """Counts with a model's tokenizer; images need a size only.
 
     Args:
-        processor: Hugging Face folder of a Qwen-VL model.
+        processor: Hugging Face folder of a model.
         min_pixels: replaces the processor's own limit; None: that.
         max_pixels: likewise.
 
@@ -26,20 +25,20 @@ class TokenCounter:
     """
 
     def __init__(self, processor: str, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
-        from cv_lightning.models.loading import image_limits, load_processor
+        from cv_lightning.models.loading import PolicyConfig, load_adapter
 
-        loaded = load_processor(processor, min_pixels, max_pixels)
-        self.limits: ImageLimits = image_limits(loaded)
-        self.encoder = DialogueEncoder(loaded.tokenizer, self.limits)
+        adapter = load_adapter(PolicyConfig(path=processor, min_pixels=min_pixels, max_pixels=max_pixels))
+        self.limits = adapter.image_rule
+        self.encoder = DialogueEncoder(adapter)
         self.prompt = PromptConfig()
 
     def image_tokens(self, images: Sequence[Image.Image]) -> int:
         """Features of images, one token each."""
-        return sum(self.encoder.num_image_tokens(model_size(*image.size, self.limits)) for image in images)
+        return sum(self.encoder.num_image_tokens(self.limits.model_size(*image.size)) for image in images)
 
     def task(self, task: Task) -> int:
         """Tokens of a task's prompt with the tool offered, images expanded."""
-        sizes = [(image.size, model_size(*image.size, self.limits)) for image in task.images]
+        sizes = [(image.size, self.limits.model_size(*image.size)) for image in task.images]
         ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt))
         return len(ids) - len(task.images) + self.image_tokens(task.images)
 
@@ -51,7 +50,7 @@ class TokenCounter:
             total += len(self.encoder.assistant_ids(turn.text))
             image = turn.result_image
             if image is not None:
-                seen = model_size(*image.size, self.limits)
+                seen = self.limits.model_size(*image.size)
                 text = tool_ok_text(self.prompt, num_images, image.size, seen)
                 parts = (
                     [{"type": "image"}, literal_part(turn.response_text)] if turn.response_text else split_marks(text)

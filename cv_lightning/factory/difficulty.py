@@ -17,7 +17,7 @@ from cv_lightning.agent.request import requests_of
 from cv_lightning.background import Background
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.factory.progress import ProgressFile
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import DataError, Group, Task, Trajectory
@@ -118,7 +118,7 @@ def count_right(members: Sequence[Trajectory]) -> tuple[int, int]:
 @contextmanager
 def _rollout_of(config: DifficultyConfig) -> Iterator[tuple[Rollout, RewardModule]]:
     """The agent loop with the policy's engine, a sandbox and the rewards; all closed afterwards."""
-    processor = load_processor(config.policy.path, config.policy.min_pixels, config.policy.max_pixels)
+    adapter = load_adapter(config.policy)
     in_process = engine_kind(config.engine) == "transformers"
     engine: Engine = build_engine(
         config.engine,
@@ -126,22 +126,18 @@ def _rollout_of(config: DifficultyConfig) -> Iterator[tuple[Rollout, RewardModul
         dtype=config.policy.dtype,
         seed=config.sampling.seed,
         model=load_policy(config.policy) if in_process else None,
-        processor=processor,
+        adapter=adapter,
     )
-    banned = vision_token_ids(processor.tokenizer)
-    if not config.agent.tool:
-        call = processor.tokenizer.get_vocab().get("<tool_call>")
-        banned += [call] if call is not None else []
     rewards, background = RewardModule(config.reward), Background("difficulty-io")
     try:
         with Sandbox(SandboxConfig()) as sandbox:
             rollout = Rollout(
                 engine=engine,
                 sandbox=sandbox,
-                encoder=DialogueEncoder(processor.tokenizer, image_limits(processor)),
+                encoder=DialogueEncoder(adapter),
                 background=background,
                 config=config.agent,
-                banned_ids=tuple(banned),
+                banned_ids=adapter.banned_ids(config.agent.tool),
                 score=rewards.score_answer,
                 window=2 * config.engine.max_num_seqs,
             )

@@ -14,7 +14,7 @@ from cv_lightning.agent.protocol import call_markup
 from cv_lightning.factory import phrases
 from cv_lightning.factory.plans import ConversationPlan, Edges, PlannedTurn
 from cv_lightning.factory.table import VqaRow
-from cv_lightning.images import ImageLimits, model_size
+from cv_lightning.images import ImageLimits
 from cv_lightning.tools import CodeTool
 from cv_lightning.tools.base import Coordinates
 
@@ -26,7 +26,7 @@ class CropFrame:
     coordinates: Coordinates = "original_px"
     """`original_px`, `model_px` or `relative_1000`; must be that of the agent's prompt in training."""
     factor: int = 32
-    """`model_px`: sides of what the model sees are multiples of this (28 for Qwen2.5-VL, 32 for Qwen3-VL)."""
+    """`model_px`: sides of what the model sees are multiples of this: patch size times merge size."""
     min_pixels: int = 784
     """`model_px`: smallest image that the model sees."""
     max_pixels: int = 262_144
@@ -43,7 +43,7 @@ class CropFrame:
         if self.coordinates == "relative_1000":
             return 1000, 1000
         limits = ImageLimits(factor=self.factor, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
-        return model_size(*size, limits)
+        return limits.model_size(*size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class Teacher(Protocol):
 
 # ------------------------------------------------------------------------------------------------ text
 def call_turn(thought: str, code: str, image_index: int, description: str = "") -> str:
-    """Assistant turn that calls the tool, in the Hermes form of Qwen's chat template."""
+    """Assistant turn that calls the tool, in the Hermes form."""
     arguments = {"code": code, "image_index": image_index}
     if description:
         arguments["description"] = description

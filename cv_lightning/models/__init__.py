@@ -1,1 +1,1 @@
-"""Qwen-VL: loading, special tokens, packing, attention on packed rows, log-probabilities, tiny checkpoints."""
+"""Models: adapters of families, loading, packing, attention on packed rows, log-probabilities, export."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from cv_lightning.models.adapters import ModelAdapter
+
 SHARD_BYTES = 5_000_000_000
 """Size from which on a model is cut into several files; the hub's custom."""
 INDEX = "model.safetensors.index.json"
@@ -106,19 +108,19 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> int:
     return total
 
 
-def write_companions(folder: Path, model: PreTrainedModel, processor: ProcessorMixin, chat_template: str) -> None:
-    """Write what stands beside the weights: config, generation config, processor with our chat template.
+def write_companions(folder: Path, model: PreTrainedModel, adapter: ModelAdapter) -> None:
+    """Write what stands beside the weights: config, generation config, processor with the adapter's chat template.
 
     Args:
         folder: exists.
         model: gives the configs; may be on the meta device.
-        processor: of the model.
-        chat_template: replaces the model's own, which may open a thought in its generation prompt (trap T55).
+        adapter: Bound to the model's processor. Its chat template replaces the model's own, which may open a thought
+            in its generation prompt.
     """
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    write_processor(folder, processor, chat_template)
+    write_processor(folder, adapter.processor, adapter.chat_template())
 
 
 def write_processor(folder: Path, processor: ProcessorMixin, chat_template: str) -> None:
@@ -128,13 +130,16 @@ def write_processor(folder: Path, processor: ProcessorMixin, chat_template: str)
     processor.chat_template = own
 
 
-def write_adapter(folder: Path, factors: Mapping[str, torch.Tensor], lora: LoraConfig, base: str) -> int:
+def write_adapter(
+    folder: Path, factors: Mapping[str, torch.Tensor], lora: LoraConfig, adapter: ModelAdapter, base: str
+) -> int:
     """Write low-rank adapters alone, as peft and vLLM load them on top of the base model.
 
     Args:
         folder: exists.
         factors: by name in the model, as peft names them (`<layer>.lora_A.default.weight`).
         lora: as they were trained.
+        adapter: of the model's family.
         base: folder or hub name of the model that they are for.
 
     Returns:
@@ -151,7 +156,7 @@ def write_adapter(folder: Path, factors: Mapping[str, torch.Tensor], lora: LoraC
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": target_pattern(lora),
+        "target_modules": target_pattern(lora, adapter),
         "bias": "none",
         "inference_mode": True,
     }

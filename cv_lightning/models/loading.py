@@ -1,4 +1,4 @@
-"""Loading a Qwen-VL policy and its processor."""
+"""Loading a policy and its processor."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cv_lightning.images import ImageLimits
+from cv_lightning.models.adapters import ModelAdapter, adapter_for, adapter_of_folder
 from cv_lightning.models.lora import LoraConfig, add_adapters
-from cv_lightning.models.tokens import vision_token_ids
 from cv_lightning.types import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """What the hub's names look like: a model's, or an organisation's and a model's."""
 
-__all__ = ["FAMILIES", "PolicyConfig", "image_limits", "load_policy", "load_processor", "vision_token_ids"]
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
-
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-"""Model types whose image and position handling this project knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +24,9 @@ class PolicyConfig:
     """Which model, and how it is loaded."""
 
     path: str
-    """Hugging Face folder or hub name of a Qwen2.5-VL or Qwen3-VL model."""
+    """Hugging Face folder or hub name of a vision-language model."""
+    adapter: ModelAdapter | None = None
+    """What is particular to the model's family; null: found by the checkpoint's `model_type`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Parameter type, of trainer and engine alike."""
     min_pixels: int | None = None
@@ -50,8 +46,8 @@ class PolicyConfig:
     `varlen_attn`, plain SDPA elsewhere (`doctor` names it); a group's shared prompt is computed once. The others are
     transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """`liger`: liger-kernel's fused norms and, in Qwen3-VL, rotary embeddings, in Qwen2.5-VL gated units; `auto`: those
-    on a GPU where it is installed, else PyTorch's operations."""
+    """`liger`: those of liger-kernel's fused norms, rotary embeddings and gated units that run in the family; `auto`:
+    them on a GPU where it is installed, else PyTorch's operations."""
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:
@@ -65,7 +61,9 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     folder = Path(path)
     if folder.exists() or not HUB_NAME.fullmatch(path) or path.startswith((".", "runs/")):
         if not folder.is_dir():
-            raise CheckpointError(f"policy.path {path}: no such folder; give a Hugging Face folder of a Qwen-VL model")
+            raise CheckpointError(
+                f"policy.path {path}: no such folder; give a Hugging Face folder of a vision-language model"
+            )
         if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
             raise CheckpointError(
                 f"policy.path {path}: no processor (preprocessor_config.json or processor_config.json) in this folder; "
@@ -78,7 +76,7 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
         raise CheckpointError(f"policy.path {path}: {where}its processor cannot be loaded ({error})") from error
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(
-            f"policy.path {path}: {type(processor).__name__} has no image processor; not a Qwen-VL model?"
+            f"policy.path {path}: {type(processor).__name__} has no image processor; not a vision-language model?"
         )
     size = processor.image_processor.size
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
@@ -86,14 +84,14 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     return processor
 
 
-def image_limits(processor: ProcessorMixin) -> ImageLimits:
-    """How images are resized for this processor's model: patch factor and pixel limits from the processor itself."""
-    image_processor = processor.image_processor
-    return ImageLimits(
-        factor=image_processor.patch_size * image_processor.merge_size,
-        min_pixels=image_processor.size["shortest_edge"],
-        max_pixels=image_processor.size["longest_edge"],
-    )
+def load_adapter(config: PolicyConfig) -> ModelAdapter:
+    """The adapter of a policy, bound to its processor. No weights are loaded.
+
+    Raises:
+        CheckpointError: The folder lacks a processor, or the family is not known.
+    """
+    processor = load_processor(config.path, config.min_pixels, config.max_pixels)
+    return (config.adapter or adapter_of_folder(config.path)).bind(processor)
 
 
 def model_positions(folder: Path) -> int | None:
@@ -106,11 +104,6 @@ def model_positions(folder: Path) -> int | None:
     scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
     found = text.get("max_position_embeddings")
     return None if "factor" in scaling or not isinstance(found, int) else found
-
-
-def is_projector(name: str) -> bool:
-    """True if a parameter belongs to a merger: what turns the vision tower's features into the language model's."""
-    return ".merger" in name or "_merger" in name
 
 
 def load_policy(config: PolicyConfig) -> PreTrainedModel:
@@ -134,11 +127,6 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"policy.path {config.path}: the model cannot be loaded ({error})") from error
-    if model.config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise CheckpointError(
-            f"policy.path {config.path}: model type {model.config.model_type}; this project knows {known}"
-        )
     prepare_policy(model, config)
     return model
 
@@ -147,31 +135,34 @@ def prepare_policy(model: PreTrainedModel, config: PolicyConfig) -> None:
     """Make a freshly built model ours: attention, faster operations, what is trained.
 
     Raises:
-        CheckpointError: no layer takes the adapters, or the kernels asked for cannot be had.
+        CheckpointError: The family is not known, no layer takes the adapters, or the kernels that are asked for are
+            not available.
     """
     from cv_lightning.models.attention import attention_name, use_attention
     from cv_lightning.models.logprobs import use_one_call_head
     from cv_lightning.models.patches import use_liger, use_linear_patches
 
+    adapter = config.adapter or adapter_for(model.config.model_type, f"policy.path {config.path}")
     use_attention(model, attention_name(config.attention))
     use_linear_patches(model)
     use_one_call_head(model)
     if config.kernels != "torch":
-        use_liger(model, required=config.kernels == "liger")
-    set_trainable(model, config)
+        use_liger(model, adapter, required=config.kernels == "liger")
+    set_trainable(model, config, adapter)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def set_trainable(model: PreTrainedModel, config: PolicyConfig) -> None:
+def set_trainable(model: PreTrainedModel, config: PolicyConfig, adapter: ModelAdapter) -> None:
     """Freeze what the config does not train, and add its adapters.
 
     Raises:
         CheckpointError: no layer takes the adapters.
     """
     if config.freeze_vision:
+        frozen = ("vision", "projector") if config.freeze_projector else ("vision",)
         for name, parameter in model.named_parameters():
-            if ".visual." in name and (config.freeze_projector or not is_projector(name)):
+            if adapter.part_of(name) in frozen:
                 parameter.requires_grad_(False)
     if config.lora is not None:
-        add_adapters(model, config.lora)
+        add_adapters(model, config.lora, adapter)

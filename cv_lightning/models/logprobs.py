@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from cv_lightning.models.adapters.base import LOGIT_BAN
 from cv_lightning.models.packing import PackedBatch
-from cv_lightning.models.tokens import LOGIT_BAN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,14 +70,14 @@ def packed_logprobs(
     with T x hidden, not with T x vocabulary.
 
     Args:
-        model: a Qwen-VL model for conditional generation.
+        model: the policy, or another model of its family.
         batch: a packed row on the model's device.
         temperature: that divides the logits.
         banned_ids: get `LOGIT_BAN` added.
         entropy: `value` computes it too, `gradient` for a loss that holds it.
         chunk_tokens: positions whose logits are in memory at once.
     """
-    hidden = packed_hidden(model, batch)[0].index_select(0, batch.loss_positions)
+    hidden = batch.adapter.packed_hidden(model, batch)[0].index_select(0, batch.loss_positions)
     targets = batch.targets
     ban = torch.zeros(model.config.get_text_config().vocab_size, device=hidden.device)
     ban[list(banned_ids)] = LOGIT_BAN
@@ -107,26 +107,3 @@ def packed_logprobs(
     head = model.get_output_embeddings()
     whole = head(hidden, inside=all_chunks) if isinstance(head, OneCallHead) else all_chunks(head, hidden)
     return LogProbs(whole[0], whole[1] if entropy != "none" else None)
-
-
-def packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Last hidden states [1, T, hidden]; an image that several rows show is encoded once."""
-    images = {}
-    if batch.image_grid_thw is not None and batch.image_index is not None:
-        features = model.model.get_image_features(batch.pixel_values, batch.image_grid_thw, return_dict=True)
-        if batch.image_index.numel() != batch.image_grid_thw.shape[0]:  # else every image is shown once, in order
-            order = batch.image_index.tolist()
-            features.pooler_output = [features.pooler_output[i] for i in order]
-            deep = getattr(features, "deepstack_features", None)
-            if deep is not None:
-                features.deepstack_features = [[level[i] for i in order] for level in deep]
-        images["mm_encoder_outputs"] = {"image": features}
-    output = model.model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        mm_token_type_ids=batch.mm_token_type_ids,
-        use_cache=False,
-        **images,
-    )
-    hidden: torch.Tensor = output.last_hidden_state
-    return hidden

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from cv_lightning.models.adapters import ModelAdapter
+
 ADAPTER = "default"
 """peft's name of the one adapter."""
 BASE, FACTORS = ".base_layer.", (".lora_A.", ".lora_B.")
@@ -32,22 +34,22 @@ class LoraConfig:
     """Of the update of each weight. Small ranks are enough for RL ("LoRA without regret", Thinking Machines, 2025)."""
     alpha: float = 32.0
     """The update is scaled by this over the rank. LoRA wants about ten times the learning rate of full fine-tuning."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers of the language model that get one: by default all of them. The vision tower stays as it is."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers of the language model that get one; null: all of them. The vision tower stays as it is."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not self.targets:
+        if self.rank < 1 or not self.alpha > 0 or self.targets == ():
             raise ValueError(
                 f"model.policy.lora: rank {self.rank} must be at least 1, alpha {self.alpha} above 0, and targets "
-                f"{list(self.targets)} not empty"
+                f"{self.targets} not empty"
             )
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+def add_adapters(model: PreTrainedModel, config: LoraConfig, adapter: ModelAdapter) -> None:
     """Put adapters that change nothing yet into the model, and freeze everything else.
 
     Raises:
-        CheckpointError: no layer has a name in `targets`.
+        CheckpointError: No layer has a name among the targets.
     """
     import peft
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -55,23 +57,27 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     given = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # an integer by its hint, a factor in its use
-        target_modules=target_pattern(config),
+        target_modules=target_pattern(config, adapter),
         lora_dropout=0.0,
     )
     try:
         peft.inject_adapter_in_model(given, model, ADAPTER)
     except ValueError as error:
-        raise CheckpointError(f"model.policy.lora.targets {list(config.targets)}: {error}") from error
+        raise CheckpointError(f"model.policy.lora.targets {list(_targets(config, adapter))}: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(mark in name for mark in FACTORS))
         if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which keeps float32 copies by itself
             parameter.data = parameter.data.float()  # most steps are smaller than a 16-bit number's last digit
 
 
-def target_pattern(config: LoraConfig) -> str:
+def target_pattern(config: LoraConfig, adapter: ModelAdapter) -> str:
     """The regular expression that the whole name of an adapted layer matches."""
-    names = "|".join(map(re.escape, config.targets))
-    return rf".*\.language_model\..*\.({names})"
+    names = "|".join(map(re.escape, _targets(config, adapter)))
+    return rf"{adapter.lora_scope}({names})"
+
+
+def _targets(config: LoraConfig, adapter: ModelAdapter) -> tuple[str, ...]:
+    return adapter.lora_targets if config.targets is None else config.targets
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:

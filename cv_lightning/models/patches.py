@@ -13,12 +13,14 @@ from cv_lightning.types import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from cv_lightning.models.adapters import ModelAdapter
+
 
 class PatchProjection(torch.nn.Conv3d):
     """The patch projection of the vision tower as the matrix product that it is.
 
-    Qwen-VL cuts images into patches beforehand and then applies a `Conv3d` whose kernel and stride are one whole patch.
-    Convolution kernels are slow at that: on a CPU they take two fifths of a training step of the tiny model.
+    The processor cuts images into patches beforehand and the tower applies a `Conv3d` whose kernel and stride are one
+    whole patch. Convolution kernels are slow at that: on a CPU they take two fifths of a step of the tiny model.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -37,41 +39,35 @@ class PatchProjection(torch.nn.Conv3d):
 
 def use_linear_patches(model: PreTrainedModel) -> None:
     """Make the model's patch projection a matrix product. Its class changes, its parameters and hooks stay."""
-    projection = model.model.visual.patch_embed.proj
-    if type(projection) is torch.nn.Conv3d and projection.stride == projection.kernel_size:
-        projection.__class__ = PatchProjection
+    for module in model.modules():
+        if type(module) is torch.nn.Conv3d and module.stride == module.kernel_size:
+            module.__class__ = PatchProjection
 
 
-LIGER_PARTS = {
-    "qwen2_5_vl": {"rms_norm": True, "swiglu": True, "rope": False},
-    "qwen3_vl": {"rms_norm": True, "swiglu": False, "rope": True},
-}
-"""The parts of liger-kernel that run in a family. Its rotary function for Qwen2.5-VL replaces one that transformers no
-longer calls, and it has no gated unit for Qwen3-VL."""
-
-
-def use_liger(model: PreTrainedModel, *, required: bool = False) -> None:
+def use_liger(model: PreTrainedModel, adapter: ModelAdapter, *, required: bool = False) -> None:
     """Replace operations by liger-kernel's fused ones, where there is a GPU that runs them.
 
-    RMS norms in both families, gated units in Qwen2.5-VL, rotary embeddings in Qwen3-VL. Its fused losses are left out:
-    ours computes log-probabilities at the loss positions only.
+    The adapter says which of its parts run in the family. Its fused losses are left out: ours computes
+    log-probabilities at the loss positions only.
 
     Args:
-        model: Qwen2.5-VL or Qwen3-VL.
+        model: The policy.
+        adapter: Of its family.
         required: Raise if they are not available.
 
     Raises:
-        CheckpointError: they are required and there is no GPU, or no liger-kernel.
+        CheckpointError: They are required and there is no GPU, no liger-kernel, or none for this family.
     """
     missing = "no GPU" if not torch.cuda.is_available() else ""
     if not missing and importlib.util.find_spec("liger_kernel") is None:
         missing = "no liger-kernel (pip install liger-kernel)"
+    if not missing and not adapter.liger_function:
+        missing = f"none for {type(adapter).__name__}"
     if missing and required:
         raise CheckpointError(f"policy.kernels liger: there is {missing}; take auto or torch")
     if missing:
         return
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl, apply_liger_kernel_to_qwen3_vl
+    import liger_kernel.transformers
 
-    apply = {"qwen2_5_vl": apply_liger_kernel_to_qwen2_5_vl, "qwen3_vl": apply_liger_kernel_to_qwen3_vl}
-    family = model.config.model_type
-    apply[family](cross_entropy=False, fused_linear_cross_entropy=False, model=model, **LIGER_PARTS[family])
+    apply = getattr(liger_kernel.transformers, adapter.liger_function)
+    apply(cross_entropy=False, fused_linear_cross_entropy=False, model=model, **adapter.liger_parts)

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
 from cv_lightning.models.attention import use_attention
 from cv_lightning.models.patches import PatchProjection
-from cv_lightning.models.tokens import LOGIT_BAN
-from cv_lightning.models.vision import process_images
 
 if TYPE_CHECKING:
     from PIL import Image
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
 
 PROJECTION = 0.02
 """Largest accepted norm of a 16-bit patch projection's difference from the convolution, over the convolution's norm;
@@ -42,24 +41,24 @@ def plain_operations(model: PreTrainedModel) -> Iterator[None]:
 
     In 16 bits the patch projection stays ours and is compared by itself, see `ComparedProjection`.
     """
-    ours, projection = model.config._attn_implementation, model.model.visual.patch_embed.proj
-    replaced = type(projection) is PatchProjection
+    ours = model.config._attn_implementation
+    replaced = [module for module in model.modules() if type(module) is PatchProjection]
     use_attention(model, "sdpa")
-    if replaced:
-        exact = projection.weight.dtype == torch.float32
-        projection.__class__ = torch.nn.Conv3d if exact else ComparedProjection
+    for module in replaced:
+        exact = module.weight.dtype == torch.float32
+        module.__class__ = torch.nn.Conv3d if exact else ComparedProjection  # type: ignore[assignment]
     try:
         yield
     finally:
         use_attention(model, ours)
-        if replaced:
-            projection.__class__ = PatchProjection
+        for module in replaced:
+            module.__class__ = PatchProjection
 
 
 @torch.no_grad()
 def plain_logprobs(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    adapter: ModelAdapter,
     token_ids: Sequence[int],
     loss_mask: Sequence[bool],
     images: Sequence[Image.Image],
@@ -69,7 +68,7 @@ def plain_logprobs(
 
     Args:
         model: the policy, possibly sharded; then this is a collective of all ranks.
-        processor: prepares the images.
+        adapter: of the policy; prepares the images.
         token_ids: images expanded.
         loss_mask: True where a token is learned; the first token never is.
         images: at model size, in the order of the sequence; at least one.
@@ -80,15 +79,10 @@ def plain_logprobs(
     """
     device = model.device
     ids = torch.tensor([token_ids], device=device)
-    vision = process_images(processor, images)
     learned = torch.tensor(loss_mask[1:]).nonzero()[:, 0].to(device)  # position i predicts token i + 1
     with plain_operations(model):
         logits = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == model.config.image_token_id).long(),
-            pixel_values=vision.pixel_values.to(device),
-            image_grid_thw=vision.grid_thw.to(device),
+            **adapter.plain_inputs(ids, torch.ones_like(ids), adapter.process_images(images)),
             logits_to_keep=learned,
             use_cache=False,
         ).logits[0]

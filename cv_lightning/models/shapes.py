@@ -10,23 +10,24 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cv_lightning.models.loading import FAMILIES, PolicyConfig, set_trainable
+from cv_lightning.models.adapters import ModelAdapter, adapter_for
+from cv_lightning.models.loading import PolicyConfig, set_trainable
 from cv_lightning.types import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 RELEASED_FOLDER = Path(__file__).parent / "released"
-RELEASED = {
-    "qwen3-vl-8b": "qwen3_vl_8b.json",
-    "qwen3-vl-4b": "qwen3_vl_4b.json",
-    "qwen2-5-vl-7b": "qwen2_5_vl_7b.json",
-}
+RELEASED = {file.stem.replace("_", "-"): file for file in sorted(RELEASED_FOLDER.glob("*.json"))}
 """config.json of published models, by what their names, and folders made of them, have in common."""
 
 
-def model_config(path: str) -> PreTrainedConfig:
+def model_config(path: str, adapter: ModelAdapter | None = None) -> PreTrainedConfig:
     """The architecture of a model folder; where there is none (yet), that of the published model that `path` names.
+
+    Args:
+        path: Folder, or name of a model.
+        adapter: Of its family; None: found by its model type.
 
     Raises:
         CheckpointError: neither is there, or it is of a family this project does not know.
@@ -36,18 +37,16 @@ def model_config(path: str) -> PreTrainedConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         name = re.sub(r"[._]", "-", path.lower())
-        known = next((file for key, file in RELEASED.items() if key in name), None)
+        known = next((released for key, released in RELEASED.items() if key in name), None)
         if known is None:
             raise CheckpointError(
                 f"policy.path {path}: there is no {file}, and the name is none of the built-in {', '.join(RELEASED)}; "
                 "download at least the model's config.json, or put the model's name into the path"
             )
-        file = RELEASED_FOLDER / known
+        file = known
     fields = json.loads(file.read_text())
-    if fields.get("model_type") not in FAMILIES:
-        raise CheckpointError(
-            f"{file}: model type {fields.get('model_type')}; this project knows {', '.join(FAMILIES)}"
-        )
+    if adapter is None:
+        adapter_for(str(fields.get("model_type")), str(file))
     config: PreTrainedConfig = AutoConfig.for_model(**fields)
     return config
 
@@ -61,10 +60,11 @@ def empty_policy(config: PolicyConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    architecture = model_config(config.path)
+    architecture = model_config(config.path, config.adapter)
+    adapter = config.adapter or adapter_for(architecture.model_type, f"policy.path {config.path}")
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(
             architecture, dtype=getattr(torch, config.dtype)
         )
-        set_trainable(model, config)
+        set_trainable(model, config, adapter)
     return model

@@ -1,4 +1,4 @@
-"""Does an exported folder compute what the weights it was made of compute? Logits on a picture and a question."""
+"""Does an exported folder compute what the weights it was made of compute? Logits on an image and a question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from cv_lightning.images import to_model_image
 from cv_lightning.models.export import ADAPTER_CONFIG
-from cv_lightning.models.loading import image_limits, load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.types import CheckpointError
 
 if TYPE_CHECKING:
@@ -50,14 +50,13 @@ def reference_logits(
 
 
 def probe(folder: Path) -> BatchFeature:
-    """A picture and a question, as the folder's own processor and chat template make them."""
-    processor = load_processor(str(folder))
-    limits = image_limits(processor)
-    side = 4 * limits.factor
-    picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    """An image and a question, as the folder's own processor and chat template make them."""
+    adapter = load_adapter(PolicyConfig(path=str(folder)))
+    side = 4 * adapter.image_rule.factor
+    image = to_model_image(Image.linear_gradient("L").resize((side, side)), adapter.image_rule)
     message: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
-    text = processor.apply_chat_template([message], add_generation_prompt=True)
-    made: BatchFeature = processor(text=[text], images=[to_model_image(picture, limits)], return_tensors="pt")
+    text = adapter.processor.apply_chat_template([message], add_generation_prompt=True)
+    made: BatchFeature = adapter.processor(text=[text], images=[image], return_tensors="pt")
     return made
 
 

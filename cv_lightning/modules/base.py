@@ -22,15 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.models.buffers import check_buffers, computed_buffers
 from cv_lightning.models.export import check_shapes
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import Entropy, LogProbs, packed_logprobs
 from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows, packed_length, prefix_units
-from cv_lightning.models.vision import VisionCache, process_images
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
 from cv_lightning.types import CheckpointError, CVLightningError, Trajectory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class StepResult(NamedTuple):
 
 
 class PolicyModule(pl.LightningModule):
-    """A Qwen-VL policy under manual optimisation.
+    """A policy under manual optimisation.
 
     `validation_step` and `test_step` do nothing: evaluation is a rollout, which `RolloutCallback` makes.
 
@@ -107,10 +107,9 @@ class PolicyModule(pl.LightningModule):
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig()
         self.max_tokens_per_row = max_tokens_per_row
-        self.processor: ProcessorMixin = load_processor(policy.path, policy.min_pixels, policy.max_pixels)
-        self.encoder = DialogueEncoder(self.processor.tokenizer, image_limits(self.processor))
-        self.vision_ids: tuple[int, ...] = tuple(vision_token_ids(self.processor.tokenizer))
-        self.vision_cache = VisionCache(self.processor)
+        self.adapter = load_adapter(policy)
+        self.encoder = DialogueEncoder(self.adapter)
+        self.vision_cache = VisionCache(self.adapter)
         """Of the iteration under way: each of its images is processed once, whatever reads it."""
         self.policy: PreTrainedModel | None = None
         self.loads_policy = True
@@ -256,7 +255,7 @@ class PolicyModule(pl.LightningModule):
     def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
         """Packed rows within the token budget; at least one, and equally many on every rank. Call it on all ranks."""
         assert self.policy is not None
-        return [pack_rows(chunk, self.policy.config) for chunk in self.split_rows(rows)]
+        return [pack_rows(chunk, self.policy.config, self.adapter) for chunk in self.split_rows(rows)]
 
     def split_rows(self, rows: Sequence[TrainRow]) -> list[list[TrainRow]]:
         """The rows of every micro-batch.
@@ -266,7 +265,7 @@ class PolicyModule(pl.LightningModule):
         vision tower that does not run, would hang the others (traps T32, T33). Call it on all ranks.
         """
         assert self.policy is not None
-        units = prefix_units(rows, self.policy.config, self.max_tokens_per_row)
+        units = prefix_units(rows, self.policy.config, self.adapter, self.max_tokens_per_row)
         lengths = [packed_length(unit) for unit in units]
         chunks = _joined(split_by_tokens(units, lengths, self.max_tokens_per_row))
         if self.trainer.world_size == 1:
@@ -278,10 +277,10 @@ class PolicyModule(pl.LightningModule):
 
     def dummy_row(self) -> tuple[TrainRow, Image.Image]:
         """The smallest sequence with an image, without loss, and the image: the vision tower runs on every rank."""
-        image = self.encoder.model_image(Image.new("RGB", (self.encoder.limits.factor, self.encoder.limits.factor)))
+        image = self.encoder.model_image(Image.new("RGB", (self.adapter.image_rule.factor,) * 2))
         pads = [self.encoder.image_pad_id] * self.encoder.num_image_tokens(image.size)
         ids = [self.encoder.end_id, *pads, self.encoder.end_id]
-        vision = [process_images(self.processor, [image])]
+        vision = self.adapter.process_images([image])
         return TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=vision), image
 
     # ------------------------------------------------------------------ one optimizer step
@@ -304,7 +303,7 @@ class PolicyModule(pl.LightningModule):
         model = self.policy if model is None else model
         assert model is not None
         found = packed_logprobs(
-            model, batch.to(self.device), temperature=temperature, banned_ids=self.vision_ids, entropy=entropy
+            model, batch.to(self.device), temperature=temperature, banned_ids=self.adapter.vision_ids, entropy=entropy
         )
         self.on_progress()
         return found

@@ -167,7 +167,7 @@ class GRPOModule(PolicyModule):
         sequences = self.train_rows([trajectories[number] for number in counted])
         numbers = {id(sequence): number for sequence, number in zip(sequences, counted, strict=True)}
         for chunk in self.split_rows(sequences):
-            packed = pack_rows(chunk, self.policy.config)
+            packed = pack_rows(chunk, self.policy.config, self.adapter)
             reference = self._reference_logprobs(packed).cpu()
             own = [rewards[numbers[id(member)]] if id(member) in numbers else 0.0 for member in chunk]
             kl = self.algorithm.kl

@@ -56,7 +56,7 @@ PINNED_ROUNDING = 2.0
 STEP_COPIES = 2
 """Temporary tensors of PyTorch's AdamW on a GPU, each as large as the parameters that are stepped at once."""
 PIXELS_PER_TOKEN = 32**2
-"""Pixels of an image token in Qwen3-VL; Qwen2.5-VL has a quarter less."""
+"""Pixels of an image token; families with smaller patches have up to a quarter less."""
 SECONDS_PER_PIXEL = 54e-9
 """Processing of an image for the engine on one thread: 345 ms for 6.4 megapixels, measured on a server CPU."""
 USABLE = 0.97

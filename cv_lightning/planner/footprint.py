@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from cv_lightning.models.adapters import Architecture, ModelAdapter, adapter_for
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,8 +26,8 @@ STEP_ELEMENTS = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """An architecture in numbers."""
+class Shape(Architecture):
+    """A model in numbers."""
 
     parameters: int
     """Of the whole model, adapters included."""
@@ -37,27 +39,8 @@ class Shape:
     vision_parameters: int
     vision_trained: bool
     """True: autograd saves the vision tower's activations."""
-    layers: int
-    hidden: int
-    intermediate: int
-    query_width: int
-    """Heads times their width."""
-    key_width: int
-    """Key-value heads times their width."""
-    head_norm: bool
-    """Queries and keys are normalised by head (Qwen3-VL)."""
-    vocabulary: int
     looked_up: int
     """Parameters of the word embeddings where they are no output head as well: no product is taken with them."""
-    vision_depth: int
-    vision_hidden: int
-    vision_intermediate: int
-    vision_gated: bool
-    """The vision tower's blocks have RMS norms and a gated MLP (Qwen2.5-VL), not layer norms and two matrices."""
-    mergers: int
-    """Projections from the vision tower: one, and one a deepstack level."""
-    merge: int
-    """Patches a side that become one token."""
 
     @property
     def key_value_bytes(self) -> int:
@@ -70,34 +53,27 @@ class Shape:
         return self.merge**2
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
-    """Count a model, which may be on the meta device; what requires no gradient is not trained."""
-    text, vision = model.config.get_text_config(), model.config.vision_config
+def shape_of(model: PreTrainedModel, adapter: ModelAdapter | None = None) -> Shape:
+    """Count a model, which may be on the meta device; what requires no gradient is not trained.
+
+    Args:
+        model: The policy.
+        adapter: Of its family; None: found by its model type.
+    """
+    adapter = adapter or adapter_for(model.config.model_type)
+    architecture = adapter.architecture(model.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tower = list(model.model.visual.parameters())
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    tower = [p for name, p in model.named_parameters() if adapter.part_of(name) in ("vision", "projector")]
     embeddings = next(iter(model.get_input_embeddings().parameters()))
     return Shape(
+        **vars(architecture),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=max((parameter.element_size() for parameter in trained), default=0),
         dtype_bytes=embeddings.element_size(),
         vision_parameters=sum(parameter.numel() for parameter in tower),
         vision_trained=any(parameter.requires_grad for parameter in tower),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        query_width=text.num_attention_heads * head_width,
-        key_width=text.num_key_value_heads * head_width,
-        head_norm=model.config.model_type == "qwen3_vl",
-        vocabulary=text.vocab_size,
-        looked_up=0 if model.config.tie_word_embeddings else text.vocab_size * text.hidden_size,
-        vision_depth=vision.depth,
-        vision_hidden=vision.hidden_size,
-        vision_intermediate=vision.intermediate_size,
-        vision_gated=model.config.model_type == "qwen2_5_vl",
-        mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
-        merge=vision.spatial_merge_size,
+        looked_up=0 if model.config.tie_word_embeddings else architecture.vocabulary * architecture.hidden,
     )
 
 
@@ -223,7 +199,7 @@ def states(shape: Shape, sharding: Sharding, has_reference: bool) -> States:
 # ------------------------------------------------------------------------------------------------ time
 def forward_flops(shape: Shape, tokens: float, length: float, image_tokens: float) -> float:
     """Of `tokens` tokens in sequences of `length`, images included: two a parameter, and causal attention."""
-    language = shape.parameters - shape.vision_parameters - shape.looked_up
+    language = shape.active_fraction * (shape.parameters - shape.vision_parameters - shape.looked_up)
     attention = 2 * shape.layers * shape.query_width * length  # half of the full matrix, twice: scores and values
     return tokens * (2 * language + attention) + 2 * shape.vision_parameters * image_tokens * shape.patches_per_token
 

@@ -105,7 +105,7 @@ def read_run(args: list[str]) -> RunFacts:
     else:
         raise CVLightningError(f"model.class_path {model['class_path']}: plan knows SFTModule and GRPOModule")
     return RunFacts(
-        shape=shape_of(empty_policy(policy)),
+        shape=shape_of(empty_policy(policy), policy.adapter),
         policy=policy,
         sharding=_sharding(trainer["strategy"], devices * nodes),
         on_gpu=_on_gpu(trainer["accelerator"]),

@@ -66,7 +66,7 @@ OPTIONAL = frozenset(
 )
 """Operations outside the core that may help to see; a name that is not here earns nothing."""
 ROUNDING_PX = 16
-"""Half a patch of Qwen3-VL (Qwen2.5-VL: 14): what rounding takes off a side at most."""
+"""Half of what one token covers in models with patches of 16 pixels: what rounding takes off a side at most."""
 MIN_DENSITY = 0.6
 """Least pixels that the model must see of a part of the source, as a share of what the first view shows of it."""
 MIN_FIDELITY = 0.8

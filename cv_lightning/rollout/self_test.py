@@ -71,7 +71,7 @@ class SelfTest:
         """Have the engine answer the test's images under other weights; call it before the first sync."""
         policy = self.module.policy
         assert policy is not None
-        names = trained_vision(policy)
+        names = trained_vision(policy, self.module.adapter)
         in_place = engine_kind(self.rollout.engine_config) == "transformers"
         with other_vision_in_place(policy, names) if in_place else nullcontext():
             self.rollout.sync(self.module, version=self.module.iteration - 1, spoiled=names)
@@ -117,7 +117,7 @@ class SelfTest:
             return ParityError(
                 f"the engine has some weights only after a second sync of the same ones. Before: {error}"
             )
-        if not trained_vision(self.module.policy):
+        if not trained_vision(self.module.policy, self.module.adapter):
             return error
         self.rollout.sync(self.module, version=self.module.iteration)
         report, _ = self._compare(unseen(self.tasks))

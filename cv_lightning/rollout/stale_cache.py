@@ -15,10 +15,9 @@ from dataclasses import replace
 import torch
 from PIL import ImageOps
 
+from cv_lightning.models.adapters.base import ModelAdapter
 from cv_lightning.types import Task
 
-VISION = ".visual."
-"""In the names of the parameters of vision tower and projector, of all families."""
 ADVICE = {
     "sglang": "SGLang keeps its vision embeddings over weight updates and cache flushes: start the server with "
     "SGLANG_VLM_CACHE_SIZE_MB=0 in its environment",
@@ -43,24 +42,29 @@ def stale_images_message(kind: str, seen: str) -> str:
     )
 
 
-def trained_vision(policy: torch.nn.Module) -> frozenset[str]:
+def trained_vision(policy: torch.nn.Module, adapter: ModelAdapter) -> frozenset[str]:
     """Names of the vision parameters that training changes; empty if vision tower and projector are frozen."""
     return frozenset(
-        name for name, parameter in policy.named_parameters() if VISION in name and parameter.requires_grad
+        name for name, parameter in policy.named_parameters() if parameter.requires_grad and _is_vision(name, adapter)
     )
 
 
+def _is_vision(name: str, adapter: ModelAdapter) -> bool:
+    return adapter.part_of(name) in ("vision", "projector")
+
+
 def with_other_weights(
-    tensors: Iterable[tuple[str, torch.Tensor]], trained: Collection[str]
+    tensors: Iterable[tuple[str, torch.Tensor]], trained: Collection[str], adapter: ModelAdapter
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors rolled by one output: other features of the same size, without overflow.
 
     Args:
         tensors: Whole tensors by name.
         trained: `trained_vision`. Other vision tensors stay, because an engine may keep what it has computed from them.
+        adapter: Of the policy.
     """
     for name, tensor in tensors:
-        yield name, tensor.roll(1, 0) if VISION not in name or name in trained else tensor
+        yield name, tensor.roll(1, 0) if name in trained or not _is_vision(name, adapter) else tensor
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.engines import Completion, EngineConfig
 from cv_lightning.engines.hf import TransformersEngine
+from cv_lightning.models.adapters import ModelAdapter
 from cv_lightning.models.gather import whole_tensors
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy, load_processor
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import TrainRow, pack_rows
 from cv_lightning.models.shapes import model_config
-from cv_lightning.models.tokens import vision_token_ids
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import Task
 
@@ -78,7 +78,7 @@ class Trainer:
 
     folder: Path
     model: Any
-    processor: Any
+    adapter: ModelAdapter
     encoder: DialogueEncoder
     banned: list[int]
 
@@ -86,10 +86,9 @@ class Trainer:
     def load(cls, options: argparse.Namespace) -> Trainer:
         """Load the policy in bfloat16."""
         folder = checkpoint(options)
-        processor = load_processor(str(folder))
-        model = load_policy(PolicyConfig(path=str(folder), dtype="bfloat16")).to("cpu" if options.cpu else "cuda")
-        encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
-        return cls(folder, model, processor, encoder, vision_token_ids(processor.tokenizer))
+        config = PolicyConfig(path=str(folder), dtype="bfloat16")
+        adapter, model = load_adapter(config), load_policy(config).to("cpu" if options.cpu else "cuda")
+        return cls(folder, model, adapter, DialogueEncoder(adapter), list(adapter.vision_ids))
 
     def dialogue(self, sizes: Sequence[tuple[int, int]], seed: int) -> Dialogue:
         """A prompt with noisy images."""
@@ -105,9 +104,9 @@ class Trainer:
         row = TrainRow(
             token_ids=[*dialogue.token_ids, *done.token_ids],
             loss_mask=[False] * len(dialogue.token_ids) + [True] * len(done.token_ids),
-            vision=VisionCache(self.processor).get(dialogue.images),
+            vision=VisionCache(self.adapter).get(dialogue.images),
         )
-        batch = pack_rows([row], self.model.config).to(self.model.device)
+        batch = pack_rows([row], self.model.config, self.adapter).to(self.model.device)
         return packed_logprobs(self.model, batch, banned_ids=self.banned).logprobs.float().cpu()
 
     @torch.no_grad()
@@ -182,11 +181,11 @@ def cycles(unit: str, options: argparse.Namespace, *, async_scheduling: bool, st
         settings = sizes(sleep="never" if stand_in else "always", sleep_level=level, async_scheduling=async_scheduling)
         engine: Any
         if stand_in:
-            engine = StandInEngine(copy.deepcopy(trainer.model), trainer.processor, settings)
+            engine = StandInEngine(copy.deepcopy(trainer.model), trainer.adapter, settings)
         else:
             from cv_lightning.engines.vllm import VLLMEngine
 
-            engine = VLLMEngine(str(trainer.folder), settings, trainer.encoder.limits, dtype="bfloat16")
+            engine = VLLMEngine(str(trainer.folder), settings, trainer.adapter, dtype="bfloat16")
         name = f"{unit}{' (stand-in)' if stand_in else ''} level {level}"
         engine.update_weights(whole_tensors(trainer.model), 0)
         yield agreement(f"{name}, awake", trainer, engine)
@@ -212,9 +211,7 @@ def cpu_engine(options: argparse.Namespace) -> Iterator[Line]:
     from cv_lightning.engines.vllm import VLLMEngine
 
     trainer = Trainer.load(options)
-    engine = VLLMEngine(
-        str(trainer.folder), sizes(background_rendering="always"), trainer.encoder.limits, dtype="bfloat16"
-    )
+    engine = VLLMEngine(str(trainer.folder), sizes(background_rendering="always"), trainer.adapter, dtype="bfloat16")
     for version in range(2):
         engine.update_weights(whole_tensors(trainer.model), version)
         yield agreement(f"CPU build, sync {version + 1}", trainer, engine)
@@ -228,7 +225,7 @@ def sync_seconds(options: argparse.Namespace, repeats: int = 3) -> Iterator[Line
     from cv_lightning.engines.vllm import VLLMEngine
 
     trainer = Trainer.load(options)
-    engine = VLLMEngine(str(trainer.folder), sizes(), trainer.encoder.limits, dtype="bfloat16")
+    engine = VLLMEngine(str(trainer.folder), sizes(), trainer.adapter, dtype="bfloat16")
     total = sum(p.numel() * p.element_size() for p in trainer.model.parameters()) / 1e9
     seconds = []
     for version in range(repeats):

@@ -45,7 +45,7 @@ class BareLoop(pl.Callback):
             begun = time.perf_counter()
             for batch in batches:
                 packed_logprobs(
-                    pl_module.policy, batch, banned_ids=pl_module.vision_ids
+                    pl_module.policy, batch, banned_ids=pl_module.adapter.vision_ids
                 ).logprobs.mean().neg().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -29,6 +29,7 @@ from cv_lightning.environment import prepare_environment  # noqa: E402
 
 prepare_environment()
 
+
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
 from cv_lightning.agent.driver import Rollout  # noqa: E402
@@ -40,8 +41,7 @@ from cv_lightning.digits.sources import HeldOutScenes  # noqa: E402
 from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
 from cv_lightning.evaluation.outcome import Outcome, outcomes  # noqa: E402
 from cv_lightning.evaluation.results import evaluated  # noqa: E402
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
-from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy  # noqa: E402
 from cv_lightning.rewards import RewardConfig, RewardModule  # noqa: E402
 from cv_lightning.rollout.collector import Collector  # noqa: E402
 from cv_lightning.sandbox import Sandbox, SandboxConfig  # noqa: E402
@@ -93,12 +93,12 @@ class Bench:
     """Engine, sandbox and questions, shared by both."""
 
     def __init__(self, model: Path, questions: int, folder: Path) -> None:
-        self.processor = load_processor(str(model))
+        self.adapter = load_adapter(PolicyConfig(path=str(model)))
         self.policy = load_policy(PolicyConfig(path=str(model), dtype="float32"))
-        self.encoder = DialogueEncoder(self.processor.tokenizer, image_limits(self.processor))
+        self.encoder = DialogueEncoder(self.adapter)
         engine = EngineConfig(**_yaml("engine"))
         self.window = 2 * engine.max_num_seqs
-        self.engine = build_engine(engine, str(model), dtype="float32", seed=0, model=None, processor=self.processor)
+        self.engine = build_engine(engine, str(model), dtype="float32", seed=0, model=None, adapter=self.adapter)
         self.sandbox = Sandbox(SandboxConfig())
         self.sandbox.start()
         self.background = Background()
@@ -119,7 +119,7 @@ class Bench:
             self.encoder,
             self.background,
             config,
-            tuple(vision_token_ids(self.processor.tokenizer)),
+            self.adapter.vision_ids,
             score=self.rewards.score_answer,
             window=self.window,
         )

@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, parameters: dict[str, int]) -> int:
     from transformers import AutoModelForImageTextToText
 
     from cv_lightning.commands.tiny import TinyCheckpoint, write
-    from cv_lightning.digits.tiny import TinyModelConfig
+    from cv_lightning.models.adapters.tiny import TinyModelConfig
 
     write(TinyCheckpoint(out=folder / "base", model=TinyModelConfig(**parameters)))
     model = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)

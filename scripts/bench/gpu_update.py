@@ -53,7 +53,8 @@ class BigModule(GRPOModule):
         super().__init__(policy, OptimizerConfig(lr=1e-6), row_tokens, algorithm=AlgorithmConfig(num_minibatches=1))
         self.architecture = config
         self.encoder.image_pad_id = config.image_token_id
-        self.vision_ids = ()
+        self.adapter.vision_ids = ()
+        self.adapter.image_id = config.image_token_id
 
     def configure_model(self) -> None:
         """Make the policy on the device, as `load_policy` would have loaded it."""

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from cv_lightning.environment import prepare_environment  # noqa: E402
+from cv_lightning.models.adapters import ModelAdapter  # noqa: E402
 
 prepare_environment()
 
@@ -36,13 +37,12 @@ from PIL import Image  # noqa: E402
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
-from cv_lightning.agent.prompt import PromptConfig, chat_template, task_messages  # noqa: E402
+from cv_lightning.agent.prompt import PromptConfig, task_messages  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader, TaskDataModule  # noqa: E402
 from cv_lightning.digits.tiny import MARKUP_TOKENS  # noqa: E402
 from cv_lightning.engines import Completion, Engine, EngineConfig, Request  # noqa: E402
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_processor  # noqa: E402
-from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_adapter  # noqa: E402
 from cv_lightning.rewards.config import RewardConfig  # noqa: E402
 from cv_lightning.rewards.terms import RewardTerm  # noqa: E402
 from cv_lightning.types import Iteration, Task, Trajectory  # noqa: E402
@@ -74,11 +74,11 @@ def reward_of(ids: Sequence[int]) -> float:
     return float(sum(ids) % 7)
 
 
-def never_sampled(tokenizer: Any) -> list[int]:
+def never_sampled(adapter: ModelAdapter) -> list[int]:
     """Vision tokens, markup, and whatever would end a turn."""
+    tokenizer = adapter.tokenizer
     markup = [tokenizer.convert_tokens_to_ids(token) for token in MARKUP_TOKENS]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    return sorted({*vision_token_ids(tokenizer), *markup, end, tokenizer.pad_token_id, tokenizer.eos_token_id})
+    return sorted({*adapter.vision_ids, *markup, adapter.end_id, tokenizer.pad_token_id, tokenizer.eos_token_id})
 
 
 # ------------------------------------------------------------------------------------------------ ours
@@ -166,8 +166,8 @@ def train_ours(folder: str, tool: bool) -> None:
         max_tokens_per_row=2048,
         algorithm=AlgorithmConfig(num_minibatches=1),
     )
-    module.vision_ids = tuple(never_sampled(module.processor.tokenizer))
-    module.encoder = PlannedEncoder(module.processor.tokenizer, image_limits(module.processor))
+    module.adapter.vision_ids = tuple(never_sampled(module.adapter))
+    module.encoder = PlannedEncoder(module.adapter)
     nothing = dict.fromkeys(("accuracy", "format", "mandatory", "exact", "usage", "spurious"), 0.0)
     rollout = Planned(
         agent=AgentConfig(max_turn_tokens=TURN_TOKENS[tool], max_turns=2, prompt=PROMPT),
@@ -208,11 +208,12 @@ def train_trl(folder: str, tool: bool, batch_size: int, vllm: bool = False) -> N
     from transformers import AutoModelForImageTextToText, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    processor = load_processor(folder)
-    processor.chat_template = processor.tokenizer.chat_template = chat_template()
-    banned = never_sampled(processor.tokenizer)
+    adapter = load_adapter(PolicyConfig(path=folder))
+    processor = adapter.processor
+    processor.chat_template = processor.tokenizer.chat_template = adapter.chat_template()
+    banned = never_sampled(adapter)
     referee = Referee(1)
-    prompts = [messages_of(task, processor) for step in range(4) for task in tasks_of(step)]
+    prompts = [messages_of(task, adapter) for step in range(4) for task in tasks_of(step)]
     if tool:
         _plan_calls(library)
         processor.tokenizer.response_template = {}  # what it reads turns by; never looked into
@@ -269,9 +270,9 @@ def train_trl(folder: str, tool: bool, batch_size: int, vllm: bool = False) -> N
         trainer.train()
 
 
-def messages_of(task: Task, processor: Any) -> list[dict[str, Any]]:
+def messages_of(task: Task, adapter: ModelAdapter) -> list[dict[str, Any]]:
     """The prompt of a task as TRL takes it, with its images in it; tokens are ours, checked."""
-    encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+    encoder, processor = DialogueEncoder(adapter), adapter.processor
     views = [encoder.model_image(image) for image in task.images]
     sizes = [(full.size, seen.size) for full, seen in zip(task.images, views, strict=True)]
     messages = task_messages(task, sizes, PROMPT)

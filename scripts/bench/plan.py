@@ -111,7 +111,7 @@ def check_memory(stage: str, dtype: str, layers: int) -> None:
 def measure(stages: list[str], dtype: str, layers: int) -> dict[str, float]:
     """All figures."""
     from cv_lightning.commands.tiny import TinyCheckpoint, write
-    from cv_lightning.digits.tiny import TinyModelConfig
+    from cv_lightning.models.adapters.tiny import TinyModelConfig
 
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as made:

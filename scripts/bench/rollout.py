@@ -40,8 +40,7 @@ from cv_lightning.background import Background  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.digits.tiny import MARKUP_TOKENS  # noqa: E402
 from cv_lightning.engines import Completion, Engine, EngineConfig, Request, SamplingConfig, build_engine  # noqa: E402
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor  # noqa: E402
-from cv_lightning.models.tokens import vision_token_ids  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy  # noqa: E402
 from cv_lightning.types import EndState, SandboxResult, Task, ToolStatus, Trajectory  # noqa: E402
 
 NUM_TRAJECTORIES = 32
@@ -130,15 +129,15 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         write(TinyCheckpoint(out=folder))
-        self.processor = load_processor(str(folder))
+        self.adapter = load_adapter(PolicyConfig(path=str(folder)))
         self.policy = load_policy(PolicyConfig(path=str(folder), dtype="float32"))
-        self.encoder = DialogueEncoder(self.processor.tokenizer, image_limits(self.processor))
+        self.encoder = DialogueEncoder(self.adapter)
         config = EngineConfig(kind="vllm", max_model_len=1024, max_num_seqs=NUM_TRAJECTORIES)
-        self.engine = build_engine(config, str(folder), dtype="float32", seed=0, model=None, processor=self.processor)
-        tokenizer = self.processor.tokenizer
+        self.engine = build_engine(config, str(folder), dtype="float32", seed=0, model=None, adapter=self.adapter)
+        tokenizer = self.adapter.tokenizer
         markup = [tokenizer.convert_tokens_to_ids(token) for token in MARKUP_TOKENS]
         ends = [self.encoder.end_id, tokenizer.pad_token_id]
-        self.banned = (*vision_token_ids(tokenizer), *markup, *ends)
+        self.banned = (*self.adapter.vision_ids, *markup, *ends)
         self.tasks = [
             Task(
                 id=f"t{i}",

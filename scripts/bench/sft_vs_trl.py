@@ -38,7 +38,7 @@ from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.conversations import Conversation, DemoTurn  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_processor  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_adapter  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig  # noqa: E402
 from cv_lightning.modules.sft import SFTModule, encode_conversation  # noqa: E402
 from cv_lightning.types import Task  # noqa: E402
@@ -133,8 +133,8 @@ def train_trl(folder: str, mix: Mix, batch_size: int) -> None:
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    processor = load_processor(folder)
-    encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+    adapter = load_adapter(PolicyConfig(path=folder))
+    processor, encoder = adapter.processor, DialogueEncoder(adapter)
     steps = conversations(mix, encoder)
     dialogues = [encode_conversation(encoder, c, prompt_of(mix)) for step in steps for c in step]
     rows = [_row_of(dialogue, encoder) for dialogue in dialogues]

@@ -41,11 +41,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import StepLoader  # noqa: E402
+from cv_lightning.models.adapters.base import LOGIT_BAN, joined  # noqa: E402
 from cv_lightning.models.attention import NAME, use_attention  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig  # noqa: E402
 from cv_lightning.models.logprobs import LogProbs, packed_hidden, packed_logprobs  # noqa: E402
 from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows  # noqa: E402
-from cv_lightning.models.tokens import LOGIT_BAN  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
@@ -95,7 +95,7 @@ class BenchModule(GRPOModule):
         batches = []
         for first in range(0, len(rows), PADDED_ROWS):
             chunk = rows[first : first + PADDED_ROWS]
-            batches.append(pack_rows(chunk, self.policy.config))
+            batches.append(pack_rows(chunk, self.policy.config, self.adapter))
             self.padded[id(batches[-1])] = self._pad(chunk)
         return batches
 
@@ -113,8 +113,7 @@ class BenchModule(GRPOModule):
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": (ids == self.encoder.image_pad_id).long(),
-            "pixel_values": torch.cat([v.pixel_values for v in vision]),
-            "image_grid_thw": torch.cat([v.grid_thw for v in vision]),
+            **joined(vision),
             "learned": learned,
         }
 
@@ -127,7 +126,7 @@ class BenchModule(GRPOModule):
         learned = inputs.pop("learned")
         states = self.policy.model(**inputs, use_cache=False).last_hidden_state[learned]
         logits = self.policy.get_output_embeddings()(states).float()
-        logits[:, list(self.vision_ids)] += LOGIT_BAN
+        logits[:, list(self.adapter.vision_ids)] += LOGIT_BAN
         logprobs = torch.log_softmax(logits, -1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)

@@ -33,8 +33,8 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
-from cv_lightning.digits.tiny import TinyModelConfig  # noqa: E402
 from cv_lightning.engines import EngineConfig  # noqa: E402
+from cv_lightning.models.adapters.tiny import TinyModelConfig  # noqa: E402
 from cv_lightning.models.gather import buckets_of, whole_tensors  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
 

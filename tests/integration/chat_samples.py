@@ -54,11 +54,10 @@ def playground(
 
 
 if __name__ == "__main__":
-    from cv_lightning.models.loading import image_limits, load_processor
+    from cv_lightning.models.loading import PolicyConfig, load_adapter
     from cv_lightning.viewer.playground.web import serve
 
     checkpoint, store, port = sys.argv[1:]
-    processor = load_processor(checkpoint)
-    encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
+    encoder = DialogueEncoder(load_adapter(PolicyConfig(path=checkpoint)))
     with playground(encoder, Path(store), gate=Path(store, "gate")) as served:
         serve(served, SamplingConfig(), int(port))

@@ -9,16 +9,16 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.engines.base import Completion, Engine, Request
 from cv_lightning.images import content_hash
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.adapters import ModelAdapter
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import TrainRow, pack_rows
-from cv_lightning.models.tokens import vision_token_ids
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import Task
 
@@ -29,11 +29,11 @@ SHAPES = [[(96, 96)], [(64, 96), (128, 64)], [(96, 96), (96, 64), (64, 160)], [(
 
 @dataclass
 class Policy:
-    """A trainer's side: model, processor, encoder."""
+    """A trainer's side: model, adapter, encoder."""
 
     path: Path
     model: PreTrainedModel
-    processor: ProcessorMixin
+    adapter: ModelAdapter
     encoder: DialogueEncoder
     banned: list[int]
 
@@ -45,10 +45,9 @@ class Policy:
         max_pixels: int | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> Policy:
-        processor = load_processor(str(path), min_pixels, max_pixels)
-        model = load_policy(PolicyConfig(path=str(path), dtype=dtype))
-        encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
-        return cls(path, model, processor, encoder, vision_token_ids(processor.tokenizer))
+        config = PolicyConfig(path=str(path), dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+        model, adapter = load_policy(config), load_adapter(config)
+        return cls(path, model, adapter, DialogueEncoder(adapter), list(adapter.vision_ids))
 
     @torch.no_grad()
     def perturb(self, seed: int, scale: float = 0.05) -> None:
@@ -70,9 +69,9 @@ class Policy:
         row = TrainRow(
             token_ids=[*dialogue.token_ids, *done.token_ids],
             loss_mask=[False] * len(dialogue.token_ids) + [True] * len(done.token_ids),
-            vision=VisionCache(self.processor).get(dialogue.images),
+            vision=VisionCache(self.adapter).get(dialogue.images),
         )
-        batch = pack_rows([row], self.model.config)
+        batch = pack_rows([row], self.model.config, self.adapter)
         return packed_logprobs(self.model, batch, temperature=temperature, banned_ids=self.banned).logprobs
 
 

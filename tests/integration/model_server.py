@@ -28,7 +28,6 @@ from PIL import Image
 from cv_lightning.engines.base import Completion, EngineConfig, Request
 from cv_lightning.engines.hf import TransformersEngine
 from cv_lightning.images import content_hash
-from cv_lightning.models.tokens import IMAGE_PAD
 from cv_lightning.types import CVLightningError
 
 SAMPLING = {
@@ -55,7 +54,7 @@ class ModelServer:
         if keeps_embeddings:  # as a server started without SGLANG_VLM_CACHE_SIZE_MB=0 does
             EmbeddingCache(self.policy.model).__enter__()
         sizes = EngineConfig(kind="transformers", max_model_len=512, max_num_seqs=32, max_images=4)
-        self.engine = TransformersEngine(self.policy.model, self.policy.processor, sizes)
+        self.engine = TransformersEngine(self.policy.model, self.policy.adapter, sizes)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.misbehave: Callable[[int, str], int] = lambda number, path: 0
         """HTTP status that request `number` (of POST ones, from 0) is answered with; 0: as it should be."""
@@ -72,7 +71,7 @@ class ModelServer:
         """Halve every image of SGLang's `/generate`, as a server with other pixel limits would."""
         self.rewrites_prompts = False
         """Tokenise prompts with images again, as SGLang below 0.5.13 does."""
-        self.tokenizer = self.policy.processor.tokenizer
+        self.tokenizer = self.policy.adapter.tokenizer
         """Another checkpoint's: images are not found in a prompt, and it is answered without them."""
         self.lag_s = 0.0
         """How long `/generate` keeps the scheduler busy before it answers, whether or not anybody still listens."""
@@ -172,7 +171,7 @@ class ModelServer:
         if self.resizes:
             images = [image.resize((image.width // 2, image.height // 2)) for image in images]
         ids = body["input_ids"]
-        image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        image_id = self.tokenizer.convert_tokens_to_ids(self.policy.adapter.image_token)
         if image_id not in ids:
             images = []
         if self.rewrites_prompts and images:

@@ -11,7 +11,7 @@ from rank_runs import Outcome, Run, perform
 from test_zero import launch
 
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.digits.tiny import TinyModelConfig
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig, load_policy
 
 GRADIENT = 2e-3

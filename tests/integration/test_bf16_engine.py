@@ -19,10 +19,10 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks import rollout
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.digits.tiny import TinyModelConfig
 from cv_lightning.engines import EngineConfig
 from cv_lightning.engines.base import Engine
 from cv_lightning.models import packing
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rollout.mismatch import ENGINE_MEAN, exceeds
@@ -47,7 +47,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder: Path = tmp_path_factory.mktemp(request.param)
     write(TinyCheckpoint(out=folder, model=TinyModelConfig(family=request.param, initializer_range=0.2)))
     policy = Policy.load(folder, dtype="bfloat16")
-    engine = VLLMEngine(str(folder), CONFIG, policy.encoder.limits, dtype="bfloat16")
+    engine = VLLMEngine(str(folder), CONFIG, policy.adapter, dtype="bfloat16")
     yield policy, engine
     engine.close()
 

@@ -15,8 +15,8 @@ from cv_lightning.callbacks.start_check import SFTStartCheck, check_start
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule
-from cv_lightning.digits.tiny import Family, TinyModelConfig
 from cv_lightning.models import packing
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.models.patches import PatchProjection
 from cv_lightning.models.vision import VisionCache
@@ -27,7 +27,7 @@ from cv_lightning.types import CVLightningError, ParityError
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")  # steps on 16-bit weights: one is enough
 FAULTS = ("rotary", "swapped_image", "shifted_position")
-FAMILIES: tuple[Family, ...] = ("qwen3_vl", "qwen2_5_vl")
+FAMILIES: tuple[str, ...] = ("qwen3_vl", "qwen2_5_vl")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

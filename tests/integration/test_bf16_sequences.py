@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from cv_lightning.callbacks.start_check import FORWARD_MEAN
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.digits.tiny import TinyModelConfig
 from cv_lightning.images import to_model_image
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.adapters import ModelAdapter
+from cv_lightning.models.adapters.tiny import TinyModelConfig
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import TrainRow, pack_rows, packed_length
 from cv_lightning.models.plain import plain_logprobs
@@ -27,22 +28,22 @@ LENGTH = 4_200
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
 def policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> tuple[PreTrainedModel, ModelAdapter]:
     """A model for long sequences, whose every part shows in its log-probabilities."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     sizes = TinyModelConfig(family=request.param, num_layers=2, max_positions=8192, initializer_range=0.2)
     write(TinyCheckpoint(out=folder, model=sizes))
-    return load_policy(PolicyConfig(path=str(folder), dtype="bfloat16")), load_processor(str(folder))
+    return load_policy(PolicyConfig(path=str(folder), dtype="bfloat16")), load_adapter(PolicyConfig(path=str(folder)))
 
 
-def images_of(processor: ProcessorMixin, count: int) -> list[Image.Image]:
+def images_of(adapter: ModelAdapter, count: int) -> list[Image.Image]:
     """Different noise, at model size."""
     noise = [Image.effect_noise((96, 96), 30 + 20 * number).convert("RGB") for number in range(count)]
-    return [to_model_image(image, image_limits(processor)) for image in noise]
+    return [to_model_image(image, adapter.image_rule) for image in noise]
 
 
 def sequence_of(
-    policy: tuple[PreTrainedModel, ProcessorMixin],
+    policy: tuple[PreTrainedModel, ModelAdapter],
     images: list[Image.Image],
     cache: VisionCache,
     length: int,
@@ -51,33 +52,33 @@ def sequence_of(
     """Images spread over random text, of which the last quarter is learned."""
     model, rng = policy[0], random.Random(seed)
     ids: list[int] = []
-    vision, merge = cache.get(images), model.config.vision_config.spatial_merge_size
+    vision = cache.get(images)
     for item in vision:
         ids += [rng.randrange(200) for _ in range(length // (len(images) + 2))]
-        ids += [model.config.image_token_id] * int(item.grid_thw.prod() // merge**2)
+        ids += [model.config.image_token_id] * item.num_tokens
     ids += [rng.randrange(200) for _ in range(length - len(ids))]
     return TrainRow(token_ids=ids, loss_mask=[n >= 3 * length // 4 for n in range(length)], vision=vision)
 
 
 @torch.no_grad()
 def gap(
-    policy: tuple[PreTrainedModel, ProcessorMixin], sequences: list[TrainRow], images: list[list[Image.Image]]
+    policy: tuple[PreTrainedModel, ModelAdapter], sequences: list[TrainRow], images: list[list[Image.Image]]
 ) -> torch.Tensor:
     """Packed, minus transformers' own forward of each sequence alone. Shape [learned tokens]."""
-    model, processor = policy
-    packed = pack_rows(sequences, model.config)
+    model, adapter = policy
+    packed = pack_rows(sequences, model.config, adapter)
     ours = packed_logprobs(model, packed).logprobs
     parts = []
     for number, (sequence, own) in enumerate(zip(sequences, images, strict=True)):
-        plain = plain_logprobs(model, processor, sequence.token_ids, sequence.loss_mask, own, [])
+        plain = plain_logprobs(model, adapter, sequence.token_ids, sequence.loss_mask, own, [])
         parts.append(ours[packed.row_index == number] - plain)
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def rounded_rotary(policy: tuple[PreTrainedModel, ProcessorMixin], sequence: TrainRow) -> torch.Tensor:
+def rounded_rotary(policy: tuple[PreTrainedModel, ModelAdapter], sequence: TrainRow) -> torch.Tensor:
     """Log-probabilities with rotary frequencies rounded to bfloat16, minus the right ones. Shape [learned tokens]."""
-    model, packed = policy[0], pack_rows([sequence], policy[0].config)
+    model, packed = policy[0], pack_rows([sequence], policy[0].config, policy[1])
     exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
     right = packed_logprobs(model, packed).logprobs
     try:
@@ -103,7 +104,7 @@ def siblings(first: TrainRow, count: int, seed: int) -> list[TrainRow]:
 
 
 def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_model(
-    policy: tuple[PreTrainedModel, ProcessorMixin],
+    policy: tuple[PreTrainedModel, ModelAdapter],
 ) -> None:
     images, cache = images_of(policy[1], 4), VisionCache(policy[1])
     sequence = sequence_of(policy, images, cache, LENGTH, seed=0)
@@ -114,7 +115,7 @@ def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_mo
 
 
 def test_bf16_packed_and_shared_prefixes_are_those_of_the_plain_model(
-    policy: tuple[PreTrainedModel, ProcessorMixin],
+    policy: tuple[PreTrainedModel, ModelAdapter],
 ) -> None:
     images, cache = images_of(policy[1], 4), VisionCache(policy[1])
     first = sequence_of(policy, images[:2], cache, 300, seed=1)

@@ -35,7 +35,7 @@ def built(kind: str, policy: Policy, sizes: EngineConfig = SIZES) -> Engine:
     """An engine with weights of its own, so that it can be out of step with the policy."""
     config = replace(sizes, kind=kind)
     model = copy.deepcopy(policy.model) if kind == "transformers" else None
-    return build_engine(config, str(policy.path), dtype="float32", seed=0, model=model, processor=policy.processor)
+    return build_engine(config, str(policy.path), dtype="float32", seed=0, model=model, adapter=policy.adapter)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_turn_ends_by_its_end_token_or_its_cap(engine: Engine, policy: Policy)
     dialogue = policy.dialogue([(96, 96)])
     end = policy.encoder.end_id
     capped = finish(
-        engine, [request_of(dialogue, [*policy.banned, end, policy.processor.tokenizer.pad_token_id], tokens=5)]
+        engine, [request_of(dialogue, [*policy.banned, end, policy.adapter.processor.tokenizer.pad_token_id], tokens=5)]
     )["r"]
     assert (len(capped.token_ids), len(capped.logprobs), capped.stopped) == (5, 5, False)
     everything_else = [token for token in range(policy.model.config.text_config.vocab_size) if token != end]
@@ -166,7 +166,7 @@ def test_the_transformers_engine_refuses_sharded_weights(policy: Policy) -> None
     next(sharded.parameters()).ds_id = 0  # what ZeRO-3 leaves on a parameter
     with pytest.raises(EngineError, match="whole"):
         build_engine(
-            EngineConfig(kind="transformers"), "", dtype="float32", seed=0, model=sharded, processor=policy.processor
+            EngineConfig(kind="transformers"), "", dtype="float32", seed=0, model=sharded, adapter=policy.adapter
         )
 
 
@@ -223,7 +223,7 @@ class Unsteady:
 
 def test_deterministic_rollouts_repeat_to_the_last_bit(engines: dict[str, Engine], policy: Policy) -> None:
     vllm, encoder = engines["vllm"], policy.encoder
-    markup = [policy.processor.tokenizer.convert_tokens_to_ids(token) for token in MARKUP_TOKENS]
+    markup = [policy.adapter.processor.tokenizer.convert_tokens_to_ids(token) for token in MARKUP_TOKENS]
     calling = Calling(vllm, encoder.assistant_ids(CALL), policy.banned)
     tasks = [
         Task(id=f"t{i}", question="Read it.", images=(policy.dialogue([size], seed=i).images[0],), ground_truth="1")

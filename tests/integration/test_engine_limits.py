@@ -24,14 +24,12 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 @pytest.mark.parametrize("kind", ["vllm", "transformers"])
 def test_image_limits_are_the_trainers_and_not_the_folders(policy: Policy, kind: str) -> None:
     """An SFT writes its own limits into the folder that RL starts from, with others."""
-    size = policy.processor.image_processor.size
+    size = policy.adapter.processor.image_processor.size
     least, most = size["shortest_edge"] // 4, 4 * size["longest_edge"]
     other = Policy.load(policy.path, min_pixels=least, max_pixels=most)
     large, small = math.isqrt(2 * size["longest_edge"]), math.isqrt(size["shortest_edge"]) // 2
     config = EngineConfig(kind=kind, max_model_len=256, max_num_seqs=32, max_images=4)  # type: ignore[arg-type]
-    engine = build_engine(
-        config, str(other.path), dtype="float32", seed=0, model=other.model, processor=other.processor
-    )
+    engine = build_engine(config, str(other.path), dtype="float32", seed=0, model=other.model, adapter=other.adapter)
     try:
         engine.update_weights(other.model.named_parameters(), version=1)
         assert worst_gap(other, engine, shapes=[[(large, large)], [(small, small), (96, 96)]]) <= TOLERANCE

@@ -29,7 +29,7 @@ ONE_TEXT = [[]]
 
 def built(policy: Policy, **settings: Any) -> VLLMEngine:
     config = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4, **settings)
-    return VLLMEngine(str(policy.path), config, policy.encoder.limits, dtype="float32")
+    return VLLMEngine(str(policy.path), config, policy.adapter, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_level_2_without_clearing_the_deepstack_inputs_is_noticed(
         faulty.setattr(engine, "sleep_level", 2)
         faulty.setattr(engine.llm, "sleep", worker.sleep)
         faulty.setattr(engine.llm, "wake_up", worker.wake_up)
-        faulty.setattr("cv_lightning.engines.vllm._clear_unnamed_buffers", lambda worker: None)
+        faulty.setattr("cv_lightning.engines.vllm._clear_unnamed_buffers", lambda worker, names: None)
         engine.sleep()
         engine.update_weights(policy.model.named_parameters(), version=13)
     with pytest.raises((AssertionError, EngineError, ValueError)):

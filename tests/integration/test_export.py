@@ -14,9 +14,9 @@ from export_samples import assert_same_weights, fit_in_process, fit_two_ranks, w
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 import cv_lightning.callbacks.export as exporting
-from cv_lightning.agent.prompt import chat_template
 from cv_lightning.commands.export import main
 from cv_lightning.engines import EngineConfig, build_engine, vllm_imports
+from cv_lightning.models.adapters import adapter_for
 from cv_lightning.models.export import whole_folder
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.models.verify import folder_logits, probe
@@ -84,7 +84,7 @@ def test_an_exported_folder_brings_processor_template_generation_config_and_card
     figure = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
     (run / "eval" / "greedy" / "metrics.json").write_text(json.dumps({"num_tasks": 8, "accuracy": figure}))
     out = exported(checkpoint_of(run), tmp_path / "out", "--verify", "false")
-    assert AutoProcessor.from_pretrained(out).chat_template == chat_template()
+    assert AutoProcessor.from_pretrained(out).chat_template == adapter_for("qwen3_vl").chat_template()
     assert GenerationConfig.from_pretrained(out).eos_token_id is not None
     card = (out / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
@@ -112,7 +112,7 @@ def test_an_exported_model_samples_in_vllm_as_transformers_computes(run: Path, t
     out = exported(run, tmp_path / "out")
     policy = Policy.load(out)
     config = EngineConfig(kind="vllm", max_model_len=512, max_num_seqs=4, max_images=4)
-    engine = build_engine(config, str(out), dtype="float32", seed=0, model=None, processor=policy.processor)
+    engine = build_engine(config, str(out), dtype="float32", seed=0, model=None, adapter=policy.adapter)
     try:
         dialogue = policy.dialogue([(96, 96), (64, 96)])
         engine.add_request(request_of(dialogue, policy.banned))

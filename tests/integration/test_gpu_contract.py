@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from gpu_wheel import CORE, LLM, SAMPLING, Source, download_wheel, pinned_versio
 
 from cv_lightning.engines import EngineConfig
 from cv_lightning.engines.vllm import _arguments
-from cv_lightning.images import ImageLimits
+from cv_lightning.models.adapters.qwen3_vl import Qwen3VLAdapter
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +31,13 @@ def wheel() -> Path:
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names that `vllm.LLM` is given on a GPU, and those of the CPU build."""
-    limits, config = ImageLimits(factor=32, min_pixels=1, max_pixels=10**6), EngineConfig(async_scheduling=False)
+    adapter, config = Qwen3VLAdapter(), EngineConfig(async_scheduling=False)
+    size = {"shortest_edge": 1, "longest_edge": 10**6}
+    adapter.processor = SimpleNamespace(image_processor=SimpleNamespace(size=size))  # type: ignore[assignment]
     names: set[str] = set()
     for on_gpu in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
-        names |= set(_arguments("folder", config, limits, "bfloat16", 0, 2, sleeps=on_gpu))
+        names |= set(_arguments("folder", config, adapter, "bfloat16", 0, 2, sleeps=on_gpu))
     return names
 
 

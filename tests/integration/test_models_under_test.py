@@ -18,7 +18,7 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.callbacks import rollout as rollout_callback
 from cv_lightning.cli import main
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.digits.tiny import TinyModelConfig
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.trajectory import read_groups
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))

@@ -16,8 +16,8 @@ from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import SFTDataModule, StepLoader
 from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.digits.tiny import TinyModelConfig
 from cv_lightning.models import vision
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import load_policy
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule

@@ -17,11 +17,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from cv_lightning.commands.plan import main, make_plan
 from cv_lightning.models.attention import NAME, use_attention
-from cv_lightning.models.loading import load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows
 from cv_lightning.models.patches import use_linear_patches
-from cv_lightning.models.vision import process_images
 from cv_lightning.planner.budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Budget, budget, hints
 from cv_lightning.planner.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
 from cv_lightning.planner.run import RunFacts, read_run
@@ -198,17 +197,17 @@ def model_of(folder: Path, dtype: torch.dtype, layers: int, blocks: int, checkpo
 
 def batch_of(folder: Path, model: PreTrainedModel, text: int, images: int) -> PackedBatch:
     """Three rows without a common start, of equally many tokens of text and images of 3x3 tokens."""
-    processor = load_processor(str(folder))
-    pad, side = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"), 3 * processor.image_processor.patch_size * 2
+    adapter = load_adapter(PolicyConfig(path=str(folder)))
+    pad, side = adapter.image_id, 3 * adapter.image_rule.factor
     rows = []
     for row in range(3):
         ids, vision = [5 + row] * text, []
         for image in range(images):
-            vision.append(process_images(processor, [Image.new("RGB", (side, side), (row, image, 0))]))
+            vision += adapter.process_images([Image.new("RGB", (side, side), (row, image, 0))])
             ids += [pad] * 9 + [7]
         learned = [1 <= position < 10 for position in range(len(ids))]
         rows.append(TrainRow(token_ids=ids, loss_mask=learned, vision=vision))
-    return pack_rows(rows, model.config)
+    return pack_rows(rows, model.config, adapter)
 
 
 def saved_bytes(model: PreTrainedModel, batch: PackedBatch) -> int:

@@ -18,7 +18,6 @@ from digests import assert_recorded, run_digest, smoke_digest
 from PIL import Image
 
 from cv_lightning.digits.quickstart import MODELS
-from cv_lightning.digits.tiny import Family
 
 ROOT = Path(__file__).parents[2]
 KEEP_ALL = ["--rollout.store", "{share: 1.0, tokens: true}"]
@@ -86,7 +85,7 @@ def test_a_recorded_run_is_what_the_command_gives(run: Path) -> None:
     assert_recorded(smoke_digest(run))
 
 
-def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: Family, *flags: str) -> None:
+def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: str, *flags: str) -> None:
     """GRPO of a policy too young to earn anything: regularised, all its trajectories count, and its weights change."""
     command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
     command += ["--trainer.default_root_dir", str(out), "--model.init_args.policy.path", str(policy)]

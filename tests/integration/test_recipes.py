@@ -16,11 +16,12 @@ import yaml
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.prompt import PromptConfig, chat_template
+from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.cli import CALLBACKS, ConfigOnly, CVLightningCLI
 from cv_lightning.cli import main as run_cli
 from cv_lightning.engines import EngineConfig
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.adapters import adapter_for
+from cv_lightning.models.loading import PolicyConfig, load_policy, load_processor
 from cv_lightning.models.lora import LoraConfig
 from cv_lightning.models.shapes import RELEASED, empty_policy, model_config
 from cv_lightning.rewards import RewardConfig
@@ -224,13 +225,13 @@ def test_recipes_on_a_thinking_model_leave_the_thought_to_be_opened_by_the_model
     stock = load_processor(str(tmp_path))
     message = [{"role": "user", "content": "?"}]
     assert stock.apply_chat_template(message, add_generation_prompt=True).endswith("<think>\n")
-    encoder = DialogueEncoder(stock.tokenizer, image_limits(stock))
+    encoder = DialogueEncoder(adapter_for("qwen3_vl").bind(stock))
     task = Task(id="t", question="?", images=(), ground_truth="1")
     dialogue = encoder.start(task, [], PromptConfig())
     follow_up = encoder.tool_ids([{"type": "text", "text": "Look."}])
     for ids in (dialogue.token_ids, follow_up):
         assert stock.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
-    assert chat_template() != THINKING
+    assert encoder.adapter.chat_template() != THINKING
 
 
 def test_recipes_with_adapters_keep_them_in_float32_beside_16_bit_weights(tiny_checkpoint: Path) -> None:

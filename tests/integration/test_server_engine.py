@@ -42,7 +42,7 @@ def config_of(url: str, model: str = "tiny", **changes: object) -> EngineConfig:
 
 
 def connect(config: EngineConfig, policy: Policy) -> ServerEngine:
-    engine = build_engine(config, "", dtype="float32", seed=0, model=None, processor=policy.processor)
+    engine = build_engine(config, "", dtype="float32", seed=0, model=None, adapter=policy.adapter)
     assert isinstance(engine, ServerEngine)
     return engine
 
@@ -91,7 +91,7 @@ def test_messages_are_the_inverse_of_the_template(encoder: DialogueEncoder) -> N
         {"role": "tool", "content": [{"type": "text", "text": "Error: no"}]},
     ]
     prompt = encoder.render(given, generation_prompt=True)
-    messages = messages_of(prompt, ["u0", "u1", "u2"])
+    messages = messages_of(encoder.adapter.messages_of(prompt), ["u0", "u1", "u2"])
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     parts = messages[1]["content"]
     assert [part["type"] for part in parts] == ["image_url", "text", "image_url"]
@@ -107,7 +107,7 @@ def test_messages_are_the_inverse_of_the_template(encoder: DialogueEncoder) -> N
     ]
     assert encoder.render(back, generation_prompt=True) == prompt
     with pytest.raises(EngineError, match="no prompt of the chat template"):
-        messages_of("Hello", [])
+        encoder.adapter.messages_of("Hello")
 
 
 def test_text_is_on_record_and_never_trained_on(engine: ServerEngine, server: ModelServer) -> None:

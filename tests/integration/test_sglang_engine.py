@@ -22,7 +22,7 @@ from cv_lightning.data.modules import TaskDataModule
 from cv_lightning.engines import EngineConfig, ServerConfig, build_engine
 from cv_lightning.engines.sglang import SGLangEngine
 from cv_lightning.engines.sglang_server import check_version
-from cv_lightning.models.loading import PolicyConfig, load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_processor
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.types import EngineError
@@ -36,9 +36,7 @@ def config_of(url: str, folder: Path, **changes: object) -> EngineConfig:
 
 
 def connect(config: EngineConfig, policy: Policy) -> SGLangEngine:
-    engine = build_engine(
-        config, str(policy.path), dtype="float32", seed=0, model=policy.model, processor=policy.processor
-    )
+    engine = build_engine(config, str(policy.path), dtype="float32", seed=0, model=policy.model, adapter=policy.adapter)
     assert isinstance(engine, SGLangEngine)
     return engine
 
@@ -91,7 +89,7 @@ def test_turns_end_seeds_repeat_and_bans_hold(engine: SGLangEngine, policy: Poli
     other = request_of(dialogue, policy.banned, name="c", seed=12)
     done = finish(engine, [*same, other])
     assert done["a"].token_ids == done["b"].token_ids != done["c"].token_ids
-    pad = policy.processor.tokenizer.pad_token_id
+    pad = policy.adapter.processor.tokenizer.pad_token_id
     capped = finish(engine, [request_of(dialogue, [*policy.banned, end, pad], tokens=5)])["r"]
     assert (len(capped.token_ids), capped.stopped) == (5, False)
     others = [token for token in range(policy.model.config.text_config.vocab_size) if token != end]
@@ -121,7 +119,7 @@ def test_a_prompt_that_the_server_expands_otherwise_is_refused(
 
 def test_a_prompt_that_is_tokenised_again_is_refused(engine: SGLangEngine, server: ModelServer, policy: Policy) -> None:
     """The ids differ where a policy has sampled a text in other pieces than the tokenizer cuts it into."""
-    dialogue, tokenizer = policy.dialogue([(96, 96)]), policy.processor.tokenizer
+    dialogue, tokenizer = policy.dialogue([(96, 96)]), policy.adapter.processor.tokenizer
     whole = tokenizer("image", add_special_tokens=False)["input_ids"]
     pieces = [i for letter in "image" for i in tokenizer(letter, add_special_tokens=False)["input_ids"]]
     assert len(pieces) > len(whole)
@@ -205,10 +203,10 @@ def test_a_server_with_another_checkpoints_tokenizer_is_refused(
 def test_a_server_that_lacks_a_token_of_the_policy_is_refused(
     server: ModelServer, policy: Policy, tmp_path: Path
 ) -> None:
-    processor = load_processor(str(policy.path))
-    processor.tokenizer.add_tokens(["<|mine|>"], special_tokens=True)
+    adapter = load_adapter(PolicyConfig(path=str(policy.path)))
+    adapter.tokenizer.add_tokens(["<|mine|>"], special_tokens=True)
     with pytest.raises(EngineError, match=r"here .*<\|mine\|>"):
-        connect(config_of(server.root, tmp_path), replace(policy, processor=processor))
+        connect(config_of(server.root, tmp_path), replace(policy, adapter=adapter))
 
 
 def test_ignored_seeds_are_logged_at_the_start(

@@ -24,7 +24,7 @@ from test_self_test import engine_config, fit
 from test_sglang_engine import TOLERANCE, config_of, connect
 
 from cv_lightning.engines.sglang import SGLangEngine
-from cv_lightning.models.loading import load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.types import EngineError, ParityError
 
 pytestmark = pytest.mark.slow
@@ -131,7 +131,7 @@ def test_turns_end_and_bans_hold(engine: SGLangEngine, policy: Policy, url: str)
     requests = [request_of(dialogue, policy.banned, name=str(seed), tokens=40, seed=seed) for seed in range(16)]
     sampled = [token for done in finish(engine, requests).values() for token in done.token_ids]
     assert sampled and not set(sampled) & set(policy.banned)
-    pad = policy.processor.tokenizer.pad_token_id
+    pad = policy.adapter.processor.tokenizer.pad_token_id
     capped = finish(engine, [request_of(dialogue, [*policy.banned, end, pad], tokens=5)])["r"]
     assert (len(capped.token_ids), capped.stopped) == (5, False)
     others = [token for token in range(policy.model.config.text_config.vocab_size) if token != end]
@@ -143,7 +143,7 @@ def test_turns_end_and_bans_hold(engine: SGLangEngine, policy: Policy, url: str)
 
 
 def test_aborted_requests_end_and_an_update_waits_for_them(engine: SGLangEngine, policy: Policy, url: str) -> None:
-    endless = [*policy.banned, policy.encoder.end_id, policy.processor.tokenizer.pad_token_id]
+    endless = [*policy.banned, policy.encoder.end_id, policy.adapter.processor.tokenizer.pad_token_id]
     engine.add_request(request_of(policy.dialogue([(96, 96)]), endless, tokens=3500, name="long"))
     wait_for(lambda: loads(url)["num_running_reqs"] == 1)
     with pytest.raises(EngineError, match="unfinished"):
@@ -187,15 +187,15 @@ def test_memory_is_released_and_taken_back(url: str, policy: Policy, tmp_path: P
 
 
 def test_a_server_with_another_tokenizer_is_refused(url: str, policy: Policy, tmp_path: Path) -> None:
-    processor = load_processor(str(policy.path))
-    processor.tokenizer.add_tokens(["<|mine|>"], special_tokens=True)
+    adapter = load_adapter(PolicyConfig(path=str(policy.path)))
+    adapter.tokenizer.add_tokens(["<|mine|>"], special_tokens=True)
     with pytest.raises(EngineError, match="tokenizer is not the policy's"):
-        connect(config_of(url, tmp_path), replace(policy, processor=processor))
+        connect(config_of(url, tmp_path), replace(policy, adapter=adapter))
 
 
 def test_a_server_with_other_pixel_limits_is_refused(url: str, policy: Policy, tmp_path: Path) -> None:
     """Training sees images above the largest size of the server's processor."""
-    largest = policy.processor.image_processor.size["longest_edge"]
+    largest = policy.adapter.processor.image_processor.size["longest_edge"]
     larger = Policy.load(policy.path, max_pixels=4 * largest)
     engine = connect(config_of(url, tmp_path), larger)
     side = int((3 * largest) ** 0.5)

@@ -18,7 +18,7 @@ from engine_samples import Policy, worst_gap
 
 from cv_lightning.engines import EngineConfig
 from cv_lightning.models.gather import whole_tensors
-from cv_lightning.models.loading import image_limits, load_processor
+from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.types import EngineError
 
 HERE = Path(__file__).parent
@@ -179,7 +179,7 @@ def sleepless(tiny_checkpoint: Path) -> Iterator[tuple[Policy, Any]]:
     engine = VLLMEngine(
         str(tiny_checkpoint),
         EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4),
-        policy.encoder.limits,
+        policy.adapter,
         dtype="float32",
     )
     yield policy, engine
@@ -223,13 +223,13 @@ def test_waking_syncing_and_sleeping_have_their_order(
 def test_an_engine_that_cannot_sleep_or_be_shared_is_refused(tiny_checkpoint: Path) -> None:
     from cv_lightning.engines.vllm import VLLMEngine
 
-    limits = image_limits(load_processor(str(tiny_checkpoint)))
+    adapter = load_adapter(PolicyConfig(path=str(tiny_checkpoint)))
     for config, said in (
         (EngineConfig(tensor_parallel_size=2), r"tensor_parallel_size 2 does not divide the 1 rank"),
         (EngineConfig(sleep="always"), r"engine\.sleep always needs a GPU"),
     ):
         with pytest.raises(EngineError, match=said):
-            VLLMEngine(str(tiny_checkpoint), config, limits, dtype="float32")
+            VLLMEngine(str(tiny_checkpoint), config, adapter, dtype="float32")
 
 
 @pytest.mark.gpu
@@ -241,7 +241,7 @@ def test_an_engine_that_slept_samples_from_the_new_weights(tiny_checkpoint: Path
     policy = Policy.load(tiny_checkpoint)
     sizes = EngineConfig(max_model_len=256, max_num_seqs=32, max_images=4, gpu_memory_utilization=0.3)
     config = replace(sizes, sleep="always", sleep_level=level)  # type: ignore[arg-type]
-    engine = VLLMEngine(str(tiny_checkpoint), config, policy.encoder.limits, dtype="float32")
+    engine = VLLMEngine(str(tiny_checkpoint), config, policy.adapter, dtype="float32")
     for version in (1, 2):
         engine.update_weights(whole_tensors(policy.model), version)
         assert worst_gap(policy, engine) <= 1e-3

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.svm import SVC
 from view_programs import TRAIN_DIGITS, Scene, scans
 
-from cv_lightning.images import ImageLimits, compose, invert, map_box, model_size, to_model_image
+from cv_lightning.images import ImageLimits, compose, invert, map_box, to_model_image
 from cv_lightning.rewards.geometry import Frame
 from cv_lightning.types import Affine, Box
 
@@ -93,7 +93,7 @@ def legibility(scene: Scene, image: Image.Image, to_source: Affine, shown: Box |
     box = max(0.0, extent[0]), max(0.0, extent[1]), min(whole[2], extent[2]), min(whole[3], extent[3])
     scale = abs(to_source.a) + abs(to_source.d), abs(to_source.b) + abs(to_source.e)
     native = max(1, round((box[2] - box[0]) * scale[0])), max(1, round((box[3] - box[1]) * scale[1]))
-    size = model_size(*native, LIMITS)
+    size = LIMITS.model_size(*native)
     part = seen.resize(size, Image.Resampling.BICUBIC, box=tuple(v * ratio[i % 2] for i, v in enumerate(box)))
     grey = np.asarray(part.convert("L"), np.float32)
     local = Affine((box[2] - box[0]) / size[0], 0, box[0], 0, (box[3] - box[1]) / size[1], box[1])

@@ -20,6 +20,7 @@ from cv_lightning.engines import (
     vllm_imports,
 )
 from cv_lightning.engines.base import check_length, check_weights
+from cv_lightning.images import ImageLimits
 from cv_lightning.types import EngineError
 
 
@@ -62,7 +63,7 @@ def test_an_engine_that_was_asked_for_is_not_replaced() -> None:
 
 def test_the_transformers_engine_needs_the_policy() -> None:
     with pytest.raises(ValueError, match="pass `model`"):
-        build_engine(EngineConfig(kind="transformers"), "", dtype="float32", seed=0, model=None, processor=None)  # type: ignore[arg-type]
+        build_engine(EngineConfig(kind="transformers"), "", dtype="float32", seed=0, model=None, adapter=None)  # type: ignore[arg-type]
 
 
 def request(num_ids: int, sizes: list[tuple[int, int]], max_tokens: int) -> Request:
@@ -80,15 +81,18 @@ def request(num_ids: int, sizes: list[tuple[int, int]], max_tokens: int) -> Requ
     )
 
 
+RULE = ImageLimits(factor=32, min_pixels=1, max_pixels=10**6)
+
+
 def test_length_counts_expanded_images_and_what_is_to_be_sampled() -> None:
     fits = request(20, [(96, 96), (64, 32)], max_tokens=11)  # 18 ids of text, 9 + 2 features, 11 to sample
-    check_length(fits, factor=32, max_model_len=40, max_images=2)
+    check_length(fits, rule=RULE, max_model_len=40, max_images=2)
     with pytest.raises(EngineError, match=r"29 tokens of prompt and 11 to sample .* engine\.max_model_len 39"):
-        check_length(fits, factor=32, max_model_len=39, max_images=2)
+        check_length(fits, rule=RULE, max_model_len=39, max_images=2)
     with pytest.raises(EngineError, match=r"2 images, engine\.max_images is 1"):
-        check_length(fits, factor=32, max_model_len=40, max_images=1)
+        check_length(fits, rule=RULE, max_model_len=40, max_images=1)
     with pytest.raises(EngineError, match="0 to sample"):
-        check_length(request(20, [], max_tokens=0), factor=32, max_model_len=40, max_images=1)
+        check_length(request(20, [], max_tokens=0), rule=RULE, max_model_len=40, max_images=1)
 
 
 def test_missing_weights_are_named() -> None:

@@ -13,10 +13,11 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from cv_lightning.images import to_model_image
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor
+from cv_lightning.models.adapters import adapter_for
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import TrainRow, pack_rows
-from cv_lightning.models.patches import LIGER_PARTS, use_liger
+from cv_lightning.models.patches import use_liger
 from cv_lightning.models.vision import VisionCache
 
 pytest.importorskip("liger_kernel")
@@ -66,16 +67,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def logprobs(model: PreTrainedModel, path: Path) -> torch.Tensor:
     """Log-probabilities of a row with an image."""
-    processor = load_processor(str(path))
-    image = to_model_image(Image.linear_gradient("L").resize((96, 64)).convert("RGB"), image_limits(processor))
-    (vision,) = VisionCache(processor).get([image])
-    pads = [model.config.image_token_id] * (
-        int(vision.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2
-    )
+    adapter = load_adapter(PolicyConfig(path=str(path)))
+    image = to_model_image(Image.linear_gradient("L").resize((96, 64)).convert("RGB"), adapter.image_rule)
+    (vision,) = VisionCache(adapter).get([image])
+    pads = [model.config.image_token_id] * vision.num_tokens
     ids = [5, *pads, 6, 7, 8, 9]
     row = TrainRow(token_ids=ids, loss_mask=[False] * (len(ids) - 4) + [True] * 4, vision=[vision])
     with torch.no_grad():
-        return packed_logprobs(model, pack_rows([row], model.config)).logprobs
+        return packed_logprobs(model, pack_rows([row], model.config, adapter)).logprobs
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_qwen25"])
@@ -87,14 +86,15 @@ def test_every_part_that_liger_replaces_is_the_code_that_runs(
     plain = logprobs(model, path)
     assert not calls
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    use_liger(model)
+    adapter = adapter_for(model.config.model_type)
+    use_liger(model, adapter)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fused = logprobs(model, path)
     text, vision = model.config.get_text_config(), model.config.vision_config
     layers, depth, family = text.num_hidden_layers, vision.depth, model.config.model_type
     expected = {"rms_norm": 4 * layers + 1} if family == "qwen3_vl" else {"rms_norm": 2 * layers + 1 + 2 * depth}
-    expected |= {"rope": layers + depth} if LIGER_PARTS[family]["rope"] else {}
-    expected |= {"swiglu": layers} if LIGER_PARTS[family]["swiglu"] else {}
+    expected |= {"rope": layers + depth} if adapter.liger_parts["rope"] else {}
+    expected |= {"swiglu": layers} if adapter.liger_parts["swiglu"] else {}
     assert dict(calls) == expected
-    assert set(expected) == {part for part, claimed in LIGER_PARTS[family].items() if claimed}
+    assert set(expected) == {part for part, claimed in adapter.liger_parts.items() if claimed}
     torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)

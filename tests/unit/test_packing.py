@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cv_lightning.images import to_model_image
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter, joined
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy, load_processor
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import TrainRow, families, pack_rows, packed_length, rope_positions
-from cv_lightning.models.tokens import LOGIT_BAN
-from cv_lightning.models.vision import VisionCache, process_images
+from cv_lightning.models.packing import TrainRow, families, pack_rows, packed_length
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import CheckpointError, DataError
 
 
@@ -41,14 +41,14 @@ def stock(checkpoint: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def processor(checkpoint: Path) -> ProcessorMixin:
-    return load_processor(str(checkpoint))
+def adapter(checkpoint: Path) -> ModelAdapter:
+    return load_adapter(PolicyConfig(path=str(checkpoint)))
 
 
-def random_rows(model: PreTrainedModel, processor: ProcessorMixin, seed: int, num_rows: int = 6) -> list[TrainRow]:
+def random_rows(model: PreTrainedModel, adapter: ModelAdapter, seed: int, num_rows: int = 6) -> list[TrainRow]:
     """Rows with 0 to 3 images of several sizes, some of them shared."""
     rng = random.Random(seed)
-    limits, cache = image_limits(processor), VisionCache(processor)
+    limits, cache = adapter.image_rule, VisionCache(adapter)
     sizes = [(96, 96), (64, 128), (384, 384), (50, 40)]
     pool = [to_model_image(Image.effect_noise(rng.choice(sizes), 90).convert("RGB"), limits) for _ in range(4)]
     merge, pad = model.config.vision_config.spatial_merge_size, model.config.image_token_id
@@ -57,7 +57,7 @@ def random_rows(model: PreTrainedModel, processor: ProcessorMixin, seed: int, nu
         ids: list[int] = [rng.randrange(200) for _ in range(rng.randint(2, 9))]
         vision = cache.get([rng.choice(pool) for _ in range(rng.randint(0, 3))])
         for image in vision:
-            ids += [pad] * (int(image.grid_thw.prod()) // merge**2) + [
+            ids += [pad] * (int(image.tensors["image_grid_thw"].prod()) // merge**2) + [
                 rng.randrange(200) for _ in range(rng.randint(1, 9))
             ]
         mask = [token != pad and rng.random() < 0.6 for token in ids]
@@ -69,17 +69,11 @@ def random_rows(model: PreTrainedModel, processor: ProcessorMixin, seed: int, nu
 def one_by_one(model: PreTrainedModel, row: TrainRow, banned: list[int]) -> torch.Tensor:
     """Independent computation: transformers' own forward of one unpacked sequence with its own positions and SDPA."""
     ids = torch.tensor([row.token_ids])
-    visual = {}
-    if row.vision:
-        visual = {
-            "pixel_values": torch.cat([v.pixel_values for v in row.vision]),
-            "image_grid_thw": torch.cat([v.grid_thw for v in row.vision]),
-        }
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        **visual,
+        **joined(row.vision),
     ).logits[0]
     logits[:, banned] += LOGIT_BAN
     logprobs = torch.log_softmax(logits[:-1].float(), -1).gather(-1, ids[0, 1:, None])[:, 0]
@@ -88,12 +82,12 @@ def one_by_one(model: PreTrainedModel, row: TrainRow, banned: list[int]) -> torc
 
 @pytest.mark.parametrize("seed", range(4))
 def test_packed_equals_one_by_one(
-    model: PreTrainedModel, stock: PreTrainedModel, processor: ProcessorMixin, seed: int
+    model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter, seed: int
 ) -> None:
-    rows = random_rows(model, processor, seed)
-    banned = vision_token_ids(processor.tokenizer)
+    rows = random_rows(model, adapter, seed)
+    banned = list(adapter.vision_ids)
     weights = [0.5 + number for number in range(len(rows))]  # a loss in which every row counts differently
-    batch = pack_rows(rows, model.config)
+    batch = pack_rows(rows, model.config, adapter)
 
     model.zero_grad()
     packed = packed_logprobs(model, batch, banned_ids=banned, chunk_tokens=7).logprobs
@@ -116,28 +110,28 @@ def test_packed_equals_one_by_one(
             )
 
 
-def grouped_rows(model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> list[TrainRow]:
+def grouped_rows(model: PreTrainedModel, adapter: ModelAdapter, seed: int) -> list[TrainRow]:
     """Groups of trajectories about one prompt each, with tool images of their own, and a row without a group."""
     rng = random.Random(seed)
     rows = []
-    for prompt in random_rows(model, processor, seed, num_rows=3):
-        for answer in random_rows(model, processor, rng.randrange(1000), num_rows=rng.randint(1, 4)):
+    for prompt in random_rows(model, adapter, seed, num_rows=3):
+        for answer in random_rows(model, adapter, rng.randrange(1000), num_rows=rng.randint(1, 4)):
             given = [False] * len(prompt.token_ids)
             mask = [True, *answer.loss_mask[1:]]  # the first token after the prompt was sampled
             ids, vision = prompt.token_ids + answer.token_ids, [*prompt.vision, *answer.vision]
             rows.append(TrainRow(token_ids=ids, loss_mask=given + mask, vision=vision))
     rng.shuffle(rows)
-    return [*rows, *random_rows(model, processor, seed + 50, num_rows=1)]
+    return [*rows, *random_rows(model, adapter, seed + 50, num_rows=1)]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_shared_prompt_is_computed_once_and_changes_nothing(
-    model: PreTrainedModel, stock: PreTrainedModel, processor: ProcessorMixin, seed: int
+    model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter, seed: int
 ) -> None:
-    rows = grouped_rows(model, processor, seed)
-    banned = vision_token_ids(processor.tokenizer)
-    batch = pack_rows(rows, model.config)
-    groups = families(rows, model.config)
+    rows = grouped_rows(model, adapter, seed)
+    banned = list(adapter.vision_ids)
+    batch = pack_rows(rows, model.config, adapter)
+    groups = families(rows, model.config, adapter)
     assert batch.input_ids.shape[1] == sum(packed_length([rows[i] for i in group]) for group in groups)
     assert batch.input_ids.shape[1] < sum(len(row.token_ids) for row in rows)
 
@@ -158,64 +152,65 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(
             )
 
 
-def test_prompts_that_only_look_the_same_are_not_shared(model: PreTrainedModel, processor: ProcessorMixin) -> None:
+def test_prompts_that_only_look_the_same_are_not_shared(model: PreTrainedModel, adapter: ModelAdapter) -> None:
     """Same tokens, another image; and attention that knows no shared beginnings."""
-    limits, pad = image_limits(processor), model.config.image_token_id
+    limits, pad = adapter.image_rule, model.config.image_token_id
     views = [to_model_image(Image.new("RGB", (64, 64), colour), limits) for colour in ("red", "blue", "red")]
-    first, other, _ = VisionCache(processor).get(views)
-    pads = [pad] * (int(first.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2)
+    first, other, _ = VisionCache(adapter).get(views)
+    pads = [pad] * (first.num_tokens)
     ids = [5, *pads, 6, 7]
     mask = [False] * (len(ids) - 1) + [True]
     rows = [TrainRow(token_ids=ids, loss_mask=mask, vision=[image]) for image in (first, other, first)]
-    assert families(rows, model.config) == [[0, 2], [1]]
+    assert families(rows, model.config, adapter) == [[0, 2], [1]]
     plain = copy.copy(model.config)
     plain._attn_implementation = "sdpa"
-    assert families(rows, plain) == [[0], [1], [2]]
+    assert families(rows, plain, adapter) == [[0], [1], [2]]
 
 
-def test_positions_equal_the_models_own(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    for row in random_rows(model, processor, seed=9):
+def test_positions_equal_the_models_own(model: PreTrainedModel, adapter: ModelAdapter) -> None:
+    for row in random_rows(model, adapter, seed=9):
         ids = torch.tensor([row.token_ids])
-        grids = torch.cat([v.grid_thw for v in row.vision]) if row.vision else None
+        grids = joined(row.vision).get("image_grid_thw")
         kinds = (ids == model.config.image_token_id).int()
         expected, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=torch.ones_like(ids))
-        merge = model.config.vision_config.spatial_merge_size
-        ours = rope_positions(row.token_ids, [v.grid_thw[0] for v in row.vision], model.config.image_token_id, merge)
+        ours = torch.from_numpy(adapter.positions(kinds[0].numpy() == 1, row.vision))
         assert torch.equal(ours[1:], expected[:, 0])
         assert ours[0].tolist() == list(range(len(row.token_ids)))
 
 
-def test_entropy_is_that_of_the_sampling_distribution(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    batch = pack_rows(random_rows(model, processor, seed=3, num_rows=2), model.config)
+def test_entropy_is_that_of_the_sampling_distribution(model: PreTrainedModel, adapter: ModelAdapter) -> None:
+    batch = pack_rows(random_rows(model, adapter, seed=3, num_rows=2), model.config, adapter)
     hot = packed_logprobs(model, batch, temperature=2.0, entropy="value")
     cold = packed_logprobs(model, batch, temperature=0.5, entropy="value")
     assert hot.entropy is not None and cold.entropy is not None
     assert (hot.entropy > cold.entropy).all() and (cold.entropy > 0).all()
 
 
-def test_a_shared_image_is_encoded_once(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    rows = random_rows(model, processor, seed=5)
-    batch = pack_rows(rows, model.config)
+def test_a_shared_image_is_encoded_once(model: PreTrainedModel, adapter: ModelAdapter) -> None:
+    rows = random_rows(model, adapter, seed=5)
+    batch = pack_rows(rows, model.config, adapter)
     shown = [id(v) for row in rows for v in row.vision]
-    assert batch.image_grid_thw.shape[0] == len(set(shown)) < len(shown) == batch.image_index.numel()
+    assert len(batch.images) == len(set(shown)) < len(shown) == batch.image_index.numel()
 
 
-def test_processing_a_model_image_resizes_nothing(processor: ProcessorMixin) -> None:
-    limits = image_limits(processor)
+def test_processing_a_model_image_resizes_nothing(adapter: ModelAdapter) -> None:
+    limits = adapter.image_rule
     for size in ((96, 96), (384, 384), (30, 900), (999, 50), (1, 1), (64, 64)):
         image = to_model_image(Image.effect_noise(size, 50).convert("RGB"), limits)
-        grid = process_images(processor, [image]).grid_thw[0].tolist()
-        patch = processor.image_processor.patch_size
+        grid = adapter.process_images([image])[0].tensors["image_grid_thw"][0].tolist()
+        patch = adapter.processor.image_processor.patch_size
         assert grid == [1, image.height // patch, image.width // patch]
         assert to_model_image(image, limits).size == image.size
 
 
-def test_rows_of_text_only_and_of_nothing_to_learn(model: PreTrainedModel, stock: PreTrainedModel) -> None:
+def test_rows_of_text_only_and_of_nothing_to_learn(
+    model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter
+) -> None:
     text = TrainRow(token_ids=[5, 6, 7, 8], loss_mask=[True, True, False, True])
     silent = TrainRow(token_ids=[9, 10, 11], loss_mask=[False] * 3)
-    both = packed_logprobs(model, pack_rows([silent, text, silent], model.config)).logprobs
+    both = packed_logprobs(model, pack_rows([silent, text, silent], model.config, adapter)).logprobs
     torch.testing.assert_close(both, one_by_one(stock, text, []), atol=1e-5, rtol=1e-5)
-    nothing = packed_logprobs(model, pack_rows([silent], model.config)).logprobs
+    nothing = packed_logprobs(model, pack_rows([silent], model.config, adapter)).logprobs
     assert nothing.shape == (0,)
     nothing.sum().backward()  # ranks without tokens take part in the backward pass
 
@@ -245,7 +240,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.known.pop(key, 0)
 
 
-def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_never_holds_the_logits_of_all_tokens(
+    model: PreTrainedModel, adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the released models' vocabulary; what full logits would take is counted in the same way."""
     vocabulary, tokens, width = 151_936, 128, model.config.text_config.hidden_size
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(
@@ -254,9 +251,9 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(model: PreTrainedModel, m
     monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
     monkeypatch.setattr(model.config.get_text_config(), "vocab_size", vocabulary)
     row = TrainRow(token_ids=[5] * (tokens + 1), loss_mask=[True] * (tokens + 1))
-    batch = pack_rows([row], model.config)
+    batch = pack_rows([row], model.config, adapter)
     states = torch.randn(1, tokens + 1, width, requires_grad=True)
-    monkeypatch.setattr("cv_lightning.models.logprobs.packed_hidden", lambda *_: states)
+    monkeypatch.setattr(adapter, "packed_hidden", lambda *_: states, raising=False)
     with LiveBytes(head.weight) as ours:
         packed_logprobs(model, batch, temperature=0.7, chunk_tokens=8).logprobs.sum().backward()
     with LiveBytes(head.weight) as full:
@@ -274,19 +271,18 @@ def test_the_patch_projection_is_the_convolution(model: PreTrainedModel, stock: 
     assert set(model.state_dict()) == set(stock.state_dict())
 
 
-def test_an_image_whose_tokens_are_interrupted_is_refused(model: PreTrainedModel, processor: ProcessorMixin) -> None:
-    (image,) = VisionCache(processor).get([to_model_image(Image.new("RGB", (96, 96)), image_limits(processor))])
+def test_an_image_whose_tokens_are_interrupted_is_refused(model: PreTrainedModel, adapter: ModelAdapter) -> None:
+    (image,) = VisionCache(adapter).get([to_model_image(Image.new("RGB", (96, 96)), adapter.image_rule)])
     pad = model.config.image_token_id
-    count = int(image.grid_thw.prod()) // model.config.vision_config.spatial_merge_size**2
-    ids = [pad] * (count - 1) + [3] + [pad]
+    ids = [pad] * (image.num_tokens - 1) + [3] + [pad]
     with pytest.raises(DataError, match="interrupted"):
-        pack_rows([TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[image])], model.config)
+        pack_rows([TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[image])], model.config, adapter)
 
 
-def test_a_row_whose_images_do_not_fit_its_tokens_is_refused(model: PreTrainedModel) -> None:
+def test_a_row_whose_images_do_not_fit_its_tokens_is_refused(model: PreTrainedModel, adapter: ModelAdapter) -> None:
     pad = model.config.image_token_id
     with pytest.raises(DataError, match="1 image tokens but 0"):
-        pack_rows([TrainRow(token_ids=[1, pad, 2], loss_mask=[False, False, True])], model.config)
+        pack_rows([TrainRow(token_ids=[1, pad, 2], loss_mask=[False, False, True])], model.config, adapter)
 
 
 def test_a_folder_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
@@ -304,11 +300,11 @@ def test_kernels_that_this_machine_lacks_are_refused_by_name(checkpoint: Path, m
 
 
 @pytest.mark.gpu
-def test_fused_kernels_compute_the_same(checkpoint: Path, processor: ProcessorMixin) -> None:
+def test_fused_kernels_compute_the_same(checkpoint: Path, adapter: ModelAdapter) -> None:
     pytest.importorskip("liger_kernel")
     found = []
     for kernels in ("torch", "liger"):
         model = load_policy(PolicyConfig(path=str(checkpoint), dtype="float32", kernels=kernels)).cuda()
-        batch = pack_rows(random_rows(model, processor, seed=1), model.config).to(torch.device("cuda"))
+        batch = pack_rows(random_rows(model, adapter, seed=1), model.config, adapter).to(torch.device("cuda"))
         found.append(packed_logprobs(model, batch).logprobs)
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)

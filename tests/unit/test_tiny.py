@@ -6,7 +6,6 @@ import random
 import re
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -23,21 +22,15 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from cv_lightning.agent.prompt import PromptConfig, chat_template
+from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.commands.tiny import TinyCheckpoint, main, write
 from cv_lightning.digits.demonstrations import tokenizer_corpus
 from cv_lightning.digits.quickstart import MODELS
 from cv_lightning.digits.scenes import GLYPH_SIDE, GLYPHS, KINDS, LAYOUT, DigitsConfig, Kind, digit_task
-from cv_lightning.digits.tiny import (
-    CONTROL_TOKENS,
-    MARKUP_TOKENS,
-    Family,
-    TinyModelConfig,
-    train_byte_pairs,
-    write_tiny_checkpoint,
-)
-from cv_lightning.images import ImageLimits, model_size
-from cv_lightning.models.loading import image_limits
+from cv_lightning.digits.tiny import MARKUP_TOKENS, train_byte_pairs, write_tiny_checkpoint
+from cv_lightning.images import ImageLimits
+from cv_lightning.models.adapters import adapter_for, known_types
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.types import ImageError
 
 ROTATE = (
@@ -47,19 +40,19 @@ ROTATE = (
 CROP = ROTATE.replace("rotate(270, expand=True)", "crop((64, 128, 128, 192))")
 
 
-@pytest.fixture(scope="module", params=get_args(Family))
-def family(request: pytest.FixtureRequest) -> Family:
+@pytest.fixture(scope="module", params=known_types())
+def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def scenes(family: Family) -> DigitsConfig:
+def scenes(family: str) -> DigitsConfig:
     """The digits as the quickstart shows them to this family."""
     return DigitsConfig(**MODELS[family].digits)
 
 
 @pytest.fixture(scope="module")
-def folder(family: Family, scenes: DigitsConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(family: str, scenes: DigitsConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny")
     write(TinyCheckpoint(out=out, model=TinyModelConfig(family=family), digits=scenes))
     return out
@@ -70,7 +63,7 @@ def processor(folder: Path) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(folder)
 
 
-def test_the_real_architecture_has_about_two_and_a_half_million_parameters(family: Family, folder: Path) -> None:
+def test_the_real_architecture_has_about_two_and_a_half_million_parameters(family: str, folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     name, parameters, mrope = {
@@ -85,11 +78,11 @@ def test_the_real_architecture_has_about_two_and_a_half_million_parameters(famil
     assert model.generation_config.eos_token_id == [AutoTokenizer.from_pretrained(folder).eos_token_id]
 
 
-def test_the_processor_is_the_familys_own(family: Family, processor: ProcessorMixin) -> None:
+def test_the_processor_is_the_familys_own(family: str, processor: ProcessorMixin) -> None:
     names = {"qwen3_vl": "Qwen3VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
     assert type(processor).__name__ == names[family]
-    assert processor.chat_template == chat_template()
-    assert image_limits(processor).factor == {"qwen3_vl": 32, "qwen2_5_vl": 28}[family]
+    assert processor.chat_template == adapter_for(family).chat_template()
+    assert adapter_for(family).bind(processor).image_rule.factor == {"qwen3_vl": 32, "qwen2_5_vl": 28}[family]
 
 
 @torch.no_grad()
@@ -109,15 +102,15 @@ def test_qwen25_sees_beyond_a_window_through_its_full_attention_blocks_alone(tmp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_digit_of_the_quickstart_lies_within_one_vision_token(
-    scenes: DigitsConfig, processor: ProcessorMixin, kind: Kind
+    family: str, scenes: DigitsConfig, processor: ProcessorMixin, kind: Kind
 ) -> None:
-    limits = image_limits(processor)
+    limits = adapter_for(family).bind(processor).image_rule
     task = digit_task(scenes, "held_out", 0, kind)
     shown = [task.images[0].size]
     if task.metadata["cell"]:
         left, top, right, bottom = task.metadata["cell"]
         shown.append((right - left, bottom - top))
-    sides = {model_size(*size, limits) for size in shown}
+    sides = {limits.model_size(*size) for size in shown}
     assert sides == {(3 * limits.factor, 3 * limits.factor)}
     if kind in ("upright", "turned"):
         assert task.images[0].size in sides  # not even resized
@@ -142,10 +135,10 @@ def test_the_model_reads_a_square_image_as_nine_tokens(folder: Path, processor: 
     assert torch.isfinite(logits).all()
 
 
-def test_few_images_need_a_second_resize(processor: ProcessorMixin) -> None:
-    limits = image_limits(processor)
+def test_few_images_need_a_second_resize(family: str, processor: ProcessorMixin) -> None:
+    limits = adapter_for(family).bind(processor).image_rule
     sizes = [(w, h) for w in range(8, 385, 7) for h in range(8, 385, 7) if max(w, h) <= 8 * min(w, h)]
-    assert all(model_size(*model_size(w, h, limits), limits) == model_size(w, h, limits) for w, h in sizes)
+    assert all(limits.model_size(*limits.model_size(w, h)) == limits.model_size(w, h) for w, h in sizes)
 
 
 @pytest.mark.parametrize("factor", [28, 32])
@@ -157,7 +150,7 @@ def test_every_view_is_of_a_shape_that_the_processor_takes(factor: int) -> None:
         short = rng.randrange(1, 400)
         width, height = rng.sample((short, min(12_000, int(short * rng.uniform(1, 200)) or 1)), 2)
         try:
-            seen = model_size(width, height, limits)
+            seen = limits.model_size(width, height)
         except ImageError:
             num_refused += 1
             continue
@@ -165,7 +158,7 @@ def test_every_view_is_of_a_shape_that_the_processor_takes(factor: int) -> None:
         assert max(seen) < 200 * min(seen)
     assert num_refused
     with pytest.raises(ImageError, match="crop it first"):
-        model_size(7680, 40, limits)  # 192 to 1 before it is rounded to patches
+        limits.model_size(7680, 40)  # 192 to 1 before it is rounded to patches
 
 
 def test_calls_take_few_tokens_and_digits_stand_alone(processor: ProcessorMixin) -> None:
@@ -177,9 +170,9 @@ def test_calls_take_few_tokens_and_digits_stand_alone(processor: ProcessorMixin)
         assert all(len(piece) == 1 for piece in pieces if re.search(r"\d", piece))
 
 
-def test_markup_is_single_tokens_that_decoding_keeps(processor: ProcessorMixin) -> None:
+def test_markup_is_single_tokens_that_decoding_keeps(family: str, processor: ProcessorMixin) -> None:
     tokenizer = processor.tokenizer
-    for token in (*CONTROL_TOKENS, *MARKUP_TOKENS, "<|im_end|>", "<|endoftext|>"):
+    for token in (*adapter_for(family).control_tokens, *MARKUP_TOKENS, "<|im_end|>", "<|endoftext|>"):
         assert len(tokenizer(token)["input_ids"]) == 1, token
     ids = tokenizer(ROTATE + "<|im_end|>")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == ROTATE
@@ -212,14 +205,14 @@ def test_weights_depend_on_the_seed_and_leave_the_callers_alone(tmp_path: Path) 
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(7)
         config = TinyModelConfig(**small, seed=seed)
-        write_tiny_checkpoint(tmp_path / name, config, corpus=[ROTATE], chat_template=chat_template())
+        write_tiny_checkpoint(tmp_path / name, config, corpus=[ROTATE])
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(7)))
         weights.append(AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict())
     same = [all(torch.equal(weights[0][key], other[key]) for key in weights[0]) for other in weights[1:]]
     assert same == [True, False]
 
 
-def test_the_command_writes_a_checkpoint(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_checkpoint(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--model.hidden_size=32", "--model.num_key_value_heads=1", "--model.num_layers=2"]
     assert main(["--out", str(tmp_path / "made"), "--family", family, "--seed", "3", *sizes]) == 0
     assert AutoConfig.from_pretrained(tmp_path / "made").model_type == family
@@ -228,7 +221,7 @@ def test_the_command_writes_a_checkpoint(family: Family, tmp_path: Path, capsys:
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "same")]
     assert weights[0] == weights[1]
     assert "M parameters" in capsys.readouterr().out
-    assert AutoProcessor.from_pretrained(tmp_path / "made").chat_template == chat_template()
+    assert AutoProcessor.from_pretrained(tmp_path / "made").chat_template == adapter_for(family).chat_template()
 
 
 def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +244,7 @@ def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.
         ({"family": "qwen2_5_vl", "full_attention_every": 5}, "--full_attention_every"),
         ({"family": "qwen2_5_vl", "window_tokens": 0}, "--window_tokens"),
         ({"vocabulary": 100}, "--vocabulary"),
+        ({"family": "no_such_vl"}, "--family no_such_vl: there are qwen2_5_vl, qwen3_vl"),
     ],
 )
 def test_sizes_that_cannot_be_name_their_flag(arguments: dict, flag: str) -> None:

@@ -20,7 +20,7 @@ from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.engines import Completion, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.images import content_hash
-from cv_lightning.models.loading import PolicyConfig, image_limits, load_policy, load_processor, vision_token_ids
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import IMAGES, StoreConfig, TrajectoryWriter, encode_image
 from cv_lightning.types import CVLightningError, EndState, Group, SandboxResult, Task, Trajectory
@@ -232,10 +232,8 @@ def open_playground(config: PlaygroundConfig) -> Iterator[Playground]:
         CVLightningError: model, engine or sandbox cannot be had.
     """
     policy = config.policy
-    processor = load_processor(policy.path, policy.min_pixels, policy.max_pixels)
-    banned = vision_token_ids(processor.tokenizer)
-    if not config.agent.tool:
-        banned += [id for text, id in processor.tokenizer.get_vocab().items() if text == "<tool_call>"]
+    adapter = load_adapter(policy)
+    banned = adapter.banned_ids(config.agent.tool)
     with Sandbox(config.sandbox) as sandbox:
         engine = build_engine(
             config.engine,
@@ -243,12 +241,12 @@ def open_playground(config: PlaygroundConfig) -> Iterator[Playground]:
             dtype=policy.dtype,
             seed=0,
             model=load_policy(policy) if engine_kind(config.engine) == "transformers" else None,
-            processor=processor,
+            adapter=adapter,
         )
         background = Background("playground-io")
         try:
-            encoder = DialogueEncoder(processor.tokenizer, image_limits(processor))
-            rollout = Rollout(engine, sandbox, encoder, background, config.agent, tuple(banned))
+            encoder = DialogueEncoder(adapter)
+            rollout = Rollout(engine, sandbox, encoder, background, config.agent, banned)
             yield Playground(rollout, policy.path, config.out)
         finally:
             background.close()

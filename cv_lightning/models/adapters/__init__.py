@@ -1,0 +1,78 @@
+"""Model families. One file here, or a user's class named by `policy.adapter`, is all that a family needs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from functools import cache
+from pathlib import Path
+
+from cv_lightning.models.adapters.base import Architecture, ImageInputs, ModelAdapter, Part
+from cv_lightning.types import CheckpointError
+
+__all__ = [
+    "Architecture",
+    "ImageInputs",
+    "ModelAdapter",
+    "Part",
+    "adapter_for",
+    "adapter_of_folder",
+    "known_types",
+]
+
+
+@cache
+def _families() -> dict[str, type[ModelAdapter]]:
+    """Adapter classes of this folder by the model types that they name."""
+    found: dict[str, type[ModelAdapter]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, ModelAdapter):
+                found |= dict.fromkeys(value.model_types, value)
+    return found
+
+
+def known_types() -> list[str]:
+    """Model types that have an adapter in this package."""
+    return sorted(_families())
+
+
+def adapter_for(model_type: str, where: str = "policy.path") -> ModelAdapter:
+    """The adapter of a family.
+
+    Args:
+        model_type: As config.json says it.
+        where: Names the checkpoint in the message.
+
+    Raises:
+        CheckpointError: No adapter of this package knows the family.
+    """
+    if model_type not in _families():
+        raise CheckpointError(
+            f"{where}: model type {model_type}; this project knows {', '.join(known_types())}. For another family give "
+            "policy.adapter the class_path of a ModelAdapter (cv_lightning.models.adapters.base)"
+        )
+    return _families()[model_type]()
+
+
+def adapter_of_folder(path: str) -> ModelAdapter:
+    """The adapter that the `model_type` of a checkpoint decides.
+
+    Args:
+        path: Hugging Face folder, or a name on the hub.
+
+    Raises:
+        CheckpointError: It has no config.json, or its family is not known.
+    """
+    from transformers import PretrainedConfig
+
+    file = Path(path) / "config.json"
+    try:
+        fields = json.loads(file.read_text()) if Path(path).is_dir() else PretrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"policy.path {path}: its config.json cannot be read ({error}), so that the family is not known; copy it "
+            "from the base model, or name the family's adapter as policy.adapter"
+        ) from error
+    return adapter_for(str(fields.get("model_type")), f"policy.path {path}")

@@ -1,0 +1,80 @@
+"""Qwen3-VL, dense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from cv_lightning.models.adapters.base import Architecture
+from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter, tiny_special_ids
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3VLProcessor
+
+    from cv_lightning.models.adapters.tiny import TinyModelConfig
+
+POSITION_TABLE = 16
+"""Side of a tiny vision tower's learned position table; it is interpolated to the patch grid of each image."""
+
+
+class Qwen3VLAdapter(QwenVLAdapter):
+    """Features of some vision blocks are added to the first layers of the language model (deepstack)."""
+
+    model_types = ("qwen3_vl",)
+    liger_function = "apply_liger_kernel_to_qwen3_vl"
+    liger_parts: ClassVar = {"rms_norm": True, "swiglu": False, "rope": True}  # it has no gated unit for this family
+    unsaved_engine_buffers = ("deepstack_input_embeds",)
+    mrope_shares = (2, 1, 1)
+    tiny_patch_size = 16
+
+    def architecture(self, config: PretrainedConfig) -> Architecture:
+        """One projection more for each deepstack level."""
+        mergers = 1 + len(config.vision_config.deepstack_visual_indexes)
+        return replace(super().architecture(config), head_norm=True, mergers=mergers)
+
+    def check_tiny(self, sizes: TinyModelConfig) -> None:
+        """Deepstack needs blocks to take features from, and layers to add them to."""
+        super().check_tiny(sizes)
+        if any(not 0 <= layer < sizes.vision_depth for layer in sizes.deepstack_layers):
+            raise ValueError(
+                f"--deepstack_layers {list(sizes.deepstack_layers)} must lie in [0, {sizes.vision_depth}), the blocks "
+                "that --vision_depth gives"
+            )
+        if len(sizes.deepstack_layers) > sizes.num_layers:
+            raise ValueError(
+                f"--deepstack_layers names {len(sizes.deepstack_layers)} blocks but --num_layers is "
+                f"{sizes.num_layers}; each needs a layer of the language model to be added to"
+            )
+
+    def tiny_processor(
+        self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str
+    ) -> Qwen3VLProcessor:
+        """See `ModelAdapter`."""
+        from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+        return Qwen3VLProcessor(
+            image_processor=self.tiny_image_processor(sizes),
+            tokenizer=tokenizer,
+            video_processor=Qwen3VLVideoProcessor(patch_size=sizes.patch_size, merge_size=sizes.merge_size),
+            chat_template=chat_template,
+        )
+
+    def tiny_model(self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """See `ModelAdapter`."""
+        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+        rope = {"rope_type": "default", "mrope_section": self.mrope_section(sizes), "mrope_interleaved": True}
+        text = {"intermediate_size": 2 * sizes.hidden_size, "head_dim": sizes.head_dim, "rope_scaling": rope}
+        vision = {
+            "intermediate_size": 2 * sizes.hidden_size,
+            "num_position_embeddings": POSITION_TABLE**2,
+            "deepstack_visual_indexes": list(sizes.deepstack_layers),
+        }
+        return Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(
+                text_config=self.tiny_text(sizes, tokenizer) | text,
+                vision_config=self.tiny_vision(sizes) | vision,
+                tie_word_embeddings=sizes.tie_embeddings,
+                **tiny_special_ids(tokenizer),
+            )
+        )
