@@ -126,7 +126,7 @@ class CheckpointExport:
         Raises:
             CheckpointError: above what rounding explains.
         """
-        policy, inputs = self.policy, probe(folder)
+        policy, inputs = self.policy, probe(folder, self.policy.adapter)
         model = self._model()
         tensors = self._tensors(self._tied(model))
         expected = reference_logits(tensors, model.config, getattr(torch, policy.dtype), inputs)

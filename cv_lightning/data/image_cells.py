@@ -99,7 +99,7 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
     if max(image.size) >= MAX_ASPECT * min(image.size):
         raise RowError(
             "image too long",
-            f"{key}: {image.width}x{image.height} is {MAX_ASPECT:.0f} times as long as wide or more, which no Qwen-VL "
+            f"{key}: {image.width}x{image.height} is {MAX_ASPECT:.0f} times as long as wide or more, which no "
             "model takes",
         )
     return image

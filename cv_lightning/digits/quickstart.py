@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cv_lightning.files import write_text
+from cv_lightning.models.adapters import known_types
+from cv_lightning.models.adapters.tiny import TinyModelConfig
 
 CONFIGS = Path("configs/quickstart")
 SEVERAL_RANKS = Path("configs/hardware/cpu2.yaml")
@@ -27,34 +29,22 @@ SMOKE_RL += ["--rollout.store.share", "1.0"]  # so few groups that a tenth may b
 SMOKE_TEST = ["--data.init_args.test_tasks", '{"upright": 2, "turned": 2, "small": 2, "turned_and_small": 2}']
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A family of models that the quickstart trains."""
-
-    name: str
-    """As the released models are called."""
-    prefix: str = ""
-    """Of the default folders."""
-    tiny: list[str] = field(default_factory=list)
-    """Flags of `tiny`."""
-    digits: dict[str, int] = field(default_factory=dict)
-    """Sizes of the scenes in pixels, so that a digit lies within one vision token of this family."""
-
-    def scene_flags(self, prefix: str) -> list[str]:
-        """`digits` as flags under a prefix."""
-        return [word for name, value in self.digits.items() for word in (f"--{prefix}digits.{name}", str(value))]
+DEFAULT_MODEL = "qwen3_vl"
 
 
-MODELS: dict[str, Model] = {
-    "qwen3_vl": Model(name="Qwen3-VL"),
-    "qwen2_5_vl": Model(
-        name="Qwen2.5-VL",
-        prefix="qwen2_5_vl-",
-        tiny=["--family", "qwen2_5_vl"],
-        digits={"model_side": 84, "original_side": 336, "cell": 56},
-    ),
-}
-"""The scenes' own sizes, for tokens of 32 pixels, suit Qwen3-VL; Qwen2.5-VL has tokens of 28."""
+def scene_sizes(family: str) -> dict[str, int]:
+    """Sizes of the scenes in pixels, so that a digit lies within one vision token of a family.
+
+    Returns:
+        Fields of `DigitsConfig`; empty where its defaults, for tokens of 32 pixels, are right.
+    """
+    side = TinyModelConfig(family=family).factor
+    return {} if side == 32 else {"model_side": 3 * side, "original_side": 12 * side, "cell": 2 * side}
+
+
+def scene_flags(family: str, prefix: str) -> list[str]:
+    """`scene_sizes` as flags under a prefix."""
+    return [word for name, value in scene_sizes(family).items() for word in (f"--{prefix}digits.{name}", str(value))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +63,7 @@ class Stage:
 
 
 def stages(
-    run: Path, *, seed: int, smoke: bool, ablation: bool, family: str = "qwen3_vl", ranks: int = 1
+    run: Path, *, seed: int, smoke: bool, ablation: bool, family: str = DEFAULT_MODEL, ranks: int = 1
 ) -> list[Stage]:
     """The stages of a quickstart, in order.
 
@@ -85,17 +75,16 @@ def stages(
         family: which architecture.
         ranks: processes that train and test together.
     """
-    model = MODELS[family]
-    scenes = model.scene_flags("data.init_args.")
+    scenes = scene_flags(family, "data.init_args.")
     if ranks > 1:
         scenes += ["--config", str(SEVERAL_RANKS), "--trainer.devices", str(ranks)]
     rl = ["--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
     digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed), *scenes]
     tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
-    tiny += [*model.tiny, *model.scene_flags("")]
+    tiny += [*([] if family == DEFAULT_MODEL else ["--family", family]), *scene_flags(family, "")]
     test = [*scenes, *(SMOKE_TEST if smoke else [])]
     found = [
-        Stage(name="tiny", title=f"a tiny {model.name} with random weights", arguments=tiny, writes=[run / "tiny"]),
+        Stage(name="tiny", title=f"a tiny {family} with random weights", arguments=tiny, writes=[run / "tiny"]),
         fit_stage("sft", "supervised fine-tuning", run, "tiny", [*digits, *(SMOKE_SFT if smoke else [])]),
         test_stage("sft", run, seed, test),
         fit_stage("rl", "GRPO with the process reward", run, "sft/model", [*digits, *rl], config="grpo"),
@@ -183,7 +172,9 @@ def _say(text: str) -> None:
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(prog="quickstart", description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--model", choices=MODELS, default="qwen3_vl", help="which architecture (default qwen3_vl)")
+    parser.add_argument(
+        "--model", choices=known_types(), default=DEFAULT_MODEL, help="architecture (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another model, other scenes, other samples (default 0)")
     parser.add_argument("--smoke", action="store_true", help="every stage once, small; no learning claimed")
     parser.add_argument(
@@ -205,7 +196,8 @@ def main(args: list[str] | None = None) -> int:
         parser.error(f"{CONFIGS} is not here; run it in the project's folder")
     run: Path = given.out or Path(
         "runs",
-        f"quickstart-{MODELS[given.model].prefix}"
+        "quickstart-"
+        + ("" if given.model == DEFAULT_MODEL else f"{given.model}-")
         + (f"ranks{given.ranks}-" if given.ranks > 1 else "")
         + ("smoke" if given.smoke else f"seed{given.seed}"),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from cv_lightning.images import to_model_image
+from cv_lightning.models.adapters import ModelAdapter
 from cv_lightning.models.export import ADAPTER_CONFIG
 from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.types import CheckpointError
@@ -49,9 +50,14 @@ def reference_logits(
     return logits
 
 
-def probe(folder: Path) -> BatchFeature:
-    """An image and a question, as the folder's own processor and chat template make them."""
-    adapter = load_adapter(PolicyConfig(path=str(folder)))
+def probe(folder: Path, given: ModelAdapter | None = None) -> BatchFeature:
+    """An image and a question, as the folder's own processor and chat template make them.
+
+    Args:
+        folder: Of the model.
+        given: Its adapter; None: found by its model type.
+    """
+    adapter = load_adapter(PolicyConfig(path=str(folder), adapter=given))
     side = 4 * adapter.image_rule.factor
     image = to_model_image(Image.linear_gradient("L").resize((side, side)), adapter.image_rule)
     message: dict[str, Any] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}

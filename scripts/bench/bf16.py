@@ -44,8 +44,8 @@ from cv_lightning.callbacks import start_check  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import SFTDataModule  # noqa: E402
 from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
-from cv_lightning.digits.tiny import Family, TinyModelConfig  # noqa: E402
-from cv_lightning.models.loading import PolicyConfig, load_policy, load_processor  # noqa: E402
+from cv_lightning.models.adapters.tiny import TinyModelConfig  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy  # noqa: E402
 from cv_lightning.models.logprobs import packed_logprobs  # noqa: E402
 from cv_lightning.models.packing import pack_rows  # noqa: E402
 from cv_lightning.models.vision import VisionCache  # noqa: E402
@@ -69,7 +69,7 @@ def mean(differences: torch.Tensor) -> float:
 
 
 # ------------------------------------------------------------------ two ranks
-def gradients(family: Family, seed: int, folder: Path) -> Figures:
+def gradients(family: str, seed: int, folder: Path) -> Figures:
     """Errors of summed gradients on each of two ranks: the norm of the error over the norm of the exact ones."""
     deep = {"deepstack_layers": (0,)} if family == "qwen3_vl" else {"full_attention_every": 1}
     small = {"num_layers": 1, "vision_depth": 1, "hidden_size": 64, "num_key_value_heads": 2}
@@ -92,17 +92,17 @@ def gradients(family: Family, seed: int, folder: Path) -> Figures:
         yield what, whole.gradient_error(found[str(number)])
 
 
-def sft(family: Family, seed: int, folder: Path) -> Figures:
+def sft(family: str, seed: int, folder: Path) -> Figures:
     """Distances of 20 steps of supervised fine-tuning, vision tower frozen; see `distances_of`."""
     return distances_of("sft", family, seed, folder, module="sft", steps=20, freeze_vision=True)
 
 
-def grpo(family: Family, seed: int, folder: Path) -> Figures:
+def grpo(family: str, seed: int, folder: Path) -> Figures:
     """Distances of 10 iterations of GRPO; see `distances_of`."""
     return distances_of("grpo", family, seed, folder)
 
 
-def distances_of(kind: str, family: Family, seed: int, folder: Path, **settings: object) -> Figures:
+def distances_of(kind: str, family: str, seed: int, folder: Path, **settings: object) -> Figures:
     """Distances of whole runs on two ranks from one process, as `test_bf16.py` takes them."""
     path = checkpoint(folder / "model", family=family, seed=seed, tie_embeddings=family == "qwen2_5_vl")
     run = replace(Run(checkpoint=str(path), dtype="bfloat16", seed=seed), **settings)  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ def distances_of(kind: str, family: Family, seed: int, folder: Path, **settings:
 
 
 # ------------------------------------------------------------------ one process
-def forward(family: Family, seed: int, folder: Path) -> Figures:
+def forward(family: str, seed: int, folder: Path) -> Figures:
     """Differences of log-probabilities that the start-up check of SFT looks at; mean over tokens, and the extremes."""
     module = module_of(checkpoint(folder / "model", family=family, seed=seed, initializer_range=LARGE))
     module.policy = load_policy(module.policy_config)
@@ -151,12 +151,12 @@ def forward(family: Family, seed: int, folder: Path) -> Figures:
         yield f"planted: {fault.replace('_', ' ')}, the least", min(means)
 
 
-def sequence_lengths(family: Family, seed: int, folder: Path) -> Figures:
+def sequence_lengths(family: str, seed: int, folder: Path) -> Figures:
     """Long and shared-prefix sequences against transformers' own forward of each alone; mean over learned tokens."""
     path = checkpoint(
         folder / "model", family=family, seed=seed, num_layers=2, max_positions=8192, initializer_range=LARGE
     )
-    policy = load_policy(PolicyConfig(path=str(path), dtype="bfloat16")), load_processor(str(path))
+    policy = load_policy(PolicyConfig(path=str(path), dtype="bfloat16")), load_adapter(PolicyConfig(path=str(path)))
     images, cache = sequences.images_of(policy[1], 4), VisionCache(policy[1])
     long = sequences.sequence_of(policy, images, cache, sequences.LENGTH, seed)
     yield "4,200 tokens, 4 images", mean(sequences.gap(policy, [long], [images]))
@@ -166,20 +166,20 @@ def sequence_lengths(family: Family, seed: int, folder: Path) -> Figures:
     other = sequences.sequence_of(policy, images[2:], cache, 200, seed + 2000)
     yield "shared prefix and packed", mean(sequences.gap(policy, [*group, other], [images[:2]] * 4 + [images[2:]]))
     with torch.no_grad():
-        packed = pack_rows(group, policy[0].config)
+        packed = pack_rows(group, policy[0].config, policy[1])
         together = packed_logprobs(policy[0], packed).logprobs
-        alone = [packed_logprobs(policy[0], pack_rows([one], policy[0].config)).logprobs for one in group]
+        alone = [packed_logprobs(policy[0], pack_rows([one], policy[0].config, policy[1])).logprobs for one in group]
     apart = [together[packed.row_index == number] - one for number, one in enumerate(alone)]
     yield "shared prefix against alone", mean(torch.cat(apart))
 
 
-def engine(family: Family, seed: int, folder: Path) -> Figures:
+def engine(family: str, seed: int, folder: Path) -> Figures:
     """Trainer minus vLLM over three syncs of one engine, and under planted faults; mean over sampled tokens."""
     from cv_lightning.engines.vllm import VLLMEngine
 
     path = checkpoint(folder / "model", family=family, seed=seed, initializer_range=LARGE)
     policy = Policy.load(path, dtype="bfloat16")
-    vllm = VLLMEngine(str(path), agreement.CONFIG, policy.encoder.limits, dtype="bfloat16")
+    vllm = VLLMEngine(str(path), agreement.CONFIG, policy.adapter, dtype="bfloat16")
     try:
         for version in (1, 2, 3):
             agreement.sync(policy, vllm, version)

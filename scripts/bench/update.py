@@ -266,13 +266,11 @@ def loss_memory(width: int = 128) -> tuple[float, float]:
     batch: Any = SimpleNamespace(
         loss_positions=torch.zeros(LOSS_TOKENS, dtype=torch.long, device="meta"), targets=targets
     )
-    batch.pixels, batch.image_grid_thw = (), None
+    batch.adapter = SimpleNamespace(packed_hidden=lambda model, batch: states)
     model: Any = SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCABULARY)),
         get_output_embeddings=lambda: head,
-        model=lambda **_: SimpleNamespace(last_hidden_state=states),
     )
-    batch.input_ids = batch.position_ids = batch.mm_token_type_ids = None
     with LiveBytes() as ours:
         packed_logprobs(model, batch, temperature=0.7).logprobs.sum().backward()
     head.weight.grad = states.grad = None

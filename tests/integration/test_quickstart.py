@@ -17,7 +17,7 @@ import pytest
 from digests import assert_recorded, run_digest, smoke_digest
 from PIL import Image
 
-from cv_lightning.digits.quickstart import MODELS
+from cv_lightning.digits.quickstart import scene_flags
 
 ROOT = Path(__file__).parents[2]
 KEEP_ALL = ["--rollout.store", "{share: 1.0, tokens: true}"]
@@ -92,7 +92,7 @@ def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: str, *fl
     command += ["--model.init_args.algorithm.kl.weight", "0.01", "--model.init_args.algorithm.entropy_weight", "0.01"]
     command += ["--model.init_args.optimizer.warmup_steps", "0"]
     command += ["--data.init_args.num_iterations", "3", "--data.init_args.tasks_per_iteration", "2"]
-    command += [*MODELS[family].scene_flags("data.init_args."), *flags]
+    command += [*scene_flags(family, "data.init_args."), *flags]
     done = subprocess.run(command, cwd=ROOT, env=SETTINGS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     rows = list(csv.DictReader((out / "metrics.csv").open()))

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.commands.tiny import TinyCheckpoint, main, write
 from cv_lightning.digits.demonstrations import tokenizer_corpus
-from cv_lightning.digits.quickstart import MODELS
+from cv_lightning.digits.quickstart import scene_sizes
 from cv_lightning.digits.scenes import GLYPH_SIDE, GLYPHS, KINDS, LAYOUT, DigitsConfig, Kind, digit_task
 from cv_lightning.digits.tiny import MARKUP_TOKENS, train_byte_pairs, write_tiny_checkpoint
 from cv_lightning.images import ImageLimits
@@ -48,7 +48,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def scenes(family: str) -> DigitsConfig:
     """The digits as the quickstart shows them to this family."""
-    return DigitsConfig(**MODELS[family].digits)
+    return DigitsConfig(**scene_sizes(family))
 
 
 @pytest.fixture(scope="module")
