@@ -198,7 +198,7 @@ def engine(family: str, seed: int, folder: Path) -> Figures:
         vllm.close()
 
 
-PARTS: dict[str, tuple[Callable[[Family, int, Path], Figures], int]] = {
+PARTS: dict[str, tuple[Callable[[str, int, Path], Figures], int]] = {
     "forward": (forward, 8),
     "sequences": (sequence_lengths, 8),
     "engine": (engine, 3),
