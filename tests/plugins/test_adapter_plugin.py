@@ -22,13 +22,11 @@ trainer:
   max_epochs: 1
   enable_progress_bar: false
   enable_checkpointing: false
-  callbacks:
-    - class_path: cv_lightning.callbacks.rollout.RolloutCallback
-      init_args:
-        num_samples: 2
-        agent: {max_turns: 1, max_turn_tokens: 8, max_images: 2, prompt: {system: none, state_size: false}}
-        engine: {kind: transformers, max_model_len: 512, max_num_seqs: 8, max_images: 2}
-        store: {share: 1.0}
+rollout:
+  num_samples: 2
+  agent: {max_turns: 1, max_turn_tokens: 8, max_images: 2, prompt: {system: none, state_size: false}}
+  engine: {kind: transformers, max_model_len: 512, max_num_seqs: 8, max_images: 2}
+  store: {share: 1.0}
 model:
   class_path: GRPOModule
   init_args:
