@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cv_lightning.models.adapters.base import ImageInputs, ModelAdapter, joined
+from cv_lightning.models.adapters.base import ImageInputs, ModelAdapter, PackedInputs
 from cv_lightning.types import DataError
 
 if TYPE_CHECKING:
@@ -42,19 +42,9 @@ class TrainRow:
 
 
 @dataclass(slots=True, kw_only=True)
-class PackedBatch:
+class PackedBatch(PackedInputs):
     """One packed row. `N` is the number of loss positions, `R` the number of rows in it."""
 
-    input_ids: torch.Tensor
-    """[1, T]"""
-    position_ids: torch.Tensor
-    """[rows, 1, T]: text positions, then those of the adapter. Text positions restart at 0 for every sequence; one that
-    shares the first n tokens of the sequence before it restarts at n."""
-    images: tuple[ImageInputs, ...]
-    """The distinct images, in main memory: all rows of an iteration share them with the cache that made them, and only
-    the row that is computed has a copy, see `image_tensors`"""
-    image_index: torch.Tensor | None
-    """[images]: which of the distinct images each shown image is"""
     loss_positions: torch.Tensor
     """[N]: positions in T whose *next* token is learned from"""
     targets: torch.Tensor
@@ -72,10 +62,6 @@ class PackedBatch:
     """[N]: what the ratio is taken against, if not the engine's"""
     reference_logprobs: torch.Tensor | None = None
     """[N]: of the reference policy"""
-
-    def image_tensors(self) -> dict[str, torch.Tensor]:
-        """Inputs of all distinct images by name, on the batch's device; made again at every call."""
-        return {name: tensor.to(self.input_ids.device) for name, tensor in joined(self.images).items()}
 
     @property
     def num_loss_tokens(self) -> int:

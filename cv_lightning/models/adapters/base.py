@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from cv_lightning.images import ImageRule
+from cv_lightning.models.adapters.sizes import TinySizes
 from cv_lightning.types import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-    from cv_lightning.models.adapters.tiny import TinyModelConfig
-    from cv_lightning.models.packing import PackedBatch
 
 LOGIT_BAN = -100.0
 """Added to the logits of banned ids, before temperature, by engines and trainer alike."""
@@ -40,6 +39,26 @@ class ImageInputs:
     def num_tokens(self) -> int:
         """Image tokens in the sequence."""
         return self.grid[0] * self.grid[1]
+
+
+@dataclass(slots=True, kw_only=True)
+class PackedInputs:
+    """What the model reads of one packed row of `T` tokens."""
+
+    input_ids: torch.Tensor
+    """[1, T]"""
+    position_ids: torch.Tensor
+    """[rows, 1, T]: text positions, then those of the adapter. Text positions restart at 0 for every sequence; one that
+    shares the first n tokens of the sequence before it restarts at n."""
+    images: tuple[ImageInputs, ...]
+    """The distinct images, in main memory: all rows of an iteration share them with the cache that made them, and only
+    the row that is computed has a copy, see `image_tensors`"""
+    image_index: torch.Tensor | None
+    """[images]: which of the distinct images each shown image is"""
+
+    def image_tensors(self) -> dict[str, torch.Tensor]:
+        """Inputs of all distinct images by name, on the batch's device; made again at every call."""
+        return {name: tensor.to(self.input_ids.device) for name, tensor in joined(self.images).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +240,12 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
-    def packed_hidden(self, model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    def packed_hidden(self, model: PreTrainedModel, inputs: PackedInputs) -> torch.Tensor:
         """Last hidden states of a packed row, [1, T, hidden]. An image that several sequences show is encoded once.
 
         Args:
             model: The policy.
-            batch: On the model's device.
+            inputs: On the model's device.
         """
 
     @abstractmethod
@@ -268,7 +287,7 @@ class ModelAdapter(ABC):
     """Further special tokens of a tiny checkpoint's tokenizer."""
 
     @abstractmethod
-    def check_tiny(self, sizes: TinyModelConfig) -> None:
+    def check_tiny(self, sizes: TinySizes) -> None:
         """Refuse sizes that the family cannot have.
 
         Raises:
@@ -281,12 +300,12 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def tiny_processor(
-        self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str
+        self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase, chat_template: str
     ) -> ProcessorMixin:
         """The processor of a tiny checkpoint."""
 
     @abstractmethod
-    def tiny_model(self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def tiny_model(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """A random-weight model of the real architecture, drawn from torch's global generator."""
 
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cv_lightning.models.adapters.base import Architecture
 from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter, tiny_special_ids
+from cv_lightning.models.adapters.sizes import TinySizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2_5_VLProcessor
-
-    from cv_lightning.models.adapters.tiny import TinyModelConfig
 
 
 class Qwen25VLAdapter(QwenVLAdapter):
@@ -31,7 +30,7 @@ class Qwen25VLAdapter(QwenVLAdapter):
         """See `ModelAdapter`."""
         return replace(super().architecture(config), vision_gated=True)
 
-    def check_tiny(self, sizes: TinyModelConfig) -> None:
+    def check_tiny(self, sizes: TinySizes) -> None:
         """Windows and whole-image blocks have to fit the vision tower."""
         super().check_tiny(sizes)
         if not 1 <= sizes.full_attention_every <= sizes.vision_depth or sizes.window_tokens < 1:
@@ -41,7 +40,7 @@ class Qwen25VLAdapter(QwenVLAdapter):
             )
 
     def tiny_processor(
-        self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str
+        self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase, chat_template: str
     ) -> Qwen2_5_VLProcessor:
         """See `ModelAdapter`."""
         from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
@@ -49,11 +48,11 @@ class Qwen25VLAdapter(QwenVLAdapter):
         return Qwen2_5_VLProcessor(
             image_processor=self.tiny_image_processor(sizes),
             tokenizer=tokenizer,
-            video_processor=Qwen2VLVideoProcessor(patch_size=sizes.patch_size, merge_size=sizes.merge_size),
+            video_processor=Qwen2VLVideoProcessor(patch_size=self.tiny_patch_size, merge_size=sizes.merge_size),
             chat_template=chat_template,
         )
 
-    def tiny_model(self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def tiny_model(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """See `ModelAdapter`."""
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -65,7 +64,7 @@ class Qwen25VLAdapter(QwenVLAdapter):
         }
         vision = {
             "intermediate_size": 3 * sizes.hidden_size,
-            "window_size": sizes.window_tokens * sizes.factor,
+            "window_size": sizes.window_tokens * sizes.merge_size * self.tiny_patch_size,
             "fullatt_block_indexes": list(range(every - 1, sizes.vision_depth, every)),
         }
         return Qwen2_5_VLForConditionalGeneration(

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cv_lightning.models.adapters.base import Architecture
 from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter, tiny_special_ids
+from cv_lightning.models.adapters.sizes import TinySizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3VLProcessor
-
-    from cv_lightning.models.adapters.tiny import TinyModelConfig
 
 POSITION_TABLE = 16
 """Side of a tiny vision tower's learned position table; it is interpolated to the patch grid of each image."""
@@ -32,7 +31,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
         mergers = 1 + len(config.vision_config.deepstack_visual_indexes)
         return replace(super().architecture(config), head_norm=True, mergers=mergers)
 
-    def check_tiny(self, sizes: TinyModelConfig) -> None:
+    def check_tiny(self, sizes: TinySizes) -> None:
         """Deepstack needs blocks to take features from, and layers to add them to."""
         super().check_tiny(sizes)
         if any(not 0 <= layer < sizes.vision_depth for layer in sizes.deepstack_layers):
@@ -47,7 +46,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
             )
 
     def tiny_processor(
-        self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str
+        self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase, chat_template: str
     ) -> Qwen3VLProcessor:
         """See `ModelAdapter`."""
         from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
@@ -55,11 +54,11 @@ class Qwen3VLAdapter(QwenVLAdapter):
         return Qwen3VLProcessor(
             image_processor=self.tiny_image_processor(sizes),
             tokenizer=tokenizer,
-            video_processor=Qwen3VLVideoProcessor(patch_size=sizes.patch_size, merge_size=sizes.merge_size),
+            video_processor=Qwen3VLVideoProcessor(patch_size=self.tiny_patch_size, merge_size=sizes.merge_size),
             chat_template=chat_template,
         )
 
-    def tiny_model(self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def tiny_model(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """See `ModelAdapter`."""
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from cv_lightning.images import ImageLimits, ImageRule
-from cv_lightning.models.adapters.base import Architecture, ImageInputs, ModelAdapter, Part, joined, read_template
+from cv_lightning.models.adapters.base import (
+    Architecture,
+    ImageInputs,
+    ModelAdapter,
+    PackedInputs,
+    Part,
+    joined,
+    read_template,
+)
+from cv_lightning.models.adapters.sizes import TinySizes
 from cv_lightning.types import DataError, EngineError
 
 if TYPE_CHECKING:
@@ -18,8 +27,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2VLImageProcessor
 
-    from cv_lightning.models.adapters.tiny import TinyModelConfig
-    from cv_lightning.models.packing import PackedBatch
 
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -116,22 +123,22 @@ class QwenVLAdapter(ModelAdapter):
         positions[1:, start:] = np.arange(position, position + length - start)
         return positions
 
-    def packed_hidden(self, model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    def packed_hidden(self, model: PreTrainedModel, inputs: PackedInputs) -> torch.Tensor:
         """See `ModelAdapter`."""
         images = {}
-        if batch.images and batch.image_index is not None:
-            features = model.model.get_image_features(**batch.image_tensors(), return_dict=True)
-            if batch.image_index.numel() != len(batch.images):  # else every image is shown once, in order
-                order = batch.image_index.tolist()
+        if inputs.images and inputs.image_index is not None:
+            features = model.model.get_image_features(**inputs.image_tensors(), return_dict=True)
+            if inputs.image_index.numel() != len(inputs.images):  # else every image is shown once, in order
+                order = inputs.image_index.tolist()
                 features.pooler_output = [features.pooler_output[i] for i in order]
                 deep = getattr(features, "deepstack_features", None)
                 if deep is not None:
                     features.deepstack_features = [[level[i] for i in order] for level in deep]
             images["mm_encoder_outputs"] = {"image": features}
         output = model.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            mm_token_type_ids=(batch.input_ids == self.image_id).long(),
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            mm_token_type_ids=(inputs.input_ids == self.image_id).long(),
             use_cache=False,
             **images,
         )
@@ -174,12 +181,12 @@ class QwenVLAdapter(ModelAdapter):
         )
 
     # ------------------------------------------------------------------ tiny checkpoints
-    def check_tiny(self, sizes: TinyModelConfig) -> None:
+    def check_tiny(self, sizes: TinySizes) -> None:
         """Half of a head's width has to split by the family's mRoPE."""
         unit = 2 * sum(self.mrope_shares)
         if sizes.head_dim % unit:
             raise ValueError(
-                f"--head_dim {sizes.head_dim} must be a multiple of {unit}: the mRoPE of --family {sizes.family} "
+                f"--head_dim {sizes.head_dim} must be a multiple of {unit}: the mRoPE of {self.model_types[0]} "
                 f"splits half of it {' : '.join(map(str, self.mrope_shares))}"
             )
 
@@ -187,24 +194,25 @@ class QwenVLAdapter(ModelAdapter):
         """See `ModelAdapter`."""
         tokenizer.image_token, tokenizer.video_token = IMAGE_PAD, VIDEO_PAD
 
-    def mrope_section(self, sizes: TinyModelConfig) -> list[int]:
+    def mrope_section(self, sizes: TinySizes) -> list[int]:
         """Rotary frequencies by time, height and width; together head_dim / 2."""
         return [sizes.head_dim // 2 * share // sum(self.mrope_shares) for share in self.mrope_shares]
 
-    def tiny_image_processor(self, sizes: TinyModelConfig) -> Qwen2VLImageProcessor:
+    def tiny_image_processor(self, sizes: TinySizes) -> Qwen2VLImageProcessor:
         """The families have the same class, at different patch sizes."""
         from transformers import Qwen2VLImageProcessor
 
+        area = (self.tiny_patch_size * sizes.merge_size) ** 2
         return Qwen2VLImageProcessor(
-            patch_size=sizes.patch_size,
+            patch_size=self.tiny_patch_size,
             merge_size=sizes.merge_size,
             temporal_patch_size=2,
-            size={"shortest_edge": sizes.min_pixels, "longest_edge": sizes.max_pixels},
+            size={"shortest_edge": sizes.min_tokens * area, "longest_edge": sizes.max_tokens * area},
             image_mean=[sizes.image_mean] * 3,
             image_std=[sizes.image_std] * 3,
         )
 
-    def tiny_text(self, sizes: TinyModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def tiny_text(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Settings that the language models share."""
         return {
             "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -219,13 +227,13 @@ class QwenVLAdapter(ModelAdapter):
             "pad_token_id": tokenizer.pad_token_id,
         }
 
-    def tiny_vision(self, sizes: TinyModelConfig) -> dict[str, Any]:
+    def tiny_vision(self, sizes: TinySizes) -> dict[str, Any]:
         """Settings that the vision towers share."""
         return {
             "depth": sizes.vision_depth,
             "hidden_size": sizes.hidden_size,
             "num_heads": sizes.hidden_size // sizes.head_dim,
-            "patch_size": sizes.patch_size,
+            "patch_size": self.tiny_patch_size,
             "spatial_merge_size": sizes.merge_size,
             "temporal_patch_size": 2,
             "out_hidden_size": sizes.hidden_size,

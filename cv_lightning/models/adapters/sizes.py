@@ -1,0 +1,69 @@
+"""Sizes of tiny random-weight checkpoints, which every family makes in its own architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinySizes:
+    """Sizes of a tiny model.
+
+    The defaults have 2.5 M (Qwen3-VL) or 2.3 M (Qwen2.5-VL) parameters and read digits scenes of 3x3 vision tokens.
+    """
+
+    hidden_size: int = 128
+    """Width of the language model and of the vision tower; a multiple of `head_dim`."""
+    num_layers: int = 4
+    """Layers of the language model."""
+    head_dim: int = 32
+    """Width of an attention head; decides the split of mRoPE into time, height and width."""
+    num_key_value_heads: int = 4
+    """Divides hidden_size / head_dim."""
+    vision_depth: int = 4
+    """Blocks of the vision tower."""
+    deepstack_layers: tuple[int, ...] = (1, 2)
+    """Qwen3-VL: vision blocks whose features are added to the first layers of the language model."""
+    full_attention_every: int = 2
+    """Qwen2.5-VL: every so many-th vision block attends to the whole image (the 8th in the released models), the
+    others within windows."""
+    window_tokens: int = 2
+    """Qwen2.5-VL: side of a window in vision tokens (4 in the released models)."""
+    merge_size: int = 2
+    """Patches a side that become one vision token."""
+    min_tokens: int = 5
+    """Images of fewer vision tokens are enlarged. The defaults show every square image as 3x3 tokens (96x96 pixels
+    in Qwen3-VL, 84x84 in Qwen2.5-VL), and leave other shapes enough room that their size on the grid needs no second
+    resize."""
+    max_tokens: int = 12
+    """Images of more vision tokens are reduced."""
+    image_mean: float = 1.0
+    """1 makes a white background exactly 0, without which position embeddings drown in it and nothing is learned."""
+    image_std: float = 0.5
+    """Divisor after the mean is taken off, both on a scale of 0 to 1."""
+    max_positions: int = 4096
+    """Longest sequence in tokens."""
+    tie_embeddings: bool = False
+    """Output head and word embeddings are one matrix, as in the small released models."""
+    initializer_range: float = 0.02
+    """Standard deviation of the random weights; the released models began with 0.02."""
+    tokenizer_merges: Literal["strings", "words"] = "strings"
+    """strings: whole phrases of the corpus become one token, single digits stay apart, so that a tool call takes 6-21
+    tokens; words: text is cut first as Qwen's tokenizers cut it (35-49 tokens a call)."""
+    vocabulary: int = 640
+    """Byte-pair entries at most: 256 bytes and the merges that the corpus gives; special tokens come on top."""
+    seed: int = 0
+    """Seed of the weights."""
+
+    def __post_init__(self) -> None:
+        heads = self.hidden_size // self.head_dim
+        if self.hidden_size % self.head_dim or heads < 1 or heads % self.num_key_value_heads:
+            raise ValueError(
+                f"--hidden_size {self.hidden_size} must be a multiple of --head_dim {self.head_dim}, and the resulting "
+                f"{heads} heads a multiple of --num_key_value_heads {self.num_key_value_heads}"
+            )
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"1 <= --min_tokens {self.min_tokens} <= --max_tokens {self.max_tokens} must hold")
+        if self.vocabulary < 256:
+            raise ValueError(f"--vocabulary {self.vocabulary} must be at least 256, one entry a byte")
