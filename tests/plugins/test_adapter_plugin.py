@@ -28,15 +28,14 @@ rollout:
   engine: {kind: transformers, max_model_len: 512, max_num_seqs: 8, max_images: 2}
   store: {share: 1.0}
 model:
-  class_path: GRPOModule
+  class_path: cv_lightning.modules.grpo.GRPOModule
   init_args:
     policy:
       dtype: float32
       min_pixels: 4096   # the processor itself must not enlarge what the adapter has sized
       adapter: {class_path: even_sides.EvenSidesAdapter, init_args: {max_tokens: 8}}
-    num_minibatches: 1
 data:
-  class_path: TaskDataModule
+  class_path: cv_lightning.data.modules.TaskDataModule
   init_args: {num_iterations: 1, tasks_per_iteration: 2}
 """
 
