@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cv_lightning.models.adapters import ModelAdapter, adapter_for, adapter_of_folder
+from cv_lightning.models.adapters import ModelAdapter, adapter_for, adapter_of_checkpoint
 from cv_lightning.models.lora import LoraConfig, add_adapters
 from cv_lightning.types import CheckpointError
 
@@ -91,7 +91,7 @@ def load_adapter(config: PolicyConfig) -> ModelAdapter:
         CheckpointError: The folder lacks a processor, or the family is not known.
     """
     processor = load_processor(config.path, config.min_pixels, config.max_pixels)
-    return (config.adapter or adapter_of_folder(config.path)).bind(processor)
+    return (config.adapter or adapter_of_checkpoint(config.path, processor)).bind(processor)
 
 
 def model_positions(folder: Path) -> int | None:

@@ -7,9 +7,13 @@ import json
 import pkgutil
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cv_lightning.models.adapters.base import Architecture, ImageInputs, ModelAdapter, Part
 from cv_lightning.types import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 __all__ = [
     "Architecture",
@@ -17,7 +21,7 @@ __all__ = [
     "ModelAdapter",
     "Part",
     "adapter_for",
-    "adapter_of_folder",
+    "adapter_of_checkpoint",
     "known_types",
 ]
 
@@ -56,23 +60,32 @@ def adapter_for(model_type: str, where: str = "policy.path") -> ModelAdapter:
     return _families()[model_type]()
 
 
-def adapter_of_folder(path: str) -> ModelAdapter:
-    """The adapter that the `model_type` of a checkpoint decides.
+def adapter_of_checkpoint(path: str, processor: ProcessorMixin) -> ModelAdapter:
+    """The adapter that the `model_type` of a checkpoint decides, and where it has no config.json, its processor.
 
     Args:
         path: Hugging Face folder, or a name on the hub.
+        processor: Loaded from there.
 
     Raises:
-        CheckpointError: It has no config.json, or its family is not known.
+        CheckpointError: Its config.json cannot be read, or its family is not known.
     """
     from transformers import PretrainedConfig
 
-    file = Path(path) / "config.json"
+    folder, kind = Path(path), type(processor).__name__
+    if folder.is_dir() and not (folder / "config.json").exists():
+        for family in _families().values():
+            if family.processor_class == kind:
+                return family()
     try:
-        fields = json.loads(file.read_text()) if Path(path).is_dir() else PretrainedConfig.get_config_dict(path)[0]
+        fields = (
+            json.loads((folder / "config.json").read_text())
+            if folder.is_dir()
+            else PretrainedConfig.get_config_dict(path)[0]
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"policy.path {path}: its config.json cannot be read ({error}), so that the family is not known; copy it "
-            "from the base model, or name the family's adapter as policy.adapter"
+            f"policy.path {path}: its config.json cannot be read ({error}), and its {kind} tells no family either; "
+            "copy it from the base model, or name the family's adapter as policy.adapter"
         ) from error
     return adapter_for(str(fields.get("model_type")), f"policy.path {path}")

@@ -97,6 +97,8 @@ class ModelAdapter(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """Values of `model_type` in config.json that mean this family."""
+    processor_class: ClassVar[str] = ""
+    """Class of its processor, which tells the family of a folder without config.json."""
 
     # ------------------------------------------------------------------ special tokens and dialect
     end_of_turn: ClassVar[str]

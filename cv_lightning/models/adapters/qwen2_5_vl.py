@@ -17,6 +17,7 @@ class Qwen25VLAdapter(QwenVLAdapter):
     """Most blocks of the vision tower attend within windows."""
 
     model_types = ("qwen2_5_vl",)
+    processor_class = "Qwen2_5_VLProcessor"
     liger_function = "apply_liger_kernel_to_qwen2_5_vl"
     liger_parts: ClassVar = {
         "rms_norm": True,

@@ -20,6 +20,7 @@ class Qwen3VLAdapter(QwenVLAdapter):
     """Features of some vision blocks are added to the first layers of the language model (deepstack)."""
 
     model_types = ("qwen3_vl",)
+    processor_class = "Qwen3VLProcessor"
     liger_function = "apply_liger_kernel_to_qwen3_vl"
     liger_parts: ClassVar = {"rms_norm": True, "swiglu": False, "rope": True}  # it has no gated unit for this family
     unsaved_engine_buffers = ("deepstack_input_embeds",)
