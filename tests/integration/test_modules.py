@@ -16,7 +16,6 @@ from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import SFTDataModule, StepLoader
 from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.models import vision
 from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import load_policy
 from cv_lightning.modules.base import OptimizerConfig
@@ -257,11 +256,9 @@ def test_the_reference_runs_every_second_iteration_at_twice_the_weight(tiny_chec
 def test_each_image_is_processed_once_an_iteration(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processed: list[int] = []
     module = GRPOModule(policy(tiny_checkpoint))
-    process = vision.process_images
+    process = module.adapter.process_images
     monkeypatch.setattr(
-        vision,
-        "process_images",
-        lambda processor, images: processed.extend(map(id, images)) or process(processor, images),
+        module.adapter, "process_images", lambda images: processed.extend(map(id, images)) or process(images)
     )
     trajectories = [t for group in groups(module, 2) for t in group.trajectories]
     for _ in range(2):
