@@ -44,7 +44,7 @@ from cv_lightning.data.modules import StepLoader  # noqa: E402
 from cv_lightning.models.adapters.base import LOGIT_BAN, joined  # noqa: E402
 from cv_lightning.models.attention import NAME, use_attention  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig  # noqa: E402
-from cv_lightning.models.logprobs import LogProbs, packed_hidden, packed_logprobs  # noqa: E402
+from cv_lightning.models.logprobs import LogProbs, packed_logprobs  # noqa: E402
 from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
@@ -146,7 +146,7 @@ class BenchModule(GRPOModule):
 
     def _bare(self, batch: PackedBatch) -> None:
         assert self.policy is not None
-        states = packed_hidden(self.policy, batch)[0].index_select(0, batch.loss_positions)
+        states = self.adapter.packed_hidden(self.policy, batch)[0].index_select(0, batch.loss_positions)
         logits = self.policy.get_output_embeddings()(states).float()
         torch.nn.functional.cross_entropy(logits, batch.targets).backward()
 

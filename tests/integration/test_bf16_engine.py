@@ -21,7 +21,8 @@ from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.engines import EngineConfig
 from cv_lightning.engines.base import Engine
-from cv_lightning.models import packing
+from cv_lightning.models.adapters import ImageInputs
+from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter
 from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
@@ -94,14 +95,14 @@ def test_bf16_swapped_images_exceed_the_limit(both: tuple[Policy, Engine]) -> No
 
 def test_bf16_shifted_positions_exceed_the_limit(both: tuple[Policy, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     sync(*both, 5)
-    positions = packing._positions
+    positions = QwenVLAdapter.positions
 
-    def shifted(is_image: np.ndarray, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
-        found = positions(is_image, shapes)
+    def shifted(adapter: QwenVLAdapter, is_image: np.ndarray, images: Sequence[ImageInputs]) -> np.ndarray:
+        found = positions(adapter, is_image, images)
         found[1:, int(is_image.argmax()) :] += 1
         return found
 
-    monkeypatch.setattr(packing, "_positions", shifted)
+    monkeypatch.setattr(QwenVLAdapter, "positions", shifted)
     assert exceeds(differences(*both, seed=5), "bfloat16", 0.0, ENGINE_MEAN)
 
 

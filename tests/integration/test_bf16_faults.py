@@ -16,6 +16,8 @@ from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule
 from cv_lightning.models import packing
+from cv_lightning.models.adapters import ImageInputs
+from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter
 from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.models.patches import PatchProjection
@@ -66,15 +68,15 @@ def plant(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         get = VisionCache.get
         monkeypatch.setattr(VisionCache, "get", lambda self, images: get(self, list(images))[::-1])
     else:
-        positions = packing._positions
+        positions = QwenVLAdapter.positions
 
-        def shifted(is_image: np.ndarray, shapes: Sequence[tuple[int, int]]) -> np.ndarray:
-            found = positions(is_image, shapes)
+        def shifted(adapter: QwenVLAdapter, is_image: np.ndarray, images: Sequence[ImageInputs]) -> np.ndarray:
+            found = positions(adapter, is_image, images)
             if is_image.any():
                 found[1:, int(is_image.argmax()) :] += 1
             return found
 
-        monkeypatch.setattr(packing, "_positions", shifted)
+        monkeypatch.setattr(QwenVLAdapter, "positions", shifted)
 
 
 def start(module: SFTModule, conversations: list[Conversation]) -> None:

@@ -210,7 +210,7 @@ def test_level_2_without_clearing_the_deepstack_inputs_is_noticed(
         engine.update_weights(policy.model.named_parameters(), version=13)
     with pytest.raises((AssertionError, EngineError, ValueError)):
         assert worst_gap(policy, engine, shapes=ONE_TEXT) <= TOLERANCE
-    engine.llm.collective_rpc(_clear_unnamed_buffers)
+    engine.llm.collective_rpc(_clear_unnamed_buffers, args=(engine.adapter.unsaved_engine_buffers,))
     engine.llm.collective_rpc(lose_cache)  # blocks that are used again hold what the faulty step left
     engine.update_weights(policy.model.named_parameters(), version=14)
     assert worst_gap(policy, engine, shapes=ONE_TEXT) <= TOLERANCE
