@@ -242,8 +242,8 @@ def test_plan_counts_the_activations_that_autograd_saves(
     shape = shape_of(model_of(folder, dtype, 2, 2, checkpointing))
     base, batch = saved(2, 2, 200, 3)
     deep, wide = saved(4, 2, 200, 3)[0], saved(2, 4, 200, 3)[0]
-    assert batch.pixel_values is not None
-    tokens, patches = batch.input_ids.numel(), len(batch.pixel_values)
+    pixels = batch.image_tensors()["pixel_values"]
+    tokens, patches = batch.input_ids.numel(), len(pixels)
     a_layer = shape.dtype_bytes * shape.hidden if checkpointing else layer_bytes(shape)
     a_block = shape.dtype_bytes * shape.vision_hidden if checkpointing else vision_block_bytes(shape)
     assert (deep - base) / 2 == pytest.approx(tokens * a_layer, rel=0.05)
