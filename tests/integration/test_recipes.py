@@ -161,7 +161,7 @@ def test_recipes_of_the_real_models_have_their_parameters(name: str) -> None:
 @pytest.mark.parametrize("model", list(PARAMETERS))
 def test_recipes_with_adapters_train_them_alone(stage: str, model: str) -> None:
     given = read(f"{stage}/{model}.yaml", f"{stage}/lora.yaml", "hardware/1gpu_lora.yaml")["model"]["init_args"]
-    lora = LoraConfig(**{**given["policy"].pop("lora"), "targets": tuple(LoraConfig().targets)})
+    lora = LoraConfig(**given["policy"].pop("lora"))
     empty = empty_policy(PolicyConfig(**given["policy"], lora=lora))
     trained = {name: p for name, p in empty.named_parameters() if p.requires_grad}
     text = empty.config.get_text_config()
