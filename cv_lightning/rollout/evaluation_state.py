@@ -13,6 +13,7 @@ from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.runs import EVALUATION_RECORD
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
+from cv_lightning.renames import new_key
 from cv_lightning.settings import changed, flatten
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import LINES
@@ -20,6 +21,8 @@ from cv_lightning.types import EndState, Task
 
 STATE = EVALUATION_RECORD
 """In an evaluation's folder: what was evaluated, and whether it is finished."""
+ROLLOUT = "rollout."
+"""Before the names of a rollout's settings in a config, where `renames.json` finds those of earlier versions."""
 RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
 """End states of trajectories that a resumed evaluation makes again: something around the model had failed."""
 
@@ -76,7 +79,8 @@ def differences(folder: Path, identity: dict[str, Any]) -> list[str]:
     known = (read_state(folder) or {}).get("identity")
     if not known:
         return ["all: it is not named"]
-    old, new = flatten(known), flatten(_plain(identity))
+    new = flatten(_plain(identity))
+    old = {new_key(f"{ROLLOUT}{name}").removeprefix(ROLLOUT): value for name, value in flatten(known).items()}
     return sorted(name for name in changed(old, new) if name in old or new[name] is not None)
 
 

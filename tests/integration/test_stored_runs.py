@@ -11,6 +11,7 @@ import logging
 import pickletools
 import zipfile
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from cv_lightning.checkpoints.reader import StoredPolicy
 from cv_lightning.checkpoints.recipe import check_recipe, read_recipe, settings_of
 from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as run_cli
+from cv_lightning.digits.quickstart import Timing
 from cv_lightning.evaluation.outcome import outcomes
 from cv_lightning.evaluation.results import evaluated
 from cv_lightning.evaluation.runs import load_run
 from cv_lightning.models.lora import LoraConfig
+from cv_lightning.rollout.evaluation_state import differences as differences_of_state
+from cv_lightning.rollout.evaluation_state import read_state
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.record import group_to_json
 
@@ -71,10 +75,21 @@ def test_figures_of_a_stored_evaluation_come_out_again(name: str) -> None:
     assert not said, "\n".join(said)
 
 
+def test_an_evaluation_of_an_earlier_version_is_the_same_evaluation() -> None:
+    """The stored settings of the agent have old names; an interrupted evaluation is continued all the same."""
+    stored = read_state(FIXTURES / EVALUATIONS[0])
+    assert stored is not None and "finish_share" in stored["identity"]["agent"]
+    today = deepcopy(stored["identity"])
+    today["agent"]["early_stop_fraction"] = today["agent"].pop("finish_share")
+    assert differences_of_state(FIXTURES / EVALUATIONS[0], today) == []
+    today["agent"]["early_stop_fraction"] = 0.5
+    assert differences_of_state(FIXTURES / EVALUATIONS[0], today) == ["agent.early_stop_fraction"]
+
+
 def test_a_stored_run_is_shown_whole() -> None:
     run = load_run(SMOKE)
     assert len(run.stores) == len([name for name in STORES if name.startswith("smoke/")]) > 2
-    assert run.curves and run.timing["seed"] == 3
+    assert run.curves and Timing(SMOKE).values["seed"] == 3
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
