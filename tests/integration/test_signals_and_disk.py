@@ -120,7 +120,7 @@ def test_signal_stops_an_evaluation_within_5_s_and_it_resumes(tiny_checkpoint: P
 def sft_run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished SFT run of two steps, with a checkpoint of each."""
     folder = tmp_path_factory.mktemp("sft") / "run"
-    return fit_in_process(tiny_checkpoint, folder, "--checkpoint.every_iterations=1")
+    return fit_in_process(tiny_checkpoint, folder, "--checkpoint.every_iterations=1", "--checkpoint.keep=2")
 
 
 def test_damaged_run_resumes_from_the_checkpoint_before(
