@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-from test_loop import ScriptedEngine
+sys.path.append(str(Path(__file__).parents[1]))
+from scripted_engine import ScriptedEngine
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder

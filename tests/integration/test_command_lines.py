@@ -29,7 +29,7 @@ def accept(arguments: list[str]) -> None:
             return
         except SystemExit as ended:
             code = int(ended.code or 0)
-        assert "--help" in arguments and code == 0, f"exit code {code}"
+        assert {"--help", "--print_config"} & set(arguments) and code == 0, f"exit code {code}"
 
 
 @pytest.fixture(scope="module")

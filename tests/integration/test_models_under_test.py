@@ -47,7 +47,7 @@ def arguments(model: Path, run: Path, *more: str, **rollout: Any) -> list[str]:
         "rollout": rollout,
         "model": {
             "class_path": "cv_lightning.modules.grpo.GRPOModule",
-            "init_args": {"policy": {"path": str(model), "dtype": "float32"}, "loss": {"kl_weight": 0.0}},
+            "init_args": {"policy": {"path": str(model), "dtype": "float32"}, "algorithm": {"kl": {"weight": 0.0}}},
         },
         "data": {
             "class_path": "cv_lightning.data.modules.TaskDataModule",
