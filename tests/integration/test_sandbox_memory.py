@@ -105,7 +105,9 @@ def test_redteam_a_child_that_the_kernel_kills_for_memory_is_masked(group: Group
     """It took far less than a snippet may: the machine had too little."""
     with confined(group) as sandbox:
         result = sandbox.run_sync(NOISE, TAKES.format(300))
-        assert result.status is ToolStatus.LOST and "killed from outside" in result.error, result
+        assert result.status is ToolStatus.LOST, result
+        # The kernel chooses: the child, or the fork server, which lies in the same group.
+        assert "killed from outside" in result.error or "its fork server died" in result.error, result
         assert group.kills() >= 2 and sandbox.stats["lost"] == 1 and sandbox.stats["resent"] >= 1
         assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
 
