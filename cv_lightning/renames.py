@@ -59,6 +59,11 @@ def new_key(key: str) -> str:
     return key
 
 
+def new_metric(name: str) -> str:
+    """What a column of a stored `metrics.csv` is called today."""
+    return table("metrics").get(name, name)
+
+
 def new_class_path(path: str) -> str:
     """Where a class is today."""
     return str(table("class_paths").get(path, path))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cv_lightning.renames import new_metric
 from cv_lightning.types import DataError
 
 EVALUATION_RECORD = "evaluation.json"
@@ -151,6 +152,7 @@ def read_curves(path: Path) -> list[Curve]:
                 continue
             value = _cell(cell)
             if value is not None:
+                name = new_metric(name)
                 curve = curves.setdefault(name, Curve(name=name, steps=[], values=[]))
                 curve.steps.append(float(number) if step is None else step)
                 curve.values.append(value)

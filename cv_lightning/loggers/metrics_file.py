@@ -13,6 +13,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
 from cv_lightning.files import sync_file, whole_file
+from cv_lightning.renames import new_metric
 
 STEP = "step"
 
@@ -55,7 +56,7 @@ class MetricsFile:
         """
         rows = [kept for kept in self._rows() if float(kept[STEP]) <= step]
         if row and not any(float(kept[STEP]) == step for kept in rows):
-            rows.append(dict(row) | {STEP: step})
+            rows.append({new_metric(name): value for name, value in row.items()} | {STEP: step})
         if rows:
             self._replace(rows)
 
@@ -83,7 +84,8 @@ class MetricsFile:
         if not self.path.is_file():
             return []
         whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
-        return list(csv.DictReader(io.StringIO(whole)))
+        rows = csv.DictReader(io.StringIO(whole))
+        return [{new_metric(name): value for name, value in row.items()} for row in rows]
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:
         self.columns = sorted({name for row in rows for name in row})
