@@ -61,7 +61,7 @@ def new_key(key: str) -> str:
 
 def new_metric(name: str) -> str:
     """What a column of a stored `metrics.csv` is called today."""
-    return table("metrics").get(name, name)
+    return str(table("metrics").get(name, name))
 
 
 def new_class_path(path: str) -> str:
