@@ -27,7 +27,6 @@ from cv_lightning.callbacks.signals import StopOnSignal
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.distributed import check_agreement, collective_timeout_s, gather_lists
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.engines.process import engine_device_index
 from cv_lightning.evaluation.metrics import summarise_outcomes
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.models.gather import whole_tensors
@@ -39,7 +38,7 @@ from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rollout.collector import end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups
-from cv_lightning.rollout.engine_group import EngineGroup, RankCollector
+from cv_lightning.rollout.engine_group import EngineGroup, RankCollector, check_engine_device
 from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator
 from cv_lightning.rollout.fingerprint import describe_rollouts
 from cv_lightning.rollout.self_test import SelfTest
@@ -471,22 +470,6 @@ def _policy_module(module: pl.LightningModule) -> PolicyModule:
     if not isinstance(module, PolicyModule):
         raise TypeError(f"RolloutCallback works with a PolicyModule, not with {type(module).__name__}; change --model")
     return module
-
-
-def check_engine_device(trainer: pl.Trainer) -> None:
-    """Refuse a trainer whose policy is on another GPU than the one that vLLM takes in the same process.
-
-    Raises:
-        CVLightningError: They differ.
-    """
-    device = trainer.strategy.root_device
-    index = engine_device_index(trainer.world_size)
-    if device.type == "cuda" and device.index not in (None, index):
-        raise CVLightningError(
-            f"the policy is on {device}, the engine would be on cuda:{index}. Start with `python -m cv_lightning`, "
-            f"which makes the GPUs of --trainer.devices the only visible ones, or set CUDA_VISIBLE_DEVICES to them and "
-            f"trainer.devices to their number ({trainer.num_devices})"
-        )
 
 
 def warn_of_judge(config: JudgeConfig) -> None:

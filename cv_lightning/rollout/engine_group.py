@@ -12,6 +12,7 @@ import torch
 
 from cv_lightning.agent.driver import RolloutProgress
 from cv_lightning.engines import SamplingConfig
+from cv_lightning.engines.process import engine_device_index
 from cv_lightning.engines.tensor_parallel import LeadingEngine, follow
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.types import CVLightningError, Group, Task
@@ -128,3 +129,19 @@ class RankCollector(Collector):
         groups = ranks.from_leader(groups)
         first = sum(map(len, by_rank[: ranks.position]))
         return groups[first : first + len(tasks)]
+
+
+def check_engine_device(trainer: pl.Trainer) -> None:
+    """Refuse a trainer whose policy is on another GPU than the one that vLLM takes in the same process.
+
+    Raises:
+        CVLightningError: They differ.
+    """
+    device = trainer.strategy.root_device
+    index = engine_device_index(trainer.world_size)
+    if device.type == "cuda" and device.index not in (None, index):
+        raise CVLightningError(
+            f"the policy is on {device}, the engine would be on cuda:{index}. Start with `python -m cv_lightning`, "
+            f"which makes the GPUs of --trainer.devices the only visible ones, or set CUDA_VISIBLE_DEVICES to them and "
+            f"trainer.devices to their number ({trainer.num_devices})"
+        )

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cv_lightning.callbacks.rollout import check_engine_device
 from cv_lightning.devices import APPLIED, VISIBLE, Gpus, use_named_devices
 from cv_lightning.engines.process import engine_device_index
+from cv_lightning.rollout.engine_group import check_engine_device
 from cv_lightning.types import CVLightningError
 
 FOUR = Gpus(count=4, in_use=False)
