@@ -1,6 +1,6 @@
 """Images and their geometry: decoding, the one resize for the model, affine maps, boxes.
 
-Pure functions of values. The model's view of an image is made here and nowhere else (trap T10).
+Pure functions of values. The model's view of an image is made here and nowhere else.
 """
 
 from __future__ import annotations

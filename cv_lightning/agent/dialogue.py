@@ -1,9 +1,8 @@
 """Tokens in, tokens out: one conversation as the ids that the engine saw and sampled, with its loss mask.
 
-History is never decoded and tokenised again (trap T1). Two forms grow side by side: `engine_ids` with one
-image token per image, which the engine expands itself (trap T5), and `token_ids` with one per image
-feature, which training uses. Everything the policy did not sample, the turn separator included, has mask False
-(traps T2, T9).
+History is never decoded and tokenised again. Two forms grow side by side: `engine_ids` with one
+image token per image, which the engine expands itself, and `token_ids` with one per image
+feature, which training uses. Everything the policy did not sample, the turn separator included, has mask False.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ class DialogueEncoder:
 
 @dataclass(slots=True)
 class Dialogue:
-    """One growing conversation. Every `append_*` is atomic: ids and images together or nothing (trap T7)."""
+    """One growing conversation. Every `append_*` is atomic: ids and images together or nothing."""
 
     encoder: DialogueEncoder
     engine_ids: list[int] = field(default_factory=list)
@@ -170,7 +169,7 @@ class Dialogue:
             EngineError: an image pad among them, or another number of log-probabilities.
         """
         if self.encoder.image_pad_id in ids:
-            raise EngineError("the policy sampled an image token; ban vision tokens in sampling (trap T6)")
+            raise EngineError("the policy sampled an image token; ban vision tokens in sampling")
         if logprobs is None:
             logprobs, learn = [0.0] * len(ids), False
         if len(ids) != len(logprobs):

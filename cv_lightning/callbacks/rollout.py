@@ -139,7 +139,7 @@ class RolloutCallback(pl.Callback):
 
     # ------------------------------------------------------------------ life cycle
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start sandbox and judge; build vLLM before DeepSpeed initialises (traps T39, T49)."""
+        """Start sandbox and judge; build vLLM before DeepSpeed initialises."""
         if self.parts is not None or not rolls_out(pl_module, getattr(trainer, "datamodule", None), stage):
             return
         module = _policy_module(pl_module)
@@ -170,7 +170,7 @@ class RolloutCallback(pl.Callback):
             # vLLM's start measures memory with a collective of all ranks.
             with Watchdog.at(trainer, "start of the engine", waits=True):
                 self.parts.engine = self._build_engine(module)
-        trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks (trap T41)
+        trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks
 
     def _check_patience(self, trainer: pl.Trainer) -> None:
         """A rank that is done waits for one that takes `deadline_s`; the process group must not give up before."""

@@ -1,6 +1,6 @@
 """LightningDataModules: tasks for RL and evaluation, conversations for SFT.
 
-Batches are objects of plain classes, which Lightning hands on untouched (trap T48), and come from sized loaders,
+Batches are objects of plain classes, which Lightning hands on untouched, and come from sized loaders,
 which it does not prefetch from. A batch is a pure function of its number, so a loader's whole state is that number.
 Ranks take their shares here: the loaders are no `DataLoader`s, and no `DistributedSampler` is put around them.
 """

@@ -51,7 +51,7 @@ IN_FLIGHT_STEPS = 100
 
 
 class VLLMEngine:
-    """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init (T39, T49)."""
+    """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init."""
 
     def __init__(self, path: str, config: EngineConfig, adapter: ModelAdapter, *, dtype: str, seed: int = 0) -> None:
         """Build the engine and load the checkpoint's weights.

@@ -1,6 +1,6 @@
 """Many trajectories with many images in one `[1, T]` row.
 
-Positions start anew for every row (traps T12, T13), attention never crosses rows (`attention.py`), an image that
+Positions start anew for every row, attention never crosses rows (`attention.py`), an image that
 several rows share is encoded once, and so is the prompt that the trajectories of a group share.
 """
 

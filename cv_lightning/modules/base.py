@@ -262,7 +262,7 @@ class PolicyModule(pl.LightningModule):
 
         Several ranks take as many as the rank that needs most, balanced; what a rank lacks is filled up with dummies
         that carry no loss. Under ZeRO-3 every forward and backward is collective, and a rank with fewer, or with a
-        vision tower that does not run, would hang the others (traps T32, T33). Call it on all ranks.
+        vision tower that does not run, would hang the others. Call it on all ranks.
         """
         assert self.policy is not None
         units = prefix_units(rows, self.policy.config, self.adapter, self.max_tokens_per_row)
@@ -312,7 +312,7 @@ class PolicyModule(pl.LightningModule):
         """Backward over every micro-batch, then one optimizer and one scheduler step.
 
         `loss` returns a micro-batch's share of the *global* loss: a sum over tokens divided by the token count of
-        all ranks. Ranks average gradients, so it is multiplied by the world size here (trap T34).
+        all ranks. Ranks average gradients, so it is multiplied by the world size here.
         """
         for index, micro_batch in enumerate(micro_batches):
             _announce_backward(self.trainer, is_last=index == len(micro_batches) - 1)
@@ -327,7 +327,7 @@ class PolicyModule(pl.LightningModule):
     def _take_step(self) -> StepResult:
         """Clip the gradients and step; gradients that would do harm change no weight.
 
-        The step is taken all the same, as every iteration has the same number of steps (trap T51).
+        The step is taken all the same, as every iteration has the same number of steps.
         """
         optimizer = self.single_optimizer
         engine = _deepspeed_engine(self.trainer)
@@ -385,7 +385,7 @@ class PolicyModule(pl.LightningModule):
         yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep our own iteration counter: `global_step` counts optimizer steps (trap T51)."""
+        """Keep our own iteration counter: `global_step` counts optimizer steps."""
         checkpoint["iteration"] = self.iteration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
