@@ -40,3 +40,11 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     assert sorted(listed) == sorted(page.name for page in PAGES[1:])
     assert yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["strict"] is True
+
+
+def test_the_examples_of_extending_are_the_files_that_are_tested() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    examples = dict(re.findall(r"^`(tests/plugins/\w+\.py)`:\n\n```python\n(.*?)^```$", page, re.M | re.S))
+    assert len(examples) == 6
+    for path, code in examples.items():
+        assert code == (ROOT / path).read_text(encoding="utf-8"), f"docs/extending.md shows another {path}"
