@@ -60,8 +60,13 @@ def new_key(key: str) -> str:
 
 
 def new_metric(name: str) -> str:
-    """What a column of a stored `metrics.csv` is called today."""
-    return str(table("metrics").get(name, name))
+    """The name of a stored metric today: a column of `metrics.csv`, or a figure of an evaluation's `metrics.json`.
+
+    An entry of the table without a `/` renames this figure of every evaluation and of the rollouts.
+    """
+    renamed = table("metrics")
+    stage, slash, figure = name.rpartition("/")
+    return str(renamed.get(name, f"{stage}{slash}{renamed.get(figure, figure)}"))
 
 
 def new_class_path(path: str) -> str:

@@ -33,7 +33,7 @@ HEADLINE = {
     "sft/loss": "loss",
     "reward/total": "reward",
     "reward/accuracy": "accuracy",
-    "rollout/must_use": "must-use",
+    "rollout/tool_use_success": "tool-use success",
     "rollout/turns_mean": "turns",
     "policy/parity_max": "parity",
     "time/rollout_s": "rollout s",

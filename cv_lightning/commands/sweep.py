@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cv_lightning.command_line import run_verb
+from cv_lightning.renames import new_metric
 from cv_lightning.types import DataError
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
     for key, value in (sweep.get("early_terminate") or {}).items():
         refused += [] if key in ("min_iter", "eta") or (key, value) == ("type", "hyperband") else [f"{key}: {value}"]
     refused += [f"parameters.{name}" for name, domain in domains.items() if domain is None]
+    name = sweep["metric"].get("name", "")
+    if new_metric(name) != name:
+        raise DataError(f"{path}: the metric {name} is called {new_metric(name)} now; change metric.name")
     if refused:
         raise DataError(
             f"{path}: `{refused[0]}` is not supported without W&B: run `wandb sweep {path}`. Supported parameters are "

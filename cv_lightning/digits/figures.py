@@ -80,7 +80,7 @@ def stage_figures(found: Evaluations, stage: str, mode: str) -> dict[str, Any] |
         kind: {
             "n": kind_found.n,
             "accuracy": _number(kind_found.accuracy.value),
-            "must_use": _number(kind_found.must_use.value),
+            "tool_use_success": _number(kind_found.tool_use_success.value),
             "turns": _number(kind_found.turns),
             "accuracy_tool_off": _number(without.by_kind[kind].accuracy.value)
             if without and kind in without.by_kind
@@ -90,7 +90,7 @@ def stage_figures(found: Evaluations, stage: str, mode: str) -> dict[str, Any] |
     }
     return {
         "accuracy": _number(with_tool.accuracy.value),
-        "must_use": _number(with_tool.must_use.value),
+        "tool_use_success": _number(with_tool.tool_use_success.value),
         "spurious": _number(with_tool.spurious.value),
         "accuracy_upright": _number(with_tool.accuracy_upright.value),
         "accuracy_tool_off": _number(without.accuracy.value) if without else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from cv_lightning.evaluation.curves import mean_between
-from cv_lightning.evaluation.runs import Curve, read_curves
+from cv_lightning.evaluation.runs import Curve, read_curves, read_figures
 from cv_lightning.types import DataError
 
 FOUND_AT = 0.5
-"""Share of must-use while training from which on an arm has found the tool."""
+"""Share of tool-use success while training from which on an arm has found the tool."""
 EARLY = (6, 25)
-"""Iterations, both included, whose must-use says how fast the tool is taken up."""
+"""Iterations, both included, whose tool-use success says how fast the tool is taken up."""
 LAST_ITERATIONS = 5
 """Iterations at the end that training figures are means of."""
 
@@ -32,20 +31,20 @@ class StudyColumn:
 
 
 COLUMNS = (
-    StudyColumn(key="must_use_training", title="must-use, end of training"),
+    StudyColumn(key="tool_use_success_training", title="tool-use success, end of training"),
     StudyColumn(key="accuracy_training", title="accuracy, end of training"),
     StudyColumn(key="calls_training", title="calls, end of training"),
     StudyColumn(key="spurious_training", title="needless turning, end of training", digits=3),
-    StudyColumn(key="must_use_early", title="must-use, iterations 6-25"),
+    StudyColumn(key="tool_use_success_early", title="tool-use success, iterations 6-25"),
     StudyColumn(key="found_at", title="tool found at iteration", digits=0),
-    StudyColumn(key="must_use_greedy", title="test, greedy: must-use"),
+    StudyColumn(key="tool_use_success_greedy", title="test, greedy: tool-use success"),
     StudyColumn(key="accuracy_greedy", title="test, greedy: accuracy"),
-    StudyColumn(key="must_use_sampled", title="test, sampled: must-use"),
+    StudyColumn(key="tool_use_success_sampled", title="test, sampled: tool-use success"),
     StudyColumn(key="calls_sampled", title="test, sampled: calls"),
     StudyColumn(key="spurious_sampled", title="test, sampled: needless turning", digits=3),
 )
 TRAINING = {
-    "must_use": "must-use",
+    "tool_use_success": "tool-use success",
     "accuracy": "accuracy, tool needed",
     "tool_calls_mean": "calls",
     "spurious": "needless turning of upright",
@@ -61,19 +60,19 @@ def seed_figures(folder: Path, arm: str) -> dict[str, float]:
         arm: its name; of an SFT there are no training figures.
 
     Returns:
-        By the keys of `COLUMNS`; `found_at` is infinite where must-use never reached `FOUND_AT` while training. Over
-        tasks that need the tool, but for needless turning (upright tasks) and calls (all tasks).
+        By the keys of `COLUMNS`; `found_at` is infinite where tool-use success never reached `FOUND_AT` while
+        training. Over tasks that need the tool, but for needless turning (upright tasks) and calls (all tasks).
     """
     figures: dict[str, float | None] = {}
     if (folder / arm / "model").is_dir():  # training is finished
         figures |= _training(read_curves(folder / arm / "metrics.csv"))
     tests = {mode: folder / "eval" / f"{arm}_{mode}_tool" / "metrics.json" for mode in ("greedy", "sampled")}
     if all(path.is_file() for path in tests.values()):
-        greedy, sampled = (json.loads(path.read_text()) for path in tests.values())
+        greedy, sampled = (read_figures(path) for path in tests.values())
         figures |= {
-            "must_use_greedy": greedy["must_use"]["value"],
+            "tool_use_success_greedy": greedy["tool_use_success"]["value"],
             "accuracy_greedy": greedy["accuracy"]["value"],
-            "must_use_sampled": sampled["must_use"]["value"],
+            "tool_use_success_sampled": sampled["tool_use_success"]["value"],
             "calls_sampled": sampled["tool_calls_mean"],
             "spurious_sampled": sampled["spurious"]["value"],
         }
@@ -87,13 +86,13 @@ def _training(curves: list[Curve]) -> dict[str, float]:
         mean, count = mean_between(curves, f"rollout/{name}", last - LAST_ITERATIONS + 1, last)
         if count:
             found[f"{name.replace('tool_calls_mean', 'calls')}_training"] = mean
-    early, count = mean_between(curves, "rollout/must_use", *EARLY)
+    early, count = mean_between(curves, "rollout/tool_use_success", *EARLY)
     if count:
-        found["must_use_early"] = early
-    must_use = [curve for curve in curves if curve.name == "rollout/must_use"]
-    if not must_use:
+        found["tool_use_success_early"] = early
+    curve = next((curve for curve in curves if curve.name == "rollout/tool_use_success"), None)
+    if curve is None:
         return found  # of an SFT: nothing is rolled out
-    pairs = zip(must_use[0].steps, must_use[0].values, strict=True)
+    pairs = zip(curve.steps, curve.values, strict=True)
     return found | {"found_at": next((step for step, value in pairs if value >= FOUND_AT), math.inf)}
 
 

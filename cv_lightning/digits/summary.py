@@ -17,14 +17,18 @@ from cv_lightning.evaluation.statistics import Rate
 ROWS = (
     ("accuracy", "tool", "accuracy"),
     ("  tool switched off", "notool", "accuracy"),
-    ("must-use", "tool", "must_use"),
+    ("tool-use success", "tool", "tool_use_success"),
     ("accuracy, upright", "tool", "accuracy_upright"),
     ("needless turning", "tool", "spurious"),
 )
-KIND_ROWS = (("accuracy", "tool", "accuracy"), ("  tool off", "notool", "accuracy"), ("must-use", "tool", "must_use"))
+KIND_ROWS = (
+    ("accuracy", "tool", "accuracy"),
+    ("  tool off", "notool", "accuracy"),
+    ("tool-use success", "tool", "tool_use_success"),
+)
 CAPTION = (
-    "accuracy and must-use over the tasks that need the tool, 95 % intervals below; must-use: answered on an upright "
-    "image after a fitting crop; needless turning: share of upright tasks"
+    "accuracy and tool-use success over the tasks that need the tool, 95 % intervals below; tool-use success: answered "
+    "on an upright image after a fitting crop; needless turning: share of upright tasks"
 )
 LABEL_WIDTH, MAX_COLUMNS = 20, 4
 """A table of that many columns of figures fits a terminal of 80."""

@@ -207,7 +207,7 @@ def comparison_tables(found: Comparison) -> list[Grid]:
     sides = [entry.summary for entry in found.sides]
     rows = [
         ["accuracy, all tasks", *(percent(side.accuracy_all) for side in sides)],
-        ["must-use", *(percent(side.must_use) for side in sides)],
+        ["tool-use success", *(percent(side.tool_use_success) for side in sides)],
         ["needless turning of upright", *(percent(side.spurious) for side in sides)],
         ["tool calls", *(number(side.tool_calls_mean) for side in sides)],
         ["turns", *(number(side.turns_mean) for side in sides)],

@@ -34,10 +34,10 @@ RULES = (
     ChartRule("Loss", r"^sft/(?P<series>loss)$", shared=True, note="Mean over the tokens that are learnt."),
     ChartRule(
         "Accuracy and tool use",
-        r"^rollout/(?P<series>accuracy|accuracy_upright|must_use|spurious|tool_used_frac)$",
+        r"^rollout/(?P<series>accuracy|accuracy_upright|tool_use_success|spurious|tool_used_frac)$",
         shared=True,
-        note="While sampling for training. accuracy and must_use: tasks that need the tool; accuracy_upright: those "
-        "that need none; spurious: share of those in which the picture was turned.",
+        note="While sampling for training. accuracy and tool_use_success: tasks that need the tool; accuracy_upright: "
+        "those that need none; spurious: share of those in which the image was turned.",
     ),
     ChartRule(
         "Reward",
@@ -58,7 +58,7 @@ RULES = (
     ChartRule("Reward by source and by transform", r"^reward[/_]by_", folded=True),
     ChartRule("Further metrics", r"", folded=True),
 )
-COMPARED = ("rollout/must_use", "rollout/accuracy", "rollout/spurious", "rollout/turns_mean")
+COMPARED = ("rollout/tool_use_success", "rollout/accuracy", "rollout/spurious", "rollout/turns_mean")
 """What runs are compared by while they sample."""
 
 

@@ -21,7 +21,7 @@ class KindSummary:
     n: int
     """Trajectories, failures of the infrastructure left out."""
     accuracy: Rate
-    must_use: Rate
+    tool_use_success: Rate
     spurious: Rate
     """Share in which an orientation operation ran; only over tasks that need none."""
     turns: float
@@ -39,7 +39,7 @@ class EvalSummary:
     """Not judged, or without a reward: left out of accuracy."""
     accuracy: Rate
     """Over tasks that need the tool."""
-    must_use: Rate
+    tool_use_success: Rate
     """Over tasks that need the tool."""
     spurious: Rate
     """Share of trajectories of upright tasks in which an orientation operation ran."""
@@ -60,15 +60,15 @@ class EvalSummary:
         """The figures as flat numbers for a logger; NaN where nothing counts, so that the keys never change.
 
         Args:
-            kinds: add `<kind>/accuracy`, `<kind>/must_use`, `<kind>/turns` for the kinds that occurred.
+            kinds: add `<kind>/accuracy`, `<kind>/tool_use_success`, `<kind>/turns` for the kinds that occurred.
         """
-        rates = ("accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_all", "tool_success")
+        rates = ("accuracy", "tool_use_success", "spurious", "accuracy_upright", "accuracy_all", "tool_success")
         means = ("tool_calls_mean", "turns_mean", "sampled_tokens_mean")
         values = {name: getattr(self, name).value for name in rates} | {name: getattr(self, name) for name in means}
         for kind, found in self.by_kind.items() if kinds else ():
             values |= {
                 f"{kind}/accuracy": found.accuracy.value,
-                f"{kind}/must_use": found.must_use.value,
+                f"{kind}/tool_use_success": found.tool_use_success.value,
                 f"{kind}/turns": found.turns,
             }
         return values
@@ -112,7 +112,7 @@ def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
         num_errors=len(everything) - len(valid),
         num_unscored=sum(outcome.correct is None for outcome in valid),
         accuracy=rate_of(needing, lambda o: o.correct),
-        must_use=rate_of(needing, lambda o: o.must_use),
+        tool_use_success=rate_of(needing, lambda o: o.tool_use_success),
         spurious=rate_of(upright, lambda o: o.spurious),
         accuracy_upright=rate_of(upright, lambda o: o.correct),
         accuracy_all=rate_of(valid, lambda o: o.correct),
@@ -129,7 +129,7 @@ def _kind_summary(found: list[Outcome]) -> KindSummary:
     return KindSummary(
         n=len(found),
         accuracy=rate_of(found, lambda o: o.correct),
-        must_use=rate_of([outcome for outcome in found if outcome.needs_tool], lambda o: o.must_use),
+        tool_use_success=rate_of([outcome for outcome in found if outcome.needs_tool], lambda o: o.tool_use_success),
         spurious=rate_of([outcome for outcome in found if outcome.is_upright], lambda o: o.spurious),
         turns=mean_of(o.num_turns for o in found),
     )

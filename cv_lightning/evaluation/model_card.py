@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cv_lightning.evaluation.runs import read_curves
+from cv_lightning.evaluation.runs import read_curves, read_figures
+from cv_lightning.types import DataError
 
-TRAINING_FIGURES = ("sft/loss", "reward/", "rollout/must_use", "rollout/accuracy", "policy/parity_max", "policy/kl")
+TRAINING_FIGURES = (
+    "sft/loss",
+    "reward/",
+    "rollout/tool_use_success",
+    "rollout/accuracy",
+    "policy/parity_max",
+    "policy/kl",
+)
 """Beginnings of the names of training metrics that a card shows."""
 LAST_ROWS = 10
 
@@ -44,8 +51,8 @@ def _evaluations(run: Path) -> str:
     rows = []
     for path in sorted(run.glob("eval/*/metrics.json")):
         try:
-            figures = json.loads(path.read_text())
-        except ValueError:  # no reason to go without the export
+            figures = read_figures(path)
+        except DataError:  # no reason to go without the export
             continue
         for name, figure in figures.items():
             if isinstance(figure, dict) and {"value", "low", "high", "n"} <= figure.keys() and figure["n"]:

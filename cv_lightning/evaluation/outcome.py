@@ -1,7 +1,8 @@
 """What one trajectory did: right or wrong, whether the tool was used as the task needs it, what its crops show.
 
-Pure functions of records; live groups are adapted by `to_record`. *Must-use* holds when the answer was given on an
-upright image and, where a crop is needed, after the model saw a crop that shows the ground-truth box and little else.
+Pure functions of records; live groups are adapted by `to_record`. *Tool-use success* holds when the answer was given
+on an upright image and, where a crop is needed, after the model saw a crop that shows the ground-truth box and little
+else.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:
     return found
 
 
-def must_use(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+def tool_use_success(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     """True if the trajectory answered, and did so on the image that the task needs."""
     return (
         trajectory.end_state in ANSWERED
@@ -155,7 +156,7 @@ class Outcome(NamedTuple):
     None: unscored."""
     metric: str
     """Name of the benchmark's own metric; empty: none."""
-    must_use: bool
+    tool_use_success: bool
     """False for tasks that need no tool."""
     fixed: bool | None
     """The last image was upright; None for tasks that were shown upright, or turned by no right angle."""
@@ -208,7 +209,7 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
         scored_by=reward.scored_by if reward else "",
         score=official if official is not None or correct is None else float(correct),
         metric=metric_of(task.metadata) or "",
-        must_use=task.needs_tool and must_use(task, trajectory),
+        tool_use_success=task.needs_tool and tool_use_success(task, trajectory),
         fixed=answered_upright(task, trajectory) if shown.orientation in ORIENTATIONS or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),
         num_turns=len(trajectory.turns),

@@ -84,7 +84,7 @@ def _panels(found: Mapping[str, Evaluated]) -> dict[str, dict[str, dict[str, Rat
             for corruption, rates in part.by_corruption.items()
             for level, value in rates.items()
         }
-        panels["score"][name] = {"score": part.score, "must-use": entry.summary.must_use}
+        panels["score"][name] = {"score": part.score, "tool-use success": entry.summary.tool_use_success}
         panels["by orientation"][name] = turned if len(turned) > 1 else {}
         panels["by kind"][name] = kinds if len(kinds) > 1 else {}
         panels["by severity"][name] = severities

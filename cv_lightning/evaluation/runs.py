@@ -134,6 +134,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_figures(path: Path) -> dict[str, Any]:
+    """Figures of an evaluation's `metrics.json`, under the names of today.
+
+    Raises:
+        DataError: it is not a JSON object.
+    """
+    return {new_metric(name): value for name, value in read_json(path).items()}
+
+
 # ------------------------------------------------------------------------------------------------ metrics.csv
 def read_curves(path: Path) -> list[Curve]:
     """Curves of a CSVLogger file, in order of its columns; a torn last row and unreadable cells are left out.

@@ -145,7 +145,7 @@ def main_table(found: Mapping[str, Evaluated], note: str = "") -> Grid:
         row("unscored: judge failed", [str(entry.breakdown.num_unjudged) for entry in each])
     row("accuracy, tool needed", [percent(entry.summary.accuracy) for entry in each])
     row("accuracy, no tool needed", [percent(entry.summary.accuracy_upright) for entry in each])
-    row("must-use", [percent(entry.summary.must_use) for entry in each])
+    row("tool-use success", [percent(entry.summary.tool_use_success) for entry in each])
     row("orientation fixed", [percent(entry.breakdown.orientation_fixed) for entry in each])
     row("needless turning of upright", [percent(entry.summary.spurious) for entry in each])
     row("tool called on upright", [percent(entry.breakdown.tool_on_upright) for entry in each])

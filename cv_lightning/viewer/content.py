@@ -126,7 +126,7 @@ def _order(known: Sequence[str], name: str) -> tuple[int, str]:
 COMPARED = (
     ("Accuracy", "tasks that need the tool", True, "accuracy"),
     ("… with the tool switched off", "the same tasks", False, "accuracy"),
-    ("Must-use", "tasks that need the tool", True, "must_use"),
+    ("Tool-use success", "tasks that need the tool", True, "tool_use_success"),
     ("Accuracy, upright", "tasks that need no tool", True, "accuracy_upright"),
     ("Needless turning", "upright tasks in which the image was turned", True, "spurious"),
 )
@@ -166,7 +166,7 @@ def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dic
     off = by_key.get((stages[1], modes[0], False))
     tasks = f"of {after.accuracy.n} held-out tasks that need the tool, {modes[0]}"
     found = [
-        ("Uses the tool as needed", "must_use", f"must-use: {tasks}"),
+        ("Uses the tool as needed", "tool_use_success", f"tool-use success: {tasks}"),
         ("Accuracy", "accuracy", tasks + (f"; with the tool switched off {off.accuracy.value:.3f}" if off else "")),
         ("Turns upright images for nothing", "spurious", f"of {after.spurious.n} upright tasks, {modes[0]}"),
     ]
@@ -193,7 +193,7 @@ def interval_rows(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list
             continue
         label = app.label(store.stage) + ("" if store.tool else ", tool off")
         for kind, figures in sorted(entry.figures.by_kind.items(), key=lambda item: app.kind_order(item[0])):
-            for name in ("accuracy", "must_use") if store.tool else ("accuracy",):
+            for name in ("accuracy", "tool_use_success") if store.tool else ("accuracy",):
                 found: Rate = getattr(figures, name)
                 row: dict[str, Any] = {"metric": name, "kind": kind, "rate": found}
                 row |= {"label": label if store.mode else entry.label}

@@ -172,7 +172,7 @@ class Gallery:
             "end": trajectory.end_state.value,
             "error": trajectory.error[:MAX_TEXT],
             "correct": outcome.correct,
-            "must": outcome.must_use if outcome.needs_tool else None,
+            "must": outcome.tool_use_success if outcome.needs_tool else None,
             "spurious": outcome.spurious,
             "answer": trajectory.answer,
             "scoredBy": reward.scored_by if reward else None,

@@ -137,7 +137,7 @@ def test_the_files_tell_what_was_done(finished: Path, tiny_checkpoint: Path) -> 
     assert set(tool["breakdown"]["pass_at_k"]) == {"1", "2"}
     assert found["tool"]["tool"]["num_pairs"] == 6
     page = (finished / "eval/results.md").read_text()
-    assert "| must-use |" in page and "### What the tool brings" in page
+    assert "| tool-use success |" in page and "### What the tool brings" in page
     assert (finished / "eval/results.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((finished / "eval/tool/metrics.json").read_text())["breakdown"] == tool["breakdown"]
 

@@ -53,7 +53,7 @@ def test_summary_has_the_promised_figures(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["seed"] == 3 and summary["minutes"] > 0
     assert 0 < summary["parity_max"] < 1e-4
-    figures = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
+    figures = {"accuracy", "tool_use_success", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
     for stage in ("sft_sampled", "sft", "rl_sampled", "rl", "rl_accuracy", "rl_accuracy_sampled"):
         assert set(summary[stage]) == figures
         assert set(summary[stage]["by_kind"]) == {"upright", "turned", "small", "turned_and_small"}
@@ -72,7 +72,13 @@ def test_evaluations_store_every_trajectory(run: Path) -> None:
 def test_training_logged_its_metrics(run: Path) -> None:
     rows = list(csv.DictReader((run / "rl" / "metrics.csv").open()))
     assert [float(row["iteration"]) for row in rows] == [1.0, 2.0]
-    for name in ("reward/total", "reward/accuracy", "reward/mandatory", "rollout/must_use", "policy/parity_max"):
+    for name in (
+        "reward/total",
+        "reward/accuracy",
+        "reward/mandatory",
+        "rollout/tool_use_success",
+        "policy/parity_max",
+    ):
         assert rows[0][name] != "", name
     assert all(float(row["policy/parity_max"]) < 1e-4 for row in rows)
     sft = list(csv.DictReader((run / "sft" / "metrics.csv").open()))

@@ -47,20 +47,20 @@ def test_the_table(tmp_path: Path) -> None:
     for seed, (found_at, calls) in enumerate(((2, 1.0), (None, 3.0))):
         folder = tmp_path / f"seed{seed}"
         (folder / "full/model").mkdir(parents=True)
-        rows = ["iteration,rollout/must_use,rollout/tool_calls_mean,rollout/accuracy,rollout/spurious"]
+        rows = ["iteration,rollout/tool_use_success,rollout/tool_calls_mean,rollout/accuracy,rollout/spurious"]
         rows += [f"{i},{0.9 if found_at and i >= found_at else 0.1},{calls},0.5," for i in range(1, 9)]
         (folder / "full/metrics.csv").write_text("\n".join(rows) + "\n")
     for mode in ("greedy", "sampled"):
         test = tmp_path / f"seed0/eval/full_{mode}_tool"
         test.mkdir(parents=True)
         rate = {"value": 0.75}
-        figures = {"must_use": rate, "accuracy": rate, "spurious": {"value": None}, "tool_calls_mean": 2.0}
+        figures = {"tool_use_success": rate, "accuracy": rate, "spurious": {"value": None}, "tool_calls_mean": 2.0}
         (test / "metrics.json").write_text(json.dumps(figures))
     found = study(tmp_path, ["sft", "full"])
     assert list(found) == ["full"]
-    assert found["full"]["seed0"]["must_use_early"] == 0.9  # of iterations 6 to 8: there are no more
-    assert found["full"]["seed0"]["must_use_training"] == 0.9 and math.isinf(found["full"]["seed1"]["found_at"])
-    assert "must_use_greedy" not in found["full"]["seed1"] and "spurious_training" not in found["full"]["seed0"]
+    assert found["full"]["seed0"]["tool_use_success_early"] == 0.9  # of iterations 6 to 8: there are no more
+    assert found["full"]["seed0"]["tool_use_success_training"] == 0.9 and math.isinf(found["full"]["seed1"]["found_at"])
+    assert "tool_use_success_greedy" not in found["full"]["seed1"] and "spurious_training" not in found["full"]["seed0"]
     row = markdown(found, str.upper).splitlines()[2]
     assert row.startswith(
         "| FULL | 2 | 0.50 (0.10-0.90) | 0.50 (0.50-0.50) | 2.00 (1.00-3.00) | - | 0.50 (0.10-0.90) | 2, never | 0.75 |"

@@ -105,9 +105,14 @@ def test_rule_and_judge_are_never_mixed_and_a_dead_judge_is_not_wrong() -> None:
 def test_what_a_model_did_counts_although_the_judge_was_down() -> None:
     base = outcomes([group(digit_task(index, "turned"), 1, PERFECT) for index in range(4)])
     summary = summarise_outcomes([*base[:2], *(o._replace(**UNJUDGED) for o in base[2:])])
-    assert (summary.must_use.value, summary.must_use.n, summary.num_errors, summary.num_unscored) == (1.0, 4, 0, 2)
+    assert (summary.tool_use_success.value, summary.tool_use_success.n, summary.num_errors, summary.num_unscored) == (
+        1.0,
+        4,
+        0,
+        2,
+    )
     failed = summarise_outcomes([*base[:2], *(o._replace(end_state=EndState.ERROR_SANDBOX) for o in base[2:])])
-    assert (failed.must_use.n, failed.num_errors) == (2, 2)
+    assert (failed.tool_use_success.n, failed.num_errors) == (2, 2)
 
 
 def test_a_benchmarks_own_metric_needs_no_judge_and_decides_what_is_right() -> None:
@@ -172,7 +177,7 @@ def test_both_pictures_of_a_task_are_turned_by_the_suite() -> None:
     given = lazy.trajectories[0].images
     given.append(replace(given[0], original=turned.images[1], model_image=turned.images[1], source=1))
     (found,) = outcomes([lazy])
-    assert (found.fixed, found.must_use) == (False, False)
+    assert (found.fixed, found.tool_use_success) == (False, False)
 
 
 @pytest.mark.parametrize(

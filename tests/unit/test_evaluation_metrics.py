@@ -1,4 +1,4 @@
-"""Metrics: must-use by the letter of its definition, rates with their intervals."""
+"""Metrics: tool-use success by the letter of its definition, rates with their intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from trajectory_samples import INVERSE, KINDS, TURNS, Policy, digit_task, group
 
 from cv_lightning.evaluation.metrics import summarise
-from cv_lightning.evaluation.outcome import crop_fits, must_use, outcomes, turned_image
+from cv_lightning.evaluation.outcome import crop_fits, outcomes, tool_use_success, turned_image
 from cv_lightning.evaluation.results import WHOLE_BYTES, fingerprint
 from cv_lightning.evaluation.statistics import bootstrap, rate, wilson
 from cv_lightning.images import compose, dihedral_affine
@@ -53,7 +53,7 @@ def record(
 
 
 def holds(found: GroupRecord) -> bool:
-    return must_use(found.task, found.trajectories[0])
+    return tool_use_success(found.task, found.trajectories[0])
 
 
 @pytest.mark.parametrize("applied", sorted(TURNS))
@@ -158,7 +158,7 @@ def test_summary_of_known_outcomes() -> None:
     groups = [group(digit_task(index, kind), 2, perfect) for index in range(5) for kind in KINDS]
     summary = summarise(groups)
     assert (summary.num_tasks, summary.num_trajectories) == (20, 40)
-    assert (summary.accuracy.value, summary.must_use.value, summary.accuracy_upright.value) == (1, 1, 1)
+    assert (summary.accuracy.value, summary.tool_use_success.value, summary.accuracy_upright.value) == (1, 1, 1)
     assert (summary.accuracy.n, summary.accuracy_upright.n, summary.spurious.value) == (30, 10, 0)
     assert {kind: found.turns for kind, found in summary.by_kind.items()} == {
         "upright": 1,
@@ -168,7 +168,7 @@ def test_summary_of_known_outcomes() -> None:
     }
     assert summary.end_states == {"answered": 1.0}
     lazy = summarise([group(digit_task(index, "turned"), 1, replace(perfect, turn=0)) for index in range(20)])
-    assert lazy.must_use.value == 0
+    assert lazy.tool_use_success.value == 0
     assert lazy.tool_calls_mean == 0
     assert math.isnan(lazy.tool_success.value)
 
@@ -176,7 +176,7 @@ def test_summary_of_known_outcomes() -> None:
 def test_scalars_have_the_same_keys_whatever_happened() -> None:
     groups = [group(digit_task(index, "turned"), 2) for index in range(3)]
     assert set(summarise(groups).scalars()) == set(summarise([]).scalars())
-    assert "turned/must_use" in summarise(groups).scalars(kinds=True)
+    assert "turned/tool_use_success" in summarise(groups).scalars(kinds=True)
 
 
 def test_live_and_stored_agree() -> None:
@@ -193,7 +193,7 @@ def test_infrastructure_failures_are_left_out_not_scored_wrong() -> None:
     summary = summarise(groups)
     assert (summary.num_errors, summary.num_unscored) == (1, 1)
     assert (summary.accuracy.value, summary.accuracy.n) == (1.0, 4)
-    assert summary.must_use.n == 5
+    assert summary.tool_use_success.n == 5
     assert len(outcomes(groups)) == 6
 
 

@@ -106,7 +106,7 @@ APPLIED = {  # what a transform does to (x, y), y downwards, up to a shift
 
 
 def uses_the_tool_as_needed(line: dict[str, Any]) -> bool:
-    """Must-use by the letter of its definition, in matrices."""
+    """Tool-use success by the letter of its definition, in matrices."""
     (trajectory,), task = line["trajectories"], line["task"]
     if trajectory["end_state"] != "answered":
         return False
@@ -157,7 +157,7 @@ def test_the_table_follows_from_the_lines(run: Path) -> None:
     written, _ = write_summary(run)
     figures = written["sft"]
     assert figures["accuracy"] == share([right(line) for line in needing])
-    assert figures["must_use"] == share([uses_the_tool_as_needed(line) for line in needing])
+    assert figures["tool_use_success"] == share([uses_the_tool_as_needed(line) for line in needing])
     assert figures["accuracy_upright"] == share([right(line) for line in upright])
     assert figures["spurious"] == share([orientation_ran(line) for line in upright])
     for kind in KINDS:
@@ -165,8 +165,8 @@ def test_the_table_follows_from_the_lines(run: Path) -> None:
         assert figures["by_kind"][kind]["n"] == len(of_kind) == 14
         assert figures["by_kind"][kind]["accuracy"] == share([right(line) for line in of_kind])
         must = None if kind == "upright" else share([uses_the_tool_as_needed(line) for line in of_kind])
-        assert figures["by_kind"][kind]["must_use"] == must
-    assert 0.1 < figures["must_use"] < 0.5
+        assert figures["by_kind"][kind]["tool_use_success"] == must
+    assert 0.1 < figures["tool_use_success"] < 0.5
     assert 0 < figures["spurious"] < 0.5
 
 

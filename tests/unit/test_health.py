@@ -211,7 +211,9 @@ def test_ranks_need_not_have_the_same_metrics() -> None:
     assert (found["judge/verdicts"], found["judge/latency_max_s"]) == (7, 40)
     dropped = merge_metrics([{"rollout/trajectories": 0.0, "rollout/tasks_dropped": n} for n in (2.0, 5.0)])
     assert dropped["rollout/tasks_dropped"] == 7, "also where nothing else is left"
-    shares = merge_metrics([{"rollout/spurious": 0.25, "rollout/must_use": math.nan}, {"rollout/spurious": math.nan}])
+    shares = merge_metrics(
+        [{"rollout/spurious": 0.25, "rollout/tool_use_success": math.nan}, {"rollout/spurious": math.nan}]
+    )
     assert shares["rollout/spurious"] == 0.25, "a rank without upright tasks has no share of them"
-    assert math.isnan(shares["rollout/must_use"])
+    assert math.isnan(shares["rollout/tool_use_success"])
     assert all(name.startswith("rollout/") for name in merged)

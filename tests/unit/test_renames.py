@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cv_lightning.commands.config import main
-from cv_lightning.renames import migrate_config, migrate_settings, new_key, table
+from cv_lightning.renames import migrate_config, migrate_settings, new_key, new_metric, table
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.rl.losses import DPPO
 from cv_lightning.settings import flatten
@@ -50,6 +50,14 @@ def test_flags_and_settings_have_one_new_name() -> None:
     assert new_key("trainer.callbacks.RolloutCallback.init_args.num_samples") == "rollout.num_samples"
     assert new_key("trainer.callbacks.reward.format") == "rollout.reward.format"
     assert new_key("trainer.max_epochs") == "trainer.max_epochs"
+
+
+def test_metrics_have_one_new_name() -> None:
+    assert new_metric("rollout/signal_frac") == "rollout/reward_variance_frac"
+    old = ("must_use", "rollout/must_use", "greedy/turned/must_use")
+    assert {new_metric(name).rpartition("/")[2] for name in old} == {"tool_use_success"}
+    assert new_metric("greedy/turned/must_use") == "greedy/turned/tool_use_success"
+    assert new_metric("rollout/accuracy") == "rollout/accuracy"
 
 
 COMMENTED = """\

@@ -26,7 +26,7 @@ from cv_lightning.types import DataError
 from cv_lightning.viewer.highlight import highlight
 from cv_lightning.viewer.report import TEMPLATES, ReportConfig, write_report
 
-FIGURES = {"accuracy", "must_use", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
+FIGURES = {"accuracy", "tool_use_success", "spurious", "accuracy_upright", "accuracy_tool_off", "by_kind"}
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +153,19 @@ def test_an_iteration_without_upright_tasks_does_not_count() -> None:
 
 
 def test_charts_hold_every_metric_once_and_name_what_never_moves() -> None:
-    names = ["reward/total", "reward/format", "rollout/must_use", "policy/lr", "time/rollout_s", "sft/loss", "strange"]
+    names = [
+        "reward/total",
+        "reward/format",
+        "rollout/tool_use_success",
+        "policy/lr",
+        "time/rollout_s",
+        "sft/loss",
+        "strange",
+    ]
     curves = [Curve(name=name, steps=[1.0, 2.0], values=[1.0, 1.0 + ("format" not in name)]) for name in names]
     groups = chart_groups(curves)
     drawn = [series["name"] for group in groups for chart in group["charts"] for series in chart["series"]]
-    assert sorted(drawn) == ["loss", "must_use", "policy/lr", "strange", "time/rollout_s", "total"]
+    assert sorted(drawn) == ["loss", "policy/lr", "strange", "time/rollout_s", "tool_use_success", "total"]
     (reward,) = [group for group in groups if group["title"] == "Reward"]
     assert reward["note"].endswith("Constant: format 1.")
 

@@ -136,6 +136,11 @@ def test_what_the_runner_does_not_implement_is_refused_by_name(
     assert f"`{said}` is not supported" in str(refused.value) and f"`wandb sweep {path}`" in str(refused.value)
 
 
+def test_an_old_metric_is_refused_with_its_new_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="greedy/must_use is called greedy/tool_use_success now"):
+        read_sweep(sweep_file(tmp_path, metric={"name": "greedy/must_use"}))
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_our_files_give_the_command_that_wandb_gives(path: Path) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config

@@ -59,7 +59,7 @@ function startIntervals() {
       const rows = data.intervals.filter((row) => row.mode === mode && row.metric === metric);
       return rows.length ? intervalChart(rows, title, order) : "";
     };
-    place.replaceChildren(chart("accuracy", "Accuracy"), chart("must_use", "Must-use"));
+    place.replaceChildren(chart("accuracy", "Accuracy"), chart("tool_use_success", "Tool-use success"));
   };
   if (modes.length > 1) {
     const choose = (event) => {
