@@ -355,7 +355,7 @@ class Trajectory:
     end_state: EndState = EndState.NO_ANSWER
     error: str = ""
     """What failed, for the error end states."""
-    weight_version: int = 0
+    policy_version: int = 0
     """Version of the policy weights that sampled it."""
     reward: RewardBreakdown | None = None
     """None: unscored (masked out of its group)."""

@@ -13,7 +13,7 @@ class ScriptedEngine:
 
     def __init__(self, encoder: DialogueEncoder, script: Callable[[str, int], str], max_model_len: int = 2048) -> None:
         self.encoder, self.script, self.max_model_len = encoder, script, max_model_len
-        self.weight_version = 7
+        self.policy_version = 7
         self.requests: list[Request] = []
         self.pending: list[Request] = []
 
@@ -42,7 +42,7 @@ class ScriptedEngine:
         self.pending = [r for r in self.pending if r.id not in set(ids)]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, object]], version: int) -> None:
-        self.weight_version = version
+        self.policy_version = version
 
     def sleep(self) -> bool:
         return False

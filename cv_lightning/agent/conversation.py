@@ -111,7 +111,7 @@ class Episode:
             loss_mask=self.dialogue.loss_mask,
             logprobs=self.dialogue.logprobs,
             num_prompt_tokens=0,
-            weight_version=shared.policy_version,
+            policy_version=shared.policy_version,
         )
         self.hashes: list[str] = []
         """Content hashes of the dialogue's images."""

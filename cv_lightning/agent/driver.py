@@ -114,8 +114,8 @@ class _Pass:
             sampling=sampling,
             banned_ids=owner.banned_ids,
             max_model_len=self.engine.max_model_len,
-            policy_version=self.engine.weight_version,
-            seed_version=self.engine.weight_version if owner.new_samples else 0,
+            policy_version=self.engine.policy_version,
+            seed_version=self.engine.policy_version if owner.new_samples else 0,
             views=TaskViews(owner.encoder, requests),
             progress=self.progress,
         )

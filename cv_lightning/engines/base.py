@@ -196,7 +196,7 @@ class Completion:
 class Engine(Protocol):
     """A stepping inference engine; one thread owns it."""
 
-    weight_version: int
+    policy_version: int
     """Version of the weights it samples from; -1 before the first update."""
     max_model_len: int
 

@@ -48,7 +48,7 @@ class TransformersEngine:
         self.max_model_len = config.max_model_len
         self.max_num_seqs = config.max_num_seqs
         self.max_images = config.max_images
-        self.weight_version = -1
+        self.policy_version = -1
         self.queue: list[Request] = []
         self.stop_ids = [adapter.end_id, *_as_list(model.generation_config.eos_token_id)]
         padding = adapter.tokenizer.pad_token_id
@@ -96,7 +96,7 @@ class TransformersEngine:
                 parameter.copy_(tensor)
             covered.add(id(parameter))
         check_weights(name for name, parameter in self.model.named_parameters() if id(parameter) not in covered)
-        self.weight_version = version
+        self.policy_version = version
 
     def sleep(self) -> bool:
         """Nothing to give back: the weights are the policy's."""

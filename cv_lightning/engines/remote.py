@@ -47,7 +47,7 @@ class RemoteEngine(ABC):
         """
         self.server = server = config.server_config
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
-        self.weight_version = -1
+        self.policy_version = -1
         self.adapter, self.tokenizer = adapter, adapter.tokenizer
         self.client = EndpointClient(server, "completion")
         self.background = Background("cv-lightning-server")

@@ -145,7 +145,7 @@ class SGLangEngine(RemoteEngine):
             pass
         if error := _same_on_all_ranks(error):
             raise EngineError(error)
-        self.weight_version, self.served_version, self.asleep = version, str(version), False
+        self.policy_version, self.served_version, self.asleep = version, str(version), False
 
     def sleep(self) -> bool:
         """Have the server give its memory back, where `engine.sleep` is `always`; all ranks call it. See `Engine`."""

@@ -35,7 +35,7 @@ class LeadingEngine:
 
     def __init__(self, engine: Engine, tell: Callable[[Orders], None]) -> None:
         self.engine, self.tell = engine, tell
-        self.weight_version, self.max_model_len = engine.weight_version, engine.max_model_len
+        self.policy_version, self.max_model_len = engine.policy_version, engine.max_model_len
         self._changes: list[Request | list[str]] = []
 
     def add_request(self, request: Request) -> None:

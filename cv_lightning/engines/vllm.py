@@ -86,7 +86,7 @@ class VLLMEngine:
         if parallel != 1:
             raise EngineError(f"the engine's data-parallel size is {parallel}, not 1: unset VLLM_DP_SIZE")
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
-        self.weight_version = -1
+        self.policy_version = -1
         self.adapter = adapter
         in_background = config.renders_in_background(on_gpu=torch.cuda.is_available())
         self.rendering = RenderQueue(self._render) if in_background else None
@@ -204,7 +204,7 @@ class VLLMEngine:
         if self.asleep:  # only now, so that weights being gathered and the cache never need memory at once
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
-        self.weight_version = version
+        self.policy_version = version
 
     def sleep(self) -> bool:
         """Give the GPU's memory back; see `Engine`.

@@ -105,7 +105,7 @@ def read_groups(path: str | Path) -> GroupReader:
 
 
 FLAT_COLUMNS: dict[str, type] = {
-    **dict.fromkeys(("iteration", "sample", "weight_version", "turns", "tool_calls", "images"), int),
+    **dict.fromkeys(("iteration", "sample", "policy_version", "turns", "tool_calls", "images"), int),
     **dict.fromkeys(("tokens", "sampled_tokens"), int),
     **dict.fromkeys(("task_id", "kind", "data_source", "question", "ground_truth", "required_transforms"), str),
     **dict.fromkeys(("end_state", "answer", "operations", "text", "code"), str),
@@ -150,7 +150,7 @@ def flat_row(group: GroupRecord, trajectory: TrajectoryRecord) -> dict[str, Any]
         "tokens": trajectory.num_tokens,
         "sampled_tokens": trajectory.num_sampled_tokens,
         "logprob_mean": trajectory.logprob.mean if trajectory.logprob else None,
-        "weight_version": trajectory.weight_version,
+        "policy_version": trajectory.policy_version,
         "generate_s": sum(turn.generate_s for turn in trajectory.turns),
         "tool_s": sum(turn.tool_s for turn in trajectory.turns),
         "total_s": trajectory.total_s,

@@ -128,7 +128,7 @@ class TrajectoryRecord:
     sample: int
     end_state: EndState
     error: str
-    weight_version: int
+    policy_version: int
     turns: list[Turn]
     images: list[ImageRecord]
     reward: RewardBreakdown | None
@@ -170,9 +170,9 @@ class GroupRecord:
     trajectories: list[TrajectoryRecord]
 
     @property
-    def weight_version(self) -> int:
+    def policy_version(self) -> int:
         """Version of the weights that the group's first trajectory was sampled with."""
-        return self.trajectories[0].weight_version if self.trajectories else 0
+        return self.trajectories[0].policy_version if self.trajectories else 0
 
 
 # ------------------------------------------------------------------------------------------------ live -> record
@@ -218,7 +218,7 @@ def _trajectory_record(trajectory: Trajectory, name_image: ImageNamer, tokens: b
         sample=trajectory.sample,
         end_state=trajectory.end_state,
         error=trajectory.error,
-        weight_version=trajectory.weight_version,
+        policy_version=trajectory.policy_version,
         turns=trajectory.turns,
         images=[
             ImageRecord(
@@ -251,7 +251,7 @@ def group_to_json(group: GroupRecord) -> dict[str, Any]:
     return {
         "schema": SCHEMA_VERSION,
         "iteration": group.iteration,
-        "weight_version": group.weight_version,
+        "weight_version": group.policy_version,
         "task": {
             "id": task.id,
             "question": task.question,
@@ -284,7 +284,7 @@ def _trajectory_to_json(record: TrajectoryRecord) -> dict[str, Any]:
         "sample": record.sample,
         "end_state": record.end_state.value,
         "error": record.error,
-        "weight_version": record.weight_version,
+        "weight_version": record.policy_version,
         "turns": [_turn_to_json(turn) for turn in record.turns],
         "images": [_image_to_json(image) for image in record.images],
         "reward": _reward_to_json(record.reward) if record.reward else None,
@@ -422,7 +422,7 @@ def _trajectory_from_json(data: dict[str, Any], folder: Path | None) -> Trajecto
         sample=data["sample"],
         end_state=EndState(data["end_state"]),
         error=data["error"],
-        weight_version=data["weight_version"],
+        policy_version=data["weight_version"],
         turns=[_turn_from_json(turn) for turn in data["turns"]],
         images=[_image_from_json(image, folder) for image in data["images"]],
         reward=None if reward is None else _reward_from_json(reward),

@@ -63,7 +63,7 @@ def _trajectory(task: Task, record: TrajectoryRecord, pixels: bool) -> Trajector
         turns=record.turns,
         end_state=EndState.ANSWERED if judge_failed else record.end_state,
         error="" if judge_failed else record.error,
-        weight_version=record.weight_version,
+        policy_version=record.policy_version,
         total_s=record.total_s,
     )
 

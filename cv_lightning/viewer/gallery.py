@@ -147,7 +147,7 @@ class Gallery:
             {
                 "store": store,
                 "iteration": group.iteration,
-                "version": group.weight_version,
+                "version": group.policy_version,
                 "members": list(range(first, first + len(group.trajectories))),
                 "task": {
                     "id": task.id,
@@ -182,7 +182,7 @@ class Gallery:
             "logprob": logprob.mean if logprob else None,
             "tokens": [trajectory.num_prompt_tokens, trajectory.num_sampled_tokens, trajectory.num_tokens],
             "seconds": trajectory.total_s,
-            "version": trajectory.weight_version,
+            "version": trajectory.policy_version,
             "turns": [self._turn(turn) for turn in trajectory.turns],
             "images": [self._image(image) for image in trajectory.images],
         }

@@ -62,9 +62,9 @@ class RecordingEngine:
     requests: dict[str, list[Request]] = field(default_factory=lambda: defaultdict(list))
 
     @property
-    def weight_version(self) -> int:
+    def policy_version(self) -> int:
         """Of the engine."""
-        return self.engine.weight_version
+        return self.engine.policy_version
 
     @property
     def max_model_len(self) -> int:

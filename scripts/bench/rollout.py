@@ -66,9 +66,9 @@ class PlannedEngine:
         self.call, self.answer = self.encoder.assistant_ids(CALL), self.encoder.assistant_ids(ANSWER)
 
     @property
-    def weight_version(self) -> int:
+    def policy_version(self) -> int:
         """Of the engine."""
-        return self.engine.weight_version
+        return self.engine.policy_version
 
     @property
     def max_model_len(self) -> int:

@@ -88,7 +88,7 @@ def _summary(trajectory: Trajectory) -> dict[str, Any]:
     return {
         "task": trajectory.task.id,
         "tokens": trajectory.token_ids,
-        "version": trajectory.weight_version,
+        "version": trajectory.policy_version,
         "advantage": trajectory.advantage,
     }
 

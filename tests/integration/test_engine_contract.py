@@ -65,7 +65,7 @@ def test_weights_reach_the_engine_and_only_by_a_sync(engine: Engine, policy: Pol
     assert worst_gap(policy, engine) > 100 * TOLERANCE
     engine.update_weights(policy.model.named_parameters(), version=5)
     assert worst_gap(policy, engine) <= TOLERANCE
-    assert engine.weight_version == 5
+    assert engine.policy_version == 5
 
 
 @pytest.mark.parametrize("part", ["visual.blocks.0.attn.qkv.weight", "k_proj.weight", "head", "norm1.weight"])
@@ -75,7 +75,7 @@ def test_a_weight_that_is_left_out_is_named(engine: Engine, policy: Policy, part
     some = [(name, tensor) for name, tensor in policy.model.named_parameters() if not name.endswith(part)]
     with pytest.raises(EngineError, match=part.replace(".", r"\.")):
         engine.update_weights(some, version=9)
-    assert engine.weight_version != 9
+    assert engine.policy_version != 9
     engine.update_weights(policy.model.named_parameters(), version=1)
     assert worst_gap(policy, engine) <= TOLERANCE
 
@@ -183,8 +183,8 @@ class Calling:
     banned: Sequence[int]
 
     @property
-    def weight_version(self) -> int:
-        return self.engine.weight_version
+    def policy_version(self) -> int:
+        return self.engine.policy_version
 
     @property
     def max_model_len(self) -> int:

@@ -66,7 +66,7 @@ def test_weights_reach_the_server_and_only_by_a_sync(
     policy.perturb(seed=3)
     assert worst_gap(policy, engine) > 100 * TOLERANCE
     engine.update_weights(iter(policy.model.named_parameters()), version=4)
-    assert engine.weight_version == 4 and server.weight_version == "4"
+    assert engine.policy_version == 4 and server.weight_version == "4"
     assert worst_gap(policy, engine) <= TOLERANCE
     assert worst_gap(policy, engine, temperature=0.6) <= TOLERANCE
     policy.perturb(seed=4)
@@ -80,7 +80,7 @@ def test_a_weight_that_is_left_out_is_named(engine: SGLangEngine, policy: Policy
     with pytest.raises(EngineError, match=r"norm1\.weight"):
         engine.update_weights(some, version=9)
     assert next(some, None) is None, "the iterator is exhausted, as ZeRO-3 needs it"
-    assert engine.weight_version != 9
+    assert engine.policy_version != 9
 
 
 def test_turns_end_seeds_repeat_and_bans_hold(engine: SGLangEngine, policy: Policy) -> None:

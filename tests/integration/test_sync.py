@@ -217,7 +217,7 @@ def test_waking_syncing_and_sleeping_have_their_order(
     policy.perturb(seed=5)
     engine.update_weights(policy.model.named_parameters(), version=2)
     assert calls == ["wake_up['weights']", "collective_rpc", *caches, "wake_up['kv_cache']"]
-    assert worst_gap(policy, engine) <= TOLERANCE and engine.weight_version == 2
+    assert worst_gap(policy, engine) <= TOLERANCE and engine.policy_version == 2
 
 
 def test_an_engine_that_cannot_sleep_or_be_shared_is_refused(tiny_checkpoint: Path) -> None:

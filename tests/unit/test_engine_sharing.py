@@ -46,7 +46,7 @@ def test_settings_that_cannot_be_are_refused(setting: dict[str, object], message
 class Recorder:
     """Finishes a request two steps after it came, and remembers what happened to it in which order."""
 
-    weight_version = 3
+    policy_version = 3
     max_model_len = 64
 
     def __init__(self) -> None:
@@ -114,4 +114,4 @@ def test_the_other_ranks_repeat_what_the_leading_one_does_in_its_order() -> None
         leader.events[:6] == ["add a", "add b", "step", "abort b", "add c", "step"]
         and leader.events[-1] == "abort late"
     )
-    assert engine.weight_version == 3
+    assert engine.policy_version == 3

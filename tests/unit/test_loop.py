@@ -92,7 +92,7 @@ def test_a_tool_call_runs_and_its_image_comes_back(
     assert [op.name for op in trajectory.operations] == ["rotate_90"]
     assert trajectory.images[1].original.size == (64, 96)
     assert trajectory.images[1].to_source is not None and trajectory.images[1].parent == 0
-    assert trajectory.weight_version == 7
+    assert trajectory.policy_version == 7
     # What the engine saw in turn two is exactly what it saw and sampled before, and more.
     first, second = engine.requests
     assert list(second.prompt_ids[: len(first.prompt_ids)]) == list(first.prompt_ids)

@@ -57,7 +57,7 @@ class Policy:
 def rollout(task: Task, sample: int, policy: Policy, rng: random.Random) -> Trajectory:
     """One pretended rollout: undo the turn, crop around the box, answer."""
     trajectory = Trajectory(
-        task=task, sample=sample, token_ids=[], loss_mask=[], logprobs=[], num_prompt_tokens=40, weight_version=3
+        task=task, sample=sample, token_ids=[], loss_mask=[], logprobs=[], num_prompt_tokens=40, policy_version=3
     )
     trajectory.images.append(_image(task.images[0], None, IDENTITY))
     undo = [name for name in task.required_transforms if name in TURNS]

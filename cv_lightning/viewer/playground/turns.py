@@ -36,7 +36,7 @@ class WatchedEngine:
             on_turn: called with each finished turn, on the thread that steps.
         """
         self.engine, self.on_turn = engine, on_turn
-        self.weight_version, self.max_model_len = engine.weight_version, engine.max_model_len
+        self.policy_version, self.max_model_len = engine.policy_version, engine.max_model_len
         self.given = deque(given)
         self.ready: list[Completion] = []
         self.stopped = threading.Event()
@@ -79,7 +79,7 @@ class WatchedEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """As the real engine's."""
         self.engine.update_weights(named_tensors, version)
-        self.weight_version = version
+        self.policy_version = version
 
     def sleep(self) -> bool:
         """Stay awake: the next question may come at any time."""
