@@ -142,7 +142,7 @@ class CheckpointCallback(Checkpoint):
         row: dict[str, float] = {}
         module = _policy_module(pl_module)
         if trainer.training:  # the loggers get the row only after the hook that saves
-            row = module.row | {"epoch": float(trainer.current_epoch)}
+            row = module.batch_metrics | {"epoch": float(trainer.current_epoch)}
         step = module.iteration - 1
         checkpoint[KEY] = {
             "rng": gather_lists([rng_state()]),

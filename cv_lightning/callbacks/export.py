@@ -12,18 +12,18 @@ import lightning.pytorch as pl
 import torch
 from transformers import GenerationConfig
 
-from cv_lightning.checkpoints.reader import StoredPolicy
+from cv_lightning.checkpoints.reader import CheckpointReader
 from cv_lightning.evaluation.model_card import model_card
 from cv_lightning.models.export import (
     SHARD_BYTES,
+    atomic_folder,
     check_shapes,
-    whole_folder,
     write_adapter,
-    write_companions,
+    write_config_and_processor,
     write_processor,
     write_weights,
 )
-from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.gather import gather_full_params
 from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.models.shapes import empty_policy
 from cv_lightning.models.verify import check_same, folder_logits, probe, reference_logits
@@ -63,13 +63,13 @@ def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | N
         run: folder of the run, for the model card.
     """
     assert module.policy is not None
-    tensors = whole_tensors(module.policy)
+    tensors = gather_full_params(module.policy)
     if not write:
         for _ in tensors:
             pass
         return
-    with whole_folder(folder) as temporary:
-        write_companions(temporary, module.policy, module.adapter)
+    with atomic_folder(folder) as temporary:
+        write_config_and_processor(temporary, module.policy, module.adapter)
         write_weights(temporary, tensors, module.policy)
         config = module.policy_config
         (temporary / "README.md").write_text(
@@ -81,7 +81,7 @@ def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | N
 class CheckpointExport:
     """One checkpoint, and what is to be made of it."""
 
-    source: StoredPolicy
+    source: CheckpointReader
     policy: PolicyConfig
     """As it was trained; `path` is the folder that it began with, `dtype` what is written."""
     run: Path | None
@@ -112,7 +112,7 @@ class CheckpointExport:
             size = write_adapter(folder, self.source.factors(), policy.lora, adapter, policy.path)
             write_processor(folder, adapter.processor, adapter.chat_template())
         else:
-            write_companions(folder, model, adapter)
+            write_config_and_processor(folder, model, adapter)
             size = write_weights(folder, self._tensors(tied), model, self.shard_bytes)
         (folder / "README.md").write_text(model_card(policy.path, policy.dtype, self.run, self.source.path.name))
         return size

@@ -29,7 +29,7 @@ from cv_lightning.distributed import check_agreement, collective_timeout_s, gath
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.evaluation.metrics import summarise_outcomes
 from cv_lightning.evaluation.outcome import Outcome, outcomes
-from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.gather import gather_full_params
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardConfig, RewardModule
@@ -339,7 +339,7 @@ class RolloutCallback(pl.Callback):
         assert self.parts is not None and module.policy is not None
         if engine_kind(self.engine_config) == "transformers":  # it generates with the policy itself
             return self.parts.engine.update_weights(module.policy.named_parameters(), version)
-        tensors = whole_tensors(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
+        tensors = gather_full_params(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
         if spoiled is not None:
             tensors = with_other_weights(tensors, spoiled, module.adapter)
         tensors = module.adapter.engine_weights(tensors)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.distributed import gather_lists
-from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.packing import TrainSequence, pack_sequences
 from cv_lightning.models.plain import plain_logprobs
 from cv_lightning.modules.sft import SFTModule
 from cv_lightning.rollout.mismatch import exceeds
@@ -104,17 +104,17 @@ def check_start(module: SFTModule, conversations: Sequence[Conversation], tolera
     return report
 
 
-def _choose(module: SFTModule, conversations: Sequence[Conversation]) -> list[tuple[Conversation, TrainRow]]:
+def _choose(module: SFTModule, conversations: Sequence[Conversation]) -> list[tuple[Conversation, TrainSequence]]:
     """The conversations to compare: with several images before one, short before long."""
     with_images = [conversation for conversation in conversations if conversation.task.images]
-    sequences = module.conversation_rows(with_images)
+    sequences = module.conversation_sequences(with_images)
     pairs = [pair for pair in zip(with_images, sequences, strict=True) if any(pair[1].loss_mask)]
     pairs.sort(key=lambda pair: (len(pair[1].vision) < 2, len(pair[1].token_ids)))
     return pairs[:NUM_CHECKED]
 
 
 def _differences(
-    module: SFTModule, chosen: Sequence[tuple[Conversation, TrainRow]]
+    module: SFTModule, chosen: Sequence[tuple[Conversation, TrainSequence]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours minus transformers' own, and packed minus alone; both [tokens], empty where there is no conversation.
 
@@ -122,11 +122,13 @@ def _differences(
     """
     policy, adapter = module.policy, module.adapter
     assert policy is not None
-    dummy, dummy_image = module.dummy_row()
+    dummy, dummy_image = module.dummy_sequence()
     sequences = [sequence for _, sequence in chosen] + [dummy] * (NUM_CHECKED - len(chosen))
-    packed = pack_rows(sequences, policy.config, adapter)
+    packed = pack_sequences(sequences, policy.config, adapter)
     together = module.logprobs(packed).logprobs.cpu()
-    alone = [module.logprobs(pack_rows([sequence], policy.config, adapter)).logprobs.cpu() for sequence in sequences]
+    alone = [
+        module.logprobs(pack_sequences([sequence], policy.config, adapter)).logprobs.cpu() for sequence in sequences
+    ]
     images = [dummy_image]
     if chosen:  # not those of the sequence: its order is checked, too
         conversation = chosen[0][0]
@@ -134,5 +136,5 @@ def _differences(
         images = [module.encoder.model_image(image) for image in (*conversation.task.images, *shown)]
     first = sequences[0]
     plain = plain_logprobs(policy, adapter, first.token_ids, first.loss_mask, images, adapter.vision_ids).cpu()
-    by_sequence = [together[packed.row_index.cpu() == number] for number in range(len(sequences))]
+    by_sequence = [together[packed.sequence_index.cpu() == number] for number in range(len(sequences))]
     return by_sequence[0] - plain, torch.cat([a - b for a, b in zip(by_sequence, alone, strict=True)])

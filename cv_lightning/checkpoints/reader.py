@@ -63,7 +63,7 @@ def is_deepspeed(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class StoredPolicy:
+class CheckpointReader:
     """The policy in one checkpoint."""
 
     path: Path

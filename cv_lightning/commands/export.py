@@ -87,16 +87,16 @@ def export(request: ExportRequest) -> str:
 
     prepare_environment()
     from cv_lightning.callbacks.export import CheckpointExport
-    from cv_lightning.checkpoints.reader import StoredPolicy, find_stored
-    from cv_lightning.models.export import whole_folder
+    from cv_lightning.checkpoints.reader import CheckpointReader, find_stored
+    from cv_lightning.models.export import atomic_folder
 
     path = find_stored(request.ckpt)
     file = request.run_config or find_config(path)
     policy = read_policy(file, request)
     job = CheckpointExport(
-        StoredPolicy(path), policy, file.parent, lora=request.lora, shard_bytes=int(request.max_shard_gb * 1e9)
+        CheckpointReader(path), policy, file.parent, lora=request.lora, shard_bytes=int(request.max_shard_gb * 1e9)
     )
-    with whole_folder(request.out) as folder:
+    with atomic_folder(request.out) as folder:
         size = job.write(folder)
         checked = f"logits agree to {job.verify(folder):.0e}" if request.verify else "not checked (--verify false)"
     return f"{request.out}: {size / 1e9:.2f} GB in {policy.dtype} from {path}; {checked}"

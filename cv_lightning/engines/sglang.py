@@ -27,7 +27,7 @@ from cv_lightning.engines.sglang_server import (
     prompt_difference,
 )
 from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
-from cv_lightning.models.export import whole_folder, write_companions, write_weights
+from cv_lightning.models.export import atomic_folder, write_config_and_processor, write_weights
 from cv_lightning.models.lora import BASE, FACTORS
 from cv_lightning.types import EngineError
 
@@ -202,10 +202,10 @@ class SGLangEngine(RemoteEngine):
                 yield name, tensor
 
         target = self.folder / f"weights{version % 2}"
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             write_weights(folder, noted(), self.model)
             check_weights(name for name in self.expected if name not in given)
-            write_companions(folder, self.model, self.adapter)
+            write_config_and_processor(folder, self.model, self.adapter)
         if self.asleep:
             self._order("/resume_memory_occupation")
         self._wait_until_idle()

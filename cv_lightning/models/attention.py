@@ -144,7 +144,7 @@ def _pieces_of_bounds(bounds: list[int]) -> Pieces:
 
 
 def _pieces_of_positions(positions: list[int]) -> Pieces:
-    """Pieces of a row by its text positions, see `pack_rows`.
+    """Pieces of a row by its text positions, see `pack_sequences`.
 
     A 0 begins a sequence. Any other step back, to n, begins another sequence with the same first n tokens.
     """
@@ -378,7 +378,7 @@ def _plans(pieces: Pieces, causal: bool) -> tuple[tuple[torch.Tensor, torch.Tens
     return tuple(plans)
 
 
-def _no_mask_for_packed_rows(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+def _no_mask_for_packed_sequences(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Packed rows (one row, no padding mask) need none; generation gets SDPA's."""
     if kwargs.get("batch_size") == 1 and kwargs.get("attention_mask") is None:
         return None
@@ -386,4 +386,4 @@ def _no_mask_for_packed_rows(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask_for_packed_rows)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask_for_packed_sequences)

@@ -31,7 +31,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` once the context ends without an error."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
@@ -108,7 +108,7 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> int:
     return total
 
 
-def write_companions(folder: Path, model: PreTrainedModel, adapter: ModelAdapter) -> None:
+def write_config_and_processor(folder: Path, model: PreTrainedModel, adapter: ModelAdapter) -> None:
     """Write what stands beside the weights: config, generation config, processor with the adapter's chat template.
 
     Args:

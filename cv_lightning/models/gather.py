@@ -33,7 +33,7 @@ class Weight:
         return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.parameters)
 
 
-def whole_tensors(model: torch.nn.Module, bucket_bytes: int = 500_000_000) -> Iterator[tuple[str, torch.Tensor]]:
+def gather_full_params(model: torch.nn.Module, bucket_bytes: int = 500_000_000) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) of every parameter; under ZeRO-3 gathered bucket by bucket, on all ranks.
 
     Every rank must exhaust the iterator (docs/decisions.md, "every rank gathers"). Nothing is copied: DeepSpeed shards

@@ -1,7 +1,7 @@
-"""Many trajectories with many images in one `[1, T]` row.
+"""Packing: many sequences with many images in one `[1, T]` batch.
 
-Positions start anew for every row, attention never crosses rows (`attention.py`), an image that
-several rows share is encoded once, and so is the prompt that the trajectories of a group share.
+Positions restart at 0 for every sequence and attention never crosses sequences (`attention.py`). An image that several
+sequences show is encoded once, and so is the prompt that the trajectories of a group share.
 """
 
 from __future__ import annotations
@@ -21,47 +21,46 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, kw_only=True)
-class TrainRow:
+class TrainSequence:
     """One sequence to train on."""
 
     token_ids: list[int]
-    """Images expanded: one pad per feature."""
+    """Images are expanded: one image token per feature."""
     loss_mask: list[bool]
-    """True where the token was sampled and is learned from; the first token never is."""
+    """True where the token was sampled and is learned; the first token never is."""
     vision: list[ImageInputs] = field(default_factory=list)
-    """One per image, in the order of their pads."""
-    engine_logprobs: list[float] | None = None
-    """The engine's log-probability of every token; needed for RL only."""
+    """One per image, in the order of their tokens."""
+    rollout_logprobs: list[float] | None = None
+    """The engine's log-probability of every token; needed in RL only."""
     advantage: float = 0.0
-    """Of the trajectory; needed for RL only."""
+    """The trajectory's advantage; needed in RL only."""
 
     @property
-    def num_given(self) -> int:
-        """Tokens before the first learned one; all, where none is learned."""
+    def prompt_len(self) -> int:
+        """Number of tokens before the first learned one; all tokens if none is learned."""
         return self.loss_mask.index(True) if True in self.loss_mask else len(self.loss_mask)
 
 
 @dataclass(slots=True, kw_only=True)
 class PackedBatch(PackedInputs):
-    """One packed row. `N` is the number of loss positions, `R` the number of rows in it."""
+    """Packed sequences, the input of one micro-batch. `N` is the number of loss positions."""
 
     loss_positions: torch.Tensor
-    """[N]: positions in T whose *next* token is learned from"""
+    """[N] Positions in T whose *next* token is learned."""
     targets: torch.Tensor
-    """[N]: the tokens that follow them"""
-    row_index: torch.Tensor
-    """[N]: which row each target belongs to"""
-    engine_logprobs: torch.Tensor
-    """[N] float32; 0 where the rows bring none"""
+    """[N] The tokens that follow the loss positions."""
+    sequence_index: torch.Tensor
+    """[N] Index of the sequence that each target belongs to."""
+    rollout_logprobs: torch.Tensor
+    """[N] float32; 0 for sequences without them."""
     advantages: torch.Tensor
-    """[N] float32: the trajectory's advantage at each target"""
-    num_rows: int
+    """[N] float32: the trajectory's advantage at each target."""
     adapter: ModelAdapter
-    """Of the model that the row was made for"""
+    """Adapter of the model that the batch was made for."""
     old_logprobs: torch.Tensor | None = None
-    """[N]: what the ratio is taken against, if not the engine's"""
+    """[N] Log-probabilities that the ratio is taken against, if not the engine's."""
     reference_logprobs: torch.Tensor | None = None
-    """[N]: of the reference policy"""
+    """[N] Log-probabilities of the reference policy."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -70,11 +69,11 @@ class PackedBatch(PackedInputs):
 
     @property
     def num_trained(self) -> int:
-        """Rows with any loss position."""
-        return int(torch.unique(self.row_index).numel())
+        """Number of sequences with a loss position."""
+        return int(torch.unique(self.sequence_index).numel())
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch on a device; itself where it is there already."""
+        """The batch on a device; the same object if it is there already."""
         if self.input_ids.device == device:
             return self
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -82,142 +81,130 @@ class PackedBatch(PackedInputs):
         return replace(self, **moved)
 
 
-def families(rows: Sequence[TrainRow], config: PretrainedConfig, adapter: ModelAdapter) -> list[list[int]]:
-    """Numbers of the rows that begin with the same prompt, the trajectories of a group: each prompt is computed once.
+def prompt_groups(
+    sequences: Sequence[TrainSequence], config: PretrainedConfig, adapter: ModelAdapter
+) -> list[list[int]]:
+    """Indices of the sequences that begin with the same prompt, so that it is computed once for all of them.
 
-    A prompt is what stands before the first learned token; its tokens and the very image objects have to be the same.
-    Where sequences cannot share a prefix, every row is a family of its own.
+    A prompt is everything before the first learned token; two are the same if their tokens are equal and their images
+    are the same objects. If the model's attention cannot share a prefix, every sequence is a group of its own.
     """
     if not adapter.shares_prefix(config):
-        return [[number] for number in range(len(rows))]
+        return [[index] for index in range(len(sequences))]
     found: dict[Any, list[int]] = {}
-    for number, row in enumerate(rows):
-        given = row.num_given
-        alone = given in (0, len(row.token_ids))
-        images = _images_within(row, given, adapter)
-        key = number if alone else (tuple(row.token_ids[:given]), tuple(map(id, row.vision[:images])))
-        found.setdefault(key, []).append(number)
+    for index, sequence in enumerate(sequences):
+        length = sequence.prompt_len
+        alone = length in (0, len(sequence.token_ids))
+        images = sequence.vision[: _images_within(sequence, length, adapter)]
+        key = index if alone else (tuple(sequence.token_ids[:length]), tuple(map(id, images)))
+        found.setdefault(key, []).append(index)
     return list(found.values())
 
 
-def prefix_units(
-    rows: Sequence[TrainRow], config: PretrainedConfig, adapter: ModelAdapter, budget: int
-) -> list[list[TrainRow]]:
-    """Rows that are best kept in one micro-batch: families, cut where they would leave the budget.
+def bounded_prompt_groups(
+    sequences: Sequence[TrainSequence], config: PretrainedConfig, adapter: ModelAdapter, budget: int
+) -> list[list[TrainSequence]]:
+    """Prompt groups, split where they would exceed the token budget of a micro-batch.
 
-    Args:
-        rows: in any order.
-        config: of the model.
-        adapter: of the model.
-        budget: tokens of one micro-batch. A row longer than that is a unit of its own.
+    A sequence that is longer than the budget is a group of its own.
     """
-    units: list[list[TrainRow]] = []
-    for family in families(rows, config, adapter):
-        unit: list[TrainRow] = []
-        for row in (rows[number] for number in family):
-            if unit and packed_length([*unit, row]) > budget:
-                units.append(unit)
-                unit = []
-            unit.append(row)
-        units.append(unit)
-    return units
+    bounded: list[list[TrainSequence]] = []
+    for group in prompt_groups(sequences, config, adapter):
+        part: list[TrainSequence] = []
+        for sequence in (sequences[index] for index in group):
+            if part and packed_length([*part, sequence]) > budget:
+                bounded.append(part)
+                part = []
+            part.append(sequence)
+        bounded.append(part)
+    return bounded
 
 
-def packed_length(rows: Sequence[TrainRow]) -> int:
-    """Tokens that rows of one family take together."""
-    return sum(len(row.token_ids) for row in rows) - (len(rows) - 1) * rows[0].num_given
+def packed_length(group: Sequence[TrainSequence]) -> int:
+    """Number of tokens that the sequences of one prompt group take together."""
+    return sum(len(sequence.token_ids) for sequence in group) - (len(group) - 1) * group[0].prompt_len
 
 
-def _images_within(row: TrainRow, num_tokens: int, adapter: ModelAdapter) -> int:
-    """Images among a row's first tokens."""
-    pads, count = row.token_ids[:num_tokens].count(adapter.image_id), 0
-    while pads > 0 and count < len(row.vision):
-        pads, count = pads - row.vision[count].num_tokens, count + 1
+def _images_within(sequence: TrainSequence, num_tokens: int, adapter: ModelAdapter) -> int:
+    """Number of images among a sequence's first tokens."""
+    left, count = sequence.token_ids[:num_tokens].count(adapter.image_id), 0
+    while left > 0 and count < len(sequence.vision):
+        left, count = left - sequence.vision[count].num_tokens, count + 1
     return count
 
 
-def pack_rows(rows: Sequence[TrainRow], config: PretrainedConfig, adapter: ModelAdapter) -> PackedBatch:
-    """Concatenate rows, families together. The loss positions are in that order; `row_index` tells whose they are.
+def pack_sequences(sequences: Sequence[TrainSequence], config: PretrainedConfig, adapter: ModelAdapter) -> PackedBatch:
+    """Concatenate sequences, those of a prompt group side by side. The loss positions are in that order.
 
     Args:
-        rows: at least one.
-        config: of the model: its attention decides what is shared.
-        adapter: of the model, bound to its processor.
+        sequences: At least one.
+        config: The model's config; its attention decides whether prompts are shared.
+        adapter: The model's adapter, bound to its processor.
 
     Raises:
-        DataError: a row's image tokens and image features differ in number or order, or its lists in length.
+        DataError: A sequence's image tokens and image features differ in number or order, or its lists in length.
     """
     distinct: dict[int, ImageInputs] = {}
     order: list[int] = []
-    parts: list[_PackedRow] = []
+    parts: list[dict[str, np.ndarray]] = []
     offset = 0
-    for family in families(rows, config, adapter):
+    for group in prompt_groups(sequences, config, adapter):
         start = offset
-        for number in family:
-            row = rows[number]
-            shared = row.num_given if number != family[0] else 0
-            parts.append(_pack_row(number, row, adapter, start=start, offset=offset, shared=shared))
-            offset += len(row.token_ids) - shared
-            shown = row.vision[_images_within(row, shared, adapter) :]
+        for index in group:
+            sequence = sequences[index]
+            shared = sequence.prompt_len if index != group[0] else 0
+            parts.append(_sequence_arrays(index, sequence, adapter, start=start, offset=offset, shared=shared))
+            offset += len(sequence.token_ids) - shared
+            shown = sequence.vision[_images_within(sequence, shared, adapter) :]
             distinct |= {id(vision): vision for vision in shown}
             order += map(id, shown)
-    packed = {f.name: np.concatenate([getattr(part, f.name) for part in parts], -1) for f in fields(_PackedRow)}
+    packed = {name: torch.from_numpy(np.concatenate([part[name] for part in parts], -1)) for name in parts[0]}
     places = {key: place for place, key in enumerate(distinct)}
     return PackedBatch(
-        input_ids=torch.from_numpy(packed["token_ids"])[None],
-        position_ids=torch.from_numpy(packed["positions"])[:, None],
+        input_ids=packed.pop("token_ids")[None],
+        position_ids=packed.pop("positions")[:, None],
         images=tuple(distinct.values()),
         image_index=torch.tensor([places[key] for key in order]) if order else None,
-        loss_positions=torch.from_numpy(packed["loss_positions"]),
-        targets=torch.from_numpy(packed["targets"]),
-        row_index=torch.from_numpy(packed["row_index"]),
-        engine_logprobs=torch.from_numpy(packed["engine_logprobs"]),
-        advantages=torch.from_numpy(packed["advantages"]),
-        num_rows=len(rows),
         adapter=adapter,
+        **packed,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _PackedRow:
-    """One row's share of a packed batch, as arrays."""
+def _sequence_arrays(
+    index: int, sequence: TrainSequence, adapter: ModelAdapter, *, start: int, offset: int, shared: int
+) -> dict[str, np.ndarray]:
+    """Fields of a packed batch for one sequence.
 
-    token_ids: np.ndarray
-    positions: np.ndarray
-    loss_positions: np.ndarray
-    targets: np.ndarray
-    row_index: np.ndarray
-    engine_logprobs: np.ndarray
-    advantages: np.ndarray
-
-
-def _pack_row(number: int, row: TrainRow, adapter: ModelAdapter, *, start: int, offset: int, shared: int) -> _PackedRow:
-    """One row: from its token `shared` on it stands at `offset`, and its first ones at `start`."""
-    _check_lengths(number, row)
-    token_ids = np.array(row.token_ids, dtype=np.int64)
+    Args:
+        index: The sequence's number.
+        sequence: The sequence.
+        adapter: The model's adapter.
+        start: Position in T of its first `shared` tokens, which an earlier sequence of the group has brought.
+        offset: Position in T of its token `shared`, the first that it adds.
+        shared: Number of tokens that it shares.
+    """
+    logprobs = sequence.rollout_logprobs
+    lengths = {len(part) for part in (sequence.token_ids, sequence.loss_mask, logprobs) if part is not None}
+    if len(lengths) != 1 or not sequence.token_ids:
+        raise DataError(
+            f"sequence {index}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must "
+            "agree"
+        )
+    token_ids = np.array(sequence.token_ids, dtype=np.int64)
     is_image = token_ids == adapter.image_id
-    features, tokens = sum(image.num_tokens for image in row.vision), int(is_image.sum())
+    features, tokens = sum(image.num_tokens for image in sequence.vision), int(is_image.sum())
     if features != tokens:
         raise DataError(
-            f"row {number}: {tokens} image tokens but {features} image features of {len(row.vision)} images"
+            f"sequence {index}: {tokens} image tokens but {features} image features of {len(sequence.vision)} images"
         )
-    learned = np.flatnonzero(np.array(row.loss_mask, dtype=bool)[1:])  # position i predicts token i + 1
-    given = np.zeros(len(token_ids)) if row.engine_logprobs is None else np.array(row.engine_logprobs)
-    return _PackedRow(
-        token_ids=token_ids[shared:],
-        positions=adapter.positions(is_image, row.vision)[:, shared:],
-        loss_positions=learned + np.where(learned < shared, start, offset - shared),
-        targets=token_ids[learned + 1],
-        row_index=np.full(len(learned), number, dtype=np.int64),
-        engine_logprobs=given[learned + 1].astype(np.float32),
-        advantages=np.full(len(learned), row.advantage, dtype=np.float32),
-    )
-
-
-def _check_lengths(number: int, row: TrainRow) -> None:
-    given = row.token_ids if row.engine_logprobs is None else row.engine_logprobs
-    lengths = {len(row.token_ids), len(row.loss_mask), len(given)}
-    if len(lengths) != 1 or not row.token_ids:
-        raise DataError(
-            f"row {number}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must agree"
-        )
+    learned = np.flatnonzero(np.array(sequence.loss_mask, dtype=bool)[1:])  # position i predicts token i + 1
+    rollout = np.zeros(len(token_ids)) if logprobs is None else np.array(logprobs)
+    return {
+        "token_ids": token_ids[shared:],
+        "positions": adapter.positions(is_image, sequence.vision)[:, shared:],
+        "loss_positions": learned + np.where(learned < shared, start, offset - shared),
+        "targets": token_ids[learned + 1],
+        "sequence_index": np.full(len(learned), index, dtype=np.int64),
+        "rollout_logprobs": rollout[learned + 1].astype(np.float32),
+        "advantages": np.full(len(learned), sequence.advantage, dtype=np.float32),
+    }

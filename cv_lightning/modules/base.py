@@ -24,7 +24,7 @@ from cv_lightning.models.buffers import check_buffers, computed_buffers
 from cv_lightning.models.export import check_shapes
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import Entropy, LogProbs, packed_logprobs
-from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows, packed_length, prefix_units
+from cv_lightning.models.packing import PackedBatch, TrainSequence, bounded_prompt_groups, pack_sequences, packed_length
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
 from cv_lightning.types import CheckpointError, CVLightningError, Trajectory
@@ -120,7 +120,7 @@ class PolicyModule(pl.LightningModule):
         """Weight decay of each group of the optimizer."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward and backward; a watchdog of the run sets it."""
-        self.row: dict[str, float] = {}
+        self.batch_metrics: dict[str, float] = {}
         """Metrics of the current training batch, by name."""
         self.steps_per_batch = 1
         """Optimizer steps that one training batch takes."""
@@ -226,62 +226,63 @@ class PolicyModule(pl.LightningModule):
             )
         return batches * self.steps_per_batch
 
-    # ------------------------------------------------------------------ trajectories as packed rows
-    def train_rows(self, trajectories: Sequence[Trajectory]) -> list[TrainRow]:
-        """Trajectories as training reads them; each image is processed once an iteration, whoever shows it."""
+    # ------------------------------------------------------------------ packing
+    def train_sequences(self, trajectories: Sequence[Trajectory]) -> list[TrainSequence]:
+        """The training sequences of trajectories; each image is processed once per iteration."""
         cache = self.vision_cache
         cache.get([image.model_image for trajectory in trajectories for image in trajectory.images])
         return [
-            TrainRow(
+            TrainSequence(
                 token_ids=trajectory.token_ids,
                 loss_mask=trajectory.loss_mask,
                 vision=cache.get([image.model_image for image in trajectory.images]),
-                engine_logprobs=trajectory.logprobs,
+                rollout_logprobs=trajectory.logprobs,
                 advantage=trajectory.advantage or 0.0,
             )
             for trajectory in trajectories
         ]
 
     def can_pack(self, trajectory: Trajectory) -> bool:
-        """False for one whose lists differ in length, or whose image tokens are not as many as its images have.
+        """False if a trajectory's lists differ in length, or its image tokens in number from its image features.
 
-        The agent makes none; a truncated image would be an error on one rank while the others wait.
+        The agent makes no such trajectory. A truncated image would be an error on one rank while the others wait.
         """
         length = len(trajectory.token_ids)
         features = sum(self.encoder.num_image_tokens(image.model_image.size) for image in trajectory.images)
         tokens = trajectory.token_ids.count(self.encoder.image_pad_id)
         return features == tokens and length == len(trajectory.loss_mask) == len(trajectory.logprobs)
 
-    def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
-        """Packed rows within the token budget; at least one, and equally many on every rank. Call it on all ranks."""
+    def pack_micro_batches(self, sequences: Sequence[TrainSequence]) -> list[PackedBatch]:
+        """Micro-batches within the token budget: at least one, equally many on every rank. Call it on all ranks."""
         assert self.policy is not None
-        return [pack_rows(chunk, self.policy.config, self.adapter) for chunk in self.split_rows(rows)]
+        return [pack_sequences(chunk, self.policy.config, self.adapter) for chunk in self.split_sequences(sequences)]
 
-    def split_rows(self, rows: Sequence[TrainRow]) -> list[list[TrainRow]]:
-        """The rows of every micro-batch.
+    def split_sequences(self, sequences: Sequence[TrainSequence]) -> list[list[TrainSequence]]:
+        """The sequences of every micro-batch. Call it on all ranks.
 
-        Several ranks take as many as the rank that needs most, balanced; what a rank lacks is filled up with dummies
-        that carry no loss. Under ZeRO-3 every forward and backward is collective, and a rank with fewer, or with a
-        vision tower that does not run, would hang the others. Call it on all ranks.
+        All ranks take as many micro-batches as the rank that needs most, balanced, and fill up with dummy sequences
+        that carry no loss. Under ZeRO-3 every forward and backward is collective: a rank with fewer micro-batches, or
+        with one that does not run the vision tower, would hang the others.
         """
         assert self.policy is not None
-        units = prefix_units(rows, self.policy.config, self.adapter, self.max_tokens_per_row)
-        lengths = [packed_length(unit) for unit in units]
-        chunks = _joined(split_by_tokens(units, lengths, self.max_tokens_per_row))
+        budget = self.max_tokens_per_row
+        groups = bounded_prompt_groups(sequences, self.policy.config, self.adapter, budget)
+        lengths = [packed_length(group) for group in groups]
+        chunks = _flatten(split_by_tokens(groups, lengths, budget))
         if self.trainer.world_size == 1:
-            return chunks or [[self.dummy_row()[0]]]
-        wanted = max(1, int(self.reduce_max(len(chunks))))
-        chunks = _joined(split_evenly(units, lengths, self.max_tokens_per_row, wanted))
-        chunks += [[] for _ in range(wanted - len(chunks))]
-        return [chunk if any(row.vision for row in chunk) else [*chunk, self.dummy_row()[0]] for chunk in chunks]
+            return chunks or [[self.dummy_sequence()[0]]]
+        count = max(1, int(self.reduce_max(len(chunks))))
+        chunks = _flatten(split_evenly(groups, lengths, budget, count))
+        chunks += [[] for _ in range(count - len(chunks))]
+        return [chunk if any(s.vision for s in chunk) else [*chunk, self.dummy_sequence()[0]] for chunk in chunks]
 
-    def dummy_row(self) -> tuple[TrainRow, Image.Image]:
-        """The smallest sequence with an image, without loss, and the image: the vision tower runs on every rank."""
+    def dummy_sequence(self) -> tuple[TrainSequence, Image.Image]:
+        """The smallest sequence with an image and without loss, and its image: it makes the vision tower run."""
         image = self.encoder.model_image(Image.new("RGB", (self.adapter.image_rule.factor,) * 2))
         pads = [self.encoder.image_pad_id] * self.encoder.num_image_tokens(image.size)
         ids = [self.encoder.end_id, *pads, self.encoder.end_id]
         vision = self.adapter.process_images([image])
-        return TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=vision), image
+        return TrainSequence(token_ids=ids, loss_mask=[False] * len(ids), vision=vision), image
 
     # ------------------------------------------------------------------ one optimizer step
     def logprobs(
@@ -414,21 +415,21 @@ class PolicyModule(pl.LightningModule):
 
     # ------------------------------------------------------------------ metrics
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Like Lightning's, but in training the value goes to the iteration's row and not to the loggers themselves.
+        """Log like Lightning, but in training collect the value in `batch_metrics` instead of calling the loggers.
 
-        A row holds what was logged in its own iteration only, and is known before its checkpoint is written.
+        The collected metrics belong to one iteration only, and are known before its checkpoint is written.
         """
         if self.trainer.training and not kwargs.get("on_epoch") and kwargs.get("logger") is not False:
-            self.row[name] = float(value)
+            self.batch_metrics[name] = float(value)
             kwargs["logger"] = False
         super().log(name, value, *args, **kwargs)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Hand the iteration's row to the loggers. Lightning calls the callbacks' hooks before."""
-        row, self.row = self.row, {}
-        if row and self.iteration % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        """Give the iteration's metrics to the loggers. Lightning calls the callbacks' hooks before."""
+        metrics, self.batch_metrics = self.batch_metrics, {}
+        if metrics and self.iteration % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for logger in self.trainer.loggers:
-                logger.log_metrics(row | {"epoch": float(self.trainer.current_epoch)}, step=self.iteration - 1)
+                logger.log_metrics(metrics | {"epoch": float(self.trainer.current_epoch)}, step=self.iteration - 1)
                 logger.save()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -448,9 +449,9 @@ def _deepspeed_engine(trainer: pl.Trainer) -> Any:
     return model if hasattr(model, "set_gradient_accumulation_boundary") else None
 
 
-def _joined(chunks: Sequence[Sequence[Sequence[T]]]) -> list[list[T]]:
-    """The rows of every micro-batch, from its units."""
-    return [[row for unit in chunk for row in unit] for chunk in chunks]
+def _flatten(chunks: Sequence[Sequence[Sequence[T]]]) -> list[list[T]]:
+    """The sequences of every micro-batch, from its prompt groups."""
+    return [[sequence for group in chunk for sequence in group] for chunk in chunks]
 
 
 def _announce_backward(trainer: pl.Trainer, is_last: bool) -> None:

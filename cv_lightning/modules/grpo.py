@@ -14,7 +14,7 @@ import torch
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.models.logprobs import Entropy, LogProbs
 from cv_lightning.models.lora import adapters_off
-from cv_lightning.models.packing import PackedBatch, pack_rows
+from cv_lightning.models.packing import PackedBatch, pack_sequences
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.rl.advantages import GRPO
 from cv_lightning.rl.algorithm import AlgorithmConfig
@@ -102,7 +102,7 @@ class GRPOModule(PolicyModule):
         totals: defaultdict[str, float] = defaultdict(float)
         scored = self._share_out(batch.groups, totals)
         contributing = [self._contributing(share) for share in scored]
-        minibatches = [self.pack_micro_batches(self.train_rows(share)) for share in contributing]
+        minibatches = [self.pack_micro_batches(self.train_sequences(share)) for share in contributing]
         self._attach_fixed([micro_batch for micro_batches in minibatches for micro_batch in micro_batches])
         parity = NOT_COMPARED if self.reduce_max(len(contributing[0])) else self._probe_parity(scored[0])
         for number, micro_batches in enumerate(minibatches):
@@ -164,14 +164,14 @@ class GRPOModule(PolicyModule):
         rewards = list(totals)
         # the update leaves the others out, too: nothing sampled, such as an over-long prompt, or images missing
         counted = [n for n, t in enumerate(trajectories) if any(t.loss_mask) and self.can_pack(t)]
-        sequences = self.train_rows([trajectories[number] for number in counted])
+        sequences = self.train_sequences([trajectories[number] for number in counted])
         numbers = {id(sequence): number for sequence, number in zip(sequences, counted, strict=True)}
-        for chunk in self.split_rows(sequences):
-            packed = pack_rows(chunk, self.policy.config, self.adapter)
+        for chunk in self.split_sequences(sequences):
+            packed = pack_sequences(chunk, self.policy.config, self.adapter)
             reference = self._reference_logprobs(packed).cpu()
             own = [rewards[numbers[id(member)]] if id(member) in numbers else 0.0 for member in chunk]
             kl = self.algorithm.kl
-            penalised = rewards_with_kl(own, packed.engine_logprobs, reference, packed.row_index, kl)
+            penalised = rewards_with_kl(own, packed.rollout_logprobs, reference, packed.sequence_index, kl)
             for member, reward in zip(chunk, penalised, strict=True):
                 if id(member) in numbers:
                     rewards[numbers[id(member)]] = float(reward)
@@ -205,7 +205,7 @@ class GRPOModule(PolicyModule):
     @torch.no_grad()
     def _probe_parity(self, scored: Sequence[Trajectory]) -> float:
         """Parity where no trajectory of the first step has a gradient on any rank, and so none would be compared."""
-        micro_batches = self.pack_micro_batches(self.train_rows(scored[:PROBED]))
+        micro_batches = self.pack_micro_batches(self.train_sequences(scored[:PROBED]))
         return max(_largest_gap(self._logprobs(m).logprobs, m) for m in micro_batches)
 
     # ------------------------------------------------------------------ one mini-batch
@@ -246,7 +246,7 @@ class GRPOModule(PolicyModule):
         self, micro_batch: PackedBatch, computed: LogProbs, num_tokens: float, num_sequences: float
     ) -> TokenBatch:
         device, of_trainer = self.device, self.algorithm.old_logprobs == "trainer"
-        rollout = micro_batch.engine_logprobs.to(device)
+        rollout = micro_batch.rollout_logprobs.to(device)
         old = rollout
         if of_trainer:
             before = micro_batch.old_logprobs
@@ -256,7 +256,7 @@ class GRPOModule(PolicyModule):
             logprobs=computed.logprobs,
             old_logprobs=old,
             advantages=micro_batch.advantages.to(device),
-            sequence_index=micro_batch.row_index.to(device),
+            sequence_index=micro_batch.sequence_index.to(device),
             num_tokens=num_tokens,
             num_sequences=num_sequences,
             rollout_logprobs=rollout if of_trainer else None,
@@ -315,5 +315,5 @@ def _largest_gap(logprobs: torch.Tensor, micro_batch: PackedBatch) -> float:
     """Largest difference from the engine's log-probabilities; one that is not finite counts as NOT_FINITE."""
     if not micro_batch.num_loss_tokens:
         return NOT_COMPARED
-    gap = (logprobs - micro_batch.engine_logprobs.to(logprobs.device)).abs()
+    gap = (logprobs - micro_batch.rollout_logprobs.to(logprobs.device)).abs()
     return float(gap.nan_to_num(nan=NOT_FINITE, posinf=NOT_FINITE).max())

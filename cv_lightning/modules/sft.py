@@ -12,7 +12,7 @@ from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, t
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.models.loading import PolicyConfig
-from cv_lightning.models.packing import PackedBatch, TrainRow
+from cv_lightning.models.packing import PackedBatch, TrainSequence
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.tools.schema import check_tools
@@ -45,7 +45,7 @@ class SFTModule(PolicyModule):
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """One optimizer step on one batch of conversations; the loss is a mean over all ranks' tokens."""
         start = time.perf_counter()
-        rows = self.conversation_rows(batch.conversations)
+        rows = self.conversation_sequences(batch.conversations)
         micro_batches = self.pack_micro_batches(rows)
         counts = [float(sum(sum(row.loss_mask) for row in rows)), float(sum(len(row.token_ids) for row in rows))]
         num_learned, num_tokens = self.reduce_sum(counts)
@@ -75,12 +75,14 @@ class SFTModule(PolicyModule):
             }
         )
 
-    def conversation_rows(self, conversations: list[Conversation]) -> list[TrainRow]:
+    def conversation_sequences(self, conversations: list[Conversation]) -> list[TrainSequence]:
         """Conversations as training reads them."""
         dialogues = [encode_conversation(self.encoder, each, self.prompt, self.tools) for each in conversations]
         cache = self.vision_cache
         cache.get([image for dialogue in dialogues for image in dialogue.images])
-        return [TrainRow(token_ids=d.token_ids, loss_mask=d.loss_mask, vision=cache.get(d.images)) for d in dialogues]
+        return [
+            TrainSequence(token_ids=d.token_ids, loss_mask=d.loss_mask, vision=cache.get(d.images)) for d in dialogues
+        ]
 
 
 def encode_conversation(

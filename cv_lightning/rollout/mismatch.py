@@ -89,9 +89,9 @@ def exceeds(differences: torch.Tensor, dtype: str, tolerance: float, mean: float
 @torch.no_grad()
 def trainer_minus_engine(module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float) -> torch.Tensor:
     """Trainer minus engine log-probability of every sampled token. Shape [tokens]; call it on all ranks."""
-    rows = module.train_rows(trajectories)
+    sequences = module.train_sequences(trajectories)
     parts = []
-    for packed in module.pack_micro_batches(rows):
+    for packed in module.pack_micro_batches(sequences):
         ours = module.logprobs(packed, temperature=temperature).logprobs
-        parts.append(ours.float() - packed.engine_logprobs.to(ours.device))
+        parts.append(ours.float() - packed.rollout_logprobs.to(ours.device))
     return torch.cat(parts)

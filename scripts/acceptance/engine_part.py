@@ -22,10 +22,10 @@ from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.engines import Completion, EngineConfig
 from cv_lightning.engines.hf import TransformersEngine
 from cv_lightning.models.adapters import ModelAdapter
-from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.gather import gather_full_params
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy, load_processor
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.packing import TrainSequence, pack_sequences
 from cv_lightning.models.shapes import model_config
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import Task
@@ -101,12 +101,12 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, dialogue: Dialogue, done: Completion) -> torch.Tensor:
         """The trainer's log-probabilities of a completion, [tokens]."""
-        row = TrainRow(
+        row = TrainSequence(
             token_ids=[*dialogue.token_ids, *done.token_ids],
             loss_mask=[False] * len(dialogue.token_ids) + [True] * len(done.token_ids),
             vision=VisionCache(self.adapter).get(dialogue.images),
         )
-        batch = pack_rows([row], self.model.config, self.adapter).to(self.model.device)
+        batch = pack_sequences([row], self.model.config, self.adapter).to(self.model.device)
         return packed_logprobs(self.model, batch, banned_ids=self.banned).logprobs.float().cpu()
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ def cycles(unit: str, options: argparse.Namespace, *, async_scheduling: bool, st
 
             engine = VLLMEngine(str(trainer.folder), settings, trainer.adapter, dtype="bfloat16")
         name = f"{unit}{' (stand-in)' if stand_in else ''} level {level}"
-        engine.update_weights(whole_tensors(trainer.model), 0)
+        engine.update_weights(gather_full_params(trainer.model), 0)
         yield agreement(f"{name}, awake", trainer, engine)
         trainer.perturb(0)
         yield staleness(f"{name}, stale weights are noticed", trainer, engine)
@@ -198,7 +198,7 @@ def cycles(unit: str, options: argparse.Namespace, *, async_scheduling: bool, st
                 return
             freed = 0 if stand_in else torch.cuda.mem_get_info()[0] - before
             trainer.perturb(cycle)
-            engine.update_weights(whole_tensors(trainer.model), cycle)
+            engine.update_weights(gather_full_params(trainer.model), cycle)
             yield agreement(f"{name}, sleep {cycle}", trainer, engine)
             if not stand_in:
                 yield Line(check=f"{name}, freed {cycle}", verdict="pass" if freed > 1e9 else "fail",
@@ -213,7 +213,7 @@ def cpu_engine(options: argparse.Namespace) -> Iterator[Line]:
     trainer = Trainer.load(options)
     engine = VLLMEngine(str(trainer.folder), sizes(background_rendering="always"), trainer.adapter, dtype="bfloat16")
     for version in range(2):
-        engine.update_weights(whole_tensors(trainer.model), version)
+        engine.update_weights(gather_full_params(trainer.model), version)
         yield agreement(f"CPU build, sync {version + 1}", trainer, engine)
         trainer.perturb(version)
     yield staleness("CPU build, stale weights are noticed", trainer, engine)
@@ -230,7 +230,7 @@ def sync_seconds(options: argparse.Namespace, repeats: int = 3) -> Iterator[Line
     seconds = []
     for version in range(repeats):
         begun = time.perf_counter()
-        engine.update_weights(whole_tensors(trainer.model), version)
+        engine.update_weights(gather_full_params(trainer.model), version)
         if not options.cpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)

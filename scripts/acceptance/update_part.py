@@ -37,7 +37,7 @@ class BareLoop(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Forward, backward and optimizer step; medians."""
-        batches = [b.to(pl_module.device) for b in pl_module.pack_micro_batches(pl_module.train_rows(self.made))]
+        batches = [b.to(pl_module.device) for b in pl_module.pack_micro_batches(pl_module.train_sequences(self.made))]
         optimizer = torch.optim.AdamW(pl_module.policy.parameters(), lr=1e-6)
         optimizer.state = trainer.optimizers[0].state  # the memory is taken once
         seconds = []

@@ -21,7 +21,7 @@ from update import trajectories  # noqa: I001 - it prepares the environment
 import lightning.pytorch as pl
 import torch
 
-from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.gather import gather_full_params
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.modules import StepLoader
 from cv_lightning.models.loading import PolicyConfig
@@ -47,7 +47,7 @@ class Watch(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Note the norms."""
-        self.weights = [float(tensor.float().norm()) for _, tensor in whole_tensors(pl_module.policy)]
+        self.weights = [float(tensor.float().norm()) for _, tensor in gather_full_params(pl_module.policy)]
 
 
 def main() -> None:

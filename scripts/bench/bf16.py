@@ -47,7 +47,7 @@ from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
 from cv_lightning.models.adapters.tiny import TinyModelConfig  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy  # noqa: E402
 from cv_lightning.models.logprobs import packed_logprobs  # noqa: E402
-from cv_lightning.models.packing import pack_rows  # noqa: E402
+from cv_lightning.models.packing import pack_sequences  # noqa: E402
 from cv_lightning.models.vision import VisionCache  # noqa: E402
 
 Figures = Iterator[tuple[str, float]]
@@ -166,10 +166,12 @@ def sequence_lengths(family: str, seed: int, folder: Path) -> Figures:
     other = sequences.sequence_of(policy, images[2:], cache, 200, seed + 2000)
     yield "shared prefix and packed", mean(sequences.gap(policy, [*group, other], [images[:2]] * 4 + [images[2:]]))
     with torch.no_grad():
-        packed = pack_rows(group, policy[0].config, policy[1])
+        packed = pack_sequences(group, policy[0].config, policy[1])
         together = packed_logprobs(policy[0], packed).logprobs
-        alone = [packed_logprobs(policy[0], pack_rows([one], policy[0].config, policy[1])).logprobs for one in group]
-    apart = [together[packed.row_index == number] - one for number, one in enumerate(alone)]
+        alone = [
+            packed_logprobs(policy[0], pack_sequences([one], policy[0].config, policy[1])).logprobs for one in group
+        ]
+    apart = [together[packed.sequence_index == number] - one for number, one in enumerate(alone)]
     yield "shared prefix against alone", mean(torch.cat(apart))
 
 

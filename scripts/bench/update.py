@@ -45,7 +45,7 @@ from cv_lightning.models.adapters.base import LOGIT_BAN, joined  # noqa: E402
 from cv_lightning.models.attention import NAME, use_attention  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig  # noqa: E402
 from cv_lightning.models.logprobs import LogProbs, packed_logprobs  # noqa: E402
-from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows  # noqa: E402
+from cv_lightning.models.packing import PackedBatch, TrainSequence, pack_sequences  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig, StepResult  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
@@ -87,28 +87,28 @@ class BenchModule(GRPOModule):
         self.seconds[self.variant].append(time.perf_counter() - begun)
         self.cpu_seconds[self.variant].append(time.process_time() - cpu)
 
-    def pack_micro_batches(self, rows: Sequence[TrainRow]) -> list[PackedBatch]:
-        """As the module does, or eight rows at a time."""
+    def pack_micro_batches(self, sequences: Sequence[TrainSequence]) -> list[PackedBatch]:
+        """As the module does, or eight sequences at a time."""
         if self.variant != "padded":
-            return super().pack_micro_batches(rows)
+            return super().pack_micro_batches(sequences)
         assert self.policy is not None
         batches = []
-        for first in range(0, len(rows), PADDED_ROWS):
-            chunk = rows[first : first + PADDED_ROWS]
-            batches.append(pack_rows(chunk, self.policy.config, self.adapter))
+        for first in range(0, len(sequences), PADDED_ROWS):
+            chunk = sequences[first : first + PADDED_ROWS]
+            batches.append(pack_sequences(chunk, self.policy.config, self.adapter))
             self.padded[id(batches[-1])] = self._pad(chunk)
         return batches
 
-    def _pad(self, rows: Sequence[TrainRow]) -> dict[str, torch.Tensor]:
-        width = max(len(row.token_ids) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
+    def _pad(self, sequences: Sequence[TrainSequence]) -> dict[str, torch.Tensor]:
+        width = max(len(sequence.token_ids) for sequence in sequences)
+        ids = torch.zeros(len(sequences), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
-        learned = torch.zeros(len(rows), width, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            length = len(row.token_ids)
-            ids[number, :length], mask[number, :length] = torch.tensor(row.token_ids), 1
-            learned[number, : length - 1] = torch.tensor(row.loss_mask[1:])
-        vision = [v for row in rows for v in row.vision]
+        learned = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for number, sequence in enumerate(sequences):
+            length = len(sequence.token_ids)
+            ids[number, :length], mask[number, :length] = torch.tensor(sequence.token_ids), 1
+            learned[number, : length - 1] = torch.tensor(sequence.loss_mask[1:])
+        vision = [v for sequence in sequences for v in sequence.vision]
         return {
             "input_ids": ids,
             "attention_mask": mask,

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.engines import EngineConfig  # noqa: E402
 from cv_lightning.models.adapters.tiny import TinyModelConfig  # noqa: E402
-from cv_lightning.models.gather import buckets_of, whole_tensors  # noqa: E402
+from cv_lightning.models.gather import buckets_of, gather_full_params  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
 
 RANKS = 2
@@ -70,7 +70,7 @@ def worker(folder: Path, dtype: str, repeats: int, out: Path) -> None:
         engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(in_memory)})
 
     def sync() -> None:
-        engine.update_weights(whole_tensors(policy, bucket_bytes), version=0)
+        engine.update_weights(gather_full_params(policy, bucket_bytes), version=0)
 
     seconds: dict[str, list[float]] = {"gather": [], "reload": [], "sync": []}
     for _ in range(repeats + 1):
@@ -86,9 +86,9 @@ def worker(folder: Path, dtype: str, repeats: int, out: Path) -> None:
 def _whole(policy: torch.nn.Module, bucket_bytes: int, file: Path) -> dict[str, torch.Tensor]:
     """All whole tensors, in memory that the ranks share: a file that both have mapped and read once."""
     if torch.distributed.get_rank() == 0:
-        save_file({name: tensor.clone() for name, tensor in whole_tensors(policy, bucket_bytes)}, file)
+        save_file({name: tensor.clone() for name, tensor in gather_full_params(policy, bucket_bytes)}, file)
     else:
-        for _ in whole_tensors(policy, bucket_bytes):
+        for _ in gather_full_params(policy, bucket_bytes):
             pass
     torch.distributed.barrier()
     tensors = load_file(file)

@@ -18,7 +18,7 @@ from cv_lightning.images import content_hash
 from cv_lightning.models.adapters import ModelAdapter
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.packing import TrainSequence, pack_sequences
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import Task
 
@@ -66,12 +66,12 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, dialogue: Dialogue, done: Completion, temperature: float = 1.0) -> torch.Tensor:
         """The trainer's log-probabilities of the sampled tokens. Shape [tokens]."""
-        row = TrainRow(
+        row = TrainSequence(
             token_ids=[*dialogue.token_ids, *done.token_ids],
             loss_mask=[False] * len(dialogue.token_ids) + [True] * len(done.token_ids),
             vision=VisionCache(self.adapter).get(dialogue.images),
         )
-        batch = pack_rows([row], self.model.config, self.adapter)
+        batch = pack_sequences([row], self.model.config, self.adapter)
         return packed_logprobs(self.model, batch, temperature=temperature, banned_ids=self.banned).logprobs
 
 

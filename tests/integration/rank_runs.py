@@ -35,7 +35,7 @@ from cv_lightning import strategies  # noqa: E402
 from cv_lightning.callbacks.start_check import SFTStartCheck  # noqa: E402
 from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
 from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
-from cv_lightning.models.gather import whole_tensors  # noqa: E402
+from cv_lightning.models.gather import gather_full_params  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
 from cv_lightning.models.logprobs import packed_logprobs  # noqa: E402
 from cv_lightning.models.lora import LoraConfig  # noqa: E402
@@ -143,7 +143,7 @@ class Watch(pl.Callback):
 
     @staticmethod
     def _whole(module: Any) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in whole_tensors(module.policy)}
+        return {name: tensor.detach().clone() for name, tensor in gather_full_params(module.policy)}
 
 
 def perform(run: Run, folder: Path) -> Outcome:

@@ -17,7 +17,7 @@ from cv_lightning.models.adapters import ModelAdapter
 from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import TrainRow, pack_rows, packed_length
+from cv_lightning.models.packing import TrainSequence, pack_sequences, packed_length
 from cv_lightning.models.plain import plain_logprobs
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.rollout.mismatch import exceeds
@@ -48,7 +48,7 @@ def sequence_of(
     cache: VisionCache,
     length: int,
     seed: int,
-) -> TrainRow:
+) -> TrainSequence:
     """Images spread over random text, of which the last quarter is learned."""
     model, rng = policy[0], random.Random(seed)
     ids: list[int] = []
@@ -57,28 +57,28 @@ def sequence_of(
         ids += [rng.randrange(200) for _ in range(length // (len(images) + 2))]
         ids += [model.config.image_token_id] * item.num_tokens
     ids += [rng.randrange(200) for _ in range(length - len(ids))]
-    return TrainRow(token_ids=ids, loss_mask=[n >= 3 * length // 4 for n in range(length)], vision=vision)
+    return TrainSequence(token_ids=ids, loss_mask=[n >= 3 * length // 4 for n in range(length)], vision=vision)
 
 
 @torch.no_grad()
 def gap(
-    policy: tuple[PreTrainedModel, ModelAdapter], sequences: list[TrainRow], images: list[list[Image.Image]]
+    policy: tuple[PreTrainedModel, ModelAdapter], sequences: list[TrainSequence], images: list[list[Image.Image]]
 ) -> torch.Tensor:
     """Packed, minus transformers' own forward of each sequence alone. Shape [learned tokens]."""
     model, adapter = policy
-    packed = pack_rows(sequences, model.config, adapter)
+    packed = pack_sequences(sequences, model.config, adapter)
     ours = packed_logprobs(model, packed).logprobs
     parts = []
     for number, (sequence, own) in enumerate(zip(sequences, images, strict=True)):
         plain = plain_logprobs(model, adapter, sequence.token_ids, sequence.loss_mask, own, [])
-        parts.append(ours[packed.row_index == number] - plain)
+        parts.append(ours[packed.sequence_index == number] - plain)
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def rounded_rotary(policy: tuple[PreTrainedModel, ModelAdapter], sequence: TrainRow) -> torch.Tensor:
+def rounded_rotary(policy: tuple[PreTrainedModel, ModelAdapter], sequence: TrainSequence) -> torch.Tensor:
     """Log-probabilities with rotary frequencies rounded to bfloat16, minus the right ones. Shape [learned tokens]."""
-    model, packed = policy[0], pack_rows([sequence], policy[0].config, policy[1])
+    model, packed = policy[0], pack_sequences([sequence], policy[0].config, policy[1])
     exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
     right = packed_logprobs(model, packed).logprobs
     try:
@@ -90,11 +90,11 @@ def rounded_rotary(policy: tuple[PreTrainedModel, ModelAdapter], sequence: Train
             buffer.data = exact[name]
 
 
-def siblings(first: TrainRow, count: int, seed: int) -> list[TrainRow]:
+def siblings(first: TrainSequence, count: int, seed: int) -> list[TrainSequence]:
     """Sequences of the same prompt, with learned tokens of their own."""
-    rng, prompt = random.Random(seed), first.num_given
+    rng, prompt = random.Random(seed), first.prompt_len
     return [
-        TrainRow(
+        TrainSequence(
             token_ids=first.token_ids[:prompt] + [rng.randrange(200) for _ in first.token_ids[prompt:]],
             loss_mask=first.loss_mask,
             vision=first.vision,

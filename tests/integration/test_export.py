@@ -17,7 +17,7 @@ import cv_lightning.callbacks.export as exporting
 from cv_lightning.commands.export import main
 from cv_lightning.engines import EngineConfig, build_engine, vllm_imports
 from cv_lightning.models.adapters import adapter_for
-from cv_lightning.models.export import whole_folder
+from cv_lightning.models.export import atomic_folder
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.models.verify import folder_logits, probe
 
@@ -183,11 +183,11 @@ def test_an_export_that_fails_its_check_leaves_nothing_behind(
 def test_an_export_replaces_a_folder_only_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as folder:
         (folder / "new").write_text("half")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "new").write_text("whole")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 

@@ -15,7 +15,7 @@ from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.data.modules import SFTDataModule, TaskDataModule
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.engines import EngineConfig
-from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.gather import gather_full_params
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.models.lora import FACTORS, LoraConfig, adapter_layers, adapters_off
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
@@ -34,7 +34,7 @@ def with_lora(path: Path, lora: LoraConfig | None = LORA) -> PolicyConfig:
 
 
 def logprobs(module: PolicyModule, model: torch.nn.Module) -> torch.Tensor:
-    rows = module.train_rows([t for group in groups(module, 1) for t in group.trajectories])
+    rows = module.train_sequences([t for group in groups(module, 1) for t in group.trajectories])
     (packed,) = module.pack_micro_batches(rows)
     with torch.no_grad():
         return module.logprobs(packed, model=model).logprobs  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def test_only_adapters_learn_and_they_start_as_nothing(tiny_checkpoint: Path) ->
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained and all(".language_model." in name and any(mark in name for mark in FACTORS) for name in trained)
     assert len(adapter_layers(model)) == 7 * model.config.text_config.num_hidden_layers
-    whole, wanted = dict(whole_tensors(model)), dict(plain.named_parameters())
+    whole, wanted = dict(gather_full_params(model)), dict(plain.named_parameters())
     assert whole.keys() == wanted.keys()
     assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
     with pytest.raises(CheckpointError, match=r"lora\.targets"):

@@ -47,7 +47,7 @@ def test_many_micro_batches_take_the_step_of_one(tiny_checkpoint: Path) -> None:
     loose = AlgorithmConfig(loss=PPOClip(clip_low=0.99, clip_high=1e6, dual_clip=1e6), num_minibatches=1)
     whole, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100_000, algorithm=loose)
     split, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100, algorithm=loose)
-    rows = split.train_rows([t for g in groups(split, 3) for t in g.trajectories])
+    rows = split.train_sequences([t for g in groups(split, 3) for t in g.trajectories])
     assert len(split.pack_micro_batches(rows)) > 3
     assert len(whole.pack_micro_batches(rows)) == 1
     start = GRPOModule(policy(tiny_checkpoint))
@@ -200,7 +200,7 @@ def test_a_watchdog_hears_of_every_forward_and_backward(tiny_checkpoint: Path) -
     batch = Iteration(0, [])
     batch.groups = groups(module, 2)
     fit(module, lambda step: batch, 1)
-    num_rows = len(module.pack_micro_batches(module.train_rows([t for g in batch.groups for t in g.trajectories])))
+    num_rows = len(module.pack_micro_batches(module.train_sequences([t for g in batch.groups for t in g.trajectories])))
     assert num_rows > 1 and len(heard) >= num_rows, "a forward and a backward for every row that has a gradient"
     watchdog = Watchdog()
     watchdog.setup(pl.Trainer(accelerator="cpu", logger=False), module, "fit")
@@ -223,7 +223,7 @@ def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path,
     assert penalised[0] != trajectories[0].reward.total and len(module._taken_off) == 1  # type: ignore[union-attr]
     penalised = module.advantage_rewards(trajectories)
     for trajectory, reward in zip(trajectories, penalised, strict=True):
-        (alone,) = module.pack_micro_batches(module.train_rows([trajectory]))
+        (alone,) = module.pack_micro_batches(module.train_sequences([trajectory]))
         reference = module.logprobs(alone, temperature=0.9, model=module.reference).logprobs.detach()
         assert trajectory.reward is not None
         gap = sum(logprob for logprob, mask in zip(trajectory.logprobs, trajectory.loss_mask, strict=True) if mask)
@@ -262,7 +262,7 @@ def test_each_image_is_processed_once_an_iteration(tiny_checkpoint: Path, monkey
     )
     trajectories = [t for group in groups(module, 2) for t in group.trajectories]
     for _ in range(2):
-        module.train_rows(trajectories)
+        module.train_sequences(trajectories)
     assert sorted(processed) == sorted({id(image.model_image) for t in trajectories for image in t.images})
     trained, _ = grpo_after_one_iteration(tiny_checkpoint, groups(module, 1))
     assert not trained.vision_cache._known, "the next iteration has images of its own"

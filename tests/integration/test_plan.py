@@ -19,7 +19,7 @@ from cv_lightning.commands.plan import main, make_plan
 from cv_lightning.models.attention import NAME, use_attention
 from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import PackedBatch, TrainRow, pack_rows
+from cv_lightning.models.packing import PackedBatch, TrainSequence, pack_sequences
 from cv_lightning.models.patches import use_linear_patches
 from cv_lightning.planner.budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Budget, budget, hints
 from cv_lightning.planner.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
@@ -206,8 +206,8 @@ def batch_of(folder: Path, model: PreTrainedModel, text: int, images: int) -> Pa
             vision += adapter.process_images([Image.new("RGB", (side, side), (row, image, 0))])
             ids += [pad] * 9 + [7]
         learned = [1 <= position < 10 for position in range(len(ids))]
-        rows.append(TrainRow(token_ids=ids, loss_mask=learned, vision=vision))
-    return pack_rows(rows, model.config, adapter)
+        rows.append(TrainSequence(token_ids=ids, loss_mask=learned, vision=vision))
+    return pack_sequences(rows, model.config, adapter)
 
 
 def saved_bytes(model: PreTrainedModel, batch: PackedBatch) -> int:

@@ -22,7 +22,7 @@ from renames import FIXTURES, differences, flatten, renames
 from safetensors.torch import load_file
 from stored_runs import CONVERSATIONS, LAST, TASKS, command, copied, read_yaml, resumed, rows_of, settings
 
-from cv_lightning.checkpoints.reader import StoredPolicy
+from cv_lightning.checkpoints.reader import CheckpointReader
 from cv_lightning.checkpoints.recipe import check_recipe, read_recipe, settings_of
 from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as run_cli
@@ -99,7 +99,7 @@ def checkpoint(name: str) -> Path:
 
 @pytest.mark.parametrize("name", LAST)
 def test_the_policy_of_a_checkpoint_is_read(name: str) -> None:
-    stored, base = StoredPolicy(checkpoint(name)), load_file(RUNS / "base" / "model.safetensors")
+    stored, base = CheckpointReader(checkpoint(name)), load_file(RUNS / "base" / "model.safetensors")
     assert stored.has_adapters == (name == "lora")
     assert stored.merged_shapes == {tensor: value.shape for tensor, value in base.items()}
     tensors = dict(stored.tensors(torch.float32, LORA))
@@ -201,7 +201,7 @@ def test_a_stored_run_goes_on(name: str, work: Path) -> None:
 def test_a_stored_checkpoint_is_exported_and_tested(name: str, work: Path) -> None:
     command(work, "export", "--ckpt", name, "--out", "exported")
     exported = load_file(work / "exported" / "model.safetensors")
-    stored = dict(StoredPolicy(checkpoint(name)).tensors(torch.float32, LORA))
+    stored = dict(CheckpointReader(checkpoint(name)).tensors(torch.float32, LORA))
     assert all(torch.equal(exported[tensor], value) for tensor, value in stored.items())
     if name == "sft":
         test = ["test", "--config", "tested/test_config.yaml", "--trainer.default_root_dir", "again"]

@@ -17,7 +17,7 @@ import torch
 from engine_samples import Policy, worst_gap
 
 from cv_lightning.engines import EngineConfig
-from cv_lightning.models.gather import whole_tensors
+from cv_lightning.models.gather import gather_full_params
 from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.types import EngineError
 
@@ -243,7 +243,7 @@ def test_an_engine_that_slept_samples_from_the_new_weights(tiny_checkpoint: Path
     config = replace(sizes, sleep="always", sleep_level=level)  # type: ignore[arg-type]
     engine = VLLMEngine(str(tiny_checkpoint), config, policy.adapter, dtype="float32")
     for version in (1, 2):
-        engine.update_weights(whole_tensors(policy.model), version)
+        engine.update_weights(gather_full_params(policy.model), version)
         assert worst_gap(policy, engine) <= 1e-3
         awake = torch.cuda.mem_get_info()[0]
         assert engine.sleep()

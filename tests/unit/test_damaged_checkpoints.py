@@ -12,7 +12,7 @@ import torch
 from cv_lightning.callbacks.checkpoint import StreamingCheckpointIO
 from cv_lightning.checkpoints.damage import damage
 from cv_lightning.checkpoints.folder import last_checkpoint
-from cv_lightning.checkpoints.reader import StoredPolicy, find_stored
+from cv_lightning.checkpoints.reader import CheckpointReader, find_stored
 from cv_lightning.checkpoints.recipe import KEY, check_recipe, settings_of
 from cv_lightning.cli import find_checkpoint
 from cv_lightning.types import CheckpointError, CVLightningError
@@ -66,7 +66,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert "iteration000010.ckpt is damaged" in caplog.text and "Trying the one before" in caplog.text
     assert find_checkpoint("last", tmp_path) == str(nine)
     assert find_stored(tmp_path) == nine, "an export takes the same one"
-    assert {float(t.mean()) for _, t in StoredPolicy(find_stored(tmp_path)).tensors(torch.float32, None)} == {9.0}
+    assert {float(t.mean()) for _, t in CheckpointReader(find_stored(tmp_path)).tensors(torch.float32, None)} == {9.0}
     with pytest.raises(CVLightningError, match=r"iteration000010\.ckpt is damaged.*`last` takes"):
         find_checkpoint(str(ten), tmp_path)
     with pytest.raises(CheckpointError, match="whose newest whole one is taken"):

@@ -16,7 +16,7 @@ from cv_lightning.images import to_model_image
 from cv_lightning.models.adapters import adapter_for
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import TrainRow, pack_rows
+from cv_lightning.models.packing import TrainSequence, pack_sequences
 from cv_lightning.models.patches import use_liger
 from cv_lightning.models.vision import VisionCache
 
@@ -66,15 +66,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def logprobs(model: PreTrainedModel, path: Path) -> torch.Tensor:
-    """Log-probabilities of a row with an image."""
+    """Log-probabilities of a sequence with an image."""
     adapter = load_adapter(PolicyConfig(path=str(path)))
     image = to_model_image(Image.linear_gradient("L").resize((96, 64)).convert("RGB"), adapter.image_rule)
     (vision,) = VisionCache(adapter).get([image])
     pads = [model.config.image_token_id] * vision.num_tokens
     ids = [5, *pads, 6, 7, 8, 9]
-    row = TrainRow(token_ids=ids, loss_mask=[False] * (len(ids) - 4) + [True] * 4, vision=[vision])
+    sequence = TrainSequence(token_ids=ids, loss_mask=[False] * (len(ids) - 4) + [True] * 4, vision=[vision])
     with torch.no_grad():
-        return packed_logprobs(model, pack_rows([row], model.config, adapter)).logprobs
+        return packed_logprobs(model, pack_sequences([sequence], model.config, adapter)).logprobs
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_qwen25"])

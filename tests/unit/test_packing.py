@@ -1,4 +1,4 @@
-"""Packed rows give what one-by-one gives: positions, logits, loss and gradients."""
+"""Packed sequences give what one-by-one gives: positions, logits, loss and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cv_lightning.images import to_model_image
 from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter, joined
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy, load_processor
 from cv_lightning.models.logprobs import packed_logprobs
-from cv_lightning.models.packing import TrainRow, families, pack_rows, packed_length
+from cv_lightning.models.packing import TrainSequence, pack_sequences, packed_length, prompt_groups
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import CheckpointError, DataError
 
@@ -45,15 +45,15 @@ def adapter(checkpoint: Path) -> ModelAdapter:
     return load_adapter(PolicyConfig(path=str(checkpoint)))
 
 
-def random_rows(model: PreTrainedModel, adapter: ModelAdapter, seed: int, num_rows: int = 6) -> list[TrainRow]:
+def random_sequences(model: PreTrainedModel, adapter: ModelAdapter, seed: int, count: int = 6) -> list[TrainSequence]:
     """Rows with 0 to 3 images of several sizes, some of them shared."""
     rng = random.Random(seed)
     limits, cache = adapter.image_rule, VisionCache(adapter)
     sizes = [(96, 96), (64, 128), (384, 384), (50, 40)]
     pool = [to_model_image(Image.effect_noise(rng.choice(sizes), 90).convert("RGB"), limits) for _ in range(4)]
     merge, pad = model.config.vision_config.spatial_merge_size, model.config.image_token_id
-    rows = []
-    for _ in range(num_rows):
+    sequences = []
+    for _ in range(count):
         ids: list[int] = [rng.randrange(200) for _ in range(rng.randint(2, 9))]
         vision = cache.get([rng.choice(pool) for _ in range(rng.randint(0, 3))])
         for image in vision:
@@ -62,40 +62,40 @@ def random_rows(model: PreTrainedModel, adapter: ModelAdapter, seed: int, num_ro
             ]
         mask = [token != pad and rng.random() < 0.6 for token in ids]
         mask[-1] = True
-        rows.append(TrainRow(token_ids=ids, loss_mask=mask, vision=vision))
-    return rows
+        sequences.append(TrainSequence(token_ids=ids, loss_mask=mask, vision=vision))
+    return sequences
 
 
-def one_by_one(model: PreTrainedModel, row: TrainRow, banned: list[int]) -> torch.Tensor:
+def one_by_one(model: PreTrainedModel, sequence: TrainSequence, banned: list[int]) -> torch.Tensor:
     """Independent computation: transformers' own forward of one unpacked sequence with its own positions and SDPA."""
-    ids = torch.tensor([row.token_ids])
+    ids = torch.tensor([sequence.token_ids])
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        **joined(row.vision),
+        **joined(sequence.vision),
     ).logits[0]
     logits[:, banned] += LOGIT_BAN
     logprobs = torch.log_softmax(logits[:-1].float(), -1).gather(-1, ids[0, 1:, None])[:, 0]
-    return logprobs[torch.tensor(row.loss_mask[1:])]
+    return logprobs[torch.tensor(sequence.loss_mask[1:])]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_packed_equals_one_by_one(
     model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter, seed: int
 ) -> None:
-    rows = random_rows(model, adapter, seed)
+    sequences = random_sequences(model, adapter, seed)
     banned = list(adapter.vision_ids)
-    weights = [0.5 + number for number in range(len(rows))]  # a loss in which every row counts differently
-    batch = pack_rows(rows, model.config, adapter)
+    weights = [0.5 + number for number in range(len(sequences))]  # a loss in which every sequence counts differently
+    batch = pack_sequences(sequences, model.config, adapter)
 
     model.zero_grad()
     packed = packed_logprobs(model, batch, banned_ids=banned, chunk_tokens=7).logprobs
-    loss = (packed * torch.tensor(weights)[batch.row_index]).sum()
+    loss = (packed * torch.tensor(weights)[batch.sequence_index]).sum()
     loss.backward()
 
     stock.zero_grad()
-    single = [one_by_one(stock, row, banned) for row in rows]
+    single = [one_by_one(stock, sequence, banned) for sequence in sequences]
     reference = sum(weight * part.sum() for weight, part in zip(weights, single, strict=True))
     reference.backward()
     torch.testing.assert_close(packed, torch.cat(single), atol=1e-5, rtol=1e-5)
@@ -110,38 +110,38 @@ def test_packed_equals_one_by_one(
             )
 
 
-def grouped_rows(model: PreTrainedModel, adapter: ModelAdapter, seed: int) -> list[TrainRow]:
-    """Groups of trajectories about one prompt each, with tool images of their own, and a row without a group."""
+def grouped_sequences(model: PreTrainedModel, adapter: ModelAdapter, seed: int) -> list[TrainSequence]:
+    """Groups of trajectories about one prompt each, with tool images of their own, and a sequence without a group."""
     rng = random.Random(seed)
-    rows = []
-    for prompt in random_rows(model, adapter, seed, num_rows=3):
-        for answer in random_rows(model, adapter, rng.randrange(1000), num_rows=rng.randint(1, 4)):
+    sequences = []
+    for prompt in random_sequences(model, adapter, seed, count=3):
+        for answer in random_sequences(model, adapter, rng.randrange(1000), count=rng.randint(1, 4)):
             given = [False] * len(prompt.token_ids)
             mask = [True, *answer.loss_mask[1:]]  # the first token after the prompt was sampled
             ids, vision = prompt.token_ids + answer.token_ids, [*prompt.vision, *answer.vision]
-            rows.append(TrainRow(token_ids=ids, loss_mask=given + mask, vision=vision))
-    rng.shuffle(rows)
-    return [*rows, *random_rows(model, adapter, seed + 50, num_rows=1)]
+            sequences.append(TrainSequence(token_ids=ids, loss_mask=given + mask, vision=vision))
+    rng.shuffle(sequences)
+    return [*sequences, *random_sequences(model, adapter, seed + 50, count=1)]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_shared_prompt_is_computed_once_and_changes_nothing(
     model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter, seed: int
 ) -> None:
-    rows = grouped_rows(model, adapter, seed)
+    sequences = grouped_sequences(model, adapter, seed)
     banned = list(adapter.vision_ids)
-    batch = pack_rows(rows, model.config, adapter)
-    groups = families(rows, model.config, adapter)
-    assert batch.input_ids.shape[1] == sum(packed_length([rows[i] for i in group]) for group in groups)
-    assert batch.input_ids.shape[1] < sum(len(row.token_ids) for row in rows)
+    batch = pack_sequences(sequences, model.config, adapter)
+    groups = prompt_groups(sequences, model.config, adapter)
+    assert batch.input_ids.shape[1] == sum(packed_length([sequences[i] for i in group]) for group in groups)
+    assert batch.input_ids.shape[1] < sum(len(sequence.token_ids) for sequence in sequences)
 
     model.zero_grad()
     packed = packed_logprobs(model, batch, banned_ids=banned).logprobs
-    (packed * (1.0 + batch.row_index)).sum().backward()
+    (packed * (1.0 + batch.sequence_index)).sum().backward()
     stock.zero_grad()
-    single = [one_by_one(stock, row, banned) for row in rows]
+    single = [one_by_one(stock, sequence, banned) for sequence in sequences]
     for number, alone in enumerate(single):
-        torch.testing.assert_close(packed[batch.row_index == number], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed[batch.sequence_index == number], alone, atol=1e-5, rtol=1e-5)
     torch.stack([(1.0 + number) * part.sum() for number, part in enumerate(single)]).sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     largest = max(float(parameter.grad.abs().max()) for parameter in stock.parameters() if parameter.grad is not None)
@@ -160,26 +160,26 @@ def test_prompts_that_only_look_the_same_are_not_shared(model: PreTrainedModel, 
     pads = [pad] * (first.num_tokens)
     ids = [5, *pads, 6, 7]
     mask = [False] * (len(ids) - 1) + [True]
-    rows = [TrainRow(token_ids=ids, loss_mask=mask, vision=[image]) for image in (first, other, first)]
-    assert families(rows, model.config, adapter) == [[0, 2], [1]]
+    sequences = [TrainSequence(token_ids=ids, loss_mask=mask, vision=[image]) for image in (first, other, first)]
+    assert prompt_groups(sequences, model.config, adapter) == [[0, 2], [1]]
     plain = copy.copy(model.config)
     plain._attn_implementation = "sdpa"
-    assert families(rows, plain, adapter) == [[0], [1], [2]]
+    assert prompt_groups(sequences, plain, adapter) == [[0], [1], [2]]
 
 
 def test_positions_equal_the_models_own(model: PreTrainedModel, adapter: ModelAdapter) -> None:
-    for row in random_rows(model, adapter, seed=9):
-        ids = torch.tensor([row.token_ids])
-        grids = joined(row.vision).get("image_grid_thw")
+    for sequence in random_sequences(model, adapter, seed=9):
+        ids = torch.tensor([sequence.token_ids])
+        grids = joined(sequence.vision).get("image_grid_thw")
         kinds = (ids == model.config.image_token_id).int()
         expected, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=grids, attention_mask=torch.ones_like(ids))
-        ours = torch.from_numpy(adapter.positions(kinds[0].numpy() == 1, row.vision))
+        ours = torch.from_numpy(adapter.positions(kinds[0].numpy() == 1, sequence.vision))
         assert torch.equal(ours[1:], expected[:, 0])
-        assert ours[0].tolist() == list(range(len(row.token_ids)))
+        assert ours[0].tolist() == list(range(len(sequence.token_ids)))
 
 
 def test_entropy_is_that_of_the_sampling_distribution(model: PreTrainedModel, adapter: ModelAdapter) -> None:
-    batch = pack_rows(random_rows(model, adapter, seed=3, num_rows=2), model.config, adapter)
+    batch = pack_sequences(random_sequences(model, adapter, seed=3, count=2), model.config, adapter)
     hot = packed_logprobs(model, batch, temperature=2.0, entropy="value")
     cold = packed_logprobs(model, batch, temperature=0.5, entropy="value")
     assert hot.entropy is not None and cold.entropy is not None
@@ -187,9 +187,9 @@ def test_entropy_is_that_of_the_sampling_distribution(model: PreTrainedModel, ad
 
 
 def test_a_shared_image_is_encoded_once(model: PreTrainedModel, adapter: ModelAdapter) -> None:
-    rows = random_rows(model, adapter, seed=5)
-    batch = pack_rows(rows, model.config, adapter)
-    shown = [id(v) for row in rows for v in row.vision]
+    sequences = random_sequences(model, adapter, seed=5)
+    batch = pack_sequences(sequences, model.config, adapter)
+    shown = [id(v) for sequence in sequences for v in sequence.vision]
     assert len(batch.images) == len(set(shown)) < len(shown) == batch.image_index.numel()
 
 
@@ -203,14 +203,14 @@ def test_processing_a_model_image_resizes_nothing(adapter: ModelAdapter) -> None
         assert to_model_image(image, limits).size == image.size
 
 
-def test_rows_of_text_only_and_of_nothing_to_learn(
+def test_sequences_of_text_only_and_of_nothing_to_learn(
     model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter
 ) -> None:
-    text = TrainRow(token_ids=[5, 6, 7, 8], loss_mask=[True, True, False, True])
-    silent = TrainRow(token_ids=[9, 10, 11], loss_mask=[False] * 3)
-    both = packed_logprobs(model, pack_rows([silent, text, silent], model.config, adapter)).logprobs
+    text = TrainSequence(token_ids=[5, 6, 7, 8], loss_mask=[True, True, False, True])
+    silent = TrainSequence(token_ids=[9, 10, 11], loss_mask=[False] * 3)
+    both = packed_logprobs(model, pack_sequences([silent, text, silent], model.config, adapter)).logprobs
     torch.testing.assert_close(both, one_by_one(stock, text, []), atol=1e-5, rtol=1e-5)
-    nothing = packed_logprobs(model, pack_rows([silent], model.config, adapter)).logprobs
+    nothing = packed_logprobs(model, pack_sequences([silent], model.config, adapter)).logprobs
     assert nothing.shape == (0,)
     nothing.sum().backward()  # ranks without tokens take part in the backward pass
 
@@ -250,8 +250,8 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(
     )  # its gradient is as large on both sides
     monkeypatch.setattr(model, "get_output_embeddings", lambda: head)
     monkeypatch.setattr(model.config.get_text_config(), "vocab_size", vocabulary)
-    row = TrainRow(token_ids=[5] * (tokens + 1), loss_mask=[True] * (tokens + 1))
-    batch = pack_rows([row], model.config, adapter)
+    sequence = TrainSequence(token_ids=[5] * (tokens + 1), loss_mask=[True] * (tokens + 1))
+    batch = pack_sequences([sequence], model.config, adapter)
     states = torch.randn(1, tokens + 1, width, requires_grad=True)
     monkeypatch.setattr(adapter, "packed_hidden", lambda *_: states, raising=False)
     with LiveBytes(head.weight) as ours:
@@ -276,13 +276,15 @@ def test_an_image_whose_tokens_are_interrupted_is_refused(model: PreTrainedModel
     pad = model.config.image_token_id
     ids = [pad] * (image.num_tokens - 1) + [3] + [pad]
     with pytest.raises(DataError, match="interrupted"):
-        pack_rows([TrainRow(token_ids=ids, loss_mask=[False] * len(ids), vision=[image])], model.config, adapter)
+        pack_sequences(
+            [TrainSequence(token_ids=ids, loss_mask=[False] * len(ids), vision=[image])], model.config, adapter
+        )
 
 
-def test_a_row_whose_images_do_not_fit_its_tokens_is_refused(model: PreTrainedModel, adapter: ModelAdapter) -> None:
+def test_images_that_do_not_fit_the_tokens_are_refused(model: PreTrainedModel, adapter: ModelAdapter) -> None:
     pad = model.config.image_token_id
     with pytest.raises(DataError, match="1 image tokens but 0"):
-        pack_rows([TrainRow(token_ids=[1, pad, 2], loss_mask=[False, False, True])], model.config, adapter)
+        pack_sequences([TrainSequence(token_ids=[1, pad, 2], loss_mask=[False, False, True])], model.config, adapter)
 
 
 def test_a_folder_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
@@ -305,6 +307,6 @@ def test_fused_kernels_compute_the_same(checkpoint: Path, adapter: ModelAdapter)
     found = []
     for kernels in ("torch", "liger"):
         model = load_policy(PolicyConfig(path=str(checkpoint), dtype="float32", kernels=kernels)).cuda()
-        batch = pack_rows(random_rows(model, adapter, seed=1), model.config, adapter).to(torch.device("cuda"))
+        batch = pack_sequences(random_sequences(model, adapter, seed=1), model.config, adapter).to(torch.device("cuda"))
         found.append(packed_logprobs(model, batch).logprobs)
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
