@@ -205,10 +205,10 @@ class ToolStatus(StrEnum):
     """Killed at its deadline."""
     KILLED = "killed"
     """Died by a signal, or broke a resource limit."""
-    REFUSED = "refused"
-    """Never ran: too long, not text, bad image index, unknown tool."""
-    LOST = "lost"
-    """The tool's host failed, not the call: the trajectory is masked, never scored."""
+    REJECTED = "refused"
+    """Never ran: too long, not text, bad image index, unknown tool. Stored as `refused`."""
+    INFRASTRUCTURE_ERROR = "lost"
+    """The tool's host failed, not the call: the trajectory is masked, never scored. Stored as `lost`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,8 +267,8 @@ class EndState(StrEnum):
     PARSE_ERRORS = "parse_errors"
     """More malformed tool calls than the agent forgives."""
     MAX_IMAGES = "max_images"
-    STOPPED = "stopped"
-    """Cut by the rollout's deadline: no outcome, so never scored as a wrong answer."""
+    TRUNCATED = "stopped"
+    """Cut by the rollout's deadline: no outcome, so never scored as a wrong answer. Stored as `stopped`."""
     ERROR_TASK = "error:task"
     """The task's prompt cannot be built: image marks that differ from its images, an image that cannot be shown."""
     ERROR_ENGINE = "error:engine"
@@ -278,7 +278,7 @@ class EndState(StrEnum):
     @property
     def is_error(self) -> bool:
         """True if there is no outcome: infrastructure failed, or the rollout was cut. Masked, never scored."""
-        return self.value.startswith("error:") or self is EndState.STOPPED
+        return self.value.startswith("error:") or self is EndState.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

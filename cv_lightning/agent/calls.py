@@ -79,7 +79,7 @@ def lost(reason: BaseException | str) -> ToolOutcome:
     """The outcome of a call whose tool failed."""
     kind = "lost" if isinstance(reason, str) else type(reason).__name__
     text = str(reason) or kind
-    return ToolOutcome(result=ToolResult(status=ToolStatus.LOST, error=text, error_kind=kind))
+    return ToolOutcome(result=ToolResult(status=ToolStatus.INFRASTRUCTURE_ERROR, error=text, error_kind=kind))
 
 
 def trajectory_image(images: list[TrajectoryImage], made: ToolImage, model_image: Image.Image) -> TrajectoryImage:

@@ -248,7 +248,7 @@ class Episode:
         """Take what a call gave into the trajectory, and tell the model."""
         result, prompt = outcome.result, self.config.prompt
         turn.tool_s, turn.result = outcome.elapsed_s, result
-        if result.status is ToolStatus.LOST:
+        if result.status is ToolStatus.INFRASTRUCTURE_ERROR:
             raise _End(EndState.ERROR_SANDBOX, result.error)
         if result.status is not ToolStatus.OK or outcome.not_shown:
             error = result.error or outcome.not_shown

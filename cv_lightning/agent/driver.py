@@ -300,7 +300,7 @@ class _Pass:
         unfinished = [*self.generating.values(), *(call.episode for call in self.in_tool.values())]
         unfinished += [Episode(request, order, self.shared) for order, request in self.waiting]
         for episode in unfinished:
-            self._end(episode, EndState.STOPPED, reason)
+            self._end(episode, EndState.TRUNCATED, reason)
         self.generating.clear()
         self.in_tool.clear()
         self.waiting.clear()

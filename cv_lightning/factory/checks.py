@@ -158,7 +158,7 @@ def problems_of(facts: Facts, turns: Sequence[Played], images: Sequence[Trajecto
     for turn in calls:
         if turn.result is None:
             return [*found, Problem("no call", turn.parsed.error or "a turn makes no call")]
-        if turn.result.status is ToolStatus.LOST:
+        if turn.result.status is ToolStatus.INFRASTRUCTURE_ERROR:
             return [*found, Problem("sandbox", turn.result.error)]
     view = Geometry(facts, calls, images)
     found += view.path_problems() + view.orientation_problems() + view.crop_problems() + view.kind_problems()

@@ -123,7 +123,7 @@ class Composer:
             outcome.completion_tokens += written.completion_tokens
             outcome.retries += attempt > 0
             turn, image = await player.look(written.text.strip())
-            if turn.result is not None and turn.result.status is ToolStatus.LOST:
+            if turn.result is not None and turn.result.status is ToolStatus.INFRASTRUCTURE_ERROR:
                 raise SandboxError(turn.result.error)
             refusal = refusal_of(request.step, turn, image, facts, player)
             if not refusal and request.step.action == "answer":

@@ -22,7 +22,7 @@ class SandboxConfig:
     max_in_flight_mb: float = 1024.0
     """Input pictures of the snippets that run at once, in MB; more wait."""
     max_queue: int = 16384
-    """Snippets that may wait; one more is answered LOST."""
+    """Snippets that may wait; one more is answered INFRASTRUCTURE_ERROR."""
     timeout_s: float = 5.0
     """Wall-clock limit of a snippet's running time in seconds; waiting does not count."""
     cpu_s: int = 2

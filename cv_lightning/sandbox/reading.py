@@ -42,7 +42,7 @@ def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig
     tier = "plan" if is_plan else "process"
     if outcome.output_fd < 0:
         text = f"the sandbox could not run the snippet: {outcome.lost or 'it was closed'}"
-        return SandboxResult(status=ToolStatus.LOST, error=text, error_kind="lost", tier=tier)
+        return SandboxResult(status=ToolStatus.INFRASTRUCTURE_ERROR, error=text, error_kind="lost", tier=tier)
     try:
         result = _without_output(outcome, config) or _read(image, outcome.output_fd, config)
     except WireError as error:

@@ -254,7 +254,7 @@ class Sandbox:
     def _finish(self, run: _Run, outcome: ChildResult) -> SandboxResult | None:
         """The result of a job; None if a worker could not execute its plan, so that a child has to run it."""
         result = read_outcome(run.image, outcome, self.config, is_plan=run.as_plan)
-        if run.as_plan and result.status not in (ToolStatus.OK, ToolStatus.LOST):
+        if run.as_plan and result.status not in (ToolStatus.OK, ToolStatus.INFRASTRUCTURE_ERROR):
             run.as_plan = False
             return None
         self._count("plan_worker" if run.as_plan else "process")
@@ -325,7 +325,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _refused(kind: str, text: str) -> SandboxResult:
-    return SandboxResult(status=ToolStatus.REFUSED, error=text, error_kind=kind)
+    return SandboxResult(status=ToolStatus.REJECTED, error=text, error_kind=kind)
 
 
 def _own_copy(result: SandboxResult) -> SandboxResult:

@@ -332,7 +332,7 @@ def _other_limit(case: Case, result: SandboxResult) -> bool:
 
 def _status_fault(kind: str, detail: str, result: SandboxResult, hidden: bool) -> str:
     """Why the status is not the expected one; in a private root (`hidden`) a path outside does not exist at all."""
-    if result.status in (ToolStatus.LOST, ToolStatus.REFUSED):
+    if result.status in (ToolStatus.INFRASTRUCTURE_ERROR, ToolStatus.REJECTED):
         return f"it did not run: {result.status}"
     if kind == "any" or result.status in _FAILED:
         word = detail if kind == "error" and detail.endswith("Error") else ""

@@ -105,4 +105,4 @@ def missing_image(arguments: Mapping[str, Any], num_images: int) -> ToolResult |
     if not isinstance(index, int) or 0 <= index < num_images:
         return None
     error = f"image_index {index} does not exist; there are {num_images} images, numbered from 0"
-    return ToolResult(status=ToolStatus.REFUSED, error=error, error_kind=IMAGE_INDEX)
+    return ToolResult(status=ToolStatus.REJECTED, error=error, error_kind=IMAGE_INDEX)

@@ -91,7 +91,7 @@ def test_stopping_ends_it_at_once_and_leaves_it_whole(encoder: DialogueEncoder, 
             ask(play)
         running[0].stop()
         thread.join(timeout=10)
-        assert ended[0].trajectory is not None and ended[0].trajectory.end_state is EndState.STOPPED
+        assert ended[0].trajectory is not None and ended[0].trajectory.end_state is EndState.TRUNCATED
         assert not play.rollout.engine.has_unfinished()
         play.save(ended[0])
 

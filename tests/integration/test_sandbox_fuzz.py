@@ -159,7 +159,7 @@ def test_redteam_no_code_raises_in_the_caller_or_is_lost(tier: str, sample: int 
     with Sandbox(config) as sandbox:
         for code in codes:
             result = sandbox.run_sync(NOISE, code, owner="fuzz")
-            if result.status is ToolStatus.LOST:
+            if result.status is ToolStatus.INFRASTRUCTURE_ERROR:
                 lost.append(code[:60])
         assert lost == [] and sandbox.stats["restarts"] == 0 and sandbox.stats["resent"] == 0
 

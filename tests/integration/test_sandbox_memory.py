@@ -113,7 +113,7 @@ def test_redteam_a_child_that_the_kernel_kills_for_memory_is_masked(group: Group
             result = sandbox.run_sync(NOISE, TAKES.format(300))
             if sandbox.stats["restarts"]:
                 continue
-            assert result.status is ToolStatus.LOST and "killed from outside" in result.error, result
+            assert result.status is ToolStatus.INFRASTRUCTURE_ERROR and "killed from outside" in result.error, result
             assert group.kills() >= before + 2 and sandbox.stats["lost"] == 1 and sandbox.stats["resent"] >= 1
             assert sandbox.run_sync(NOISE, "import re\nresult = image").status is ToolStatus.OK
             return

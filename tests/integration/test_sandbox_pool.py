@@ -99,8 +99,8 @@ def test_the_queue_is_bounded_and_says_so() -> None:
     with Sandbox(config) as sandbox:
         results = asyncio.run(run_all(sandbox, [SLEEP.format(0.2)] * 8))
     counts = Counter(result.status for result in results)
-    assert counts[ToolStatus.LOST] >= 3 and counts[ToolStatus.OK] >= 4 and sum(counts.values()) == 8
-    assert all("max_queue" in result.error for result in results if result.status is ToolStatus.LOST)
+    assert counts[ToolStatus.INFRASTRUCTURE_ERROR] >= 3 and counts[ToolStatus.OK] >= 4 and sum(counts.values()) == 8
+    assert all("max_queue" in result.error for result in results if result.status is ToolStatus.INFRASTRUCTURE_ERROR)
 
 
 def test_bytes_in_flight_are_bounded_but_one_large_picture_runs() -> None:
@@ -189,7 +189,7 @@ def test_a_job_is_resent_when_its_fork_server_dies_and_in_the_end_given_up() -> 
         before = sandbox.stats
         with repeatedly(kill_when_busy, lambda: 0.05):
             result = sandbox.run_sync(NOISE, SLEEP.format(10))
-        assert result.status is ToolStatus.LOST
+        assert result.status is ToolStatus.INFRASTRUCTURE_ERROR
         runs = pool.MAX_ATTEMPTS // (1 + pool.ATTEMPTS_OF_A_DEATH)
         assert sandbox.stats["resent"] - before["resent"] == runs - 1
         assert sandbox.stats["lost"] - before["lost"] == 1 and "its fork server died" in result.error
@@ -234,7 +234,7 @@ def test_every_fourth_child_killed_at_a_random_moment() -> None:
             results = asyncio.run(run_all(sandbox, [marked(i) for i in range(120)]))
         for number, result in enumerate(results):
             # A child that somebody else killed is not its snippet's failure; each caller gets its own result.
-            assert result.status in (ToolStatus.OK, ToolStatus.LOST), result
+            assert result.status in (ToolStatus.OK, ToolStatus.INFRASTRUCTURE_ERROR), result
             assert result.image is None or number_of(result.image) == number
         assert sum(result.status is ToolStatus.OK for result in results) > 30
         assert sandbox.stats["restarts"] == 0
@@ -415,7 +415,7 @@ def test_jobs_are_lost_with_the_reason_when_no_server_works_for_long_and_later_o
         monkeypatch.setattr(boot, "raise SystemExit(3)")
         os.kill(sandbox.server_pids()[0], signal.SIGKILL)
         lost = sandbox.run_sync(NOISE, marked(5))
-        assert lost.status is ToolStatus.LOST and "no basic fork server has worked" in lost.error
+        assert lost.status is ToolStatus.INFRASTRUCTURE_ERROR and "no basic fork server has worked" in lost.error
         monkeypatch.setattr(boot, working)
         monkeypatch.setattr(pool, "PATIENCE", 5.0)
         assert sandbox.run_sync(NOISE, marked(6)).status is ToolStatus.OK
@@ -436,7 +436,7 @@ def test_bombs_in_parallel_harm_nobody_else() -> None:
         results = asyncio.run(run_all(sandbox, codes))
         for number, result in enumerate(results):
             if number % 2:
-                assert result.image is None and result.status is not ToolStatus.LOST
+                assert result.image is None and result.status is not ToolStatus.INFRASTRUCTURE_ERROR
             else:
                 assert result.image is not None and number_of(result.image) == number, result
         assert sandbox.stats["restarts"] == 0 and strays(sandbox) == []

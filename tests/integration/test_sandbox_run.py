@@ -137,7 +137,7 @@ def test_files_of_the_host_are_denied_or_do_not_exist() -> None:
 )
 def test_what_cannot_run_is_refused(image: Image.Image, code: str, kind: str) -> None:
     result = general().run_sync(image, code)
-    assert (result.status, result.error_kind) == (ToolStatus.REFUSED, kind) and result.error
+    assert (result.status, result.error_kind) == (ToolStatus.REJECTED, kind) and result.error
 
 
 def test_error_texts_are_short_and_printable() -> None:

@@ -167,7 +167,7 @@ HACKS: dict[str, Hack] = {
     "a call that raised": failed(ToolStatus.ERROR),
     "a call that was stopped": failed(ToolStatus.TIMEOUT),
     "a call that was killed": failed(ToolStatus.KILLED),
-    "a call that was refused": failed(ToolStatus.REFUSED),
+    "a call that was refused": failed(ToolStatus.REJECTED),
     "an unknown tool": Hack(unknown_tool, lambda: Recorder(both()).answer()),
     "a needless optional operation": calls(upright, ("contrast_up",)),
     "an optional operation by a factor of 1": idle(Operation(name="contrast_up", call="x", arguments={"factor": 1.0})),

@@ -66,7 +66,7 @@ def test_a_group_has_reward_variance_if_rewards_differ_and_one_is_not_masked() -
         ([(1.0, EndState.ANSWERED), (1.0, EndState.ANSWERED)], False),
         ([(0.0, cut), (1.0, EndState.ANSWERED)], True),
         ([(0.0, cut), (1.0, cut)], False),
-        ([(None, EndState.STOPPED), (1.0, EndState.ANSWERED)], False),
+        ([(None, EndState.TRUNCATED), (1.0, EndState.ANSWERED)], False),
         ([], False),
     ]
     for members, teaches in cases:

@@ -163,7 +163,7 @@ def test_a_missing_image_costs_one_call(encoder: DialogueEncoder, background: Ba
     script = [TURN.replace('"image_index": 0', '"image_index": 5'), ANSWER]
     (trajectory,), _ = roll(encoder, background, sandbox, lambda _, turn: script[turn])
     result = trajectory.turns[0].result
-    assert result is not None and result.status is ToolStatus.REFUSED
+    assert result is not None and result.status is ToolStatus.REJECTED
     assert "5" in trajectory.turns[0].response_text
     assert trajectory.end_state is EndState.ANSWERED
 
@@ -189,7 +189,7 @@ def test_failing_code_is_told_and_cannot_inject_control_tokens(
         (AgentConfig(), lambda *_: "just talk", EndState.NO_ANSWER),
         (AgentConfig(tool=False), lambda *_: TURN, EndState.NO_ANSWER),
         (AgentConfig(max_prompt_tokens=2), lambda *_: ANSWER, EndState.OVER_LENGTH),
-        (AgentConfig(deadline_s=1e-9), lambda *_: ANSWER, EndState.STOPPED),
+        (AgentConfig(deadline_s=1e-9), lambda *_: ANSWER, EndState.TRUNCATED),
     ],
 )
 def test_every_limit_is_an_end_state(
@@ -329,7 +329,7 @@ def test_the_deadline_stops_every_trajectory_and_loses_none(encoder: DialogueEnc
     shown: list[int] = []
     trajectories = rollout.run(requests, SamplingConfig(), lambda state: shown.append(state.finished))
     assert [t.task.id for t in trajectories] == [request.task.id for request in requests]
-    stopped = [t for t in trajectories if t.end_state is EndState.STOPPED]
+    stopped = [t for t in trajectories if t.end_state is EndState.TRUNCATED]
     assert {"hung", "waiting-1", "waiting-2"} <= {t.task.id for t in stopped}
     assert all(t.end_state.is_error for t in stopped)  # no outcome: masked, and nobody judges it
     assert not set(scored) & {t.task.id for t in stopped}

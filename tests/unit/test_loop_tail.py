@@ -32,7 +32,7 @@ def test_stragglers_are_stopped_once_the_share_has_finished(encoder: DialogueEnc
     rollout = Rollout(engine, Hanging("hung"), encoder, background, config, banned_ids=())
     trajectories = rollout.run([RolloutRequest(task(name), 0) for name in names], SamplingConfig())
     states = {t.task.id: t.end_state for t in trajectories}
-    assert [name for name, state in states.items() if state is EndState.STOPPED] == ["hung-1", "hung-2"]
+    assert [name for name, state in states.items() if state is EndState.TRUNCATED] == ["hung-1", "hung-2"]
     assert all(states[name] is EndState.ANSWERED for name in "abcdef")
     assert "early_stop_fraction" in trajectories[0].error and trajectories[0].end_state.is_error
     groups = [Group(task=t.task, trajectories=[t]) for t in trajectories]

@@ -149,7 +149,7 @@ class Playground:
             rollout = replace(self.rollout, engine=engine, sandbox=sandbox)
             [trajectory] = rollout.run([RolloutRequest(exchange.task, 0)], exchange.sampling)
             if engine.stopped.is_set() and trajectory.end_state is EndState.ERROR_ENGINE:
-                trajectory.end_state, trajectory.error = EndState.STOPPED, "by the user"
+                trajectory.end_state, trajectory.error = EndState.TRUNCATED, "by the user"
             _unlearn(trajectory, exchange)
             exchange.trajectory = trajectory
             watch(exchange)
