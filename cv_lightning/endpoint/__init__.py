@@ -1,1 +1,1 @@
-"""A model behind HTTP: the one client of judge, teacher and served policies."""
+"""Client of a model behind HTTP, shared by judge, teacher and served policies."""

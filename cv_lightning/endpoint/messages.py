@@ -10,24 +10,24 @@ from PIL import Image
 
 
 def text_part(text: str) -> dict[str, Any]:
-    """A text."""
+    """A text part of a message."""
     return {"type": "text", "text": text}
 
 
 def image_part(image: Image.Image, kind: Literal["PNG", "JPEG"] = "PNG") -> dict[str, Any]:
-    """An image, in the message itself."""
+    """An image part of a message, with the image inside."""
     return {"type": "image_url", "image_url": {"url": data_url(image, kind)}}
 
 
 def data_url(image: Image.Image, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
-    """An image as an address that holds its bytes; PNG loses nothing."""
+    """An image as a data URL; PNG is lossless."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"compress_level": 1} if kind == "PNG" else {"quality": 90}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def reply_text(body: object) -> str | None:
-    """The text of a chat completion; None where there is none. A server's own reasoning is left out."""
+    """The text of a chat completion, without a server's separate reasoning; None where there is none."""
     try:
         text = body["choices"][0]["message"]["content"]  # type: ignore[index]
     except (KeyError, IndexError, TypeError):

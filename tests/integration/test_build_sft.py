@@ -320,5 +320,5 @@ def test_a_dead_endpoint_stops_the_build_and_loses_nothing(tmp_path: Path) -> No
 
 
 def test_a_key_in_the_wrong_place_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--teacher.api_key_env is no name"):
+    with pytest.raises(ValueError, match=r"--teacher.api_key_env is not the name"):
         TeacherConfig(api_key_env="sk-123")
