@@ -36,7 +36,7 @@ from cv_lightning.checkpoints.folder import (
 from cv_lightning.checkpoints.recipe import KEY, describe_classes
 from cv_lightning.distributed import gather_lists
 from cv_lightning.files import sync_file, sync_folder
-from cv_lightning.loggers.metrics_file import MetricsFile, MetricsLogger
+from cv_lightning.loggers.metrics_file import MetricsLogger
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.trajectory.store import LINES, last_groups
 from cv_lightning.types import CVLightningError
@@ -274,10 +274,10 @@ def _first_line(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- what a run has logged
-def _metrics_files(trainer: pl.Trainer) -> list[MetricsFile]:
+def _metrics_files(trainer: pl.Trainer) -> list[MetricsLogger]:
     """Of the first rank, which writes them; the others have none."""
     loggers = trainer.loggers if trainer.is_global_zero else []
-    return [logger.experiment for logger in loggers if isinstance(logger, MetricsLogger)]
+    return [logger for logger in loggers if isinstance(logger, MetricsLogger)]
 
 
 def _stored_groups(run: Path) -> dict[str, list[int]]:
@@ -285,7 +285,7 @@ def _stored_groups(run: Path) -> dict[str, list[int]]:
     return {path.name: list(last_groups(path)) for path in sorted((run / LINES).glob("*.jsonl"))}
 
 
-def warn_of_missing_rows(file: MetricsFile, step: int, before: int) -> None:
+def warn_of_missing_rows(file: MetricsLogger, step: int, before: int) -> None:
     """Say which rows of the metrics that a checkpoint knew of are gone, as after a power cut.
 
     Args:

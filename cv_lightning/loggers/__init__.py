@@ -1,4 +1,4 @@
-"""Where metrics go: always to the run's `metrics.csv`, and to W&B or TensorBoard where the config says so."""
+"""Loggers: every run writes `metrics.csv`, and W&B or TensorBoard if its config names them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TensorBoardRun(TensorBoardLogger):
         super().__init__(save_dir="tensorboard", name="", version="", default_hp_metric=False)
 
     def write_to(self, folder: str | Path) -> None:
-        """Keep TensorBoard's files in the run's folder; before the run starts."""
+        """Keep TensorBoard's files in the run's folder; call it before the run starts."""
         self._root_dir = str(Path(folder, "tensorboard"))
 
 
@@ -28,9 +28,9 @@ def run_loggers(
     """The loggers of a run.
 
     Args:
-        given: what the config names; None and True: only `metrics.csv`; False: none at all.
-        folder: of the run.
-        verb: what is run: the training curves in `metrics.csv` are `fit`'s alone, another's go to `<verb>_metrics.csv`.
+        given: Loggers of the config; None or True means `metrics.csv` alone, False no logger.
+        folder: The run's folder.
+        verb: The command: `fit` writes its curves to `metrics.csv`, another one to `<verb>_metrics.csv`.
     """
     if given is False:
         return False
@@ -38,6 +38,6 @@ def run_loggers(
     for logger in named:
         if isinstance(logger, WandbRun | TensorBoardRun):
             logger.write_to(folder)
-    if any(isinstance(logger, CSVLogger) for logger in named):
+    if any(isinstance(logger, CSVLogger | MetricsLogger) for logger in named):
         return named
     return [MetricsLogger(str(folder), "metrics.csv" if verb == "fit" else f"{verb}_metrics.csv"), *named]

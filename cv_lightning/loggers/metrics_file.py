@@ -1,4 +1,4 @@
-"""`metrics.csv`: complete after a kill, and gone on with by a resumed run."""
+"""The logger of `metrics.csv`: the file is whole after a kill, and a resumed run continues it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from cv_lightning.files import sync_file, whole_file
 from cv_lightning.renames import new_metric
@@ -18,41 +18,62 @@ from cv_lightning.renames import new_metric
 STEP = "step"
 
 
-class MetricsFile:
-    """A CSV file that gets one row at a time; a new column rewrites it, whole or not at all.
+class MetricsLogger(Logger):
+    """Writes a CSV file one row at a time; a new column rewrites it, whole or not at all.
 
-    A file from before is replaced by the first row, unless `rewind` has said what of it stands.
+    Lightning's `CSVLogger` deletes the file of an earlier start, and empties it to add a column. Here the first row
+    replaces a file of an earlier start unless `rewind` was called. The methods that read are for the first rank.
 
     Args:
-        path: of the file.
+        folder: The run's folder.
+        file: Name of the file there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: str | Path, file: str = "metrics.csv") -> None:
+        super().__init__()
+        self.path = Path(folder, file)
         self.columns: list[str] = []
-        self.metrics: list[dict[str, float]] = []
-        """Rows not written yet, which Lightning counts: always none."""
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+    @property
+    def name(self) -> str:
+        """Empty: one run has one folder."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty: one run has one folder."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Write one row.
 
         Args:
-            metrics: name to number.
-            step: batches trained on before this one.
+            metrics: Numbers by name.
+            step: Batches trained on before this row.
         """
-        row = {name: float(value) for name, value in metrics.items()} | {STEP: step}
+        row = {name: float(value) for name, value in metrics.items()} | {STEP: step or 0}
         if not row.keys() <= set(self.columns):
             self._replace([*(self._rows() if self.columns else []), row])
             return
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: `RunRecord` stores the config."""
+
     def rewind(self, step: int, row: Mapping[str, float]) -> None:
-        """Keep the rows up to a checkpoint's and go on after them.
+        """Keep the rows up to a checkpoint's step and continue after them.
 
         Args:
-            step: of the checkpoint.
-            row: what the checkpoint knows of its own step, written if the run was killed before it wrote that.
+            step: The checkpoint's step.
+            row: The checkpoint's own copy of the row of its step, written if a kill came before that row.
         """
         rows = [kept for kept in self._rows() if float(kept[STEP]) <= step]
         if row and not any(float(kept[STEP]) == step for kept in rows):
@@ -62,25 +83,17 @@ class MetricsFile:
 
     def steps(self, before: int) -> list[int]:
         """The steps below a number that have a row, in the order of the rows."""
-        found = [int(float(row[STEP])) for row in self._rows()]
-        return [step for step in found if step < before]
+        return [step for row in self._rows() if (step := int(float(row[STEP]))) < before]
 
     def sync(self, before: int) -> int:
-        """Wait until the rows are on disk.
-
-        Returns:
-            How many of them are of steps below a number.
-        """
-        if not self.columns or not self.path.is_file():  # what another start has left is not of this run
+        """Wait until the rows are on disk; return how many of them are of steps below a number."""
+        if not self.columns or not self.path.is_file():  # a file of an earlier start does not belong to this run
             return 0
         sync_file(self.path)
         return len(self.steps(before))
 
-    def save(self) -> None:
-        """Nothing is held back."""
-
     def _rows(self) -> list[dict[str, Any]]:
-        """The whole rows of the file; one that a kill has torn has no end of line."""
+        """The complete rows of the file; a row that was cut off by a kill has no end of line."""
         if not self.path.is_file():
             return []
         whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
@@ -94,30 +107,3 @@ class MetricsFile:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-
-
-class MetricsLogger(CSVLogger):
-    """Writes a CSV file of metrics in a run's folder.
-
-    Lightning's own deletes the file that an earlier start has left, and empties it to add a column.
-
-    Args:
-        folder: of the run.
-        file: its name there.
-    """
-
-    def __init__(self, folder: str, file: str = "metrics.csv") -> None:
-        super().__init__(folder, name="", version="")
-        self._file = file
-        self._metrics_file: MetricsFile | None = None
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> MetricsFile:
-        """The file."""
-        if self._metrics_file is None:
-            self._metrics_file = MetricsFile(Path(self.log_dir, self._file))
-        return self._metrics_file
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
-        """The run record holds the config."""

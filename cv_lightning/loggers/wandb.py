@@ -1,7 +1,7 @@
-"""W&B: metrics over iterations, tables of trajectories with their pictures, artifacts on request.
+"""The W&B logger: metrics over iterations, tables of trajectories with their images, artifacts on request.
 
-Everything goes under one x axis, `iteration`. An iteration is logged once: what a resumed run does anew, because it was
-killed after its last checkpoint, is there already.
+Everything is logged over one x axis, `iteration`, and an iteration is logged once: a run that was killed after its last
+checkpoint repeats iterations when it is resumed, and W&B has those already.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -26,34 +27,34 @@ from cv_lightning.types import DataError, Group
 
 X_AXIS = "iteration"
 PROGRESS_FILE = "wandb_logged.json"
-"""In the run's folder: id of the W&B run and the last iteration whose metrics it has."""
+"""File in the run's folder with the id of the W&B run and the last iteration whose metrics it has."""
 COLUMNS = (
     "iteration", "task_id", "kind", "required_transforms", "question", "ground_truth", "answer", "correct", "end_state",
     "turns", "tool_calls", "operations", "code", "text", "reward", "advantage",
 )  # fmt: skip
-"""Of `to_dataframe`; reward components and pictures follow."""
+"""Columns of `to_dataframe` in a table; reward components and images follow."""
 
 
 class WandbRun(WandbLogger):
     """Lightning's W&B logger with one x axis, in the run's folder.
 
     Args:
-        project: of the run.
-        name: of the run; W&B makes one up by default.
-        entity: team or user.
-        group: what runs are grouped by.
-        tags: of the run.
-        id: of the run to log to; by default a new one, or the one that a resumed run had.
-        mode: offline writes to the run's folder, for `wandb sync`; by default what WANDB_MODE says.
-        table_every: iterations from one table of training trajectories to the next; 0: none.
-        table_rows: trajectories in a table, of training or of an evaluation.
-        table_images: pictures a trajectory, the last one always among them.
-        table_image_px: longest side of a picture.
-        log_checkpoints: upload the last checkpoint and the exported model as artifacts at the end of training.
-        log_evaluations: upload every evaluation's folder, trajectories and pictures included, as an artifact.
+        project: Name of the W&B project.
+        name: Name of the run; W&B chooses one by default.
+        entity: Team or user.
+        group: Group of the run.
+        tags: Tags of the run.
+        id: Id of the run to log to; by default a new one, or the one that a resumed run had.
+        mode: `offline` writes to the run's folder, for `wandb sync`; by default the value of WANDB_MODE.
+        table_every: Iterations from one table of training trajectories to the next; 0 for no tables.
+        table_rows: Trajectories in a table, of training or of an evaluation.
+        table_images: Images of a trajectory in a table, always with the last one.
+        table_image_px: Longest side of an image in a table.
+        log_checkpoints: Upload the last checkpoint and the exported model as artifacts at the end of training.
+        log_evaluations: Upload every evaluation's folder, trajectories and images included, as an artifact.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: A table setting is out of range.
     """
 
     def __init__(
@@ -86,34 +87,35 @@ class WandbRun(WandbLogger):
         self.log_checkpoints = log_checkpoints
         self.log_evaluations = log_evaluations
         self.iteration = 0
-        """Of the last metrics."""
+        """Iteration of the last metrics."""
         self._logged = 0
-        """Iterations that an earlier start of the same run has logged."""
+        """Last iteration that an earlier start of the same run has logged."""
 
     def write_to(self, folder: str | Path) -> None:
-        """Keep W&B's files in the run's folder; before the run starts."""
+        """Keep W&B's files in the run's folder; call it before the run starts."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._save_dir = self._wandb_init["dir"] = str(folder)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, begun when first asked for."""
+        """The W&B run, started on first use."""
         is_new = self._experiment is None
         run = super().experiment
         if is_new:
             run.define_metric(X_AXIS)
             run.define_metric("*", step_metric=X_AXIS, step_sync=True, overwrite=True)
-            self._logged = self._read_progress().get(run.id, 0)
+            with suppress(OSError, ValueError):
+                self._logged = json.loads(self._progress_path.read_text()).get(run.id, 0)
         return run
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log one row, under the iteration that it names or, like an evaluation's, under the last one.
+        """Log one row under the iteration that it names; a row without one, like an evaluation's, under the last.
 
         Args:
-            metrics: name to number.
-            step: Lightning's own count of batches; W&B does not get it.
+            metrics: Numbers by name.
+            step: Lightning's own count of batches, which W&B does not get.
         """
         run = self.experiment
         is_training = X_AXIS in metrics
@@ -124,14 +126,11 @@ class WandbRun(WandbLogger):
         row = {name: value for name, value in metrics.items() if name != "epoch"}
         run.log(row | {X_AXIS: self.iteration})
         if is_training:
-            self._write_progress(run.id)
+            write_text(self._progress_path, json.dumps({run.id: self.iteration}))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None) -> None:
-        """The run record hands over the whole config."""
-
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """`WandbTrajectories` uploads the last one, if asked to."""
+        """Log nothing: `RunRecord` hands over the whole config."""
 
     def table(self, rows: Sequence[TableRow]) -> Any:
         """A W&B table of trajectories."""
@@ -140,15 +139,12 @@ class WandbRun(WandbLogger):
         components = sorted(
             {name for row in rows if row.trajectory.reward for name in row.trajectory.reward.components}
         )
-        pictures = [f"image {number}" for number in range(self.table_images)]
-        table = wandb.Table(columns=[*COLUMNS, *(f"reward/{name}" for name in components), *pictures])
+        names = [*COLUMNS, *(f"reward/{name}" for name in components)]
+        table = wandb.Table(columns=[*names, *(f"image {number}" for number in range(self.table_images))])
         for row in rows:
             flat = flat_row(row.group, row.trajectory)
             images = [wandb.Image(image) for image in row.load(self.table_images, self.table_image_px)]
-            padded = [*images, *[None] * (self.table_images - len(images))]
-            table.add_data(
-                *(flat[name] for name in COLUMNS), *(flat.get(f"reward/{name}") for name in components), *padded
-            )
+            table.add_data(*map(flat.get, names), *images, *[None] * (self.table_images - len(images)))
         return table
 
     @rank_zero_only
@@ -166,8 +162,8 @@ class WandbRun(WandbLogger):
         """Upload a file or a folder as an artifact.
 
         Args:
-            path: of either.
-            name: after the run's id; W&B versions artifacts by name.
+            path: The file or folder.
+            name: Follows the run's id in the artifact's name; W&B versions artifacts by name.
             kind: W&B's type of the artifact.
         """
         import wandb
@@ -183,36 +179,24 @@ class WandbRun(WandbLogger):
     def _progress_path(self) -> Path:
         return Path(self._save_dir or ".", PROGRESS_FILE)
 
-    def _read_progress(self) -> dict[str, int]:
-        try:
-            found: dict[str, int] = json.loads(self._progress_path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return found
-
-    def _write_progress(self, run_id: str) -> None:
-        write_text(self._progress_path, json.dumps({run_id: self.iteration}))
-
 
 class TableRow(NamedTuple):
-    """A trajectory for a table."""
+    """One trajectory in a table."""
 
     group: GroupRecord
     trajectory: TrajectoryRecord
     pixels: Sequence[Callable[[], Image.Image]]
-    """Give the original of every image."""
+    """Loaders of the trajectory's images at full size."""
 
     def load(self, most: int, longest_px: int) -> list[Image.Image]:
-        """The first pictures and always the last, small; one that is missing is left out."""
-        wanted = [*self.pixels[: most - 1], self.pixels[-1]] if len(self.pixels) > most else list(self.pixels)
+        """The first images and always the last, scaled down; a missing one is left out."""
+        chosen = [*self.pixels[: most - 1], self.pixels[-1]] if len(self.pixels) > most else self.pixels
         found = []
-        for pixels in wanted:
-            try:
-                picture = pixels().copy()
-            except DataError:
-                continue
-            picture.thumbnail((longest_px, longest_px))
-            found.append(picture)
+        for load in chosen:
+            with suppress(DataError):
+                image = load().copy()
+                image.thumbnail((longest_px, longest_px))
+                found.append(image)
         return found
 
 
@@ -236,14 +220,15 @@ def stored_rows(folder: Path) -> list[TableRow]:
 
 
 def stratified(rows: Iterable[TableRow], most: int) -> list[TableRow]:
-    """At most `most` rows, taken from every outcome and combination of transforms in turn; repeatable."""
-    strata: dict[tuple[bool | None, tuple[str, ...]], list[TableRow]] = {}
+    """At most `most` rows, taken in turn from each combination of outcome and transforms; repeatable."""
+    taken: Counter[str] = Counter()
+    ranked: list[tuple[int, str, TableRow]] = []
     for row in sorted(rows, key=_draw):
         correct = row.trajectory.reward.correct if row.trajectory.reward else None
-        strata.setdefault((correct, row.group.task.required_transforms), []).append(row)
-    queues = [strata[key] for key in sorted(strata, key=repr)]
-    ranked = sorted((place, number) for number, queue in enumerate(queues) for place in range(len(queue)))
-    return [queues[number][place] for place, number in ranked[:most]]
+        stratum = repr((correct, row.group.task.required_transforms))
+        ranked.append((taken[stratum], stratum, row))
+        taken[stratum] += 1
+    return [row for *_, row in sorted(ranked, key=lambda entry: entry[:2])[:most]]
 
 
 def _draw(row: TableRow) -> bytes:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
@@ -25,6 +24,7 @@ from cv_lightning.callbacks.wandb import WandbTrajectories
 from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as cli_main
 from cv_lightning.loggers import TensorBoardRun, run_loggers
+from cv_lightning.loggers.metrics_file import MetricsLogger
 from cv_lightning.loggers.wandb import PROGRESS_FILE, WandbRun, live_rows, stratified
 from cv_lightning.trajectory import TrajectoryWriter
 
@@ -172,7 +172,7 @@ def test_tensorboard_reads_what_is_logged(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = run_loggers(TensorBoardRun(), tmp_path)
     assert isinstance(found, list)
-    assert isinstance(found[0], CSVLogger), "the report reads metrics.csv whatever else there is"
+    assert isinstance(found[0], MetricsLogger), "the report reads metrics.csv whatever else there is"
     for logger in found:
         logger.log_metrics({"reward/total": 0.5}, step=7)
         logger.save()

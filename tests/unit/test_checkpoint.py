@@ -15,7 +15,7 @@ from trajectory_samples import digit_task, group
 from cv_lightning.callbacks.checkpoint import CheckpointCallback, check_fits, restore_rng, rng_state
 from cv_lightning.checkpoints.folder import last_checkpoint, refuse_used, rewind
 from cv_lightning.loggers import run_loggers
-from cv_lightning.loggers.metrics_file import MetricsFile
+from cv_lightning.loggers.metrics_file import MetricsLogger
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import TrajectoryWriter, drop_after
 from cv_lightning.types import CVLightningError
@@ -97,7 +97,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_metrics_go_on_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    first = MetricsFile(path)
+    first = MetricsLogger(tmp_path)
     for step in range(4):
         first.log_metrics({"loss": torch.tensor(0.5 + step)}, step)
     first.log_metrics({"val/accuracy": 0.25}, 3)
@@ -105,7 +105,7 @@ def test_metrics_go_on_after_a_kill(tmp_path: Path) -> None:
         file.write("9.5,4")  # torn: neither all columns nor an end of line
     assert [row["val/accuracy"] for row in rows(path)[:5]] == ["", "", "", "", "0.25"]
 
-    resumed = MetricsFile(path)
+    resumed = MetricsLogger(tmp_path)
     resumed.rewind(2, {"loss": 7.0})
     assert [(row["step"], row["loss"]) for row in rows(path)] == [("0", "0.5"), ("1", "1.5"), ("2", "2.5")]
     resumed.log_metrics({"loss": 8.0, "lr": 0.1}, 3)
@@ -114,14 +114,14 @@ def test_metrics_go_on_after_a_kill(tmp_path: Path) -> None:
 
 def test_the_checkpoint_knows_the_row_that_was_not_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    MetricsFile(path).log_metrics({"loss": 0.5}, 0)
-    MetricsFile(path).rewind(1, {"loss": 1.5})
+    MetricsLogger(tmp_path).log_metrics({"loss": 0.5}, 0)
+    MetricsLogger(tmp_path).rewind(1, {"loss": 1.5})
     assert [(row["step"], row["loss"]) for row in rows(path)] == [("0", "0.5"), ("1", "1.5")]
 
 
 def test_a_new_run_replaces_metrics(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "metrics.csv").log_metrics({"loss": 0.5}, 0)
-    MetricsFile(tmp_path / "metrics.csv").log_metrics({"loss": 1.5}, 0)
+    MetricsLogger(tmp_path).log_metrics({"loss": 0.5}, 0)
+    MetricsLogger(tmp_path).log_metrics({"loss": 1.5}, 0)
     assert [row["loss"] for row in rows(tmp_path / "metrics.csv")] == ["1.5"]
 
 
@@ -145,7 +145,7 @@ def test_trajectories_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
 
 
 def test_a_test_in_a_runs_folder_leaves_its_curves_alone(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "metrics.csv").log_metrics({"loss": 0.5}, 0)
+    MetricsLogger(tmp_path).log_metrics({"loss": 0.5}, 0)
     before = (tmp_path / "metrics.csv").read_text()
     found = run_loggers(None, tmp_path, "test")
     assert isinstance(found, list)

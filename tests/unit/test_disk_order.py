@@ -15,7 +15,7 @@ from trajectory_samples import digit_task, group
 from cv_lightning.callbacks.checkpoint import warn_of_missing_groups, warn_of_missing_rows
 from cv_lightning.environment import log_to
 from cv_lightning.files import describe_disk_error, whole_file
-from cv_lightning.loggers.metrics_file import MetricsFile
+from cv_lightning.loggers.metrics_file import MetricsLogger
 from cv_lightning.trajectory.store import TrajectoryWriter, last_groups
 
 
@@ -59,7 +59,7 @@ def test_disk_has_images_before_lines_and_both_after_a_sync(tmp_path: Path, call
 
 
 def test_disk_lost_rows_of_metrics_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = MetricsFile(tmp_path / "metrics.csv")
+    file = MetricsLogger(tmp_path)
     for step in range(6):
         file.log_metrics({"loss": 1.0}, step)
     assert file.sync(before=5) == 5
@@ -68,7 +68,7 @@ def test_disk_lost_rows_of_metrics_are_named(tmp_path: Path, caplog: pytest.LogC
     lines = file.path.read_text().splitlines(keepends=True)
     file.path.write_text("".join([*lines[:2], lines[4]]))
     with caplog.at_level(logging.WARNING):
-        warn_of_missing_rows(MetricsFile(file.path), 5, 5)
+        warn_of_missing_rows(MetricsLogger(tmp_path), 5, 5)
     assert "3 rows" in caplog.text and "of iterations 2-3, 5" in caplog.text
 
 
