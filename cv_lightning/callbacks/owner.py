@@ -1,9 +1,9 @@
 """The owner of a run's folder: a record with a heartbeat that keeps a second run of the same verb out.
 
-    RUN/.owner-fit.json     who runs `fit` here; its modification time is the heartbeat, set every few seconds
+    RUN/.owner-fit.json     the process that runs `fit` here; its modification time is the heartbeat
 
-Times are those of the file system that holds the folder, so hosts whose clocks differ agree on the age of a record. A
-record whose process is gone (seen on the same host), or whose heartbeat is older than `STALE_S`, is taken over.
+Times are read from the file system that holds the folder, so that hosts with different clocks agree on the age of a
+record. A record is taken over if its process is gone (seen on the same host) or its heartbeat is older than `STALE_S`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import psutil
@@ -27,19 +27,19 @@ from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)
 STALE_S = 60.0
-"""Age of a heartbeat from which on its owner counts as gone."""
+"""Age of a heartbeat in seconds above which its owner counts as gone."""
 BEAT_S = 5.0
 FLAG = "--take_over true"
 EXIT_CODE = 1
-"""Exit code of a run whose folder another one has taken over."""
+"""Exit code of a run whose folder was taken over by another run."""
 
 
 class FolderOwner:
     """This process's claim on a folder.
 
     Args:
-        folder: of the run; made if missing.
-        verb: fit, validate or test; each has an owner of its own.
+        folder: The run's folder; made if it does not exist.
+        verb: `fit`, `validate` or `test`; each has an owner of its own.
     """
 
     def __init__(self, folder: Path, verb: str) -> None:
@@ -53,71 +53,65 @@ class FolderOwner:
         """Become the owner and start the heartbeat.
 
         Args:
-            force: take the folder from an owner that seems to be alive.
+            force: Take the folder from an owner that seems to be alive.
 
         Raises:
-            CVLightningError: another process owns the folder, or nothing can be written there.
+            CVLightningError: Another process owns the folder, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                self._remove_other(force)
+                with suppress(FileNotFoundError):  # released meanwhile
+                    self._remove_other(force)
         except OSError as error:
             raise CVLightningError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Stop the heartbeat and remove the record, if it still is this process's; safe to call twice."""
+        """Stop the heartbeat and remove this process's record; safe to call twice."""
         self._over.set()
-        if self._thread is None:
+        thread, self._thread = self._thread, None
+        if thread is None:
             return
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=BEAT_S)
-        self._thread = None
-        with suppress(OSError):  # a folder that became read-only
-            if self._is_own():
-                self.path.unlink(missing_ok=True)
+        if thread is not threading.current_thread():
+            thread.join(timeout=BEAT_S)
+        with suppress(OSError):  # the folder may have become read-only
+            if read_record(self.path).get("token") == self._token:
+                self.path.unlink()
 
     def _create(self) -> bool:
         """Write the record; False if there is one."""
+        record = _process() | {"token": self._token, "verb": self.verb, "started": time.time()}
         try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            with self.path.open("x", encoding="utf-8") as file:
+                json.dump(record, file)
         except FileExistsError:
             return False
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(_process() | {"token": self._token, "verb": self.verb, "started": time.time()}, file)
         except OSError:  # a full disk: an empty record would keep the next run out
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
             raise
         return True
 
     def _remove_other(self, force: bool) -> None:
-        """Move a record out of the way whose owner is gone, or whose folder is taken over.
+        """Remove another process's record if that process is gone or `force` is set.
 
         Raises:
-            CVLightningError: the owner is alive.
+            CVLightningError: The owner is alive.
+            FileNotFoundError: There is no record any more.
         """
-        try:
-            found, age = read_record(self.path), self._age()
-        except FileNotFoundError:
-            return  # released meanwhile
+        found, age = read_record(self.path), self._age()
+        process, host = found.get("pid", "?"), found.get("host", "?")
         if not force and not _is_gone(found, age):
             raise CVLightningError(
-                f"{self.folder} is in use: `{self.verb}` runs there as process {found.get('pid', '?')} on host "
-                f"{found.get('host', '?')}, its last sign of life is {max(0.0, age):.0f} s old. Two runs in one folder "
-                f"would mix their files: stop that one, give another --trainer.default_root_dir, or add {FLAG} if it "
-                "is gone"
+                f"{self.folder} is in use: `{self.verb}` runs there as process {process} on host {host}, its last sign "
+                f"of life is {max(0.0, age):.0f} s old. Two runs in one folder would mix their files: stop that one, "
+                f"give another --trainer.default_root_dir, or add {FLAG} if it is gone"
             )
-        LOG.warning("%s: taking over from process %s on host %s", self.folder, found.get("pid"), found.get("host"))
+        LOG.warning("%s: taking over from process %s on host %s", self.folder, process, host)
         aside = self.path.with_name(f"{self.path.name}.{self._token}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return
-        taken = read_record(aside)
-        if taken.get("token") != found.get("token"):  # a third process has been faster
+        self.path.rename(aside)
+        if read_record(aside).get("token") != found.get("token"):  # a third process was faster: put its record back
             with suppress(FileExistsError):
                 os.link(aside, self.path)
         aside.unlink(missing_ok=True)
@@ -131,32 +125,28 @@ class FolderOwner:
         finally:
             probe.unlink()
 
-    def _is_own(self) -> bool:
-        try:
-            return read_record(self.path).get("token") == self._token
-        except FileNotFoundError:
-            return False
-
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
             try:
-                if self._is_own():
+                other = read_record(self.path)
+                if other.get("token") == self._token:
                     os.utime(self.path)
                     continue
-                taken_by = read_record(self.path)
             except FileNotFoundError:
-                taken_by = {}
-            except OSError:  # a network file system that is away for a while
+                other = {}
+            except OSError:  # a network file system may be away for a while
                 continue
-            if not self._over.is_set():
-                _end(self.folder, taken_by)
+            if not self._over.is_set():  # every further write would go into the other run's files
+                who = f"process {other['pid']} on host {other['host']}" if {"pid", "host"} <= other.keys() else "a run"
+                message = f"error: {who} has taken over {self.folder}; this run stops without writing anything more\n"
+                end_process(EXIT_CODE, message)
 
 
 class RunOwner(pl.Callback):
     """Holds the folder of a run while `fit`, `validate` or `test` writes into it; the first rank does so for all.
 
     Args:
-        take_over: take the folder from a run that seems to be alive.
+        take_over: Take the folder from a run that seems to be alive.
     """
 
     def __init__(self, take_over: bool = False) -> None:
@@ -167,7 +157,7 @@ class RunOwner(pl.Callback):
         """Become the owner, before anything is written.
 
         Raises:
-            CVLightningError: on all ranks alike, see `FolderOwner.take`.
+            CVLightningError: The folder cannot be taken, see `FolderOwner.take`; all ranks raise.
         """
         refused = ""
         if trainer.is_global_zero and self._owner is None:
@@ -182,25 +172,25 @@ class RunOwner(pl.Callback):
             raise CVLightningError(refused)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self.release()
 
     def release(self) -> None:
-        """Give the folder back; safe to call twice."""
+        """Release the folder; safe to call twice."""
         if self._owner is not None:
             owner, self._owner = self._owner, None
             owner.release()
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record; empty where it is being written or cannot be read as one.
+    """The record; empty while it is being written, or if it is damaged.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: There is no record.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -210,17 +200,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _process() -> dict[str, Any]:
-    """This process, so that another one on this host can tell whether it still runs."""
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "began": psutil.Process().create_time(),
-        "machine": _machine(),
-    }
+    """This process, as another one on this host needs it to tell whether it still runs."""
+    process = psutil.Process()
+    return {"host": socket.gethostname(), "pid": process.pid, "began": process.create_time(), "machine": _machine()}
 
 
 def _machine() -> str:
-    """Name of the boot and of the namespace of processes: equal where two processes see each other's numbers."""
+    """Boot and process namespace: equal where two processes see each other's process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -243,12 +229,16 @@ def _is_gone(record: dict[str, Any], age: float) -> bool:
         return False
 
 
-def _end(folder: Path, taken_by: dict[str, Any]) -> None:
-    """Stop at once: every further write would go into another run's files."""
-    who = f"process {taken_by['pid']} on host {taken_by['host']}" if {"pid", "host"} <= taken_by.keys() else "somebody"
-    sys.stderr.write(f"error: {who} has taken over {folder}; this run stops without writing anything more\n")
+def end_process(code: int, message: str = "") -> NoReturn:
+    """End this process and its children at once, without any clean-up.
+
+    Args:
+        code: The exit code.
+        message: Written to stderr first.
+    """
+    sys.stderr.write(message)
     sys.stderr.flush()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             child.kill()
-    os._exit(EXIT_CODE)
+    os._exit(code)

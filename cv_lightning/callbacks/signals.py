@@ -1,4 +1,4 @@
-"""What SIGINT, SIGHUP and SIGTERM do: training ends after its iteration, with a checkpoint; an evaluation at once.
+"""Handling of SIGINT, SIGHUP and SIGTERM: training ends after its iteration with a checkpoint, an evaluation at once.
 
 The exit code is 128 plus the signal's number: 130, 129 or 143. A second signal ends the process at once.
 """
@@ -8,28 +8,27 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import psutil
 from lightning.pytorch.trainer.states import TrainerFn
 
-from cv_lightning.callbacks.owner import RunOwner
+from cv_lightning.callbacks.owner import RunOwner, end_process
 from cv_lightning.distributed import gather_lists
 
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 GRACE_S = 4.0
-"""Seconds in which an evaluation has to come to a place where it can stop; after that the process is ended."""
+"""Seconds that an evaluation has to reach a place where it can stop; after that the process is ended."""
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the run; everything that was to be saved is saved.
+    """A signal has stopped the run, and its state is saved.
 
     Args:
-        number: of the signal.
+        number: The signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -42,30 +41,26 @@ class Stopped(SystemExit):
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """While it lasts, a signal that no run has taken charge of ends the process with 128 plus its number."""
+    """Context manager in which a signal that no run handles ends the process with 128 plus the signal's number."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS if _is_heeded(number)}
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    for number in before:
-        signal.signal(number, stop)
+    before = _install(stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
 
 
 class StopOnSignal(pl.Callback):
-    """Turns a signal into an end after which the run can be continued.
+    """Ends a run on a signal so that it can be resumed.
 
-    In `fit` the iteration is finished and a checkpoint saved (`CheckpointCallback` asks `is_asked`), on all ranks once
-    one of them got the signal. In `validate` and `test` the questions that are answered are on disk; the others are
-    left.
+    In `fit` all ranks finish the iteration and save a checkpoint once one of them got the signal. In `validate` and
+    `test` the answered questions are on disk; the others are left.
     """
 
     def __init__(self) -> None:
@@ -78,18 +73,18 @@ class StopOnSignal(pl.Callback):
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> StopOnSignal | None:
-        """The trainer's own, if it has one."""
+        """The trainer's instance; None without one."""
         return next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ hooks
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take charge: there is an iteration to finish from here on."""
+        """Handle signals from here on: there is an iteration to finish."""
         self._take(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """The row of the last iteration is written by now."""
+        """End the run here, after the last iteration's metrics were written."""
         if self.is_agreed:
             done = getattr(pl_module, "iteration", batch_idx)
             self._say(f"stopped after iteration {done}; --ckpt_path last continues")
@@ -98,42 +93,40 @@ class StopOnSignal(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Agree with the other ranks; `CheckpointCallback`, which comes last, then saves. Collective."""
+        """Agree with the other ranks (a collective); `CheckpointCallback`, which is called last, then saves."""
         self.asked = max(gather_lists([self.asked or 0])) or None
         self.is_agreed = self.asked is not None
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take charge: answered questions are on disk from here on."""
+        """Handle signals from here on: answered questions are on disk. A validation within `fit` did so before."""
         self._take(trainer)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take charge, except in a validation within training, which belongs to its iteration."""
-        self._take(trainer)
+    on_validation_start = on_test_start
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self._restore()
+        """Restore the earlier handlers."""
+        self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._restore()
+        """Restore the earlier handlers."""
+        self._release()
 
-    # ------------------------------------------------------------------ what the run asks
+    # ------------------------------------------------------------------ called by the run
     def check(self) -> None:
-        """Called where an evaluation can stop.
+        """Stop an evaluation here if a signal has asked for it.
 
         Raises:
-            Stopped: it shall.
+            Stopped: A signal has asked for it.
         """
         if self.asked is not None and self._trainer is not None and self._trainer.state.fn is not TrainerFn.FITTING:
-            self._say("stopped; the same command continues with the questions that are not answered")
+            self._say("stopped; the same command continues with the unanswered questions")
             self.leave(self._trainer)
 
     def leave(self, trainer: pl.Trainer) -> None:
         """End this rank.
 
         Raises:
-            Stopped: with code 0 on ranks that Lightning has started: it kills the first one if another one fails.
+            Stopped: Always; with code 0 on ranks that Lightning started, which kills the first rank if another fails.
         """
         stopped = Stopped(self.asked or signal.SIGTERM)
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -146,14 +139,11 @@ class StopOnSignal(pl.Callback):
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._trainer = trainer
-        self._before = {number: signal.getsignal(number) for number in SIGNALS if _is_heeded(number)}
-        for number in self._before:  # in the place of Lightning's own handler, which starts a collective
-            signal.signal(number, self._on_signal)
+        self._before = _install(self._on_signal)  # replaces Lightning's own handler, which starts a collective
 
-    def _restore(self) -> None:
+    def _release(self) -> None:
         before, self._before = self._before, {}
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -170,7 +160,7 @@ class StopOnSignal(pl.Callback):
         timer.start()
 
     def _say(self, text: str) -> None:
-        """Straight to the file: a handler may have interrupted the code that holds a lock of the logging."""
+        """Write to the file itself: a handler may have interrupted code that holds a lock of the logging."""
         if self._trainer is None or self._trainer.is_global_zero:
             with suppress(OSError):
                 os.write(2, f"{text}\n".encode())
@@ -179,12 +169,22 @@ class StopOnSignal(pl.Callback):
         for callback in self._trainer.callbacks if self._trainer is not None else ():  # type: ignore[attr-defined]
             if isinstance(callback, RunOwner):
                 callback.release()
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                child.kill()
-        os._exit(128 + number)
+        end_process(128 + number)
 
 
-def _is_heeded(number: signal.Signals) -> bool:
-    """False for a signal that was switched off before this process started, as nohup does."""
-    return signal.getsignal(number) is not signal.SIG_IGN
+def _install(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Handle the signals, except those that were ignored when this process started, as nohup does.
+
+    Returns:
+        The earlier handlers.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: earlier for number, earlier in before.items() if earlier is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    return before
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -147,7 +147,7 @@ def test_ranks_that_get_on_end_well(trouble: tuple[Path, dict[str, list[tuple[in
     [
         ("stuck", 0, r"rank 1 (*) has made no progress in 'rollout 2' for * s: rank 0 (*) waits in 'training step 2'"),
         ("stuck", 1, r"rank 1 (*) has made no progress in 'rollout 2'"),
-        ("stopped", 0, r"rank 1 (*) has not been heard of for * s, last in 'training step 2'"),
+        ("stopped", 0, r"rank 1 (*) has sent no report for * s, last in 'training step 2'"),
     ],
 )
 def test_the_watchdog_names_the_rank_and_where_it_is(

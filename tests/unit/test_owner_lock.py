@@ -1,4 +1,4 @@
-"""The owner record of a run's folder: who is kept out, who is let in, and what an owner that lost its folder does."""
+"""The owner record of a run's folder: when a run is refused or admitted, and what a run does that lost its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORD = ".owner-fit.json"
 
 
 def forge(folder: Path, age_s: float, **changes: Any) -> Path:
-    """A record as another process has left it."""
+    """Write a record of another process."""
     folder.mkdir(exist_ok=True)
     path = folder / RECORD
     whole = {"host": "node7", "pid": 4711, "began": 1.0, "machine": "boot pid:[1]", "token": "theirs", "verb": "fit"}
@@ -69,16 +69,16 @@ def test_lock_of_a_living_process_on_this_host_is_refused_however_old(tmp_path: 
         FolderOwner(tmp_path, "fit").take()
 
 
-def test_lock_that_is_just_being_written_counts_as_taken(tmp_path: Path) -> None:
+def test_lock_that_is_being_written_counts_as_taken(tmp_path: Path) -> None:
     (tmp_path / RECORD).touch()
     with pytest.raises(CVLightningError, match="is in use"):
         FolderOwner(tmp_path, "fit").take()
 
 
-def test_lock_has_a_heartbeat_and_its_loss_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[dict[str, Any]] = []
+def test_lock_has_a_heartbeat_and_losing_it_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
     monkeypatch.setattr(owner, "BEAT_S", 0.02)
-    monkeypatch.setattr(owner, "_end", lambda folder, taken_by: ended.append(taken_by))
+    monkeypatch.setattr(owner, "end_process", lambda code, message: ended.append(message))
     mine = FolderOwner(tmp_path, "fit")
     mine.take()
     record = tmp_path / RECORD
@@ -90,7 +90,7 @@ def test_lock_has_a_heartbeat_and_its_loss_ends_the_run(tmp_path: Path, monkeypa
     forge(tmp_path, age_s=0)
     while not ended and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert ended and ended[0]["host"] == "node7"
+    assert ended and "process 4711 on host node7 has taken over" in ended[0]
     mine.release()
     assert record.exists(), "another one's record is not removed"
 

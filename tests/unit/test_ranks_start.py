@@ -1,4 +1,4 @@
-"""What is checked before and while several ranks start: environment, agreement, who keeps whom waiting."""
+"""Checks before and while several ranks start: environment, agreement, and the diagnosis of hung ranks."""
 
 from __future__ import annotations
 
@@ -85,4 +85,4 @@ def test_a_rank_that_is_gone_is_named_with_where_it_was_last() -> None:
         report(0, "end of rollout 3", waits=True, idle_s=9),
         report(1, "rollout 3", waits=False, idle_s=1, silent_s=61),
     ]
-    assert "rank 1 (node1, process 1) has not been heard of for 61 s, last in 'rollout 3'" in diagnose(ranks, 60, 60)
+    assert "rank 1 (node1, process 1) has sent no report for 61 s, last in 'rollout 3'" in diagnose(ranks, 60, 60)
