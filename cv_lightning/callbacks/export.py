@@ -1,4 +1,4 @@
-"""Hugging Face folders of a policy: of the one in training, and of one in a checkpoint."""
+"""Export of a policy to a Hugging Face folder, from training or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class ExportCallback(pl.Callback):
-    """`<run>/<folder>` holds safetensors, config, processor and our chat template: what `policy.path` takes.
+    """Writes the trained policy to `<run>/<folder>`, a Hugging Face folder that `policy.path` accepts.
 
     Args:
         folder: Name under the run's folder; None writes nothing.
@@ -45,7 +45,7 @@ class ExportCallback(pl.Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gather on all ranks, write on the first; the folder appears whole or not at all."""
+        """Gather weights on all ranks and write on the first; the folder appears whole or not at all."""
         if self.folder is None or not isinstance(pl_module, PolicyModule):
             return
         run = Path(trainer.default_root_dir)
@@ -57,10 +57,10 @@ def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | N
     """Write a policy as a Hugging Face folder.
 
     Args:
-        module: its weights may be sharded: call it on every rank.
-        folder: replaced as a whole.
+        module: The policy's module. Its weights may be sharded, so call this on every rank.
+        folder: The folder, replaced as a whole.
         write: True on the one rank that writes.
-        run: folder of the run, for the model card.
+        run: The run's folder, for the model card.
     """
     assert module.policy is not None
     tensors = gather_full_params(module.policy)
@@ -79,15 +79,15 @@ def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | N
 
 @dataclass(frozen=True)
 class CheckpointExport:
-    """One checkpoint, and what is to be made of it."""
+    """Export of one checkpoint."""
 
     source: CheckpointReader
     policy: PolicyConfig
-    """As it was trained; `path` is the folder that it began with, `dtype` what is written."""
+    """Config of training; `path` is the folder that it began with, `dtype` the type that is written."""
     run: Path | None
-    """Folder of the run, for the model card."""
+    """The run's folder, for the model card."""
     lora: Literal["merged", "separate"] = "merged"
-    """Adapters are added to the weights, or written alone."""
+    """Whether adapters are added to the weights or written alone."""
     shard_bytes: int = SHARD_BYTES
 
     def write(self, folder: Path) -> int:
@@ -97,7 +97,7 @@ class CheckpointExport:
             Bytes of weights.
 
         Raises:
-            CheckpointError: the checkpoint does not fit the model, or holds no adapters that could be separate.
+            CheckpointError: The checkpoint does not fit the model, or `separate` is set and it holds no adapters.
         """
         self._check_adapters()
         policy = self.policy
@@ -118,13 +118,13 @@ class CheckpointExport:
         return size
 
     def verify(self, folder: Path) -> float:
-        """Load a written folder back and compare its logits with those of the checkpoint's own tensors.
+        """Load a written folder and compare its logits with those of the checkpoint's own tensors.
 
         Returns:
             Largest difference over the largest logit.
 
         Raises:
-            CheckpointError: above what rounding explains.
+            CheckpointError: The difference is larger than rounding explains.
         """
         policy, inputs = self.policy, probe(folder, self.policy.adapter)
         model = self._model()
@@ -143,14 +143,14 @@ class CheckpointExport:
             raise CheckpointError(f"--lora separate: {self.source.path} holds no adapters; leave it out")
 
     def _model(self) -> PreTrainedModel:
-        """Names, shapes and configs; no weights."""
+        """The model with its config, without weights."""
         model = empty_policy(replace(self.policy, lora=None))
-        with contextlib.suppress(OSError):  # few folders of our own making lack it, and then the default stands
+        with contextlib.suppress(OSError):  # some of our own folders have none; the default stays
             model.generation_config = GenerationConfig.from_pretrained(self.policy.path)
         return model
 
     def _tied(self, model: PreTrainedModel) -> tuple[str, ...]:
-        """Names that the model ties to others, and a checkpoint holds all the same."""
+        """Names in the checkpoint that the model ties to other tensors."""
         own, all_names = {name for name, _ in model.named_parameters()}, model.state_dict().keys()
         return tuple(name for name in self.source.merged_shapes if name in all_names and name not in own)
 

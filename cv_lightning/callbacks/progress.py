@@ -1,4 +1,4 @@
-"""Progress: bars for the run, for the rollout and for the update under way; without a terminal, lines."""
+"""Progress of run, rollout and update: live bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -39,19 +38,19 @@ HEADLINE = {
     "time/rollout_s": "rollout s",
     "time/update_s": "update s",
 }
-"""Metrics worth a place on the line, and their short names."""
+"""Metrics that a line shows, with their short names."""
 LINE_EVERY_S = 30.0
-"""Without a terminal, seconds between two lines about a rollout."""
+"""Seconds between two lines about a rollout where there is no terminal."""
 
 
 class RunProgress(ProgressBar):
     """Lightning's progress bar for iterations that contain a rollout.
 
-    On a terminal: live bars. Elsewhere (a log file, CI): one line every `every` batches. The run's log file has the
-    lines in either case; with `--quiet` only that.
+    A terminal gets live bars, other outputs (a file, CI) one line every `every` batches. The run's log file gets the
+    lines in either case; with `--quiet` they go nowhere else.
 
     Args:
-        every: batches between two lines.
+        every: Batches between two lines.
     """
 
     def __init__(self, every: int = 1) -> None:
@@ -63,18 +62,17 @@ class RunProgress(ProgressBar):
         self.bar: TaskID | None = None
         self.started = 0.0
         self.first: int | None = None
-        """Batches that were done when this start began: those of a run that goes on."""
+        """Batches that were done before this start, if the run is a resumed one."""
         self.update_bar: TaskID | None = None
         self.num_micro_batches = 0
-        """Of the last update, by which the next one's end is guessed."""
+        """Number of the last update, an estimate for the next one."""
 
-    # Lightning switches the bar off on ranks other than 0.
     def disable(self) -> None:
-        """Show nothing."""
+        """Show nothing; Lightning calls this on ranks other than 0."""
         self.enabled = False
 
     def enable(self) -> None:
-        """Show again."""
+        """Show progress again."""
         self.enabled = True
 
     # ------------------------------------------------------------------ hooks
@@ -85,32 +83,29 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance."""
+        """Show one more batch."""
         self._close_update()
         self._advance("fit", batch_idx + 1, self.total_train_batches, headline(trainer))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One micro-batch of the update is done."""
+        """Show one more micro-batch of the update."""
         if self.live is None:
             return
         if self.update_bar is None:
             self.update_bar = self.live.add_task("update", total=self.num_micro_batches or None, note="")
-        self.live.advance(self.update_bar)
-        task = self._update_task(self.live)
-        rate = task.completed / max(task.elapsed or 0.0, 1e-9)
-        self.live.update(self.update_bar, note=f"{rate:.2g} micro-batches/s")
-
-    def _update_task(self, live: Progress) -> Task:
-        return next(task for task in live.tasks if task.id == self.update_bar)
+            self.micro_batches, self.update_started = 0, time.perf_counter()
+        self.micro_batches += 1
+        rate = self.micro_batches / max(time.perf_counter() - self.update_started, 1e-9)
+        self.live.update(self.update_bar, completed=self.micro_batches, note=f"{rate:.2g} micro-batches/s")
 
     def _close_update(self) -> None:
         if self.live is not None and self.update_bar is not None:
-            self.num_micro_batches = int(self._update_task(self.live).completed)
+            self.num_micro_batches = self.micro_batches
             self.live.remove_task(self.update_bar)
         self.update_bar = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close."""
+        """Close the bars."""
         self._close()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,24 +121,23 @@ class RunProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Advance."""
+        """Show one more batch."""
         self._advance("test", batch_idx + 1, trainer.num_test_batches[dataloader_idx], "")
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close."""
-        self._close()
+    on_test_end = on_train_end
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Close the bars."""
         self._close()
 
     # ------------------------------------------------------------------ rollouts
     @classmethod
     @contextmanager
     def rollout_of(cls, trainer: pl.Trainer, title: str) -> Iterator[Callable[[RolloutProgress], None] | None]:
-        """Show one rollout on the trainer's progress bar; yields what the agent loop reports to.
+        """Show one rollout: a bar of its own on a terminal, elsewhere a line every half minute.
 
-        A bar of its own on a terminal; elsewhere a line every half minute of a long one.
+        Yields:
+            The function that the agent loop reports to; None where nothing is shown.
         """
         bar = trainer.progress_bar_callback
         if not isinstance(bar, cls) or not bar.enabled:
@@ -167,10 +161,8 @@ class RunProgress(ProgressBar):
                 shown = time.perf_counter()
                 left = state.elapsed_s / max(state.finished, 1) * (state.total - state.finished)
                 ends = f", {_duration(left)} left" if state.finished else ""
-                LOG.info(
-                    "  %s: %d/%d trajectories, %s%s", title, state.finished, state.total, _speed(state), ends,
-                    extra={FILE_ONLY: is_quiet()},
-                )  # fmt: skip
+                line = f"  {title}: {state.finished}/{state.total} trajectories, {_speed(state)}{ends}"
+                LOG.info("%s", line, extra={FILE_ONLY: is_quiet()})
 
         return show
 
@@ -200,10 +192,8 @@ class RunProgress(ProgressBar):
             seconds = time.perf_counter() - self.started
             each = seconds / (done - self.first)
             left = f", {_duration(each * (total - done))} left" if done < total < float("inf") else ""
-            LOG.info(
-                "%s %d/%g  %s%s  %s", title, done, total, _duration(seconds), left, note,
-                extra={FILE_ONLY: self.live is not None or is_quiet()},
-            )  # fmt: skip
+            line = f"{title} {done}/{total:g}  {_duration(seconds)}{left}  {note}"
+            LOG.info("%s", line, extra={FILE_ONLY: self.live is not None or is_quiet()})
 
     def _close(self) -> None:
         if self.live is not None:
@@ -212,7 +202,7 @@ class RunProgress(ProgressBar):
 
 
 def _duration(seconds: float) -> str:
-    """In the two largest units."""
+    """A duration in its two largest units."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes, hours = seconds / 60, seconds / 3600
@@ -225,6 +215,6 @@ def _speed(state: RolloutProgress) -> str:
 
 
 def headline(trainer: pl.Trainer) -> str:
-    """The metrics worth a glance, short."""
+    """The metrics of `HEADLINE` with their short names."""
     metrics = trainer.callback_metrics
     return "  ".join(f"{short} {float(metrics[name]):.3g}" for name, short in HEADLINE.items() if name in metrics)

@@ -1,4 +1,4 @@
-"""What a run folder says about the run: its resolved config, command, commit and versions."""
+"""The run record: resolved config, command, commit and versions in the run's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
@@ -22,23 +22,18 @@ from cv_lightning.environment import FILE_ONLY, log_to
 from cv_lightning.files import write_text
 from cv_lightning.versions import describe_run
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 LOG = logging.getLogger(__name__)
-
-
 WANDB_ID = "wandb_id.txt"
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `<run>/<verb>_config.yaml` (re-runnable), `<verb>_run.json` and `<verb>_log.txt`; tells W&B the config."""
+    """Writes `<run>/<verb>_config.yaml` (re-runnable), `<verb>_run.json` and `<verb>_log.txt`; W&B gets the config."""
 
     log_file: logging.Handler | None = None
-    """On the first rank, from `setup` to the end."""
+    """Log of the first rank, open from `setup` to the end."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Several ranks have to run the same; the first of them then writes."""
+        """Check that all ranks run the same; the first one then writes the record."""
         if trainer.world_size > 1:
             run = describe_run()
             facts = {name: run[name] for name in ("python", "commit", "versions")}
@@ -46,30 +41,28 @@ class RunRecord(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Runs on the first rank only, in `setup`."""
+        """Write the record; Lightning calls this in `setup` on the first rank only."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         stage = trainer.state.fn.value if trainer.state.fn is not None else stage
         text = self.parser.dump(self.config, skip_none=False)
         write_text(folder / f"{stage}_config.yaml", text)
-        about = describe_run() | {"settings": settings_in_force(pl_module, trainer)}
-        write_text(folder / f"{stage}_run.json", json.dumps(about, indent=1, default=repr))
+        run = describe_run() | {"settings": settings_in_force(pl_module, trainer)}
+        write_text(folder / f"{stage}_run.json", json.dumps(run, indent=1, default=repr))
         self._close_log()
         self.log_file = log_to(folder / f"{stage}_log.txt")
         LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and logger.experiment.id:
+            if isinstance(logger, WandbLogger):
                 write_text(folder / WANDB_ID, logger.experiment.id)
-            update = getattr(getattr(getattr(logger, "experiment", None), "config", None), "update", None)
-            if update is not None:
-                update(yaml.safe_load(text) | {"run": about}, allow_val_change=True)
+                logger.experiment.config.update(yaml.safe_load(text) | {"run": run}, allow_val_change=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """What stopped the run is the last thing in its log."""
+        """Log what stopped the run, then close the log."""
         if self.log_file is not None:
-            told = None if isinstance(exception, KeyboardInterrupt | SystemExit) else exception
+            trace = None if isinstance(exception, KeyboardInterrupt | SystemExit) else exception
             name = str(exception) if isinstance(exception, Stopped) else type(exception).__name__
-            LOG.error("stopped by %s", name, exc_info=told, extra={FILE_ONLY: True})
+            LOG.error("stopped by %s", name, exc_info=trace, extra={FILE_ONLY: True})
         self._close_log()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -84,7 +77,7 @@ class RunRecord(SaveConfigCallback):
 
 
 def continue_wandb_run(folder: Path) -> None:
-    """Let the W&B logger, if there is one, go on under the id of the run in this folder, unless an id is given."""
+    """Let a W&B logger continue the run whose id is stored in this folder, unless an id is given."""
     if (folder / WANDB_ID).is_file():
         os.environ.setdefault("WANDB_RUN_ID", (folder / WANDB_ID).read_text().strip())
 
@@ -92,16 +85,17 @@ def continue_wandb_run(folder: Path) -> None:
 def settings_in_force(module: pl.LightningModule, trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     """Every setting of module, data and callbacks as JSON values, by class and attribute.
 
-    The config says null where a part was left at its defaults; here they stand.
+    Contains the defaults of parts for which the config says null.
     """
     parts = [module, getattr(trainer, "datamodule", None), *getattr(trainer, "callbacks", ())]
     found: dict[str, dict[str, Any]] = {}
     for part in filter(None, parts):
-        configs = {name: value for name, value in vars(part).items() if type(value).__name__.endswith("Config")}
-        if plain := {name: dataclasses.asdict(value) for name, value in configs.items() if _is_settings(value)}:
-            found[type(part).__name__] = json.loads(json.dumps(plain, default=str))
+        configs = {
+            name: dataclasses.asdict(value)
+            for name, value in vars(part).items()
+            if type(value).__name__.endswith("Config")
+            if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        }
+        if configs:
+            found[type(part).__name__] = json.loads(json.dumps(configs, default=str))
     return found
-
-
-def _is_settings(value: object) -> TypeGuard[DataclassInstance]:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)

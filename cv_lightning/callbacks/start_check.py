@@ -1,7 +1,7 @@
-"""Start-up check of supervised fine-tuning: our packed forward against transformers' own, before anything is learned.
+"""Start-up check of SFT: the packed forward against transformers' own, before anything is learned.
 
-It catches wrong positions, images in the wrong order and attention that crosses sequences. GRPO has a stricter check of
-the same kind against its engine (`rollout/mismatch.py`); both also check the models' buffers (`modules/base.py`).
+The check finds wrong positions, images in the wrong order and attention that crosses sequences. GRPO has a stricter
+check against its engine (`rollout/mismatch.py`); both also check the models' buffers (`modules/base.py`).
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from cv_lightning.types import ParityError
 
 logger = logging.getLogger(__name__)
 FORWARD_MEAN = 0.06
-"""Largest accepted mean |difference| in 16 bits; less than between engine and trainer, whose kernels differ more."""
+"""Largest accepted mean |difference| in 16 bits; engine and trainer may differ more, because their kernels do."""
 NUM_CHECKED = 2
 """Conversations of each rank that are compared."""
 
 
 class StartReport(NamedTuple):
-    """Differences of log-probabilities that a start-up check met, over all ranks."""
+    """Differences of log-probabilities over all ranks."""
 
     from_plain: torch.Tensor
-    """Ours minus transformers' own, of one conversation of each rank. Shape [tokens]."""
+    """Ours minus transformers', for one conversation of each rank. Shape [tokens]."""
     from_alone: torch.Tensor
-    """Packed minus alone, of `NUM_CHECKED` conversations of each rank. Shape [tokens]."""
+    """Packed minus alone, for `NUM_CHECKED` conversations of each rank. Shape [tokens]."""
 
 
 class SFTStartCheck(pl.Callback):
     """Compares log-probabilities of the first batch's conversations: packed, alone, and by transformers' own forward.
 
     Args:
-        tolerance: largest accepted difference in float32; 0 turns the check off. In 16 bits the limits of
-            `parity.exceeds` hold.
+        tolerance: Largest accepted difference in float32; 0 turns the check off. In 16 bits `mismatch.exceeds` uses
+            mean and quantile instead.
     """
 
     def __init__(self, tolerance: float = 1e-4) -> None:
@@ -57,17 +57,17 @@ class SFTStartCheck(pl.Callback):
         """Check the first batch of the run.
 
         Raises:
-            ParityError: the forwards differ by more than rounding explains.
+            ParityError: The forwards differ by more than rounding explains.
         """
         if self.done or not self.tolerance or not isinstance(batch, DemonstrationBatch):
             return
         assert isinstance(pl_module, SFTModule)
-        with isolate_rng():  # a resumed run is checked where the one that was not killed is not
+        with isolate_rng():  # a resumed run makes this check again, an uninterrupted one does not
             report = check_start(pl_module, batch.conversations, self.tolerance)
         self.done = True
         if trainer.is_global_zero and report is not None:
-            said = "start-up check: log-probabilities differ by at most %.1e from transformers' own, %.1e by packing"
-            logger.info(said, *(float(part.abs().max()) for part in report))
+            message = "start-up check: log-probabilities differ by at most %.1e from transformers' own, %.1e by packing"
+            logger.info(message, *(float(part.abs().max()) for part in report))
 
 
 @torch.no_grad()
@@ -75,15 +75,15 @@ def check_start(module: SFTModule, conversations: Sequence[Conversation], tolera
     """Compare forwards on the shortest conversations with images, those with several images first.
 
     Args:
-        module: the module as it will train. Call this on all ranks; all judge alike.
-        conversations: of this rank, if it has any.
-        tolerance: see `SFTStartCheck`.
+        module: The module as it will train.
+        conversations: This rank's conversations, if it has any.
+        tolerance: See `SFTStartCheck`.
 
     Returns:
-        None where no rank has a conversation with an image.
+        The same on all ranks, which must all call this; None where no rank has a conversation with an image.
 
     Raises:
-        ParityError: a difference is larger than rounding explains.
+        ParityError: A difference is larger than rounding explains.
     """
     chosen = _choose(module, conversations)
     parts = gather_lists([_differences(module, chosen)])
@@ -105,7 +105,7 @@ def check_start(module: SFTModule, conversations: Sequence[Conversation], tolera
 
 
 def _choose(module: SFTModule, conversations: Sequence[Conversation]) -> list[tuple[Conversation, TrainSequence]]:
-    """The conversations to compare: with several images before one, short before long."""
+    """Conversations to compare: those with several images first, then the shortest."""
     with_images = [conversation for conversation in conversations if conversation.task.images]
     sequences = module.conversation_sequences(with_images)
     pairs = [pair for pair in zip(with_images, sequences, strict=True) if any(pair[1].loss_mask)]
@@ -116,9 +116,9 @@ def _choose(module: SFTModule, conversations: Sequence[Conversation]) -> list[tu
 def _differences(
     module: SFTModule, chosen: Sequence[tuple[Conversation, TrainSequence]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ours minus transformers' own, and packed minus alone; both [tokens], empty where there is no conversation.
+    """Ours minus transformers', and packed minus alone. Both [tokens], empty without a conversation.
 
-    A rank that lacks conversations takes dummies: every forward is a collective under ZeRO-3.
+    A rank without enough conversations adds dummies, because every forward is a collective under ZeRO-3.
     """
     policy, adapter = module.policy, module.adapter
     assert policy is not None
@@ -130,7 +130,7 @@ def _differences(
         module.logprobs(pack_sequences([sequence], policy.config, adapter)).logprobs.cpu() for sequence in sequences
     ]
     images = [dummy_image]
-    if chosen:  # not those of the sequence: its order is checked, too
+    if chosen:  # taken from the conversation, so that the sequence's order of images is checked, too
         conversation = chosen[0][0]
         shown = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
         images = [module.encoder.model_image(image) for image in (*conversation.task.images, *shown)]

@@ -1,4 +1,4 @@
-"""Hands trajectories, checkpoints and evaluations to W&B."""
+"""Callback that logs trajectories, checkpoints and evaluations to W&B."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cv_lightning.types import Iteration
 
 
 class WandbTrajectories(pl.Callback):
-    """Hands trajectories and, on request, artifacts to W&B. The command line adds it where W&B is the logger.
+    """Logs trajectories and, on request, artifacts to W&B. The command line adds it where W&B is the logger.
 
-    Tables of training show the first rank's groups; those of evaluations all ranks'.
+    Tables of training show the first rank's groups, tables of evaluations those of all ranks.
 
     Args:
-        logger: where to.
+        logger: The run's W&B logger.
     """
 
     def __init__(self, logger: WandbRun) -> None:
@@ -31,7 +31,7 @@ class WandbTrajectories(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A table, every few iterations."""
+        """Log a table every `table_every` iterations."""
         if not isinstance(batch, Iteration) or not isinstance(pl_module, PolicyModule) or not self.logger.table_every:
             return
         number = pl_module.iteration
@@ -41,23 +41,27 @@ class WandbTrajectories(pl.Callback):
             self.logger.log_rows("train/trajectories", rows)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time, to know what is new."""
-        self._begun = time.time()
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time, to know what is new."""
+        """Note the time, by which new results are told from old ones."""
         self._begun = time.time()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A table and, on request, an artifact of each evaluation."""
-        self._log_evaluations(trainer)
+        """Log a table and, on request, an artifact of each evaluation."""
+        if not trainer.is_global_zero:
+            return
+        for metrics in sorted(Path(trainer.default_root_dir).glob("eval/*/metrics.json")):
+            if metrics.stat().st_mtime < self._begun:
+                continue
+            folder = metrics.parent
+            key = re.sub(r"iteration\d+_", "", folder.name)  # one key for the validations of all iterations
+            self.logger.log_rows(f"eval/{key}", stratified(stored_rows(folder), self.logger.table_rows))
+            if self.logger.log_evaluations:
+                self.logger.log_folder(folder, f"eval-{key}", "evaluation")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A table and, on request, an artifact of each evaluation."""
-        self._log_evaluations(trainer)
+    on_validation_start = on_test_start
+    on_validation_end = on_test_end
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last checkpoint and the exported model, on request."""
+        """Upload the last checkpoint and the exported model on request."""
         if not self.logger.log_checkpoints or not trainer.is_global_zero:
             return
         run = Path(trainer.default_root_dir)
@@ -65,15 +69,3 @@ class WandbTrajectories(pl.Callback):
             self.logger.log_folder(checkpoint, "checkpoint", "model")
         if (run / "model" / "config.json").is_file():
             self.logger.log_folder(run / "model", "exported", "model")
-
-    def _log_evaluations(self, trainer: pl.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        for metrics in sorted(Path(trainer.default_root_dir).glob("eval/*/metrics.json")):
-            if metrics.stat().st_mtime < self._begun:
-                continue
-            folder = metrics.parent
-            key = re.sub(r"iteration\d+_", "", folder.name)  # one key, whichever iteration was validated
-            self.logger.log_rows(f"eval/{key}", stratified(stored_rows(folder), self.logger.table_rows))
-            if self.logger.log_evaluations:
-                self.logger.log_folder(folder, f"eval-{key}", "evaluation")
