@@ -33,8 +33,8 @@ from cv_lightning.models.gather import gather_full_params
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
 from cv_lightning.rewards import RewardConfig, RewardModule
-from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
+from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rollout.collector import end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups

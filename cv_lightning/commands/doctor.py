@@ -186,8 +186,8 @@ def check_judge() -> Check:
     if not url:
         detail = "none configured (CVL_JUDGE_URL, CVL_JUDGE_MODEL); answers are judged by rule"
         return Check(name="judge", status="ok", detail=detail)
-    from cv_lightning.rewards.config import JudgeConfig
     from cv_lightning.rewards.judge.check import check_endpoint
+    from cv_lightning.rewards.judge.config import JudgeConfig
 
     try:
         config = JudgeConfig(base_url=url, timeout_s=10.0)

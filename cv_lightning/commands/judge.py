@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from cv_lightning.command_line import read_command_line
 from cv_lightning.rewards.answer import rule_score
-from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint, verdicts
+from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.types import JudgeError
 

@@ -21,8 +21,8 @@ from cv_lightning.factory.table import TableConfig, VqaRow, VqaTable
 from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, Teacher
 from cv_lightning.factory.verify import verify_file
 from cv_lightning.files import whole_file
-from cv_lightning.rewards.config import JudgeConfig
-from cv_lightning.rewards.judge import Judge
+from cv_lightning.rewards.judge.client import Judge
+from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import CVLightningError, DataError, EndpointError
 

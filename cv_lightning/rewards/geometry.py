@@ -1,4 +1,4 @@
-"""Boxes of the reward: what a crop shows of the source image, and what it is worth. Pure functions.
+"""Boxes of the reward: what a crop shows of the source image, and its score. Pure functions.
 
 Boxes are (x1, y1, x2, y2) in pixels of the task's first image as given.
 """
@@ -13,15 +13,15 @@ from cv_lightning.types import Box, TrajectoryImage
 
 CropCredit = Literal["iou", "coverage"]
 MIN_COVERED = 0.9
-"""Least share of the ground-truth box that a crop must show for full credit by coverage."""
+"""Fraction of the ground-truth box that a crop must show for full credit by coverage."""
 MAX_AREA_RATIO = 6.0
 """Largest area of a crop with full credit by coverage, in areas of the ground-truth box."""
 MAX_LOOSE_CREDIT = 0.5
 """Most that a crop without full credit by coverage earns."""
 WHOLE_FRAME = 0.98
-"""A crop that shows this share of its source image is none."""
-MAX_FRAME_SHARE = 0.5
-"""A crop of more than this share of its source image has full credit by coverage only if it is 1.5 boxes or less."""
+"""An image that shows this fraction of its source image is not a crop."""
+MAX_FRAME_FRACTION = 0.5
+"""A crop of more than this fraction of its source image gets full credit by coverage only up to 1.5 boxes of area."""
 
 
 class Frame(NamedTuple):
@@ -53,12 +53,12 @@ class Frame(NamedTuple):
 def source_extent(image: TrajectoryImage, frame: Frame, part: Box | None = None) -> Box | None:
     """Part of the source image that an image shows; None where the map between them is unknown.
 
-    An image turned by no right angle is taken for its bounding box.
+    An image turned by another angle than a right one counts as its bounding box.
 
     Args:
-        image: any image of a trajectory.
-        frame: size of its source image.
-        part: part of the image that shows the source, in its own pixels; None: all of it.
+        image: Any image of a trajectory.
+        frame: Size of its source image.
+        part: Part of the image that shows the source, in its own pixels; None: all of it.
     """
     if image.to_source is None:
         return None
@@ -67,13 +67,8 @@ def source_extent(image: TrajectoryImage, frame: Frame, part: Box | None = None)
 
 
 def density(image: TrajectoryImage) -> float:
-    """Pixels of an image, at its own size, for each pixel of the source that it shows.
-
-    Raises:
-        ValueError: the map to the source is unknown.
-    """
-    if image.to_source is None:
-        raise ValueError("the map to the source is unknown")
+    """Pixels of an image, at its own size, for each pixel of the source that it shows; its map is known."""
+    assert image.to_source is not None
     a, b, _, d, e, _ = image.to_source
     return 1.0 / abs(a * e - b * d) if a * e != b * d else math.inf
 
@@ -84,13 +79,13 @@ def shows(crop: Box, evidence: Box) -> bool:
 
 
 def crop_credit(box: Box, truth: Box, frame: Frame, kind: CropCredit) -> float:
-    """What a crop is worth, in [0, 1].
+    """Score of a crop, in [0, 1].
 
     Args:
-        box: part of the source image that is shown.
-        truth: ground-truth box.
-        frame: size of the source image.
-        kind: `iou` (paper and reference); `coverage`: 1 for a crop that shows `MIN_COVERED` of the box within
+        box: Part of the source image that is shown.
+        truth: Ground-truth box.
+        frame: Size of the source image.
+        kind: `iou` (paper and released code); `coverage`: 1 for a crop that shows `MIN_COVERED` of the box within
             `MAX_AREA_RATIO` times its area, else at most `MAX_LOOSE_CREDIT`. Coverage suits policies that crop on a
             grid: reading needs the whole box, not a tight one.
     """
@@ -98,5 +93,5 @@ def crop_credit(box: Box, truth: Box, frame: Frame, kind: CropCredit) -> float:
     if kind == "iou":
         return overlap
     shown, wanted = area(box), area(truth)
-    small = shown <= MAX_AREA_RATIO * wanted and (shown <= MAX_FRAME_SHARE * frame.area or shown <= 1.5 * wanted)
+    small = shown <= MAX_AREA_RATIO * wanted and (shown <= MAX_FRAME_FRACTION * frame.area or shown <= 1.5 * wanted)
     return 1.0 if shows(box, truth) and small else min(MAX_LOOSE_CREDIT, overlap)

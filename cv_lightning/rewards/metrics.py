@@ -1,7 +1,7 @@
 """Means of the reward's components: over everything, by data source and by required transform. Pure functions.
 
-Sums and counts come first and means last, so that several ranks can add theirs up: their batches hold different data
-sources, and a mean of means would weigh a source by rank.
+Ranks add up sums and counts before the mean is taken: their batches hold different data sources, and a mean of means
+would weigh a source by rank.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ def reward_sums(groups: Sequence[Group]) -> Sums:
 
     Returns:
         `reward/<name>` for every component, for `total`, for `answer_accuracy` (before the gate) and for `judged` (the
-        judge's word decided); the same as `reward/by_source/<data source>/<name>` and as
-        `reward/by_transform/<transform>/<name>`, where `none` stands for tasks that want nothing. A trajectory of a
-        task that wants several counts for each.
+        judge decided); the same as `reward/by_source/<data source>/<name>` and as
+        `reward/by_transform/<transform>/<name>`, where `none` stands for tasks without transforms. A trajectory of a
+        task with several transforms counts for each.
     """
-    sums: Sums = {}
+    parts: list[Sums] = []
     for group in groups:
         transforms = dict.fromkeys(group.task.required_transforms) or {"none": None}
         prefixes = ["reward", f"reward/by_source/{group.task.data_source}"]
         prefixes += [f"reward/by_transform/{name}" for name in transforms]
         rows = [_values(trajectory.reward) for trajectory in group.trajectories if trajectory.reward is not None]
         for name in rows[0] if rows else ():
-            value = math.fsum(row[name] for row in rows)
-            for prefix in prefixes:
-                total, count = sums.get(f"{prefix}/{name}", (0.0, 0))
-                sums[f"{prefix}/{name}"] = total + value, count + len(rows)
-    return sums
+            found = math.fsum(row[name] for row in rows), len(rows)
+            parts.append({f"{prefix}/{name}": found for prefix in prefixes})
+    return added(parts)
 
 
 def added(parts: Iterable[Mapping[str, tuple[float, int]]]) -> Sums:
-    """Sums of several batches or ranks as one."""
+    """The sums of several batches or ranks added up."""
     sums: Sums = {}
     for part in parts:
         for name, (value, number) in part.items():

@@ -1,4 +1,4 @@
-"""The reward module: scores answers while trajectories finish, then whole groups. The only part that keeps state."""
+"""The reward module scores answers while trajectories finish, then whole groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,6 @@ from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.format import check_format, check_turns
 from cv_lightning.rewards.geometry import Frame, crop_credit
 from cv_lightning.rewards.markup import final_answer
-from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.rewards.process import CORRECT_ABOVE, GATE, ToolUse, group_components
 from cv_lightning.rewards.symbolic import SymbolicComparer
 from cv_lightning.rewards.terms import AnsweredGroup, RewardTerm
@@ -25,8 +25,7 @@ from cv_lightning.rewards.transforms import ToolCredit, expected_operations, net
 from cv_lightning.types import EndState, Group, JudgeError, RewardBreakdown, Task, Trajectory
 
 if TYPE_CHECKING:
-    from cv_lightning.rewards.judge import Judge
-
+    from cv_lightning.rewards.judge.client import Judge
 
 TermValues = Sequence[Mapping[str, float | None]]
 """Values of the user's own terms by name, for every trajectory of a group (empty where infrastructure failed).
@@ -40,7 +39,7 @@ class _PartialScore(NamedTuple):
     """What is known of a trajectory before its group is complete."""
 
     trajectory: Trajectory
-    """Kept, so that its `id` stays its own."""
+    """Kept so that no other object gets its `id`."""
     score: AnswerScore
     tool_use: ToolUse
 
@@ -53,21 +52,22 @@ class RewardModule:
     """
 
     def __init__(self, config: RewardConfig | None = None) -> None:
-        """Prepare everything that the config asks for; a judge is connected to on first use.
+        """Prepare everything that the config asks for. The judge is connected on first use.
 
         Args:
-            config: weights and formulas.
+            config: Weights and formulas.
 
         Raises:
-            ValueError: a judge's prompt is missing, or the package for `mathematics`.
+            ValueError: A judge's prompt is missing, or the package for `mathematics`.
         """
         self.config = config or RewardConfig()
         self.judge: Judge | None = None
-        self._early: dict[int, _PartialScore] = {}
+        self._partial: dict[int, _PartialScore] = {}
         self._failures: deque[bool] = deque(maxlen=self.config.judge.failure_window if self.config.judge else 1)
+        """Whether each of the last verdicts failed."""
         self._last_failure = ""
         if self.config.judge is not None:
-            from cv_lightning.rewards.judge import Judge  # openai and diskcache are not needed without a judge
+            from cv_lightning.rewards.judge.client import Judge  # openai and diskcache are not needed without a judge
 
             self.judge = Judge(self.config.judge)
         self._symbolic = SymbolicComparer() if self.config.mathematics else None
@@ -77,27 +77,27 @@ class RewardModule:
     async def score_answer(self, trajectory: Trajectory) -> None:
         """Score a finished trajectory as far as it can be without its group, while others still roll out.
 
-        By rule, then by the judge if the rule says no. A judge that cannot answer makes the trajectory's end state
-        `ERROR_JUDGE`; it is then never scored.
+        By rule, then by the judge if the rule says no. When the judge fails, the trajectory's end state becomes
+        `ERROR_JUDGE`, and it is never scored.
         """
         if self._symbolic is None:
             score = self._rule(trajectory)
-        else:  # it may take seconds, which the loop does not have
+        else:  # formulas may take seconds, too long for the event loop
             score = await asyncio.get_running_loop().run_in_executor(self._symbolic_thread, self._rule, trajectory)
-        tool_use = self._tool_use(trajectory, wanted_operations(trajectory.task))
-        if self.judge is not None and score.value <= CORRECT_ABOVE and _is_judgeable(trajectory.task, score.answer):
-            task = trajectory.task
-            assert score.answer is not None
+        task = trajectory.task
+        tool_use = self._tool_use(trajectory, wanted_operations(task))
+        is_wrong = bool(score.answer) and score.value <= CORRECT_ABOVE
+        if self.judge is not None and is_wrong and not is_copied(score.answer or "", task.question):
             try:
                 truth = "; or: ".join(task.accepted)
-                value = await self.judge.verdict(task.question, truth, score.answer, task.data_source)
+                value = await self.judge.verdict(task.question, truth, score.answer or "", task.data_source)
             except JudgeError as error:
                 trajectory.end_state, trajectory.error = EndState.ERROR_JUDGE, str(error)
                 return
-            if trajectory.end_state.is_error:
-                return  # the rollout has given up waiting
+            if trajectory.end_state.is_error:  # the rollout has stopped waiting for it
+                return
             score = AnswerScore(value, score.answer, "judge")
-        self._early[id(trajectory)] = _PartialScore(trajectory, score, tool_use)
+        self._partial[id(trajectory)] = _PartialScore(trajectory, score, tool_use)
 
     def _rule(self, trajectory: Trajectory) -> AnswerScore:
         answer = None
@@ -109,64 +109,69 @@ class RewardModule:
     # ------------------------------------------------------------------ one group
     @property
     def waits_for_terms(self) -> bool:
-        """True if a term of the user's own looks at whole groups: `ask_terms` comes before `score_group`."""
+        """True if a term of the user's own looks at whole groups; then `ask_terms` comes before `score_group`."""
         return any(term.looks_at_group for term in self.config.terms)
 
     async def ask_terms(self, group: Group) -> TermValues:
-        """What the user's own terms give for the trajectories of a finished group; for `score_group`.
+        """Values of the user's own terms for a finished group, for `score_group`.
 
         Runs on the event loop on which `score_answer` ran.
 
         Raises:
-            ValueError: a term gives another number of values than there are trajectories.
+            ValueError: A term gives another number of values than there are trajectories.
         """
         members = [trajectory for trajectory in group.trajectories if not trajectory.end_state.is_error]
-        early = [self._early.get(id(trajectory)) for trajectory in members]
+        partial = [self._partial.get(id(trajectory)) for trajectory in members]
         scores = [
             (self._rule(trajectory) if known is None else known.score).value
-            for trajectory, known in zip(members, early, strict=True)
+            for trajectory, known in zip(members, partial, strict=True)
         ]
         view = AnsweredGroup(task=group.task, trajectories=tuple(members), scores=tuple(scores), judge=self.judge)
         columns = await asyncio.gather(*(_values(term, view) for term in self.config.terms))
-        named = list(zip((term.name for term in self.config.terms), columns, strict=True))
-        rows = iter([{name: column[at] for name, column in named} for at in range(len(members))])
+        names = [term.name for term in self.config.terms]
+        rows = iter(
+            [{name: column[at] for name, column in zip(names, columns, strict=True)} for at in range(len(members))]
+        )
         return [{} if trajectory.end_state.is_error else next(rows) for trajectory in group.trajectories]
 
     def score_group(self, group: Group, terms: TermValues | None = None) -> None:
         """Set `reward` of every trajectory: None after an error of the infrastructure, else the breakdown.
 
-        Trajectories that `score_answer` has not seen are scored by rule. Group statistics are those of the scored
-        trajectories.
+        Trajectories that `score_answer` has not seen are scored by rule. Unscored ones do not count in the group's
+        statistics.
 
         Args:
-            group: its trajectories are finished.
-            terms: what `ask_terms` gave; needed where a term looks at whole groups.
+            group: Its trajectories are finished.
+            terms: The result of `ask_terms`; needed where a term looks at whole groups.
 
         Raises:
-            JudgeError: more than `judge.max_failed_frac` of the last verdicts failed, and at least `MIN_FAILED`.
-            ValueError: a component of the user's own is not a finite number, or `terms` is missing.
+            JudgeError: More than `judge.max_failed_frac` of the last verdicts failed, and at least `MIN_FAILED`.
+            ValueError: A component of the user's own is not a finite number, or `terms` is missing.
         """
         if terms is None and self.waits_for_terms:
             raise ValueError("reward.terms: a term looks at whole groups; await ask_terms(group) and give its result")
         expected = wanted_operations(group.task)
-        scored: list[_PartialScore] = []
-        further: list[Mapping[str, float | None] | None] = []
-        rows: Sequence[Mapping[str, float | None] | None] = [None] * len(group.trajectories) if terms is None else terms
-        for trajectory, own in zip(group.trajectories, rows, strict=True):
+        scored: list[tuple[_PartialScore, Mapping[str, float | None] | None]] = []
+        values = repeat(None, len(group.trajectories)) if terms is None else terms
+        for trajectory, own in zip(group.trajectories, values, strict=True):
             if missing := [name for name, value in (own or {}).items() if value is None]:
                 trajectory.end_state = EndState.ERROR_JUDGE
                 trajectory.error = f"the judge did not reply to reward.terms {', '.join(missing)}"
-            early = self._early.pop(id(trajectory), None)
+            partial = self._partial.pop(id(trajectory), None)
             trajectory.reward = None
-            self._count_verdict(trajectory, early)
+            if trajectory.end_state is EndState.ERROR_JUDGE:
+                self._failures.append(True)
+                self._last_failure = trajectory.error
+            elif partial is not None and partial.score.scored_by == "judge":
+                self._failures.append(False)
             if not trajectory.end_state.is_error:
-                tool_use = self._tool_use(trajectory, expected) if early is None else early.tool_use
-                score = self._rule(trajectory) if early is None else early.score
-                scored.append(_PartialScore(trajectory, score, tool_use))
-                further.append(own)
-        uses = [replace(each.tool_use, score=each.score.value) for each in scored]
-        found = group_components(expected, uses, self.config.recipe.rules)
-        for (trajectory, score, _), components, own in zip(scored, found, further, strict=True):
+                if partial is None:
+                    tool_use = self._tool_use(trajectory, expected)
+                    partial = _PartialScore(trajectory, self._rule(trajectory), tool_use)
+                scored.append((partial, own))
+        uses = [replace(partial.tool_use, score=partial.score.value) for partial, _ in scored]
+        found = group_components(expected, uses, self.config.recipe)
+        for ((trajectory, score, _), own), components in zip(scored, found, strict=True):
             components |= self._further(trajectory, score.value, own)
             trajectory.reward = RewardBreakdown(
                 components=components,
@@ -175,20 +180,21 @@ class RewardModule:
                 answer=score.answer,
                 scored_by=score.scored_by,
             )
-        self._check_failures()
+        if sum(self._failures) >= MIN_FAILED:
+            self.check_verdicts(self._failures)
 
     def _tool_use(self, trajectory: Trajectory, expected: frozenset[str]) -> ToolUse:
-        """What a finished trajectory did; its answer's score is still to come."""
+        """What a finished trajectory did, without the score of its answer."""
         use = self._credit(trajectory, expected)
         texts = [turn.text for turn in trajectory.turns]
         check = check_turns(texts) if self.config.recipe.format_by == "turn" else check_format("".join(texts))
         answered = trajectory.end_state is EndState.ANSWERED
         crop_score = self._crop_score(trajectory.task, use)
-        # a crop that misses is not a crop: by labels alone it would be paid for exactness
+        # a crop that misses does not count as a crop: by labels alone it would be paid for exactness
         missed = "crop" in expected and crop_score < GATE
         return ToolUse(
             used=use.labels - {"crop"} if missed and self.config.credit == "net" else use.labels,
-            crop_credit=crop_score,
+            crop_score=crop_score,
             executions=trajectory.num_tool_calls,
             format=check if answered else 0.0,
             turned=use.turned,
@@ -198,7 +204,7 @@ class RewardModule:
     def _further(
         self, trajectory: Trajectory, score: float, own: Mapping[str, float | None] | None
     ) -> dict[str, float]:
-        """Components of the user's own: those of `ask_terms`, or by one trajectory at a time."""
+        """Components of the user's own: values of `ask_terms`, or without them those of each term's `value`."""
         found = {name: value for name, value in (own or {}).items() if value is not None}
         if own is None:
             found = {term.name: float(term.value(trajectory, score)) for term in self.config.terms}
@@ -222,57 +228,41 @@ class RewardModule:
         truth = task.box
         if truth is None or not credit.boxes:
             return 0.0
-        frame = Frame(*task.images[0].size)  # of `credit: ran` the boxes are in other frames, and it is not looked at
+        frame = Frame(*task.images[0].size)  # not used by IoU: with `credit: ran` the boxes are in other frames
         return max(crop_credit(box, truth, frame, self.config.recipe.crop_credit) for box in credit.boxes)
-
-    def _count_verdict(self, trajectory: Trajectory, early: _PartialScore | None) -> None:
-        if trajectory.end_state is EndState.ERROR_JUDGE:
-            self._failures.append(True)
-            self._last_failure = trajectory.error
-        elif early is not None and early.score.scored_by == "judge":
-            self._failures.append(False)
-
-    def _check_failures(self) -> None:
-        if sum(self._failures) >= MIN_FAILED:
-            self.check_verdicts(self._failures)
 
     @property
     def verdicts(self) -> list[bool]:
-        """Of the last verdicts, in their order, whether each failed."""
+        """Whether each of the last verdicts failed, in their order."""
         return list(self._failures)
 
     def check_verdicts(self, failures: Sequence[bool]) -> None:
-        """Stop where too many verdicts failed.
+        """Stop the run when too many verdicts failed.
 
         Args:
-            failures: whether each verdict failed, of this rank or of all.
+            failures: Whether each verdict failed, of this rank or of all.
 
         Raises:
-            JudgeError: more than `judge.max_failed_frac` of them.
+            JudgeError: More than `judge.max_failed_frac` of them.
         """
         judge = self.config.judge
         if judge is None or not failures:
             return
-        share = fmean(failures)
-        if share > judge.max_failed_frac:
+        fraction = fmean(failures)
+        if fraction > judge.max_failed_frac:
             raise JudgeError(
-                f"{share:.0%} of the last {len(failures)} verdicts failed, more than "
+                f"{fraction:.0%} of the last {len(failures)} verdicts failed, more than "
                 f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {self._last_failure}. "
                 f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it once"
             )
 
-    # ------------------------------------------------------------------ numbers
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Means over the scored trajectories (`metrics.reward_sums` lists the names), and `judge_metrics`."""
-        return means(reward_sums(groups)) | self.judge_metrics()
-
     def judge_metrics(self) -> dict[str, float]:
-        """`judge/<name>`, counted since the last call; nothing without a judge."""
+        """`judge/<name>`, counted since the last call; empty without a judge."""
         return {f"judge/{name}": value for name, value in self.judge.metrics().items()} if self.judge else {}
 
     def close(self) -> None:
-        """Forget open verdicts, close the judge's connections and cache, end the process for formulas."""
-        self._early.clear()
+        """Drop open verdicts, close the judge's connections and cache, end the process for formulas."""
+        self._partial.clear()
         self._symbolic_thread.shutdown(wait=True, cancel_futures=True)
         if self._symbolic is not None:
             self._symbolic.close()
@@ -293,10 +283,6 @@ async def _values(term: RewardTerm, group: AnsweredGroup) -> list[float | None]:
 
 
 def wanted_operations(task: Task) -> frozenset[str]:
-    """E of a task; a crop is wanted only where there is a ground-truth box to compare it with."""
+    """The operations that a task wants; a crop only where there is a ground-truth box to compare it with."""
     expected = expected_operations(task.required_transforms)
     return expected if task.box is not None and area(task.box) > 0 else expected - {"crop"}
-
-
-def _is_judgeable(task: Task, answer: str | None) -> bool:
-    return bool(answer) and not is_copied(answer or "", task.question)

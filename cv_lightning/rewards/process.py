@@ -1,29 +1,52 @@
 """The reward's components over one group, from what each trajectory used. Pure arithmetic, exact on golden/reward.
 
-Formulas: design.md, "Reward" (the released code) and the paper's three binary penalties. Nothing here knows
-trajectories or images; see `transforms` for what counts as used and `geometry` for what a crop is worth.
+The formulas of the released code and of the paper; docs/rewards.md explains each. `transforms` decides what counts as
+used and `geometry` what a crop is worth: nothing here knows trajectories or images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from cv_lightning.rewards.geometry import CropCredit
 from cv_lightning.rewards.transforms import CORE, ORIENTATION, TURNED
 
 CORRECT_ABOVE = 0.5
 """An answer whose score is above this is correct."""
 GATE = 0.1
-"""Where a crop is wanted, accuracy counts in full from this mandatory credit on (reference, agent_loop.py:1286)."""
+"""Where a crop is wanted, accuracy counts in full from this mandatory credit on (released code)."""
 FREE_CALLS = 2
 """Calls that cost nothing even where fewer operations are wanted."""
 NECESSARY_BELOW = 2
 """Necessity is paid while fewer trajectories than this are correct without a tool."""
 
-Penalties = Literal["linear", "binary"]
-NecessityOver = Literal["any_tool", "optional_tool"]
+
+class Recipe(NamedTuple):
+    """Formulas that belong together; `RewardConfig.credit` picks one of `RECIPES`."""
+
+    crop_credit: CropCredit
+    gate: bool
+    """Multiply accuracy by mandatory where a crop is wanted and mandatory is below `GATE`."""
+    penalties: Literal["linear", "binary"]
+    """`linear` counts calls and operations, `binary` is 0 or 1 each."""
+    necessity_over: Literal["any_tool", "optional_tool"]
+    """Who used the tool: all who called it, or who used an operation outside the core."""
+    format_by: Literal["turn", "response"]
+    """Every turn must be well-formed, or only the response as a whole."""
+    crop_frame: Literal["source", "call"]
+    """Where crops are compared with the box: in the source image, or in the image that each call worked on."""
+
+
+Credit = Literal["net", "ran", "steps"]
+RECIPES: dict[Credit, Recipe] = {
+    "net": Recipe("coverage", True, "linear", "any_tool", "turn", "source"),
+    "steps": Recipe("iou", False, "binary", "optional_tool", "turn", "source"),
+    "ran": Recipe("iou", True, "linear", "any_tool", "response", "call"),
+}
+"""The project's own recipe, the paper's, and the released code's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +56,9 @@ class ToolUse:
     score: float = 0.0
     """Answer score in [0, 1]."""
     used: frozenset[str] = frozenset()
-    """U: labels of the operations that count as used."""
-    crop_credit: float = 0.0
-    """Worth of the crop in [0, 1]."""
+    """Labels of the operations that count as used (U)."""
+    crop_score: float = 0.0
+    """What the crop is worth, in [0, 1]."""
     executions: int = 0
     """Calls handed to the sandbox, failed ones too."""
     format: float = 0.0
@@ -49,90 +72,51 @@ class ToolUse:
         """True above `CORRECT_ABOVE`."""
         return self.score > CORRECT_ABOVE
 
-    @property
-    def used_tool(self) -> bool:
-        """True with any label or any execution."""
-        return bool(self.used) or self.executions > 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """Choices between the formulas of code and paper."""
-
-    gate: bool = True
-    """Multiply accuracy by mandatory where a crop is wanted and mandatory is below `GATE`."""
-    penalties: Penalties = "linear"
-    necessity_over: NecessityOver = "any_tool"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupStatistics:
-    """What the necessity term takes from a group."""
-
-    necessity: float
-    """max(0, accuracy with the tool - accuracy without); 0 if all used it."""
-    correct_without: int
-    """Correct trajectories without the tool."""
-    tool_users: tuple[bool, ...] = field(default=())
-    """Who counts as a user of the tool."""
-
-
-def group_statistics(uses: Sequence[ToolUse], over: NecessityOver = "any_tool") -> GroupStatistics:
-    """Accuracy with and without the tool (paper: r_nec; reference: agent_loop.py:1236)."""
-    users = tuple(a.used_tool if over == "any_tool" else bool(a.used - CORE) for a in uses)
-    with_tool = [a.correct for a, is_user in zip(uses, users, strict=True) if is_user]
-    without = [a.correct for a, is_user in zip(uses, users, strict=True) if not is_user]
-    value = max(0.0, (fmean(with_tool) if with_tool else 0.0) - fmean(without)) if without else 0.0
-    return GroupStatistics(necessity=value, correct_without=sum(without), tool_users=users)
-
 
 def group_components(
-    expected: frozenset[str], uses: Sequence[ToolUse], rules: Rules | None = None
+    expected: frozenset[str], uses: Sequence[ToolUse], recipe: Recipe = RECIPES["net"]
 ) -> list[dict[str, float]]:
     """Unweighted components of every trajectory of a group.
 
     Args:
-        expected: E, from `transforms.expected_operations`.
-        uses: the scored trajectories of the group, in any order.
-        rules: which formulas.
+        expected: The wanted operations (E), from `transforms.expected_operations`.
+        uses: The scored trajectories of the group, in any order.
+        recipe: Which formulas.
 
     Returns:
         One mapping per trajectory: accuracy, format, mandatory, necessity, exact, emerge in [0, 1] (necessity below 1),
         and the penalties usage, spurious (counts, or 0/1) and reasoning (0/1), all >= 0.
     """
-    rules = rules or Rules()
-    statistics = group_statistics(uses, rules.necessity_over)
-    return [
-        _components(expected, tool_use, rules, statistics, is_user)
-        for tool_use, is_user in zip(uses, statistics.tool_users, strict=True)
-    ]
-
-
-def _components(
-    expected: frozenset[str], tool_use: ToolUse, rules: Rules, group: GroupStatistics, uses_tool: bool
-) -> dict[str, float]:
-    credit = mandatory(expected, tool_use)
-    gated = rules.gate and "crop" in expected and credit < GATE
-    needed = uses_tool and tool_use.correct and group.correct_without < NECESSARY_BELOW and not gated
-    exact = exactness(expected, tool_use.used) if tool_use.ordered is None else float(tool_use.ordered)
-    values = {
-        "accuracy": float(tool_use.correct) * (credit if gated else 1.0),
-        "format": tool_use.format,
-        "mandatory": credit,
-        "necessity": group.necessity if needed else 0.0,
-        "exact": exact,
-        "emerge": float(tool_use.correct and bool(tool_use.used - CORE)),
-    }
-    return values | penalties(expected, tool_use, rules.penalties)
+    by_call = recipe.necessity_over == "any_tool"
+    users = [bool(use.used or use.executions) if by_call else bool(use.used - CORE) for use in uses]
+    right_with = [use.correct for use, used_tool in zip(uses, users, strict=True) if used_tool]
+    right_without = [use.correct for use, used_tool in zip(uses, users, strict=True) if not used_tool]
+    # the paper's r_nec: accuracy with the tool less that without it, 0 where all used it
+    gain = max(0.0, fmean(right_with or [0.0]) - fmean(right_without)) if right_without else 0.0
+    found = []
+    for use, used_tool in zip(uses, users, strict=True):
+        credit = mandatory(expected, use)
+        gated = recipe.gate and "crop" in expected and credit < GATE
+        needed = used_tool and use.correct and sum(right_without) < NECESSARY_BELOW and not gated
+        components = {
+            "accuracy": float(use.correct) * (credit if gated else 1.0),
+            "format": use.format,
+            "mandatory": credit,
+            "necessity": gain if needed else 0.0,
+            "exact": exactness(expected, use.used) if use.ordered is None else float(use.ordered),
+            "emerge": float(use.correct and bool(use.used - CORE)),
+        }
+        found.append(components | penalties(expected, use, recipe))
+    return found
 
 
 def mandatory(expected: frozenset[str], tool_use: ToolUse) -> float:
-    """Share of the wanted operations that were used, a crop counted by its worth; in [0, 1], 0 if none is wanted."""
+    """Fraction of the wanted operations that were used, a crop counted by its score; 0 if none is wanted."""
     if not expected:
         return 0.0
     hits = float(len((expected - {"crop"}) & tool_use.used))
     if "crop" in expected and "crop" in tool_use.used:
-        hits += tool_use.crop_credit
+        hits += tool_use.crop_score
     return min(1.0, hits / len(expected))
 
 
@@ -142,19 +126,19 @@ def exactness(expected: frozenset[str], used: frozenset[str]) -> float:
     return float(bool(wanted) and used & CORE == wanted)
 
 
-def penalties(expected: frozenset[str], tool_use: ToolUse, kind: Penalties) -> dict[str, float]:
+def penalties(expected: frozenset[str], tool_use: ToolUse, recipe: Recipe) -> dict[str, float]:
     """What is subtracted, unweighted.
 
     `linear` (released code): usage = calls beyond max(2, |E|), spurious = orientation operations that ran though E has
     none. `binary` (paper): usage = more than |E| + 1 calls, spurious = an orientation operation ran and E is empty,
-    reasoning = right although the crop's worth is below 0.1.
+    reasoning = right although the crop's score is below 0.1.
     """
     turned = (tool_use.used if tool_use.turned is None else tool_use.turned) & (ORIENTATION | {TURNED})
-    if kind == "binary":
+    if recipe.penalties == "binary":
         return {
             "usage": float(tool_use.executions > len(expected) + 1),
             "spurious": float(not expected and bool(turned)),
-            "reasoning": float("crop" in expected and tool_use.correct and tool_use.crop_credit < GATE),
+            "reasoning": float("crop" in expected and tool_use.correct and tool_use.crop_score < GATE),
         }
     return {
         "usage": float(max(0, tool_use.executions - max(FREE_CALLS, len(expected)))),

@@ -1,4 +1,4 @@
-"""The process behind `symbolic.SymbolicComparer`: JSON pairs of formulas in, `1` or `0` out, a line each.
+"""The process behind `symbolic.SymbolicComparer`: reads JSON pairs of formulas, writes `1` or `0`, a line each.
 
 Run as a script, so that it imports math-verify and nothing of this project.
 """
@@ -23,15 +23,15 @@ def are_equal(answer: str, ground_truth: str) -> bool:
 
 def main() -> None:
     """Answer until the input ends."""
-    import math_verify  # noqa: F401 - it takes a second, before the clock of the first question starts
+    import math_verify  # noqa: F401 - takes a second, before the first question has its time limit
 
-    logging.disable(logging.CRITICAL)  # it warns of every time-out that is left to the caller
+    logging.disable(logging.CRITICAL)  # it warns of each time-out that is left to the caller
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("ready", flush=True)
     for line in sys.stdin:
         try:
             equal = are_equal(*json.loads(line))
-        except Exception:  # a formula that sympy trips over, whatever it raises, is not equal to anything
+        except Exception:  # whatever sympy raises, a formula that it cannot read is not equal
             equal = False
         print(int(equal), flush=True)
 

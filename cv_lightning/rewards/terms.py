@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cv_lightning.types import JudgeError, Task, Trajectory
 
 if TYPE_CHECKING:
-    from cv_lightning.rewards.judge import Judge
+    from cv_lightning.rewards.judge.client import Judge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

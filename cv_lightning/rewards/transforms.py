@@ -1,6 +1,6 @@
-"""Which image operations a task wants, and which a trajectory used by the sandbox's trace.
+"""Which image operations a task wants, and which a trajectory used according to the sandbox's trace.
 
-Labels: rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical and crop are *core*; anything else that
+The labels rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical and crop are *core*; anything else that
 changes an image (contrast_up, grayscale, resize, ...) is optional. Pure functions.
 """
 
@@ -29,46 +29,21 @@ from cv_lightning.types import (
 
 ORIENTATION = frozenset(ORIENTATIONS)
 TURNED = "turned"
-"""Net orientation that has no name of its own: a transposition, a free angle."""
+"""Net orientation without a label of its own: a transposition, a free angle."""
 CORE = ORIENTATION | {"crop", TURNED}
 _TURNING = ("rotate", "flip", "transpose", "transverse", "reverse", TURNED)
 OPTIONAL = frozenset(
-    [
-        "autocontrast",
-        "brightness_down",
-        "brightness_up",
-        "color_down",
-        "color_up",
-        "colorize",
-        "contrast_down",
-        "contrast_up",
-        "convolve",
-        "draw",
-        "edge_detect",
-        "equalize",
-        "filter",
-        "gaussian_blur",
-        "grayscale",
-        "invert",
-        "median_blur",
-        "morphology",
-        "posterize",
-        "resize",
-        "sharpen",
-        "sharpness",
-        "sharpness_down",
-        "sharpness_up",
-        "smooth",
-        "solarize",
-        "threshold",
-        "tone",
-    ]
+    (
+        "autocontrast brightness_down brightness_up color_down color_up colorize contrast_down contrast_up convolve "
+        "draw edge_detect equalize filter gaussian_blur grayscale invert median_blur morphology posterize resize "
+        "sharpen sharpness sharpness_down sharpness_up smooth solarize threshold tone"
+    ).split()
 )
-"""Operations outside the core that may help to see; a name that is not here earns nothing."""
+"""Operations outside the core that may help to see; others earn nothing."""
 ROUNDING_PX = 16
-"""Half of what one token covers in models with patches of 16 pixels: what rounding takes off a side at most."""
+"""What rounding to whole patches takes off a side at most: half of one token, with patches of 16 pixels."""
 MIN_DENSITY = 0.6
-"""Least pixels that the model must see of a part of the source, as a share of what the first view shows of it."""
+"""Pixels that the model must see of a part of the source, as a fraction of those in the first view."""
 MIN_FIDELITY = 0.8
 """Least legibility of what the model sees: the product of the fidelities of the calls that made it."""
 
@@ -78,24 +53,20 @@ def expected_operations(required: Iterable[str]) -> frozenset[str]:
     """Operations that a task wants: the inverse of everything that was done to its image.
 
     `rotate_n` becomes the rotation by 360 - n where that is 90, 180 or 270, and is left out otherwise; flips are
-    their own inverse; every other name stands for itself.
+    their own inverse, and every other name stands for itself.
     """
-    wanted = set()
-    for name in required:
-        if name.startswith("rotate_"):
-            inverse = _inverse_rotation(name)
-            wanted |= {inverse} if inverse else set()
-        else:
-            wanted.add(name)
-    return frozenset(wanted)
+    return frozenset(filter(None, map(_inverse, required)))
 
 
-def _inverse_rotation(name: str) -> str | None:
+def _inverse(name: str) -> str:
+    """The operation that undoes a transform; empty where none of the core does."""
+    if not name.startswith("rotate_"):
+        return name
     try:
         angle = (360 - int(name.removeprefix("rotate_"))) % 360
     except ValueError:
-        return None
-    return f"rotate_{angle}" if angle in (90, 180, 270) else None
+        return ""
+    return f"rotate_{angle}" if angle in (90, 180, 270) else ""
 
 
 def orientation_label(affine: Affine) -> str:
@@ -120,53 +91,50 @@ class ToolCredit:
     """What a trajectory gets credit and blame for."""
 
     labels: frozenset[str] = frozenset()
-    """U: operations that count as used."""
+    """Operations that count as used (U)."""
     boxes: tuple[Box, ...] = ()
     """Crops that count, in the frame of the ground-truth box."""
     turned: frozenset[str] = frozenset()
-    """Orientation operations that ran at all, thrown away or not: blame, never credit."""
+    """Orientation operations that ran, even if their result was discarded: for blame, never for credit."""
     ordered: bool | None = None
-    """True if exactly the wanted operations ran, each once, in order; None where order is not looked at."""
+    """True if exactly the wanted operations ran, each once, in order; None where order does not count."""
 
 
 def net_credit(trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
     """Credit for what the answer was given on: the net geometry of the last image that the model saw.
 
-    Nothing is credited to a trajectory that did not answer. An image that is upright on balance has all the wanted
-    turns, however they were composed (two flips for a half turn); one that is not has at most its net turn.
-    An image that shows its part of the source less legibly, or more coarsely than the first view, helps no one and
-    earns nothing.
-    Optional operations count where that image descends from their result.
+    A trajectory that did not answer gets no credit. An upright image has all the wanted turns, however they were
+    composed (two flips for a half turn); another one has at most its net turn. An image that shows its part of the
+    source illegibly, or more coarsely than the first view, earns nothing. Optional operations count where that image
+    descends from their result.
     """
     turned = turned_labels(trajectory)
     if not trajectory.images or trajectory.end_state is not EndState.ANSWERED:
         return ToolCredit(turned=turned)
-    image = trajectory.last_image_seen
+    task, image = trajectory.task, trajectory.last_image_seen
     chain, results = _chain(trajectory)
-    labels = set(_optional_labels(results))
-    if image.source != 0 or image.to_source is None or image.parent is None:
-        return ToolCredit(labels=frozenset(labels), turned=turned)
-    frame = Frame(*trajectory.task.images[0].size)
-    box = source_extent(image, frame, _shown_part(results))
-    if box is None or _is_illegible(results) or is_coarser(chain, trajectory.images[0], frame):
-        return ToolCredit(labels=frozenset(labels), turned=turned)
-    labels |= _net_orientation(trajectory.task, image, expected & ORIENTATION)
-    if not frame.is_cropped_to(box):
-        return ToolCredit(labels=frozenset(labels), turned=turned)
-    return ToolCredit(labels=frozenset(labels | {"crop"}), boxes=(box,), turned=turned)
+    labels = _optional_labels(results)
+    boxes: tuple[Box, ...] = ()
+    if image.source == 0 and image.to_source is not None and image.parent is not None:
+        frame = Frame(*task.images[0].size)
+        box = source_extent(image, frame, _shown_part(results))
+        if box is not None and _is_legible(results) and not is_coarser(chain, trajectory.images[0], frame):
+            labels |= _net_orientation(task, image.to_source, expected & ORIENTATION)
+            if frame.is_cropped_to(box):
+                labels, boxes = labels | {"crop"}, (box,)
+    return ToolCredit(labels=frozenset(labels), boxes=boxes, turned=turned)
 
 
 def is_coarser(chain: Sequence[TrajectoryImage], first: TrajectoryImage, frame: Frame) -> bool:
-    """True if an image shows its part of the source with far fewer pixels than the first view shows it with.
+    """True if an image shows its part of the source with far fewer pixels than the first view does.
 
-    What counts is the content and not the canvas: borders show nothing, and enlarging an image adds nothing to it, so
-    that the coarsest image on the way decides. An image of one or two patches loses up to half of its pixels where its
-    sides are rounded to whole patches; the crop is not to blame for that, and it does not count.
+    The content counts, not the canvas: borders show nothing, and enlarging adds no detail, so the coarsest image on the
+    way decides. Pixels that an image of one or two patches loses by rounding to whole patches (up to half) do not count.
 
     Args:
-        chain: the image and those that it was made from, the image first; the maps to the source are known.
-        first: the first view.
-        frame: size of the source.
+        chain: The image, then those that it was made from; the maps to the source are known.
+        first: The first view.
+        frame: Size of the source.
     """
     first_view = first.model_image.width * first.model_image.height / frame.area
     content = min(density(image) for image in chain)
@@ -174,39 +142,37 @@ def is_coarser(chain: Sequence[TrajectoryImage], first: TrajectoryImage, frame: 
     only_rounded = seen.width >= made.width - ROUNDING_PX and seen.height >= made.height - ROUNDING_PX
     ratio = seen.width * seen.height / (made.width * made.height)
     shown = density(chain[0]) * (max(ratio, 1.0) if only_rounded else ratio)
-    # Where the first view was enlarged, the source itself has no more to show than one pixel for a pixel.
+    # where the first view was enlarged, the source has no more detail than one pixel for a pixel
     return shown < MIN_DENSITY * first_view or content < MIN_DENSITY * min(1.0, first_view)
 
 
-def _net_orientation(task: Task, image: TrajectoryImage, wanted: frozenset[str]) -> frozenset[str]:
-    assert image.to_source is not None
-    if wanted and is_upright(image.to_source, to_upright(task.required_transforms, task.images[0].size)):
+def _net_orientation(task: Task, to_source: Affine, wanted: frozenset[str]) -> frozenset[str]:
+    if wanted and is_upright(to_source, to_upright(task.required_transforms, task.images[0].size)):
         return wanted
-    label = orientation_label(image.to_source)
-    return frozenset() if label == "identity" else frozenset({label})
+    return frozenset({orientation_label(to_source)} - {"identity"})
 
 
 def ran_credit(trajectory: Trajectory, *, in_source: bool) -> ToolCredit:
-    """Credit for everything that ran, as a set over the whole trajectory: the reference's rule, on what really ran.
+    """Credit for everything that ran, as a set over the whole trajectory: the released code's rule, on what really ran.
 
     Args:
-        trajectory: finished; whether it answered does not matter.
-        in_source: map crops to the source image; else leave them in the frame of the image that each call worked on,
-            as the reference does.
+        trajectory: Finished; whether it answered does not matter.
+        in_source: Map crops to the source image; else leave them in the frame of the image that each call worked on,
+            as the released code does.
     """
     labels: set[str] = set()
-    boxes: list[Box] = []
+    boxes: list[Box | None] = []
     for turn, result in _successes(trajectory):
-        labels |= _labels_of(result)
-        box = _call_box(trajectory, turn, result, in_source)
-        boxes += [box] if box is not None else []
-    return ToolCredit(labels=frozenset(labels), boxes=tuple(boxes), turned=turned_labels(trajectory))
+        labels |= _optional_labels([result]).union(result.effect.core if result.effect else ())
+        boxes.append(_call_box(trajectory, turn, result, in_source))
+    found = tuple(box for box in boxes if box is not None)
+    return ToolCredit(labels=frozenset(labels), boxes=found, turned=turned_labels(trajectory))
 
 
 def step_credit(trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
     """Credit step by step (paper, section "must-use"): each wanted operation on its first correct use, crops in source.
 
-    Each step is the net effect of one call whose image the model saw. `ordered` holds where the calls did the wanted
+    A step is the net effect of one call whose image the model saw. `ordered` holds where the calls did the wanted
     operations once each, the last transform undone first and the crop at the end, and no call failed.
     """
     use = ran_credit(trajectory, in_source=True)
@@ -222,9 +188,9 @@ def step_credit(trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
 
 
 def turned_labels(trajectory: Trajectory) -> frozenset[str]:
-    """Orientation operations that ran in any call, whatever became of their result.
+    """Orientation operations that ran in any call, even where their result was discarded.
 
-    By the pixels of each result, proven or only suggested, and by the names in the trace. A trace from which
+    Read from the pixels of each result, proven or only suggested, and from the names in the trace. A trace from which
     operations were removed may have held any of them.
     """
     if any(op.name == ERASED for op in trajectory.operations):
@@ -236,7 +202,7 @@ def turned_labels(trajectory: Trajectory) -> frozenset[str]:
 
 
 def _is_of_channels(op: Operation) -> bool:
-    """True for `np.flip` along the last axis, which swaps colours; of a grey image the net effect tells."""
+    """True for `np.flip` along the last axis, which swaps colours (in a grey image the net effect shows the flip)."""
     axis = op.arguments.get("axis")
     return op.name == "reverse" and (axis if isinstance(axis, int) else (axis or [0])[-1]) in (-1, 2)
 
@@ -248,23 +214,18 @@ def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, ToolResult]]:
             yield turn, turn.result
 
 
-def _labels_of(result: ToolResult) -> set[str]:
-    core = set(result.effect.core) if result.effect is not None else set()
-    return core | _optional_labels([result])
-
-
 def _optional_labels(results: Iterable[ToolResult]) -> set[str]:
     return {op.name for result in results for op in result.operations if op.used and _may_help(op)}
 
 
 def _may_help(op: Operation) -> bool:
-    """True for an optional operation that changes something: no factor of 1, no resize to the same size."""
+    """True for an optional operation that changes something: not for a factor of 1 or a resize to the same size."""
     idle = op.arguments.get("factor") == 1 or (op.name == "resize" and op.input_size == op.output_size is not None)
     return op.name in OPTIONAL and not idle
 
 
 def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[ToolResult]]:
-    """The last image and those that it was made from, down to the task's own, and the results that made them."""
+    """The last image, those that it was made from down to the task's own, and the results that made them."""
     made_by = {turn.image_index: turn.result for turn in trajectory.turns if turn.image_index is not None}
     images: list[TrajectoryImage] = []
     results: list[ToolResult] = []
@@ -278,16 +239,16 @@ def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[ToolResu
 
 
 def _shown_part(results: Sequence[ToolResult]) -> Box | None:
-    """Part of the last image, by the results that made it, that shows its source; None: all of it."""
+    """Part of the last image that shows its source, according to the results that made it; None: all of it."""
     return results[0].effect.shown if results and results[0].effect is not None else None
 
 
-def _is_illegible(results: Iterable[ToolResult]) -> bool:
-    """True if strokes and edges of the source did not survive the calls that an image came from.
+def _is_legible(results: Iterable[ToolResult]) -> bool:
+    """True if strokes and edges of the source survived the calls that an image came from.
 
-    Each call is proven against its own input; what several calls lose together is the product.
+    Each call is measured against its own input; the product is what several calls keep together.
     """
-    return math.prod(result.effect.fidelity for result in results if result.effect is not None) < MIN_FIDELITY
+    return math.prod(result.effect.fidelity for result in results if result.effect is not None) >= MIN_FIDELITY
 
 
 def _call_box(trajectory: Trajectory, turn: Turn, result: ToolResult, in_source: bool) -> Box | None:

@@ -12,7 +12,7 @@ from cv_lightning.agent.driver import Rollout, RolloutProgress
 from cv_lightning.agent.request import requests_of
 from cv_lightning.engines.base import SamplingConfig
 from cv_lightning.rewards import RewardModule
-from cv_lightning.rewards.config import JUDGE_COUNTS
+from cv_lightning.rewards.judge.config import JUDGE_COUNTS
 from cv_lightning.rewards.module import TermValues
 from cv_lightning.rl.groups import has_advantage
 from cv_lightning.types import EndState, Group, Task, Trajectory

@@ -81,9 +81,7 @@ def reward(case: Case) -> dict[str, Any]:
         ToolUse(
             score=float(rollout["score"]),
             used=frozenset(rollout["used"]),
-            crop_credit=max(
-                (iou(box, truth) for box in map(_box, rollout["crop_boxes"]) if box and truth), default=0.0
-            ),
+            crop_score=max((iou(box, truth) for box in map(_box, rollout["crop_boxes"]) if box and truth), default=0.0),
             executions=rollout["exec_ok"] + rollout["exec_error"],
             format=rollout["format_reward"],
         )
@@ -97,7 +95,7 @@ def reward(case: Case) -> dict[str, Any]:
             "spurious_penalty": components["spurious"],
             "r_total": config.total(components),
         }
-        for components in group_components(expected, uses, config.recipe.rules)
+        for components in group_components(expected, uses, config.recipe)
     ]
     return {"expected_ops": sorted(expected), "rollouts": rollouts}
 

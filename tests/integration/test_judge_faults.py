@@ -17,8 +17,7 @@ from judge_server import JudgeServer, completion, respond
 
 from cv_lightning.endpoint.client import EndpointClient
 from cv_lightning.rewards import JudgeConfig
-from cv_lightning.rewards.judge import Judge
-from cv_lightning.rewards.judge.client import MAX_BODY_BYTES
+from cv_lightning.rewards.judge.client import MAX_BODY_BYTES, Judge
 from cv_lightning.types import EndpointError, JudgeError
 
 Misbehave = Callable[[int, asyncio.StreamWriter, str], object]
@@ -348,7 +347,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path: Path) -> None:
 ASK = """
 import asyncio, sys
 from cv_lightning.rewards import JudgeConfig
-from cv_lightning.rewards.judge import Judge
+from cv_lightning.rewards.judge.client import Judge
 
 async def main():
     judge = Judge(JudgeConfig(base_url=sys.argv[1], cache_folder=sys.argv[2], max_parallel=4))

@@ -15,6 +15,7 @@ from reward_samples import Recorder, group, task
 
 from cv_lightning.background import Background
 from cv_lightning.rewards import JudgeConfig, RewardConfig, RewardModule
+from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.types import EndState, Group, JudgeError
 
 
@@ -41,7 +42,7 @@ def test_the_rule_comes_first_and_the_judge_only_where_it_says_no() -> None:
     with JudgeServer() as server:
         module = RewardModule(config_of(server))
         score_all(module, background, scored)
-        metrics = module.metrics([scored])
+        metrics = means(reward_sums([scored])) | module.judge_metrics()
         module.close()
     background.close()
     rewards = [trajectory.reward for trajectory in scored.trajectories]

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from reward_samples import Recorder, group, task
 
 from cv_lightning.rewards import JudgeConfig, RewardConfig, RewardModule, RewardTerm
+from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.types import Trajectory
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Pa
     assert short.reward.components["brevity"] == 1.0
     assert short.reward.total == pytest.approx(1.0 + 0.1 + 0.3 - 0.5)
     assert long.reward.total == pytest.approx(1.0 + 0.1 + 0.1 - 0.5 / 2)
-    metrics = module.metrics([scored])
+    metrics = means(reward_sums([scored]))
     assert metrics["reward/brevity"] == 0.5
     assert metrics["reward/by_source/digits/few_turns"] == 0.75
     module.close()

@@ -1,8 +1,9 @@
-"""Formulas compared by math-verify: equal ones, tricks, and formulas that never end."""
+"""Comparing formulas by math-verify: equal ones, tricks, and formulas that never end."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def comparer() -> Iterator[SymbolicComparer]:
         ("f(x) = 2x", "2x", True),
         ("x+1", "x+2", False),
         ("3.14", "\\pi", False),
-        # what math-verify alone takes for equal
+        # what math-verify alone considers equal
         ("der", "red", False),
         ("41 = 42", "42", False),
         ("5 or \\boxed{42}", "42", False),
@@ -51,13 +52,15 @@ def comparer() -> Iterator[SymbolicComparer]:
         ("a", "A", False),
     ],
 )
-def test_formulas(comparer: SymbolicComparer, answer: str, truth: str, equal: bool) -> None:
+def test_formulas_are_equal_only_where_proven(comparer: SymbolicComparer, answer: str, truth: str, equal: bool) -> None:
     assert comparer(answer, truth) is equal
 
 
 def test_a_formula_that_never_ends_is_not_equal_and_the_next_one_is_compared() -> None:
     comparer = SymbolicComparer(timeout_s=1.0)
     assert comparer("2x+1", "1+2x")  # started
+    assert comparer._process is not None
+    assert os.getpgid(comparer._process.pid) != os.getpgid(0), "Ctrl-C in a terminal would end it"
     begun = time.perf_counter()
     assert not comparer("9^{9^{9^{9}}}", "7")
     assert not comparer("9^{9^{9^{9}}}", "7")  # known by now
@@ -66,8 +69,8 @@ def test_a_formula_that_never_ends_is_not_equal_and_the_next_one_is_compared() -
     comparer.close()
 
 
-def test_the_loop_goes_on_while_formulas_are_compared() -> None:
-    """An hour-long formula takes its second on a thread, and the answer is wrong, not unscored."""
+def test_event_loop_stays_responsive_while_formulas_are_compared() -> None:
+    """A formula that takes an hour is given up on a thread, and its answer is wrong, not unscored."""
     module = RewardModule(RewardConfig(mathematics=True))
     subject = task(box=None, truth="1+2x")
     scored = group(*(Recorder(subject).answer(text) for text in ("2x+1", "9^{9^{9^{9}}}", "2x+2")))

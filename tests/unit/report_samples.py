@@ -15,6 +15,7 @@ from trajectory_samples import KINDS, Policy, digit_task, group
 
 from cv_lightning.evaluation.metrics import summarise
 from cv_lightning.rewards import RewardConfig, RewardModule
+from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.rollout.collector import rollout_metrics
 from cv_lightning.trajectory import StoreConfig, TrajectoryWriter
 from cv_lightning.types import Group
@@ -94,7 +95,7 @@ def _rl(folder: Path, size: Size, recipe: str, needless: float) -> None:
             groups = _iteration(iteration, size, reward, needless)
             for item in groups:
                 writer.write_group(item, iteration)
-            values = rollout_metrics(groups, 2.0) | module.metrics(groups)
+            values = rollout_metrics(groups, 2.0) | means(reward_sums(groups))
             values |= {f"rollout/{name}": value for name, value in summarise(groups).scalars().items()}
             values |= {"policy/parity_max": 1e-5 * (1 + rng.random()), "policy/entropy": 0.9 * 0.97**iteration}
             values |= {"policy/clipped_frac": rng.random() / 50, "policy/grad_norm": fmean([rng.random()] * 3)}

@@ -6,8 +6,8 @@ import asyncio
 import time
 from dataclasses import dataclass, replace
 
-from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.client import Judge
+from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.types import JudgeError
 

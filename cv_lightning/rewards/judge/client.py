@@ -1,15 +1,15 @@
-"""The judge: one verdict per question, however the endpoint behaves. A number or a `JudgeError`, never a guess."""
+"""The judge's client: one verdict per question, or a `JudgeError`; it never guesses."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import dataclass
+from collections import Counter
 
 from cv_lightning.endpoint.client import EndpointClient
 from cv_lightning.endpoint.config import Spent
-from cv_lightning.rewards.config import JudgeConfig
 from cv_lightning.rewards.judge.cache import VerdictCache, cache_key
+from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.judge.prompts import load_prompt
 from cv_lightning.rewards.judge.verdict import GRAMMAR, read_text, read_verdict
 from cv_lightning.types import EndpointError, JudgeError
@@ -18,28 +18,17 @@ MAX_BODY_BYTES = 1 << 20
 """A verdict with its probabilities takes a few kB; a server that sends more than this is broken."""
 
 
-@dataclass(slots=True)
-class JudgeCounters:
-    """What happened since the counters were last read."""
-
-    verdicts: int = 0
-    cached: int = 0
-    shared: int = 0
-    """Verdicts that joined a request already under way for the same question."""
-    failed: int = 0
-
-
 class Judge:
-    """Asks for verdicts: cached, and a question that is already under way is not asked again."""
+    """Asks for verdicts. They are cached, and equal questions that are under way share one request."""
 
     def __init__(self, config: JudgeConfig) -> None:
         """Read the prompts and open the cache; nothing is sent yet.
 
         Args:
-            config: endpoint and limits.
+            config: Endpoint and limits.
 
         Raises:
-            ValueError: a task type has no prompt.
+            ValueError: A task type has no prompt.
         """
         self.config = config
         types = {config.default_task_type, *config.task_types.values()}
@@ -50,63 +39,61 @@ class Judge:
         if config.logprobs:
             self._options |= {"logprobs": True, "top_logprobs": 5}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._flying: dict[str, asyncio.Task[float]] = {}
-        """Verdicts under way on `_loop`, by key."""
-        self.counters = JudgeCounters()
+        self._under_way: dict[str, asyncio.Task[float]] = {}
+        """Requests for verdicts on `_loop`, by key."""
+        self._counts: Counter[str] = Counter()
+        """Verdicts since `metrics` was last called: all, `cached`, `shared` with another's request, `failed`."""
 
     # ------------------------------------------------------------------ verdicts
     async def verdict(self, question: str, ground_truth: str, answer: str, data_source: str = "unknown") -> float:
-        """Whether an answer says the same as the ground truth.
+        """How sure the judge is, in [0, 1], that an answer says the same as the ground truth; right above 0.5.
 
         Args:
-            question: the bare question.
-            ground_truth: the right answer.
-            answer: the given answer.
-            data_source: picks the prompt.
-
-        Returns:
-            In [0, 1]; right above 0.5.
+            question: The bare question.
+            ground_truth: The right answer.
+            answer: The given answer.
+            data_source: Picks the prompt.
 
         Raises:
-            JudgeError: no verdict within the tries and the time of the config.
+            JudgeError: No verdict within the tries and the time of the config.
         """
         config, loop = self.config, asyncio.get_running_loop()
         prompt = self._prompts[config.task_types.get(data_source, config.default_task_type)]
         settings = [GRAMMAR, config.model, prompt.version, config.temperature, config.extra_fields]
         key = cache_key([*settings, question, ground_truth, answer])
-        self.counters.verdicts += 1
+        self._counts["verdicts"] += 1
         if self._loop is not loop:
-            self._loop, self._flying = loop, {}
-        task = self._flying.get(key)
+            self._loop, self._under_way = loop, {}
+        task = self._under_way.get(key)
         if task is None:
             task = loop.create_task(self._find(key, prompt.fill(question, ground_truth, answer)))
-            self._flying[key] = task
-            task.add_done_callback(lambda done: _forget(self._flying, key, done))
+            self._under_way[key] = task
+            task.add_done_callback(lambda done: _forget(self._under_way, key, done))
         else:
-            self.counters.shared += 1
+            self._counts["shared"] += 1
         try:
             return await asyncio.shield(task)
         except EndpointError as error:
-            self.counters.failed += 1
+            self._counts["failed"] += 1
             raise JudgeError(str(error)) from error
 
     async def ask(self, prompt: str, max_tokens: int = 16) -> str:
         """The text of the model's reply to a prompt of a reward term; nothing is cached.
 
         Raises:
-            JudgeError: no reply within the tries and the time of the config.
+            JudgeError: No reply within the tries and the time of the config.
         """
         options = {"max_tokens": max_tokens, "temperature": self.config.temperature}
         try:
             return await self._client.chat([{"role": "user", "content": prompt}], options, read_text)
         except EndpointError as error:
-            self.counters.failed += 1
+            self._counts["failed"] += 1
             raise JudgeError(str(error)) from error
 
     async def _find(self, key: str, prompt: str) -> float:
         known = await self._cache.get(key)
         if known is not None:
-            self.counters.cached += 1
+            self._counts["cached"] += 1
             return known
         value = await self._client.chat([{"role": "user", "content": prompt}], self._options, read_verdict)
         await self._cache.put(key, value)
@@ -114,39 +101,42 @@ class Judge:
 
     # ------------------------------------------------------------------ life cycle
     def metrics(self) -> dict[str, float]:
-        """Figures since the last call, always the same names: counts, shares, seconds (0 without requests), tokens.
+        """Figures since the last call, always the same names: counts, fractions, seconds (0 without requests), tokens.
 
         `cost` is in the currency of the config's prices, 0 where they are 0.
         """
-        found, self.counters = self.counters, JudgeCounters()
+        counts, self._counts = self._counts, Counter()
         cost, spent, self._client.spent = self._client.cost, self._client.spent, Spent()
-        values = {"verdicts": float(found.verdicts), "failed": float(found.failed), "cost": cost}
-        names = ("requests", "retries", "prompt_tokens", "completion_tokens")
-        values |= {name: float(getattr(spent, name)) for name in names}
-        values["cached_frac"] = found.cached / max(1, found.verdicts)
-        values["shared_frac"] = found.shared / max(1, found.verdicts)
         latencies = sorted(spent.latencies_s) or [0.0]
-        values["latency_mean_s"] = sum(latencies) / len(latencies)
-        values["latency_p95_s"] = latencies[math.ceil(0.95 * len(latencies)) - 1]
-        values["latency_max_s"] = latencies[-1]
-        return values
+        names = ("requests", "retries", "prompt_tokens", "completion_tokens")
+        return {
+            "verdicts": float(counts["verdicts"]),
+            "failed": float(counts["failed"]),
+            "cost": cost,
+            **{name: float(getattr(spent, name)) for name in names},
+            "cached_frac": counts["cached"] / max(1, counts["verdicts"]),
+            "shared_frac": counts["shared"] / max(1, counts["verdicts"]),
+            "latency_mean_s": sum(latencies) / len(latencies),
+            "latency_p95_s": latencies[math.ceil(0.95 * len(latencies)) - 1],
+            "latency_max_s": latencies[-1],
+        }
 
     def close(self) -> None:
-        """Close connections and cache; safe whether or not the loop still runs, but not to be called on it."""
+        """Close connections and cache. Not to be called on the event loop, which need not run any more."""
         loop, self._loop = self._loop, None
         if loop is not None and loop.is_running():
             asyncio.run_coroutine_threadsafe(self._shut(), loop).result(timeout=10)
         self._cache.close()
 
     async def _shut(self) -> None:
-        tasks = list(self._flying.values())
+        tasks = list(self._under_way.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
 
-def _forget(flying: dict[str, asyncio.Task[float]], key: str, task: asyncio.Task[float]) -> None:
-    flying.pop(key, None)
+def _forget(under_way: dict[str, asyncio.Task[float]], key: str, task: asyncio.Task[float]) -> None:
+    under_way.pop(key, None)
     if not task.cancelled():
         task.exception()  # marks it as seen even where every caller was cancelled

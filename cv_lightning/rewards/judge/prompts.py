@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,35 +23,25 @@ class JudgePrompt:
 
     def fill(self, question: str, ground_truth: str, answer: str) -> str:
         """The prompt for one comparison; the marks are replaced in one pass, so none inside a field is."""
-        values = dict(zip(FIELDS, (question, ground_truth, answer), strict=True))
-        pieces: list[str] = []
-        rest = self.template
-        while True:
-            found = [(rest.find("{" + name + "}"), name) for name in FIELDS if "{" + name + "}" in rest]
-            if not found:
-                return "".join([*pieces, rest])
-            start, name = min(found)
-            pieces += [rest[:start], _as_data(values[name])]
-            rest = rest[start + len(name) + 2 :]
+        values = dict(zip(FIELDS, map(_as_data, (question, ground_truth, answer)), strict=True))
+        return re.sub(r"\{(" + "|".join(FIELDS) + r")\}", lambda mark: values[mark[1]], self.template)
 
 
 def load_prompt(task_type: str, folder: str | None) -> JudgePrompt:
     """Read `<task_type>.txt` from the folder, else the shipped one.
 
     Raises:
-        ValueError: there is none, or it lacks a mark; says which prompts there are.
+        ValueError: There is none, or it lacks a mark; says which prompts there are.
     """
-    places = [Path(folder)] if folder else []
-    for place in [*places, SHIPPED]:
-        path = place / f"{task_type}.txt"
-        if path.is_file():
-            template = path.read_text(encoding="utf-8")
-            missing = [name for name in FIELDS if "{" + name + "}" not in template]
-            if missing:
-                raise ValueError(f"{path} lacks the marks {missing}; a judge's prompt needs all of {list(FIELDS)}")
-            return JudgePrompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
-    known = sorted({path.stem for place in [*places, SHIPPED] for path in place.glob("*.txt")})
-    raise ValueError(f"reward.judge.task_types: there is no prompt {task_type!r}; there are {known}")
+    places = [*([Path(folder)] if folder else []), SHIPPED]
+    path = next((path for place in places if (path := place / f"{task_type}.txt").is_file()), None)
+    if path is None:
+        known = sorted({path.stem for place in places for path in place.glob("*.txt")})
+        raise ValueError(f"reward.judge.task_types: there is no prompt {task_type!r}; there are {known}")
+    template = path.read_text(encoding="utf-8")
+    if missing := [name for name in FIELDS if "{" + name + "}" not in template]:
+        raise ValueError(f"{path} lacks the marks {missing}; a judge's prompt needs all of {list(FIELDS)}")
+    return JudgePrompt(template, hashlib.sha256(template.encode()).hexdigest()[:12])
 
 
 def _as_data(text: str) -> str:
