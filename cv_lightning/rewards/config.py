@@ -47,8 +47,8 @@ class RewardConfig:
     """Weight of the paper's penalty on being right with a crop that misses; only with `credit: steps`."""
     credit: Credit = "net"
     """What counts as used, and with it the formulas (`RECIPES`). `net`: the net effect on the image that the answer was
-    given on; `steps`: everything that ran, exactness in order (paper); `ran`: everything that ran, crops in the frame of
-    the image that each call worked on (released code; can be gamed, for comparisons only)."""
+    given on; `steps`: everything that ran, exactness in order (paper); `ran`: everything that ran, crops in the frame
+    of the image that each call worked on (released code; can be gamed, for comparisons only)."""
     crop_credit: CropCredit | None = None
     """Score of a crop: `iou` with the ground-truth box, or `coverage`: 1 where it shows the box and little else. None:
     coverage for `credit: net`, else iou."""

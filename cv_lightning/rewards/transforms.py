@@ -129,7 +129,7 @@ def is_coarser(chain: Sequence[TrajectoryImage], first: TrajectoryImage, frame: 
     """True if an image shows its part of the source with far fewer pixels than the first view does.
 
     The content counts, not the canvas: borders show nothing, and enlarging adds no detail, so the coarsest image on the
-    way decides. Pixels that an image of one or two patches loses by rounding to whole patches (up to half) do not count.
+    way decides. What an image of one or two patches loses by rounding to whole patches (up to half) does not count.
 
     Args:
         chain: The image, then those that it was made from; the maps to the source are known.

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from trajectory_samples import KINDS, Policy, digit_task, group
 
 from cv_lightning.evaluation.metrics import summarise
-from cv_lightning.rewards import RewardConfig, RewardModule
+from cv_lightning.rewards import RewardConfig
 from cv_lightning.rewards.metrics import means, reward_sums
 from cv_lightning.rollout.collector import rollout_metrics
 from cv_lightning.trajectory import StoreConfig, TrajectoryWriter
@@ -88,7 +88,6 @@ def _rl(folder: Path, size: Size, recipe: str, needless: float) -> None:
     assert logger.experiment is not None  # made while the folder is still empty
     weights = resolved(recipe)
     reward = RewardConfig(**weights)
-    module = RewardModule(reward)
     rng = random.Random(1)
     with TrajectoryWriter(folder, StoreConfig(share=0.3)) as writer:
         for iteration in range(size.iterations):
