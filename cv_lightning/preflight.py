@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from cv_lightning.callbacks.rollout import RolloutCallback, rolls_out
-from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, TaskDataModule
+from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule, missing_tasks
 from cv_lightning.data.rows import expand_files
 from cv_lightning.models.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
@@ -32,8 +32,9 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
     if isinstance(module, GRPOModule) and isinstance(data, TaskDataModule) and data.overfit_tasks:
         _check_overfit(module)
     if isinstance(data, EvaluationDataModule):
-        data.check_ranks(trainer.world_size)
-        if type(data) in (TaskDataModule, SFTDataModule) and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
+        data.check_training(trainer.world_size)
+        loads_as_ours = type(data).train_dataloader in (TaskDataModule.train_dataloader, SFTDataModule.train_dataloader)
+        if loads_as_ours and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
             raise CVLightningError(
                 f"--trainer.max_epochs {trainer.max_epochs}: another epoch would bring the same batches again. Leave "
                 "it at 1; --data.init_args.num_iterations (SFT: num_steps) is the length of the run. Files are gone "
@@ -50,7 +51,7 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
 
 
 def check_evaluation(
-    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None, verb: str
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None, stage: Stage
 ) -> None:
     """Refuse an evaluation of nothing, and one that would fail once the engine is loaded.
 
@@ -61,11 +62,8 @@ def check_evaluation(
     if isinstance(module, PolicyModule) and module.loads_policy:
         check_types(trainer, module.policy_config.dtype, trains=False)
     if isinstance(data, EvaluationDataModule):
-        if verb == "validate" and not data.eval_files and not any(data.val_tasks.values()):
-            raise CVLightningError(
-                "validate: the config asks for no validation tasks; set --data.init_args.val_tasks "
-                "'{upright: 20, turned: 20}' or --data.init_args.eval_files, or use test"
-            )
+        if not data.has_tasks(stage):
+            raise CVLightningError(f"{stage}: {missing_tasks(stage)}")
         _check_files(data, [])
     _check_engine(rollout, module)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -34,7 +34,7 @@ def table(section: str) -> dict[str, Any]:
     """Old names to new ones.
 
     Args:
-        section: `class_paths`, `config_keys`, `metrics`, `stored_fields` or `implied`.
+        section: `class_paths`, `split_class_paths`, `config_keys`, `metrics`, `stored_fields` or `implied`.
     """
     found: dict[str, Any] = json.loads(FILE.read_text())[section]
     return found
@@ -69,9 +69,24 @@ def new_metric(name: str) -> str:
     return str(renamed.get(name, f"{stage}{slash}{renamed.get(figure, figure)}"))
 
 
-def new_class_path(path: str) -> str:
-    """Where a class is today."""
+def new_class_path(path: str, arguments: Collection[str] = ()) -> str:
+    """Where a class is today.
+
+    Args:
+        path: Class path of then, or the name alone.
+        arguments: Names of the arguments given to it. Those that a class no longer takes tell which of the classes
+            it has become is meant.
+    """
+    for old, became in table("split_class_paths").items():
+        if path in (old, old.rpartition(".")[2]) and not set(became["arguments"]).isdisjoint(arguments):
+            return str(became["class_path"])
     return str(table("class_paths").get(path, path))
+
+
+def may_be_class(old: str, name: str) -> bool:
+    """True if a class of one name, stored by an earlier version, may be the class of another name today."""
+    names = [(path, became["class_path"]) for path, became in table("split_class_paths").items()]
+    return old == name or (old, name) in [(a.rpartition(".")[2], b.rpartition(".")[2]) for a, b in names]
 
 
 def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -144,9 +159,9 @@ def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _migrate_class_paths(value: Any) -> dict[str, str]:
     changes: dict[str, str] = {}
     if isinstance(value, dict):
-        path = value.get("class_path")
-        if isinstance(path, str) and new_class_path(path) != path:
-            value["class_path"] = changes[path] = new_class_path(path)
+        path, arguments = value.get("class_path"), value.get("init_args")
+        if isinstance(path, str) and (new := new_class_path(path, arguments or ())) != path:
+            value["class_path"] = changes[path] = new
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         changes |= _migrate_class_paths(part)
     return changes

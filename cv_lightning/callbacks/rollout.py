@@ -25,6 +25,7 @@ from cv_lightning.background import Background
 from cv_lightning.callbacks.progress import RunProgress
 from cv_lightning.callbacks.signals import StopOnSignal
 from cv_lightning.callbacks.watchdog import Watchdog
+from cv_lightning.data.modules import EvaluationDataModule
 from cv_lightning.distributed import check_agreement, collective_timeout_s, gather_lists
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.evaluation.metrics import summarise_outcomes
@@ -447,7 +448,8 @@ def rolls_out(module: pl.LightningModule, data: object, stage: str) -> bool:
     """
     if not isinstance(module, PolicyModule):
         return False
-    return stage != "fit" or module.trains_on_rollouts or bool(getattr(data, "has_validation", False))
+    validates = isinstance(data, EvaluationDataModule) and data.has_tasks("validate")
+    return stage != "fit" or module.trains_on_rollouts or validates
 
 
 def _repeatable(engine: EngineConfig, agent: AgentConfig) -> EngineConfig:

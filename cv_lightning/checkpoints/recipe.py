@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from cv_lightning.renames import migrate_settings
+from cv_lightning.renames import may_be_class, migrate_settings
 from cv_lightning.settings import changed, flatten
 from cv_lightning.types import CheckpointError
 
@@ -66,7 +66,7 @@ def check_recipe(checkpoint: Path, classes: Mapping[str, str], settings: Mapping
     before = migrate_settings(stored.get("settings") or {})
     found = _changes(before, settings)
     shown = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-    if any(stored.get(part, name) != name for part, name in classes.items()):
+    if not all(may_be_class(stored.get(part, name), name) for part, name in classes.items()):
         raise CheckpointError(
             f"{checkpoint} was written by {stored['module']} on {stored['data']}, this config trains "
             f"{classes['module']} on {classes['data']}: resuming would mix two runs. Give the config of that run; "

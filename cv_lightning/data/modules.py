@@ -1,20 +1,19 @@
-"""LightningDataModules: tasks for RL and evaluation, conversations for SFT.
+"""LightningDataModules over files: tasks for RL and evaluation, conversations for SFT.
 
-Batches are objects of plain classes, which Lightning hands on untouched, and come from sized loaders,
-which it does not prefetch from. A batch is a pure function of its number, so a loader's whole state is that number.
-Ranks take their shares here: the loaders are no `DataLoader`s, and no `DistributedSampler` is put around them.
+A batch is a pure function of its number, so a loader's whole state is that number. Batches are objects of plain
+classes, which Lightning passes through unchanged, from sized loaders, which it does not prefetch from. The ranks divide
+each batch here: Lightning adds no `DistributedSampler` to a loader that is not a `DataLoader`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import lightning.pytorch as pl
-from PIL import Image
 
 from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.conversations import Conversation
@@ -22,23 +21,22 @@ from cv_lightning.data.corruptions import CorruptedRows, CorruptionConfig
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems
 from cv_lightning.data.sft_json import ConversationFiles
-from cv_lightning.data.sources import Rows, RowStream, Source, share_of_rank
-from cv_lightning.digits.demonstrations import DemonstrationConfig
-from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
-from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
+from cv_lightning.data.sources import Rows, RowStream, Source, slice_of_rank
 from cv_lightning.rl.algorithm import AlgorithmConfig
-from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.types import CVLightningError, Iteration, SandboxResult, Task
+from cv_lightning.types import CVLightningError, Iteration, Task
 
 Batch = TypeVar("Batch")
+Stage = Literal["validate", "test"]
+DIGITS = "cv_lightning.digits.modules"
+"""Where the DataModules with the embedded digits are, for messages."""
 
 
 class DemonstrationBatch:
     """One Lightning batch of SFT: the conversations of one optimizer step on this rank.
 
     Args:
-        index: number of the step, from 0.
-        conversations: this rank's.
+        index: Number of the step, from 0.
+        conversations: This rank's conversations.
     """
 
     def __init__(self, index: int, conversations: list[Conversation]) -> None:
@@ -50,8 +48,8 @@ class StepLoader(Generic[Batch]):
     """A sized loader whose n-th batch is `build(n)`; a checkpoint keeps the number of the next one.
 
     Args:
-        build: makes the batch of a step, the same for the same number.
-        num_steps: batches in an epoch.
+        build: Builds the batch of a step; equal numbers give equal batches.
+        num_steps: Batches in an epoch.
     """
 
     def __init__(self, build: Callable[[int], Batch], num_steps: int) -> None:
@@ -82,26 +80,23 @@ class StepLoader(Generic[Batch]):
 
 
 class EvaluationDataModule(pl.LightningDataModule):
-    """Held-out tasks for `validate` and `test`: of files where they are given, else digits.
+    """Held-out tasks of files for `validate` and `test`.
 
     Args:
-        digits: the embedded scenes.
-        reader: how files are read.
-        eval_files: files that `validate` and `test` go through instead of digits, in the format that `reader` names.
-        val_tasks: held-out scenes of each kind in a validation; none: no validation.
-        test_tasks: held-out scenes of each kind in a test.
-        tasks_per_eval_batch: tasks of all ranks that are in memory and rolled out at once; 0: all.
-        corruptions: show the tasks of `validate` and `test` turned and corrupted, a row for every combination.
-        probe: ask of the images of `validate` and `test` only which way they were turned.
+        reader: How the files are read.
+        eval_files: Files of questions, in the format that `reader` names.
+        tasks_per_eval_batch: Tasks of all ranks that are in memory and rolled out together; 0: all.
+        corruptions: Turn and corrupt the images of `validate` and `test`, one row for each combination.
+        probe: Replace the questions of `validate` and `test` by the orientation of their images.
     """
+
+    needs_files: ClassVar[bool] = True
+    """Training needs `train_files`; a subclass may have tasks of its own."""
 
     def __init__(
         self,
-        digits: DigitsConfig | None = None,
         reader: ReaderConfig | None = None,
         eval_files: list[str] | None = None,
-        val_tasks: dict[str, int] | None = None,
-        test_tasks: dict[str, int] | None = None,
         tasks_per_eval_batch: int = 1024,
         corruptions: CorruptionConfig | None = None,
         probe: ProbeConfig | None = None,
@@ -109,279 +104,229 @@ class EvaluationDataModule(pl.LightningDataModule):
         super().__init__()
         if tasks_per_eval_batch < 0:
             raise ValueError(f"--data.tasks_per_eval_batch {tasks_per_eval_batch}: a number of tasks, or 0 for all")
-        self.digits = digits or DigitsConfig()
+        if corruptions is not None and probe is not None:
+            raise ValueError("--data.probe turns the images already: it does not combine with --data.corruptions")
         self.reader = reader or ReaderConfig()
         self.eval_files = eval_files or []
-        self.val_tasks = val_tasks or {}
-        self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
         self.tasks_per_eval_batch = tasks_per_eval_batch
-        if corruptions is not None and probe is not None:
-            raise ValueError("--data.probe turns the pictures itself: it cannot be had with --data.corruptions")
         self.corruptions = corruptions
         self.probe = probe
         self.train_files: list[str] = []
         self.skipped: RowProblems | None = None
-        """Rows of `eval_files` that could not be used so far; None before there is a loader, and for digits."""
+        """Unusable rows of `eval_files` so far; None before there is a loader, and where no files are read."""
         self.num_train_batches = 0
-        for counts in (self.val_tasks, self.test_tasks):
-            HeldOutScenes(self.digits, counts)
+
+    def has_tasks(self, stage: Stage) -> bool:
+        """True if there are tasks to validate or test on."""
+        return bool(self.eval_files)
+
+    def evaluation_tasks(self, stage: Stage) -> Rows[Task]:
+        """The tasks of a stage before they are corrupted or probed."""
+        files = task_files(self.eval_files, self.reader)
+        self.skipped = files.problems
+        return files
+
+    def describe_questions(self) -> dict[str, Any]:
+        """JSON values that identify the questions of a test; a change in them restarts an interrupted evaluation.
+
+        Files are named by path: what changed in a file is detected by question.
+        """
+        settings = {name: getattr(self, name) for name in ("reader", "corruptions", "probe")}
+        described = {name: asdict(value) if value is not None else None for name, value in settings.items()}
+        return described | ({"files": [str(path) for path in self.eval_files]} if self.eval_files else {})
 
     def val_dataloader(self) -> StepLoader[Iteration] | list[object]:
-        """Tasks of a validation; an empty list, which skips it, where none are asked for."""
-        return self._evaluation_loader(self.val_tasks) if self.has_validation else []
-
-    @property
-    def has_validation(self) -> bool:
-        """True if there are tasks to validate on."""
-        return bool(self.eval_files) or any(self.val_tasks.values())
+        """Tasks of a validation; an empty list, which skips it, if there are none."""
+        return self._evaluation_loader("validate") if self.has_tasks("validate") else []
 
     def test_dataloader(self) -> StepLoader[Iteration]:
         """Tasks of a test."""
-        return self._evaluation_loader(self.test_tasks)
+        return self._evaluation_loader("test")
 
-    def _evaluation_loader(self, counts: dict[str, int]) -> StepLoader[Iteration]:
+    def _evaluation_loader(self, stage: Stage) -> StepLoader[Iteration]:
+        if not self.has_tasks(stage):
+            raise CVLightningError(f"{stage}: {missing_tasks(stage)}")
         rank, world_size = self._rank_and_world()
-        rows: Rows[Task] = HeldOutScenes(self.digits, counts)
-        if self.eval_files:
-            rows = files = task_files(self.eval_files, self.reader)
-            self.skipped = files.problems
+        rows = self.evaluation_tasks(stage)
         if self.probe is not None:
             rows = ProbeRows(rows, self.probe)
         if self.corruptions is not None:
             rows = CorruptedRows(rows, self.corruptions)
         size = len(rows)
-        if size == 0:
-            raise ValueError("--data.test_tasks asks for no scene of any kind; name at least one, or --data.eval_files")
-        at_once = self.tasks_per_eval_batch or size
+        batch_size = self.tasks_per_eval_batch or size
 
         def build(step: int) -> Iteration:
             tasks = []
-            for position in share_of_rank(range(step * at_once, min(size, (step + 1) * at_once)), rank, world_size):
-                with suppress(RowError):  # broken behind a good header: one of `skipped`, counted nowhere else
+            for position in slice_of_rank(
+                range(step * batch_size, min(size, (step + 1) * batch_size)), rank, world_size
+            ):
+                with suppress(RowError):  # an image that cannot be decoded; `skipped` has counted it
                     tasks.append(rows.row(position))
             return Iteration(step, tasks)
 
-        return StepLoader(build, math.ceil(size / at_once))
+        return StepLoader(build, math.ceil(size / batch_size))
 
-    def check_ranks(self, world_size: int) -> None:
-        """See that the ranks can share every training batch.
+    def check_training(self, world_size: int) -> None:
+        """Check that there is something to train on and that the ranks can divide every batch of it.
 
         Raises:
-            CVLightningError: names the flag.
+            CVLightningError: Neither files nor scenes, or batches that cannot be divided; names the flag.
         """
+        if self.needs_files and not self.train_files:
+            raise CVLightningError(
+                "--data.init_args.train_files names no file to train on. For the embedded digits, set data.class_path "
+                f"to {DIGITS}.Digit{type(self).__name__}"
+            )
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CurriculumPoint:
-    """What the mix of kinds is at a point of the run; between two points it changes linearly."""
-
-    at: float
-    """Share of the run's iterations that have passed, 0 to 1."""
-    kind_shares: dict[str, float]
-    """Relative frequency of each kind, as in `digits.kind_shares`."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.at <= 1:
-            raise ValueError(f"--data.curriculum: at {self.at} must be between 0 and 1, a share of the iterations")
-        check_kind_shares("data.curriculum", self.kind_shares)
-
-
-def curriculum_shares(points: Sequence[CurriculumPoint], progress: float) -> dict[str, float]:
-    """The mix of kinds at a point of the run; before the first and after the last point it stands still.
-
-    Args:
-        points: at least one, in order.
-        progress: share of the run's iterations that have passed.
-    """
-    after = next((i for i, point in enumerate(points) if point.at > progress), len(points))
-    first, last = points[max(after - 1, 0)], points[min(after, len(points) - 1)]
-    weight = (progress - first.at) / (last.at - first.at) if last.at > first.at else 0.0
-    weight = min(1.0, max(0.0, weight))
-
-    def share(point: CurriculumPoint, kind: str) -> float:
-        return point.kind_shares.get(kind, 0.0) / sum(point.kind_shares.values())
-
-    kinds = dict.fromkeys([*first.kind_shares, *last.kind_shares])
-    return {kind: (1 - weight) * share(first, kind) + weight * share(last, kind) for kind in kinds}
-
-
 class TaskDataModule(EvaluationDataModule):
-    """Tasks for RL, an `Iteration` a batch, and for evaluation.
+    """Tasks of files for RL, one `Iteration` per batch, and for evaluation.
 
     Args:
-        digits: the embedded scenes.
-        train_files: Parquet files to train on instead of digits.
+        train_files: Parquet files.
         num_iterations: RL iterations of the whole run; set `trainer.max_epochs: 1`.
-        tasks_per_iteration: tasks of all ranks that an iteration needs; a multiple of their number. With
-            `model.algorithm.dynamic_sampling` it brings more, and this is the number of groups to train on.
-        overfit_tasks: above 0: every iteration brings the same so many tasks, the first of the run, instead of
+        tasks_per_iteration: Tasks of all ranks per iteration; a multiple of their number. With
+            `model.algorithm.dynamic_sampling`, more tasks come, and this is the number of groups to train on.
+        overfit_tasks: Above 0: every iteration brings the same tasks, so many of them, the first of the run, instead of
             `tasks_per_iteration`. For debugging: a policy that cannot learn one group learns nothing.
-        curriculum: mix of the kinds of digit scenes over the run (from easy to hard: Kimi k1.5, 2501.12599), instead
-            of `digits.kind_shares`; empty: that mix throughout.
-        seed: order of the rows of files (scenes have their own seed).
-        evaluation: arguments of `EvaluationDataModule`.
+        seed: Seed of the order of the rows.
+        evaluation: Arguments of `EvaluationDataModule`.
     """
 
     def __init__(
         self,
-        digits: DigitsConfig | None = None,
         train_files: list[str] | None = None,
         num_iterations: int = 100,
         tasks_per_iteration: int = 16,
         overfit_tasks: int = 0,
-        curriculum: list[CurriculumPoint] | None = None,
         seed: int = 0,
         **evaluation: Any,
     ) -> None:
-        super().__init__(digits, **evaluation)
-        if num_iterations < 1 or tasks_per_iteration < 1:
+        super().__init__(**evaluation)
+        if num_iterations < 1 or tasks_per_iteration < 1 or overfit_tasks < 0:
             raise ValueError(
                 f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
-                "must be at least 1"
+                f"must be at least 1, --data.overfit_tasks {overfit_tasks} at least 0"
             )
         self.overfit_tasks = overfit_tasks
-        self.curriculum = sorted(curriculum or [], key=lambda point: point.at)
-        if self.curriculum and train_files:
-            raise ValueError("--data.curriculum mixes kinds of digit scenes: it cannot be had with --data.train_files")
-        if overfit_tasks < 0 or (overfit_tasks and curriculum):
-            raise ValueError(
-                f"--data.overfit_tasks {overfit_tasks} must be at least 0, and stands alone: no --data.curriculum "
-                "with it"
-            )
         self.train_files = train_files or []
         self.num_iterations = self.num_train_batches = num_iterations
         self.tasks_per_iteration = tasks_per_iteration
         self.seed = seed
 
-    def check_ranks(self, world_size: int) -> None:
-        """See that the ranks can share every iteration.
+    def check_training(self, world_size: int) -> None:
+        """Check that there is something to train on and that the ranks can divide every iteration.
 
         Raises:
-            CVLightningError: names the flag.
+            CVLightningError: There is not, or they cannot; the message names the flag.
         """
+        super().check_training(world_size)
         name = "overfit_tasks" if self.overfit_tasks else "tasks_per_iteration"
-        _check_divisible(name, getattr(self, name), world_size)
+        check_divisible(name, getattr(self, name), world_size)
+
+    def training_tasks(self) -> Source[Task]:
+        """The stream of tasks to train on."""
+        return RowStream(task_files(self.train_files, self.reader), self.seed)
 
     def train_dataloader(self) -> StepLoader[Iteration]:
-        """One batch an RL iteration: this rank's share of its tasks."""
+        """One batch per RL iteration: this rank's part of its tasks."""
         rank, world_size = self._rank_and_world()
-        self.check_ranks(world_size)
+        self.check_training(world_size)
         count, num_groups = self.overfit_tasks or self.tasks_per_iteration, None
-        files = RowStream(task_files(self.train_files, self.reader), self.seed) if self.train_files else None
+        source = self.training_tasks()
         if (oversample := self._max_oversample()) > 1:
             count = math.ceil(oversample * count / world_size) * world_size
             num_groups = self.tasks_per_iteration // world_size
 
         def build(step: int) -> Iteration:
-            source: Source[Task] = files or DigitTasks(self._digits_at(step))
             return Iteration(step, source.batch(0 if self.overfit_tasks else step, count, rank, world_size), num_groups)
 
         return StepLoader(build, self.num_iterations)
 
     def _max_oversample(self) -> float:
-        """How many times its tasks an iteration may try, as the module in training says; 1: no dynamic sampling."""
+        """How many times its tasks an iteration may try, read from the module in training; 1: no dynamic sampling."""
         algorithm = getattr(self.trainer and self.trainer.lightning_module, "algorithm", None)
         return algorithm.dynamic_sampling.max_oversample if isinstance(algorithm, AlgorithmConfig) else 1.0
 
-    def _digits_at(self, step: int) -> DigitsConfig:
-        if not self.curriculum:
-            return self.digits
-        return replace(self.digits, kind_shares=curriculum_shares(self.curriculum, step / self.num_iterations))
-
 
 class SFTDataModule(EvaluationDataModule):
-    """Conversations for SFT, and the tasks of an evaluation.
+    """Conversations of files for SFT, and the tasks of an evaluation.
 
     Args:
-        digits: the embedded scenes.
-        demonstrations: in which scenes the tool is used.
-        sandbox: runs the snippets of the demonstrations.
-        train_files: JSON files of conversations to train on instead of digits; they have no warm-up.
-        num_steps: optimizer steps of the whole run; set `trainer.max_epochs: 1`.
-        conversations_per_step: of all ranks; a multiple of their number.
-        warm_up_share: share of the steps, at the start, that show single turns only.
-        warm_up_conversations_per_step: of all ranks, in the warm-up.
-        seed: order of the rows of files (scenes have their own seed).
-        evaluation: arguments of `EvaluationDataModule`.
+        train_files: JSON files of conversations.
+        num_steps: Optimizer steps of the whole run; set `trainer.max_epochs: 1`.
+        conversations_per_step: Conversations of all ranks per step; a multiple of their number.
+        seed: Seed of the order of the rows.
+        evaluation: Arguments of `EvaluationDataModule`.
     """
 
     def __init__(
         self,
-        digits: DigitsConfig | None = None,
-        demonstrations: DemonstrationConfig | None = None,
-        sandbox: SandboxConfig | None = None,
         train_files: list[str] | None = None,
         num_steps: int = 400,
         conversations_per_step: int = 32,
-        warm_up_share: float = 0.35,
-        warm_up_conversations_per_step: int = 64,
         seed: int = 0,
         **evaluation: Any,
     ) -> None:
-        super().__init__(digits, **evaluation)
-        if min(num_steps, conversations_per_step, warm_up_conversations_per_step) < 1 or not 0 <= warm_up_share <= 1:
+        super().__init__(**evaluation)
+        if min(num_steps, conversations_per_step) < 1:
             raise ValueError(
-                f"--data.num_steps {num_steps}, --data.conversations_per_step {conversations_per_step} and "
-                f"--data.warm_up_conversations_per_step {warm_up_conversations_per_step} must be at least 1, "
-                f"--data.warm_up_share {warm_up_share} between 0 and 1"
+                f"--data.num_steps {num_steps} and --data.conversations_per_step {conversations_per_step} "
+                "must be at least 1"
             )
-        self.demonstrations = demonstrations or DemonstrationConfig()
-        self.sandbox_config = sandbox or SandboxConfig()
         self.train_files = train_files or []
         self.num_steps = self.num_train_batches = num_steps
         self.conversations_per_step = conversations_per_step
-        self.warm_up_share = warm_up_share
-        self.warm_up_conversations_per_step = warm_up_conversations_per_step
         self.seed = seed
-        self._sandbox: Sandbox | None = None
 
-    def teardown(self, stage: str) -> None:
-        """Stop the sandbox, if demonstrations have started one."""
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
-
-    def check_ranks(self, world_size: int) -> None:
-        """See that the ranks can share every step.
+    def check_training(self, world_size: int) -> None:
+        """Check that there is something to train on and that the ranks can divide every step.
 
         Raises:
-            CVLightningError: names the flag.
+            CVLightningError: There is not, or they cannot; the message names the flag.
         """
-        _check_divisible("conversations_per_step", self.conversations_per_step, world_size)
-        if not self.train_files:
-            _check_divisible("warm_up_conversations_per_step", self.warm_up_conversations_per_step, world_size)
+        super().check_training(world_size)
+        check_divisible("conversations_per_step", self.conversations_per_step, world_size)
+
+    def training_conversations(self) -> Source[Conversation]:
+        """The stream of conversations to train on."""
+        return RowStream(ConversationFiles(self.train_files, self.reader), self.seed)
+
+    def num_conversations(self, step: int) -> int:
+        """Conversations of all ranks in a step."""
+        return self.conversations_per_step
 
     def train_dataloader(self) -> StepLoader[DemonstrationBatch]:
-        """One batch an optimizer step: this rank's share of its conversations."""
+        """One batch per optimizer step: this rank's part of its conversations."""
         rank, world_size = self._rank_and_world()
-        self.check_ranks(world_size)
-        source: Source[Conversation]
-        if self.train_files:
-            source = RowStream(ConversationFiles(self.train_files, self.reader), self.seed)
-        else:
-            source = DigitDemonstrations(self.digits, self.demonstrations, self._execute)
-        warm_up_steps = 0 if self.train_files else round(self.num_steps * self.warm_up_share)
+        self.check_training(world_size)
+        source = self.training_conversations()
 
         def build(step: int) -> DemonstrationBatch:
-            warm_up = step < warm_up_steps
-            count = self.warm_up_conversations_per_step if warm_up else self.conversations_per_step
-            return DemonstrationBatch(step, source.batch(step, count, rank, world_size, warm_up=warm_up))
+            return DemonstrationBatch(step, source.batch(step, self.num_conversations(step), rank, world_size))
 
         return StepLoader(build, self.num_steps)
 
-    def _execute(self, image: Image.Image, code: str) -> SandboxResult:
-        """Run a snippet; the sandbox starts with the first one."""
-        if self._sandbox is None:
-            self._sandbox = Sandbox(self.sandbox_config)
-            self._sandbox.start()
-        return self._sandbox.run_sync(image, code)
+
+def missing_tasks(stage: Stage) -> str:
+    """What to set where there are no tasks for a stage."""
+    key = "val_tasks" if stage == "validate" else "test_tasks"
+    return (
+        f"the config asks for no tasks; set --data.init_args.eval_files, or with a DataModule of {DIGITS} "
+        f"--data.init_args.{key} '{{upright: 20, turned: 20}}'"
+    )
 
 
-def _check_divisible(name: str, count: int, world_size: int) -> None:
+def check_divisible(name: str, count: int, world_size: int) -> None:
+    """Check that ranks can divide a batch.
+
+    Raises:
+        CVLightningError: They cannot; the message names the argument.
+    """
     if count % world_size:
         raise CVLightningError(
-            f"--data.init_args.{name} {count} cannot be shared by {world_size} ranks; make it a multiple of that"
+            f"--data.init_args.{name} {count} cannot be divided by {world_size} ranks; make it a multiple of that"
         )

@@ -18,15 +18,14 @@ Row = TypeVar("Row", covariant=True)
 class Source(Protocol[Item]):
     """An endless stream of tasks or conversations in batches."""
 
-    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1, *, warm_up: bool = False) -> list[Item]:
-        """A rank's share of the `count` items of a step; always the same for the same arguments.
+    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Item]:
+        """A rank's part of the `count` items of a step; always the same for the same arguments.
 
         Args:
             step: Number of the step, from 0.
             count: Items of all ranks.
             rank: This rank.
             world_size: Number of ranks.
-            warm_up: Items for the start of SFT, where a source has such.
         """
 
 
@@ -75,13 +74,13 @@ class RowStream(Generic[Item]):
     def _shuffle(self, epoch: int) -> list[int]:
         return self.rows.order(random.Random(f"{self.seed}/epoch/{epoch}"))
 
-    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1, *, warm_up: bool = False) -> list[Item]:
-        """A rank's share of the rows of a step; files have no warm-up of their own."""
+    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Item]:
+        """A rank's part of the rows of a step."""
         size = self.rows.num_rows
-        mine = share_of_rank(range(step * count, (step + 1) * count), rank, world_size)
+        mine = slice_of_rank(range(step * count, (step + 1) * count), rank, world_size)
         return list(self.rows.take_many([(self._order(at // size), at % size) for at in mine]))
 
 
-def share_of_rank(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:
+def slice_of_rank(items: Sequence[Item], rank: int, world_size: int) -> list[Item]:
     """The part of a global batch that a rank works on."""
     return list(items[rank::world_size])

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cv_lightning.data.conversations import Conversation
-from cv_lightning.data.sources import share_of_rank
+from cv_lightning.data.sources import slice_of_rank
 from cv_lightning.digits.demonstrations import DemonstrationConfig, Execute, demonstrate
 from cv_lightning.digits.scenes import KINDS, DigitsConfig, Kind, digit_task
 from cv_lightning.types import Task
@@ -41,16 +41,21 @@ def balanced_kinds(shares: Mapping[str, float], count: int, rng: random.Random) 
 
 
 class DigitTasks:
-    """Training scenes, kinds balanced within each step."""
+    """Training scenes, kinds balanced within each step.
 
-    def __init__(self, config: DigitsConfig) -> None:
-        """`config` gives looks, shares and seed."""
+    Args:
+        config: Look, kinds and seed of the scenes.
+        kind_shares: Relative frequency of the kinds in a step; by default that of the config throughout.
+    """
+
+    def __init__(self, config: DigitsConfig, kind_shares: Callable[[int], Mapping[str, float]] | None = None) -> None:
         self.config = config
+        self.kind_shares = kind_shares or (lambda step: config.kind_shares)
 
-    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1, *, warm_up: bool = False) -> list[Task]:
-        """A rank's share of the scenes of a step; there is no warm-up."""
-        kinds = balanced_kinds(self.config.kind_shares, count, random.Random(f"{self.config.seed}/kinds/{step}"))
-        mine = share_of_rank(list(enumerate(kinds, start=step * count)), rank, world_size)
+    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Task]:
+        """A rank's part of the scenes of a step."""
+        kinds = balanced_kinds(self.kind_shares(step), count, random.Random(f"{self.config.seed}/kinds/{step}"))
+        mine = slice_of_rank(list(enumerate(kinds, start=step * count)), rank, world_size)
         return [digit_task(self.config, "train", index, kind) for index, kind in mine]
 
 
@@ -58,25 +63,28 @@ class DigitDemonstrations:
     """Conversations about training scenes.
 
     Args:
-        digits: looks, shares and seed of the scenes.
-        config: in which scenes the tool is used.
-        execute: runs the snippets of the demonstrations.
+        digits: Look, kinds and seed of the scenes.
+        config: In which scenes the tool is used.
+        execute: Runs the snippets of the demonstrations.
+        warm_up_steps: Steps, at the start, whose conversations have one turn each.
     """
 
-    def __init__(self, digits: DigitsConfig, config: DemonstrationConfig, execute: Execute) -> None:
+    def __init__(
+        self, digits: DigitsConfig, config: DemonstrationConfig, execute: Execute, warm_up_steps: int = 0
+    ) -> None:
         self.digits = digits
         self.config = config
         self.execute = execute
+        self.warm_up_steps = warm_up_steps
 
-    def batch(
-        self, step: int, count: int, rank: int = 0, world_size: int = 1, *, warm_up: bool = False
-    ) -> list[Conversation]:
-        """A rank's share of the conversations of a step; in the warm-up they have one turn each."""
+    def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Conversation]:
+        """A rank's part of the conversations of a step."""
+        warm_up = step < self.warm_up_steps
         seed = f"{self.digits.seed}/demonstrations/{step}"
         shares = self.config.warm_up_shares if warm_up else self.digits.kind_shares
         kinds = balanced_kinds(shares, count, random.Random(seed))
         first = DEMONSTRATIONS_FROM * (2 if warm_up else 1) + step * count
-        mine = share_of_rank(list(enumerate(kinds, start=first)), rank, world_size)
+        mine = slice_of_rank(list(enumerate(kinds, start=first)), rank, world_size)
         return [self._conversation(index, kind, random.Random(f"{seed}/{index}"), warm_up) for index, kind in mine]
 
     def _conversation(self, index: int, kind: Kind, rng: random.Random, warm_up: bool) -> Conversation:

@@ -55,11 +55,5 @@ def describe_rollouts(
 
 
 def describe_questions(data: object) -> dict[str, Any]:
-    """Which questions a data module asks, as JSON values: files by path, as what changed in one is asked again."""
-    if not isinstance(data, EvaluationDataModule):
-        return {"module": type(data).__name__}
-    settings = {name: getattr(data, name) for name in ("reader", "corruptions", "probe")}
-    described = {name: asdict(value) if value is not None else None for name, value in settings.items()}
-    if data.eval_files:
-        return described | {"files": [str(path) for path in data.eval_files]}
-    return described | {"digits": asdict(data.digits), "test_tasks": data.test_tasks}
+    """JSON values that identify the questions of a data module."""
+    return data.describe_questions() if isinstance(data, EvaluationDataModule) else {"module": type(data).__name__}

@@ -39,7 +39,8 @@ from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.agent.dialogue import DialogueEncoder  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig, task_messages  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
-from cv_lightning.data.modules import StepLoader, TaskDataModule  # noqa: E402
+from cv_lightning.data.modules import StepLoader  # noqa: E402
+from cv_lightning.digits.modules import DigitTaskDataModule  # noqa: E402
 from cv_lightning.digits.tiny import MARKUP_TOKENS  # noqa: E402
 from cv_lightning.engines import Completion, Engine, EngineConfig, Request  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_adapter  # noqa: E402
@@ -63,7 +64,7 @@ PROMPT = PromptConfig(system="none")
 # ------------------------------------------------------------------------------------------------ the same work
 def tasks_of(step: int) -> list[Task]:
     """The tasks of an iteration; the same in every process."""
-    data = TaskDataModule(num_iterations=MANY_STEPS, tasks_per_iteration=TASKS)
+    data = DigitTaskDataModule(num_iterations=MANY_STEPS, tasks_per_iteration=TASKS)
     loader = data.train_dataloader()
     assert isinstance(loader, StepLoader)
     return list(loader.build(step).tasks)

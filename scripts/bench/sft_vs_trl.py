@@ -37,7 +37,8 @@ from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder  # noqa: E402
 from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
 from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.conversations import Conversation, DemoTurn  # noqa: E402
-from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
+from cv_lightning.data.modules import DemonstrationBatch, StepLoader  # noqa: E402
+from cv_lightning.digits.modules import DigitSFTDataModule  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_adapter  # noqa: E402
 from cv_lightning.modules.base import OptimizerConfig  # noqa: E402
 from cv_lightning.modules.sft import SFTModule, encode_conversation  # noqa: E402
@@ -60,7 +61,7 @@ MANY_STEPS = 100_000
 def conversations(mix: Mix, encoder: DialogueEncoder) -> list[list[Conversation]]:
     """The conversations of every step of the cycle; the same in every process."""
     if mix == "digits":
-        data = SFTDataModule(num_steps=CYCLE, conversations_per_step=BATCH, warm_up_share=0.0)
+        data = DigitSFTDataModule(num_steps=CYCLE, conversations_per_step=BATCH, warm_up_share=0.0)
         try:
             return [batch.conversations for batch in data.train_dataloader()]
         finally:

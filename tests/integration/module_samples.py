@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import torch
 
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.data.modules import SFTDataModule, StepLoader
+from cv_lightning.data.modules import StepLoader
+from cv_lightning.digits.modules import DigitSFTDataModule
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
@@ -40,7 +41,7 @@ def fit(module: PolicyModule, build: Callable[[int], object], steps: int, **trai
 def groups(module: PolicyModule, num: int, seed: int = 0) -> list[Group]:
     """Groups of four trajectories made of demonstrations, with made-up log-probabilities, rewards and advantages."""
     rng = random.Random(seed)
-    data = SFTDataModule(DigitsConfig(seed=seed), num_steps=1, conversations_per_step=4 * num, warm_up_share=0.0)
+    data = DigitSFTDataModule(DigitsConfig(seed=seed), num_steps=1, conversations_per_step=4 * num, warm_up_share=0.0)
     conversations = data.train_dataloader().build(0).conversations
     data.teardown("fit")
     made = []

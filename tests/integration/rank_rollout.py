@@ -26,7 +26,7 @@ from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import EvaluationConfig, RolloutCallback
 from cv_lightning.callbacks.watchdog import Watchdog
-from cv_lightning.data.modules import TaskDataModule
+from cv_lightning.digits.modules import DigitTaskDataModule
 from cv_lightning.engines import Completion, Engine, EngineConfig
 from cv_lightning.environment import prepare_environment
 from cv_lightning.models.loading import PolicyConfig
@@ -127,7 +127,7 @@ def run(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int, rank: 
         PolicyConfig(path=str(checkpoint), dtype="float32"),
         OptimizerConfig(lr=1e-3),
     )
-    data = TaskDataModule(num_iterations=2, tasks_per_iteration=4, val_tasks={"upright": 1})
+    data = DigitTaskDataModule(num_iterations=2, tasks_per_iteration=4, val_tasks={"upright": 1})
     trainer.fit(module, datamodule=data)
     (folder / f"rank{rank}.json").write_text(json.dumps(watching.seen))
 

@@ -33,7 +33,8 @@ from test_bf16_faults import plant  # noqa: E402
 
 from cv_lightning import strategies  # noqa: E402
 from cv_lightning.callbacks.start_check import SFTStartCheck  # noqa: E402
-from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader  # noqa: E402
+from cv_lightning.data.modules import DemonstrationBatch, StepLoader  # noqa: E402
+from cv_lightning.digits.modules import DigitSFTDataModule  # noqa: E402
 from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
 from cv_lightning.models.gather import gather_full_params  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
@@ -321,7 +322,9 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
         return range(first, first + shares[trainer.global_rank]) if trainer.world_size > 1 else range(9)
 
     if isinstance(module, SFTModule):
-        data = SFTDataModule(DigitsConfig(seed=run.seed), num_steps=4, conversations_per_step=total, warm_up_share=0.0)
+        data = DigitSFTDataModule(
+            DigitsConfig(seed=run.seed), num_steps=4, conversations_per_step=total, warm_up_share=0.0
+        )
         conversations = data.train_dataloader()
         return lambda step: DemonstrationBatch(
             step, [conversations.build(step % 4).conversations[number] for number in own(step)]

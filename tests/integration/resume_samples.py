@@ -56,7 +56,7 @@ def write_grpo(path: Path, policy: Path, *, iterations: int, engine: str = "tran
     }
     data = {"num_iterations": iterations, "tasks_per_iteration": 2, "val_tasks": {"upright": 1}}
     return _write(
-        path, {"rollout": rollout}, ("modules.grpo.GRPOModule", module), ("TaskDataModule", data), validate_every=4
+        path, {"rollout": rollout}, ("modules.grpo.GRPOModule", module), ("DigitTaskDataModule", data), validate_every=4
     )
 
 
@@ -72,7 +72,11 @@ def write_sft(path: Path, policy: Path, *, steps: int, every: int = EVERY) -> Pa
     }
     data = {"num_steps": steps, "conversations_per_step": 4, "warm_up_conversations_per_step": 4}
     return _write(
-        path, {"export": {"folder": "model"}}, ("modules.sft.SFTModule", module), ("SFTDataModule", data), every=every
+        path,
+        {"export": {"folder": "model"}},
+        ("modules.sft.SFTModule", module),
+        ("DigitSFTDataModule", data),
+        every=every,
     )
 
 
@@ -94,7 +98,7 @@ def _write(
             "val_check_interval": validate_every,
         },
         "model": {"class_path": f"cv_lightning.{module[0]}", "init_args": module[1]},
-        "data": {"class_path": f"cv_lightning.data.modules.{data[0]}", "init_args": data[1]},
+        "data": {"class_path": f"cv_lightning.digits.modules.{data[0]}", "init_args": data[1]},
         "checkpoint": {"every_iterations": every},
         **callbacks,
     }

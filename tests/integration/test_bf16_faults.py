@@ -14,7 +14,8 @@ from module_samples import PROMPT, fit
 from cv_lightning.callbacks.start_check import SFTStartCheck, check_start
 from cv_lightning.commands.tiny import TinyCheckpoint, write
 from cv_lightning.data.conversations import Conversation
-from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule
+from cv_lightning.data.modules import DemonstrationBatch
+from cv_lightning.digits.modules import DigitSFTDataModule
 from cv_lightning.models import packing
 from cv_lightning.models.adapters import ImageInputs
 from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter
@@ -43,7 +44,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def conversations() -> list[Conversation]:
     """Half of them have two images."""
-    data = SFTDataModule(num_steps=1, conversations_per_step=12, warm_up_share=0.0)
+    data = DigitSFTDataModule(num_steps=1, conversations_per_step=12, warm_up_share=0.0)
     made = data.train_dataloader().build(0).conversations
     assert any(turn.result_image is not None for conversation in made for turn in conversation.turns)
     return list(made)

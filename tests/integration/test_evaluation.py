@@ -15,8 +15,8 @@ import pytest
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import EvaluationConfig, RolloutCallback
-from cv_lightning.data.modules import TaskDataModule
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.digits.modules import DigitTaskDataModule
 from cv_lightning.engines import EngineConfig, SamplingConfig
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.modules.grpo import GRPOModule
@@ -67,7 +67,7 @@ def evaluate(
         limit_test_batches=look,
     )
     digits = {"upright": 3, "turned": 3}
-    source = TaskDataModule(**data) if data else TaskDataModule(test_tasks=digits, val_tasks=digits)
+    source = DigitTaskDataModule(**data) if data else DigitTaskDataModule(test_tasks=digits, val_tasks=digits)
     getattr(trainer, verb)(module, datamodule=source, verbose=False)
 
 

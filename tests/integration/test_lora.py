@@ -12,7 +12,7 @@ from test_rollout_callback import AGENT, Batches
 
 from cv_lightning.callbacks.export import export_policy
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.data.modules import SFTDataModule, TaskDataModule
+from cv_lightning.digits.modules import DigitSFTDataModule, DigitTaskDataModule
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.engines import EngineConfig
 from cv_lightning.models.gather import gather_full_params
@@ -65,7 +65,7 @@ def test_the_engine_gets_the_adapter_and_so_does_the_export(
         enable_model_summary=False,
         callbacks=[batches, RolloutCallback(agent=AGENT, engine=engine, num_samples=4)],
     )
-    trainer.fit(module, datamodule=TaskDataModule(tasks_per_iteration=2, num_iterations=2))
+    trainer.fit(module, datamodule=DigitTaskDataModule(tasks_per_iteration=2, num_iterations=2))
     first, second = batches.metrics
     assert module.policy is not None and module.reference is None, "no second model"
     moved = max(
@@ -102,7 +102,7 @@ def test_only_adapters_learn_and_they_start_as_nothing(tiny_checkpoint: Path) ->
 
 def test_sft_with_lora_lowers_its_loss_and_leaves_the_weights(tiny_checkpoint: Path) -> None:
     module = SFTModule(with_lora(tiny_checkpoint), OptimizerConfig(lr=2e-2, weight_decay=0.0), prompt=PROMPT)
-    data = SFTDataModule(DigitsConfig(), num_steps=1, conversations_per_step=4, warm_up_share=0.0)
+    data = DigitSFTDataModule(DigitsConfig(), num_steps=1, conversations_per_step=4, warm_up_share=0.0)
     batch = data.train_dataloader().build(0)
     losses: list[float] = []
 

@@ -50,7 +50,7 @@ def arguments(model: Path, run: Path, *more: str, **rollout: Any) -> list[str]:
             "init_args": {"policy": {"path": str(model), "dtype": "float32"}, "algorithm": {"kl": {"weight": 0.0}}},
         },
         "data": {
-            "class_path": "cv_lightning.data.modules.TaskDataModule",
+            "class_path": "cv_lightning.digits.modules.DigitTaskDataModule",
             "init_args": {"test_tasks": {"upright": 3, "turned": 2}},
         },
     }

@@ -14,7 +14,8 @@ from module_samples import PROMPT, SGD_LIKE, fit, groups, parameters, policy
 
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.commands.tiny import TinyCheckpoint, write
-from cv_lightning.data.modules import SFTDataModule, StepLoader
+from cv_lightning.data.modules import StepLoader
+from cv_lightning.digits.modules import DigitSFTDataModule
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import load_policy
@@ -113,7 +114,7 @@ def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: 
 
 def test_sft_lowers_its_loss_and_masks_what_it_must(tiny_checkpoint: Path) -> None:
     module = SFTModule(policy(tiny_checkpoint), OptimizerConfig(lr=1e-3, weight_decay=0.0), prompt=PROMPT)
-    data = SFTDataModule(DigitsConfig(), num_steps=1, conversations_per_step=8, warm_up_share=0.0)
+    data = DigitSFTDataModule(DigitsConfig(), num_steps=1, conversations_per_step=8, warm_up_share=0.0)
     batch = data.train_dataloader().build(0)
     losses: list[float] = []
 

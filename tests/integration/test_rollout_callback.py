@@ -13,7 +13,7 @@ import torch
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.data.modules import TaskDataModule
+from cv_lightning.digits.modules import DigitTaskDataModule
 from cv_lightning.engines import EngineConfig, Request
 from cv_lightning.engines.hf import TransformersEngine
 from cv_lightning.models.loading import PolicyConfig
@@ -57,7 +57,9 @@ def odd_tasks_teach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RewardModule, "score_group", score)
 
 
-def run(checkpoint: Path, folder: Path, algorithm: AlgorithmConfig, data: TaskDataModule, **rollout: object) -> Batches:
+def run(
+    checkpoint: Path, folder: Path, algorithm: AlgorithmConfig, data: DigitTaskDataModule, **rollout: object
+) -> Batches:
     optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.0)
     module = GRPOModule(PolicyConfig(path=str(checkpoint), dtype="float32"), optimizer, algorithm=algorithm)
     batches = Batches()
@@ -79,7 +81,7 @@ def run(checkpoint: Path, folder: Path, algorithm: AlgorithmConfig, data: TaskDa
 def test_dynamic_sampling_rolls_out_more_and_keeps_the_rest(
     tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None
 ) -> None:
-    data = TaskDataModule(tasks_per_iteration=2, num_iterations=2)
+    data = DigitTaskDataModule(tasks_per_iteration=2, num_iterations=2)
     algorithm = AlgorithmConfig(kl=KL_IN_REWARD, dynamic_sampling=DynamicSamplingConfig(max_oversample=3.0))
     batches = run(tiny_checkpoint, tmp_path, algorithm, data)
     numbers = [[int(g.task.id.rsplit("-", 1)[-1]) for g in batch.groups] for batch in batches.seen]
@@ -98,7 +100,7 @@ def test_dynamic_sampling_rolls_out_more_and_keeps_the_rest(
 
 
 def test_masked_states_are_not_learned_from(tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None) -> None:
-    data = TaskDataModule(tasks_per_iteration=2, num_iterations=1)
+    data = DigitTaskDataModule(tasks_per_iteration=2, num_iterations=1)
     batches = run(tiny_checkpoint, tmp_path, AlgorithmConfig(mask=MaskConfig(over_length=True, broken=True)), data)
     (metrics,) = batches.metrics
     assert metrics["rollout/masked_frac"] > 0.5, "a random policy answers nothing"
@@ -108,7 +110,7 @@ def test_masked_states_are_not_learned_from(tiny_checkpoint: Path, tmp_path: Pat
 
 
 # ------------------------------------------------------------------------------------------------ failures
-ONE = TaskDataModule(tasks_per_iteration=2, num_iterations=1)
+ONE = DigitTaskDataModule(tasks_per_iteration=2, num_iterations=1)
 
 
 def children() -> set[int]:

@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.data.modules import TaskDataModule
+from cv_lightning.digits.modules import DigitTaskDataModule
 from cv_lightning.engines import EngineConfig, ServerConfig
 from cv_lightning.engines.hf import TransformersEngine
 from cv_lightning.models.loading import PolicyConfig, load_policy
@@ -45,7 +45,7 @@ def fit(checkpoint: Path, folder: Path, engine: EngineConfig, num_iterations: in
         enable_model_summary=False,
         callbacks=[RolloutCallback(agent=AGENT, engine=engine, num_samples=2)],
     )
-    trainer.fit(module, datamodule=TaskDataModule(tasks_per_iteration=2, num_iterations=num_iterations))
+    trainer.fit(module, datamodule=DigitTaskDataModule(tasks_per_iteration=2, num_iterations=num_iterations))
     return module
 
 
@@ -120,7 +120,7 @@ def test_the_self_test_leaves_the_policy_as_it_was(tiny_checkpoint: Path, tmp_pa
         enable_model_summary=False,
         callbacks=[Look(agent=AGENT, engine=engine_config("transformers", tmp_path), num_samples=2)],
     )
-    trainer.fit(module, datamodule=TaskDataModule(tasks_per_iteration=2, num_iterations=1))
+    trainer.fit(module, datamodule=DigitTaskDataModule(tasks_per_iteration=2, num_iterations=1))
     fresh = load_policy(PolicyConfig(path=str(tiny_checkpoint), dtype="float32")).state_dict()
     assert before.keys() == fresh.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in fresh.items())

@@ -210,7 +210,7 @@ def test_the_engine_is_evaluated_from_the_command_line(
             "init_args": {"policy": {"path": str(folder)}, "algorithm": {"kl": {"weight": 0.0}}},
         },
         "data": {
-            "class_path": "cv_lightning.data.modules.TaskDataModule",
+            "class_path": "cv_lightning.digits.modules.DigitTaskDataModule",
             "init_args": {"test_tasks": {"upright": 3, "turned": 2}},
         },
     }

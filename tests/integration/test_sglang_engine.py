@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.data.modules import TaskDataModule
+from cv_lightning.digits.modules import DigitTaskDataModule
 from cv_lightning.engines import EngineConfig, ServerConfig, build_engine
 from cv_lightning.engines.sglang import SGLangEngine
 from cv_lightning.engines.sglang_server import check_version
@@ -289,7 +289,7 @@ def test_grpo_trains_through_the_server(tiny_checkpoint: Path, tmp_path: Path) -
             enable_model_summary=False,
             callbacks=[rollout],
         )
-        trainer.fit(module, datamodule=TaskDataModule(tasks_per_iteration=2, num_iterations=2))
+        trainer.fit(module, datamodule=DigitTaskDataModule(tasks_per_iteration=2, num_iterations=2))
         assert server.weight_version == "1"
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert 0 <= metrics["policy/parity_max"] <= TOLERANCE

@@ -238,7 +238,7 @@ def test_grpo_trains_from_the_command_line(url: str, tiny_checkpoint: Path, tmp_
             },
         },
         "data": {
-            "class_path": "cv_lightning.data.modules.TaskDataModule",
+            "class_path": "cv_lightning.digits.modules.DigitTaskDataModule",
             "init_args": {"tasks_per_iteration": 4, "num_iterations": 3},
         },
     }

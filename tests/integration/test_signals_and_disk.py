@@ -147,7 +147,7 @@ def test_damaged_by_a_resume_with_another_recipe_is_no_run(
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", str(config), f"--trainer.default_root_dir={sft_run}", "--ckpt_path=last"])
     said = str(stopped.value.code)
-    assert "written by SFTModule on SFTDataModule, this config trains GRPOModule on TaskDataModule" in said
+    assert "written by SFTModule on DigitSFTDataModule, this config trains GRPOModule on DigitTaskDataModule" in said
     assert "Changed settings: " in said
     assert before == {path: path.stat().st_mtime_ns for path in sft_run.rglob("*") if path.is_file()}
 

@@ -35,7 +35,7 @@ model:
       min_pixels: 4096   # the processor itself must not enlarge what the adapter has sized
       adapter: {class_path: even_sides.EvenSidesAdapter, init_args: {max_tokens: 8}}
 data:
-  class_path: cv_lightning.data.modules.TaskDataModule
+  class_path: cv_lightning.digits.modules.DigitTaskDataModule
   init_args: {num_iterations: 1, tasks_per_iteration: 2}
 """
 

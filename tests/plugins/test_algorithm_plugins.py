@@ -41,7 +41,7 @@ model:
       loss: {class_path: sapo.SAPO, init_args: {tau_negative: 1.5}}
       num_minibatches: 1
 data:
-  class_path: TaskDataModule
+  class_path: cv_lightning.digits.modules.DigitTaskDataModule
   init_args: {num_iterations: 2, tasks_per_iteration: 2}
 """
 

@@ -21,9 +21,9 @@ from trajectory_samples import digit_task
 
 from cv_lightning.data.benchmarks import BY_LETTER, task_files
 from cv_lightning.data.corruptions import CorruptionConfig
-from cv_lightning.data.modules import TaskDataModule
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import FieldNames, ReaderConfig
+from cv_lightning.digits.modules import DigitTaskDataModule
 from cv_lightning.evaluation.published import plain_name, published_on, published_results
 from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.rewards.answer import rule_score
@@ -277,7 +277,7 @@ def test_the_probe_asks_each_way_equally_often_and_its_answer_is_what_was_done()
 
 def test_the_probe_needs_upright_pictures() -> None:
     with pytest.raises(ValueError, match=r"--data\.probe turns the pictures itself"):
-        TaskDataModule(probe=ProbeConfig(), corruptions=CorruptionConfig())
-    data = TaskDataModule(test_tasks={"turned": 2}, probe=ProbeConfig(num_images=2))
+        DigitTaskDataModule(probe=ProbeConfig(), corruptions=CorruptionConfig())
+    data = DigitTaskDataModule(test_tasks={"turned": 2}, probe=ProbeConfig(num_images=2))
     with pytest.raises(DataError, match="not upright"):
         next(iter(data.test_dataloader()))

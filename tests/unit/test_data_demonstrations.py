@@ -87,8 +87,8 @@ def test_the_share_of_tool_use_and_of_needless_turns() -> None:
 
 
 def test_the_warm_up_has_clean_single_turns() -> None:
-    source = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(), execute)
-    shown = source.batch(0, 60, warm_up=True)
+    source = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(), execute, warm_up_steps=1)
+    shown = source.batch(0, 60)
     kinds = [c.task.metadata["kind"] for c in shown]
     assert [kinds.count(kind) for kind in KINDS] == [30, 10, 20, 0]
     for c in shown:

@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from cv_lightning.data.corruptions import CorruptionConfig
-from cv_lightning.data.modules import CurriculumPoint, DemonstrationBatch, SFTDataModule, StepLoader, TaskDataModule
+from cv_lightning.data.modules import DemonstrationBatch, SFTDataModule, StepLoader, TaskDataModule
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_json
+from cv_lightning.digits.modules import CurriculumPoint, DigitSFTDataModule, DigitTaskDataModule
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.digits.sources import DigitDemonstrations
 from cv_lightning.sandbox import Sandbox
@@ -80,8 +81,8 @@ def fit(folder: Path, data: pl.LightningDataModule, resume: Path | None = None) 
     return module.seen
 
 
-def task_data(**changes: Any) -> TaskDataModule:
-    return TaskDataModule(**{"num_iterations": 6, "tasks_per_iteration": 8, **changes})
+def task_data(**changes: Any) -> DigitTaskDataModule:
+    return DigitTaskDataModule(**{"num_iterations": 6, "tasks_per_iteration": 8, **changes})
 
 
 def test_overfitting_brings_the_same_tasks_again_and_again() -> None:
@@ -96,9 +97,9 @@ def test_overfitting_brings_the_same_tasks_again_and_again() -> None:
             task_data(**changes)
 
 
-def sft_data(**changes: Any) -> SFTDataModule:
+def sft_data(**changes: Any) -> DigitSFTDataModule:
     sizes = {"num_steps": 6, "conversations_per_step": 4, "warm_up_conversations_per_step": 6, "warm_up_share": 0.34}
-    return SFTDataModule(**{**sizes, **changes})
+    return DigitSFTDataModule(**{**sizes, **changes})
 
 
 @pytest.mark.parametrize("make", [task_data, sft_data])
@@ -175,10 +176,16 @@ def test_tasks_that_ranks_cannot_share_name_the_flag() -> None:
         data.train_dataloader()
 
 
-def test_no_validation_where_no_tasks_are_asked_for() -> None:
+def test_without_tasks_there_is_no_validation_and_a_test_names_the_key() -> None:
     assert task_data().val_dataloader() == []
-    with pytest.raises(ValueError, match="test_tasks"):
+    with pytest.raises(CVLightningError, match="test_tasks"):
         task_data(test_tasks={"upright": 0}).test_dataloader()
+
+
+@pytest.mark.parametrize("kind", [TaskDataModule, SFTDataModule])
+def test_without_files_the_data_module_of_the_digits_is_named(kind: Any) -> None:
+    with pytest.raises(CVLightningError, match=rf"train_files.*cv_lightning\.digits\.modules\.Digit{kind.__name__}"):
+        kind().train_dataloader()
 
 
 def test_a_loader_starts_anew_after_its_end() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cv_lightning.data.modules import CurriculumPoint, StepLoader, TaskDataModule, curriculum_shares
+from cv_lightning.data.modules import StepLoader
+from cv_lightning.digits.modules import CurriculumPoint, DigitTaskDataModule, curriculum_shares
 from cv_lightning.rl.advantages import GRPO
 from cv_lightning.rl.algorithm import AlgorithmConfig, DynamicSamplingConfig
 from cv_lightning.rl.groups import MaskConfig, assign_advantages, has_reward_variance
@@ -145,7 +146,7 @@ def test_a_rank_without_tasks_takes_part_in_every_round() -> None:
 
 
 def test_oversampling_is_off_unless_asked_for() -> None:
-    data = TaskDataModule(tasks_per_iteration=4, num_iterations=2)
+    data = DigitTaskDataModule(tasks_per_iteration=4, num_iterations=2)
     plain = data.train_dataloader().build(1)
     module = SimpleNamespace(algorithm=AlgorithmConfig(dynamic_sampling=DynamicSamplingConfig(max_oversample=1.6)))
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, lightning_module=module)  # type: ignore[assignment]
@@ -160,13 +161,13 @@ def test_the_mix_of_kinds_changes_over_the_run() -> None:
         CurriculumPoint(at=0.5, kind_shares={"small": 1.0, "upright": 3.0}),
         CurriculumPoint(at=0.0, kind_shares={"upright": 2.0}),
     ]
-    data = TaskDataModule(tasks_per_iteration=32, num_iterations=4, curriculum=points)
+    data = DigitTaskDataModule(tasks_per_iteration=32, num_iterations=4, curriculum=points)
     kinds = [[t.metadata["kind"] for t in data.train_dataloader().build(step).tasks] for step in range(4)]
     assert [k.count("small") for k in kinds] == [0, 4, 8, 8]
     assert all(set(k) <= {"small", "upright"} for k in kinds)
     assert data.train_dataloader().build(1).tasks[0].id == data.train_dataloader().build(1).tasks[0].id
     with pytest.raises(ValueError, match="train_files"):
-        TaskDataModule(curriculum=points, train_files=["x.parquet"])
+        DigitTaskDataModule(curriculum=points, train_files=["x.parquet"])
     with pytest.raises(ValueError, match="curriculum"):
         CurriculumPoint(at=0.5, kind_shares={"sideways": 1.0})
 

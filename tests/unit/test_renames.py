@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cv_lightning.commands.config import main
-from cv_lightning.renames import migrate_config, migrate_settings, new_key, new_metric, table
+from cv_lightning.renames import may_be_class, migrate_config, migrate_settings, new_key, new_metric, table
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.rl.losses import DPPO
 from cv_lightning.settings import flatten
@@ -58,6 +58,18 @@ def test_metrics_have_one_new_name() -> None:
     assert {new_metric(name).rpartition("/")[2] for name in old} == {"tool_use_success"}
     assert new_metric("greedy/turned/must_use") == "greedy/turned/tool_use_success"
     assert new_metric("rollout/accuracy") == "rollout/accuracy"
+
+
+def test_a_config_with_keys_of_the_digits_gets_their_data_module() -> None:
+    files = {"data": {"class_path": "TaskDataModule", "init_args": {"train_files": ["a.parquet"], "num_iterations": 3}}}
+    assert migrate_config(files) == (files, {})
+    old = {"data": {"class_path": "cv_lightning.data.modules.SFTDataModule", "init_args": {"warm_up_share": 0.5}}}
+    new, changes = migrate_config(old)
+    path = "cv_lightning.digits.modules.DigitSFTDataModule"
+    assert new["data"] == {"class_path": path, "init_args": {"warm_up_share": 0.5}}
+    assert changes == {"cv_lightning.data.modules.SFTDataModule": path}
+    assert may_be_class("SFTDataModule", "DigitSFTDataModule") and may_be_class("SFTDataModule", "SFTDataModule")
+    assert not may_be_class("TaskDataModule", "DigitSFTDataModule")
 
 
 COMMENTED = """\
