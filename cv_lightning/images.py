@@ -1,6 +1,6 @@
-"""Images and their geometry: decoding, the one resize for the model, affine maps, boxes.
+"""Images and their geometry: decoding, the resize for the model, affine maps, boxes.
 
-Pure functions of values. The model's view of an image is made here and nowhere else.
+All functions are pure. No other module resizes an image for the model.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 MAX_ASPECT = 200.0
 """Longest over shortest side that the models' processors accept."""
 MAX_DECODED_PIXELS = 120_000_000
-"""More than this is taken for a decompression bomb."""
+"""Larger images are rejected as decompression bombs."""
 
 
 class ImageRule(ABC):
-    """At what size a model sees an image, and how many tokens that takes."""
+    """The size at which a model sees an image, and its number of tokens."""
 
     __slots__ = ()
     factor: int
-    """Side in pixels of what one token covers."""
+    """Side in pixels of the square that one token covers."""
     min_pixels: int
-    """Of the smallest image that the model sees."""
+    """Pixels of the smallest image that the model sees."""
     max_pixels: int
-    """Of the largest image that the model sees."""
+    """Pixels of the largest image that the model sees."""
 
     @abstractmethod
     def model_size(self, width: int, height: int) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class ImageRule(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits(ImageRule):
-    """Sides are multiples of a factor, one token for each square of it, within limits of pixels."""
+    """Rule with sides that are multiples of a factor and a limited number of pixels; one token per factor squared."""
 
     factor: int
     """Sides are multiples of this: patch size times merge size."""
@@ -90,7 +90,7 @@ class ImageLimits(ImageRule):
         elif w * h < self.min_pixels:
             scale = math.sqrt(self.min_pixels / (width * height))
             w, h = (math.ceil(side * scale / factor) * factor for side in (width, height))
-        # A side cannot shrink below one factor, so long strips may still hold too many pixels: the long side shrinks.
+        # A side cannot shrink below one factor, so a long strip may still have too many pixels: the long side shrinks.
         longest = self.max_pixels // min(w, h) // factor * factor
         w, h = min(w, max(longest, min(w, h))), min(h, max(longest, min(w, h)))
         if max(w, h) >= MAX_ASPECT * min(w, h):
@@ -109,10 +109,10 @@ class ImageLimits(ImageRule):
 def decode_image(source: bytes | str | Path) -> Image.Image:
     """Decode bytes or a file to RGB at full resolution, EXIF orientation applied, first frame only.
 
-    Transparency is laid on white; 16-bit and float pictures are scaled to 8 bits.
+    Transparent pixels become white; 16-bit and float images are scaled to 8 bits.
 
     Raises:
-        ImageError: not an image, empty, or more than `MAX_DECODED_PIXELS`.
+        ImageError: Not an image, empty, or more than `MAX_DECODED_PIXELS`.
     """
     name = str(source) if not isinstance(source, bytes) else f"{len(source)} bytes"
     try:
@@ -129,7 +129,7 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB form of an image of any mode; transparency is laid on white."""
+    """RGB version of an image of any mode; transparent pixels become white."""
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
@@ -141,7 +141,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _wide_to_rgb(values: npt.NDArray[np.float32], *, is_float: bool) -> Image.Image:
-    """16-bit values divided by 257, float values of 0 to 1 times 255, others as they are; cut to 0 to 255."""
+    """RGB image of 16-bit values divided by 257, float values in [0, 1] times 255, or others clipped to [0, 255]."""
     highest = values.max(initial=0.0)
     scale = 255 / 65535 if highest > 255 else 255.0 if is_float and highest <= 1 else 1.0
     return Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
@@ -156,22 +156,22 @@ def content_hash(image: Image.Image) -> str:
 
 # ------------------------------------------------------------------------------------------------ the one resize
 def to_model_image(image: Image.Image, rule: ImageRule) -> Image.Image:
-    """The image as the model sees it: RGB, resized once; applying it again changes nothing."""
+    """The image as the model sees it: RGB, resized; the function is idempotent."""
     image = to_rgb(image)
     size = rule.model_size(*image.size)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def is_usable_size(width: int, height: int) -> bool:
-    """True if a picture has pixels and is less than `MAX_ASPECT` times as long as wide (the reference's check)."""
+    """True if an image has pixels and an aspect ratio below `MAX_ASPECT` (the check of CodeVision's code)."""
     return width > 0 and height > 0 and max(width, height) < MAX_ASPECT * min(width, height)
 
 
 def fit_to_pixels(width: int, height: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int] | None:
-    """Size of a picture fitted to a number of pixels as the reference does (golden/images); None without pixels.
+    """Size of an image fitted to a number of pixels as CodeVision's code does; None for an image without pixels.
 
-    Growing comes first and rounds each side up, shrinking cuts each side to a whole number of at least 1, so that a
-    long strip may still break the limits. Runs that compare with the reference use it; `ImageLimits` keeps the limits.
+    Enlarging comes first and rounds each side up; shrinking truncates each side to at least 1, so that a long strip may
+    still exceed the limits. `ImageLimits` keeps the limits exactly.
     """
     if width < 1 or height < 1:
         return None
@@ -201,7 +201,7 @@ def invert(affine: Affine) -> Affine:
     """The inverse map.
 
     Raises:
-        ValueError: the map is singular.
+        ValueError: The map is singular.
     """
     det = affine.a * affine.e - affine.b * affine.d
     if det == 0:
@@ -219,10 +219,10 @@ def map_box(affine: Affine, box: Box) -> Box:
 
 
 def dihedral_affine(name: str, width: int, height: int) -> Affine:
-    """Map from the coordinates of a turned or flipped picture back to those of the given one.
+    """Map from the coordinates of a turned or flipped image back to those of the given one.
 
-    `width` and `height` are those of the picture *before* the operation. Turns are counter-clockwise
-    with the canvas swapped, as `PIL.Image.transpose` does them.
+    `width` and `height` are those of the image *before* the operation. Turns are counter-clockwise
+    and swap the canvas, as in `PIL.Image.transpose`.
 
     Raises:
         KeyError: `name` is not one of identity, rotate_90/180/270, flip_horizontal/vertical.
@@ -253,12 +253,12 @@ def area(box: Box) -> float:
 
 
 def intersection(a: Box, b: Box) -> float:
-    """Area that two boxes share."""
+    """Area of the intersection of two boxes."""
     return area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union in [0, 1]; 0 where both are empty."""
+    """Intersection over union in [0, 1]; 0 if both are empty."""
     shared = intersection(a, b)
     union = area(a) + area(b) - shared
     return shared / union if union > 0 else 0.0

@@ -1,7 +1,7 @@
-"""The five orientation changes by right angles: their names, and what they do to images, sizes and boxes.
+"""The five orientation changes by right angles: their names and their effect on images, sizes and boxes.
 
-Rotations are counter-clockwise and swap the canvas, as `PIL.Image.transpose` does them. In a list of names any other
-transform (`crop`, a corruption) is left out. Pure functions.
+Rotations are counter-clockwise and swap the canvas, as in `PIL.Image.transpose`. In a list of names, other transforms
+(`crop`, a corruption) are ignored. All functions are pure.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def turn_image(image: Image.Image, name: str) -> Image.Image:
     """The image turned or flipped; `identity` returns it as it is.
 
     Raises:
-        KeyError: there is no such orientation.
+        KeyError: There is no such orientation.
     """
     return image if name == UPRIGHT else image.transpose(TRANSPOSES[name])
 

@@ -1,4 +1,4 @@
-"""What a benchmark and a metric are: the two classes that a user brings by `class_path` in `data.reader`."""
+"""`Benchmark` and `Metric`, the two base classes that a user extends and names by `class_path` in `data.reader`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cv_lightning.types import Box
 class Metric(ABC):
     """Scores an answer as a benchmark's own code does.
 
-    Its attributes are the arguments of its constructor, as JSON values: they are stored with every task, so that an
-    evaluation can be recounted from its trajectories.
+    Its attributes are the arguments of its constructor, as JSON values. They are stored with every task, so that an
+    evaluation can be scored again from its trajectories.
     """
 
     @abstractmethod
@@ -23,65 +23,65 @@ class Metric(ABC):
         """Score in [0, 1].
 
         Args:
-            answer: What was extracted from the response.
-            metadata: Of the task: `accepted_answers`, a list of texts, and what the benchmark added.
+            answer: The answer extracted from the response.
+            metadata: The task's metadata: `accepted_answers`, a list of texts, and what the benchmark added.
         """
 
     def spec(self) -> dict[str, Any]:
-        """Class path and arguments, as a config names them and a task stores them."""
+        """Class path and arguments, in the form of a config; stored with a task."""
         return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": dict(vars(self))}
 
     def __repr__(self) -> str:
-        """The same in every process: what an evaluation stores, and compares when it is resumed."""
+        """The same text in every process, because a resumed evaluation compares it with the stored one."""
         return str(self.spec())
 
 
 def scored_by(metric: str | Metric, answers: Sequence[str]) -> dict[str, Any]:
-    """What a task's metadata says of its metric, for `evaluation.scoring`."""
+    """The entries of a task's metadata that name its metric, for `evaluation.scoring`."""
     named = metric.spec() if isinstance(metric, Metric) else metric
     return {"metric": named, "accepted_answers": list(answers)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What a row says."""
+    """The content of a row."""
 
     text: str
     images: Sequence[Any]
-    """Image cells, as `image_cells` reads them."""
+    """Image cells in the forms that `image_cells` reads."""
     answers: list[str]
-    """Any of them is right; the first is the ground truth."""
+    """Accepted answers; the first is the ground truth."""
     metric: str | Metric | None = None
-    """Name in `evaluation.scoring`, or a metric; None: the project's rule, and the judge where there is one."""
+    """Name in `evaluation.scoring`, or a metric; None: the project's rule, and the judge if there is one."""
     category: str = ""
     box: Box | None = None
-    """Where the evidence is, in pixels of the first image."""
+    """Box of the evidence, in pixels of the first image."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """JSON values that the metric reads, or that results are looked up by."""
 
 
 class Benchmark(ABC):
-    """The files of one benchmark: what their rows hold, and what a row asks."""
+    """Reads the files of one benchmark."""
 
     needed: tuple[str, ...] = ()
-    """Columns that every row has."""
+    """Columns that every row must have."""
     optional: tuple[str, ...] = ()
-    """Columns that are read where they are there."""
+    """Columns that are read if they exist."""
 
     @abstractmethod
     def question(self, row: Mapping[str, Any], folder: Path) -> Question:
-        """What a row asks. A KeyError, TypeError, ValueError, AttributeError or IndexError skips the row.
+        """The question of a row. A KeyError, TypeError, ValueError, AttributeError or IndexError skips the row.
 
         Args:
-            row: Column to value; what is missing is None.
+            row: Column to value; a missing value is None.
             folder: Folder that the row's image paths start from.
         """
 
     def rows(self, path: Path) -> Sequence[Mapping[str, Any]] | None:
-        """The rows of a file; None: it is a table (.parquet, .csv, .tsv, .json, .jsonl) with a row a question."""
+        """The rows of a file; None: it is a table (.parquet, .csv, .tsv, .json, .jsonl) with one question per row."""
         return None
 
     def __repr__(self) -> str:
-        """The same in every process: what an evaluation stores, and compares when it is resumed."""
+        """The same text in every process, because a resumed evaluation compares it with the stored one."""
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
         return f"{type(self).__module__}.{type(self).__qualname__}({settings})"

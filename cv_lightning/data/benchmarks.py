@@ -1,7 +1,7 @@
-"""Public benchmarks in the formats that they are published in, to tasks.
+"""Tasks from public benchmarks in the formats in which they are published.
 
-Each is one declaration in `FORMATS`; `configs/eval` says for each benchmark which files to download. What its own
-metric needs (`metric`, `accepted_answers`, ...) goes into the task's metadata, for `evaluation.scoring`.
+`FORMATS` declares each of them; `configs/eval` names the files to download. What a benchmark's own metric needs
+(`metric`, `accepted_answers`, ...) goes into the task's metadata, for `evaluation.scoring`.
 """
 
 from __future__ import annotations
@@ -15,79 +15,66 @@ from cv_lightning.data.benchmark import Benchmark, Question, scored_by
 from cv_lightning.data.boxes import is_inside
 from cv_lightning.data.image_cells import cells_digest, load_images
 from cv_lightning.data.readers import TaskFiles, without_marks
-from cv_lightning.data.rows import (
-    FieldNames,
-    ListedRowFiles,
-    ReaderConfig,
-    RowError,
-    RowFiles,
-    check_text,
-    expand_files,
-    is_missing,
-    unique_names,
-)
+from cv_lightning.data.rows import FieldNames, ReaderConfig, RowError, RowFiles, check_text, is_missing
 from cv_lightning.data.tables import ItemRows, Table, open_table
 from cv_lightning.types import Box, Task
 
 LETTERS = "ABCDEFGHIJ"
 BY_LETTER = "Answer with the letter of the right option."
 TIRBENCH_CORRECTED = {"60.jpg": "mobi", "62.jpg": "aires"}
-"""Answers of task ocr that the benchmark's own scoring replaces, by what the image's path has in it."""
+"""Answers of task ocr that the benchmark's own scoring replaces, by a part of the image's path."""
 
 
 def task_files(files: Sequence[str | Path], config: ReaderConfig) -> RowFiles[Task]:
     """The tasks of files in the format the config names.
 
     Raises:
-        DataError: a file is missing or of another format, or none of its rows can be used.
+        DataError: A file does not exist or has another format, or has no usable row.
     """
     return TaskFiles(files, config) if config.format == "codevision" else BenchmarkFiles(files, config)
 
 
 def format_name(config: ReaderConfig) -> str:
-    """Name of the format that files are read in: of a user's own benchmark, its class's."""
+    """Name of the format: for a user's own benchmark, that of its class."""
     return config.format if isinstance(config.format, str) else type(config.format).__name__
 
 
 def benchmark_of(config: ReaderConfig) -> Benchmark:
-    """What reads the rows of files in the format that the config names, `codevision` aside."""
+    """The benchmark that reads the rows of the configured format, `codevision` excepted."""
     if isinstance(config.format, Benchmark):
         return config.format
     return Columns(config.fields) if config.format == "fields" else FORMATS[config.format]
 
 
-def _open(path: Path, benchmark: Benchmark) -> Table:
-    rows = benchmark.rows(path)
-    if rows is None:
-        return open_table(path, benchmark.needed, benchmark.optional)
-    return ItemRows(rows, benchmark.needed)
-
-
-class BenchmarkFiles(ListedRowFiles[Task]):
+class BenchmarkFiles(RowFiles[Task]):
     """The questions of a public benchmark.
 
     Args:
-        files: .parquet, .tsv, .json or .jsonl.
-        config: format and names.
+        files: Paths of .parquet, .tsv, .json or .jsonl files.
+        config: Format and names.
 
     Raises:
-        DataError: a file is missing or of another format, or none of its rows can be used.
+        DataError: A file does not exist or has another format, or has no usable row.
     """
 
     def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
-        super().__init__(expand_files(files, "--data.eval_files"), config)
-        self._names = unique_names(self.paths)
-        self._benchmark = benchmark_of(config)
-        self._tables = [_open(path, self._benchmark) for path in self.paths]
-        self._open([len(rows) for rows in self._tables])
+        super().__init__(files, config, "--data.eval_files")
+        self._benchmark = benchmark = benchmark_of(config)
+        self._tables: list[Table] = []
+        for path in self.paths:
+            if (rows := benchmark.rows(path)) is None:
+                self._tables.append(open_table(path, benchmark.needed, benchmark.optional))
+            else:
+                self._tables.append(ItemRows(rows, benchmark.needed))
+        self._open(map(len, self._tables))
 
     def read(self, index: int, *, decode: bool = True) -> Task:
         """One question; with `decode` False its images have sizes but no pixels.
 
         Raises:
-            RowError: the row cannot be used.
+            RowError: The row cannot be used.
         """
-        file, number = self.locate(index)
+        file, number = self._index.locate(index)
         folder = Path(self.config.image_folder or self.paths[file].parent)
         try:
             row = self._tables[file].row(number)
@@ -95,7 +82,7 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             question = self._benchmark.question(known, folder)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise RowError("schema", f"not a row of format {format_name(self.config)!r} ({error!r})") from error
-        return self._task(question, f"{self._names[file]}:{number}", folder, decode)
+        return self._task(question, f"{self.names[file]}:{number}", folder, decode)
 
     def _task(self, question: Question, name: str, folder: Path, decode: bool) -> Task:
         images = load_images(question.images, folder, decode)
@@ -104,7 +91,7 @@ class BenchmarkFiles(ListedRowFiles[Task]):
             check_text(answer, "an answer")
         if not images or not text or not question.answers:
             raise RowError("incomplete", "no image, no question or no answer")
-        # an annotation beyond its image shows nothing, but the question can still be asked
+        # The question can be asked without an annotation that lies outside its image.
         box = question.box if question.box is not None and is_inside(question.box, images[0].size) else None
         metadata = dict(question.metadata)
         metadata["picture"] = cells_digest(question.images, folder)
@@ -128,11 +115,11 @@ class BenchmarkFiles(ListedRowFiles[Task]):
 
 # ------------------------------------------------------------------------------------------------ the formats
 class Columns(Benchmark):
-    """A row a question, in plain columns.
+    """One question per row, in plain columns.
 
     Args:
-        names: The columns; `options` may be empty.
-        lettered: Options stand in columns `A`, `B`, ... of their own; the answer is a letter.
+        names: Names of the columns; `options` may be empty.
+        lettered: The options are in columns `A`, `B`, ...; the answer is a letter.
         kept: Columns that go into the task's metadata, with their names there.
     """
 
@@ -154,9 +141,9 @@ class Columns(Benchmark):
         by_letter = dict(zip(LETTERS, options, strict=False))
         if self.lettered:
             by_letter = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
-            answers = [_said(row, names.answer).strip()]
+            answers = [_text(row, names.answer).strip()]
         return Question(
-            text=_with_options(_said(row, names.question), by_letter),
+            text=_with_options(_text(row, names.question), by_letter),
             images=row[names.image] if isinstance(row[names.image], list) else [row[names.image]],
             answers=answers,
             metric=names.metric,
@@ -166,7 +153,7 @@ class Columns(Benchmark):
 
 
 class ChartQAPro(Benchmark):
-    """Of a conversation the earlier turns are given with their answers, and the last one is asked."""
+    """Questions on charts. In a conversation, earlier questions come with their answers and the last one is asked."""
 
     needed = ("Question", "Answer", "Question Type", "Year", "image")
     optional = ("Paragraph",)
@@ -188,13 +175,13 @@ class ChartQAPro(Benchmark):
 
 
 class VStar(Benchmark):
-    """The targets' boxes, as left, top, width, height, stand in a JSON file beside the image; else there is no box."""
+    """Questions on small targets; a JSON file beside the image may hold their boxes (left, top, width, height)."""
 
     needed = ("image", "text", "label")
     optional = ("category",)
 
     def question(self, row: Mapping[str, Any], folder: Path) -> Question:
-        """The question with the box around all targets."""
+        """The question, with the box around all targets."""
         beside = (folder / str(row["image"])).with_suffix(".json")
         boxes = json.loads(beside.read_text()).get("bbox", []) if beside.is_file() else []
         corners = [(x, y, x + width, y + height) for x, y, width, height in boxes]
@@ -203,9 +190,9 @@ class VStar(Benchmark):
             left, top, right, bottom = zip(*corners, strict=True)
             around = (float(min(left)), float(min(top)), float(max(right)), float(max(bottom)))
         return Question(
-            text=_said(row, "text"),
+            text=_text(row, "text"),
             images=[row["image"]],
-            answers=[_said(row, "label").strip()],
+            answers=[_text(row, "label").strip()],
             category=str(row.get("category") or ""),
             box=around,
         )
@@ -222,25 +209,25 @@ class TIRBench(Benchmark):
         is_ocr = row["task"] == "ocr" and isinstance(row["image_1"], str)
         wrong = [name for name in TIRBENCH_CORRECTED if is_ocr and name in row["image_1"]]
         return Question(
-            text=_said(row, "prompt"),
+            text=_text(row, "prompt"),
             images=[row[key] for key in ("image_1", "image_2") if row.get(key)],
-            answers=[TIRBENCH_CORRECTED[wrong[0]] if wrong else _said(row, "answer")],
+            answers=[TIRBENCH_CORRECTED[wrong[0]] if wrong else _text(row, "answer")],
             metric="tirbench",
             category=str(row["task"]),
         )
 
 
 def _with_options(question: str, options: Mapping[str, str]) -> str:
-    """The question with its options and how to name one; alone where it has none."""
+    """The question followed by its options, if it has any, and how to name one."""
     lettered = [f"{letter}. {option}" for letter, option in options.items()]
     return "\n".join([question, *lettered, *([BY_LETTER] if lettered else [])])
 
 
-def _said(row: Mapping[str, Any], key: str) -> str:
+def _text(row: Mapping[str, Any], key: str) -> str:
     """The text of a column.
 
     Raises:
-        RowError: it is empty.
+        RowError: The column is empty.
     """
     if is_missing(row[key]):
         raise RowError("missing key", f"{key} is empty (null or NaN)")

@@ -1,4 +1,4 @@
-"""The box of a row: one rule for what is a box, and for where it may lie."""
+"""The box of a row: what is accepted as a box, and where it may lie."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BOX_SLACK_PX = 1.0
 
 
 def parse_box(value: Any, key: str) -> Box | None:
-    """Four finite numbers x1, y1, x2, y2 in any frame; None where there is no box.
+    """Four finite numbers x1, y1, x2, y2 in any frame; None if there is no box.
 
     Args:
         value: A list of four numbers, a list of one such list, JSON text of either, or four numbers as text.
         key: Name of the cell in messages.
 
     Raises:
-        RowError: Not four finite numbers.
+        RowError: The value is not four finite numbers.
     """
     edges = _numbers_of(value) if isinstance(value, str) else value
     if isinstance(edges, list) and len(edges) == 1 and isinstance(edges[0], list):
@@ -50,7 +50,7 @@ def is_fraction(box: Box, size: tuple[int, int]) -> bool:
 
 
 def is_inside(box: Box, size: tuple[int, int]) -> bool:
-    """True if a box has an area inside an image of this size, but for `BOX_SLACK_PX`."""
+    """True if a box has an area inside an image of this size; it may reach outside by `BOX_SLACK_PX`."""
     width, height = size
     inside = min(box[:2]) >= -BOX_SLACK_PX and box[2] <= width + BOX_SLACK_PX and box[3] <= height + BOX_SLACK_PX
     left, top, right, bottom = clip_box(box, size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,17 +18,17 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cv_lightning.data.rows import RowError
+from cv_lightning.data.rows import RowError, RowIndex
 from cv_lightning.types import DataError
 
 CHUNK_BYTES = 16 << 20
-"""Uncompressed size of a chunk, about."""
+"""Approximate uncompressed size of a chunk."""
 MAX_CHUNK_ROWS = 1024
-"""A dictionary (one image, many questions) makes rows look smaller than they are once read."""
+"""A dictionary-encoded column (one image, many questions) makes rows look smaller than they are once read."""
 MIXED_CHUNKS = 4
 """Chunks from different row groups whose rows are shuffled together."""
 KEPT_CHUNKS = 2 * MIXED_CHUNKS
-"""Chunks in memory; threads and ranks may be on both sides of a change of chunks."""
+"""Chunks in memory; threads and ranks may read the chunks before and after a change at the same time."""
 BUFFER_BYTES = 1 << 20
 
 
@@ -48,7 +47,7 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class _Stream:
-    """A row group that is being read from front to back."""
+    """A row group that is read from front to back."""
 
     batches: Iterator[pa.RecordBatch]
     position: int = 0
@@ -60,12 +59,12 @@ class ParquetRows:
     """Rows of Parquet files as mappings, by index over all files; may be used by several threads.
 
     Args:
-        paths: the files.
-        columns: groups of columns, of each of which one must be there; a row holds those that are there.
-        optional: further columns of a row; None: all that the file has.
+        paths: The files.
+        columns: Groups of columns; a file must have one column of each group, and a row holds all that are there.
+        optional: Further columns of a row; None: all that the file has.
 
     Raises:
-        DataError: a file is not Parquet, or lacks columns.
+        DataError: A file is not Parquet, or lacks columns.
     """
 
     def __init__(
@@ -78,9 +77,7 @@ class ParquetRows:
             [name for name in file.schema_arrow.names if optional is None or name in wanted] for file in self._files
         ]
         self.chunks = [chunk for number, file in enumerate(self._files) for chunk in _chunks_of_file(number, file)]
-        self._starts = [0]
-        for chunk in self.chunks:
-            self._starts.append(self._starts[-1] + chunk.num_rows)
+        self._index = RowIndex(chunk.num_rows for chunk in self.chunks)
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, pa.RecordBatch | RowError] = OrderedDict()
         self._streams: OrderedDict[tuple[int, int], _Stream] = OrderedDict()
@@ -89,25 +86,20 @@ class ParquetRows:
         """Chunks read from disk so far."""
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._index)
 
-    def rows_of_file(self, file: int) -> range:
-        """Indices of a file's rows."""
-        mine = [at for at, chunk in enumerate(self.chunks) if chunk.file == file]
-        return range(self._starts[mine[0]], self._starts[mine[-1] + 1]) if mine else range(0)
-
-    def place(self, index: int) -> tuple[int, int]:
-        """File of a row, and its number there."""
-        at = bisect_right(self._starts, index) - 1
-        return self.chunks[at].file, self.chunks[at].first + index - self._starts[at]
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each file."""
+        return [file.metadata.num_rows for file in self._files]
 
     def row(self, index: int) -> dict[str, Any]:
         """One row, column to value.
 
         Raises:
-            RowError: its part of the file cannot be read.
+            RowError: Its part of the file cannot be read.
         """
-        at = bisect_right(self._starts, index) - 1
+        at, number = self._index.locate(index)
         with self._lock:
             batch = self._kept.get(at)
             if batch is None:
@@ -117,13 +109,13 @@ class ParquetRows:
             self._kept.move_to_end(at)
         if isinstance(batch, RowError):
             raise RowError(batch.kind, str(batch))
-        [row] = batch.slice(index - self._starts[at], 1).to_pylist()
+        [row] = batch.slice(number, 1).to_pylist()
         return dict(row)
 
     def order(self, rng: random.Random) -> list[int]:
         """All rows, shuffled so that each chunk is read once and a row group from front to back.
 
-        Row groups come in a drawn order, several at a time, and the rows of their current chunks are mixed.
+        Row groups come in a random order, several at a time, and the rows of their current chunks are mixed.
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for at, chunk in enumerate(self.chunks):
@@ -135,14 +127,11 @@ class ParquetRows:
         while waiting or lanes:
             while waiting and len(lanes) < MIXED_CHUNKS:
                 lanes.append(waiting.pop())
-            mixed = [index for lane in lanes for index in self._rows_of_chunk(lane[0])]
+            mixed = [index for lane in lanes for index in self._index.rows_of(lane[0])]
             rng.shuffle(mixed)
             order += mixed
             lanes = [lane[1:] for lane in lanes if lane[1:]]
         return order
-
-    def _rows_of_chunk(self, at: int) -> range:
-        return range(self._starts[at], self._starts[at + 1])
 
     # ---------------------------------------------------------------------------------------- reading
     def _read(self, chunk: Chunk) -> pa.RecordBatch | RowError:
@@ -160,7 +149,7 @@ class ParquetRows:
         try:
             batch = _advance(stream, chunk)
         except (pa.ArrowException, OSError, StopIteration) as error:
-            # What is behind a broken page cannot be found: a row group is read from its front.
+            # Rows after a broken page cannot be found: a row group is read from its front.
             self._broken[key] = (chunk.start, str(error) or "it ends early")
             del self._streams[key]
             return self._unreadable(chunk, self._broken[key][1])
@@ -180,7 +169,7 @@ class ParquetRows:
 
 
 def _advance(stream: _Stream, chunk: Chunk) -> pa.RecordBatch:
-    """The rows of a chunk, those before it passed over."""
+    """The rows of a chunk; rows before it are skipped."""
     parts: list[pa.RecordBatch] = []
     missing = chunk.num_rows
     while missing:
@@ -212,14 +201,14 @@ def open_parquet(path: Path, columns: Sequence[Sequence[str]] = ()) -> pq.Parque
     """Open a file; only its footer is read.
 
     Args:
-        path: the file.
-        columns: groups of columns, of each of which one must be there.
+        path: The file.
+        columns: Groups of columns; the file must have one of each.
 
     Raises:
-        DataError: no Parquet, or a column is missing.
+        DataError: It is not Parquet, or a column is missing.
     """
     try:
-        # No memory map and no buffering ahead: what is resident must not grow with what has been read.
+        # No memory map and no read-ahead: resident memory must not grow with what has been read.
         file = pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}); is it cut off, or another format?") from error

@@ -1,8 +1,8 @@
-"""Turned and corrupted forms of any task: five orientations, thirteen corruptions, boxes mapped along.
+"""Turned and corrupted versions of any task: five orientations, thirteen corruptions; boxes are mapped.
 
-The corruptions and their severities follow ImageNet-C (Hendrycks and Dietterich, 1903.12261). What is measured in
-pixels there, on images of 224, grows with the image here, so that a severity means the same on a page and on a
-thumbnail. All of it is a function of the image, the names and a seed.
+The corruptions and their severities follow ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261). Lengths given there
+in pixels of a 224-pixel image scale with the image here, so that a severity means the same on a page and on a
+thumbnail. Results depend on the image, the names and a seed only.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CLEAN = "none"
-"""The corruption that changes nothing."""
+"""Name of the corruption that changes nothing."""
 REFERENCE_SIDE = 224
 """Side in pixels of the images that the severities were chosen on."""
 
@@ -47,7 +47,7 @@ def _image(pixels: npt.NDArray[Any]) -> Image.Image:
 
 
 def _unit(image: Image.Image) -> float:
-    """Pixels that stand for one pixel of an image of `REFERENCE_SIDE`; at least a quarter."""
+    """Pixels that correspond to one pixel of an image of side `REFERENCE_SIDE`; at least 0.25."""
     return max(0.25, math.sqrt(image.width * image.height) / REFERENCE_SIDE)
 
 
@@ -63,11 +63,11 @@ def _shot_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Ima
 
 
 def _impulse_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    share = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
+    fraction = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
     pixels = np.asarray(image).copy()
     drawn = rng.random(pixels.shape, dtype=np.float32)
-    pixels[drawn < share / 2] = 0
-    pixels[drawn > 1 - share / 2] = 255
+    pixels[drawn < fraction / 2] = 0
+    pixels[drawn > 1 - fraction / 2] = 255
     return Image.fromarray(pixels)
 
 
@@ -112,15 +112,15 @@ def _convolve(image: Image.Image, kernel: Pixels) -> Image.Image:
 
 
 def _fog(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    """White mist of many octaves: at every pixel a share of the image's light is replaced by white."""
+    """White mist of many octaves: at every pixel a fraction of the image's light is replaced by white."""
     cloud: Pixels = np.zeros((image.height, image.width), np.float32)
     for octave in range(7):
         grid = rng.random((2**octave + 1, 2**octave + 1), dtype=np.float32)
         cloud = cloud + cv2.resize(grid, image.size, interpolation=cv2.INTER_LINEAR) / np.float32(1.7**octave)
     cloud = (cloud - cloud.min()) / max(1e-6, float(cloud.max() - cloud.min()))
-    share = (0.35, 0.5, 0.62, 0.74, 0.85)[level] * (0.5 + 0.5 * cloud[..., None])
+    fraction = (0.35, 0.5, 0.62, 0.74, 0.85)[level] * (0.5 + 0.5 * cloud[..., None])
     pixels = _pixels(image)
-    return _image(pixels + share * (1 - pixels))
+    return _image(pixels + fraction * (1 - pixels))
 
 
 def _brightness(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
@@ -164,20 +164,20 @@ CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], Image.I
     "jpeg": _jpeg,
     "pixelate": _pixelate,
 }
-"""By name: image, level (severity - 1), random numbers."""
+"""Functions by name, called with image, level (severity - 1) and random generator."""
 
 
 def corrupt_image(image: Image.Image, corruption: str, severity: int, seed: int | str = 0) -> Image.Image:
     """A corrupted copy of the same size, RGB; the same arguments always give the same pixels.
 
     Args:
-        image: any mode.
-        corruption: name in `CORRUPTIONS`, or `none`.
+        image: An image of any mode.
+        corruption: Name in `CORRUPTIONS`, or `none`.
         severity: 1 to 5.
-        seed: of noise, fog and direction; it goes with the severity, so that only the strength differs between two.
+        seed: Seed of noise, fog and direction; these are the same for all severities, only the strength differs.
 
     Raises:
-        ValueError: no such corruption or severity.
+        ValueError: There is no such corruption or severity.
     """
     if corruption == CLEAN:
         return to_rgb(image)
@@ -193,7 +193,7 @@ def corrupt_image(image: Image.Image, corruption: str, severity: int, seed: int 
 # ------------------------------------------------------------------------------------------------ tasks
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to turn and corrupt a task."""
+    """One combination of orientation and corruption."""
 
     orientation: str = UPRIGHT
     corruption: str = CLEAN
@@ -208,18 +208,18 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionConfig:
-    """Which orientations and corruptions a benchmark is shown in."""
+    """Orientations and corruptions in which a benchmark is shown."""
 
     orientations: tuple[str, ...] = (UPRIGHT, *ORIENTATIONS)
-    """Of identity, rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical."""
+    """Any of identity, rotate_90/180/270 (counter-clockwise), flip_horizontal, flip_vertical."""
     corruptions: tuple[str, ...] = (CLEAN,)
-    """Of none and the names of the suite; `all` stands for none and every corruption."""
+    """Any of `none` and the corruptions; `all` means none and every corruption."""
     severities: tuple[int, ...] = (3,)
-    """Of 1 to 5."""
+    """Any of 1 to 5."""
     mode: Literal["grid", "one"] = "grid"
-    """`grid`: every task in every combination; `one`: every task in one, all combinations equally often."""
+    """`grid`: every task in every combination; `one`: every task in one, each combination equally often."""
     seed: int = 0
-    """Seed of noise, fog and directions, and of the combination that a task gets where it gets one."""
+    """Seed of noise, fog and directions, and with `mode: one` of each task's combination."""
 
     def __post_init__(self) -> None:
         for flag, given, known in (
@@ -232,26 +232,37 @@ class CorruptionConfig:
                 listed = ", ".join(map(str, known))
                 raise ValueError(f"--{flag} {', '.join(unknown) or 'is empty'}: name at least one of {listed}")
 
-    @property
+    @cached_property
     def variants(self) -> tuple[Variant, ...]:
-        """All combinations; what is not corrupted has no severities."""
+        """All combinations; severities apply to corruptions only."""
         names = (CLEAN, *CORRUPTIONS) if "all" in self.corruptions else tuple(dict.fromkeys(self.corruptions))
         kinds = [(name, 0) for name in names if name == CLEAN]
         kinds += [(name, level) for name in names if name != CLEAN for level in sorted(set(self.severities))]
         orientations = dict.fromkeys(self.orientations)
         return tuple(Variant(orientation, *kind) for orientation in orientations for kind in kinds)
 
+    def variants_at(self, position: int) -> tuple[Variant, ...]:
+        """Combinations of the task at a position of the benchmark, from 0: all of them, or with `mode: one` one.
+
+        With `mode: one`, each run of as many tasks as there are combinations has every combination once.
+        """
+        if self.mode == "grid":
+            return self.variants
+        stretch, within = divmod(position, len(self.variants))
+        order = np.random.default_rng([self.seed, stretch]).permutation(len(self.variants))
+        return (self.variants[int(order[within])],)
+
 
 def apply_variant(task: Task, variant: Variant, seed: int = 0) -> Task:
-    """The task with its images turned and corrupted: what turns a benchmark into its robustness form on the fly.
+    """The task with its images turned and corrupted.
 
-    The turn joins `required_transforms` (before `crop`), the box goes with it, and the id and the data source get the
-    variant's name, so that metrics are split by it. Corruption comes after the turn, in the frame that is shown.
+    The turn is added to `required_transforms` (before `crop`), the box is mapped, and the variant's name is appended to
+    id and data source, so that metrics are split by it. The corruption is applied after the turn.
 
     Args:
-        task: its images must have pixels.
-        variant: what to do.
-        seed: with the task's id it fixes noise, fog and direction.
+        task: A task whose images have pixels.
+        variant: Orientation and corruption.
+        seed: Seed of noise, fog and direction, together with the task's id.
     """
     if variant == Variant():
         return replace(task, metadata={**task.metadata, **_described(variant)})
@@ -281,65 +292,23 @@ def _described(variant: Variant) -> dict[str, Any]:
     return {"orientation": variant.orientation, "corruption": variant.corruption, "severity": variant.severity}
 
 
-class CorruptionSuite:
-    """Turns a stream of tasks into its robustness form.
-
-    Args:
-        config: which combinations.
-    """
-
-    def __init__(self, config: CorruptionConfig) -> None:
-        self.config = config
-
-    def tasks_of(self, task: Task, position: int) -> Iterator[Task]:
-        """The forms of one task: all of them, or the one that its position gives it.
-
-        Args:
-            task: with pixels.
-            position: in the benchmark, from 0; `mode: one` deals the combinations out by it.
-        """
-        variants = self.config.variants
-        if self.config.mode == "one":
-            variants = (self.variant_at(position),)
-        for variant in variants:
-            yield apply_variant(task, variant, self.config.seed)
-
-    def variant_at(self, position: int) -> Variant:
-        """The combination of a position in `mode: one`: every stretch of as many tasks has each combination once."""
-        variants = self.config.variants
-        stretch, within = divmod(position, len(variants))
-        order = np.random.default_rng([self.config.seed, stretch]).permutation(len(variants))
-        return variants[int(order[within])]
-
-    def __call__(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """The forms of all tasks, in order."""
-        for position, task in enumerate(tasks):
-            yield from self.tasks_of(task, position)
-
-
 class CorruptedRows:
-    """Rows of tasks in their robustness form, made when they are read.
+    """The tasks of a benchmark, turned and corrupted when they are read.
 
     Args:
-        rows: of the benchmark.
-        config: which combinations; the forms of one task stand next to each other.
+        rows: The tasks.
+        config: Combinations; those of one task are adjacent.
     """
 
     def __init__(self, rows: Rows[Task], config: CorruptionConfig) -> None:
         self.rows = rows
-        self.suite = CorruptionSuite(config)
-        self.forms = 1 if config.mode == "one" else len(config.variants)
+        self.config = config
+        self.per_task = len(config.variants_at(0))
 
     def __len__(self) -> int:
-        return len(self.rows) * self.forms
+        return len(self.rows) * self.per_task
 
     def row(self, position: int) -> Task:
-        """The form at a position."""
-        base, form = divmod(position, self.forms)
-        config = self.suite.config
-        variant = self.suite.variant_at(base) if config.mode == "one" else config.variants[form]
-        return apply_variant(self.rows.row(base), variant, config.seed)
-
-    def order(self, rng: random.Random) -> list[int]:
-        """All positions, shuffled."""
-        return rng.sample(range(len(self)), len(self))
+        """The task at a position, in its combination."""
+        base, number = divmod(position, self.per_task)
+        return apply_variant(self.rows.row(base), self.config.variants_at(base)[number], self.config.seed)

@@ -1,4 +1,4 @@
-"""What stands for an image in a row of a file, and how it becomes an image: one rule for every reader.
+"""Image cells of rows and how they are decoded; the same rule holds for every reader.
 
 A cell is bytes, a path, base64 text (with or without a `data:` prefix), or a mapping with `bytes` or `path`.
 """
@@ -23,7 +23,7 @@ from cv_lightning.images import MAX_ASPECT, MAX_DECODED_PIXELS, decode_image
 from cv_lightning.types import ImageError
 
 MIN_BASE64 = 256
-"""Text of so many characters or more is the image itself in base64, unless a file of that name exists."""
+"""Text of at least this length is the image itself in base64, unless a file of that name exists."""
 EXIF_ORIENTATION = 0x0112
 _WHERE_IN_MEMORY = re.compile(r"image file <_io\.BytesIO object at 0x[0-9a-f]+>")
 
@@ -41,7 +41,7 @@ def load_images(cells: Sequence[Any], folder: Path, decode: bool) -> tuple[Image
 
 
 def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
-    """The encoded bytes or the file that a cell stands for.
+    """The encoded bytes or the file that a cell names.
 
     Args:
         cell: Bytes, a path, base64 text, or a mapping with `bytes` or `path`.
@@ -49,7 +49,7 @@ def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
         folder: Folder that relative paths start from.
 
     Raises:
-        RowError: It stands for neither.
+        RowError: It names neither.
     """
     data = (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
     if isinstance(data, bytes) and data:
@@ -62,7 +62,7 @@ def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
-        return path  # opening it fails, and says why
+        return path  # opening it fails with the reason
     if not stat.S_ISREG(mode):  # a pipe would be waited for, a device may never end
         raise RowError("unreadable image", f"{key}: {path} is a folder, pipe or device; an image file is wanted")
     return path
@@ -93,7 +93,7 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
     except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         kind = "image too large" if _is_too_large(error) else "unreadable image"
         raise RowError(kind, f"{key}: {_WHERE_IN_MEMORY.sub('these bytes', str(error))}") from error
-    # A decoder may fail in its own way: struct.error, OverflowError, MemoryError, ... are one bad image each.
+    # A decoder may raise anything: struct.error, OverflowError, MemoryError, ... mean one bad image.
     except Exception as error:
         raise RowError("unreadable image", f"{key}: cannot be decoded ({error!r})") from error
     if max(image.size) >= MAX_ASPECT * min(image.size):
@@ -106,7 +106,7 @@ def load_image(source: bytes | Path, key: str, decode: bool) -> Image.Image:
 
 
 def _is_too_large(error: BaseException) -> bool:
-    """True for our own limit, and for Pillow's beyond it, which `decode_image` passes on in words."""
+    """True for our own limit, and for Pillow's higher one, whose message `decode_image` passes on."""
     return any(words in str(error) for words in (f"more than {MAX_DECODED_PIXELS} pixels", "decompression bomb"))
 
 
@@ -120,13 +120,13 @@ def _open_header(source: bytes | Path) -> Image.Image:
 
 def is_turned_by_exif(image: Image.Image) -> bool:
     """True if the EXIF data of an opened file turn or mirror the image."""
-    # Of a PNG without EXIF in its header getexif() would decode every pixel.
+    # For a PNG without EXIF in its header, getexif() would decode every pixel.
     has_exif = image.format != "PNG" or "exif" in image.info
     return bool(has_exif and image.getexif().get(EXIF_ORIENTATION, 1) > 1)
 
 
 def cells_digest(cells: Sequence[Any], folder: Path) -> str:
-    """Hash of a question's images as the file has them: equal for questions about the same images."""
+    """Hash of a question's image cells: equal for questions about the same images."""
     digest = hashlib.blake2b(digest_size=8)
     for cell in cells:
         given = (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell

@@ -1,4 +1,4 @@
-"""The orientation probe: which of the five turns and flips was done to an image (CodeVision, figure 1)."""
+"""The orientation probe: questions which of the five turns and flips was applied to an image (CodeVision, figure 1)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ QUESTION = "\n".join(
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """How many images are asked about."""
+    """Number and choice of the images."""
 
     num_images: int = 200
-    """Drawn from the data set without replacement; all where it has fewer."""
+    """Images drawn from the data set without replacement; all if it has fewer."""
     seed: int = 0
-    """Of which images, and of what is done to each."""
+    """Seed of the choice of images and of what is applied to each."""
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -42,13 +42,13 @@ class ProbeConfig:
 
 
 class ProbeRows:
-    """Images of a data set, each turned or flipped in one way, and the question which it was.
+    """Images of a data set, each turned or flipped, and the question which of the five it was.
 
-    The ways come equally often, so that guessing earns one in five.
+    The five are equally frequent, so that guessing reaches an accuracy of 0.2.
 
     Args:
-        rows: a data set of upright images.
-        config: how many.
+        rows: A data set of upright images.
+        config: Number of images.
     """
 
     def __init__(self, rows: Rows[Task], config: ProbeConfig) -> None:
@@ -65,11 +65,11 @@ class ProbeRows:
         """One question.
 
         Raises:
-            DataError: the image is not upright.
+            DataError: The image is not upright.
         """
         task, done = self.rows.row(self._chosen[position]), self._done[position]
         if set(task.required_transforms) & set(ORIENTATIONS):
-            raise DataError(f"{task.id} is not upright: --data.probe needs a data set without turned pictures")
+            raise DataError(f"{task.id} is not upright: --data.probe needs a data set without turned images")
         return replace(
             task,
             id=f"{task.id}/probe",

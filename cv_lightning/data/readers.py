@@ -1,8 +1,8 @@
-"""RL and benchmark files: Parquet rows to tasks.
+"""Tasks from the Parquet files of RL and benchmarks.
 
 A row has `images` (bytes or paths), `prompt` or `extra_info.question`, and `reward_model.ground_truth` or
-`extra_info.answer`; `data_source` and the rest of `extra_info` may be absent. Nested columns may be JSON texts. Files
-may differ in their columns. Pixels are decoded when a row is read.
+`extra_info.answer`; `data_source` and the rest of `extra_info` are optional. Nested columns may be JSON texts. Files
+may differ in their columns. Images are decoded when a row is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cv_lightning.data.benchmark import scored_by
 from cv_lightning.data.boxes import clip_box, is_fraction, is_inside, parse_box
 from cv_lightning.data.chunks import ParquetRows
 from cv_lightning.data.image_cells import load_images
-from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, expand_files, is_missing, unique_names
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing
 from cv_lightning.orientations import ORIENTATIONS, turn_box, turned_size
 from cv_lightning.types import Box, Message, Task
 
@@ -30,7 +30,7 @@ OTHER_TRANSFORMS = frozenset(
         "contrast_up", "contrast_down", "color_up", "color_down",
     )
 )  # fmt: skip
-"""Names, beside turns and flips, that a data set may require; those of the reward's vocabulary."""
+"""Transforms, besides turns and flips, that a data set may require; the reward knows the same names."""
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -43,53 +43,38 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-"""Roles of a prompt's messages by the words that data sets use; the template writes the role as it stands."""
+"""The template's roles by the words that data sets use; the template writes a role unchanged."""
 EXTRA_KEYS = ("question", "answer", "transform", "bbox", "bbox_2d")
 """Keys of `extra_info` that become fields of the task; all others are its metadata."""
 NEEDED_COLUMNS = (("images", "image"), ("prompt", "extra_info"), ("reward_model", "extra_info"))
-"""Of each group a file must have one."""
+"""Groups of columns; a file must have one of each."""
 
 
 class TaskFiles(RowFiles[Task]):
     """The tasks of Parquet files.
 
     Args:
-        files: paths of Parquet files.
-        config: frame of boxes, prompt and folder of images.
+        files: Paths of Parquet files.
+        config: Frame of boxes, prompt and folder of images.
 
     Raises:
-        DataError: a file is missing or no Parquet, or none of its rows can be used.
+        DataError: A file does not exist or is not Parquet, or has no usable row.
     """
 
     def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
-        super().__init__(expand_files(files, "--data train_files/eval_files"), config)
-        self._names = unique_names(self.paths)
+        super().__init__(files, config, "--data train_files/eval_files")
         self.rows = ParquetRows(self.paths, NEEDED_COLUMNS, optional=("data_source",))
-        self.check_each_file()
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all files, unusable ones too."""
-        return len(self.rows)
-
-    def rows_of_file(self, file: int) -> range:
-        """Indices of a file's rows."""
-        return self.rows.rows_of_file(file)
-
-    def place(self, index: int) -> tuple[Path, int]:
-        """File of a row, and its number there, from 0."""
-        file, number = self.rows.place(index)
-        return self.paths[file], number
+        self._open(self.rows.sizes)
 
     def read(self, index: int, *, decode: bool = True) -> Task:
         """One task; with `decode` False its images have sizes but no pixels.
 
         Raises:
-            RowError: the row cannot be used.
+            RowError: The row cannot be used.
         """
-        file, number = self.rows.place(index)
+        file, number = self._index.locate(index)
         row = self.rows.row(index)
-        return task_of_row(row, self.paths[file], number, self.config, decode=decode, name=self._names[file])
+        return task_of_row(row, self.paths[file], number, self.config, decode=decode, name=self.names[file])
 
     def order(self, rng: random.Random) -> list[int]:
         """All rows in a shuffled order in which each part of a file is read once."""
@@ -103,15 +88,15 @@ def task_of_row(
     """The task that a row describes.
 
     Args:
-        row: column to value, as pyarrow gives it.
-        path: file, for relative image paths and messages.
-        number: row in the file, from 0.
-        config: frame of boxes, prompt and folder of images.
-        decode: False reads no more than the images' headers; the task's images then have sizes but no pixels.
-        name: start of the id; by default the file's stem.
+        row: Column to value, as pyarrow gives it.
+        path: File, for relative image paths and messages.
+        number: Row in the file, from 0.
+        config: Frame of boxes, prompt and folder of images.
+        decode: False reads only the images' headers; the task's images then have sizes but no pixels.
+        name: Start of the id; by default the file's stem.
 
     Raises:
-        RowError: the row cannot be used.
+        RowError: The row cannot be used.
     """
     extra = extra_info(row)
     images = load_images(image_cells(row), Path(config.image_folder or path.parent), decode)
@@ -144,10 +129,10 @@ def task_of_row(
 
 
 def extra_info(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The set keys of `extra_info`, which may be a mapping or its JSON text.
+    """The entries of `extra_info` that are set; it may be a mapping or its JSON text.
 
     Raises:
-        RowError: it is neither.
+        RowError: It is neither.
     """
     extra = _parsed(row.get("extra_info"), "extra_info") or {}
     if not isinstance(extra, Mapping):
@@ -156,10 +141,10 @@ def extra_info(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_cells(row: Mapping[str, Any]) -> list[Any]:
-    """What stands for each image of a row: bytes, a path, or a mapping with either.
+    """The image cells of a row: bytes, a path, or a mapping with either.
 
     Raises:
-        RowError: there is none.
+        RowError: There is none.
     """
     cells = row.get("image") if is_missing(row.get("images")) else row.get("images")
     if is_missing(cells) or (isinstance(cells, (list, str, bytes)) and not cells):
@@ -173,7 +158,7 @@ def _parsed(value: Any, key: str) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(key.rpartition(".")[2], f"{key} is text that is no JSON ({error})") from error
+            raise RowError(key.rpartition(".")[2], f"{key} is text that is not JSON ({error})") from error
     return None if is_missing(value) else value
 
 
@@ -186,17 +171,17 @@ def _messages(prompt: Any, config: ReaderConfig) -> tuple[Message, ...]:
     try:
         messages = tuple(Message(role=_role(m["role"]), content=message_text(m["content"])) for m in prompt)
     except (TypeError, KeyError, AttributeError) as error:
-        raise RowError("prompt", f"prompt is no list of {{role, content}} ({error!r})") from error
+        raise RowError("prompt", f"prompt is not a list of {{role, content}} ({error!r})") from error
     for message in messages:
         check_text(message.content, f"prompt ({message.role})")
     return messages if config.system == "given" else tuple(m for m in messages if m.role != "system")
 
 
 def _role(given: Any) -> str:
-    """The template's word for a role.
+    """The template's name of a role.
 
     Raises:
-        RowError: it is unknown.
+        RowError: The role is unknown.
     """
     role = ROLES.get(given.strip().casefold()) if isinstance(given, str) else None
     if role is None:
@@ -210,10 +195,10 @@ def _data_source(row: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
 
 
 def message_text(content: Any) -> str:
-    """Text of a message; of a list of parts, an image part is a mark.
+    """Text of a message; in a list of parts, an image part becomes a mark.
 
     Raises:
-        RowError: it is NaN.
+        RowError: The content is NaN.
     """
     if is_missing(content) and content is not None:
         raise RowError("prompt", "a message's content is NaN, as pandas writes a missing one")
@@ -228,19 +213,19 @@ def _bare_question(messages: Sequence[Message]) -> str:
 
 
 def without_marks(text: str) -> str:
-    """Text without image marks, stripped; none is left where the pieces around one make another."""
+    """Text without image marks, stripped; marks that only appear once another is removed are removed, too."""
     while IMAGE_MARK in text:
         text = text.replace(IMAGE_MARK, "")
     return text.strip()
 
 
 def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The ground truth, and where there are several all answers of which any is right.
+    """The ground truth, and all accepted answers if there are several.
 
     A list of texts as ground truth names several; `extra_info.accepted_answers` adds to it.
 
     Raises:
-        RowError: there is none, or `accepted_answers` is neither one answer nor a list of them.
+        RowError: There is none, or `accepted_answers` is neither one answer nor a list of them.
     """
     truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
     found = (_without_missing(value) for value in (truth, extra.get("answer")))
@@ -252,11 +237,11 @@ def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, lis
     further = _parsed(extra.get("accepted_answers"), "extra_info.accepted_answers")
     further = [answer for answer in (further if isinstance(further, list) else [further]) if not is_missing(answer)]
     if not all(isinstance(answer, str | int | float) for answer in further):
-        raise RowError("accepted answers", f"extra_info.accepted_answers {further} is no list of answers")
+        raise RowError("accepted answers", f"extra_info.accepted_answers {further} is not a list of answers")
     accepted = [
         *(several if len(several) > 1 else []),
         *map(str, further),
-    ]  # as they stand: a metric counts
+    ]  # unchanged: the metric normalises them
     for answer in (text, *accepted):
         check_text(answer, "an accepted answer")
     return several[0] if several else text, accepted
@@ -274,19 +259,19 @@ def _is_said(answer: Any) -> bool:
 
 
 def parse_transforms(value: Any) -> tuple[str, ...]:
-    """Names of `extra_info.transform`: a list, a mapping of names (unset ones left out), JSON of either, or a text.
+    """Names in `extra_info.transform`: a list, a mapping of names (unset ones are ignored), JSON of either, or a text.
 
     Raises:
-        RowError: a name that is unknown, or no names at all.
+        RowError: A name is unknown, or the value has no names.
     """
     value = _parsed(value, "extra_info.transform")
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip().lower() not in ("", "none", "null")]
     if isinstance(value, Mapping):
-        # Columnar storage gives every row all keys, the absent ones as null.
+        # Columnar storage gives every row all keys; absent ones are null.
         value = [name for name, chosen in value.items() if chosen not in (None, False, 0)]
     if value is not None and not isinstance(value, (list, tuple)):
-        raise RowError("transform", f"extra_info.transform {value!r} is no list, mapping or text of names")
+        raise RowError("transform", f"extra_info.transform {value!r} is not a list, mapping or text of names")
     names = tuple(str(name) for name in value or () if name is not None)
     for name in names:
         if not re.fullmatch(r"rotate_-?\d+", name) and name not in ORIENTATIONS and name not in OTHER_TRANSFORMS:
@@ -296,15 +281,15 @@ def parse_transforms(value: Any) -> tuple[str, ...]:
 
 
 def _turn(name: str) -> str:
-    """`rotate_-90` is `rotate_270`: every turn under one name."""
+    """The one name of a turn: `rotate_-90` is `rotate_270`."""
     return f"rotate_{int(name.removeprefix('rotate_')) % 360}" if name.startswith("rotate_") else name
 
 
 def raw_box(extra: Mapping[str, Any]) -> Box | None:
-    """The box as the row has it, in any frame, from `bbox` or `bbox_2d`.
+    """The row's box in the frame of the file, from `bbox` or `bbox_2d`.
 
     Raises:
-        RowError: not four finite numbers.
+        RowError: It is not four finite numbers.
     """
     key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
     return parse_box(extra.get(key), f"extra_info.{key}")

@@ -1,7 +1,7 @@
-"""Rows of files: read one by one, in a shuffled order that is cheap to read, the unusable ones counted by kind.
+"""Rows of files: read one by one, in a shuffled order that is cheap to read; unusable rows are counted by kind.
 
-Opening files reads no more than each one's first usable row, so that training starts at once whatever their size. A
-row that cannot be used is met when its turn comes: it is counted, listed by number, and another takes its place.
+Opening files reads only the first usable row of each, so that training starts at once whatever their size. An unusable
+row is detected when it is read: it is counted and listed by number, and another row takes its place.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import random
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -31,7 +32,7 @@ Row = TypeVar("Row")
 LISTED_ROWS = 20
 """Rows of a kind of problem that a message lists; `RowProblems` knows them all."""
 NEIGHBOURS = 32
-"""Rows before and behind an unusable one, in the order of reading, that may take its place: they are in memory."""
+"""Rows before and after an unusable one, in the order of reading, that may replace it: they are in memory."""
 MAX_THREADS = 8
 
 
@@ -39,8 +40,8 @@ class RowError(DataError):
     """A row cannot be used; `kind` groups equal problems.
 
     Args:
-        kind: short name, the same for every row with this problem.
-        message: what is wrong in this row, at which key, and what to do.
+        kind: Short name, the same for every row with this problem.
+        message: What is wrong in this row, at which key, and what to do.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -49,10 +50,10 @@ class RowError(DataError):
 
 
 def check_text(text: str, key: str) -> str:
-    """The text, which tokenizer, template and store can hold.
+    """The text, if tokenizer, template and store can hold it.
 
     Raises:
-        RowError: it has NUL characters or halves of a surrogate pair.
+        RowError: It has NUL characters or unpaired surrogates.
     """
     if "\0" in text:
         raise RowError(
@@ -66,13 +67,13 @@ def check_text(text: str, key: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """True for None and for NaN, as pandas writes a value that is not there."""
+    """True for None and for NaN, which pandas writes for a missing value."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """Why one row was skipped."""
+    """A skipped row and the reason."""
 
     file: Path
     row: int
@@ -83,7 +84,7 @@ class RowProblem:
 
 @dataclass
 class RowProblems:
-    """The rows that were skipped so far, each once."""
+    """The rows that were skipped so far, each listed once."""
 
     problems: list[RowProblem] = field(default_factory=list)
     _seen: set[tuple[Path, int]] = field(default_factory=set)
@@ -93,7 +94,7 @@ class RowProblems:
         return place in self._seen
 
     def add(self, file: Path, row: int, error: RowError) -> None:
-        """Keep a skipped row; the first of each kind is logged in full, and the counts at 10, 100, ... rows."""
+        """List a skipped row; the first of each kind is logged in full, the summary at 10, 100, ... rows."""
         with self._lock:
             if (file, row) in self._seen:
                 return
@@ -107,7 +108,7 @@ class RowProblems:
             logger.warning("%d rows skipped so far:\n%s", count, self.summary())
 
     def summary(self) -> str:
-        """One line a kind: how many, which rows, and what the first one's problem is."""
+        """One line per kind: how many, which rows, and the first one's message."""
         lines = []
         for kind in dict.fromkeys(problem.kind for problem in self.problems):
             same = [problem for problem in self.problems if problem.kind == kind]
@@ -117,10 +118,10 @@ class RowProblems:
         return "\n".join(lines)
 
     def report(self, num_usable: int) -> None:
-        """Log what was skipped.
+        """Log the skipped rows.
 
         Raises:
-            DataError: nothing is left.
+            DataError: No usable row is left.
         """
         if num_usable == 0:
             raise DataError(f"no usable row:\n{self.summary()}" if self.problems else "no rows at all")
@@ -137,17 +138,17 @@ FormatName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class FieldNames:
-    """Columns of a benchmark of format `fields`."""
+    """Names of the columns of a benchmark of format `fields`."""
 
     question: str = "question"
     answer: str = "answer"
-    """One answer, or a list of which any is right."""
+    """One answer, or a list of accepted answers."""
     image: str = "image"
     """Bytes, a path, base64 text, or a list of these."""
     options: str = ""
-    """A list of options, lettered in the prompt; the answer is then a letter. Empty: none."""
+    """A list of options, lettered in the prompt; the answer is then a letter. Empty: no options."""
     category: str = ""
-    """What results are split by; empty: nothing."""
+    """Results are split by this column; empty: they are not."""
     metric: MetricName | None = None
     """The benchmark's own metric; null: the project's rule, and the judge where there is one."""
 
@@ -157,90 +158,134 @@ class ReaderConfig:
     """How files of tasks and conversations are read."""
 
     format: FormatName | Benchmark = "codevision"
-    """Of files of tasks: the RL and benchmark format of CodeVision, a public benchmark's own, plain columns under the
-    names in `fields`, or a `Benchmark` of your own by `class_path`."""
+    """Format of task files: the RL and benchmark format of CodeVision, a public benchmark's own, plain columns under
+    the names in `fields`, or a `Benchmark` of your own by `class_path`."""
     fields: FieldNames = field(default_factory=FieldNames)
-    """For format `fields`."""
+    """Columns of format `fields`."""
     metric: MetricName | Metric | None = None
-    """What scores the answers instead of the format's own metric: a name, or a `Metric` of your own by `class_path`."""
+    """Metric that replaces the format's own: a name, or a `Metric` of your own by `class_path`."""
     data_source: str = ""
-    """What metrics and published results call the data set; empty: what the file says."""
+    """Name of the data set in metrics and published results; empty: the file's."""
     bbox_frame: Literal["given", "upright"] = "given"
     """Whether boxes are in pixels of the image as given, or of the upright image before its transform; `data check`
-    says which fits."""
+    reports which one fits."""
     prompt: Literal["given", "own"] = "given"
-    """given: messages of the file as they stand; own: the agent's prompt around the bare question."""
+    """given: the file's messages, unchanged; own: the agent's prompt around the bare question."""
     system: Literal["given", "own"] = "given"
-    """given: a system message of the file stays, and the agent's is put in where there is none; own: the agent's
-    replaces it."""
+    """given: a system message of the file stays, and the agent's is added if there is none; own: the agent's replaces
+    it."""
     image_folder: str = ""
     """Folder that relative image paths start from; empty: the folder of the file."""
     num_threads: int = 0
-    """Threads that decode the images of a batch; 0: one a core, at most 8."""
+    """Threads that decode the images of a batch; 0: one per core, at most 8."""
 
     def __post_init__(self) -> None:
         if self.num_threads < 0:
-            raise ValueError(f"--data.reader.num_threads {self.num_threads}: a number of threads, or 0 for one a core")
+            raise ValueError(
+                f"--data.reader.num_threads {self.num_threads}: a number of threads, or 0 for one per core"
+            )
+
+
+class RowIndex:
+    """Numbers of rows over several files, one file after another.
+
+    Args:
+        sizes: Rows of each file.
+    """
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.starts = [0, *accumulate(sizes)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of a row's file, and the row's number in it, both from 0."""
+        file = bisect_right(self.starts, index) - 1
+        return file, index - self.starts[file]
+
+    def rows_of(self, file: int) -> range:
+        """Indices of a file's rows."""
+        return range(self.starts[file], self.starts[file + 1])
 
 
 class RowFiles(ABC, Generic[Row]):
     """Rows of files by index; `problems` lists those that were skipped so far.
 
-    Two views: `take` goes through all rows in an order and puts a neighbour in the place of an unusable one (training,
-    which needs no look at the whole set first); `len` and `row` know the usable rows only (evaluation, where each row
-    counts once), look at every row's texts and image headers when first asked, and never replace one.
+    There are two views. Training (`take`) goes through all rows in an order and replaces an unusable one by a
+    neighbour, so that it starts without reading the whole set. Evaluation (`len` and `row`) knows the usable rows only:
+    it reads every row's texts and image headers first, because each row counts once, and never replaces one.
 
     Args:
-        paths: the files.
-        config: how they are read.
+        files: Paths of the files.
+        config: How they are read.
+        flag: Flag that names the files, for messages.
+
+    Raises:
+        DataError: A file does not exist.
     """
 
-    def __init__(self, paths: Sequence[Path], config: ReaderConfig) -> None:
-        self.paths = list(paths)
+    def __init__(self, files: Sequence[str | Path], config: ReaderConfig, flag: str) -> None:
+        self.paths = expand_files(files, flag)
+        self.names = unique_names(self.paths)
         self.config = config
         self.problems = RowProblems()
 
-    @property
-    @abstractmethod
-    def num_rows(self) -> int:
-        """Rows of all files, unusable ones too."""
+    def _open(self, sizes: Iterable[int]) -> None:
+        """Number the rows and read each file's first usable row; the last call of a subclass's constructor.
 
-    @abstractmethod
-    def rows_of_file(self, file: int) -> range:
-        """Indices of a file's rows."""
+        Args:
+            sizes: Rows of each file.
 
-    @abstractmethod
-    def place(self, index: int) -> tuple[Path, int]:
-        """File of a row, and its number there, from 0."""
+        Raises:
+            DataError: A file has no usable row; the message says why.
+        """
+        self._index = RowIndex(sizes)
+        for file, path in enumerate(self.paths):
+            rows = self._index.rows_of(file)
+            if not rows:
+                raise DataError(f"{path}: no rows at all")
+            if not any(self._is_usable(index, decode=True) for index in rows):
+                raise DataError(f"{path}: no usable row:\n{self.problems.summary()}")
 
     @abstractmethod
     def read(self, index: int, *, decode: bool = True) -> Row:
-        """One row; with `decode` False no more than the headers of its images.
+        """One row; with `decode` False only the headers of its images are read: they have sizes but no pixels.
 
         Raises:
-            RowError: it cannot be used.
+            RowError: It cannot be used.
         """
 
-    @abstractmethod
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files, unusable ones too."""
+        return len(self._index)
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File of a row, and its number there, from 0."""
+        file, number = self._index.locate(index)
+        return self.paths[file], number
+
     def order(self, rng: random.Random) -> list[int]:
         """All rows in a shuffled order that is cheap to read."""
+        return rng.sample(range(self.num_rows), self.num_rows)
 
-    # ---------------------------------------------------------------------------------------- all rows, in an order
+    # ---------------------------------------------------------------------------------------- training
     def take(self, order: Sequence[int], at: int) -> Row:
-        """The row at a place of an order, or if it cannot be used one near it; the same for the same arguments.
+        """The row at a place of an order, or if it is unusable one near it; equal arguments give equal rows.
 
         Raises:
-            DataError: no row of the order can be used.
+            DataError: No row of the order can be used.
         """
         for index in _candidates(order, at):
             try:
-                return self.read(index)
-            except RowError as error:
-                self.problems.add(*self.place(index), error)
+                return self._read_or_list(index)
+            except RowError:
+                continue
         raise DataError(f"no usable row:\n{self.problems.summary()}")
 
     def take_many(self, places: Sequence[tuple[Sequence[int], int]]) -> list[Row]:
-        """`take` for several (order, place), images decoded by a few threads."""
+        """`take` for several (order, place); a few threads decode the images."""
         if len(places) < 2 or self._num_threads < 2:
             return [self.take(order, at) for order, at in places]
         return list(self._pool.map(lambda place: self.take(*place), places))
@@ -253,28 +298,7 @@ class RowFiles(ABC, Generic[Row]):
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode")
 
-    def check_each_file(self) -> None:
-        """Read each file's first usable row.
-
-        Raises:
-            DataError: a file has none; says why.
-        """
-        for file, path in enumerate(self.paths):
-            rows = self.rows_of_file(file)
-            if not rows:
-                raise DataError(f"{path}: no rows at all")
-            if not any(self._is_usable(index, decode=True) for index in rows):
-                raise DataError(f"{path}: no usable row:\n{self.problems.summary()}")
-
-    def _is_usable(self, index: int, *, decode: bool) -> bool:
-        try:
-            self.read(index, decode=decode)
-        except RowError as error:
-            self.problems.add(*self.place(index), error)
-            return False
-        return True
-
-    # ---------------------------------------------------------------------------------------- the usable rows
+    # ---------------------------------------------------------------------------------------- evaluation
     @cached_property
     def _usable(self) -> list[int]:
         rows = (index for index in range(self.num_rows) if self.place(index) not in self.problems)
@@ -289,57 +313,26 @@ class RowFiles(ABC, Generic[Row]):
         """The usable row at a position.
 
         Raises:
-            RowError: its pixels are broken behind a good header; it is counted as a problem.
+            RowError: Its header is valid but its pixels are broken; `problems` lists it.
         """
-        index = self._usable[position]
+        return self._read_or_list(self._usable[position])
+
+    def _is_usable(self, index: int, *, decode: bool) -> bool:
+        with suppress(RowError):
+            self._read_or_list(index, decode=decode)
+            return True
+        return False
+
+    def _read_or_list(self, index: int, *, decode: bool = True) -> Row:
         try:
-            return self.read(index)
+            return self.read(index, decode=decode)
         except RowError as error:
             self.problems.add(*self.place(index), error)
             raise
 
 
-class ListedRowFiles(RowFiles[Row]):
-    """Row files of which every one is opened at once and knows its length."""
-
-    def _open(self, sizes: Sequence[int]) -> None:
-        """Number the rows and read one of each file; the end of a subclass's constructor.
-
-        Args:
-            sizes: rows of each file.
-
-        Raises:
-            DataError: none of a file's rows can be used.
-        """
-        self._starts = [0, *accumulate(sizes)]
-        self.check_each_file()
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all files, unusable ones too."""
-        return self._starts[-1]
-
-    def rows_of_file(self, file: int) -> range:
-        """Indices of a file's rows."""
-        return range(self._starts[file], self._starts[file + 1])
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """Number of a row's file, and its number there, both from 0."""
-        file = bisect_right(self._starts, index) - 1
-        return file, index - self._starts[file]
-
-    def place(self, index: int) -> tuple[Path, int]:
-        """File of a row, and its number there, from 0."""
-        file, number = self.locate(index)
-        return self.paths[file], number
-
-    def order(self, rng: random.Random) -> list[int]:
-        """All rows, shuffled."""
-        return rng.sample(range(self.num_rows), self.num_rows)
-
-
 def _candidates(order: Sequence[int], at: int) -> Iterator[int]:
-    """The row itself, its neighbours in a drawn order (so that a run of bad rows is not all replaced by one), all."""
+    """The row, its neighbours in a random order (so that no single row replaces a run of bad ones), then all rows."""
     yield order[at]
     near = range(max(0, at - NEIGHBOURS), min(len(order), at + NEIGHBOURS))
     yield from (order[place] for place in random.Random(f"{order[at]}/{at}").sample(near, len(near)))
@@ -347,10 +340,10 @@ def _candidates(order: Sequence[int], at: int) -> Iterator[int]:
 
 
 def expand_files(files: Sequence[str | Path], flag: str) -> list[Path]:
-    """The files that exist.
+    """The files as paths, `~` expanded.
 
     Raises:
-        DataError: no file named, a folder, or one that does not exist; names the flag.
+        DataError: No file is named, or one is a folder or does not exist; names the flag.
     """
     paths = [Path(file).expanduser() for file in files]
     if folders := [str(path) for path in paths if path.is_dir()]:
@@ -362,7 +355,7 @@ def expand_files(files: Sequence[str | Path], flag: str) -> list[Path]:
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each file, the start of its rows' ids: its stem, with its folder's where stems are equal."""
+    """A short name for each file, which starts its rows' ids: its stem, with the folder's name if stems are equal."""
     for depth in range(1, max((len(path.parts) for path in paths), default=1) + 1):
         names = [".".join([*path.parts[-depth:-1], path.stem]) for path in paths]
         if len(set(names)) == len(names):

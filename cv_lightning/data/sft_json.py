@@ -1,9 +1,9 @@
-"""SFT files: a JSON list (or JSON Lines) of conversations with the tool, to `Conversation` objects.
+"""Conversations from SFT files: a JSON list (or JSON Lines) of conversations with the tool.
 
 An item has `conversations` (a list of `{from: human|gpt|tool, value}`), `images` (paths in the order of the
 `<image>` marks) and may have `system`. The first turn is the human's question, then `gpt` and `tool` alternate.
-`messages` with `{role, content}` are read too. A `gpt` turn with `"loss": false` (or `"weight": 0`) is read and not
-learned from: a call that goes wrong on purpose, say.
+`messages` with `{role, content}` are read too. A `gpt` turn with `"loss": false` (or `"weight": 0`), such as a
+deliberately wrong call, is part of the context and carries no loss.
 """
 
 from __future__ import annotations
@@ -18,15 +18,7 @@ from cv_lightning.agent.protocol import first_call, parse_turn
 from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.data.image_cells import load_images
 from cv_lightning.data.readers import IMAGE_MARK, message_text, without_marks
-from cv_lightning.data.rows import (
-    ListedRowFiles,
-    ReaderConfig,
-    RowError,
-    check_text,
-    expand_files,
-    is_missing,
-    unique_names,
-)
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing
 from cv_lightning.data.tables import read_items
 from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, final_answer
 from cv_lightning.types import Message, Task
@@ -37,35 +29,34 @@ SPEAKERS = {
     "function_call": "gpt",
     "observation": "tool",
 }
-"""Other words for who speaks, as common tools write them."""
+"""Other names of the speakers in common formats."""
 
 
-class ConversationFiles(ListedRowFiles[Conversation]):
-    """The conversations of JSON files. Texts are in memory, images are read when a conversation is.
+class ConversationFiles(RowFiles[Conversation]):
+    """The conversations of JSON files. Texts are in memory; images are read with their conversation.
 
     Args:
-        files: paths of .json or .jsonl files.
-        config: prompt and folder of images.
+        files: Paths of .json or .jsonl files.
+        config: Prompt and folder of images.
 
     Raises:
-        DataError: a file is missing or no JSON list, or none of its items can be used.
+        DataError: A file does not exist or is not a JSON list, or has no usable item.
     """
 
     def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
-        super().__init__(expand_files(files, "--data train_files"), config)
-        self._names = unique_names(self.paths)
+        super().__init__(files, config, "--data train_files")
         self._items = [read_items(path) for path in self.paths]
-        self._open([len(rows) for rows in self._items])
+        self._open(map(len, self._items))
 
     def read(self, index: int, *, decode: bool = True) -> Conversation:
         """One conversation; with `decode` False its images have sizes but no pixels.
 
         Raises:
-            RowError: the item cannot be used.
+            RowError: The item cannot be used.
         """
-        file, number = self.locate(index)
+        file, number = self._index.locate(index)
         item = self._items[file][number]
-        return conversation_of_item(item, self.paths[file], number, self.config, decode=decode, name=self._names[file])
+        return conversation_of_item(item, self.paths[file], number, self.config, decode=decode, name=self.names[file])
 
 
 # ------------------------------------------------------------------------------------------------ one item
@@ -75,15 +66,15 @@ def conversation_of_item(
     """The conversation that an item describes.
 
     Args:
-        item: entry of the list.
-        path: file, for the id, relative image paths and messages.
-        number: entry in the file, from 0.
-        config: prompt and folder of images.
-        decode: False reads no more than the images' headers.
-        name: start of the id; by default the file's stem.
+        item: Entry of the list.
+        path: File, for the id, relative image paths and messages.
+        number: Entry in the file, from 0.
+        config: Prompt and folder of images.
+        decode: False reads only the images' headers.
+        name: Start of the id; by default the file's stem.
 
     Raises:
-        RowError: the item cannot be used.
+        RowError: The item cannot be used.
     """
     system, speakers = _speakers(item)
     marks = sum(said.text.count(IMAGE_MARK) for said in speakers)
@@ -115,17 +106,17 @@ def conversation_of_item(
     return Conversation(task=task, turns=turns)
 
 
-class _Said(NamedTuple):
+class _Entry(NamedTuple):
     """One entry of a conversation."""
 
     speaker: str
     text: str
     learn: bool
-    """Of a gpt turn: it carries loss."""
+    """True if a gpt turn carries loss."""
 
 
-def _speakers(item: Any) -> tuple[str, list[_Said]]:
-    """The system message, and who said what, checked to be human, then gpt and tool in turn."""
+def _speakers(item: Any) -> tuple[str, list[_Entry]]:
+    """The system message and the entries, which must be human, then gpt and tool alternately."""
     if not isinstance(item, Mapping):
         raise RowError("conversations", f"an item is a mapping with `conversations`; this is {str(item)[:200]!r}")
     is_chat = "conversations" not in item and "messages" in item
@@ -134,11 +125,11 @@ def _speakers(item: Any) -> tuple[str, list[_Said]]:
     )
     try:
         speakers = [
-            _Said(SPEAKERS.get(str(turn[who]), str(turn[who])), _said(turn, who, what), _is_learnt(turn))
+            _Entry(SPEAKERS.get(str(turn[who]), str(turn[who])), _text(turn, who, what), _carries_loss(turn))
             for turn in turns
         ]
     except (TypeError, KeyError, AttributeError) as error:
-        raise RowError("conversations", f"conversations is no list of {{from, value}} ({error!r})") from error
+        raise RowError("conversations", f"conversations is not a list of {{from, value}} ({error!r})") from error
     system = check_text("" if is_missing(item.get("system")) else str(item["system"]), "system")
     if speakers and speakers[0].speaker == "system":
         system = system or speakers[0].text
@@ -153,11 +144,11 @@ def _speakers(item: Any) -> tuple[str, list[_Said]]:
     return system, speakers
 
 
-def _said(turn: Mapping[str, Any], who: str, what: str) -> str:
-    """The text of a turn: a text, or the parts of one; a call that stands alone gets the tags that the agent reads.
+def _text(turn: Mapping[str, Any], who: str, what: str) -> str:
+    """The text of a turn, which may be given in parts; a bare call gets the tags that the agent reads.
 
     Raises:
-        RowError: it is broken, or there is none, such as where the call stands in `tool_calls`.
+        RowError: There is no valid text, for instance because the call is in `tool_calls`.
     """
     value = turn[what]
     if is_missing(value):
@@ -168,22 +159,22 @@ def _said(turn: Mapping[str, Any], who: str, what: str) -> str:
         value = str(value)
     if not isinstance(value, str):
         calls = "; a call must stand in the text, between <tool_call> tags" if turn.get("tool_calls") else ""
-        raise RowError("no text", f"the {what} of a turn of {turn[who]!r} is {value!r}, no text{calls}")
+        raise RowError("no text", f"the {what} of a turn of {turn[who]!r} is {value!r}, not a text{calls}")
     check_text(value, f"the {what} of a turn of {turn[who]!r}")
     if turn[who] == "function_call" and CALL_OPEN not in value:
         return f"{CALL_OPEN}\n{value.strip()}\n{CALL_CLOSE}"
     return value
 
 
-def _is_learnt(turn: Mapping[str, Any]) -> bool:
+def _carries_loss(turn: Mapping[str, Any]) -> bool:
     loss, weight = turn.get("loss", True), turn.get("weight", 1)
     if loss not in (True, False, None) or weight not in (0, 1, None):
         raise RowError("loss mark", f"loss must be true or false and weight 0 or 1, not {loss!r} and {weight!r}")
     return loss is not False and weight != 0
 
 
-def _turns(speakers: Sequence[_Said], images: Sequence[Image.Image]) -> tuple[DemoTurn, ...]:
-    """Assistant turns, each with what the tool said after it."""
+def _turns(speakers: Sequence[_Entry], images: Sequence[Image.Image]) -> tuple[DemoTurn, ...]:
+    """Assistant turns, each with the tool's response."""
     turns = []
     remaining = iter(images)
     for at in range(0, len(speakers), 2):

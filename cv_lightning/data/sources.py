@@ -1,7 +1,7 @@
-"""Which tasks and conversations come when: pure functions of a step's number, so that a resumed run continues exactly.
+"""Streams of tasks and conversations addressed by position.
 
-A source is an endless stream of tasks or conversations addressed by position. Nothing here keeps a state
-that a checkpoint would have to hold.
+A batch is a pure function of the step's number, so that a source has no state for a checkpoint to store and a resumed
+run continues exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Source(Protocol[Item]):
     """An endless stream of tasks or conversations in batches."""
 
     def batch(self, step: int, count: int, rank: int = 0, world_size: int = 1) -> list[Item]:
-        """A rank's part of the `count` items of a step; always the same for the same arguments.
+        """A rank's part of the `count` items of a step; equal arguments give equal items.
 
         Args:
             step: Number of the step, from 0.
@@ -30,7 +30,7 @@ class Source(Protocol[Item]):
 
 
 class Rows(Protocol[Row]):
-    """Rows that an evaluation goes through, each once."""
+    """Rows of an evaluation, each used once."""
 
     def __len__(self) -> int:
         """Number of usable rows."""
@@ -39,36 +39,36 @@ class Rows(Protocol[Row]):
         """The usable row at a position.
 
         Raises:
-            RowError: it turns out that it cannot be used after all.
+            RowError: Its pixels turn out to be broken.
         """
 
 
 class EpochRows(Protocol[Row]):
-    """Rows of files as training goes through them."""
+    """Rows of files for training."""
 
     @property
     def num_rows(self) -> int:
-        """Rows, unusable ones too."""
+        """Number of rows, unusable ones included."""
 
     def order(self, rng: random.Random) -> list[int]:
         """A shuffled order of all rows that is cheap to read."""
 
     def take_many(self, places: Sequence[tuple[Sequence[int], int]]) -> Sequence[Row]:
-        """The rows at places of orders; usable ones near them where they cannot be used."""
+        """The rows at places of orders; an unusable one is replaced by a usable one near it."""
 
 
 class RowStream(Generic[Item]):
     """Rows of files, epoch after epoch, each newly shuffled.
 
     Args:
-        rows: of the files.
-        seed: of the order.
+        rows: Rows of the files.
+        seed: Seed of the order.
     """
 
     def __init__(self, rows: EpochRows[Item], seed: int) -> None:
         self.rows = rows
         self.seed = seed
-        # Shuffling a million rows takes a second: once an epoch, not once a step. A step may touch two.
+        # Shuffling a million rows takes a second, so it is done once per epoch. A step may belong to two epochs.
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""Rows of one file as mappings, whatever its format: Parquet, CSV, TSV, JSON, JSON Lines.
+"""Rows of one file as mappings: Parquet, CSV, TSV, JSON or JSON Lines.
 
-Of Parquet, CSV and TSV only the row that is asked for is in memory: their images may make gigabytes.
+Of Parquet, CSV and TSV only the requested row is in memory, because their images may take gigabytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Table(Protocol):
         """One row, column to value.
 
         Raises:
-            RowError: it cannot be read.
+            RowError: It cannot be read.
         """
 
 
@@ -39,8 +39,8 @@ def open_table(path: Path, needed: Sequence[str] = (), optional: Sequence[str] |
 
     Args:
         path: .parquet, .csv, .tsv, .json or .jsonl.
-        needed: Columns that must be there (of JSON each row is asked when it is read).
-        optional: Further columns that are read from Parquet where they are there; None: all.
+        needed: Columns that must exist (for JSON, each row is checked when it is read).
+        optional: Further columns that are read from Parquet if they exist; None: all.
 
     Raises:
         DataError: Another ending, or a file that lacks a column.
@@ -56,7 +56,7 @@ def open_table(path: Path, needed: Sequence[str] = (), optional: Sequence[str] |
 
 
 class ItemRows:
-    """Rows that are in memory, such as the items of a JSON list.
+    """Rows in memory, such as the items of a JSON list.
 
     Args:
         items: The rows.
@@ -81,15 +81,15 @@ class ItemRows:
 
 
 class TextRows:
-    """Rows of a CSV or TSV file with a header, found by their place in the file.
+    """Rows of a CSV or TSV file with a header, indexed by their position in the file.
 
     Args:
         path: The file, UTF-8; fields may be quoted.
-        needed: Columns that must be there.
-        separator: Between the fields.
+        needed: Columns that must exist.
+        separator: Separator of the fields.
 
     Raises:
-        DataError: a column is missing, or the file cannot be read.
+        DataError: A column is missing, or the file cannot be read.
     """
 
     def __init__(self, path: Path, needed: Sequence[str], separator: str) -> None:
@@ -124,7 +124,7 @@ class TextRows:
 
 
 class _Lines(Iterator[str]):
-    """Decoded lines of a binary file that know where the next one starts."""
+    """Decoded lines of a binary file; `position` is where the next one starts."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -139,14 +139,14 @@ class _Lines(Iterator[str]):
 
 
 def read_items(path: Path, under: str = "") -> list[Any]:
-    """The items of a file; of JSON Lines, a line that is not JSON is an item that cannot be used.
+    """The items of a file; a line of JSON Lines that is not JSON becomes an unusable item.
 
     Args:
         path: .json or .jsonl.
-        under: key of the list where the file holds an object.
+        under: Key of the list if the file holds an object.
 
     Raises:
-        DataError: no JSON, or no list.
+        DataError: The file is not JSON, or not a list.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is not content
@@ -167,4 +167,4 @@ def _line(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"a line that is no JSON ({error})"
+        return f"a line that is not JSON ({error})"

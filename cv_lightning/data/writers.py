@@ -1,4 +1,4 @@
-"""Tasks and conversations to the files that users bring: RL Parquet and SFT JSON, readable by `readers`."""
+"""Writes tasks as RL Parquet and conversations as SFT JSON, the formats that `readers` and `sft_json` read."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from cv_lightning.files import whole_file, write_text
 from cv_lightning.types import Task
 
 ROWS_PER_GROUP = 256
-"""Rows of a row group, which is what a reader or writer holds in memory."""
+"""Rows of a row group, the unit that a reader or writer holds in memory."""
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 def write_task_parquet(path: str | Path, tasks: Iterable[Task], split: str) -> None:
     """Write tasks to an RL file, images as PNG bytes.
 
-    Images wait in a file without a name, since the columns of `extra_info` are known after the last task only.
+    Images are kept in an unnamed file until the last task, after which the columns of `extra_info` are known.
 
     Args:
-        path: file to write; it appears whole or not at all.
-        tasks: each with its `metadata` in `extra_info`. Taken one by one.
-        split: what `extra_info.split` says.
+        path: File to write; it appears complete or not at all.
+        tasks: Tasks, consumed one by one; their `metadata` goes into `extra_info`.
+        split: Value of `extra_info.split`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     sizes: list[list[int]] = []
-    with tempfile.TemporaryFile(dir=path.parent) as pictures:
+    with tempfile.TemporaryFile(dir=path.parent) as stored:
         for index, task in enumerate(tasks):
             rows.append(_row(task, split, index))
-            sizes.append([pictures.write(_png(image)) for image in task.images])
+            sizes.append([stored.write(_png(image)) for image in task.images])
         schema = _schema(rows).append(pa.field("images", IMAGES))
-        pictures.seek(0)
+        stored.seek(0)
         with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
             for start in range(0, len(rows), ROWS_PER_GROUP):
                 some = slice(start, start + ROWS_PER_GROUP)
-                cells = [[{"bytes": pictures.read(size), "path": None} for size in row] for row in sizes[some]]
+                cells = [[{"bytes": stored.read(size), "path": None} for size in row] for row in sizes[some]]
                 table = [row | {"images": images} for row, images in zip(rows[some], cells, strict=True)]
                 writer.write_table(pa.Table.from_pylist(table, schema))
 
 
 def _schema(rows: list[dict[str, Any]]) -> pa.Schema:
-    """Of the rows; where their `extra_info` fits no columns (a number here, a text there) it becomes JSON text."""
+    """Schema of the rows; `extra_info` becomes JSON text if a key has values of different types."""
     try:
         return pa.Table.from_pylist(rows).schema
     except (pa.ArrowException, NotImplementedError):
@@ -91,8 +91,8 @@ def write_sft_json(path: str | Path, conversations: Iterable[Conversation]) -> N
     """Write conversations to an SFT file, images into a folder beside it.
 
     Args:
-        path: file to write, whole or not at all; the folder has its stem and `_images`.
-        conversations: in the order in which they are written.
+        path: File to write, complete or not at all; the folder's name is its stem and `_images`.
+        conversations: Conversations in the order of the file.
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_images")

@@ -1,4 +1,4 @@
-"""`data corrupt`: a benchmark in turned and corrupted forms, written as an RL file."""
+"""`data corrupt`: a benchmark in turned and corrupted versions, written as an RL file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cv_lightning.data.benchmarks import task_files
-from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
+from cv_lightning.data.corruptions import CorruptionConfig, apply_variant
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.types import Task
@@ -21,15 +21,15 @@ class Corrupt:
     files: list[str]
     """RL files, or those of a public benchmark (`reader.format`)."""
     out: Path
-    """Parquet file to write; boxes are in pixels of the pictures that it holds (`bbox_frame: given`)."""
+    """Parquet file to write; boxes are in pixels of the images that it holds (`bbox_frame: given`)."""
     suite: CorruptionConfig = field(default_factory=CorruptionConfig)
-    """Which orientations, corruptions and severities."""
+    """Orientations, corruptions and severities."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """How the files are read: their format, frame of their boxes, folder of images."""
     limit: int = 0
-    """Tasks of the files that are taken, the first ones; 0: all."""
+    """Number of tasks, the first ones of the files; 0: all."""
     split: str = "test"
-    """What the rows' `split` says."""
+    """Value of `extra_info.split` in every row."""
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".parquet":
@@ -39,37 +39,33 @@ class Corrupt:
 
 
 def write_corrupted(config: Corrupt, show: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write the forms of all tasks.
+    """Write all tasks in all their combinations.
 
     Args:
-        config: what is written.
-        show: called with the number of tasks that are done, and of all.
+        config: Files and combinations.
+        show: Called with the number of tasks done, and of all.
 
     Returns:
-        How many there are of each form, by its name.
+        Number of tasks by name of the combination.
 
     Raises:
-        DataError: a file cannot be read, or no row of it used.
+        DataError: A file cannot be read, or has no usable row.
     """
     tasks = task_files(config.files, config.reader)
     count = min(len(tasks), config.limit or len(tasks))
-    suite = CorruptionSuite(config.suite)
     counts: Counter[str] = Counter()
 
-    def forms() -> Iterator[Task]:
+    def corrupted() -> Iterator[Task]:
         for position in range(count):
             try:
                 task = tasks.row(position)
             except RowError:
-                continue  # counted among the problems of `tasks`
-            for form in suite.tasks_of(task, position):
-                shown = form.metadata
-                level = f"_{shown['severity']}" if shown["severity"] else ""
-                counts[f"{shown['orientation']}/{shown['corruption']}{level}"] += 1
-                yield form
+                continue  # `tasks.problems` lists it
+            for variant in config.suite.variants_at(position):
+                counts[variant.name] += 1
+                yield apply_variant(task, variant, config.suite.seed)
             if show is not None:
                 show(position + 1, count)
 
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_task_parquet(config.out, forms(), config.split)
+    write_task_parquet(config.out, corrupted(), config.split)
     return dict(counts)

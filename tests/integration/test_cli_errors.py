@@ -133,7 +133,7 @@ def test_ranks_that_cannot_share_are_refused_before_there_are_any(
 ) -> None:
     flags = ["--trainer.devices", "3", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
     text = refused(grpo(tiny_checkpoint, tmp_path, *flags), capsys)
-    assert "--data.init_args.tasks_per_iteration 16 cannot be shared by 3 ranks" in text
+    assert "--data.init_args.tasks_per_iteration 16 cannot be divided by 3 ranks" in text
 
 
 def built(arguments: list[str]) -> pl.Trainer:

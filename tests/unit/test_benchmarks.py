@@ -275,8 +275,8 @@ def test_the_probe_asks_each_way_equally_often_and_its_answer_is_what_was_done()
     assert [ProbeRows(Upright(), ProbeConfig(num_images=20)).row(i).id for i in range(20)] == [t.id for t in tasks]
 
 
-def test_the_probe_needs_upright_pictures() -> None:
-    with pytest.raises(ValueError, match=r"--data\.probe turns the pictures itself"):
+def test_the_probe_needs_upright_images() -> None:
+    with pytest.raises(ValueError, match=r"--data\.probe turns the images already"):
         DigitTaskDataModule(probe=ProbeConfig(), corruptions=CorruptionConfig())
     data = DigitTaskDataModule(test_tasks={"turned": 2}, probe=ProbeConfig(num_images=2))
     with pytest.raises(DataError, match="not upright"):

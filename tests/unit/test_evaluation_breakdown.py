@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 from trajectory_samples import Policy, digit_task, group
 
-from cv_lightning.data.corruptions import CorruptionConfig, CorruptionSuite
+from cv_lightning.data.corruptions import CorruptionConfig, Variant, apply_variant
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.evaluation.breakdown import breakdown
 from cv_lightning.evaluation.metrics import summarise_outcomes
@@ -29,7 +29,7 @@ PERFECT = Policy(turn=1, crop=1, needless=0, error=0, read=1)
 def forms(num: int, config: CorruptionConfig) -> list[Outcome]:
     """Outcomes of upright digits in the forms of a robustness test, all right."""
     tasks = [digit_task(index, "upright") for index in range(num)]
-    return outcomes([group(task, 1, PERFECT) for task in CorruptionSuite(config)(tasks)])
+    return outcomes([group(apply_variant(task, variant), 1, PERFECT) for task in tasks for variant in config.variants])
 
 
 def set_score(outcome: Outcome, right: bool) -> Outcome:
@@ -172,7 +172,7 @@ def test_a_failed_try_takes_a_question_out_of_no_more_than_it_must() -> None:
 def test_both_pictures_of_a_task_are_turned_by_the_suite() -> None:
     upright = digit_task(0, "upright")
     task = replace(upright, images=(upright.images[0], digit_task(1, "upright").images[0]))
-    turned = next(iter(CorruptionSuite(CorruptionConfig(orientations=("rotate_90",)))([task])))
+    turned = apply_variant(task, Variant("rotate_90"))
     lazy = group(turned, 1, replace(PERFECT, turn=0, crop=0))
     given = lazy.trajectories[0].images
     given.append(replace(given[0], original=turned.images[1], model_image=turned.images[1], source=1))
@@ -189,8 +189,7 @@ def test_how_a_picture_was_shown(transforms: tuple[str, ...], orientation: str, 
     task = replace(digit_task(0, "upright"), required_transforms=transforms)
     (found,) = outcomes([group(task, 1, replace(PERFECT, turn=0, crop=0))])
     assert (found.shown.orientation, found.fixed) == (orientation, fixed)
-    suite = CorruptionSuite(CorruptionConfig(orientations=("identity",)))
-    (again,) = outcomes([group(form, 1, replace(PERFECT, turn=0, crop=0)) for form in suite([task])])
+    (again,) = outcomes([group(apply_variant(task, Variant()), 1, replace(PERFECT, turn=0, crop=0))])
     assert again.shown == found.shown, "the form that changes nothing is the task itself"
 
 
