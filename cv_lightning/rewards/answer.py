@@ -1,6 +1,6 @@
-"""Rule stage of answer scoring: what was answered, and whether it says the same as the ground truth.
+"""Rule stage of answer scoring: whether an answer says the same as the ground truth.
 
-Pure functions of text, exact on golden/answers but for its questionable cases, where they return what is sensible.
+Pure functions of text. They agree with golden/answers except for its questionable cases, which docs/rewards.md lists.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from typing import Literal, NamedTuple
 
 from cv_lightning.rewards.answer_choice import read_choice, read_options, read_truth
 from cv_lightning.rewards.answer_quantity import same_quantity, says_quantity, whole_quantity
-from cv_lightning.rewards.answer_text import CACHED, REPLACEMENT, claims, normalise, says_text, text_key, without_frame
-from cv_lightning.rewards.answer_time import read_dates, says_clock, says_date, whole_clock, whole_date
-from cv_lightning.rewards.markup import (
-    ANSWER_OPEN,
-    RESPONSE_CLOSE,
-    RESPONSE_OPEN,
-    THINK_CLOSE,
-    THINK_OPEN,
-    answer_spans,
-    cut_spans,
+from cv_lightning.rewards.answer_text import (
+    CACHED,
+    REPLACEMENT,
+    any_case,
+    claims,
+    normalise,
+    says_text,
+    text_key,
+    without_frame,
 )
+from cv_lightning.rewards.answer_time import read_dates, says_clock, says_date, whole_clock, whole_date
 
-__all__ = ["AnswerScore", "are_answers_equivalent", "extract_answer", "is_copied", "normalise", "rule_score"]
+__all__ = ["AnswerScore", "are_answers_equivalent", "is_copied", "normalise", "rule_score"]
 
 MAX_ANSWER_CHARS = 300
-"""A longer answer is compared as a text only: nothing is picked out of it."""
-MAX_UNTAGGED_LINES = 500
-"""Of a text without an answer tag that has so many lines nothing is extracted (the reference's limit)."""
+"""A longer answer is only compared as a whole."""
 
 
 class AnswerScore(NamedTuple):
@@ -38,47 +36,25 @@ class AnswerScore(NamedTuple):
     value: float
     """In [0, 1]; correct above 0.5."""
     answer: str | None
-    """What was answered."""
     scored_by: Literal["rule", "judge"] = "rule"
-
-
-# ------------------------------------------------------------------------------------------------ extraction
-def extract_answer(text: str | None) -> str | None:
-    """Answer of a whole response, as leniently as the reference reads it (golden/answers, extract_answer).
-
-    The last answer in tags that is not empty; else what follows an unclosed tag; else the last line of a text
-    without tags and without an unfinished thought. Training scores `markup.final_answer` instead.
-    """
-    if text is None or not text.strip():
-        return None
-    text = cut_spans(text, RESPONSE_OPEN, RESPONSE_CLOSE, mark="")
-    closed = [answer.strip() for answer in answer_spans(text)]
-    if closed:
-        return next((answer for answer in reversed(closed) if answer), "")
-    if ANSWER_OPEN in text:
-        return text[text.rfind(ANSWER_OPEN) + len(ANSWER_OPEN) :].strip()
-    lines = text.strip().split("\n")
-    if not text.strip() or len(lines) >= MAX_UNTAGGED_LINES or text.count(THINK_OPEN) > text.count(THINK_CLOSE):
-        return None
-    return lines[-1].strip()
 
 
 # ------------------------------------------------------------------------------------------------ equivalence
 def are_answers_equivalent(prediction: object, ground_truth: object, question: str = "") -> bool:
     """True if an answer says the same as the ground truth, by rule.
 
-    What the ground truth is decides how the answer is read: an option (one letter, or a text that the question lists),
-    a date, a time of day, a quantity, a list, yes or no, else a text. docs/rewards.md tells the rules of each.
+    The kind of the ground truth decides how the answer is read: an option (one letter, or a text that the question
+    lists), a date, a time of day, a quantity, a list, yes or no, else a text. docs/rewards.md has the rules of each.
 
     Args:
-        prediction: the answer; anything but a text is wrong.
-        ground_truth: the right answer; anything but a text is never met.
-        question: the bare question; its options let an answer name an option by its text.
+        prediction: The answer; anything but a text is wrong.
+        ground_truth: The right answer; nothing equals one that is not a text.
+        question: The bare question; with its options an answer can name an option by its text.
     """
     if not isinstance(prediction, str) or not isinstance(ground_truth, str):
         return False
     if REPLACEMENT in prediction and REPLACEMENT not in ground_truth:
-        return False  # cut within a character: what was said is not known
+        return False  # cut within a character, so the answer is not known
     said, truth = normalise(prediction), normalise(ground_truth)
     if said.casefold() == truth.casefold():
         return True
@@ -88,15 +64,15 @@ def are_answers_equivalent(prediction: object, ground_truth: object, question: s
     choice = read_truth(truth, options)
     if choice is None:
         return _says(said, truth)
-    by_line = normalise(re.sub(r"(?<=\w)\s*\n\s*(?=\w)", ". ", prediction))  # a letter on a line of its own is marked
+    by_line = normalise(re.sub(r"(?<=\w)\s*\n\s*(?=\w)", ". ", prediction))  # a letter alone on a line is a choice
     letter = read_choice(by_line, options, _is_same_value)
-    return letter == choice.letter or (
-        letter is None and not options and bool(choice.text) and says_text(said, choice.text)
-    )
+    if letter is None and not options and choice.text:
+        return says_text(said, choice.text)
+    return letter == choice.letter
 
 
 def _says(said: str, truth: str) -> bool:
-    """The grammar by kind of a ground truth that is not an option; both are normalised."""
+    """True if an answer says a ground truth that is not an option; both are normalised."""
     if (date := whole_date(truth)) is not None:
         return says_date(said, date) or says_text(said, truth)
     if (clock := whole_clock(truth)) is not None:
@@ -123,7 +99,7 @@ def _is_same_value(said: str, option: str) -> bool:
 
 
 _RATIO = re.compile(r"\d+(?:\s?:\s?\d+)+")
-_VERDICT = re.compile(r"yes|no|true|false", re.IGNORECASE)
+_VERDICT = any_case(r"yes|no|true|false")
 _VERDICTS = {
     "yes": "yes", "yeah": "yes", "yep": "yes", "yup": "yes", "no": "no", "nope": "no", "nah": "no",
     "true": "true", "false": "false",
@@ -131,27 +107,24 @@ _VERDICTS = {
 
 
 def _says_verdict(said: str, truth: str) -> bool:
-    """True if yes, no, true or false is what an answer begins with or asserts, and the opposite is not offered too."""
+    """True if an answer begins with or asserts the given one of yes, no, true, false, and not its opposite too."""
     wanted = truth.casefold()
     words = {_VERDICTS[word] for word in re.findall(r"[a-z]+", said.casefold()) if word in _VERDICTS}
-    first = re.match(
-        r"\W*([a-z]+)(?=\Z" r"|[\s.,;:!])(?!\s+(?:or" r"|and|not)\b)", without_frame(claims(said)).casefold()
-    )
+    asserted = without_frame(claims(said)).casefold()
+    first = re.match(r"\W*([a-z]+)(?=\Z|[\s.,;:!])(?!\s+(?:or|and|not)\b)", asserted)
     if first is None or _VERDICTS.get(first[1]) != wanted:
         return False
     opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[wanted]
-    rest = without_frame(claims(said)).casefold()[first.end() :]
-    is_no_noun = wanted == "no" and re.match(r"\s+(?!(?:it|he|she|they|there|this" r"|that|i)\b)\w", rest) is not None
+    rest = asserted[first.end() :]
+    is_no_noun = wanted == "no" and re.match(r"\s+(?!(?:it|he|she|they|there|this|that|i)\b)\w", rest) is not None
     return opposite not in words and not is_no_noun
 
 
 def _is_digit_groups(text: str) -> bool:
-    """True for a telephone number or the like: groups of digits, seven or more in all, apart by blanks or hyphens."""
-    return re.fullmatch(r"\+?\(?\d+\)?(?:[ .-]+\(?\d+\)?)+", text) is not None and (
-        len(re.sub(r"\D", "", text)) >= 7
-        and "-" in text + "-"
-        and not re.fullmatch(r"\d{1,3}(?: \d{3})+|\d+\.\d+", text)
-    )
+    """True for a telephone number or similar: groups of at least seven digits, separated by blanks, dots or hyphens."""
+    is_grouped = re.fullmatch(r"\+?\(?\d+\)?(?:[ .-]+\(?\d+\)?)+", text) is not None
+    is_number = re.fullmatch(r"\d{1,3}(?: \d{3})+|\d+\.\d+", text) is not None
+    return is_grouped and not is_number and len(re.sub(r"\D", "", text)) >= 7
 
 
 _SEPARATOR = re.compile(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s*&\s*")
@@ -159,10 +132,10 @@ _SEPARATOR = re.compile(r"\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s*&\s*")
 
 @lru_cache(maxsize=CACHED)
 def read_items(text: str) -> tuple[tuple[str, ...], bool] | None:
-    """Items of a text that is a list, and whether their order counts; None for a text that is none.
+    """Items of a text that is a list, and whether their order counts; None for any other text.
 
-    A list has commas, semicolons or "and" between its items, at most in brackets. Letters and items joined by "and"
-    have no order.
+    A list has commas, semicolons or "and" between its items, and may stand in brackets. Letters and items joined by
+    "and" have no order.
     """
     inner = re.sub(r"\A[\[({]\s*(.*?)\s*[\])}]\Z", r"\1", text)
     items = tuple(item.strip(" '\"()[]") for item in _SEPARATOR.split(inner))
@@ -179,9 +152,9 @@ def _says_items(said: str, items: Sequence[str], is_ordered: bool) -> bool:
         if found is None or len(found[0]) != len(items):
             continue
         given = found[0]
-        if all(_is_same_item(one, other) for one, other in zip(given, items, strict=True)):
-            return True
-        if not is_ordered and all(any(_is_same_item(one, other) for one in given) for other in items):
+        if all(map(_is_same_item, given, items)) or (
+            not is_ordered and all(any(_is_same_item(one, other) for one in given) for other in items)
+        ):
             return True
     return False
 
@@ -212,11 +185,10 @@ def rule_score(
     """Score an answer by rule.
 
     Args:
-        answer: from `markup.final_answer`; None, an empty one or a copy of the question is wrong.
-        ground_truth: the right answer, or several of which any is right.
-        question: the bare question.
-        symbolic: decides on what the rules refuse, given normalised answer and ground truth: a
-            `symbolic.SymbolicComparer`.
+        answer: From `markup.final_answer`; None, an empty one or a copy of the question is wrong.
+        ground_truth: The right answer, or several of which any is right.
+        question: The bare question.
+        symbolic: Compares normalised answer and ground truth where the rules say no: a `symbolic.SymbolicComparer`.
     """
     if not answer or is_copied(answer, question):
         return AnswerScore(0.0, answer)
@@ -224,6 +196,6 @@ def rule_score(
     correct = any(are_answers_equivalent(answer, truth, question) for truth in accepted)
     if not correct and symbolic is not None and len(answer) <= MAX_ANSWER_CHARS and REPLACEMENT not in answer:
         pairs = [(normalise(answer), normalise(truth)) for truth in accepted]
-        # the rules decide on plain quantities: a computer algebra system takes 007 for 7
+        # the rules alone decide on plain quantities: a computer algebra system would accept 007 for 7
         correct = any(symbolic(*pair) for pair in pairs if not all(whole_quantity(text) for text in pair))
     return AnswerScore(float(correct), answer)

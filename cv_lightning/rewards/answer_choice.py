@@ -1,7 +1,7 @@
 """Multiple choice: the options that a question lists, and which of them an answer names.
 
-A letter counts where it is marked as one ("(B)", "B.", "B: red"), introduced as one ("the answer is B", "I choose B")
-or stands alone; letters of ordinary words ("a cat", "vitamin C", "B-52") do not. Pure functions of text.
+A letter counts where it is marked as an option ("(B)", "B.", "B: red"), introduced as one ("the answer is B", "I choose
+B") or stands alone; letters of ordinary words ("a cat", "vitamin C", "B-52") do not. Pure functions of text.
 """
 
 from __future__ import annotations
@@ -11,66 +11,57 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from cv_lightning.rewards.answer_text import claims, normalise, plain, text_key, without_frame
+from cv_lightning.rewards.answer_text import any_case, claims, normalise, plain, text_key, without_frame
 
 _CONFUSABLE = str.maketrans(
     "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u0391\u0392\u0395\u0397\u0399\u0430\u0441\u0435", "ABCEHIJABEHIace"
 )
-"""Cyrillic and Greek letters that look like an option's."""
+"""Cyrillic and Greek letters that look like Latin ones."""
 _LONE = re.compile(r"[\s.,:;(\[{<*_`\"'=#-]*([A-Za-z])(?:[\s.,:;!?)\]}>*_`\"']|\s-)*\Z")
-_TRUTH = re.compile(r"(?:(?:option|choice|answer" r"|letter)[ :]+)?[(\[{<]?\s*([A-Za-z])\s*[)\]}>.:]*\Z", re.IGNORECASE)
+_TRUTH = any_case(r"(?:(?:option|choice|answer|letter)[ :]+)?[(\[{<]?\s*([A-Za-z])\s*[)\]}>.:]*\Z")
 _TRUTH_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)\s*|([A-Z])[):]\s+|([A-Z])\.\s+)(\S.*)\Z")
 
 _MENTION = re.compile(
-    r"(?<![\w/&+.'#-])(?:(?P<open>[(\[])\s?)?(?P<letter>[A-Z]|(?<=[(\[])[a-z](?=\s?[)\]]))(?P<close>\s?[)\]])?"
-    r"(?![\w/&+#]|'\w|-\w|\.[A-Za-z]|\s?%)"
+    r"(?<![\w/&+.'#-])(?:(?P<open>[(\[])\s?)?(?P<letter>[A-Z]|(?<=[(\[])[a-z](?=\s?[)\]]))(?P<close>\s?[)\]])"
+    r"?(?![\w/&+#]|'\w|-\w|\.[A-Za-z]|\s?%)"
 )
-_LOWER = re.compile(
-    r"\A[(\[]?([a-z])[)\]](?=\s|\Z)|\A([a-z])[.:] |\b(?:option|choice|answer is|answer:|choose|pick"
-    r"|select|letter)\s+([a-z])(?=[\s.,:;!?)]*(?:\Z|because|since))",
-    re.IGNORECASE,
+_LOWER = any_case(
+    r"\A[(\[]?([a-z])[)\]](?=\s|\Z)|\A([a-z])[.:] |\b(?:option|choice|answer is|answer:|choose|pick|select"
+    r"|letter)\s+([a-z])(?=[\s.,:;!?)]*(?:\Z|because|since))"
 )
 _MARK = re.compile(r"[):.\],;*]|\s+[A-Z]\b|\s*[(\[:=]|\s+-\s|\s*-\s")
-_FOLLOWING = re.compile(
-    r"\s+(?:is|was|because|since|due|and|or|as|but|not|rather|instead|would|seems?|looks?|matches"
-    r"|shows|fits|must|should|"
-    r"has|it|over|for sure|definitely|obviously|clearly|then|here|also)\b",
-    re.IGNORECASE,
+_FOLLOWING = any_case(
+    r"\s+(?:is|was|because|since|due|and|or|as|but|not|rather|instead|would|seems?|looks?|matches|shows|fits"
+    r"|must|should|has|it|over|for sure|definitely|obviously|clearly|then|here|also)\b"
 )
 _SAID_OF = frozenset(
-    "is be was are choose chose chosen pick picked select selected say says go with for so thus hence therefore it's "
-    "that's mean to answer option choice letter image picture figure panel point candidate label labeled labelled "
-    "marked graph chart shape piece item box path view and or nor possibly maybe perhaps probably likely either even "
-    "alternatively definitely certainly surely clearly obviously then guess think believe both also than not isn't "
-    "neither correct right only just first between from unless".split()
+    "is be was are choose chose chosen pick picked select selected say says go with for so thus hence "
+    "therefore it's that's mean to answer option choice letter image picture figure panel point candidate "
+    "label labeled labelled marked graph chart shape piece item box path view and or nor possibly maybe "
+    "perhaps probably likely either even alternatively definitely certainly surely clearly obviously then "
+    "guess think believe both also than not isn't neither correct right only just first between from unless".split()
 )
-"""Words before a letter that is chosen; a letter behind any other word belongs to it (vitamin C)."""
-_REJECTED_BEFORE = re.compile(
-    r"(?:\b(?:not|doubt|doubtful|never|cannot|neither|nor|except|than|without|excluding|unlike"
-    r"|besides|against|eliminated?|exclude|discard|"
-    r"rul(?:e|ed|ing) out)|n't|\b(?:instead|because|out) of|\banything but"
-    r"|\ball but)(?!\s+only)(?:\s+[\w']+){0,3}\s*[(\[\"'*]*\Z",
-    re.IGNORECASE,
+"""Words before a letter that is chosen; after any other word, a letter belongs to that word (vitamin C)."""
+_REJECTED_BEFORE = any_case(
+    r"(?:\b(?:not|doubt|doubtful|never|cannot|neither|nor|except|than|without|excluding|unlike|besides"
+    r"|against|eliminated?|exclude|discard|rul(?:e|ed|ing) out)|n't|\b(?:instead|because|out) of"
+    r"|\banything but|\ball but)(?!\s+only)(?:\s+[\w']+){0,3}\s*[(\[\"'*]*\Z"
 )
-_REJECTED_AFTER = re.compile(
-    r"(?:\s*(?:,|and|or|&)+\s*\(?[A-Z]\b)*[)\]\"'*.:,]*\s*(?:(?:is|are|was|were|seems?|looks?"
-    r"|would be|must be|can be|has been)\s+(?:[a-z]+ly\s+|also\s+)?(?:not|wrong|incorrect|false|"
-    r"impossible|unlikely|invalid|ruled out|excluded|eliminated|out\b|too\b)|or not\b|(?:isn't"
-    r"|aren't|wasn't|can't|cannot|doesn't|does not|"
-    r"do not|don't|won't|fails?)\b|\((?:wrong|incorrect|no|false)\))",
-    re.IGNORECASE,
+_REJECTED_AFTER = any_case(
+    r"(?:\s*(?:,|and|or|&)+\s*\(?[A-Z]\b)*[)\]\"'*.:,]*\s*(?:(?:is|are|was|were|seems?|looks?|would be"
+    r"|must be|can be|has been)\s+(?:[a-z]+ly\s+|also\s+)?(?:not|wrong|incorrect|false|impossible|unlikely"
+    r"|invalid|ruled out|excluded|eliminated|out\b|too\b)|or not\b|(?:isn't|aren't|wasn't|can't|cannot"
+    r"|doesn't|does not|do not|don't|won't|fails?)\b|\((?:wrong|incorrect|no|false)\))"
 )
-_CLAUSE = re.compile(r"[;.!?](?:\s|\Z)|,\s|\bbut\b|\bso\b", re.IGNORECASE)
+_CLAUSE = any_case(r"[;.!?](?:\s|\Z)|,\s|\bbut\b|\bso\b")
 _PAIR = re.compile(
-    r"(?<![\w.'-])(?P<one>[A-Z])[)\]]?\s?(?:[/&+|-]|,|;|\b(?:and|or|to|through|versus|vs\.?"
-    r"|as well as|plus|along with|together with)\b)"
-    r"+\s?(?:or |and )?[(\[]?(?P<other>[A-Z])(?![\w'+#-])"
+    r"(?<![\w.'-])(?P<one>[A-Z])[)\]]?\s?(?:[/&+|-]|,|;|\b(?:and|or|to|through|versus|vs\.?|as well as|plus"
+    r"|along with|together with)\b)+\s?(?:or |and )?[(\[]?(?P<other>[A-Z])(?![\w'+#-])"
 )
 """Two letters side by side."""
-_APPROVED = re.compile(
-    r"[)\]\"'*]*\s+(?:is|must be|seems|looks)(?: the)?(?: only| best| most)* (?:correct|right"
-    r"|answer|choice|option|one|true)\b",
-    re.IGNORECASE,
+_APPROVED = any_case(
+    r"[)\]\"'*]*\s+(?:is|must be|seems|looks)(?: the)?(?: only| best| most)* (?:correct|right|answer|choice"
+    r"|option|one|true)\b"
 )
 
 
@@ -79,7 +70,7 @@ class Choice(NamedTuple):
 
     letter: str
     text: str = ""
-    """Text of the option where it is known."""
+    """The option's text, where it is known."""
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -88,8 +79,7 @@ def _listed(question: str) -> tuple[tuple[str, str], ...]:
     starts = [
         (match.start(), match.end(), match[1] or match[2] or match[3] or match[4])
         for match in re.finditer(
-            r"(?:(?<=\s)|^|(?<=[,;:?(]))(?:[(\[]([A-Za-z])[)\]]\s*|([A-Z])[).:]\s+"
-            r"|([A-Z])[):](?=\S)"
+            r"(?:(?<=\s)|^|(?<=[,;:?(]))(?:[(\[]([A-Za-z])[)\]]\s*|([A-Z])[).:]\s+|([A-Z])[):](?=\S)"
             r"|([a-z])\)\s+)",
             question,
             re.MULTILINE,
@@ -113,11 +103,11 @@ def _listed(question: str) -> tuple[tuple[str, str], ...]:
 
 def read_options(question: str) -> dict[str, str]:
     """Options that a question lists, by letter: "A. red", "(B) blue", on lines of their own or in a row."""
-    return dict(_listed(question[-8000:])) if question else {}
+    return dict(_listed(question[-8000:]))
 
 
 def read_truth(truth: str, options: Mapping[str, str]) -> Choice | None:
-    """The option that a normalised ground truth names: by letter in any dress, letter and text, or a listed text."""
+    """The option that a normalised ground truth names: by its letter, by letter and text, or by a listed text."""
     if match := _TRUTH.match(truth):
         letter = match[1].upper()
         return Choice(letter, options.get(letter, ""))
@@ -137,30 +127,25 @@ def read_choice(
     """The one option letter that a normalised answer names, in upper case; None if none or several.
 
     Args:
-        text: the answer.
-        options: what the question lists; then an option's text names it, too.
-        is_same: compares an answer with an option's text beyond equality of texts, by number for one.
+        text: The answer.
+        options: The options that the question lists; their texts name them, too.
+        is_same: Compares an answer with an option's text by meaning, such as the value of a number.
     """
     options = options or {}
     text = plain(text)
     if match := _LONE.match(text.translate(_CONFUSABLE)):
         return match[1].upper()
-    if options and (letter := _by_letter_and_text(text, options)):
+    if letter := _by_letter_and_text(text, options) or _by_text(text, options, None):
         return letter
-    exact = _by_text(text, options, None)
-    if exact:
-        return exact
     letters = _named(text, options)
     if len(letters) == 1:
         (letter,) = letters
         return None if _contradicts(text, letter, options) else letter
-    if letters:
-        return None
-    return _by_text(text, options, is_same) if options else None
+    return None if letters else _by_text(text, options, is_same)
 
 
 def _by_letter_and_text(text: str, options: Mapping[str, str]) -> str | None:
-    """Letter of an answer that is a letter and the text of that option: "B. A red car", "B A red car"."""
+    """Letter of an answer that consists of a letter and that option's text: "B. A red car", "B A red car"."""
     for form in dict.fromkeys((text, without_frame(text), without_frame(claims(text)))):
         match = re.match(r"[(\[]?([A-Za-z])(?![\w'])[)\].:,-]*\s*[-:(]?\s*(.+)\Z", form)
         if match and match[1].upper() in options:
@@ -173,7 +158,7 @@ def _by_letter_and_text(text: str, options: Mapping[str, str]) -> str | None:
 def _contradicts(text: str, letter: str, options: Mapping[str, str]) -> bool:
     """True if a letter is followed by the whole text of another option."""
     match = re.search(rf"(?<!\w){letter}[)\].:,-]*\s*[-:(]?\s*(.+)\Z", text)
-    if match is None or not options:
+    if match is None:
         return False
     said = text_key(match[1].strip("()"))
     others = {text_key(option) for other, option in options.items() if other != letter}
@@ -181,14 +166,12 @@ def _contradicts(text: str, letter: str, options: Mapping[str, str]) -> bool:
 
 
 def _named(text: str, options: Mapping[str, str]) -> set[str]:
-    """Letters that a statement names and does not reject, from its conclusion where it has one."""
+    """Letters that a statement names and does not reject, in its conclusion where it has one."""
     asserted = claims(text)
     if match := _LOWER.search(asserted):
-        letter = (match[1] or match[2] or match[3]).upper()
-        return {letter} | _mentioned(asserted, options)
-    if lone := _LONE.match(asserted):
-        return {lone[1].upper()}
-    return _mentioned(asserted, options)
+        return {(match[1] or match[2] or match[3]).upper()} | _mentioned(asserted, options)
+    lone = _LONE.match(asserted)
+    return {lone[1].upper()} if lone else _mentioned(asserted, options)
 
 
 def _mentioned(text: str, options: Mapping[str, str]) -> set[str]:
@@ -200,23 +183,24 @@ def _mentioned(text: str, options: Mapping[str, str]) -> set[str]:
         is_first = not before.strip(" *\"'([-")
         if letter > highest and not is_first and not match["close"]:
             continue
-        if not _is_claimed(match, before, after, is_first):
-            continue
-        clause = _CLAUSE.split(before)[-1]
-        if _REJECTED_BEFORE.search(clause) or _REJECTED_AFTER.match(after):
-            continue
-        letters.add(letter)
+        if _is_claimed(match, before, after, is_first) and not _is_rejected(before, after):
+            letters.add(letter)
     for pair in _PAIR.finditer(text):
         before, after = text[: pair.start()], text[pair.end() :]
         if re.match(r"\s+[a-z]", after) and not _FOLLOWING.match(after):
             continue  # B, I think; B, a cat
-        if not _REJECTED_BEFORE.search(_CLAUSE.split(before)[-1]) and not _REJECTED_AFTER.match(after):
+        if not _is_rejected(before, after):
             letters |= {pair["one"], pair["other"]}
     return letters
 
 
+def _is_rejected(before: str, after: str) -> bool:
+    clause = _CLAUSE.split(before)[-1]
+    return _REJECTED_BEFORE.search(clause) is not None or _REJECTED_AFTER.match(after) is not None
+
+
 def _is_claimed(match: re.Match[str], before: str, after: str, is_first: bool) -> bool:
-    """True for a letter that stands for an option, by its own marks or by the words around it."""
+    """True for a letter that names an option, by its own marks or by the words around it."""
     if match["close"] and (match["open"] or max(map(before.rfind, "([")) <= max(map(before.rfind, ")]"))):
         return True
     if _APPROVED.match(after):
@@ -224,9 +208,8 @@ def _is_claimed(match: re.Match[str], before: str, after: str, is_first: bool) -
     is_followed_by_word = re.match(r"\s+(?![A-Z](?![\w'.-]))[\w\"']", after) is not None
     if is_followed_by_word and not _FOLLOWING.match(after):
         return False  # a cat, C major
-    if match["letter"] == "I" and is_followed_by_word and not re.match(r"\s+(?:is|because|and|or)\b", after):
-        return False
-    if match["letter"] == "I" and after.startswith("'"):
+    is_verb_of_i = is_followed_by_word and not re.match(r"\s+(?:is|because|and|or)\b", after)
+    if match["letter"] == "I" and (is_verb_of_i or after.startswith("'")):
         return False
     if is_first:
         return bool(_MARK.match(after) or match["close"] or _FOLLOWING.match(after) or not after.strip())
@@ -242,27 +225,22 @@ def _is_claimed(match: re.Match[str], before: str, after: str, is_first: bool) -
 
 def _by_text(text: str, options: Mapping[str, str], is_same: Callable[[str, str], bool] | None) -> str | None:
     """The one option whose text an answer says; with `is_same` also within a sentence that names no other."""
-    if not options:
-        return None
     asserted = claims(text)
     forms = {text_key(form) for form in (text, asserted, without_frame(text), without_frame(asserted))}
     keys = {letter: text_key(normalise(option)) for letter, option in options.items()}
     literal = [letter for letter, option in options.items() if normalise(option).casefold() == text.casefold()]
     if len(literal) == 1:
-        return literal[0]  # of "3-5" and "between 3 and 5" the one that was written
+        return literal[0]  # "3-5" rather than "between 3 and 5"
     same = {letter for letter, key in keys.items() if key and key in forms}
-    if len(same) == 1:
-        return same.pop()
-    if same or is_same is None:
-        return None
-    same = {letter for letter, option in options.items() if is_same(asserted, normalise(option))}
-    if len(same) == 1:
-        return same.pop()
-    return None if same else _within(text_key(asserted), keys)
+    if not same and is_same is not None:
+        same = {letter for letter, option in options.items() if is_same(asserted, normalise(option))}
+        if not same:
+            return _within(text_key(asserted), keys)
+    return same.pop() if len(same) == 1 else None
 
 
 def _within(said: str, keys: Mapping[str, str]) -> str | None:
-    """The one option whose words stand in a sentence, not as part of a longer option's and not rejected."""
+    """The one option whose words stand in a sentence, neither rejected nor as part of a longer option's text."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for letter, key in keys.items():
         if len(key) < 2 or key in ("none", "no", "yes", "not") or re.match(r"\W?[\d.]", key):

@@ -1,4 +1,4 @@
-r"""Numbers in the text of an answer: every numeral with all that changes its value or meaning.
+r"""Numbers in the text of an answer.
 
 A quantity is read with everything that changes its value or meaning: sign words, comparisons, scale words, percent,
 unit, rejection ("not 3", "5 is wrong"). Values are exact fractions; digits that identify something (007, 041512) are
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from cv_lightning.rewards.answer_text import CACHED
+from cv_lightning.rewards.answer_text import CACHED, any_case
 from cv_lightning.rewards.answer_units import (
     CURRENCY_SIGNS,
     FUNCTION_WORDS,
@@ -27,7 +27,7 @@ from cv_lightning.rewards.answer_units import (
 MAX_DIGITS = 60
 """A longer numeral is not read as a number."""
 MAX_QUANTITIES = 16
-"""A text with more numbers asserts none of them."""
+"""In a text with more numbers, none counts as asserted."""
 BEFORE, BEHIND = 60, 80
 """Characters around a numeral that can change its meaning."""
 
@@ -48,11 +48,11 @@ class Quantity:
     """The numeral itself where its digits identify something: a leading zero."""
     start: int = 0
     end: int = 0
-    """Position of the numeral in the text."""
+    """End of the numeral in the text."""
     value_end: int = 0
-    """Position of its end, scale and unit included."""
+    """End of the numeral with its scale and unit."""
     label: str = ""
-    """Noun of a label before it: Table 3, in 2020."""
+    """The word before it that makes it a label: Table 3, in 2020."""
     alternative: Fraction | None = None
     """Second reading of the numeral: 5/12 of "5 out of 12"."""
 
@@ -73,100 +73,78 @@ _NUMERAL = re.compile(
     rf"|(?P<plain>{_GROUPED}|{_EUROPEAN}|{_SPACED}|{_COMMA}|{_POINT})(?:[eE](?P<e>[+-]?\d{{1,3}}))?)"
 )
 _NOT_A_NUMBER = re.compile(r"\d|-[A-Z](?![a-z])|[.,:/^]\d|-\d+-\d|_|#")
-_ORDINAL_SUFFIX = re.compile(r"(?:st|nd|rd|th)\b", re.IGNORECASE)
-_SQUARED = re.compile(r" squared\b| cubed\b", re.IGNORECASE)
+_ORDINAL_SUFFIX = any_case(r"(?:st|nd|rd|th)\b")
+_SQUARED = any_case(r" squared\b| cubed\b")
 
 # ------------------------------------------------------------------------------------------------ context
-_SIGN_WORD = re.compile(r"\b(?:minus|negative|neg\.?)\s*\Z", re.IGNORECASE)
-_PLUS_WORD = re.compile(r"\b(?:plus|positive)\s*\Z", re.IGNORECASE)
+_SIGN_WORD = any_case(r"\b(?:minus|negative|neg\.?)\s*\Z")
+_PLUS_WORD = any_case(r"\b(?:plus|positive)\s*\Z")
 _SIGN = re.compile(r"(?:\A|(?<=[\s(\[{=:,;<>~$\u20ac\u00a3\u00a5\"'*|\u4e00-\u9fff]))([+-])\s?\Z")
-_MONEY = re.compile(
-    r"(US\$|[" + re.escape(CURRENCY_SIGNS) + r"]|\b(?:USD|EUR|GBP|JPY|CNY" r"|RMB|INR|KRW" r"|Rs\.?))\s*\Z"
+_MONEY = re.compile(r"(US\$|[" + re.escape(CURRENCY_SIGNS) + r"]|\b(?:USD|EUR|GBP|JPY|CNY|RMB|INR|KRW|Rs\.?))\s*\Z")
+_APPROXIMATE = any_case(
+    r"(?:[~=:]|\b(?:about|around|approximately|approx\.?|roughly|circa|ca\.|some|exactly|only|just|precisely"
+    r"|total of|equal to|equals|is|are|the|a|number|value)\b)\s*\Z"
 )
-_APPROXIMATE = re.compile(
-    r"(?:[~=:]|\b(?:about|around|approximately|approx\.?|roughly|circa|ca\.|some|exactly|only|just"
-    r"|precisely|total of|"
-    r"equal to|equals|is|are|the|a|number|value)\b)\s*\Z",
-    re.IGNORECASE,
-)
-MORE = re.compile(
+MORE = any_case(
     r"(?:>=?|\u2265|\b(?:more|greater|larger|bigger|higher|longer|older|taller|further|farther"
-    r"|better) than(?: or equal to)?|\bover|\babove|\bat (?:the )?(?:very )?least|"
-    r"\bno (?:less|fewer) than|\bnot (?:less|fewer) than|\bexceed(?:s|ing)?|\bbeyond|\bupwards? of"
-    r"|\bin excess of|"
-    r"\bjust over|\ba minimum of|\bminimum(?: of)?|\bmin\.?|\bas (?:many|much) as|\bstarting (?:at"
-    r"|from)|\bonwards from)\s*\Z",
-    re.IGNORECASE,
+    r"|better) than(?: or equal to)?|\bover|\babove|\bat (?:the )?(?:very )?least|\bno (?:less|fewer) than"
+    r"|\bnot (?:less|fewer) than|\bexceed(?:s|ing)?|\bbeyond|\bupwards? of|\bin excess of|\bjust over"
+    r"|\ba minimum of|\bminimum(?: of)?|\bmin\.?|\bas (?:many|much) as|\bstarting (?:at|from)"
+    r"|\bonwards from)\s*\Z"
 )
-LESS = re.compile(
-    r"(?:<=?|\u2264|\b(?:less|fewer|smaller|lower|shorter|younger|nearer"
-    r"|worse) than(?: or equal to)?|\bunder|\bbelow|\bat (?:the )?(?:very )?most|"
-    r"\b(?:no|not) (?:more|greater|larger) than|\bup to|\bjust under|\bshort of|\ba maximum of"
-    r"|\bmaximum(?: of)?|"
-    r"\bmax\.?|\balmost|\bnearly|\bclose to|\bapproaching|\bnot quite|\bbarely|\bhardly|\bscarcely)\s*\Z",
-    re.IGNORECASE,
+LESS = any_case(
+    r"(?:<=?|\u2264|\b(?:less|fewer|smaller|lower|shorter|younger|nearer|worse) than(?: or equal to)?|\bunder"
+    r"|\bbelow|\bat (?:the )?(?:very )?most|\b(?:no|not) (?:more|greater|larger) than|\bup to|\bjust under"
+    r"|\bshort of|\ba maximum of|\bmaximum(?: of)?|\bmax\.?|\balmost|\bnearly|\bclose to|\bapproaching"
+    r"|\bnot quite|\bbarely|\bhardly|\bscarcely)\s*\Z"
 )
-OTHER_THAN = re.compile(
-    r"(?:!=|\u2260|<>|\u00b1|\+ ?/? ?-|--|-\+|\b(?:other than|different from|than|except(?: for)?|excluding|(?:any"
-    r"|every)(?:thing|one)? but|all but|besides|without|neither|nor|unlike))\s*\Z",
-    re.IGNORECASE,
+OTHER_THAN = any_case(
+    r"(?:!=|\u2260|<>|\u00b1|\+ ?/? ?-|--|-\+|\b(?:other than|different from|than|except(?: for)?|excluding"
+    r"|(?:any|every)(?:thing|one)? but|all but|besides|without|neither|nor|unlike))\s*\Z"
 )
-_YEAR_COMPARED = re.compile(
-    r"\b(?:(before|prior to|until|earlier than)|(after|later than|since))\s*(?:the year )?\Z", re.IGNORECASE
-)
-_REJECTED_BEFORE = re.compile(
+_YEAR_COMPARED = any_case(r"\b(?:(before|prior to|until|earlier than)|(after|later than|since))\s*(?:the year )?\Z")
+_REJECTED_BEFORE = any_case(
     r"(?:\b(?:not|never|cannot|neither|nor|doubt)|n't)(?!\s+only)(?:\s+[A-Za-z']+){0,3}\s*\Z"
-    r"|\b(?:is|are|was|were|has|have|see|with) no\s*\Z",
-    re.IGNORECASE,
+    r"|\b(?:is|are|was|were|has|have|see|with) no\s*\Z"
 )
-_REJECTED_AFTER = re.compile(
-    r"\s*(?:(?:is|was|are|were|seems?|looks?|would be)\s+(?:[a-z]+ly\s+)?(?:not|wrong|incorrect"
-    r"|false|impossible|unlikely|too\b|ruled out|out of the question)\b"
-    r"|(?:not included|excluded)\b"
-    r"|(?:isn't|aren't|wasn't|can't|cannot|doesn't|won't)\b|\((?:wrong|incorrect|no|false)\))",
-    re.IGNORECASE,
+_REJECTED_AFTER = any_case(
+    r"\s*(?:(?:is|was|are|were|seems?|looks?|would be)\s+(?:[a-z]+ly\s+)?(?:not|wrong|incorrect|false"
+    r"|impossible|unlikely|too\b|ruled out|out of the question)\b|(?:not included|excluded)\b"
+    r"|(?:isn't|aren't|wasn't|can't|cannot|doesn't|won't)\b|\((?:wrong|incorrect|no|false)\))"
 )
-MORE_AFTER = re.compile(
-    r"\s*(?:\+(?!\s*\d)|(?:or|and|&)\s+(?:more|above|over|up|higher|greater|larger|older|longer"
-    r"|upwards)\b|plus\b(?!\s*[\d-])|(?:at )?(?:the )?(?:very )?(?:least|minimum)\b|upwards\b|onwards\b)",
-    re.IGNORECASE,
+MORE_AFTER = any_case(
+    r"\s*(?:\+(?!\s*\d)|(?:or|and|&)\s+(?:more|above|over|up|higher|greater|larger|older|longer|upwards)\b"
+    r"|plus\b(?!\s*[\d-])|(?:at )?(?:the )?(?:very )?(?:least|minimum)\b|upwards\b|onwards\b)"
 )
-LESS_AFTER = re.compile(
+LESS_AFTER = any_case(
     r"\s*(?:(?:or|and|&)\s+(?:less|fewer|below|under|lower|smaller|younger|shorter)\b"
-    r"|(?:at )?(?:the )?(?:very )?(?:most|maximum)\b)",
-    re.IGNORECASE,
+    r"|(?:at )?(?:the )?(?:very )?(?:most|maximum)\b)"
 )
-_BELOW_ZERO = re.compile(
-    r"\s*(?:\u00b0 ?[CF]?|degrees?(?: celsius| fahrenheit)?)?\s*below (?:zero|0|freezing)\b", re.IGNORECASE
+BELOW_ZERO = any_case(r"\s*(?:\u00b0 ?[CF]?|degrees?(?: celsius| fahrenheit)?)?\s*below (?:zero|0|freezing)\b")
+_LABEL = any_case(
+    r"\b(room|table|figure|fig\.?|page|line|row|column|chapter|section|step|question|image|picture|number"
+    r"|no\.?|item|option|panel|part|point|level|floor|gate|bus|route|platform|in|year|since|until|by|of"
+    r"|#)\s*\Z|#\s*\Z"
 )
-_LABEL = re.compile(
-    r"\b(room|table|figure|fig\.?|page|line|row|column|chapter|section|step|question|image|picture"
-    r"|number|no\.?|item|"
-    r"option|panel|part|point|level|floor|gate|bus|route|platform|in|year|since|until|by|of|#)\s*\Z|#\s*\Z",
-    re.IGNORECASE,
-)
-_CLAUSE = re.compile(r"[,;.!?](?:\s|\Z)|\bbut\b", re.IGNORECASE)
+_CLAUSE = any_case(r"[,;.!?](?:\s|\Z)|\bbut\b")
 
 
 @lru_cache(maxsize=CACHED)
 def scan(text: str) -> tuple[Quantity, ...]:
-    """Quantities of a plain text, in order; nothing after more than `MAX_QUANTITIES`."""
+    """Quantities of a plain text, in order; at most one more than `MAX_QUANTITIES`."""
     found: list[Quantity] = []
     position = 0
-    while match := _NUMERAL.search(text, position):
+    while (match := _NUMERAL.search(text, position)) and len(found) <= MAX_QUANTITIES:
         position = match.end()
-        quantity = _read(match, text)
-        if quantity is not None:
+        if quantity := _read(match, text):
             found.append(quantity)
-            if len(found) > MAX_QUANTITIES:
-                break
-            if _BELOW_ZERO.match(text[quantity.end :]):
+            if BELOW_ZERO.match(text[quantity.end :]):
                 position = quantity.value_end
     return tuple(found)
 
 
 def _read(match: re.Match[str], text: str) -> Quantity | None:
-    """The quantity that a numeral begins; None for digits that are none: H2O, 1.2.3, 12abc, 3D."""
+    """The quantity that begins with a numeral; None for digits of something else: H2O, 1.2.3, 12abc, 3D."""
     numeral = _numeral(match)
     end = match.end()
     if match[0].endswith(".") and match["plain"]:
@@ -190,7 +168,7 @@ def _read(match: re.Match[str], text: str) -> Quantity | None:
     unit, used = read_unit(rest)
     if used == 0 and rest[:1].isascii() and rest[:1].isalpha():
         return None  # 12abc
-    if below := _BELOW_ZERO.match(rest):
+    if below := BELOW_ZERO.match(rest):
         negative, used = True, below.end()
         unit = unit if unit is None or unit.is_known else None
     is_percent = unit is not None and unit.kind == "percent"
@@ -225,6 +203,8 @@ def _numeral(match: re.Match[str]) -> tuple[Fraction, int | None, str] | None:
             return None
         return Fraction(match["whole"] or 0) + Fraction(int(match["over"]), int(match["under"])), None, ""
     text, point = _decimal_text(match["plain"])
+    if text.count(".") > 1:  # 0,000,000
+        return None
     if match["e"]:
         if abs(int(match["e"])) > 400:
             return None
@@ -234,7 +214,7 @@ def _numeral(match: re.Match[str]) -> tuple[Fraction, int | None, str] | None:
 
 
 def _decimal_text(numeral: str) -> tuple[str, int]:
-    """A numeral with a decimal point and without grouping, and its decimals."""
+    """A numeral with a decimal point and without grouping, and the number of its decimals."""
     numeral = numeral.rstrip(".")
     for pattern, grouping, point in ((_GROUPED, ",", "."), (_EUROPEAN, ".", ","), (_SPACED, " '", ".")):
         if re.fullmatch(pattern, numeral) and not (pattern == _GROUPED and numeral[0] == "0"):
@@ -265,13 +245,8 @@ def sign_and_money(before: str) -> tuple[str, bool, Unit | None]:
     return before, negative, money
 
 
-def below_zero(text: str) -> re.Match[str] | None:
-    """Match of "degrees below zero" at the start of a text."""
-    return _BELOW_ZERO.match(text)
-
-
 def _scale(value: Fraction, rest: str, *, is_money: bool) -> tuple[Fraction, int]:
-    """Value with the scale words behind it, and how much of the text they take."""
+    """The value times the scale words after it, and the length of these in the text."""
     used = 0
     while match := re.match(r"\s*-?([A-Za-z]+)\b", rest[used:]):
         word = match[1]
@@ -291,7 +266,7 @@ def _scale(value: Fraction, rest: str, *, is_money: bool) -> tuple[Fraction, int
 
 
 def _comparison(before: str, after: str, rest: str, whole: Fraction | None) -> str:
-    """What a quantity is compared by: "more than 3" is not 3."""
+    """How a quantity is compared ("more than 3" is not 3): `>`, `<`, `!=` or empty."""
     left = before
     for _ in range(4 if before and not before.isspace() else 0):
         if MORE.search(left):
@@ -335,23 +310,19 @@ _QUOTES = {"'": "ft", '"': "in"}
 
 
 def read_unit(text: str) -> tuple[Unit | None, int]:
-    """Unit at the start of a text, and how much of it that takes.
+    """Unit at the start of a text, and its length there.
 
-    A known unit by its longest name; else the nouns up to the first word of the sentence ("red cars on the left" gives
-    the unit "car"). (None, 0) without either.
+    A known unit by its longest name; else the nouns up to the first function word ("red cars on the left" gives the
+    unit "car"). (None, 0) without either.
     """
-    best: tuple[Unit | None, int] = (None, 0)
     words = re.match(r"\s*-?((?:[A-Za-z]+\.?[ ]?){1,3})", text)
-    if words:
-        parts = words[1].split()
-        for count in range(min(3, len(parts)), 0, -1):
-            name = " ".join(parts[:count]).rstrip(".")
-            unit = WORDS.get(name.casefold()) or WORDS.get(
-                " ".join([*name.split()[:-1], singular(name.split()[-1])]).casefold()
-            )
-            if unit is not None:
-                at = text.index(parts[count - 1], text.index(parts[0])) if count > 1 else text.index(parts[0])
-                return unit, at + len(parts[count - 1].rstrip("."))
+    parts = words[1].split() if words else []
+    for count in range(min(3, len(parts)), 0, -1):
+        *first, last = " ".join(parts[:count]).casefold().rstrip(".").split()
+        unit = WORDS.get(" ".join([*first, last])) or WORDS.get(" ".join([*first, singular(last)]))
+        if unit is not None:
+            at = text.index(parts[count - 1], text.index(parts[0]))
+            return unit, at + len(parts[count - 1].rstrip("."))
     if symbol := _SYMBOL.match(text):
         name = _QUOTES.get(symbol[1], symbol[1].replace("\u00b0 ", "\u00b0"))
         if name == "%":
@@ -373,4 +344,4 @@ def read_unit(text: str) -> tuple[Unit | None, int]:
     if nouns:
         return Unit(singular(nouns[-1]), Fraction(1), False), position
     cjk = re.match(r"\s*[\u3040-\u30ff\u4e00-\u9fff]", text)
-    return best if cjk is None else (None, cjk.end())
+    return None, 0 if cjk is None else cjk.end()

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from cv_lightning.rewards.answer_numerals import (
     BEFORE,
+    BELOW_ZERO,
     LESS,
     LESS_AFTER,
     MAX_QUANTITIES,
@@ -18,11 +19,10 @@ from cv_lightning.rewards.answer_numerals import (
     MORE_AFTER,
     OTHER_THAN,
     Quantity,
-    below_zero,
     scan,
     sign_and_money,
 )
-from cv_lightning.rewards.answer_text import CACHED, claims, plain, without_frame
+from cv_lightning.rewards.answer_text import CACHED, any_case, claims, plain, without_frame
 from cv_lightning.rewards.answer_units import digits_for_words, ordinal, singular
 
 TOLERANCE = Fraction(1, 10_000)
@@ -55,8 +55,8 @@ def same_quantity(said: Quantity, truth: Quantity, said_text: str = "") -> bool:
     """True if two quantities say the same: value, comparison and, where both have one, unit.
 
     A value may differ by `TOLERANCE`, absolute and relative, if both are the same when rounded to the decimals that
-    both have: 3.00005 for 3, but not 600.0019 for 600.0018, 0.00005 for 0 or one integer for another. Percent and share
-    are converted.
+    both have: 3.00005 for 3, but not 600.0019 for 600.0018, 0.00005 for 0 or one integer for another. Percentages and
+    fractions are converted.
     """
     if said.comparison != truth.comparison or said.digits != truth.digits:
         return False
@@ -65,8 +65,7 @@ def same_quantity(said: Quantity, truth: Quantity, said_text: str = "") -> bool:
         return False
     pairs = [values]
     if said.is_percent != truth.is_percent:
-        share = tuple(value / 100 if of.is_percent else value for value, of in zip(values, (said, truth), strict=True))
-        pairs.append((share[0], share[1]))
+        pairs.append((values[0] / (100 if said.is_percent else 1), values[1] / (100 if truth.is_percent else 1)))
     if said.alternative is not None:
         pairs.append((said.alternative, truth.value))
     decimals = [each.decimals for each in (said, truth) if each.decimals is not None]
@@ -85,13 +84,12 @@ def _same_value(one: Fraction, other: Fraction, decimals: int | None) -> bool:
 
 # ------------------------------------------------------------------------------------------------ statements
 def read_text(text: str) -> str:
-    """A normalised text as the quantity grammar reads it: without LaTeX, number words as digits."""
+    """A normalised text for the quantity grammar: without LaTeX, number words as digits."""
     return digits_for_words(plain(text))
 
 
-_FILLER = re.compile(
-    r"\s*(?:[~=:$#]|about|around|approximately|approx\.?|roughly|exactly|only|just|circa|ca\.|a total of)*\s*",
-    re.IGNORECASE,
+_FILLER = any_case(
+    r"\s*(?:[~=:$#]|about|around|approximately|approx\.?|roughly|exactly|only|just|circa|ca\.|a total of)*\s*"
 )
 _WHOLE_TAIL = re.compile(r"[\s.!?,;)\]]*\Z")
 
@@ -114,7 +112,7 @@ def whole_quantity(text: str) -> Quantity | None:
     tail = text[quantity.value_end :]
     if quantity.comparison:
         tail = MORE_AFTER.sub("", LESS_AFTER.sub("", tail, count=1), count=1)
-    if below_zero(text[quantity.end :]):
+    if BELOW_ZERO.match(text[quantity.end :]):
         tail = ""
     if not _WHOLE_TAIL.match(tail) or quantity.is_rejected:
         return None
@@ -128,23 +126,19 @@ def whole_quantity(text: str) -> Quantity | None:
     return quantity if _FILLER.fullmatch(before) else None
 
 
-_JOINT = re.compile(
-    r"\s*(?:[,;/|&+*^\u00d7x~]|\u00b1|-+|\.\.+|\\+|or|and|to|through|till|versus|vs\.?|plus|minus"
-    r"|times|,? ?(?:or|and)(?: (?:maybe|possibly|perhaps|even|rather))?|"
-    r"\$|\)\s*\()?\s*\Z",
-    re.IGNORECASE,
+_JOINT = any_case(
+    r"\s*(?:[,;/|&+*^\u00d7x~]|\u00b1|-+|\.\.+|\\+|or|and|to|through|till|versus|vs\.?|plus|minus|times"
+    r"|,? ?(?:or|and)(?: (?:maybe|possibly|perhaps|even|rather))?|\$|\)\s*\()?\s*\Z"
 )
 _MARKUP = re.compile(r"\\boxed|[{}()\[\]$*`\"']")
-_ALTERNATIVE = re.compile(r"\bor\b|\b(?:maybe|possibly|perhaps|alternatively)\b|\?\s*\Z", re.IGNORECASE)
-_OPERATOR = re.compile(r"\s*(?:[+*\u00d7x/^-]|plus|minus|times|divided by|multiplied by)\s*\Z", re.IGNORECASE)
-_EQUALS = re.compile(r"(?<![<>!=])=(?!=)|\b(?:is|equals?|makes?|gives?)\b", re.IGNORECASE)
-_CONCLUDES = re.compile(
-    r"\b(?:answer|total(?:s|ling|ing)?|sum|result|altogether|in all|overall|finally|i\.?e\.?|makes?"
-    r"|gives?|equals?)\b"
-    r"|[,;.:)]\s*(?:and )?(?:so|thus|therefore|hence)\b",
-    re.IGNORECASE,
+_ALTERNATIVE = any_case(r"\bor\b|\b(?:maybe|possibly|perhaps|alternatively)\b|\?\s*\Z")
+_OPERATOR = any_case(r"\s*(?:[+*\u00d7x/^-]|plus|minus|times|divided by|multiplied by)\s*\Z")
+_EQUALS = any_case(r"(?<![<>!=])=(?!=)|\b(?:is|equals?|makes?|gives?)\b")
+_CONCLUDES = any_case(
+    r"\b(?:answer|total(?:s|ling|ing)?|sum|result|altogether|in all|overall|finally|i\.?e\.?|makes?|gives?"
+    r"|equals?)\b|[,;.:)]\s*(?:and )?(?:so|thus|therefore|hence)\b"
 )
-_OF = re.compile(r" (?:[a-z]+ ){0,2}(?:out )?of(?: the| these| those| all| a total of)* \Z", re.IGNORECASE)
+_OF = any_case(r" (?:[a-z]+ ){0,2}(?:out )?of(?: the| these| those| all| a total of)* \Z")
 
 
 @lru_cache(maxsize=CACHED)
@@ -152,16 +146,14 @@ def stated_quantity(text: str) -> tuple[Quantity, str] | None:
     """The one quantity that a normalised statement asserts, and the text it was read from; None if none or several.
 
     Rejected ones do not count ("not 5 but 6" gives 6), labels and years only where nothing else is named ("Table 3:
-    42" gives 42). Numbers that are offered side by side, as a list, a range or with "or", are not an answer.
+    42" gives 42). Numbers side by side, as a list, a range or with "or", are not an answer.
     """
     for candidate in dict.fromkeys((claims(text), text)):
-        read = read_text(candidate)
-        if "..." in read:
-            read = read.replace("...", " ")
-        quantity = _one_of(scan(_without_dates(read)), _without_dates(read))
-        if quantity is not None:
-            return quantity, _without_dates(read)
-        if scan(read):
+        whole = read_text(candidate).replace("...", " ")
+        read = _MONTH_DAY.sub("", whole)  # "May 1, 2024" names 2024 and no 1
+        if quantity := _one_of(scan(read), read):
+            return quantity, read
+        if scan(whole):
             return None
     return None
 
@@ -174,9 +166,8 @@ def _one_of(found: Sequence[Quantity], text: str) -> Quantity | None:
         return kept[0] if kept and len({each.value for each in kept}) == 1 else None
     if len(kept) == 1:
         return kept[0] if _is_alone(kept[0], text) else None
-    share = _share(kept, text)
-    if share is not None:
-        return share
+    if part := _part_of(kept, text):
+        return part
     kept = _equated(kept, text)
     if kept and len({(each.value, each.comparison) for each in kept}) == 1:
         return kept[0]
@@ -204,18 +195,15 @@ def _is_alone(quantity: Quantity, text: str) -> bool:
     return not re.search(r"(?<![A-Za-z\d^_])(?<![A-Za-z]-)\d+(?:[.,:/]\d+)+", rest)
 
 
-def _share(found: list[Quantity], text: str) -> Quantity | None:
+def _part_of(found: list[Quantity], text: str) -> Quantity | None:
     """5 of "5 of the 12 boats", which is also 5/12."""
-    if len(found) != 2 or not _OF.search(text[found[0].end : found[1].start]):
+    if len(found) != 2 or not _OF.search(text[found[0].end : found[1].start]) or found[1].value == 0:
         return None
-    one, other = found
-    if other.value == 0:
-        return None
-    return replace(one, alternative=one.value / other.value)
+    return replace(found[0], alternative=found[0].value / found[1].value)
 
 
 def _equated(found: list[Quantity], text: str) -> list[Quantity]:
-    """What stays of an equation: its value beside a calculation (40 + 2 = 42); nothing of "1 = 2"."""
+    """What an equation asserts: the value of a calculation (40 + 2 = 42), nothing of "1 = 2"."""
     for at, (one, other) in enumerate(pairwise(found)):
         between = text[one.value_end if one.value_end <= other.start else one.end : other.start]
         if not _EQUALS.search(between):
@@ -244,25 +232,19 @@ def _outside_parentheses(found: list[Quantity], text: str) -> Quantity | None:
 
 
 def _joins_options(between: str) -> bool:
-    """True if what stands between two numbers makes options of them: a comma, a slash, "or", nothing, another box."""
+    """True if the text between two numbers makes them options: a comma, a slash, "or", nothing, another box."""
     bare = _MARKUP.sub("", between)
     joined = _JOINT.match(between) or (bare.strip() and _JOINT.match(bare)) or _ALTERNATIVE.search(bare)
     return bool(joined) or "\\boxed" in between
 
 
 _MONTH = (
-    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
-    r"|Sept?(?:ember)?|Oct(?:ober)?|"
-    r"Nov(?:ember)?|Dec(?:ember)?)\b\.?"
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
+    r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
 )
 _MONTH_DAY = re.compile(
     rf"\b{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?!\d),?|(?<!\d)\d{{1,2}}(?:st|nd|rd|th)?(?: of)? {_MONTH},?"
 )
-
-
-def _without_dates(text: str) -> str:
-    """Text with only the year of its dates: "May 1, 2024" names 2024 and no 1."""
-    return _MONTH_DAY.sub("", text)
 
 
 def says_quantity(said: str, truth: str) -> bool | None:

@@ -1,7 +1,7 @@
 r"""Text of an answer before anything is read from it: normal form, statement frames, comparison of plain texts.
 
 Pure functions of text, linear in its length. `normalise` removes what carries no meaning in any answer; `plain` also
-removes LaTeX; `claims` reads which part of a short statement is asserted.
+removes LaTeX; `claims` finds the part of a short statement that is asserted.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import unicodedata
 from functools import lru_cache
 
 MAX_NORMALISED_CHARS = 6000
-"""More of a text is not read."""
+"""The rest of a longer text is not read."""
 MAX_LAYERS = 6
 """Nested emphasis, dollar signs, quotes and boxes that are removed."""
 CACHED = 1024
-"""Texts that each function of this grammar remembers: one decision reads the same text several times."""
+"""Texts that each cached function remembers: one decision reads the same text several times."""
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that do not decode."""
+
+
+def any_case(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern that ignores case."""
+    return re.compile(pattern, re.IGNORECASE)
+
 
 _SUPERSCRIPT = re.compile("[\u207a\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _VULGAR_AFTER_DIGIT = re.compile("(\\d)([\u00bc-\u00be\u2150-\u215e])")
@@ -76,7 +82,7 @@ def _to_plain_characters(text: str) -> str:
     # NFKC alone makes 52 of a squared 5 and 11/2 of one and a half
     text = _VULGAR_AFTER_DIGIT.sub(r"\1 \2", _SUPERSCRIPT.sub(lambda match: "^" + match.group(), text))
     text = _MINUS_BEFORE_DIGIT.sub("-", text)
-    # the no-break space before a prime or an accent that NFKC writes is not the author's
+    # before NFKC, which would put a space in front of a prime or an accent, and after it
     text = text.translate(_CHARACTERS)
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
     kept = (
@@ -112,68 +118,53 @@ def plain(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ statements
-_OPENING = re.compile(
+_OPENING = any_case(
     r"(?:so|thus|hence|therefore|then|okay|ok|well|clearly|(?:probably|possibly|perhaps|maybe|most likely)\b"
     r"|i (?:think|believe|guess|suppose|would say|'d say|see|read|count|counted|say|choose)(?: that)?"
-    r"|(?:in|from|according to|based on|looking at) (?:the|this) (?:image|picture|photo|figure"
-    r"|chart|sign|graph|table)"
-    r"|(?:the |my )?(?:final |correct |right |best )?(?:answer|result|solution)(?: is| was)?"
-    r"|answer)\b(?: that\b)?[:,]?\s+"
-    r"|(?:answer|result)\s*[:=]\s*",
-    re.IGNORECASE,
+    r"|(?:in|from|according to|based on|looking at) (?:the|this) (?:image|picture|photo|figure|chart|sign"
+    r"|graph|table)|(?:the |my )?(?:final |correct |right |best )?(?:answer|result|solution)(?: is| was)?"
+    r"|answer)\b(?: that\b)?[:,]?\s+|(?:answer|result)\s*[:=]\s*"
 )
-_COPULA = re.compile(
-    r"(?:(?:the|this|that|my|its|their|his|her) (?:[\w'-]+ ){1,5}?(?:is|are|was|were|says?|reads?"
-    r"|said|shows?|equals)"
-    r"|it(?:'s| is| was| says| said| reads| shows| equals)|this is|that(?:'s| is)"
-    r"|there(?:'s| is| are| was| were)|they(?:'re| are| were)|he is|she is|is|in|on|at|to)\b\s*:?\s*",
-    re.IGNORECASE,
+_COPULA = any_case(
+    r"(?:(?:the|this|that|my|its|their|his|her) (?:[\w'-]+ ){1,5}?(?:is|are|was|were|says?|reads?|said|shows?"
+    r"|equals)|it(?:'s| is| was| says| said| reads| shows| equals)|this is|that(?:'s| is)"
+    r"|there(?:'s| is| are| was| were)|they(?:'re| are| were)|he is|she is|is|in|on|at|to)\b\s*:?\s*"
 )
-_ARTICLE = re.compile(r"(?:a|an|the) (?=\S)", re.IGNORECASE)
-_CONCLUSION = re.compile(
-    r"\b(?:final|correct|right|best)?\s*(?:answer|choice|option)(?: must be| should be| would be"
-    r"| is|:| is:)\s*[:,]?\s*",
-    re.IGNORECASE,
+_ARTICLE = any_case(r"(?:a|an|the) (?=\S)")
+_CONCLUSION = any_case(
+    r"\b(?:final|correct|right|best)?\s*(?:answer|choice|option)(?: must be| should be| would be| is|:"
+    r"| is:)\s*[:,]?\s*"
 )
-_REASON = re.compile(
-    r"[,;.]?\s+(?:because|since|due to|given that|considering)\b|[,;]\s+(?:as|for" r"|so that)\s+(?=[a-z])",
-    re.IGNORECASE,
-)
-_CORRECTED = re.compile(
+_REASON = any_case(r"[,;.]?\s+(?:because|since|due to|given that|considering)\b|[,;]\s+(?:as|for|so that)\s+(?=[a-z])")
+_CORRECTED = any_case(
     r"\A.*(?:\b(?:thought|first|initially|guessed|looks? like)\b[^.;]*[,;.]?\s+but\b|\?\s*no\b,?"
-    r"|\b(?:wait|actually|correction)\b[,:]?)"
-    r"(?:\s+(?:it's|it is))?\s*",
-    re.IGNORECASE,
+    r"|\b(?:wait|actually|correction)\b[,:]?)(?:\s+(?:it's|it is))?\s*"
 )
-_NOT_BUT = re.compile(
+_NOT_BUT = any_case(
     r"\A.*?(?:\bnot|n't|\bnever)\b(?! only)[^,;.]*(?:[,;]?\s+but(?: rather| instead)?\s+"
-    r"|[,;]\s+(?:it's|it is|rather|instead)\s+)",
-    re.IGNORECASE,
+    r"|[,;]\s+(?:it's|it is|rather|instead)\s+)"
 )
 _VERBS = "is are was were be am do does did can could would will may might must should has have had".split()
-_REJECTED_TAIL = re.compile(
-    r"(?:[,;(]\s*(?:and |but )?(?:it's |it is |certainly |definitely )?not\b(?! (?:only|included"
-    r"|counted|present|possible|right|correct)\b)|\s(?:and"
-    r"|but) not\b(?! (?:only|included|counted|present|possible|right|correct)\b)"
-    r"|"
+_REJECTED_TAIL = any_case(
+    r"(?:[,;(]\s*(?:and |but )?(?:it's |it is |certainly |definitely )?not\b(?! (?:only|included|counted"
+    r"|present|possible|right|correct)\b)|\s(?:and|but) not\b(?! (?:only|included|counted|present|possible"
+    r"|right|correct)\b)|"
     + "".join(rf"(?<!\b{verb})" for verb in _VERBS)
     + r"\snot\b(?! (?:only|included|counted|present|possible|right|correct)\b)"
-    r"|[,;(]?\s*\b(?:rather than|instead of|as opposed to|unlike)\b)(?P<rejected>.*)\Z",
-    re.IGNORECASE,
+    r"|[,;(]?\s*\b(?:rather than|instead of|as opposed to|unlike)\b)(?P<rejected>.*)\Z"
 )
-_HEDGE_BEHIND = re.compile(
-    r",\s*(?:definitely|certainly|surely|clearly|probably|maybe|perhaps|for sure|i (?:think|guess|believe))\Z",
-    re.IGNORECASE,
+_HEDGE_BEHIND = any_case(
+    r",\s*(?:definitely|certainly|surely|clearly|probably|maybe|perhaps|for sure|i (?:think|guess|believe))\Z"
 )
 _PARENTHESIS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]\s*\Z")
 
 
 @lru_cache(maxsize=CACHED)
 def claims(text: str) -> str:
-    """The asserted part of a statement: conclusion instead of the way there, no reasons, no rejected alternative.
+    """The asserted part of a statement: its conclusion, without reasons and rejected alternatives.
 
     "The answer is A, not B" gives "A", "not A but C" gives "C", "B, because A is wrong" gives "B". A statement that
-    only rejects ("not 3") stays as it is.
+    only rejects ("not 3") is not changed.
     """
     named = list(_CONCLUSION.finditer(text))
     if named and text[named[-1].end() :].strip(" .,;:"):

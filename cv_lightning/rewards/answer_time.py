@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from cv_lightning.rewards.answer_text import CACHED
+from cv_lightning.rewards.answer_text import CACHED, any_case
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _NAMES = {
@@ -20,7 +20,7 @@ _NAME = rf"(?P<month>{'|'.join(sorted(_NAMES, key=len, reverse=True))})\b\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?(?![\d:.%]\d?)"
 _YEAR = r"(?P<year>\d{4})(?!\d)"
 _DATES = tuple(
-    re.compile(pattern, re.IGNORECASE)
+    any_case(pattern)
     for pattern in (
         r"(?<![\w/.-])(?P<year>\d{4})(?P<separator>[-/.])(?P<first>\d{1,2})(?P=separator)(?P<second>\d{1,2})(?![\w/-])",
         r"(?<![\w/.-])(?P<first>\d{1,2})(?P<separator>[-/.])(?P<second>\d{1,2})(?P=separator)(?P<year>\d{4}|\d{2})(?![\w/-])",
@@ -31,16 +31,11 @@ _DATES = tuple(
         rf"(?<!\d)(?:the )?{_DAY}(?: of)? {_NAME}",
     )
 )
-_CLOCK = re.compile(
-    r"(?<![\w:.,])(?P<hour>[01]?\d|2[0-4])(?:(?::"
-    r"|(?P<dot>\.))(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?|(?P<bare>(?=\s?[ap]\.?m\b)| ?o'clock))"
-    r"(?![\d:])\s?(?P<half>[ap])?(?(half)\.?m\b\.?)(?: ?o'clock)?",
-    re.IGNORECASE,
+_CLOCK = any_case(
+    r"(?<![\w:.,])(?P<hour>[01]?\d|2[0-4])(?:(?::|(?P<dot>\.))(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?"
+    r"|(?P<bare>(?=\s?[ap]\.?m\b)| ?o'clock))(?![\d:])\s?(?P<half>[ap])?(?(half)\.?m\b\.?)(?: ?o'clock)?"
 )
-_REJECTED = re.compile(
-    r"(?:\b(?:not|never|before|after|until|past|than|by|since|or|nor)" r"|n't)(?:\s+[A-Za-z']+){0,2}\s*\Z",
-    re.IGNORECASE,
-)
+_REJECTED = any_case(r"(?:\b(?:not|never|before|after|until|past|than|by|since|or|nor)|n't)(?:\s+[A-Za-z']+){0,2}\s*\Z")
 
 
 class Date(NamedTuple):

@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from cv_lightning.rewards.answer_text import CACHED
+from cv_lightning.rewards.answer_text import CACHED, any_case
 
 
 class Unit(NamedTuple):
@@ -106,13 +106,13 @@ SCALES = {
     for word in words.split()
 } | {"dozen": Fraction(12), "dozens": Fraction(12)}
 LETTER_SCALES = {"k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
-"""Letters that scale a number that they are attached to, by power of ten; `m` and `b` do behind a currency sign."""
+"""Powers of ten of letters attached to a number; after a currency sign `m` and `b` count, too."""
 
-# A noun ends here: words that belong to the sentence, not to what is counted.
+# Words that belong to the sentence, not to what is counted: a noun ends before them.
 FUNCTION_WORDS = frozenset(
-    "a an and are around as at be because been but by can for from had has have here if in into is it its less more "
-    "of off on only or out over overall per right since so than that the their then there these they this those to "
-    "total altogether under up visible was were which who with you i we not now left".split()
+    "a an and are around as at be because been but by can for from had has have here if in into is it its "
+    "less more of off on only or out over overall per right since so than that the their then there these "
+    "they this those to total altogether under up visible was were which who with you i we not now left".split()
 )
 
 
@@ -130,8 +130,8 @@ def singular(word: str) -> str:
 _ONES = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split()
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+        "sixteen seventeen eighteen nineteen".split()
     )
 }
 _TENS = {
@@ -147,34 +147,30 @@ _PARTS |= {f"{word}s": value for word, value in _PARTS.items() if word != "halve
 _ORDINALS = {
     word: value
     for value, word in enumerate(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
-        "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth".split(),
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+        "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth".split(),
         start=1,
     )
 }
 _WORD = "|".join(sorted([*_ONES, *_TENS, "hundred", *_MULTIPLES], key=len, reverse=True))
-_NUMBER_WORDS = re.compile(rf"\b(?:a )?(?:{_WORD})\b(?:(?:[ -]+|,? and )(?:{_WORD})\b)*", re.IGNORECASE)
-_PART_WORDS = re.compile(
+_NUMBER_WORDS = any_case(rf"\b(?:a )?(?:{_WORD})\b(?:(?:[ -]+|,? and )(?:{_WORD})\b)*")
+_PART_WORDS = any_case(
     r"(?:(?P<whole>\d+) and )?(?P<count>\b(?:a|an|one)\b|(?<![\d.,/])\d+)?[ -]*\b(?P<part>"
     + "|".join(_PARTS)
-    + r")\b(?: of)?(?: (?:a|an)\b)?",
-    re.IGNORECASE,
+    + r")\b(?: of)?(?: (?:a|an)\b)?"
 )
 _POINT = re.compile(r"(\d+) point ((?:\d )*\d+)\b")
-_PRONOUN = re.compile(
-    r"\b(?:the|this|that|which|each|every|no|any|some|another|other|first|second|last|next|\w+(?:er"
-    r"|est|red|ow|een|lue|ack|ite|all|eft|ight)) \Z",
-    re.IGNORECASE,
+_PRONOUN = any_case(
+    r"\b(?:the|this|that|which|each|every|no|any|some|another|other|first|second|last|next"
+    r"|\w+(?:er|est|red|ow|een|lue|ack|ite|all|eft|ight)) \Z"
 )
-_PRONOUN_AFTER = re.compile(
-    r" (?:on|in|at|with|that|who|which|is|below|above|to|from|can|should" r"|of (?:them|these" r"|those))\b",
-    re.IGNORECASE,
+_PRONOUN_AFTER = any_case(
+    r" (?:on|in|at|with|that|who|which|is|below|above|to|from|can|should|of (?:them|these|those))\b"
 )
-_BARE_PART = re.compile(
-    r"(?:\A|[=:,(-]|\b(?:is|are|was|about|exactly|only|just|around|roughly|approximately|than" r"|at))\s*\Z",
-    re.IGNORECASE,
+_BARE_PART = any_case(
+    r"(?:\A|[=:,(-]|\b(?:is|are|was|about|exactly|only|just|around|roughly|approximately|than|at))\s*\Z"
 )
-ORDINAL = re.compile(r"\A(?:the )?(" + "|".join(_ORDINALS) + r")(?: one| place)?\Z", re.IGNORECASE)
+ORDINAL = any_case(r"\A(?:the )?(" + "|".join(_ORDINALS) + r")(?: one| place)?\Z")
 
 
 def ordinal(text: str) -> int | None:
@@ -185,7 +181,7 @@ def ordinal(text: str) -> int | None:
 
 @lru_cache(maxsize=CACHED)
 def digits_for_words(text: str) -> str:
-    """Text with its number words as digits: "twenty-one" as 21, "two and a half" as 2 1/2; pronouns stay ("no one")."""
+    """Text with number words as digits: "twenty-one" as 21, "two and a half" as 2 1/2; pronouns ("no one") stay."""
     if not _NUMBER_WORDS.search(text) and not _PART_WORDS.search(text) and "dozen" not in text.casefold():
         return text
     text = _NUMBER_WORDS.sub(lambda match: _spelled(match, text), text)
@@ -208,7 +204,7 @@ def _spelled(match: re.Match[str], text: str) -> str:
 
 
 def _parse_words(words: list[str]) -> list[str]:
-    """Numbers in a row of number words; "and" joins only below a hundred or a scale: "five and six" are two."""
+    """Numbers in a sequence of number words; "and" joins only after a hundred or a scale: "five and six" are two."""
     found: list[str] = []
     total = current = 0
     last = ""  # kind of the word before: "", one, ten, hundred, scale
@@ -218,8 +214,7 @@ def _parse_words(words: list[str]) -> list[str]:
         nonlocal total, current, last
         if last:
             found.append(str(total + current))
-        total = current = 0
-        last = ""
+        total, current, last = 0, 0, ""
 
     for word in words:
         if word == "a":

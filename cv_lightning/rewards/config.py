@@ -53,7 +53,7 @@ class RewardConfig:
     """Score of a crop: `iou` with the ground-truth box, or `coverage`: 1 where it shows the box and little else. None:
     coverage for `credit: net`, else iou."""
     gate: bool | None = None
-    """Where a crop is wanted and mandatory is below 0.1, multiply accuracy by mandatory. None: true, except for
+    """Multiply accuracy by mandatory where a crop is wanted and mandatory is below 0.1. None: true, except for
     `credit: steps`."""
     mathematics: bool = False
     """Also compare formulas symbolically (needs the package math-verify)."""

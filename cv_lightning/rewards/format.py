@@ -21,16 +21,14 @@ from cv_lightning.rewards.markup import (
 
 
 def check_format(text: str | None) -> float:
-    """1.0 if a whole response is well-formed, else 0.0 (golden/format; its questionable cases are refused).
+    """1.0 if a whole response is well-formed, else 0.0 (golden/format; its questionable cases give 0.0).
 
-    Well-formed: it begins with a thought, thoughts are neither empty, nested nor crossed, every call is closed, and
-    exactly one answer that is not empty stands outside thoughts, without tags inside and with nothing behind it. Tool
-    responses are removed first. Opening an answer in a thought is refused. Calls are not counted here: the golden cases
+    A well-formed response begins with a thought; thoughts are neither empty, nested nor crossed; every call is closed;
+    exactly one answer that is not empty stands outside thoughts, without tags inside and with nothing after it. Tool
+    responses are removed first. An answer tag in a thought gives 0.0. Calls are not counted here: the golden cases
     accept two in a row.
     """
-    if text is None:
-        return 0.0
-    text = cut_spans(text.replace(CUT, ""), RESPONSE_OPEN, RESPONSE_CLOSE, mark="")
+    text = cut_spans((text or "").replace(CUT, ""), RESPONSE_OPEN, RESPONSE_CLOSE, mark="")
     spoken = _spoken(text)
     if spoken is None or spoken.count(ANSWER_OPEN) != 1 or spoken.count(ANSWER_CLOSE) != 1:
         return 0.0
@@ -43,8 +41,8 @@ def check_format(text: str | None) -> float:
 def check_turns(turns: Sequence[str]) -> float:
     """1.0 if every assistant turn is well-formed: a thought, then one closed call or, in the last, an answer; else 0.0.
 
-    Stricter than `check_format` of the joined text: a turn without a thought cannot hide behind another's, and a turn
-    has one call, since only the first is run, or the answer.
+    Stricter than `check_format` of the joined text: every turn needs its own thought, and has either one call, since
+    only the first is run, or the answer.
     """
     if not turns or check_format(turns[-1]) == 0 or call_blocks(without_thoughts(turns[-1])).bodies:
         return 0.0
@@ -61,7 +59,7 @@ def check_turns(turns: Sequence[str]) -> float:
 def _spoken(text: str) -> str | None:
     """Text with a `CUT` for every thought.
 
-    None where it does not begin with a thought, and where one is empty, nested, crossed or opens an answer.
+    None where it does not begin with a thought, or where one is empty, nested, crossed or opens an answer.
     """
     pieces: list[str] = []
     position = 0

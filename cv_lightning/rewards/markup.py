@@ -1,6 +1,6 @@
 """The tags of a response: thoughts, calls, tool responses, answers. Pure functions of text, linear in its length.
 
-Agent and reward read a turn with these same functions, so what ends a trajectory is what gets scored.
+Agent and reward read a turn with the same functions, so the answer that ends a trajectory is the one that is scored.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
 CUT = "\0"
-"""Stands where something was cut out; an answer with a cut in it is none."""
+"""Marks the place of removed text; an answer with such a mark in it does not count."""
 
 
 class CallBlocks(NamedTuple):
     """Call blocks of a text."""
 
     bodies: list[str]
-    """What stands in the closed blocks, in order."""
+    """Contents of the closed blocks, in order."""
     rest: str
     """The text with a `CUT` for every block."""
     unclosed: bool
@@ -30,8 +30,8 @@ class CallBlocks(NamedTuple):
 def without_thoughts(text: str) -> str:
     """Text with a `CUT` for every thought.
 
-    What precedes a stray first closing tag belongs to a thought too (a template may have opened it); an unclosed
-    thought swallows the rest.
+    Text before a first closing tag without an opening one also belongs to a thought (a template may have opened it);
+    an unclosed thought extends to the end.
     """
     first_open, first_close = text.find(THINK_OPEN), text.find(THINK_CLOSE)
     if first_close >= 0 and (first_open < 0 or first_close < first_open):
@@ -43,11 +43,11 @@ def cut_spans(text: str, opening: str, closing: str, *, unclosed: bool = False, 
     """Text with `mark` for every span from an opening to the next closing tag, tags included.
 
     Args:
-        text: any text.
-        opening: tag.
-        closing: tag.
-        unclosed: a span without an end runs to the end of the text; else it stays.
-        mark: what stands in for a span.
+        text: Any text.
+        opening: Opening tag.
+        closing: Closing tag.
+        unclosed: A span without a closing tag extends to the end of the text; else it stays.
+        mark: Replaces each span.
     """
     pieces: list[str] = []
     position = 0
@@ -90,9 +90,9 @@ def _end_outside_string(text: str, body: int, end: int) -> int:
 
 
 def load_call(block: str) -> Any:
-    """JSON value of a block; None where it is none. Raw control characters inside strings are accepted.
+    """JSON value of a block; None where it is not JSON. Raw control characters inside strings are accepted.
 
-    Around the value only JSON's own white space may stand, so that a no-break space or a byte-order mark is refused.
+    Only JSON's own white space may surround the value: a no-break space or a byte-order mark is not accepted.
     """
     try:
         return json.loads(block, strict=False, parse_constant=_no_constant, parse_float=_finite)
@@ -101,7 +101,7 @@ def load_call(block: str) -> Any:
 
 
 def answer_spans(text: str) -> list[str]:
-    """Contents of the closed answers, in order; of nested opening tags the innermost counts."""
+    """Contents of the closed answers, in order; of nested opening tags, the innermost counts."""
     found: list[str] = []
     position = 0
     while (start := text.find(ANSWER_OPEN, position)) >= 0:
@@ -115,9 +115,9 @@ def answer_spans(text: str) -> list[str]:
 
 
 def final_answer(text: str) -> str | None:
-    """The last well-formed answer of an assistant turn, stripped; None where there is none.
+    """The last well-formed answer of an assistant turn, stripped; None without one.
 
-    Answers in thoughts, calls and tool responses do not count, and neither does one that has any of these in it.
+    Answers in thoughts, calls and tool responses do not count, nor answers that contain one of these.
     """
     spoken = call_blocks(without_thoughts(text.replace(CUT, ""))).rest
     spoken = cut_spans(spoken, RESPONSE_OPEN, RESPONSE_CLOSE, unclosed=True)

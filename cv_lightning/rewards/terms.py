@@ -1,7 +1,7 @@
 """Reward components of a user's own: subclass `RewardTerm`, or name a function in a `FunctionTerm`.
 
-A term that looks at one trajectory overrides `value`. One that compares the trajectories of a group, waits for
-something or asks the judge overrides `values`, which runs on the event loop while other groups still roll out.
+A term that needs one trajectory overrides `value`. One that compares the trajectories of a group, waits for something
+or asks the judge overrides `values`, which runs on the event loop while other groups still roll out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredGroup:
-    """The trajectories of one task that can be scored, with the scores of their answers. Read it, change nothing."""
+    """The trajectories of one task that can be scored, with the scores of their answers. Read only."""
 
     task: Task
     trajectories: tuple[Trajectory, ...]
@@ -64,14 +64,14 @@ class RewardTerm:
     """
 
     def __init__(self, name: str, weight: float) -> None:
-        """Name it.
+        """Set name and weight.
 
         Args:
-            name: key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
-            weight: factor in the total; negative for a penalty.
+            name: Key of the component in `RewardBreakdown.components` and in metrics (`reward/<name>`).
+            weight: Factor in the total; negative for a penalty.
 
         Raises:
-            ValueError: a name that is not a word, or a weight that is not finite.
+            ValueError: The name is not a word, or the weight is not finite.
         """
         if not name or not name.replace("_", "").isalnum() or not math.isfinite(weight):
             raise ValueError(f"reward.terms: name {name!r} must be letters, digits and _, weight {weight} finite")
@@ -79,17 +79,16 @@ class RewardTerm:
         self.weight = weight
 
     def __repr__(self) -> str:
-        """Class and settings, the same in every process: what an evaluation notes, and compares when it continues."""
-        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        """Class and settings, the same in every process: part of an evaluation's config fingerprint."""
         settings = (f"{name}={_named(value)}" for name, value in sorted(vars(self).items()))
-        return f"{kind}({', '.join(settings)})"
+        return f"{type(self).__module__}.{type(self).__qualname__}({', '.join(settings)})"
 
     def value(self, trajectory: Trajectory, score: float) -> float:
         """Unweighted value of the component for one trajectory.
 
         Args:
-            trajectory: finished and scoreable; read it, change nothing.
-            score: answer score in [0, 1].
+            trajectory: Finished and scoreable. Read only.
+            score: Answer score in [0, 1].
         """
         raise NotImplementedError(f"reward.terms: {type(self).__qualname__} defines neither value nor values")
 
@@ -97,8 +96,8 @@ class RewardTerm:
         """Unweighted values of the component for all trajectories of a group, in their order.
 
         Returns:
-            None for a trajectory that the judge did not reply about: it stays unscored, as where the judge fails on
-            its answer. A `JudgeError` stands for None throughout.
+            None for a trajectory about which the judge did not reply: it stays unscored, as if the judge had failed on
+            its answer. A `JudgeError` means None for all.
         """
         pairs = zip(group.trajectories, group.scores, strict=True)
         return [float(self.value(trajectory, score)) for trajectory, score in pairs]
@@ -110,7 +109,7 @@ class RewardTerm:
 
 
 def _named(value: object) -> str:
-    """A function by its name; anything else as Python writes it, which for what has no such form is its class."""
+    """Name of a function; `repr` of another value, or its class where `repr` would give an address."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return type(value).__qualname__ if type(value).__repr__ is object.__repr__ else repr(value)
@@ -123,12 +122,12 @@ class FunctionTerm(RewardTerm):
         """Import the function.
 
         Args:
-            name: key of the component.
-            weight: factor in the total.
-            function: where the function is: `package.module.function`.
+            name: Key of the component.
+            weight: Factor in the total.
+            function: Its import path: `package.module.function`.
 
         Raises:
-            ValueError: there is no such function.
+            ValueError: There is no such function.
         """
         super().__init__(name, weight)
         module, _, attribute = function.rpartition(".")

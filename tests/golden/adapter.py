@@ -22,12 +22,36 @@ def call(topic: str, case: Case) -> Any:
 
 def answers(case: Case) -> str | bool | None:
     """Extraction and equivalence of answers."""
-    from cv_lightning.rewards.answer import are_answers_equivalent, extract_answer
+    from cv_lightning.rewards.answer import are_answers_equivalent
 
     given = case["input"]
     if case["fn"] == "extract_answer":
-        return extract_answer(given["text"])
+        return _extract_answer(given["text"])
     return are_answers_equivalent(given["prediction"], given["ground_truth"])
+
+
+MAX_UNTAGGED_LINES = 500
+"""The released code extracts nothing from a text of so many lines without an answer tag."""
+
+
+def _extract_answer(text: str | None) -> str | None:
+    """Answer of a whole response, read as leniently as the released code does; training uses `markup.final_answer`.
+
+    The last answer in tags that is not empty; else what follows an unclosed tag; else the last line of a text without
+    tags and without an unfinished thought.
+    """
+    from cv_lightning.rewards.markup import answer_spans, cut_spans
+
+    text = cut_spans(text or "", "<tool_response>", "</tool_response>", mark="")
+    closed = [answer.strip() for answer in answer_spans(text)]
+    if closed:
+        return next((answer for answer in reversed(closed) if answer), "")
+    if "<answer>" in text:
+        return text.rpartition("<answer>")[2].strip()
+    lines = text.strip().split("\n")
+    if not text.strip() or len(lines) >= MAX_UNTAGGED_LINES or text.count("<think>") > text.count("</think>"):
+        return None
+    return lines[-1].strip()
 
 
 def response_format(case: Case) -> float:

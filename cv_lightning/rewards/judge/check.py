@@ -1,4 +1,4 @@
-"""Does a judge's endpoint work? Asked by `judge --check` and `doctor`, and once when a training run starts."""
+"""Check that a judge's endpoint works: for `judge --check`, `doctor`, and the start of a training run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class EndpointReport:
 
     ok: bool
     message: str
-    """One line for people: what works, or what to change."""
+    """One line: what works, or what to change."""
     latency_s: float = 0.0
 
 
 def check_endpoint(config: JudgeConfig) -> EndpointReport:
-    """Ask two comparisons that any judge gets right; nothing is cached."""
+    """Ask for two comparisons that any judge gets right; nothing is cached."""
     probe = replace(config, cache_folder=None, max_attempts=1, give_up_s=min(config.give_up_s, config.timeout_s + 5))
     begun = time.perf_counter()
     try:
@@ -42,10 +42,10 @@ def check_endpoint(config: JudgeConfig) -> EndpointReport:
 def verdicts(
     config: JudgeConfig, cases: list[tuple[str, str, str]], question: str = "How much is 2 + 2?"
 ) -> list[float]:
-    """Verdicts on (ground truth, answer, data source), asked at once.
+    """Verdicts on several (ground truth, answer, data source), asked for at once.
 
     Raises:
-        JudgeError: the judge gave none.
+        JudgeError: The judge gave none.
     """
     judge = Judge(config)
 

@@ -1,4 +1,4 @@
-"""Where the judge is and how it is asked. No heavy imports."""
+"""Config of the judge. No heavy imports."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Reading a verdict out of a chat completion. Pure functions of JSON values.
+"""Reading a verdict from a chat completion. Pure functions of JSON values.
 
-A verdict is only what stands where the prompt asked for it: the whole reply is one word of the grammar, a JSON object
-with a verdict, or a text that ends in `Verdict: <word>`. A sentence about the answers is never read as one: "The
-correct answer is 1" repeats the ground truth. Two verdicts that contradict each other do not count.
+A verdict counts only where the prompt asked for it: the whole reply is one word of the grammar, a JSON object with a
+verdict, or a text that ends in `Verdict: <word>`. A sentence about the answers is never a verdict: "The correct answer
+is 1" repeats the ground truth. Two verdicts that contradict each other do not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from cv_lightning.rewards.markup import THINK_CLOSE, THINK_OPEN, cut_spans
 
 GRAMMAR = 2
-"""Version of the grammar, part of a cached verdict's key: what an older one has misread is asked again."""
+"""Version of the grammar, part of a cached verdict's key: a corrected grammar asks again."""
 _RIGHT = {"1", "yes", "true", "correct", "right"}
 _WRONG = {"0", "no", "false", "incorrect", "wrong"}
 _DECORATION = "`*_\"' \t\r\n"
@@ -30,14 +30,14 @@ _FIRST_WORD = re.compile(r"\W*(\w+)(?:\Z|[^\w\s]|\s+\W)")
 """A word that stands alone before punctuation: `1.`, `Yes, ...`, `No - ...`."""
 _JSON_KEYS = ("verdict", "is_correct", "correct", "score")
 _JSON_COMPANIONS = frozenset(("reason", "reasoning", "explanation", "rationale", "confidence", "analysis", "comment"))
-"""Keys that may stand beside `correct` or `score` without giving these another meaning."""
+"""Keys beside which `correct` and `score` keep their meaning."""
 
 
 def read_verdict(body: object) -> float | None:
     """Verdict of the body of a chat completion; None where it holds none.
 
     Args:
-        body: decoded JSON, of any shape.
+        body: Decoded JSON, of any shape.
 
     Returns:
         Probability that the answer is right where the reply is one digit and the server gives its probabilities, else
@@ -46,11 +46,9 @@ def read_verdict(body: object) -> float | None:
     choice = _at(body, "choices", 0)
     text = _at(choice, "message", "content")
     value = parse_verdict(text) if isinstance(text, str) else None
-    if value is None:
-        return None
-    probability = None
-    if text.strip() in ("0", "1"):  # else the first token is not the verdict: "1. The answers differ. Verdict: 0"
-        probability = _first_token_probability(_at(choice, "logprobs", "content", 0), text.strip())
+    if value is None or text.strip() not in ("0", "1"):
+        return value  # the first token is not the verdict: "1. The answers differ. Verdict: 0"
+    probability = _first_token_probability(_at(choice, "logprobs", "content", 0), text.strip())
     if probability is None or probability == 0.5:
         return value
     return probability if (probability > 0.5) == (value > 0.5) else None
@@ -65,7 +63,7 @@ def read_text(body: object) -> str | None:
 def parse_verdict(text: str) -> float | None:
     """1.0 or 0.0 from the judge's text: one word (1, correct, no, ...), JSON with such a value, or `... Verdict: 1`.
 
-    Thoughts are cut out. Anything else is no verdict (None): a sentence is not guessed at.
+    Thoughts are removed first. None for anything else: the meaning of a sentence is not guessed.
     """
     text = cut_spans(text, THINK_OPEN, THINK_CLOSE, unclosed=True, mark="")
     text = text.rpartition(THINK_CLOSE)[2].strip().strip(_DECORATION)
@@ -115,7 +113,7 @@ def _word(text: str) -> float | None:
 
 
 def _first_token_probability(token: object, digit: str) -> float | None:
-    """P(1) / (P(1) + P(0)) of the first token, if that is the digit of the text and the server tells both."""
+    """P(1) / (P(1) + P(0)) of the first token, if that is the digit of the text and the server gives both."""
     if str(_at(token, "token")).strip() != digit:
         return None
     mass = {"0": 0.0, "1": 0.0}
@@ -131,10 +129,8 @@ def _first_token_probability(token: object, digit: str) -> float | None:
 def _at(value: Any, *path: str | int) -> Any:
     """Value at a path of keys and indices; None where there is none."""
     for key in path:
-        if isinstance(key, str) and isinstance(value, dict):
-            value = value.get(key)
-        elif isinstance(key, int) and isinstance(value, list) and len(value) > key:
+        try:
             value = value[key]
-        else:
+        except (KeyError, IndexError, TypeError):
             return None
     return value
