@@ -123,7 +123,7 @@ def forward(family: str, seed: int, folder: Path) -> Figures:
     """Differences of log-probabilities that the start-up check of SFT looks at; mean over tokens, and the extremes."""
     module = module_of(checkpoint(folder / "model", family=family, seed=seed, initializer_range=LARGE))
     module.policy = load_policy(module.policy_config)
-    data = DigitSFTDataModule(DigitsConfig(seed=seed), num_steps=1, conversations_per_step=48, warm_up_share=0.0)
+    data = DigitSFTDataModule(digits=DigitsConfig(seed=seed), num_steps=1, conversations_per_step=48, warm_up_share=0.0)
     made = list(data.train_dataloader().build(0).conversations)
     data.teardown("fit")
     several = [c for c in made if any(turn.result_image is not None for turn in c.turns)][:VISIBLE]

@@ -41,7 +41,9 @@ def fit(module: PolicyModule, build: Callable[[int], object], steps: int, **trai
 def groups(module: PolicyModule, num: int, seed: int = 0) -> list[Group]:
     """Groups of four trajectories made of demonstrations, with made-up log-probabilities, rewards and advantages."""
     rng = random.Random(seed)
-    data = DigitSFTDataModule(DigitsConfig(seed=seed), num_steps=1, conversations_per_step=4 * num, warm_up_share=0.0)
+    data = DigitSFTDataModule(
+        digits=DigitsConfig(seed=seed), num_steps=1, conversations_per_step=4 * num, warm_up_share=0.0
+    )
     conversations = data.train_dataloader().build(0).conversations
     data.teardown("fit")
     made = []

@@ -102,7 +102,7 @@ def test_only_adapters_learn_and_they_start_as_nothing(tiny_checkpoint: Path) ->
 
 def test_sft_with_lora_lowers_its_loss_and_leaves_the_weights(tiny_checkpoint: Path) -> None:
     module = SFTModule(with_lora(tiny_checkpoint), OptimizerConfig(lr=2e-2, weight_decay=0.0), prompt=PROMPT)
-    data = DigitSFTDataModule(DigitsConfig(), num_steps=1, conversations_per_step=4, warm_up_share=0.0)
+    data = DigitSFTDataModule(digits=DigitsConfig(), num_steps=1, conversations_per_step=4, warm_up_share=0.0)
     batch = data.train_dataloader().build(0)
     losses: list[float] = []
 

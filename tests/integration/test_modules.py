@@ -114,7 +114,7 @@ def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: 
 
 def test_sft_lowers_its_loss_and_masks_what_it_must(tiny_checkpoint: Path) -> None:
     module = SFTModule(policy(tiny_checkpoint), OptimizerConfig(lr=1e-3, weight_decay=0.0), prompt=PROMPT)
-    data = DigitSFTDataModule(DigitsConfig(), num_steps=1, conversations_per_step=8, warm_up_share=0.0)
+    data = DigitSFTDataModule(digits=DigitsConfig(), num_steps=1, conversations_per_step=8, warm_up_share=0.0)
     batch = data.train_dataloader().build(0)
     losses: list[float] = []
 
