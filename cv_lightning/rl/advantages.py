@@ -1,4 +1,4 @@
-"""Advantage estimators: from the rewards of groups to advantages, in float64."""
+"""Advantage estimators: rewards of groups in, advantages out, in float64."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ReduceSum = Callable[[list[float]], Sequence[float]]
 
 
 def one_rank(values: list[float]) -> list[float]:
-    """The sum over ranks where there is one."""
+    """`reduce_sum` of a run with one rank."""
     return values
 
 
 class AdvantageEstimator(ABC):
-    """How rewards become advantages. The constructor's arguments are its config, checked there."""
+    """A method that turns rewards into advantages. The constructor's arguments are its config, checked there."""
 
     def __repr__(self) -> str:
         """The class and its attributes, for the record of a run."""
@@ -26,21 +26,21 @@ class AdvantageEstimator(ABC):
 
     @abstractmethod
     def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
-        """Advantages of all groups of an iteration. Called on every rank, also on one without groups.
+        """Advantages of all groups of an iteration. It is called on every rank, also on one without groups.
 
         Args:
-            groups: [n] each, float64: finite rewards of the scored trajectories of this rank's groups. There may be no
-                group, and a group may be empty.
-            reduce_sum: Element-wise sum of a list of floats over ranks; a collective, to be called equally often on
-                every rank, whatever the groups.
+            groups: Finite rewards of the scored trajectories of each group of this rank, float64 [n]. The list and a
+                group may be empty.
+            reduce_sum: Element-wise sum of a list of floats over ranks. It is a collective: call it equally often on
+                every rank, whatever the groups are.
 
         Returns:
-            One float64 array per group, of its length.
+            One float64 array per group, of the group's length.
         """
 
 
 class GRPO(AdvantageEstimator):
-    """Reward less the group's mean, over the group's sample deviation (DeepSeekMath, 2402.03300; the recipe).
+    """Reward minus the group's mean, divided by its sample deviation (DeepSeekMath, 2402.03300; the recipe).
 
     Args:
         epsilon: Added to the deviation.
@@ -56,7 +56,7 @@ class GRPO(AdvantageEstimator):
 
 
 class DrGRPO(AdvantageEstimator):
-    """Reward less the group's mean (Dr.GRPO, 2503.20783): with dense rewards a division would magnify noise."""
+    """Reward minus the group's mean (Dr.GRPO, 2503.20783); with dense rewards, dividing would amplify noise."""
 
     def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
         """Advantages of all groups, see `AdvantageEstimator`."""
@@ -64,7 +64,7 @@ class DrGRPO(AdvantageEstimator):
 
 
 class RLOO(AdvantageEstimator):
-    """Reward less the mean of the group's others (2402.14740)."""
+    """Reward minus the mean of the group's other rewards (2402.14740)."""
 
     def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
         """Advantages of all groups, see `AdvantageEstimator`."""
@@ -73,9 +73,9 @@ class RLOO(AdvantageEstimator):
 
 
 class ReinforcePlusPlusBaseline(AdvantageEstimator):
-    """Reward less the group's mean, over the deviation of all ranks' batch (REINFORCE++ with a baseline, 2501.03262).
+    """Reward minus the group's mean, divided by the deviation over all ranks (REINFORCE++ with baseline, 2501.03262).
 
-    As each group is centred, so is the batch: no mean is subtracted, and groups of equal rewards stay at exactly 0.
+    The batch's mean is not subtracted, because centred groups make it 0; groups of equal rewards stay at exactly 0.
 
     Args:
         epsilon: Added to the deviation.
@@ -85,7 +85,7 @@ class ReinforcePlusPlusBaseline(AdvantageEstimator):
         self.epsilon = _checked(epsilon)
 
     def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
-        """Advantages of all groups, see `AdvantageEstimator`; one sum over ranks."""
+        """Advantages of all groups, see `AdvantageEstimator`."""
         centred = [centre(group) for group in groups]
         moments = [float(sum(c.size for c in centred)), float(sum((c**2).sum() for c in centred))]
         count, squares = reduce_sum(moments)
@@ -94,7 +94,7 @@ class ReinforcePlusPlusBaseline(AdvantageEstimator):
 
 
 def centre(rewards: Rewards) -> Rewards:
-    """Rewards less their mean; exactly 0, whatever the mean rounds to, where all are equal or there is one."""
+    """Rewards minus their mean; exactly 0 if all are equal, however the mean is rounded."""
     if rewards.size < 2 or rewards.max() == rewards.min():
         return np.zeros_like(rewards)
     return np.asarray(rewards - rewards.mean(), dtype=np.float64)
@@ -103,30 +103,24 @@ def centre(rewards: Rewards) -> Rewards:
 def estimate_advantages(
     estimator: AdvantageEstimator, groups: Sequence[Sequence[float]], reduce_sum: ReduceSum = one_rank
 ) -> list[Rewards]:
-    """What an estimator makes of the rewards of an iteration, checked on both sides.
-
-    Args:
-        estimator: The method.
-        groups: Rewards of this rank's groups; may be empty, as may a group.
-        reduce_sum: Sums a list of floats over ranks.
+    """Advantages of an iteration, with the estimator's input and output checked.
 
     Returns:
         One float64 array per group.
 
     Raises:
-        ValueError: A reward is NaN or infinite (leave an unscored trajectory out of its group instead), or the
-            estimator's advantages are not as many as the rewards, or not finite.
+        ValueError: A reward is not finite (leave an unscored trajectory out of its group instead), or the estimator's
+            advantages are not finite or differ from the rewards in number.
     """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
-    for array in arrays:
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"rewards must be finite; leave unscored trajectories out of their group: {array.tolist()}"
-            )
+    if wrong := [array.tolist() for array in arrays if not np.isfinite(array).all()]:
+        raise ValueError(f"rewards must be finite; leave unscored trajectories out of their group: {wrong[0]}")
     found = [np.asarray(advantages, dtype=np.float64) for advantages in estimator(arrays, reduce_sum)]
     name = type(estimator).__name__
     if [a.shape for a in found] != [a.shape for a in arrays]:
-        raise ValueError(f"{name} gave advantages of shapes {[a.shape for a in found]}; one per reward, group by group")
+        raise ValueError(
+            f"{name} gave advantages of shapes {[a.shape for a in found]}; give one per reward of each group"
+        )
     if not all(np.isfinite(a).all() for a in found):
         raise ValueError(f"{name} gave advantages that are not finite")
     return found

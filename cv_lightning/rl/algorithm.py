@@ -1,4 +1,4 @@
-"""The algorithm of a run, `model.init_args.algorithm`. docs/algorithms.md has the formulas."""
+"""The config of the algorithm, `model.init_args.algorithm`. docs/algorithms.md has the formulas."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cv_lightning.rl.losses import PolicyLoss, PPOClip
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicSamplingConfig:
-    """More tasks are rolled out where rewards of a group do not differ (DAPO, 2503.14476)."""
+    """Rolling out more tasks when groups have equal rewards (DAPO, 2503.14476)."""
 
     max_oversample: float = 1.0
-    """Above 1: an iteration rolls tasks out in order until `data.tasks_per_iteration` groups have rewards that differ,
-    or so many times as many tasks have been tried. 1: off."""
+    """Largest number of tasks of an iteration, as a multiple of `data.tasks_per_iteration`. Above 1, tasks are rolled
+    out in order until that many groups have rewards that differ. 1: off."""
 
     def __post_init__(self) -> None:
         if not self.max_oversample >= 1:
@@ -30,40 +30,39 @@ class DynamicSamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """What a run optimises: all that lies between the rewards of an iteration and its optimizer steps."""
+    """Everything between the rewards of an iteration and its optimizer steps."""
 
     advantage: AdvantageEstimator | None = None
-    """How rewards become advantages, by `class_path`: `GRPO` (null), `DrGRPO`, `RLOO`, `ReinforcePlusPlusBaseline`, or
-    a class of your own."""
+    """Advantage estimator, by `class_path`: `GRPO` (null), `DrGRPO`, `RLOO`, `ReinforcePlusPlusBaseline`, or a class
+    of your own."""
     mask: MaskConfig = field(default_factory=MaskConfig)
-    """Trajectories that have a reward but are not learned from."""
+    """Which trajectories have a reward but are not learned from."""
     loss: PolicyLoss | None = None
     """The policy loss, by `class_path`: `PPOClip` (null), `GSPO`, `CISPO`, `DPPO`, or a class of your own."""
     aggregation: Aggregation = "token_mean"
-    """How token losses become one number; every count spans micro-batches and ranks. `token_mean`: each token of the
-    mini-batch weighs the same (what the released recipe names). `seq_mean_token_mean`: each trajectory does (what the
-    released recipe optimises: with its micro-batch of 1 the mean of a mean over one sequence's tokens is a mean over
-    sequences; so is its KL term). `seq_mean_token_sum`: trajectories weigh as their length. `constant_length`: the same
-    over a constant (Dr.GRPO, 2503.20783)."""
+    """How token losses become one number; every count spans micro-batches and ranks. `token_mean`: all tokens of the
+    mini-batch have the same weight (what the released recipe names). `seq_mean_token_mean`: all trajectories have (what
+    the released recipe optimises, because its micro-batches hold one sequence each). `seq_mean_token_sum`: weights are
+    proportional to length. `constant_length`: the same, divided by a constant (Dr.GRPO, 2503.20783)."""
     constant_length: int | None = None
-    """Tokens; the constant of `constant_length`, usually the longest response allowed. Null with any other."""
+    """Tokens; the divisor of `constant_length`, usually the longest response allowed. Null with any other."""
     kl: KLConfig = field(default_factory=KLConfig)
     """Penalty on the divergence from a reference policy, in the loss or in the reward."""
     entropy_weight: float = 0.0
     """Weight of the entropy bonus; the recipe: 0."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
-    """What the ratio is taken against: the engine's log-probabilities, or one pass of the trainer's before the first
-    step, times an importance weight to the engine."""
+    """Log-probabilities that the ratio is taken against: the engine's, or those of a trainer's pass before the first
+    step, with an importance weight that corrects for the engine."""
     tis_clip: float | None = 2.0
-    """Bound of the importance weight exp(old - engine) that the loss of each token is multiplied by where
+    """Upper bound of the importance weight exp(old - engine), by which each token's loss is multiplied if
     `old_logprobs` is `trainer` (token-level truncated importance sampling). Null: no weight."""
     sequence_mask: tuple[float, float] | None = None
-    """Band of the geometric-mean importance ratio, e.g. [0.99, 1.01]: trajectories outside are masked where
-    `old_logprobs` is `trainer`; their tokens still count in the normalisers. Null: none is masked."""
+    """Allowed range of the geometric-mean importance ratio, e.g. [0.99, 1.01], if `old_logprobs` is `trainer`.
+    Trajectories outside are masked, but their tokens still count in the normalisers. Null: none is masked."""
     num_minibatches: int = 2
     """Optimizer steps per iteration."""
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
-    """Whether an iteration rolls out more tasks than it trains on."""
+    """Whether an iteration may roll out more tasks than it trains on."""
 
     def __post_init__(self) -> None:
         key = "model.algorithm"
@@ -79,25 +78,19 @@ class AlgorithmConfig:
             raise ValueError(f"{key}.sequence_mask must be [low, high], 0 <= low < high: {self.sequence_mask}")
         if self.sequence_mask is not None and self.old_logprobs == "engine":
             raise ValueError(f"{key}.sequence_mask masks by the engine's ratio: set {key}.old_logprobs to trainer")
-        _check_aggregation(self.aggregation, self.constant_length)
-
-    def resolved(self) -> AlgorithmConfig:
-        """The config with the classes that null stands for."""
-        return replace(self, advantage=self.advantage or GRPO(), loss=self.loss or PPOClip())
-
-
-def _check_aggregation(aggregation: str, constant_length: int | None) -> None:
-    key = "model.algorithm"
-    if aggregation not in (known := get_args(Aggregation)):
-        raise ValueError(f"{key}.aggregation is one of {', '.join(known)}, not {aggregation!r}")
-    if aggregation == "constant_length":
-        if constant_length is None or constant_length < 1:
+        if self.aggregation not in (known := get_args(Aggregation)):
+            raise ValueError(f"{key}.aggregation is one of {', '.join(known)}, not {self.aggregation!r}")
+        if self.aggregation == "constant_length" and not (self.constant_length and self.constant_length > 0):
             raise ValueError(
                 f"{key}.aggregation constant_length needs {key}.constant_length, at least 1 token (usually the longest "
-                f"response allowed), not {constant_length}"
+                f"response allowed), not {self.constant_length}"
             )
-    elif constant_length is not None:
-        raise ValueError(
-            f"{key}.constant_length is not read with {key}.aggregation {aggregation}: leave it out, or set the "
-            "aggregation to constant_length"
-        )
+        if self.aggregation != "constant_length" and self.constant_length is not None:
+            raise ValueError(
+                f"{key}.constant_length is not read with {key}.aggregation {self.aggregation}: leave it out, or set "
+                "the aggregation to constant_length"
+            )
+
+    def resolved(self) -> AlgorithmConfig:
+        """The config with the default classes in place of null."""
+        return replace(self, advantage=self.advantage or GRPO(), loss=self.loss or PPOClip())

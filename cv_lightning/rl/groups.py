@@ -1,4 +1,4 @@
-"""Groups of scored trajectories: their advantages, which are masked, and which the loss counts."""
+"""Advantages of groups of scored trajectories, and which trajectories are masked or counted in the loss."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from dataclasses import dataclass
 from cv_lightning.rl.advantages import AdvantageEstimator, ReduceSum, estimate_advantages, one_rank
 from cv_lightning.types import EndState, Group, Trajectory
 
+MASKED_STATES = {
+    "over_length": {EndState.OVER_LENGTH},
+    "over_turns": {EndState.MAX_TURNS, EndState.MAX_IMAGES},
+    "broken": {EndState.NO_ANSWER, EndState.PARSE_ERRORS},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Trajectories that count in their group's mean and deviation, but are not learned from. All off: learn from all.
+    """Trajectories that count in their group's mean and deviation but have no loss. All off: learn from all.
 
-    Where the loss is masked a policy is not pushed away from what only a limit of ours cut short.
+    Masking keeps the policy from being pushed away from trajectories that only one of our limits cut short.
     """
 
     over_length: bool = False
-    """Those cut at a token limit: `over_length` (overlong filtering, DAPO, 2503.14476)."""
+    """Mask those cut at a token limit: `over_length` (overlong filtering, DAPO, 2503.14476)."""
     over_turns: bool = False
-    """Those that ran out of turns or images: `max_turns`, `max_images` (compact filtering, DeepSWE, 2025)."""
+    """Mask those that ran out of turns or images: `max_turns`, `max_images` (compact filtering, DeepSWE, 2025)."""
     broken: bool = False
-    """Those with neither a call nor an answer, or too many malformed calls: `no_answer`, `parse_errors` (void turns,
-    SimpleTIR, 2509.02479)."""
+    """Mask those with neither a call nor an answer, or with too many malformed calls: `no_answer`, `parse_errors`
+    (void turns, SimpleTIR, 2509.02479)."""
 
     @property
     def states(self) -> frozenset[EndState]:
         """The end states that are masked."""
-        masked: set[EndState] = set()
-        masked |= {EndState.OVER_LENGTH} if self.over_length else set()
-        masked |= {EndState.MAX_TURNS, EndState.MAX_IMAGES} if self.over_turns else set()
-        masked |= {EndState.NO_ANSWER, EndState.PARSE_ERRORS} if self.broken else set()
-        return frozenset(masked)
+        return frozenset[EndState]().union(*(found for name, found in MASKED_STATES.items() if getattr(self, name)))
 
 
 def assign_advantages(
@@ -41,17 +43,17 @@ def assign_advantages(
     reduce_sum: ReduceSum = one_rank,
     rewards_of: Callable[[Sequence[Trajectory]], Sequence[float]] | None = None,
 ) -> None:
-    """Set `advantage` on the scored trajectories; the unscored ones are left out of their group's statistics.
+    """Set `advantage` on the scored trajectories of all groups. Call it on every rank, also on one without groups.
 
-    It stays None where a trajectory has no reward or is masked, and is 0.0 throughout a group of equal rewards. Call
-    it on every rank, also on one without groups.
+    It is None for a trajectory that has no reward or is masked, and 0.0 throughout a group of equal rewards. Unscored
+    trajectories do not count in their group's statistics.
 
     Args:
-        groups: Of this rank.
-        estimator: The method.
+        groups: Groups of this rank.
+        estimator: Advantage estimator.
         mask: Which trajectories count in the statistics only; None: none.
-        reduce_sum: Sums over ranks.
-        rewards_of: Called exactly once, with all scored trajectories; None: their totals.
+        reduce_sum: Sum over ranks.
+        rewards_of: Called exactly once with all scored trajectories; None: their total rewards.
     """
     scored = [[t for t in group.trajectories if t.reward is not None] for group in groups]
     flat = [trajectory for members in scored for trajectory in members]
@@ -68,7 +70,7 @@ def assign_advantages(
 
 
 def has_reward_variance(group: Group, mask: MaskConfig) -> bool:
-    """True if rewards of the group differ and not all of its scored trajectories are masked."""
+    """True if the group's rewards differ and not all of its scored trajectories are masked."""
     scored = [t for t in group.trajectories if t.reward is not None]
     totals = {t.reward.total for t in scored if t.reward is not None}
     return len(totals) > 1 and any(t.end_state not in mask.states for t in scored)
@@ -80,5 +82,5 @@ def has_advantage(group: Group) -> bool:
 
 
 def is_trainable(trajectory: Trajectory) -> bool:
-    """True if the loss counts it: scored, and some token sampled."""
+    """True if the loss counts the trajectory: it has an advantage and a sampled token."""
     return trajectory.advantage is not None and any(trajectory.loss_mask)

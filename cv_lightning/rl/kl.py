@@ -21,36 +21,36 @@ class KLConfig:
     weight: float = 0.0
     """0: no reference is loaded. The recipe: 0.001."""
     estimator: KLEstimator = "k3"
-    """Per token, with p, r the log-probabilities of policy and reference: `k1` p - r, `abs` |p - r|, `k2`
-    (p - r)^2 / 2, `k3` e^(r - p) - (r - p) - 1 (the recipe's). In the loss, `k2` has the gradient of the reverse KL on
-    policy; `k1` has none in expectation unless `importance` is on. In the reward, `k1` is the unbiased one."""
+    """Estimate per token, see `kl_penalty`; the recipe: `k3`. In the loss, `k2` has the gradient of the reverse KL on
+    policy, and `k1` has none in expectation unless `importance` is on. In the reward, `k1` is unbiased."""
     place: Literal["loss", "reward"] = "loss"
-    """`loss`: a penalty per token. `reward`: its sum over a trajectory is taken off the reward before advantages."""
+    """`loss`: a penalty per token. `reward`: its sum over a trajectory is subtracted from the reward before advantages
+    are computed."""
     importance: bool = False
     """Multiply the loss's KL by the policy ratio, gradient included: unbiased off policy too (2512.02556)."""
     every: int = 1
-    """Iterations from one KL penalty in the loss to the next. Between them the reference does not run; where it does,
-    the weight is multiplied by this (lazy regularisation, StyleGAN2, 1912.04958)."""
+    """Interval in iterations between KL penalties in the loss. The reference runs only then, and the weight is
+    multiplied by the interval (lazy regularisation, StyleGAN2, 1912.04958)."""
     reference_path: str | None = None
     """Hugging Face folder of the reference policy; null: `policy.path`. With LoRA and null, the reference is the policy
     without its adapters, and no second model is loaded."""
 
     def __post_init__(self) -> None:
         key = "model.algorithm.kl"
-        if self.estimator not in (known := get_args(KLEstimator)):
-            raise ValueError(f"{key}.estimator is one of {', '.join(known)}, not {self.estimator!r}")
+        if self.estimator not in get_args(KLEstimator):
+            raise ValueError(f"{key}.estimator is one of k1, abs, k2, k3, not {self.estimator!r}")
         if self.place not in ("loss", "reward"):
             raise ValueError(f"{key}.place is loss or reward, not {self.place!r}")
         if not self.weight >= 0:
             raise ValueError(f"{key}.weight must be at least 0, not {self.weight}")
         if self.place == "reward" and self.weight == 0:
-            raise ValueError(f"{key}.place reward is not read where {key}.weight is 0: raise one, or leave both")
+            raise ValueError(f"{key}.place reward is not read if {key}.weight is 0: raise it, or leave both out")
         if self.importance and not self.in_loss:
             raise ValueError(f"{key}.importance needs {key}.weight above 0 and {key}.place loss")
         if self.every < 1 or (self.every > 1 and not self.in_loss):
             raise ValueError(
-                f"{key}.every {self.every}: at least 1, and 1 without a KL penalty in the loss ({key}.weight above 0, "
-                f"{key}.place loss)"
+                f"{key}.every {self.every}: must be at least 1, and 1 without a KL penalty in the loss ({key}.weight "
+                f"above 0, {key}.place loss)"
             )
 
     @property
@@ -60,27 +60,25 @@ class KLConfig:
 
     @property
     def in_reward(self) -> bool:
-        """True if the penalty is taken off the rewards."""
+        """True if the penalty is subtracted from the rewards."""
         return self.weight > 0 and self.place == "reward"
 
     def weight_at(self, iteration: int) -> float:
-        """Weight of the penalty in the loss of an iteration, numbered from 0: 0 where it is not due, see `every`."""
-        if not self.in_loss or iteration % self.every:
-            return 0.0
-        return self.weight * self.every
+        """Weight of the penalty in the loss of an iteration, counted from 0; 0 if `every` skips the iteration."""
+        return self.weight * self.every if self.in_loss and iteration % self.every == 0 else 0.0
 
 
 def kl_penalty(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> Tensor:
     """Per-token estimate of KL(policy || reference) from one sample of the policy (Schulman 2020).
 
     With p, r the two log-probabilities: k1 = p - r, abs = |p - r|, k2 = (p - r)^2 / 2, k3 = e^(r - p) - (r - p) - 1.
-    k3's exponent is clamped to +-20 and its value to 10, as in the released code: beyond, its gradient is 0, exactly
-    where the policies are furthest apart; k2 has no such hole.
+    k3's exponent is clamped to +-20 and its value to 10, as in the released code. Beyond that its gradient is 0,
+    exactly where the policies are furthest apart; k2 has no such gap.
 
     Args:
-        logprobs: [N] Of the policy.
-        reference: [N] Of the reference policy.
-        estimator: Which one.
+        logprobs: [N] Log-probabilities of the policy.
+        reference: [N] Log-probabilities of the reference policy.
+        estimator: Name of the estimate.
 
     Returns:
         [N]
@@ -104,29 +102,21 @@ def kl_penalty(logprobs: Tensor, reference: Tensor, estimator: KLEstimator) -> T
 def rewards_with_kl(
     rewards: Sequence[float], logprobs: Tensor, reference: Tensor, sequence_index: Tensor, kl: KLConfig
 ) -> NDArray[np.float64]:
-    """Rewards less the weighted KL of each trajectory: the form that keeps the penalty out of the loss.
+    """Rewards minus the weighted KL of each trajectory, summed over its sampled tokens.
 
-    reward_i - weight * sum over i's sampled tokens of the estimate; advantages are computed from the result. `k1`
-    makes its expectation exactly the KL-regularised objective (RLOO, 2402.14740). Tokens with a NaN or infinite
-    log-probability count nothing.
+    `k1` makes the expectation exactly the KL-regularised objective (RLOO, 2402.14740). Tokens whose log-probability is
+    not finite count 0.
 
     Args:
         rewards: One per sequence.
-        logprobs: [N] Of the policy that sampled (the engine's, or the trainer's before the first step).
-        reference: [N] Of the reference policy.
-        sequence_index: [N] Which of `rewards` each token belongs to; a sequence may have no token.
+        logprobs: [N] Log-probabilities of the policy that sampled.
+        reference: [N] Log-probabilities of the reference policy.
+        sequence_index: [N] Index of the reward that each token belongs to; a sequence may have no token.
         kl: Estimator and weight.
 
     Returns:
         float64 [len(rewards)].
-
-    Raises:
-        ValueError: The config keeps the KL in the loss, or a token's sequence has no reward.
     """
-    if kl.place != "reward":
-        raise ValueError("model.algorithm.kl.place is loss: the loss has the penalty, and the reward must not as well")
-    if len(sequence_index) and int(sequence_index.max()) >= len(rewards):
-        raise ValueError(f"sequence {int(sequence_index.max())} has tokens but there are {len(rewards)} rewards")
     penalty = kl_penalty(logprobs.detach().double(), reference.detach().double(), kl.estimator)
     penalty = torch.where(penalty.isfinite(), penalty, torch.zeros_like(penalty))
     sums = penalty.new_zeros(len(rewards)).index_add(0, sequence_index, penalty)

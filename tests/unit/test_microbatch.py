@@ -28,7 +28,7 @@ def test_a_rank_spreads_its_rows_over_as_many_micro_batches_as_the_busiest() -> 
     assert len(split_by_tokens(rows, lengths, 1000)) == 1
     loads = [sum(lengths[row] for row in chunk) for chunk in split_evenly(rows, lengths, 1000, 3)]
     assert loads == [150, 150, 150]
-    assert len(split_evenly(rows[:2], lengths, 1000, 3)) == 2, "the third is left to a dummy"
+    assert len(split_evenly(rows[:2], lengths[:2], 1000, 3)) == 2, "the third is left to a dummy"
 
 
 def test_filled_where_even_ones_would_leave_the_budget() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
@@ -12,7 +10,7 @@ from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
 class CISPO(PolicyLoss):
     """-A sg(clip(r, 1 - low, 1 + high)) log p: the weight is bounded, the gradient never dropped (2506.13585).
 
-    The defaults bound the weight at 5 (2510.13786) and leave it free below.
+    The defaults bound the weight above at 5 (2510.13786) and not below.
 
     Args:
         clip_low: The weight is bounded below at 1 - clip_low; 1: no bound.
@@ -20,9 +18,8 @@ class CISPO(PolicyLoss):
     """
 
     def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0) -> None:
-        check_range("clip_low", clip_low, 0, 1)
-        check_range("clip_high", clip_high, 0, math.inf)
-        self.clip_low, self.clip_high = clip_low, clip_high
+        self.clip_low = check_range("clip_low", clip_low, 0, 1)
+        self.clip_high = check_range("clip_high", clip_high, 0)
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, see `PolicyLoss`."""

@@ -1,4 +1,4 @@
-"""A trust region of the token's probability, not of its ratio."""
+"""A trust region of the token's probability instead of its ratio."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
 
 
 class DPPO(PolicyLoss):
-    """-A min(r, cap) log p, without the tokens that left the trust region of total variation (2602.04879, Binary-TV).
+    """-A min(r, cap) log p, without the tokens outside the trust region of total variation (2602.04879, Binary-TV).
 
-    A token is dropped where the update pushes its probability up (A > 0) and it has risen by more than `clip_high`, or
-    down and it has fallen by more than `clip_low`. Unlike a clip of the ratio this neither stops rare tokens, whose
-    ratio is large at any step, nor lets likely tokens lose half their probability. The defaults are those of the
+    A token is dropped if the update raises its probability (A > 0) and it has risen by more than `clip_high`, or lowers
+    it and it has fallen by more than `clip_low`. Unlike a clip of the ratio, this does not stop rare tokens, whose
+    ratio is large at any step, nor let likely tokens lose half their probability. The defaults are those of the
     authors' run script.
 
     Args:
-        clip_low: How far a token's probability may fall.
-        clip_high: How far a token's probability may rise.
-        ratio_cap: Above 1. Bound of the weight, for either sign of the advantage; `.inf`: off.
+        clip_low: Largest decrease of a token's probability.
+        clip_high: Largest increase of a token's probability.
+        ratio_cap: Above 1. Upper bound of the weight, for advantages of both signs; `.inf`: off.
     """
 
     def __init__(self, clip_low: float = 0.15, clip_high: float = 0.15, ratio_cap: float = 20.0) -> None:
-        check_range("clip_low", clip_low, 0, 1)
-        check_range("clip_high", clip_high, 0, 1)
-        if not ratio_cap > 1:
-            raise ValueError(f"model.algorithm.loss.ratio_cap must be above 1 (.inf: off), not {ratio_cap}")
-        self.clip_low, self.clip_high, self.ratio_cap = clip_low, clip_high, ratio_cap
+        self.clip_low = check_range("clip_low", clip_low, 0, 1)
+        self.clip_high = check_range("clip_high", clip_high, 0, 1)
+        self.ratio_cap = check_range("ratio_cap", ratio_cap, 1, above=True)
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, see `PolicyLoss`."""

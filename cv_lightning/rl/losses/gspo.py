@@ -8,53 +8,42 @@ import math
 from torch import Tensor
 
 from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
-from cv_lightning.rl.losses.ppo_clip import check_dual_clip, clip_ratio
+from cv_lightning.rl.losses.ppo_clip import clipped_loss
 
 LOG = logging.getLogger(__name__)
 MAX_LOG_SEQUENCE_RATIO = 10.0
 """Upper clamp of a sequence's mean log-ratio, as in the released code."""
 SUSPICIOUS_CLIP = 0.2
-"""A range of PPO's size, which a mean of log-ratios over a sequence never leaves."""
+"""A clip range of PPO's size, which a sequence's mean log-ratio never leaves."""
 
 
 class GSPO(PolicyLoss):
-    """PPO's loss with the geometric mean of a sequence's ratios in place of the token's (GSPO-token, 2507.18071).
+    """PPO's loss with the geometric mean of a sequence's ratios instead of the token's (GSPO-token, 2507.18071).
 
-    Each token's gradient flows through its own log-probability alone, which with one advantage a sequence is GSPO's
+    Each token's gradient flows through its own log-probability alone, which with one advantage per sequence is GSPO's
     gradient. The defaults are those of the paper's section 5.1. The paper aggregates with `seq_mean_token_mean`.
 
     Args:
         clip_low: The sequence's ratio is bounded below at 1 - clip_low.
         clip_high: The sequence's ratio is bounded above at 1 + clip_high.
-        dual_clip: Above 1. Bound of the loss for negative advantages, in units of the advantage; `.inf`: off.
+        dual_clip: Above 1. Upper bound of the loss for negative advantages, in units of |A|; `.inf`: off.
     """
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float = math.inf) -> None:
-        check_range("clip_low", clip_low, 0, 1)
-        check_range("clip_high", clip_high, 0, math.inf)
-        check_dual_clip(dual_clip)
+        self.clip_low = check_range("clip_low", clip_low, 0, 1)
+        self.clip_high = check_range("clip_high", clip_high, 0)
+        self.dual_clip = check_range("dual_clip", dual_clip, 1, above=True)
         if clip_high >= SUSPICIOUS_CLIP:
             LOG.warning(
                 "model.algorithm.loss GSPO with clip_high %g: a sequence's ratio hardly ever leaves that range (the "
                 "paper has 4e-4). A config below may have set it for another loss: name clip_low and clip_high too",
                 clip_high,
             )
-        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, see `PolicyLoss`."""
         log_ratio = (tokens.logprobs - tokens.old_logprobs).detach()
         mean = tokens.sequence_means(log_ratio)
         ratio = (tokens.logprobs - tokens.logprobs.detach() + mean).clamp(max=MAX_LOG_SEQUENCE_RATIO).exp()
-        loss, clipped, dual_clipped = clip_ratio(
-            ratio, tokens.advantages, self.clip_low, self.clip_high, self.dual_clip
-        )
-        clamped = mean > MAX_LOG_SEQUENCE_RATIO
-        saturated = clamped & (tokens.advantages != 0) & ~clipped & ~dual_clipped
-        return tokens.pg_loss(loss), {
-            "clip_frac": tokens.mean(clipped),
-            "dual_clip_frac": tokens.mean(dual_clipped),
-            "ratio_saturated_frac": tokens.mean(saturated),
-            "ratio_mean": tokens.mean(ratio),
-            "approx_kl": tokens.mean(-log_ratio),
-        }
+        bounds = 1 - self.clip_low, 1 + self.clip_high
+        return clipped_loss(tokens, log_ratio, ratio, mean > MAX_LOG_SEQUENCE_RATIO, bounds, self.dual_clip)
