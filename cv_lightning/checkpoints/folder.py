@@ -1,4 +1,4 @@
-"""A run's folder of checkpoints: which are there, which is the newest whole one, and dropping the ones after it."""
+"""A run's folder of checkpoints: listing them, finding the newest intact one, removing those after an iteration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 NAME = re.compile(r"iteration(\d+)\.ckpt")
 UNFINISHED = ".unfinished-"
-"""Before the name of what is being written or removed."""
+"""Prefix of a checkpoint that is being written or removed."""
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -26,48 +26,45 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run in which every byte is as it was written; None if there is none.
-
-    A damaged one is named in a warning and passed over.
-    """
+    """The newest intact checkpoint of a run; None if there is none. Damaged ones are skipped with a warning."""
     for _, path in reversed(checkpoints(run / FOLDER)):
         reason = damage(path)
         if not reason:
             return path
-        logger.warning("%s is damaged: %s. Trying the one before", path, reason)
+        logger.warning("%s is damaged: %s. Trying the one before it", path, reason)
     return None
 
 
 def is_of(checkpoint: object, run: Path) -> bool:
-    """True if a run goes on from a checkpoint of its own; False for none, and for one of another run."""
+    """True if a checkpoint lies in the run's own folder; False for None and for one of another run."""
     return checkpoint is not None and run.resolve() in Path(str(checkpoint)).resolve().parents
 
 
 def refuse_used(run: Path) -> None:
-    """Stop a new run in the folder of an earlier one, whose checkpoints it would mix with its own.
+    """Refuse to start a new run in the folder of an earlier one, because it would mix their checkpoints.
 
     Raises:
-        CVLightningError: there are checkpoints.
+        CVLightningError: The folder has checkpoints.
     """
     if found := checkpoints(run / FOLDER):
         raise CVLightningError(
-            f"{run} holds a run's checkpoints, the last of iteration {found[-1][0]}: --ckpt_path last goes on with "
+            f"{run} holds a run's checkpoints, the last of iteration {found[-1][0]}: --ckpt_path last continues "
             f"it; for a new run choose another --trainer.default_root_dir, or remove {run / FOLDER}"
         )
 
 
 def rewind(run: Path, iteration: int) -> None:
-    """Drop the trajectories and checkpoints that a run made after an iteration: it is about to make them anew."""
+    """Remove the trajectories and checkpoints after an iteration, which the resumed run makes again."""
     for path, groups in drop_after(run, iteration).items():
         logger.info("%s: dropped %d groups after iteration %d", path, groups, iteration)
     for number, path in checkpoints(run / FOLDER):
         if number > iteration:
-            logger.warning("removing %s: the run goes on from iteration %d", path, iteration)
+            logger.warning("removing %s: the run continues from iteration %d", path, iteration)
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """A folder first loses its name, so that half of it never passes for a checkpoint."""
+    """Remove a checkpoint. A folder is renamed first, so that half of it is never taken for a checkpoint."""
     if path.is_dir():
         doomed = path if path.name.startswith(UNFINISHED) else path.rename(path.with_name(UNFINISHED + path.name))
         shutil.rmtree(doomed)

@@ -1,7 +1,7 @@
-"""The policy's weights as a checkpoint holds them, read tensor by tensor.
+"""Reading the policy's weights from a checkpoint, tensor by tensor.
 
-Files are mapped into memory, not read into it, and opened anew for every bucket, so that the pages of the last one are
-given back. A checkpoint is a pickle: open your own only.
+Files are mapped into memory and opened again for every bucket, so that the pages of the last one are released. A
+checkpoint is a pickle: open only your own.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ import torch
 
 from cv_lightning.checkpoints.damage import damage
 from cv_lightning.checkpoints.folder import FOLDER, last_checkpoint
+from cv_lightning.models.gather import batched_by_size
 from cv_lightning.models.lora import ADAPTER, BASE, FACTORS, LoraConfig
 from cv_lightning.types import CheckpointError
 
 PREFIX = "policy."
-"""Before the names of the policy's parameters in a checkpoint of a module."""
+"""Prefix of the policy's parameters in a module's checkpoint."""
 TAG = "checkpoint"
-"""Lightning's name of the part of a DeepSpeed folder that holds the shards."""
+"""Lightning's name for the subfolder of a DeepSpeed checkpoint that holds the shards."""
 BUCKET_BYTES = 1_000_000_000
 
 
 def find_stored(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run's folder.
+    """The checkpoint at a path, or the newest intact one if the path is a run's folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none, or the one at the path is damaged.
     """
     if not path.exists():
         raise CheckpointError(f"--ckpt {path}: no such file or folder")
     if path.is_file() or is_deepspeed(path):
         if reason := damage(path):
             raise CheckpointError(
-                f"--ckpt {path} is not a checkpoint that can be read: {reason}. Give another one, or the run's folder, "
-                "whose newest whole one is taken"
+                f"--ckpt {path} cannot be read as a checkpoint: {reason}. Give another one, or the run's folder, "
+                "whose newest intact checkpoint is used"
             )
         return path
     if (path / "config.json").is_file():
-        raise CheckpointError(f"--ckpt {path} is a Hugging Face folder already: nothing is to be exported")
+        raise CheckpointError(f"--ckpt {path} is a Hugging Face folder already: there is nothing to export")
     found = last_checkpoint(path)
     if found is None:
         made = f"; its exported model is {path / 'model'}" if (path / "model" / "config.json").is_file() else ""
@@ -58,27 +59,27 @@ def find_stored(path: Path) -> Path:
 
 
 def is_deepspeed(path: Path) -> bool:
-    """True for a folder that DeepSpeed wrote through Lightning."""
+    """True if a folder was written by DeepSpeed through Lightning."""
     return any(path.glob(f"{TAG}/*_model_states.pt"))
 
 
 @dataclass(frozen=True)
 class CheckpointReader:
-    """The policy in one checkpoint."""
+    """The policy's weights in one checkpoint."""
 
     path: Path
-    """A Lightning file, or a DeepSpeed folder."""
+    """Lightning file or DeepSpeed folder."""
 
     def _open(self) -> dict[str, Any]:
-        """Parameter name to something with `shape`, `dtype` and `contiguous()`; nothing is read yet.
+        """Parameters by name, as objects with `shape`, `dtype` and `contiguous()`; no value is read yet.
 
         Raises:
-            CheckpointError: not a checkpoint of ours.
+            CheckpointError: It is not a checkpoint of this project.
         """
         try:
             state = _open_shards(self.path) if self.path.is_dir() else _open_file(self.path)
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"--ckpt {self.path}: not a checkpoint that can be read ({error})") from error
+            raise CheckpointError(f"--ckpt {self.path} cannot be read as a checkpoint ({error})") from error
         own = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
         if not own:
             raise CheckpointError(
@@ -88,58 +89,45 @@ class CheckpointReader:
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of every parameter, adapters apart."""
+        """Shape of every parameter by name; adapters are not merged."""
         return {name: value.shape for name, value in self._open().items()}
 
     @property
     def has_adapters(self) -> bool:
-        """True if it was trained with LoRA."""
+        """True if the policy was trained with LoRA."""
         return any(mark in name for name in self.shapes for mark in FACTORS)
 
     @property
     def merged_shapes(self) -> dict[str, torch.Size]:
-        """Of every parameter once adapters are merged: what the model without LoRA has."""
+        """Shape of every parameter by name after merging the adapters, as in a model without LoRA."""
         return {name.replace(BASE, "."): shape for name, shape in self.shapes.items() if not _is_factor(name)}
 
     def factors(self) -> dict[str, torch.Tensor]:
-        """The adapters' own parameters."""
+        """The adapters' own parameters by name."""
         return {name: value.contiguous() for name, value in self._open().items() if _is_factor(name)}
 
     def tensors(
         self, dtype: torch.dtype, lora: LoraConfig | None, skip: tuple[str, ...] = ()
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter, adapters merged. Keep them for as long as a shard takes: they hold their file open.
+        """Yield (name, tensor) of every parameter with adapters merged. A tensor holds its file open while it is kept.
 
         Args:
-            dtype: of the result.
-            lora: how the adapters were trained, where there are any.
-            skip: names to leave out.
+            dtype: Type of the result.
+            lora: Config that the adapters were trained with; None without adapters.
+            skip: Names to leave out.
         """
-        bucket: list[str] = []
-        size = 0
-        for name, shape in self.shapes.items():
-            if _is_factor(name) or name in skip:
-                continue
-            bucket.append(name)
-            size += shape.numel() * dtype.itemsize
-            if size > BUCKET_BYTES:
-                yield from self._read(bucket, dtype, lora)
-                bucket, size = [], 0
-        yield from self._read(bucket, dtype, lora)
-
-    def _read(
-        self, names: list[str], dtype: torch.dtype, lora: LoraConfig | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        state = self._open()
-        for name in names:
-            tensor = state[name].contiguous().to(dtype)
-            if BASE in name:
-                assert lora is not None
-                down, up = (
-                    state[name.replace(f"{BASE}weight", f"{mark}{ADAPTER}.weight")].contiguous() for mark in FACTORS
-                )
-                tensor = tensor + (up @ down * (lora.alpha / lora.rank)).to(dtype)
-            yield name.replace(BASE, "."), tensor
+        names = [name for name in self.shapes if not _is_factor(name) and name not in skip]
+        for bucket in batched_by_size(names, lambda name: self.shapes[name].numel() * dtype.itemsize, BUCKET_BYTES):
+            state = self._open()
+            for name in bucket:
+                tensor = state[name].contiguous().to(dtype)
+                if BASE in name:
+                    assert lora is not None
+                    down, up = (
+                        state[name.replace(f"{BASE}weight", f"{mark}{ADAPTER}.weight")].contiguous() for mark in FACTORS
+                    )
+                    tensor = tensor + (up @ down * (lora.alpha / lora.rank)).to(dtype)
+                yield name.replace(BASE, "."), tensor
 
 
 def _is_factor(name: str) -> bool:
@@ -148,7 +136,7 @@ def _is_factor(name: str) -> bool:
 
 def _open_file(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
-        raise ValueError("torch writes zip archives, and it is none; was it cut short?")
+        raise ValueError("it is not a zip archive, as torch writes; was it cut short?")
     loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         raise ValueError("it has no state_dict")
@@ -157,7 +145,7 @@ def _open_file(path: Path) -> dict[str, Any]:
 
 
 def _open_shards(path: Path) -> dict[str, Any]:
-    """Float32 copies of what was trained, and frozen parameters; of ZeRO-3 joined over ranks as they are read."""
+    """Float32 copies of trained parameters, and frozen parameters; ZeRO-3 shards are joined when they are read."""
     from deepspeed.utils import zero_to_fp32
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

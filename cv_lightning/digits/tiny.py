@@ -108,6 +108,5 @@ def _tokenizer(config: TinyModelConfig, corpus: Iterable[str], adapter: ModelAda
         clean_up_tokenization_spaces=False,
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in MARKUP_TOKENS])
-    adapter.name_tiny_tokens(tokenizer)
     tokenizer.chat_template = adapter.chat_template()
     return tokenizer

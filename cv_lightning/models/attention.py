@@ -1,10 +1,9 @@
-"""Exact attention on packed rows: no T x T mask, no Python loop per image, shared prompts computed once.
+"""Exact attention on packed sequences: no T x T mask, no Python loop per image, shared prompts computed once.
 
-On a GPU a variable-length kernel runs, flash-attn's where it is installed and else PyTorch's own (`varlen_attn`, which
-no package has to be compiled for). Elsewhere plain SDPA: the sequences of a packed row are gathered into right-padded
-batches, which a causal mask isolates for free, and the vision tower's images are batched by size. transformers' own
-path without flash-attention builds a T x T mask for the language model and attends image by image in the vision tower;
-none of its paths lets sequences share a beginning.
+On a GPU it runs a variable-length kernel: flash-attn's where it is installed, otherwise PyTorch's own `varlen_attn`.
+Elsewhere it runs plain SDPA: sequences are gathered into right-padded batches, which a causal mask isolates, and the
+vision tower's images are batched by size. transformers' own path without flash-attention builds a T x T mask for the
+language model and attends image by image in the vision tower; none of its paths lets sequences share a prefix.
 """
 
 from __future__ import annotations
@@ -27,45 +26,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "packed_flash_free"
-"""`flash` in the name makes transformers hand the vision tower's segment bounds over instead of looping itself."""
-
-
+"""`flash` in the name makes transformers pass the vision tower's segment bounds instead of looping itself."""
 LONG = 192
-"""Tokens from which a sequence is attended to by a call of its own where there is no variable-length kernel."""
+"""Number of tokens from which a sequence is attended to by a call of its own if there is no variable-length kernel."""
 MIN_CAPABILITY = (8, 0)
-"""Compute capability from which PyTorch's flash attention runs."""
+"""Lowest compute capability on which PyTorch's flash attention runs."""
 PROBE_TOLERANCE = 3e-2
-"""Largest difference of a kernel in bfloat16 from SDPA in float32, outputs and gradients of order 1."""
+"""Largest difference of a kernel in bfloat16 from SDPA in float32, for outputs and gradients of order 1."""
 
 logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A stretch of a packed row whose tokens see each other, and before them the beginning that they share."""
+    """A span of a packed batch whose tokens attend to each other, and to a prefix that stands earlier in the batch."""
 
     start: int
     length: int
     prefix_start: int = 0
     prefix_length: int = 0
-    """0: it is a sequence of its own."""
+    """0: the piece is a whole sequence."""
 
 
 Pieces = tuple[Piece, ...]
 Kernel = Callable[..., torch.Tensor]
 """A function with the arguments of flash-attn's `flash_attn_varlen_func`."""
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Pieces by the tensor that tells them: every layer is given the same one, and reading it waits for the GPU."""
+"""Pieces by the tensor they are read from: every layer gets the same one, and reading it waits for the GPU."""
 
 
 def attention_name(choice: str) -> str:
-    """The attention implementation that `PolicyConfig.attention` means."""
+    """Name of the attention implementation for a value of `PolicyConfig.attention`."""
     return NAME if choice in ("auto", "packed") else choice
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Switch a loaded model, vision tower and language model alike, to an attention implementation."""
     if name == NAME and torch.cuda.is_available():
-        variable_length_kernel()  # chosen and tried out here, not within a model's first forward pass
+        variable_length_kernel()  # chosen and tested here, not in the first forward pass
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
@@ -85,23 +82,23 @@ def packed_attention(
     position_ids: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within the sequences of a packed row; plain SDPA for anything else.
+    """Attention within the sequences of a packed batch; plain SDPA for any other input.
 
     Args:
-        module: the attention layer.
+        module: The attention layer.
         query: [batch, heads, tokens, head_dim]
         key: [batch, key-value heads, tokens, head_dim]
-        value: like key.
-        attention_mask: None on packed rows; an additive or boolean 4-D mask elsewhere (generation).
-        dropout: probability.
-        scaling: of the logits.
+        value: Same shape as `key`.
+        attention_mask: None for packed batches; an additive or boolean 4-D mask elsewhere (generation).
+        dropout: Probability.
+        scaling: Scale of the logits; None: 1 / sqrt(head_dim).
         is_causal: False in the vision tower.
-        cu_seq_lens_q: [segments + 1] bounds, given by the vision tower.
-        position_ids: [1, tokens] text positions of the language model's row; a step back begins another sequence.
-        **kwargs: what other implementations take.
+        cu_seq_lens_q: [segments + 1] Bounds, from the vision tower.
+        position_ids: [1, tokens] Text positions of the language model; a step back begins another sequence.
+        **kwargs: Arguments of other implementations.
 
     Returns:
-        [batch, tokens, heads, head_dim], and None for the weights.
+        [batch, tokens, heads, head_dim], and None in place of the attention weights.
     """
     causal = is_causal is not False
     if cu_seq_lens_q is not None:
@@ -113,29 +110,30 @@ def packed_attention(
         causal = causal and attention_mask is None and query.shape[2] > 1
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
+    kernel = None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        found = variable_length_kernel()
-        if found is not None:
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
-            return _variable_length(found.run, q, k, v, pieces, causal, scaling)[None], None
-    key, value = _for_every_head(query, key, value)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        kernel = variable_length_kernel()
+    if kernel is None:
+        key, value = _for_every_head(query, key, value)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
+    if kernel is not None:
+        return _variable_length(kernel.run, q, k, v, pieces, causal, scaling)[None], None
     return _by_piece(q, k, v, pieces, dropout, causal, scaling)[None], None
 
 
 def _for_every_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values repeated for the query heads that share them."""
+    """Keys and values repeated for every query head that shares them."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
         return key, value
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------ what sees what
-def _pieces(told_by: torch.Tensor, read: Callable[[list[int]], Pieces]) -> Pieces:
-    found: Pieces | None = _known.get(told_by)
+# ------------------------------------------------------------------------------------------------ what attends to what
+def _pieces(source: torch.Tensor, read: Callable[[list[int]], Pieces]) -> Pieces:
+    found: Pieces | None = _known.get(source)
     if found is None:
-        found = _known[told_by] = read(told_by.flatten().tolist())
+        found = _known[source] = read(source.flatten().tolist())
     return found
 
 
@@ -144,11 +142,11 @@ def _pieces_of_bounds(bounds: list[int]) -> Pieces:
 
 
 def _pieces_of_positions(positions: list[int]) -> Pieces:
-    """Pieces of a row by its text positions, see `pack_sequences`.
+    """Pieces by the text positions of a packed batch, see `pack_sequences`.
 
-    A 0 begins a sequence. Any other step back, to n, begins another sequence with the same first n tokens.
+    Position 0 begins a sequence. A step back to another position n begins a sequence with the same first n tokens.
     """
-    starts = [i for i, at in enumerate(positions) if i == 0 or at != positions[i - 1] + 1]
+    starts = [i for i, position in enumerate(positions) if i == 0 or position != positions[i - 1] + 1]
     pieces, sequence = [], 0
     for start, end in pairwise([*starts, len(positions)]):
         shared = positions[start]
@@ -159,24 +157,24 @@ def _pieces_of_positions(positions: list[int]) -> Pieces:
 
 # ------------------------------------------------------------------------------------------------ kernels for GPUs
 class VariableLengthKernel(NamedTuple):
-    """What attends on this machine's GPUs."""
+    """The attention kernel of this machine's GPUs."""
 
     name: str
     run: Kernel
 
 
 def attention_kernel_name() -> str:
-    """What attends to packed rows in 16 bits on this machine, for people."""
+    """Name of the kernel that attends to packed 16-bit batches on this machine."""
     found = variable_length_kernel()
     return "packed SDPA" if found is None else found.name
 
 
 @cache
 def variable_length_kernel() -> VariableLengthKernel | None:
-    """The kernel for packed rows on this machine's GPUs; None where there is none, or it computes something else.
+    """The kernel for packed batches on this machine's GPUs; None if there is none, or it disagrees with SDPA.
 
-    PyTorch's is compared with SDPA once, on the current GPU: that the last query of a causal sequence with more keys
-    than queries sees the last key is nowhere documented, and a shared prompt depends on it.
+    PyTorch's kernel is compared with SDPA once, on the current GPU: shared prompts rely on the last query of a causal
+    sequence attending to the last key if there are more keys than queries, which is not documented.
     """
     if not torch.cuda.is_available():
         return None
@@ -192,7 +190,7 @@ def variable_length_kernel() -> VariableLengthKernel | None:
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         logger.warning("torch's varlen_attn does not run on this GPU (%s): packed SDPA is used, which is slower", error)
         return None
-    if not worst <= PROBE_TOLERANCE:  # not a number, too
+    if not worst <= PROBE_TOLERANCE:  # also for NaN
         logger.warning(
             "torch's varlen_attn differs from SDPA by %.2g on this GPU: packed SDPA is used, which is slower", worst
         )
@@ -212,21 +210,10 @@ def torch_varlen(
     softmax_scale: float | None,
     causal: bool,
 ) -> torch.Tensor:
-    """PyTorch's variable-length attention with the arguments of flash-attn's; without dropout.
+    """PyTorch's variable-length attention with the arguments of flash-attn's `flash_attn_varlen_func`, no dropout.
 
-    Args:
-        query: [tokens, heads, head_dim]
-        key: [key tokens, key-value heads, head_dim]
-        value: Same shape as `key`.
-        query_bounds: [sequences + 1], int32: where the sequences begin among the queries.
-        key_bounds: [sequences + 1], int32: where they begin among the keys.
-        longest_query: Most queries of a sequence.
-        longest_key: Most keys of a sequence.
-        softmax_scale: Scale of the logits; None: 1 / sqrt(head_dim).
-        causal: The last query sees the last key, the one before it one key less.
-
-    Returns:
-        Same shape as `query`.
+    `query` and the result are [tokens, heads, head_dim], `key` and `value` [key tokens, key-value heads, head_dim]; the
+    bounds are int32 [sequences + 1]. With `causal` the last query attends to the last key.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -247,10 +234,10 @@ def torch_varlen(
 
 
 def kernel_error(kernel: Kernel, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Largest difference of a kernel from SDPA in float32, over outputs and gradients of a small packed row.
+    """Largest difference of a kernel from SDPA in float32, over outputs and gradients of a small packed batch.
 
-    The row has sequences with a shared prefix, grouped queries, and the head widths of the vision towers and language
-    models; attention with and without a causal mask.
+    The batch has sequences with a shared prefix, grouped queries and the head widths of the released models; attention
+    is computed with and without a causal mask.
     """
     pieces = (Piece(0, 40), Piece(40, 9, 0, 24), Piece(49, 1, 0, 24), Piece(50, 17), Piece(67, 30, 50, 5))
     alone = tuple(Piece(piece.start, piece.length) for piece in pieces)
@@ -286,8 +273,7 @@ def _variable_length(
 ) -> torch.Tensor:
     """All pieces in one call; shapes as in `_by_piece`, but keys and values may have fewer heads.
 
-    The kernel's causal mask lets the last query see the last key, so that a piece may have more keys, those of its
-    prefix, than queries.
+    A piece may have more keys, those of its prefix, than queries: the kernel's causal mask ends at the last key.
     """
     gather, query_bounds, key_bounds = (x if x is None else x.to(query.device) for x in _bounds(pieces))
     if gather is not None:
@@ -298,7 +284,7 @@ def _variable_length(
 
 @lru_cache(maxsize=64)
 def _bounds(pieces: Pieces) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Which token each key is (None: as they stand), and the bounds of the pieces among queries and keys."""
+    """Token index of each key (None: keys are the tokens in order), and bounds of the pieces in queries and keys."""
     queries = torch.tensor([0, *(piece.length for piece in pieces)]).cumsum(0).int()
     if not any(piece.prefix_length for piece in pieces):
         return None, queries, queries
@@ -307,7 +293,7 @@ def _bounds(pieces: Pieces) -> tuple[torch.Tensor | None, torch.Tensor, torch.Te
 
 
 def _tokens(piece: Piece) -> torch.Tensor:
-    """Where in the row the keys of a piece stand."""
+    """Token indices of the keys of a piece."""
     prefix = torch.arange(piece.prefix_start, piece.prefix_start + piece.prefix_length)
     return torch.cat([prefix, torch.arange(piece.start, piece.start + piece.length)])
 
@@ -331,55 +317,45 @@ def _by_piece(
         return out.transpose(1, 2).reshape(query.shape)
     found, order = [], []
     for gather, valid in _plans(pieces, causal):
-        if valid is None:  # one piece, as it stands
-            stretch = slice(int(gather[0, 0]), int(gather[0, -1]) + 1)
-            q, k, v = (x[stretch].transpose(0, 1)[None] for x in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
-            found.append(out[0].transpose(0, 1))
-            order.append(gather[0])
-            continue
         gather, valid = gather.to(query.device), valid.to(query.device)
         shape = (*gather.shape, *query.shape[1:])
         q, k, v = (x.index_select(0, gather.flatten()).view(shape).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling)
         found.append(out.transpose(1, 2).reshape(-1, *query.shape[1:]).index_select(0, valid))
         order.append(gather.flatten().index_select(0, valid))
-    places = torch.cat([tokens.to(query.device) for tokens in order])
+    places = torch.cat(order)
     back = torch.empty_like(places)
     back[places] = torch.arange(query.shape[0], device=query.device)
     return torch.cat(found).index_select(0, back)
 
 
 @lru_cache(maxsize=64)
-def _plans(pieces: Pieces, causal: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
-    """For every bucket of pieces: token indices [pieces, longest], and which of them (flat) are its own.
+def _plans(pieces: Pieces, causal: bool) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """Batches of pieces: token indices [pieces, longest], and the flat positions in them that are a piece's own.
 
-    Causal pieces, prefixes included, of up to twice the shortest length share a bucket, right-padded: a token never
-    sees what follows it. Without a causal mask only equal lengths may share one. A long piece has one for itself, and
-    None for its own tokens if all are: from `LONG` on padding costs more than a call.
+    Causal pieces of up to twice the shortest length, prefixes included, share a right-padded batch, because a token
+    never attends to the padding behind it. Without a causal mask only equal lengths share one. A piece of `LONG` tokens
+    or more has its own, because padding would cost more than another call.
     """
-    buckets: list[list[tuple[torch.Tensor, int]]] = []
+    batches: list[list[tuple[torch.Tensor, int]]] = []
     for tokens, prefix in sorted(((_tokens(piece), piece.prefix_length) for piece in pieces), key=lambda x: len(x[0])):
-        limit = (2 if causal else 1) * len(buckets[-1][0][0]) if buckets else 0
+        limit = (2 if causal else 1) * len(batches[-1][0][0]) if batches else 0
         if len(tokens) <= limit and not (causal and len(tokens) >= LONG):
-            buckets[-1].append((tokens, prefix))
+            batches[-1].append((tokens, prefix))
         else:
-            buckets.append([(tokens, prefix)])
-    plans: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    for bucket in buckets:
-        if len(bucket) == 1 and not bucket[0][1]:
-            plans.append((bucket[0][0][None], None))
-            continue
-        gather = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in bucket], batch_first=True)
+            batches.append([(tokens, prefix)])
+    plans: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for batch in batches:
+        gather = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in batch], batch_first=True)
         steps = torch.arange(gather.shape[1])[None]
-        first = torch.tensor([prefix for _, prefix in bucket])[:, None]
-        end = torch.tensor([len(tokens) for tokens, _ in bucket])[:, None]
+        first = torch.tensor([prefix for _, prefix in batch])[:, None]
+        end = torch.tensor([len(tokens) for tokens, _ in batch])[:, None]
         plans.append((gather, ((steps >= first) & (steps < end)).flatten().nonzero()[:, 0]))
     return tuple(plans)
 
 
 def _no_mask_for_packed_sequences(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Packed rows (one row, no padding mask) need none; generation gets SDPA's."""
+    """No mask for a packed batch, which has one row and no padding mask; SDPA's mask for generation."""
     if kwargs.get("batch_size") == 1 and kwargs.get("attention_mask") is None:
         return None
     return sdpa_mask(*args, **kwargs)

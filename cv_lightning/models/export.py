@@ -1,7 +1,7 @@
-"""A policy as a Hugging Face folder, written shard by shard: no second model is ever in memory.
+"""Writing a policy as a Hugging Face folder, shard by shard, so that memory never holds a second model.
 
-Folders appear whole or not at all. Names are those of the published checkpoints, so that transformers, vLLM and others
-load them.
+Folders appear complete or not at all. Names are those of the published checkpoints, so that transformers, vLLM and
+others load them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cv_lightning.models.gather import batched_by_size
 from cv_lightning.models.lora import LoraConfig, target_pattern
 from cv_lightning.types import CheckpointError
 
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from cv_lightning.models.adapters import ModelAdapter
 
 SHARD_BYTES = 5_000_000_000
-"""Size from which on a model is cut into several files; the hub's custom."""
+"""Largest file; larger models are split, as is usual on the hub."""
 INDEX = "model.safetensors.index.json"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
-"""Before every name in a peft folder."""
+"""Prefix of every name in a peft folder."""
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once the context ends without an error."""
+    """Context manager: a temporary folder that replaces `folder` when the context ends without an error."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -55,67 +56,47 @@ def write_weights(
     model: PreTrainedModel,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write tensors as safetensors, one file, or several with an index.
+    """Write tensors as safetensors: one file, or several with an index.
 
     Args:
-        folder: exists; holds no weights yet.
-        tensors: (name in the model, whole tensor); read one after the other, and kept until their shard is written.
-        model: knows how its names translate into those of published checkpoints; may be on the meta device.
-        shard_bytes: a file is closed before it gets larger.
+        folder: Existing folder without weights.
+        tensors: (name in the model, full tensor); each is kept until its shard is written.
+        model: Translates its names into those of published checkpoints; may be on the meta device.
+        shard_bytes: Largest file.
 
     Returns:
-        Bytes written.
-    """
-    shards: list[dict[str, int]] = []
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            shards.append(_write_shard(folder, len(shards), shard, model))
-            shard, size = {}, 0
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    shards.append(_write_shard(folder, len(shards), shard, model))
-    return _name_shards(folder, shards)
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, int]:
-    """Write one file.
-
-    Returns:
-        Published name to bytes.
+        Number of bytes written.
     """
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
-    published: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
-    save_file(published, folder / f"shard-{number}", metadata={"format": "pt"})
-    return {name: tensor.nbytes for name, tensor in published.items()}
-
-
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> int:
-    total = sum(sum(shard.values()) for shard in shards)
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return total
+    on_host = ((name, tensor.detach().cpu().contiguous()) for name, tensor in tensors)
+    shards: list[dict[str, int]] = []
+    for shard in batched_by_size(on_host, lambda named: named[1].nbytes, shard_bytes):
+        published: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(shard))
+        save_file(published, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in published.items()})
+        del shard, published  # or the next shard would be collected while this one is in memory
     where: dict[str, str] = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
-        where |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+        where |= dict.fromkeys(names, file)
+    total = sum(sum(shard.values()) for shard in shards)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
     return total
 
 
 def write_config_and_processor(folder: Path, model: PreTrainedModel, adapter: ModelAdapter) -> None:
-    """Write what stands beside the weights: config, generation config, processor with the adapter's chat template.
+    """Write config, generation config and processor with the adapter's chat template.
 
     Args:
-        folder: exists.
-        model: gives the configs; may be on the meta device.
-        adapter: Bound to the model's processor. Its chat template replaces the model's own, which may open a thought
-            in its generation prompt.
+        folder: Existing folder.
+        model: Model with the configs; may be on the meta device.
+        adapter: Adapter with the processor. Its chat template replaces the model's own, which may open a thought in
+            the generation prompt.
     """
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
@@ -124,7 +105,7 @@ def write_config_and_processor(folder: Path, model: PreTrainedModel, adapter: Mo
 
 
 def write_processor(folder: Path, processor: ProcessorMixin, chat_template: str) -> None:
-    """Write the processor with this chat template."""
+    """Write a processor with another chat template."""
     own, processor.chat_template = processor.chat_template, chat_template
     processor.save_pretrained(folder)
     processor.chat_template = own
@@ -136,14 +117,14 @@ def write_adapter(
     """Write low-rank adapters alone, as peft and vLLM load them on top of the base model.
 
     Args:
-        folder: exists.
-        factors: by name in the model, as peft names them (`<layer>.lora_A.default.weight`).
-        lora: as they were trained.
-        adapter: of the model's family.
-        base: folder or hub name of the model that they are for.
+        folder: Existing folder.
+        factors: Their tensors by peft's name (`<layer>.lora_A.default.weight`).
+        lora: The config that they were trained with.
+        adapter: The model's adapter.
+        base: Folder or hub name of the base model.
 
     Returns:
-        Bytes written.
+        Number of bytes written.
     """
     from safetensors.torch import save_file
 
@@ -170,14 +151,14 @@ def check_shapes(
     """Refuse weights of another model.
 
     Args:
-        given: shape of every tensor that there is.
-        wanted: shapes that the model has.
-        family: its `model_type`, for the message.
-        where: they come from, for the message.
-        remedy: what to change.
+        given: Shape of every tensor of the weights, by name.
+        wanted: Shape of every tensor of the model, by name.
+        family: The model's `model_type`, for the message.
+        where: Where the weights come from, for the message.
+        remedy: What to change, for the message.
 
     Raises:
-        CheckpointError: names or shapes differ.
+        CheckpointError: Names or shapes differ.
     """
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in wanted]
@@ -188,6 +169,5 @@ def check_shapes(
     ]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit the {family} that it should be of: {problems[0]} "
-            f"(one of {len(problems)} differences); {remedy}"
+            f"{where} does not fit the {family} model: {problems[0]} (one of {len(problems)} differences); {remedy}"
         )

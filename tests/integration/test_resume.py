@@ -93,7 +93,7 @@ def test_resumed_after_any_moment(grpo: Path, straight: Path, tmp_path: Path, ki
 def test_the_folder_of_another_run_is_left_alone(grpo: Path, straight: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
     said = Run(grpo, straight).finish(expect=1)
-    assert "--ckpt_path last goes on with it" in said and "iteration 5" in said
+    assert "--ckpt_path last continues it" in said and "iteration 5" in said
     assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
     other = straight / "checkpoints/iteration000004.ckpt"
     (tmp_path / "used/checkpoints").mkdir(parents=True)

@@ -69,7 +69,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert {float(t.mean()) for _, t in CheckpointReader(find_stored(tmp_path)).tensors(torch.float32, None)} == {9.0}
     with pytest.raises(CVLightningError, match=r"iteration000010\.ckpt is damaged.*`last` takes"):
         find_checkpoint(str(ten), tmp_path)
-    with pytest.raises(CheckpointError, match="whose newest whole one is taken"):
+    with pytest.raises(CheckpointError, match="whose newest intact checkpoint is used"):
         find_stored(ten)
     zero(nine, 0, nine.stat().st_size)
     with pytest.raises(CVLightningError, match="every checkpoint in"):

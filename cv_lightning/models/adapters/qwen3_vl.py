@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cv_lightning.models.adapters.base import Architecture
-from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter, tiny_special_ids
+from cv_lightning.models.adapters.qwen_vl import QwenVLAdapter
 from cv_lightning.models.adapters.sizes import TinySizes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3VLProcessor
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 POSITION_TABLE = 16
-"""Side of a tiny vision tower's learned position table; it is interpolated to the patch grid of each image."""
+"""Side of a tiny vision tower's learned position table, which is interpolated to the patch grid of each image."""
 
 
 class Qwen3VLAdapter(QwenVLAdapter):
@@ -26,14 +26,15 @@ class Qwen3VLAdapter(QwenVLAdapter):
     unsaved_engine_buffers = ("deepstack_input_embeds",)
     mrope_shares = (2, 1, 1)
     tiny_patch_size = 16
+    tiny_classes = ("Qwen3VLVideoProcessor", "Qwen3VLConfig", "Qwen3VLForConditionalGeneration")
 
     def architecture(self, config: PretrainedConfig) -> Architecture:
-        """One projection more for each deepstack level."""
+        """See `ModelAdapter`. Each deepstack level has a projection of its own."""
         mergers = 1 + len(config.vision_config.deepstack_visual_indexes)
         return replace(super().architecture(config), head_norm=True, mergers=mergers)
 
     def check_tiny(self, sizes: TinySizes) -> None:
-        """Deepstack needs blocks to take features from, and layers to add them to."""
+        """Deepstack needs vision blocks to take features from, and layers to add them to."""
         super().check_tiny(sizes)
         if any(not 0 <= layer < sizes.vision_depth for layer in sizes.deepstack_layers):
             raise ValueError(
@@ -46,35 +47,16 @@ class Qwen3VLAdapter(QwenVLAdapter):
                 f"{sizes.num_layers}; each needs a layer of the language model to be added to"
             )
 
-    def tiny_processor(
-        self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase, chat_template: str
-    ) -> Qwen3VLProcessor:
-        """See `ModelAdapter`."""
-        from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
-
-        return Qwen3VLProcessor(
-            image_processor=self.tiny_image_processor(sizes),
-            tokenizer=tokenizer,
-            video_processor=Qwen3VLVideoProcessor(patch_size=self.tiny_patch_size, merge_size=sizes.merge_size),
-            chat_template=chat_template,
-        )
-
-    def tiny_model(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """See `ModelAdapter`."""
-        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
+    def tiny_text(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """See `QwenVLAdapter`."""
         rope = {"rope_type": "default", "mrope_section": self.mrope_section(sizes), "mrope_interleaved": True}
-        text = {"intermediate_size": 2 * sizes.hidden_size, "head_dim": sizes.head_dim, "rope_scaling": rope}
-        vision = {
+        own = {"intermediate_size": 2 * sizes.hidden_size, "head_dim": sizes.head_dim, "rope_scaling": rope}
+        return super().tiny_text(sizes, tokenizer) | own
+
+    def tiny_vision(self, sizes: TinySizes) -> dict[str, Any]:
+        """See `QwenVLAdapter`."""
+        return super().tiny_vision(sizes) | {
             "intermediate_size": 2 * sizes.hidden_size,
             "num_position_embeddings": POSITION_TABLE**2,
             "deepstack_visual_indexes": list(sizes.deepstack_layers),
         }
-        return Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(
-                text_config=self.tiny_text(sizes, tokenizer) | text,
-                vision_config=self.tiny_vision(sizes) | vision,
-                tie_word_embeddings=sizes.tie_embeddings,
-                **tiny_special_ids(tokenizer),
-            )
-        )

@@ -1,9 +1,9 @@
-"""What the Qwen-VL families have in common: ChatML, patches merged into tokens, positions in three dimensions."""
+"""Common base of the Qwen-VL families: ChatML, patches merged into tokens, positions in three dimensions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,6 @@ from cv_lightning.models.adapters.base import (
     PackedInputs,
     Part,
     joined,
-    read_template,
 )
 from cv_lightning.models.adapters.sizes import TinySizes
 from cv_lightning.types import DataError, EngineError
@@ -25,17 +24,18 @@ from cv_lightning.types import DataError, EngineError
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2VLImageProcessor
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (Path(__file__).parent / "qwen_vl.jinja").read_text(encoding="utf-8").rstrip("\n")
 
 
 class QwenVLAdapter(ModelAdapter):
-    """Base of the families; not one itself."""
+    """Base class of the families; it is not a family itself."""
 
     end_of_turn = END_OF_TURN
     padding = "<|endoftext|>"
@@ -43,18 +43,20 @@ class QwenVLAdapter(ModelAdapter):
     vision_tokens = (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END, "<|vision_pad|>")
     control_tokens = (START_OF_TURN, VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
     mrope_shares: ClassVar[tuple[int, int, int]]
-    """Parts of half a head's width that rotate by time, height and width; their ratio is what counts."""
+    """Ratio of the rotary frequencies of time, height and width in half of a head's width."""
+    tiny_classes: ClassVar[tuple[str, str, str]]
+    """Names of the family's video processor, config and model in transformers."""
 
     # ------------------------------------------------------------------ chat
     def chat_template(self) -> str:
         """ChatML; tool responses are user messages."""
-        return _template()
+        return CHAT_TEMPLATE
 
     def messages_of(self, prompt: str) -> list[tuple[str, list[str]]]:
         """See `ModelAdapter`."""
         pieces = prompt.split(START_OF_TURN)
         if pieces[0] or pieces[-1] != "assistant\n":
-            raise EngineError(f"no prompt of the chat template: {prompt[:80]!r}...{prompt[-40:]!r}")
+            raise EngineError(f"the prompt was not made by the chat template: {prompt[:80]!r}...{prompt[-40:]!r}")
         messages = []
         for piece in pieces[1:-1]:
             role, _, content = piece.partition("\n")
@@ -77,8 +79,8 @@ class QwenVLAdapter(ModelAdapter):
     def process_images(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
         """Images as flattened patches.
 
-        `pixel_values` [patches, channels * time * patch * patch] are float32; `image_grid_thw` [1, 3] tells the number
-        of patches in time, height and width.
+        `pixel_values` [patches, channels * time * patch * patch] are float32; `image_grid_thw` [1, 3] is the number of
+        patches in time, height and width.
         """
         features = self.processor.image_processor(images=list(images), return_tensors="pt")
         merge = self.processor.image_processor.merge_size
@@ -90,18 +92,18 @@ class QwenVLAdapter(ModelAdapter):
         ]
 
     def engine_arguments(self, max_images: int) -> dict[str, Any]:
-        """The trainer's pixel limits; vLLM alone would take those in the folder, which may be others."""
+        """The trainer's pixel limits; vLLM would otherwise use those of the checkpoint's folder."""
         size = self.processor.image_processor.size
         limits = {name: size[name] for name in ("shortest_edge", "longest_edge")}
         return super().engine_arguments(max_images) | {"mm_processor_kwargs": {"size": limits}}
 
     # ------------------------------------------------------------------ sequences
     def positions(self, is_image: np.ndarray, images: Sequence[ImageInputs]) -> np.ndarray:
-        """Positions of one sequence: its text row, then temporal, height and width rows; [4, tokens].
+        """Text, temporal, height and width positions of one sequence, [4, tokens].
 
-        Text counts up by one in all rows. An image's tokens share one temporal position and count rows and columns of
-        its merged grid from there; text continues after the largest of them. Equals the models' `get_rope_index` for
-        still images (tested).
+        Text counts up by one in all four. An image's tokens share one temporal position and count rows and columns of
+        its merged grid from there; text continues after the largest of them. Equal to the models' `get_rope_index` for
+        still images.
         """
         length, pads = len(is_image), np.flatnonzero(is_image)
         positions = np.empty((4, length), dtype=np.int64)
@@ -190,30 +192,53 @@ class QwenVLAdapter(ModelAdapter):
                 f"splits half of it {' : '.join(map(str, self.mrope_shares))}"
             )
 
-    def name_tiny_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See `ModelAdapter`."""
-        tokenizer.image_token, tokenizer.video_token = IMAGE_PAD, VIDEO_PAD
-
     def mrope_section(self, sizes: TinySizes) -> list[int]:
-        """Rotary frequencies by time, height and width; together head_dim / 2."""
+        """Number of rotary frequencies of time, height and width; together head_dim / 2."""
         return [sizes.head_dim // 2 * share // sum(self.mrope_shares) for share in self.mrope_shares]
 
-    def tiny_image_processor(self, sizes: TinySizes) -> Qwen2VLImageProcessor:
-        """The families have the same class, at different patch sizes."""
-        from transformers import Qwen2VLImageProcessor
+    def tiny_processor(
+        self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase, chat_template: str
+    ) -> ProcessorMixin:
+        """See `ModelAdapter`. The families have the same image processor, with different patch sizes."""
+        import transformers
 
+        tokenizer.image_token, tokenizer.video_token = IMAGE_PAD, VIDEO_PAD
+        patches = {"patch_size": self.tiny_patch_size, "merge_size": sizes.merge_size}
         area = (self.tiny_patch_size * sizes.merge_size) ** 2
-        return Qwen2VLImageProcessor(
-            patch_size=self.tiny_patch_size,
-            merge_size=sizes.merge_size,
-            temporal_patch_size=2,
-            size={"shortest_edge": sizes.min_tokens * area, "longest_edge": sizes.max_tokens * area},
-            image_mean=[sizes.image_mean] * 3,
-            image_std=[sizes.image_std] * 3,
+        made: ProcessorMixin = getattr(transformers, self.processor_class)(
+            image_processor=transformers.Qwen2VLImageProcessor(
+                temporal_patch_size=2,
+                size={"shortest_edge": sizes.min_tokens * area, "longest_edge": sizes.max_tokens * area},
+                image_mean=[sizes.image_mean] * 3,
+                image_std=[sizes.image_std] * 3,
+                **patches,
+            ),
+            tokenizer=tokenizer,
+            video_processor=getattr(transformers, self.tiny_classes[0])(**patches),
+            chat_template=chat_template,
         )
+        return made
+
+    def tiny_model(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """See `ModelAdapter`."""
+        import transformers
+
+        ids = tokenizer.get_vocab()
+        names = {"image_token": IMAGE_PAD, "video_token": VIDEO_PAD}
+        names |= {"vision_start_token": VISION_START, "vision_end_token": VISION_END}
+        config, model = (getattr(transformers, name) for name in self.tiny_classes[1:])
+        made: PreTrainedModel = model(
+            config(
+                text_config=self.tiny_text(sizes, tokenizer),
+                vision_config=self.tiny_vision(sizes),
+                tie_word_embeddings=sizes.tie_embeddings,
+                **{f"{name}_id": ids[token] for name, token in names.items()},
+            )
+        )
+        return made
 
     def tiny_text(self, sizes: TinySizes, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Settings that the language models share."""
+        """Settings of a tiny language model; families add their own."""
         return {
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "hidden_size": sizes.hidden_size,
@@ -228,7 +253,7 @@ class QwenVLAdapter(ModelAdapter):
         }
 
     def tiny_vision(self, sizes: TinySizes) -> dict[str, Any]:
-        """Settings that the vision towers share."""
+        """Settings of a tiny vision tower; families add their own."""
         return {
             "depth": sizes.vision_depth,
             "hidden_size": sizes.hidden_size,
@@ -241,21 +266,8 @@ class QwenVLAdapter(ModelAdapter):
         }
 
 
-def tiny_special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Ids of the vision tokens as the models' configs name them."""
-    ids = tokenizer.get_vocab()
-    names = {"image_token": IMAGE_PAD, "video_token": VIDEO_PAD}
-    names |= {"vision_start_token": VISION_START, "vision_end_token": VISION_END}
-    return {f"{name}_id": ids[token] for name, token in names.items()}
-
-
-@cache
-def _template() -> str:
-    return read_template(Path(__file__).parent / "qwen_vl.jinja")
-
-
 @lru_cache(maxsize=4096)
 def _grid(height: int, width: int) -> np.ndarray:
-    """Temporal, row and column position of an image's tokens from its first on; [3, height * width]."""
+    """Temporal, row and column offsets of an image's tokens from its first one, [3, height * width]."""
     rows, columns = np.divmod(np.arange(height * width), width)
     return np.stack([np.zeros_like(rows), rows, columns])
