@@ -1,7 +1,7 @@
-"""Buffers that a model computes instead of reading them from its checkpoint, such as rotary frequencies.
+"""Check of the buffers that a model computes instead of reading them from its checkpoint, such as rotary frequencies.
 
-They are float32 in every run, whatever type the parameters have. Rotary frequencies that are rounded to 16 bits turn
-the queries and keys of a long sequence by several radians, and nothing fails: the loss is only worse than it should be.
+They must be float32 whatever the type of the parameters is. Rotary frequencies rounded to 16 bits rotate the queries
+and keys of a long sequence by several radians, and nothing fails: the loss is only worse than it should be.
 """
 
 from __future__ import annotations
@@ -17,23 +17,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SHOWN = 4
-"""Buffers that a message names."""
+"""Most buffers that a message names."""
 
 
 def computed_buffers(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """Floating-point buffers of a plain float32 build of a model, by name, on the CPU; its weights are never allocated.
+    """Floating-point buffers of a plain float32 build of a model, by name, on the CPU, without allocating its weights.
 
-    Buffers that a checkpoint holds (persistent ones) are left out, because only the checkpoint knows their values.
-
-    Args:
-        config: the model's architecture.
+    Persistent buffers are left out, because only a checkpoint has their values.
     """
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForImageTextToText
 
     architecture = deepcopy(config)
-    architecture._attn_implementation = "eager"  # a loaded model's config may name an implementation of ours
+    architecture._attn_implementation = "eager"  # a loaded model's config may name our implementation
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(architecture, dtype=torch.float32)
     return {
@@ -45,15 +42,15 @@ def computed_buffers(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def check_buffers(model: PreTrainedModel, which: str, expected: Mapping[str, torch.Tensor]) -> None:
-    """Check that a model's computed buffers are those of a plain float32 build, bit for bit.
+    """Check that a model's computed buffers equal those of a plain float32 build bit for bit.
 
     Args:
-        model: a loaded model, possibly sharded.
-        which: names the model in the message, for example `policy`.
-        expected: see `computed_buffers`.
+        model: A loaded model, possibly sharded.
+        which: Name of the model for the message, such as `policy`.
+        expected: Buffers from `computed_buffers`.
 
     Raises:
-        CVLightningError: a buffer is missing, has another type or shape, or differs; the message names it.
+        CVLightningError: A buffer is missing, has another type or shape, or differs; the message names it.
     """
     found = dict(model.named_buffers(remove_duplicate=False))
     wrong = [f"{name} {fault}" for name, plain in expected.items() if (fault := _fault(found.get(name), plain))]
@@ -68,7 +65,7 @@ def check_buffers(model: PreTrainedModel, which: str, expected: Mapping[str, tor
 
 
 def _fault(found: torch.Tensor | None, plain: torch.Tensor) -> str:
-    """What is wrong with a buffer, in words; empty if nothing is."""
+    """Description of a wrong buffer; empty if it is right."""
     if found is None:
         return "is missing"
     if found.shape != plain.shape:

@@ -13,7 +13,7 @@ from cv_lightning.models.lora import LoraConfig, add_adapters
 from cv_lightning.types import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""What the hub's names look like: a model's, or an organisation's and a model's."""
+"""Names on the hub: MODEL or ORGANISATION/MODEL."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -21,40 +21,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Which model, and how it is loaded."""
+    """The policy model and how it is loaded."""
 
     path: str
     """Hugging Face folder or hub name of a vision-language model."""
     adapter: ModelAdapter | None = None
-    """What is particular to the model's family; null: found by the checkpoint's `model_type`."""
+    """Adapter of the model's family; null: selected by the checkpoint's `model_type`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Parameter type, of trainer and engine alike."""
+    """Parameter type in trainer and engine."""
     min_pixels: int | None = None
     """Smallest image the model sees, in pixels; None: the processor's own."""
     max_pixels: int | None = None
     """Largest image the model sees, in pixels; None: the processor's own."""
     freeze_vision: bool = False
-    """Train the language model only (the recipe's SFT)."""
+    """Freeze the vision tower (the recipe's SFT)."""
     freeze_projector: bool = False
-    """Freeze the merger between vision tower and language model, too."""
+    """With `freeze_vision`, also freeze the projector between vision tower and language model."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    """Recompute activations in the backward pass: less memory, about a third more computation."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the weights; null: full fine-tuning."""
     attention: Literal["auto", "packed", "flash_attention_2", "sdpa"] = "auto"
-    """`auto` and `packed`: ours, exact on packed rows; on a GPU with flash-attn's kernel or else PyTorch's
-    `varlen_attn`, plain SDPA elsewhere (`doctor` names it); a group's shared prompt is computed once. The others are
+    """`auto` and `packed`: exact attention on packed sequences that computes a group's prompt once. On a GPU it uses
+    flash-attn's kernel or else PyTorch's `varlen_attn`, elsewhere SDPA (`doctor` names it). The others are
     transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """`liger`: those of liger-kernel's fused norms, rotary embeddings and gated units that run in the family; `auto`:
-    them on a GPU where it is installed, else PyTorch's operations."""
+    """`liger`: liger-kernel's fused norms, rotary embeddings and gated units, as far as they run in the family. `auto`:
+    the same on a GPU if liger-kernel is installed, else PyTorch's operations."""
 
 
 def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> ProcessorMixin:
-    """The processor of a model folder, with its pixel limits replaced where given.
+    """The processor of a model folder, with other pixel limits where given.
 
     Raises:
-        CheckpointError: the folder does not exist or lacks a processor.
+        CheckpointError: The folder does not exist or has no processor.
     """
     from transformers import AutoProcessor
 
@@ -88,14 +88,14 @@ def load_adapter(config: PolicyConfig) -> ModelAdapter:
     """The adapter of a policy, bound to its processor. No weights are loaded.
 
     Raises:
-        CheckpointError: The folder lacks a processor, or the family is not known.
+        CheckpointError: The folder has no processor, or the family is not known.
     """
     processor = load_processor(config.path, config.min_pixels, config.max_pixels)
     return (config.adapter or adapter_of_checkpoint(config.path, processor)).bind(processor)
 
 
 def model_positions(folder: Path) -> int | None:
-    """Longest sequence that a model folder says it was made for; None: it does not say, or scales its positions."""
+    """Longest sequence that a model folder declares; None: not declared, or positions are scaled."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -107,10 +107,10 @@ def model_positions(folder: Path) -> int | None:
 
 
 def load_policy(config: PolicyConfig) -> PreTrainedModel:
-    """Load the model; frozen parts do not require gradients.
+    """Load the model. Frozen parameters do not require gradients.
 
     Raises:
-        CheckpointError: not a model folder, or a family this project does not know.
+        CheckpointError: It is not a model folder, or the family is not known.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -119,7 +119,7 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
 
     attention = attention_name(config.attention)
     try:
-        # transformers takes our name for a flash-attention build while loading, so ours is switched on afterwards.
+        # While loading, transformers takes our name for a flash-attention build; `prepare_policy` sets it later.
         model = AutoModelForImageTextToText.from_pretrained(
             config.path,
             dtype=getattr(torch, config.dtype),
@@ -132,11 +132,11 @@ def load_policy(config: PolicyConfig) -> PreTrainedModel:
 
 
 def prepare_policy(model: PreTrainedModel, config: PolicyConfig) -> None:
-    """Make a freshly built model ours: attention, faster operations, what is trained.
+    """Set attention, faster operations and trainable parameters of a new model.
 
     Raises:
-        CheckpointError: The family is not known, no layer takes the adapters, or the kernels that are asked for are
-            not available.
+        CheckpointError: The family is not known, no layer matches the LoRA targets, or the requested kernels are not
+            available.
     """
     from cv_lightning.models.attention import attention_name, use_attention
     from cv_lightning.models.logprobs import use_one_call_head
@@ -154,10 +154,10 @@ def prepare_policy(model: PreTrainedModel, config: PolicyConfig) -> None:
 
 
 def set_trainable(model: PreTrainedModel, config: PolicyConfig, adapter: ModelAdapter) -> None:
-    """Freeze what the config does not train, and add its adapters.
+    """Freeze the parts that the config freezes, and add its low-rank adapters.
 
     Raises:
-        CheckpointError: no layer takes the adapters.
+        CheckpointError: No layer matches the LoRA targets.
     """
     if config.freeze_vision:
         frozen = ("vision", "projector") if config.freeze_projector else ("vision",)

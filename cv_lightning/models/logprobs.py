@@ -1,4 +1,4 @@
-"""Log-probabilities of a packed row at the positions that the loss needs, and nowhere else."""
+"""Log-probabilities of a packed batch at the loss positions only."""
 
 from __future__ import annotations
 
@@ -20,39 +20,36 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class OneCallHead(torch.nn.Linear):
-    """An output layer that runs all chunks of a row in one call.
+    """An output layer that computes all chunks of a packed batch in one call.
 
-    Under ZeRO-3 every call of a module gathers its weights on all ranks: one for each chunk would be slow, and would
-    hang where ranks have unequal numbers of them.
+    Under ZeRO-3 every call of a module gathers its weights on all ranks. One call per chunk would be slow, and would
+    hang if ranks had different numbers of chunks.
     """
 
     def forward(self, input: torch.Tensor, inside: Callable[[Head, torch.Tensor], Any] | None = None) -> Any:
-        """Apply the layer, or what `inside` makes of it.
+        """Apply the layer, or call `inside` with the plain layer and the input and return its result.
 
         Args:
             input: [..., hidden]
-            inside: called with the plain layer and the input.
-
-        Returns:
-            [..., vocabulary], or what `inside` returns.
+            inside: Function that applies the layer itself.
         """
         return super().forward(input) if inside is None else inside(super().forward, input)
 
 
 def use_one_call_head(model: PreTrainedModel) -> None:
-    """Let the output layer run whole rows. Its class changes, its parameters and hooks stay."""
+    """Turn the output layer into a `OneCallHead`. Its class changes, its parameters and hooks stay."""
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
         head.__class__ = OneCallHead
 
 
 class LogProbs(NamedTuple):
-    """Of the targets of a packed row."""
+    """Log-probabilities and entropies at the targets of a packed batch."""
 
     logprobs: torch.Tensor
     """[N] float32"""
     entropy: torch.Tensor | None
-    """[N] float32, nats; of the whole distribution at each target"""
+    """[N] float32, nats: entropy of the whole distribution at each target; None if not requested"""
 
 
 def packed_logprobs(
@@ -66,16 +63,16 @@ def packed_logprobs(
 ) -> LogProbs:
     """Log-probability of every target as the engine computes it: ban, then temperature, then softmax in float32.
 
-    The head is applied to the loss positions only, in chunks that are recomputed in the backward pass: memory grows
-    with T x hidden, not with T x vocabulary.
+    The head is applied to the loss positions only, in chunks that are recomputed in the backward pass, so that memory
+    grows with T x hidden instead of T x vocabulary.
 
     Args:
-        model: the policy, or another model of its family.
-        batch: a packed row on the model's device.
-        temperature: that divides the logits.
-        banned_ids: get `LOGIT_BAN` added.
-        entropy: `value` computes it too, `gradient` for a loss that holds it.
-        chunk_tokens: positions whose logits are in memory at once.
+        model: The policy, or another model of its family.
+        batch: A packed batch on the model's device.
+        temperature: Divisor of the logits.
+        banned_ids: Ids whose logits get `LOGIT_BAN` added.
+        entropy: Whether entropies are computed, and whether with gradient.
+        chunk_tokens: Number of positions whose logits are in memory at once.
     """
     hidden = batch.adapter.packed_hidden(model, batch)[0].index_select(0, batch.loss_positions)
     targets = batch.targets

@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, 2106.09685) through peft: full fine-tuning's gradient at a fraction of its optimizer state.
+"""Low-rank adapters (LoRA, 2106.09685) through peft, which need a fraction of full fine-tuning's optimizer state.
 
-Engine and export get merged weights, so that nothing else has to know of adapters; without them the policy is its
+Engine and export get merged weights, so that no other code handles adapters. Without its adapters, the policy is its
 own reference.
 """
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from cv_lightning.models.adapters import ModelAdapter
 
 ADAPTER = "default"
-"""peft's name of the one adapter."""
+"""peft's name for the only adapter."""
 BASE, FACTORS = ".base_layer.", (".lora_A.", ".lora_B.")
-"""Marks in the names of an adapted layer's own parameters and of its low-rank factors."""
+"""Parts of the names of an adapted layer's own parameters and of its low-rank factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Size and place of the adapters. They have no dropout: engine and trainer would disagree."""
+    """Size and place of the adapters. They have no dropout, because engine and trainer would disagree."""
 
     rank: int = 32
-    """Of the update of each weight. Small ranks are enough for RL ("LoRA without regret", Thinking Machines, 2025)."""
+    """Rank of each weight's update. RL needs small ranks only ("LoRA without regret", Thinking Machines, 2025)."""
     alpha: float = 32.0
-    """The update is scaled by this over the rank. LoRA wants about ten times the learning rate of full fine-tuning."""
+    """The update is scaled by alpha / rank. LoRA needs about ten times the learning rate of full fine-tuning."""
     targets: tuple[str, ...] | None = None
-    """Linear layers of the language model that get one; null: all of them. The vision tower stays as it is."""
+    """Linear layers of the language model that get an adapter; null: all of them. The vision tower gets none."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0 or self.targets == ():
@@ -46,17 +46,17 @@ class LoraConfig:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, adapter: ModelAdapter) -> None:
-    """Put adapters that change nothing yet into the model, and freeze everything else.
+    """Add adapters, whose update is 0 at first, and freeze all other parameters.
 
     Raises:
-        CheckpointError: No layer has a name among the targets.
+        CheckpointError: No layer matches the targets.
     """
     import peft
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     given = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # an integer by its hint, a factor in its use
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # annotated as an integer, used as a factor
         target_modules=target_pattern(config, adapter),
         lora_dropout=0.0,
     )
@@ -66,12 +66,12 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, adapter: ModelAdapt
         raise CheckpointError(f"model.policy.lora.targets {list(_targets(config, adapter))}: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(mark in name for mark in FACTORS))
-        if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which keeps float32 copies by itself
+        if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # ZeRO-3 keeps float32 copies
             parameter.data = parameter.data.float()  # most steps are smaller than a 16-bit number's last digit
 
 
 def target_pattern(config: LoraConfig, adapter: ModelAdapter) -> str:
-    """The regular expression that the whole name of an adapted layer matches."""
+    """Regular expression for the full names of adapted layers."""
     names = "|".join(map(re.escape, _targets(config, adapter)))
     return rf"{adapter.lora_scope}({names})"
 
@@ -81,13 +81,13 @@ def _targets(config: LoraConfig, adapter: ModelAdapter) -> tuple[str, ...]:
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """The adapted layers by name; empty without LoRA."""
+    """Adapted layers by name; empty without LoRA."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 @contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """The model as it was before training, for as long as the context lasts."""
+    """Context manager that disables the adapters, so that the model is the one before training."""
     layers = list(adapter_layers(model).values())
     for layer in layers:
         layer.enable_adapters(False)

@@ -1,4 +1,4 @@
-"""Operations of the model replaced by faster ones that compute the same; parameters and their names stay."""
+"""Faster replacements for operations of the model. Parameters and their names stay."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class PatchProjection(torch.nn.Conv3d):
-    """The patch projection of the vision tower as the matrix product that it is.
+    """The vision tower's patch projection as a matrix product.
 
-    The processor cuts images into patches beforehand and the tower applies a `Conv3d` whose kernel and stride are one
-    whole patch. Convolution kernels are slow at that: on a CPU they take two fifths of a step of the tiny model.
+    The model applies a `Conv3d` whose kernel and stride are one whole patch. On a CPU the convolution takes two fifths
+    of a step of the tiny model.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -38,25 +38,19 @@ class PatchProjection(torch.nn.Conv3d):
 
 
 def use_linear_patches(model: PreTrainedModel) -> None:
-    """Make the model's patch projection a matrix product. Its class changes, its parameters and hooks stay."""
+    """Turn the patch projection into a `PatchProjection`. Its class changes, its parameters and hooks stay."""
     for module in model.modules():
         if type(module) is torch.nn.Conv3d and module.stride == module.kernel_size:
             module.__class__ = PatchProjection
 
 
 def use_liger(model: PreTrainedModel, adapter: ModelAdapter, *, required: bool = False) -> None:
-    """Replace operations by liger-kernel's fused ones, where there is a GPU that runs them.
+    """Replace operations by liger-kernel's fused ones that run in the family, if there is a GPU.
 
-    The adapter says which of its parts run in the family. Its fused losses are left out: ours computes
-    log-probabilities at the loss positions only.
-
-    Args:
-        model: The policy.
-        adapter: Of its family.
-        required: Raise if they are not available.
+    Its fused losses are not used, because ours computes log-probabilities at the loss positions only.
 
     Raises:
-        CheckpointError: They are required and there is no GPU, no liger-kernel, or none for this family.
+        CheckpointError: The kernels are required and there is no GPU, no liger-kernel, or none for this family.
     """
     missing = "no GPU" if not torch.cuda.is_available() else ""
     if not missing and importlib.util.find_spec("liger_kernel") is None:

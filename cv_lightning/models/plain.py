@@ -1,4 +1,4 @@
-"""One sequence as transformers' own forward computes it: the reference of the start-up check."""
+"""One sequence through transformers' own forward: the reference of the start-up check."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ rounding alone is below 0.004."""
 
 
 class ComparedProjection(PatchProjection):
-    """Patch projection of a 16-bit policy that is compared with its convolution where it is computed.
+    """Patch projection of a 16-bit policy that compares its result with the convolution's.
 
-    Large weights amplify its rounding by so much that it would hide wrong positions in the log-probabilities.
+    Large weights amplify its rounding so much that the difference would hide wrong positions in the log-probabilities.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Project patches; the result is not finite if it differs from the convolution's by more than rounding."""
+        """Project patches; the result is NaN if it differs from the convolution's by more than rounding."""
         ours = super().forward(input)
         convolved = torch.nn.Conv3d.forward(self, input).float()
         agrees = (ours.float() - convolved).norm() <= PROJECTION * convolved.norm()
@@ -39,7 +39,7 @@ class ComparedProjection(PatchProjection):
 def plain_operations(model: PreTrainedModel) -> Iterator[None]:
     """Context manager that gives a policy transformers' SDPA attention and patch projection instead of ours.
 
-    In 16 bits the patch projection stays ours and is compared by itself, see `ComparedProjection`.
+    In 16 bits the patch projection stays ours and is compared separately, see `ComparedProjection`.
     """
     ours = model.config._attn_implementation
     replaced = [module for module in model.modules() if type(module) is PatchProjection]
@@ -67,12 +67,12 @@ def plain_logprobs(
     """Log-probabilities of the learned tokens of one sequence, with transformers' own positions, mask and attention.
 
     Args:
-        model: the policy, possibly sharded; then this is a collective of all ranks.
-        adapter: of the policy; prepares the images.
-        token_ids: images expanded.
+        model: The policy. If it is sharded, this is a collective of all ranks.
+        adapter: The policy's adapter, which prepares the images.
+        token_ids: Token ids with expanded images.
         loss_mask: True where a token is learned; the first token never is.
-        images: at model size, in the order of the sequence; at least one.
-        banned_ids: get `LOGIT_BAN` added, as in training.
+        images: Images at model size, in the order of the sequence; at least one.
+        banned_ids: Ids whose logits get `LOGIT_BAN` added, as in training.
 
     Returns:
         [learned tokens], float32.

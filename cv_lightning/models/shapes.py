@@ -1,7 +1,4 @@
-"""A model's architecture without its weights: from its folder, or, for the models of the recipes, from the package.
-
-For plans and tests: everything that decides about memory is known before a byte of weights is there.
-"""
+"""A model's architecture without its weights, from its folder or, for the recipes' models, from the package."""
 
 from __future__ import annotations
 
@@ -19,18 +16,18 @@ if TYPE_CHECKING:
 
 RELEASED_FOLDER = Path(__file__).parent / "released"
 RELEASED = {file.stem.replace("_", "-"): file for file in sorted(RELEASED_FOLDER.glob("*.json"))}
-"""config.json of published models, by what their names, and folders made of them, have in common."""
+"""config.json of published models, by the part that their names and folders made of them share."""
 
 
 def model_config(path: str, adapter: ModelAdapter | None = None) -> PreTrainedConfig:
-    """The architecture of a model folder; where there is none (yet), that of the published model that `path` names.
+    """The config of a model folder; if the folder does not exist, that of the published model that `path` names.
 
     Args:
-        path: Folder, or name of a model.
-        adapter: Of its family; None: found by its model type.
+        path: Folder or name of a model.
+        adapter: The family's adapter; None: the model type must be known.
 
     Raises:
-        CheckpointError: neither is there, or it is of a family this project does not know.
+        CheckpointError: There is no such folder or published model, or its family is not known.
     """
     from transformers import AutoConfig
 
@@ -52,10 +49,10 @@ def model_config(path: str, adapter: ModelAdapter | None = None) -> PreTrainedCo
 
 
 def empty_policy(config: PolicyConfig) -> PreTrainedModel:
-    """The policy on the meta device: names, shapes, types and what is trained, but no memory.
+    """The policy on the meta device, with names, shapes, types and trainable parameters, but no memory.
 
     Raises:
-        CheckpointError: its architecture is not known, or no layer takes the adapters.
+        CheckpointError: The architecture is not known, or no layer matches the LoRA targets.
     """
     import torch
     from transformers import AutoModelForImageTextToText

@@ -1,4 +1,4 @@
-"""Does an exported folder compute what the weights it was made of compute? Logits on an image and a question."""
+"""Check of an exported folder: its logits on an image and a question against those of the weights it is made from."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 QUESTION = "What is written in this image?"
 SAME, MERGED_APART = 1e-5, {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
-"""Largest accepted difference, over the largest logit: of the same arithmetic, and of adapters that are added to the
-weights on one side and to the activations on the other."""
+"""Largest accepted difference relative to the largest logit: for equal arithmetic, and for adapters that are added to
+the weights on one side and to the activations on the other."""
 
 
 def reference_logits(
     tensors: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig, dtype: torch.dtype, inputs: BatchFeature
 ) -> torch.Tensor:
-    """Logits of a model filled with these tensors, which takes no second copy of them.
+    """Logits of a model that is filled with tensors without copying them.
 
     Args:
-        tensors: (name in the model, whole tensor) of every parameter; tied ones once.
-        config: its architecture.
-        dtype: of its parameters.
-        inputs: see `probe`.
+        tensors: (name in the model, full tensor) of every parameter; tied ones once.
+        config: The model's architecture.
+        dtype: Type of its parameters.
+        inputs: Inputs from `probe`.
     """
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForImageTextToText
 
-    with init_empty_weights(include_buffers=False):  # buffers are no part of a checkpoint: they are computed
+    with init_empty_weights(include_buffers=False):  # a checkpoint has no buffers, the model computes them
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.load_state_dict(dict(tensors), strict=False, assign=True)
     model.tie_weights()
@@ -51,11 +51,11 @@ def reference_logits(
 
 
 def probe(folder: Path, given: ModelAdapter | None = None) -> BatchFeature:
-    """An image and a question, as the folder's own processor and chat template make them.
+    """Inputs for an image and a question, made by the folder's own processor and chat template.
 
     Args:
-        folder: Of the model.
-        given: Its adapter; None: found by its model type.
+        folder: Folder of the model.
+        given: The model's adapter; None: selected by its model type.
     """
     adapter = load_adapter(PolicyConfig(path=str(folder), adapter=given))
     side = 4 * adapter.image_rule.factor
@@ -67,7 +67,7 @@ def probe(folder: Path, given: ModelAdapter | None = None) -> BatchFeature:
 
 
 def folder_logits(folder: Path, dtype: str, base: str, inputs: BatchFeature) -> torch.Tensor:
-    """Logits of an exported folder as transformers loads it, or of `base` with the adapters that the folder holds."""
+    """Logits of an exported folder as transformers loads it, or of `base` with the adapters in the folder."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -83,13 +83,10 @@ def folder_logits(folder: Path, dtype: str, base: str, inputs: BatchFeature) -> 
 
 
 def check_same(expected: torch.Tensor, found: torch.Tensor, dtype: str, separate: bool) -> float:
-    """Compare logits.
-
-    Returns:
-        Largest difference over the largest logit.
+    """Largest difference of two logit tensors relative to the largest expected logit.
 
     Raises:
-        CheckpointError: above what rounding explains.
+        CheckpointError: The difference is larger than rounding explains.
     """
     scale = float(expected.abs().max())
     gap = float((expected - found).abs().max()) / max(scale, 1e-30)

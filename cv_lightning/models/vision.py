@@ -1,4 +1,4 @@
-"""Processed images: made once per image, shared by every sequence that shows it."""
+"""Cache of processed images, so that every sequence that shows an image shares its model inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 
 
 class VisionCache:
-    """Processed images by object identity.
+    """Model inputs of images by object identity.
 
-    The trajectories of a group share their prompt image as one object: it is processed once, and the packed row
-    encodes it once.
+    The trajectories of a group share their prompt image as one object, so it is processed and encoded once.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
@@ -23,14 +22,14 @@ class VisionCache:
         self._known: dict[int, tuple[Image.Image, ImageInputs]] = {}
 
     def get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
-        """One `ImageInputs` per image; the same object for the same image. New ones are processed in one call."""
+        """Model inputs of images, the same object for the same image. New images are processed in one call."""
         new = list({id(image): image for image in images if id(image) not in self._known}.values())
         if new:
             for image, inputs in zip(new, self.adapter.process_images(new), strict=True):
-                # The image is kept alive with its features, so that its id cannot be reused.
+                # Keeping the image alive prevents its id from being used again.
                 self._known[id(image)] = image, inputs
         return [self._known[id(image)][1] for image in images]
 
     def clear(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         self._known.clear()

@@ -244,7 +244,7 @@ def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.
         ({"family": "qwen2_5_vl", "full_attention_every": 5}, "--full_attention_every"),
         ({"family": "qwen2_5_vl", "window_tokens": 0}, "--window_tokens"),
         ({"vocabulary": 100}, "--vocabulary"),
-        ({"family": "no_such_vl"}, "--family no_such_vl: there are qwen2_5_vl, qwen3_vl"),
+        ({"family": "no_such_vl"}, "--family no_such_vl is not known; there are qwen2_5_vl, qwen3_vl"),
     ],
 )
 def test_sizes_that_cannot_be_name_their_flag(arguments: dict, flag: str) -> None:

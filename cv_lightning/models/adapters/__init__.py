@@ -1,4 +1,4 @@
-"""Model families. One file here, or a user's class named by `policy.adapter`, is all that a family needs."""
+"""Model families. A family needs one file here, or a user's class named by `policy.adapter`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 @cache
 def _families() -> dict[str, type[ModelAdapter]]:
-    """Adapter classes of this folder by the model types that they name."""
+    """Adapter classes of this folder by model type."""
     found: dict[str, type[ModelAdapter]] = {}
     for module in pkgutil.iter_modules(__path__):
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
@@ -43,14 +43,14 @@ def known_types() -> list[str]:
 
 
 def adapter_for(model_type: str, where: str = "policy.path") -> ModelAdapter:
-    """The adapter of a family.
+    """The adapter of a model type.
 
     Args:
-        model_type: As config.json says it.
-        where: Names the checkpoint in the message.
+        model_type: The value in config.json.
+        where: Name of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: No adapter of this package knows the family.
+        CheckpointError: The package has no adapter for it.
     """
     if model_type not in _families():
         raise CheckpointError(
@@ -61,11 +61,11 @@ def adapter_for(model_type: str, where: str = "policy.path") -> ModelAdapter:
 
 
 def adapter_of_checkpoint(path: str, processor: ProcessorMixin) -> ModelAdapter:
-    """The adapter that the `model_type` of a checkpoint decides, and where it has no config.json, its processor.
+    """The adapter for a checkpoint's `model_type`, or for its processor if it has no config.json.
 
     Args:
         path: Hugging Face folder, or a name on the hub.
-        processor: Loaded from there.
+        processor: The checkpoint's processor.
 
     Raises:
         CheckpointError: Its config.json cannot be read, or its family is not known.
@@ -85,7 +85,7 @@ def adapter_of_checkpoint(path: str, processor: ProcessorMixin) -> ModelAdapter:
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"policy.path {path}: its config.json cannot be read ({error}), and its {kind} tells no family either; "
+            f"policy.path {path}: its config.json cannot be read ({error}), and no known family has {kind}; "
             "copy it from the base model, or name the family's adapter as policy.adapter"
         ) from error
     return adapter_for(str(fields.get("model_type")), f"policy.path {path}")

@@ -1,4 +1,4 @@
-"""Sizes of tiny random-weight checkpoints, which every family makes in its own architecture."""
+"""Sizes of tiny random-weight checkpoints."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ class TinySizes:
     deepstack_layers: tuple[int, ...] = (1, 2)
     """Qwen3-VL: vision blocks whose features are added to the first layers of the language model."""
     full_attention_every: int = 2
-    """Qwen2.5-VL: every so many-th vision block attends to the whole image (the 8th in the released models), the
-    others within windows."""
+    """Qwen2.5-VL: interval of the vision blocks that attend to the whole image (8 in the released models); the others
+    attend within windows."""
     window_tokens: int = 2
     """Qwen2.5-VL: side of a window in vision tokens (4 in the released models)."""
     merge_size: int = 2
-    """Patches a side that become one vision token."""
+    """Side of the square of patches that becomes one vision token."""
     min_tokens: int = 5
-    """Images of fewer vision tokens are enlarged. The defaults show every square image as 3x3 tokens (96x96 pixels
-    in Qwen3-VL, 84x84 in Qwen2.5-VL), and leave other shapes enough room that their size on the grid needs no second
-    resize."""
+    """Images of fewer vision tokens are enlarged. With the defaults every square image has 3x3 tokens (96x96 pixels
+    in Qwen3-VL, 84x84 in Qwen2.5-VL), and other shapes need no second resize after rounding to the grid."""
     max_tokens: int = 12
     """Images of more vision tokens are reduced."""
     image_mean: float = 1.0
-    """1 makes a white background exactly 0, without which position embeddings drown in it and nothing is learned."""
+    """1 makes a white background exactly 0; otherwise it outweighs the position embeddings and nothing is learned."""
     image_std: float = 0.5
-    """Divisor after the mean is taken off, both on a scale of 0 to 1."""
+    """Divisor after the mean is subtracted, both on a scale of 0 to 1."""
     max_positions: int = 4096
     """Longest sequence in tokens."""
     tie_embeddings: bool = False
-    """Output head and word embeddings are one matrix, as in the small released models."""
+    """Share one matrix between output head and word embeddings, as the small released models do."""
     initializer_range: float = 0.02
     """Standard deviation of the random weights; the released models began with 0.02."""
     tokenizer_merges: Literal["strings", "words"] = "strings"
-    """strings: whole phrases of the corpus become one token, single digits stay apart, so that a tool call takes 6-21
-    tokens; words: text is cut first as Qwen's tokenizers cut it (35-49 tokens a call)."""
+    """strings: whole phrases of the corpus become one token, but digits stay separate (6-21 tokens per tool call);
+    words: text is first split like Qwen's tokenizers do (35-49 tokens per call)."""
     vocabulary: int = 640
-    """Byte-pair entries at most: 256 bytes and the merges that the corpus gives; special tokens come on top."""
+    """Most byte-pair entries: 256 bytes and the merges of the corpus; special tokens are added to them."""
     seed: int = 0
     """Seed of the weights."""
 
@@ -66,4 +65,4 @@ class TinySizes:
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"1 <= --min_tokens {self.min_tokens} <= --max_tokens {self.max_tokens} must hold")
         if self.vocabulary < 256:
-            raise ValueError(f"--vocabulary {self.vocabulary} must be at least 256, one entry a byte")
+            raise ValueError(f"--vocabulary {self.vocabulary} must be at least 256, one entry per byte")

@@ -1,4 +1,4 @@
-"""A tiny random-weight model of any family that has an adapter."""
+"""Config of a tiny random-weight model of any family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TinyModelConfig(TinySizes):
     def __post_init__(self) -> None:
         TinySizes.__post_init__(self)
         if self.family not in known_types():
-            raise ValueError(f"--family {self.family}: there are {', '.join(known_types())}")
+            raise ValueError(f"--family {self.family} is not known; there are {', '.join(known_types())}")
         adapter_for(self.family).check_tiny(self)
 
     @property
