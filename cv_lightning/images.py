@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-from cv_lightning.types import IDENTITY, Affine, Box, ImageError
+from cv_lightning.types import IDENTITY, Affine, Box, ImageError, TrajectoryImage
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,6 +25,8 @@ MAX_ASPECT = 200.0
 """Longest over shortest side that the models' processors accept."""
 MAX_DECODED_PIXELS = 120_000_000
 """Larger images are rejected as decompression bombs."""
+CONTENT_HASH = "_content_hash"
+"""Attribute in which an image keeps its content hash."""
 
 
 class ImageRule(ABC):
@@ -148,10 +150,22 @@ def _wide_to_rgb(values: npt.NDArray[np.float32], *, is_float: bool) -> Image.Im
 
 
 def content_hash(image: Image.Image) -> str:
-    """First 32 hex digits of the SHA-256 of size, mode and pixels."""
-    digest = hashlib.sha256(f"{image.mode}{image.size}".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()[:32]
+    """First 32 hex digits of the SHA-256 of size, mode and pixels.
+
+    Computed once and kept on the image, whose pixels must not change afterwards; a copy has none.
+    """
+    known: str | None = vars(image).get(CONTENT_HASH)
+    if known is None:
+        digest = hashlib.sha256(f"{image.mode}{image.size}".encode())
+        digest.update(image.tobytes())
+        known = digest.hexdigest()[:32]
+        remember_hash(image, known)
+    return known
+
+
+def remember_hash(image: Image.Image, content_hash: str) -> None:
+    """Set what `content_hash` returns of an image, which is known without its pixels."""
+    vars(image)[CONTENT_HASH] = content_hash
 
 
 # ------------------------------------------------------------------------------------------------ the one resize
@@ -216,6 +230,14 @@ def map_box(affine: Affine, box: Box) -> Box:
     xs = [affine.a * x + affine.b * y + affine.c for x, y in corners]
     ys = [affine.d * x + affine.e * y + affine.f for x, y in corners]
     return (min(xs), min(ys), max(xs), max(ys))
+
+
+def source_box(image: TrajectoryImage) -> Box | None:
+    """Bounding box of what an image shows, in pixels of its source image; None: not an affine image of it."""
+    if image.to_source is None:
+        return None
+    width, height = image.original.size
+    return map_box(image.to_source, (0.0, 0.0, float(width), float(height)))
 
 
 def dihedral_affine(name: str, width: int, height: int) -> Affine:

@@ -1,6 +1,7 @@
 """The data model: what flows from data to agent, reward, loss and disk.
 
-Everything here is a plain value. Heavy libraries are not imported; images are Pillow images.
+Everything here is a plain value. Heavy libraries are not imported; images are Pillow images, which those read from a
+store decode when their pixels are needed. `trajectory/codec.py` writes these classes to a store and reads them.
 One question is a `Task`; everything that happened while one rollout answered it is a `Trajectory`;
 the trajectories of one task form a `Group`; one RL iteration's work is an `Iteration`.
 """
@@ -9,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the trajectory files; a reader refuses files of a newer one."""
 
 Box = tuple[float, float, float, float]
@@ -108,10 +110,14 @@ class Task:
     """The prompt as the data set gives it; empty: the agent's own prompt around `question`."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """JSON values that are stored along. Training reads `accepted_answers` alone: texts of which any is right."""
+    recorded_digest: str = field(default="", compare=False)
+    """The digest that a store recorded; empty for a task that was not read from one."""
 
     @property
     def digest(self) -> str:
-        """Of everything but the id and the pixels: the same where the same is asked and expected."""
+        """Hash of the task without its id and images: the same where the same is asked and expected."""
+        if self.recorded_digest:
+            return self.recorded_digest
         messages = [[message.role, message.content] for message in self.messages]
         expected = [self.ground_truth, self.data_source, self.required_transforms, self.box, self.metadata]
         text = json.dumps([self.question, messages, expected], sort_keys=True, default=repr)
@@ -121,6 +127,16 @@ class Task:
     def accepted(self) -> list[str]:
         """The answers of which any is right, the ground truth first."""
         return list(dict.fromkeys([self.ground_truth, *self.metadata.get("accepted_answers", ())]))
+
+    @property
+    def needs_tool(self) -> bool:
+        """True if something was done to the image that a tool call has to undo."""
+        return bool(self.required_transforms)
+
+    @property
+    def kind(self) -> str:
+        """What metrics are split by: `metadata["kind"]`, else the data source."""
+        return str(self.metadata.get("kind", self.data_source))
 
 
 # ------------------------------------------------------------------------------------------------ tool
@@ -332,12 +348,32 @@ class RewardBreakdown:
     """`rule` or `judge`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobSummary:
+    """Statistics of the engine's log-probabilities over the sampled tokens."""
+
+    mean: float
+    min: float
+    sum: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSummary:
+    """What is known of a trajectory's tokens where these are not kept."""
+
+    num_tokens: int
+    """Whole sequence: prompt, images expanded, tool responses."""
+    num_sampled_tokens: int
+    logprob: LogprobSummary | None
+    """None where no log-probability is known."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Trajectory:
     """Everything that happened in one rollout, and the only thing training reads.
 
     `token_ids`, `loss_mask` and `logprobs` have the same length: the whole sequence, prompt included,
-    every image expanded to as many `<|image_pad|>` as it has features.
+    every image expanded to as many `<|image_pad|>` as it has features. They are empty where a store left them out.
     """
 
     task: Task
@@ -361,6 +397,26 @@ class Trajectory:
     """None: unscored (masked out of its group)."""
     advantage: float | None = None
     total_s: float = 0.0
+    token_summary: TokenSummary | None = field(default=None, compare=False)
+    """What a store recorded; None for a trajectory that was not read from one. `tokens` is always there."""
+
+    @property
+    def tokens(self) -> TokenSummary:
+        """Counts and log-probabilities of the tokens."""
+        if self.token_summary is not None:
+            return self.token_summary
+        sampled = [value for value, kept in zip(self.logprobs, self.loss_mask, strict=True) if kept]
+        total = math.fsum(sampled)
+        return TokenSummary(
+            num_tokens=len(self.token_ids),
+            num_sampled_tokens=len(sampled) or sum(turn.num_tokens for turn in self.turns),  # of a served model
+            logprob=LogprobSummary(mean=total / len(sampled), min=min(sampled), sum=total) if sampled else None,
+        )
+
+    @property
+    def answer(self) -> str | None:
+        """The extracted answer; None where there is none or the trajectory is unscored."""
+        return self.reward.answer if self.reward else None
 
     @property
     def response_text(self) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from cv_lightning.checkpoints.folder import last_checkpoint
-from cv_lightning.loggers.wandb import WandbRun, live_rows, stored_rows, stratified
+from cv_lightning.loggers.wandb import WandbRun, rows_of, stratified
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.trajectory import read_groups
 from cv_lightning.types import Iteration
 
 
@@ -37,7 +39,8 @@ class WandbTrajectories(pl.Callback):
         number = pl_module.iteration
         if trainer.is_global_zero and (number - 1) % self.logger.table_every == 0 and not self.logger.has(number):
             self.logger.iteration = number
-            rows = stratified(live_rows(batch.groups, number), self.logger.table_rows)
+            groups = [replace(group, iteration=number) for group in batch.groups]
+            rows = stratified(rows_of(groups), self.logger.table_rows)
             self.logger.log_rows("train/trajectories", rows)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,7 +56,7 @@ class WandbTrajectories(pl.Callback):
                 continue
             folder = metrics.parent
             key = re.sub(r"iteration\d+_", "", folder.name)  # one key for the validations of all iterations
-            self.logger.log_rows(f"eval/{key}", stratified(stored_rows(folder), self.logger.table_rows))
+            self.logger.log_rows(f"eval/{key}", stratified(rows_of(read_groups(folder)), self.logger.table_rows))
             if self.logger.log_evaluations:
                 self.logger.log_folder(folder, f"eval-{key}", "evaluation")
 

@@ -16,11 +16,10 @@ from cv_lightning.background import Background
 from cv_lightning.command_line import read_command_line
 from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.module import RewardModule
+from cv_lightning.trajectory.codec import encode_group
 from cv_lightning.trajectory.reader import find_files, read_groups
-from cv_lightning.trajectory.record import GroupRecord
-from cv_lightning.trajectory.replay import to_group
-from cv_lightning.trajectory.store import IMAGES, LINES, encode_line
-from cv_lightning.types import CVLightningError, DataError, Group, RewardBreakdown
+from cv_lightning.trajectory.store import IMAGES, LINES
+from cv_lightning.types import CVLightningError, DataError, EndState, Group, RewardBreakdown
 
 GROUPS_AT_ONCE = 64
 """Groups that a judge is asked about at once."""
@@ -93,8 +92,8 @@ def rescore(config: Rescore) -> Rescored:
     temporary = config.out.with_name(f".{config.out.name}.tmp")
     (temporary / LINES).mkdir(parents=True, exist_ok=True)
     with (temporary / LINES / "groups.rank0.jsonl").open("wb") as file:
-        for record in _scored(reader, config.reward, found):
-            file.write(encode_line(record))
+        for group in _scored(reader, config.reward, found):
+            file.write(encode_group(group, tokens=bool(group.trajectories and group.trajectories[0].token_ids)))
     found.unreadable = len(reader.bad_lines)
     if not found.groups:
         shutil.rmtree(temporary)
@@ -109,40 +108,45 @@ def rescore(config: Rescore) -> Rescored:
     return found
 
 
-def _scored(groups: Iterator[GroupRecord], reward: RewardConfig, found: Rescored) -> Iterator[GroupRecord]:
+def _scored(groups: Iterator[Group], reward: RewardConfig, found: Rescored) -> Iterator[Group]:
     """The groups with new rewards, in their order."""
     rewards, background = RewardModule(reward), Background("cv-lightning-rescore")
     try:
-        while records := list(islice(groups, GROUPS_AT_ONCE)):
-            live = [to_group(record, pixels=bool(reward.terms)) for record in records]
+        while stored := list(islice(groups, GROUPS_AT_ONCE)):
+            rescored = [_unscored(group) for group in stored]
             waiting = [
                 background.submit(rewards.score_answer(trajectory))
-                for group in live
+                for group in rescored
                 for trajectory in group.trajectories
                 if not trajectory.end_state.is_error
             ]
             for future in waiting:
                 future.result()
-            for record, group in zip(records, live, strict=True):
-                rewards.score_group(group, background.submit(rewards.ask_terms(group)).result())
-                yield _compared(record, group, found)
+            for before, after in zip(stored, rescored, strict=True):
+                rewards.score_group(after, background.submit(rewards.ask_terms(after)).result())
+                _compare(before, after, found)
+                yield after
     finally:
         rewards.close()
         background.close()
 
 
-def _compared(record: GroupRecord, group: Group, found: Rescored) -> GroupRecord:
-    old, new = [t.reward for t in record.trajectories], [t.reward for t in group.trajectories]
+def _unscored(group: Group) -> Group:
+    """A copy without rewards and advantages; what only the judge failed is as it was before the judge was asked."""
+    trajectories = [replace(trajectory, reward=None, advantage=None) for trajectory in group.trajectories]
+    for trajectory in trajectories:
+        if trajectory.end_state is EndState.ERROR_JUDGE:
+            trajectory.end_state, trajectory.error = EndState.ANSWERED, ""
+    return replace(group, trajectories=trajectories)
+
+
+def _compare(before: Group, after: Group, found: Rescored) -> None:
+    old, new = [t.reward for t in before.trajectories], [t.reward for t in after.trajectories]
     found.before.add(old)
     found.after.add(new)
     found.groups += 1
     pairs = zip(old, new, strict=True)
     found.changed += sum((one and one.total) != (other and other.total) for one, other in pairs)
-    rescored = [
-        replace(before, reward=after.reward, advantage=None, end_state=after.end_state, error=after.error)
-        for before, after in zip(record.trajectories, group.trajectories, strict=True)
-    ]
-    return replace(record, trajectories=rescored)
 
 
 def print_comparison(found: Rescored, out: Path) -> None:

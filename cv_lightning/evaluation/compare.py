@@ -22,8 +22,9 @@ from cv_lightning.evaluation.tables import (
     percent,
     unscored_note,
 )
-from cv_lightning.trajectory import GroupRecord, read_groups
-from cv_lightning.types import DataError
+from cv_lightning.images import content_hash
+from cv_lightning.trajectory import read_groups
+from cv_lightning.types import DataError, Group
 
 SPLITS = {
     "orientation": lambda outcome: outcome.shown.orientation,
@@ -100,7 +101,7 @@ class Comparison:
         }
 
 
-def load_evaluation(path: Path) -> dict[str, GroupRecord]:
+def load_evaluation(path: Path) -> dict[str, Group]:
     """The groups of an evaluation, by the id of the question; of one that is there twice, the last.
 
     Raises:
@@ -112,7 +113,7 @@ def load_evaluation(path: Path) -> dict[str, GroupRecord]:
     return groups
 
 
-def match_questions(first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord]) -> Matching:
+def match_questions(first: Mapping[str, Group], second: Mapping[str, Group]) -> Matching:
     """Pair by id where the question is the same, then by what was asked and shown."""
     matching = Matching()
     same = {name for name in first.keys() & second.keys() if _asked(first[name]) == _asked(second[name])}
@@ -133,14 +134,12 @@ def match_questions(first: Mapping[str, GroupRecord], second: Mapping[str, Group
     return matching
 
 
-def _asked(group: GroupRecord) -> tuple[str, str, tuple[str, ...]]:
+def _asked(group: Group) -> tuple[str, str, tuple[str, ...]]:
     task = group.task
-    return task.question, task.ground_truth, tuple(Path(image.file).stem for image in task.images)
+    return task.question, task.ground_truth, tuple(content_hash(image) for image in task.images)
 
 
-def compare(
-    first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord], names: tuple[str, str] = ("A", "B")
-) -> Comparison:
+def compare(first: Mapping[str, Group], second: Mapping[str, Group], names: tuple[str, str] = ("A", "B")) -> Comparison:
     """Compare two evaluations.
 
     Args:
@@ -185,7 +184,7 @@ def _change(pair: Pair) -> float:
     return pair.right[1] - pair.right[0]
 
 
-def _outcomes(groups: Mapping[str, GroupRecord]) -> list[Outcome]:
+def _outcomes(groups: Mapping[str, Group]) -> list[Outcome]:
     return [judge(group.task, trajectory) for group in groups.values() for trajectory in group.trajectories]
 
 
@@ -237,8 +236,8 @@ def _row(name: str, found: PairedSummary) -> list[str]:
 
 
 def flips(
-    names: Sequence[str], matching: Matching, first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord]
-) -> list[tuple[GroupRecord, GroupRecord]]:
+    names: Sequence[str], matching: Matching, first: Mapping[str, Group], second: Mapping[str, Group]
+) -> list[tuple[Group, Group]]:
     """The groups of flipped questions, on both sides."""
     back = {mine: theirs for theirs, mine in matching.names.items()}
     return [(first[name], second[back[name]]) for name in names]

@@ -10,7 +10,6 @@ from typing import Any
 
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.statistics import Rate, rate
-from cv_lightning.trajectory import GroupRecord
 from cv_lightning.types import Group
 
 
@@ -87,7 +86,7 @@ def json_value(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def summarise(groups: Iterable[Group | GroupRecord]) -> EvalSummary:
+def summarise(groups: Iterable[Group]) -> EvalSummary:
     """Compute every figure of an evaluation.
 
     Args:

@@ -1,6 +1,6 @@
 """What one trajectory did: right or wrong, whether the tool was used as the task needs it, what its crops show.
 
-Pure functions of records; live groups are adapted by `to_record`. *Tool-use success* holds when the answer was given
+Pure functions of trajectories, live or read from a store. *Tool-use success* holds when the answer was given
 on an upright image and, where a crop is needed, after the model saw a crop that shows the ground-truth box and little
 else.
 """
@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from cv_lightning.evaluation.scoring import metric_of, official_score
-from cv_lightning.images import area, iou, is_upright
+from cv_lightning.images import area, iou, is_upright, source_box
 from cv_lightning.orientations import ORIENTATIONS, orientations_of, to_upright
 from cv_lightning.rewards.geometry import MAX_AREA_RATIO, shows
 from cv_lightning.rewards.markup import final_answer
-from cv_lightning.trajectory import GroupRecord, TaskRecord, TrajectoryRecord, to_record
-from cv_lightning.types import Box, EndState, Group, ToolStatus
+from cv_lightning.types import Box, EndState, Group, Task, ToolStatus, Trajectory
 
 ANSWERED = (EndState.ANSWERED, EndState.ERROR_JUDGE)
 """End states of trajectories that have an answer; the second's was not judged."""
@@ -24,7 +23,7 @@ RIGHT_FROM = 0.5
 """Score by a benchmark's own metric from which on an answer counts as right where only right and wrong count."""
 
 
-def turns_of(task: TaskRecord, source: int = 0) -> list[str]:
+def turns_of(task: Task, source: int = 0) -> list[str]:
     """The right-angle turns and flips that were done to one of the task's images, in the order of application.
 
     What a data set's transforms say is true of its first image; `data.corruptions` and the orientation probe, which
@@ -37,7 +36,7 @@ def turns_of(task: TaskRecord, source: int = 0) -> list[str]:
     return names or [form] if source == 0 else [form]
 
 
-def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+def answered_upright(task: Task, trajectory: Trajectory) -> bool:
     """True if the last image that the model saw is upright: turned and mirrored by nothing, on balance."""
     if not trajectory.images:
         return False
@@ -45,7 +44,7 @@ def answered_upright(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     return is_upright(last.to_source, to_upright(turns_of(task, last.source), task.images[last.source].size))
 
 
-def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+def crop_fits(task: Task, trajectory: Trajectory) -> bool:
     """True if some crop that the model saw shows the ground-truth box and little else, in source pixels.
 
     At least `geometry.MIN_COVERED` of the box, at most `MAX_AREA_RATIO` times its area, and less than the whole image.
@@ -57,7 +56,7 @@ def crop_fits(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     return any(area(crop) <= limit and shows(crop, task.box) for crop in crops(task, trajectory))
 
 
-def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:
+def crops(task: Task, trajectory: Trajectory) -> list[Box]:
     """What the crops that the model saw show of the first image, in its pixels and in order.
 
     An image that shows the whole image, or just what its parent shows (a turned crop), is none.
@@ -65,15 +64,15 @@ def crops(task: TaskRecord, trajectory: TrajectoryRecord) -> list[Box]:
     width, height = task.images[0].size
     found = []
     for image in trajectory.images:
-        frame = image.source_box
+        frame = source_box(image)
         if image.parent is None or image.source != 0 or frame is None or area(frame) >= width * height:
             continue
-        if frame != trajectory.images[image.parent].source_box:
+        if frame != source_box(trajectory.images[image.parent]):
             found.append(frame)
     return found
 
 
-def tool_use_success(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
+def tool_use_success(task: Task, trajectory: Trajectory) -> bool:
     """True if the trajectory answered, and did so on the image that the task needs."""
     return (
         trajectory.end_state in ANSWERED
@@ -82,7 +81,7 @@ def tool_use_success(task: TaskRecord, trajectory: TrajectoryRecord) -> bool:
     )
 
 
-def turned_image(trajectory: TrajectoryRecord) -> bool:
+def turned_image(trajectory: Trajectory) -> bool:
     """True if an orientation operation ran, by name or by its net effect (an array turned by slicing)."""
     if any(_turns(op.name) for op in trajectory.operations):
         return True
@@ -114,7 +113,7 @@ class Shown(NamedTuple):
     """False where `data.corruptions` turned or corrupted it."""
 
 
-def shown_as(task: TaskRecord) -> Shown:
+def shown_as(task: Task) -> Shown:
     """The form of a task: what `data.corruptions` made of it, else what its data set did to the image."""
     metadata = task.metadata
     orientation, corruption = "identity", "none"
@@ -189,9 +188,9 @@ class Outcome(NamedTuple):
         return not self.needs_tool and self.shown.orientation == "identity"
 
 
-def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
+def judge(task: Task, trajectory: Trajectory) -> Outcome:
     """Judge one trajectory."""
-    shown, reward = shown_as(task), trajectory.reward
+    shown, reward, tokens = shown_as(task), trajectory.reward, trajectory.tokens
     seen = crops(task, trajectory) if task.box is not None else []
     box = task.box or (0.0, 0.0, 0.0, 0.0)
     correct = reward.correct if reward else None
@@ -213,8 +212,8 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
         fixed=answered_upright(task, trajectory) if shown.orientation in ORIENTATIONS or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),
         num_turns=len(trajectory.turns),
-        num_sampled_tokens=trajectory.num_sampled_tokens,
-        num_tokens=trajectory.num_tokens,
+        num_sampled_tokens=tokens.num_sampled_tokens,
+        num_tokens=tokens.num_tokens,
         num_calls=trajectory.num_tool_calls,
         num_calls_ok=sum(turn.result is not None and turn.result.status is ToolStatus.OK for turn in trajectory.turns),
         num_operations=sum(operation.used for operation in trajectory.operations),
@@ -224,7 +223,7 @@ def judge(task: TaskRecord, trajectory: TrajectoryRecord) -> Outcome:
     )
 
 
-def _official(metadata: dict[str, Any], trajectory: TrajectoryRecord) -> float | None:
+def _official(metadata: dict[str, Any], trajectory: Trajectory) -> float | None:
     """Score by the benchmark's own metric; None: it has none, or infrastructure failed."""
     if trajectory.reward is not None:
         return official_score(trajectory.reward.answer, metadata)
@@ -233,10 +232,6 @@ def _official(metadata: dict[str, Any], trajectory: TrajectoryRecord) -> float |
     return None
 
 
-def outcomes(groups: Iterable[Group | GroupRecord]) -> list[Outcome]:
+def outcomes(groups: Iterable[Group]) -> list[Outcome]:
     """Judge every trajectory, live or stored."""
-    found = []
-    for group in groups:
-        record = to_record(group) if isinstance(group, Group) else group
-        found += [judge(record.task, trajectory) for trajectory in record.trajectories]
-    return found
+    return [judge(group.task, trajectory) for group in groups for trajectory in group.trajectories]

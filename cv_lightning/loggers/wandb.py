@@ -10,7 +10,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,9 +21,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from cv_lightning.files import write_text
-from cv_lightning.trajectory import GroupRecord, TrajectoryRecord, read_groups, to_record
+from cv_lightning.trajectory import pixels_of
 from cv_lightning.trajectory.reader import flat_row
-from cv_lightning.types import DataError, Group
+from cv_lightning.types import DataError, Group, Trajectory
 
 X_AXIS = "iteration"
 PROGRESS_FILE = "wandb_logged.json"
@@ -183,40 +183,24 @@ class WandbRun(WandbLogger):
 class TableRow(NamedTuple):
     """One trajectory in a table."""
 
-    group: GroupRecord
-    trajectory: TrajectoryRecord
-    pixels: Sequence[Callable[[], Image.Image]]
-    """Loaders of the trajectory's images at full size."""
+    group: Group
+    trajectory: Trajectory
 
     def load(self, most: int, longest_px: int) -> list[Image.Image]:
         """The first images and always the last, scaled down; a missing one is left out."""
-        chosen = [*self.pixels[: most - 1], self.pixels[-1]] if len(self.pixels) > most else self.pixels
+        images = self.trajectory.images
         found = []
-        for load in chosen:
+        for image in [*images[: most - 1], images[-1]] if len(images) > most else images:
             with suppress(DataError):
-                image = load().copy()
-                image.thumbnail((longest_px, longest_px))
-                found.append(image)
+                pixels = pixels_of(image.original)
+                pixels.thumbnail((longest_px, longest_px))
+                found.append(pixels)
         return found
 
 
-def live_rows(groups: Sequence[Group], iteration: int) -> list[TableRow]:
-    """Rows of groups in memory."""
-    rows = []
-    for group in groups:
-        record = to_record(group, iteration)
-        for trajectory, live in zip(record.trajectories, group.trajectories, strict=True):
-            rows.append(TableRow(record, trajectory, [image.original.copy for image in live.images]))
-    return rows
-
-
-def stored_rows(folder: Path) -> list[TableRow]:
-    """Rows of a store."""
-    return [
-        TableRow(group, trajectory, [image.load for image in trajectory.images])
-        for group in read_groups(folder)
-        for trajectory in group.trajectories
-    ]
+def rows_of(groups: Iterable[Group]) -> list[TableRow]:
+    """One row per trajectory of groups in memory or in a store."""
+    return [TableRow(group, trajectory) for group in groups for trajectory in group.trajectories]
 
 
 def stratified(rows: Iterable[TableRow], most: int) -> list[TableRow]:

@@ -152,7 +152,7 @@ def read_answered(folder: Path) -> dict[str, Answered]:
     return {
         group.task.id: Answered(
             digest=group.task.digest,
-            images=tuple(Path(image.file).stem for image in group.task.images),
+            images=tuple(content_hash(image) for image in group.task.images),
             outcomes=outcomes([group]),
         )
         for group in read_groups(folder)

@@ -2,29 +2,19 @@
 
 from cv_lightning.trajectory.parquet import Exported, write_parquet
 from cv_lightning.trajectory.reader import BadLine, GroupReader, read_groups, to_dataframe
-from cv_lightning.trajectory.record import (
-    GroupRecord,
-    ImageRecord,
-    LogprobSummary,
-    TaskRecord,
-    TrajectoryRecord,
-    to_record,
-)
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
+from cv_lightning.trajectory.stored_image import StoredImage, path_of, pixels_of
 
 __all__ = [
     "BadLine",
     "Exported",
     "GroupReader",
-    "GroupRecord",
-    "ImageRecord",
-    "LogprobSummary",
     "StoreConfig",
-    "TaskRecord",
-    "TrajectoryRecord",
+    "StoredImage",
     "TrajectoryWriter",
+    "path_of",
+    "pixels_of",
     "read_groups",
     "to_dataframe",
-    "to_record",
     "write_parquet",
 ]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cv_lightning.files import whole_file
 from cv_lightning.trajectory.reader import FLAT_COLUMNS, flat_row, read_groups
-from cv_lightning.trajectory.record import GroupRecord, ImageRecord
-from cv_lightning.types import DataError, Turn
+from cv_lightning.trajectory.stored_image import path_of
+from cv_lightning.types import DataError, Group, TrajectoryImage, Turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,7 +79,7 @@ def _rows(stores: Mapping[str, Path], schema: pa.Schema, done: Exported) -> Iter
                     **_utf8(flat_row(group, trajectory)),
                     "turns": [_turn(turn) for turn in trajectory.turns],
                     "images": [_image(image, done) for image in trajectory.images],
-                    **({column: getattr(trajectory, column) for column in TOKENS} if with_tokens else {}),
+                    **({column: getattr(trajectory, column) or None for column in TOKENS} if with_tokens else {}),
                 }
         done.num_bad_lines += len(reader.bad_lines)
 
@@ -109,19 +109,21 @@ def _utf8(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _image(image: ImageRecord, done: Exported) -> dict[str, Any]:
+def _image(image: TrajectoryImage, done: Exported) -> dict[str, Any]:
     """The stored file as it is, undecoded."""
+    path = path_of(image.original)
+    assert path is not None, "read from a store"
     done.num_images += 1
     try:
-        data = image.path.read_bytes() if image.path is not None else None
+        data = path.read_bytes()
     except OSError:
         data = None
     done.num_missing_images += data is None
-    return {"bytes": data, "path": image.file}
+    return {"bytes": data, "path": path.name}
 
 
 # ------------------------------------------------------------------------------------------------ schema
-def _schema(groups: Iterable[GroupRecord]) -> pa.Schema:
+def _schema(groups: Iterable[Group]) -> pa.Schema:
     """Types of all columns; reward components and tokens as the stores have them."""
     import pyarrow as pa
 
@@ -130,7 +132,7 @@ def _schema(groups: Iterable[GroupRecord]) -> pa.Schema:
     for group in groups:
         for trajectory in group.trajectories:
             has_rows = True
-            has_tokens = has_tokens or trajectory.token_ids is not None
+            has_tokens = has_tokens or bool(trajectory.token_ids)
             components |= dict.fromkeys(trajectory.reward.components if trajectory.reward else ())
     if not has_rows:
         raise DataError("no trajectories to export: the stores are empty")

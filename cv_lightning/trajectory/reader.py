@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cv_lightning.trajectory.record import GroupRecord, TrajectoryRecord, group_from_json
+from cv_lightning.trajectory.codec import decode_group
 from cv_lightning.trajectory.store import IMAGES, LINES
-from cv_lightning.types import DataError
+from cv_lightning.types import DataError, Group, Trajectory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +26,7 @@ class BadLine(NamedTuple):
     reason: str
 
 
-class GroupReader(Iterator[GroupRecord]):
+class GroupReader(Iterator[Group]):
     """Iterates over the groups of a store, files in order of name, lines in order of writing.
 
     Lines that cannot be read (torn by a kill, or damaged) are skipped and listed in `bad_lines`.
@@ -39,12 +38,12 @@ class GroupReader(Iterator[GroupRecord]):
         self.bad_lines: list[BadLine] = []
         self._groups = self._read()
 
-    def __next__(self) -> GroupRecord:
+    def __next__(self) -> Group:
         group = next(self._groups)
         self.num_groups += 1
         return group
 
-    def _read(self) -> Iterator[GroupRecord]:
+    def _read(self) -> Iterator[Group]:
         for path in self.files:
             before = len(self.bad_lines)
             images = path.parent.parent / IMAGES
@@ -56,9 +55,9 @@ class GroupReader(Iterator[GroupRecord]):
                 lines = ", ".join(str(entry.line) for entry in bad[:5]) + (", ..." if len(bad) > 5 else "")
                 LOG.warning("%s: %d unreadable lines skipped (%s)", path, len(bad), lines)
 
-    def _parse(self, path: Path, number: int, line: bytes, images: Path) -> Iterator[GroupRecord]:
+    def _parse(self, path: Path, number: int, line: bytes, images: Path) -> Iterator[Group]:
         try:
-            group = group_from_json(json.loads(line), images)
+            group = decode_group(line, images)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -90,13 +89,13 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def read_groups(path: str | Path) -> GroupReader:
-    """Iterate over the groups of a store; images are read only when their `load` is called.
+    """Iterate over the groups of a store; pixels are read only when they are needed.
 
     Args:
         path: a store (a folder with `trajectories/`), its `trajectories` folder, or one file.
 
     Returns:
-        An iterator of `GroupRecord`; its `bad_lines` lists what had to be skipped.
+        An iterator of `Group`; its `bad_lines` lists what had to be skipped.
 
     Raises:
         DataError: nothing there, or a line of a newer schema.
@@ -115,7 +114,7 @@ FLAT_COLUMNS: dict[str, type] = {
 """Columns of `to_dataframe` but the reward components, and what they hold; None where something is not known."""
 
 
-def to_dataframe(groups: Iterable[GroupRecord]) -> pd.DataFrame:
+def to_dataframe(groups: Iterable[Group]) -> pd.DataFrame:
     """One row a trajectory: task, outcome, reward components (`reward/<name>`), lengths and tool use.
 
     `turns`, `tool_calls` and `images` are counts, times are seconds; `required_transforms` is joined by `+`,
@@ -126,7 +125,7 @@ def to_dataframe(groups: Iterable[GroupRecord]) -> pd.DataFrame:
     return pd.DataFrame([flat_row(group, trajectory) for group in groups for trajectory in group.trajectories])
 
 
-def flat_row(group: GroupRecord, trajectory: TrajectoryRecord) -> dict[str, Any]:
+def flat_row(group: Group, trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as scalars: `FLAT_COLUMNS` and the reward components."""
     task, reward = group.task, trajectory.reward
     row: dict[str, Any] = {
@@ -147,9 +146,9 @@ def flat_row(group: GroupRecord, trajectory: TrajectoryRecord) -> dict[str, Any]
         "tool_calls": trajectory.num_tool_calls,
         "operations": " ".join(op.name for op in trajectory.operations),
         "images": len(trajectory.images),
-        "tokens": trajectory.num_tokens,
-        "sampled_tokens": trajectory.num_sampled_tokens,
-        "logprob_mean": trajectory.logprob.mean if trajectory.logprob else None,
+        "tokens": trajectory.tokens.num_tokens,
+        "sampled_tokens": trajectory.tokens.num_sampled_tokens,
+        "logprob_mean": trajectory.tokens.logprob.mean if trajectory.tokens.logprob else None,
         "policy_version": trajectory.policy_version,
         "generate_s": sum(turn.generate_s for turn in trajectory.turns),
         "tool_s": sum(turn.tool_s for turn in trajectory.turns),

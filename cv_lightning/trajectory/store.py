@@ -2,7 +2,7 @@
 
 Layout of a store (`RUN/rl`, `RUN/eval/<name>`, ...):
 
-    trajectories/<name>.rank<r>.jsonl   one JSON line per group (see `record.py`)
+    trajectories/<name>.rank<r>.jsonl   one JSON line per group (see `codec.py`)
     images/<content hash>.png           original pixels, written once
 
 A line is written whole and flushed, images before the line that names them. A process may be killed at any
@@ -15,25 +15,23 @@ import hashlib
 import io
 import json
 import logging
-import math
 import mmap
 import os
 import time
-import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from PIL import Image
 
 from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.images import content_hash
-from cv_lightning.trajectory.record import GroupRecord, group_to_json, to_record
+from cv_lightning.trajectory.codec import encode_group
 from cv_lightning.types import CVLightningError, Group
 
 LOG = logging.getLogger(__name__)
@@ -105,7 +103,6 @@ class TrajectoryWriter:
         self._temporary = f".{os.getpid()}.{rank}.tmp"
         self._unsynced: set[str] = set()
         """Images that were written since the last `sync`."""
-        self._names: dict[int, tuple[weakref.ref[Image.Image], str]] = {}
         self._stored: set[str] = set()
         for entry in os.scandir(self._images):
             if entry.name.endswith(".tmp") and _is_stale(entry, f".{rank}.tmp"):
@@ -148,7 +145,8 @@ class TrajectoryWriter:
             self.num_skipped += 1
             return
         try:
-            line = encode_line(to_record(group, iteration, name_image=self._store_image, tokens=self.config.tokens))
+            group = replace(group, iteration=iteration)
+            line = encode_group(group, name_image=self._store_image, tokens=self.config.tokens)
             self._file.write(line)
             self._file.flush()
         except OSError as error:
@@ -232,15 +230,8 @@ class TrajectoryWriter:
         return int.from_bytes(digest) / 2**64 < self.config.share
 
     def _store_image(self, image: Image.Image) -> str:
-        """File name of the image, which is written unless it is there; the same object is hashed once."""
-        key = id(image)
-        known = self._names.get(key)
-        if known is not None and known[0]() is image:
-            name = known[1]
-        else:
-            name = f"{content_hash(image)}.{self.config.image_format}"
-            # dropped with the image: another object may get the same id later
-            self._names[key] = (weakref.ref(image, lambda _: self._names.pop(key, None)), name)
+        """File name of the image, which is written unless it is there."""
+        name = f"{content_hash(image)}.{self.config.image_format}"
         if name not in self._stored or not (self._images / name).exists():  # somebody may have removed it
             self._write_image(image, name)
             self._stored.add(name)
@@ -358,37 +349,6 @@ def _grey(image: Image.Image) -> Image.Image | None:
         if not (np.array_equal(red, part[..., 1]) and np.array_equal(red, part[..., 2])):
             return None
     return image.getchannel(0)
-
-
-def encode_line(group: GroupRecord) -> bytes:
-    """One UTF-8 line of strict JSON, newline included; NaN and infinity become null."""
-    data = group_to_json(group)
-    try:
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
-    except ValueError:
-        text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
-    # a lone surrogate cannot be UTF-8; its backslash form is what JSON calls it
-    return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _plain(value: object) -> Any:
-    """NumPy values as JSON values, anything else by name."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return repr(value)
-
-
-def finite(value: Any) -> Any:
-    """The JSON value with every NaN and infinity, which strict JSON lacks, as None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return finite(_plain(value))
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _ends_torn(path: Path) -> int:

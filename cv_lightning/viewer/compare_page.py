@@ -12,8 +12,8 @@ from cv_lightning.evaluation.compare import Comparison, comparison_tables, diffe
 from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.statistics import Difference
 from cv_lightning.files import write_text
-from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
-from cv_lightning.types import DataError, Turn
+from cv_lightning.trajectory import pixels_of
+from cv_lightning.types import DataError, Group, Trajectory, TrajectoryImage, Turn
 from cv_lightning.viewer.gallery import thumbnail
 from cv_lightning.viewer.highlight import highlight
 from cv_lightning.viewer.pages import environment, style
@@ -39,9 +39,7 @@ class Span(NamedTuple):
     """`right` or `wrong` where the interval lies above or below zero, else empty."""
 
 
-def render(
-    found: Comparison, first: Mapping[str, GroupRecord], second: Mapping[str, GroupRecord], max_flips: int
-) -> str:
+def render(found: Comparison, first: Mapping[str, Group], second: Mapping[str, Group], max_flips: int) -> str:
     """The page as HTML, pictures inside, no script. Texts of models and data are escaped."""
     sections = []
     for title, names in (("Right in B only", found.gained), ("Right in A only", found.lost)):
@@ -86,7 +84,7 @@ def _spread(names: Sequence[str], most: int) -> list[str]:
     return [names[at * len(names) // count] for at in range(count)]
 
 
-def _question(one: GroupRecord, other: GroupRecord) -> dict[str, Any]:
+def _question(one: Group, other: Group) -> dict[str, Any]:
     task = one.task
     return {
         "id": task.id,
@@ -98,7 +96,7 @@ def _question(one: GroupRecord, other: GroupRecord) -> dict[str, Any]:
     }
 
 
-def _trajectory(trajectory: TrajectoryRecord) -> dict[str, Any]:
+def _trajectory(trajectory: Trajectory) -> dict[str, Any]:
     reward = trajectory.reward
     return {
         "correct": reward.correct if reward else None,
@@ -124,19 +122,19 @@ def _said(turn: Turn) -> str:
     return turn.text.partition(CALL)[0].strip() if turn.tool_call else turn.text
 
 
-def _picture(image: ImageRecord) -> dict[str, Any]:
+def _picture(image: TrajectoryImage) -> dict[str, Any]:
     try:
-        data = thumbnail(image.load(), THUMBNAIL_PX)
+        data = thumbnail(pixels_of(image.original), THUMBNAIL_PX)
     except DataError as error:
         LOG.warning("%s", error)
         data = ""
-    return {"data": data, "size": f"{image.size[0]}x{image.size[1]}"}
+    return {"data": data, "size": f"{image.original.width}x{image.original.height}"}
 
 
 def write_comparison(
     found: Comparison,
-    first: Mapping[str, GroupRecord],
-    second: Mapping[str, GroupRecord],
+    first: Mapping[str, Group],
+    second: Mapping[str, Group],
     out: Path,
     max_flips: int = 30,
 ) -> None:

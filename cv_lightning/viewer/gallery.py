@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from cv_lightning.evaluation.outcome import Outcome, judge
-from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord
-from cv_lightning.types import DataError, Turn
+from cv_lightning.trajectory import path_of, pixels_of
+from cv_lightning.types import DataError, Group, Trajectory, TrajectoryImage, Turn
 from cv_lightning.viewer.highlight import highlight
 
 LOG = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ MAX_TEXT = 20_000
 class _Candidate(NamedTuple):
     priority: int
     order: int
-    group: GroupRecord
+    group: Group
 
 
 @dataclass(slots=True)
@@ -46,13 +46,13 @@ class GroupSampler:
     """Trajectories offered."""
     _strata: dict[tuple[Any, ...], list[_Candidate]] = field(default_factory=dict)
 
-    def watch(self, groups: Iterable[GroupRecord]) -> Iterator[GroupRecord]:
+    def watch(self, groups: Iterable[Group]) -> Iterator[Group]:
         """Pass groups on, sampling them on the way."""
         for group in groups:
             self._offer(group)
             yield group
 
-    def _offer(self, group: GroupRecord) -> None:
+    def _offer(self, group: Group) -> None:
         size = len(group.trajectories)
         self.num_seen += size
         if size == 0 or self.max_trajectories == 0:
@@ -65,7 +65,7 @@ class GroupSampler:
         else:
             heapq.heappushpop(heap, entry)
 
-    def chosen(self) -> list[GroupRecord]:
+    def chosen(self) -> list[Group]:
         """The sample, in the order of the stream: whole groups, half of them by kind alone, then by stratum."""
         strata = sorted(self._strata.items(), key=lambda item: repr(item[0]))
         kinds: dict[str, list[_Candidate]] = {}
@@ -91,7 +91,7 @@ def _take_in_turn(pools: list[list[_Candidate]], found: dict[int, _Candidate], m
                 taken += len(candidate.group.trajectories)
 
 
-def _stratum(group: GroupRecord) -> tuple[Any, ...]:
+def _stratum(group: Group) -> tuple[Any, ...]:
     scored = [trajectory.reward.correct for trajectory in group.trajectories if trajectory.reward]
     outcome = "failed" if not scored else "right" if all(scored) else "mixed" if any(scored) else "wrong"
     return group.task.kind, outcome, any(trajectory.num_tool_calls for trajectory in group.trajectories)
@@ -118,7 +118,7 @@ class Gallery:
         """Every different snippet once, in coloured pieces."""
         self._code_numbers: dict[str, int] = {}
 
-    def add_store(self, name: str, label: str, groups: list[GroupRecord], num_seen: int, folder: str | None) -> None:
+    def add_store(self, name: str, label: str, groups: list[Group], num_seen: int, folder: str | None) -> None:
         """Add the sampled groups of one store.
 
         Args:
@@ -140,14 +140,18 @@ class Gallery:
         for group in groups:
             self._add_group(len(self.stores) - 1, group)
 
-    def _add_group(self, store: int, group: GroupRecord) -> None:
+    def _add_group(self, store: int, group: Group) -> None:
         task = group.task
         first = len(self.trajectories)
+        given = [
+            TrajectoryImage(original=image, model_image=image, source=at, to_source=None)
+            for at, image in enumerate(task.images)
+        ]
         self.groups.append(
             {
                 "store": store,
                 "iteration": group.iteration,
-                "version": group.policy_version,
+                "version": group.trajectories[0].policy_version if group.trajectories else 0,
                 "members": list(range(first, first + len(group.trajectories))),
                 "task": {
                     "id": task.id,
@@ -157,15 +161,15 @@ class Gallery:
                     "source": task.data_source,
                     "transforms": task.required_transforms,
                     "box": task.box,
-                    "images": [self._image(image) for image in task.images],
+                    "images": [self._image(image) for image in given],
                 },
             }
         )
         for trajectory in group.trajectories:
             self.trajectories.append(self._trajectory(judge(task, trajectory), trajectory))
 
-    def _trajectory(self, outcome: Outcome, trajectory: TrajectoryRecord) -> dict[str, Any]:
-        reward, logprob = trajectory.reward, trajectory.logprob
+    def _trajectory(self, outcome: Outcome, trajectory: Trajectory) -> dict[str, Any]:
+        reward, tokens = trajectory.reward, trajectory.tokens
         return {
             "group": len(self.groups) - 1,
             "sample": trajectory.sample,
@@ -179,50 +183,49 @@ class Gallery:
             "reward": reward.total if reward else None,
             "components": reward.components if reward else {},
             "advantage": trajectory.advantage,
-            "logprob": logprob.mean if logprob else None,
-            "tokens": [trajectory.num_prompt_tokens, trajectory.num_sampled_tokens, trajectory.num_tokens],
+            "logprob": tokens.logprob.mean if tokens.logprob else None,
+            "tokens": [trajectory.num_prompt_tokens, tokens.num_sampled_tokens, tokens.num_tokens],
             "seconds": trajectory.total_s,
             "version": trajectory.policy_version,
             "turns": [self._turn(turn) for turn in trajectory.turns],
             "images": [self._image(image) for image in trajectory.images],
         }
 
-    def _image(self, image: ImageRecord) -> dict[str, Any]:
-        self._embed(image.file, image)
-        missing = image.file in self.missing
+    def _image(self, image: TrajectoryImage) -> dict[str, Any]:
+        path, size, model_size = path_of(image.original), image.original.size, image.model_image.size
+        assert path is not None, "read from a store"
+        self._embed(path.name, image.original)
+        missing = path.name in self.missing
         data: dict[str, Any] = {
-            "file": "" if missing else image.file,
+            "file": "" if missing else path.name,
             "missing": missing,
-            "size": image.size,
-            "model": image.model_size,
+            "size": size,
+            "model": model_size,
             "parent": image.parent,
             "source": image.source,
             "toSource": image.to_source,
         }
-        if 2 * image.model_size[0] <= image.size[0] and data["file"]:
+        if 2 * model_size[0] <= size[0] and not missing:
             # what cannot be read at the size that the model saw is what the crop was for
-            data["seen"] = f"{image.file}@{image.model_size[0]}x{image.model_size[1]}"
-            if image.file in self.images:
-                self._embed(data["seen"], image, image.model_size)
+            data["seen"] = f"{path.name}@{model_size[0]}x{model_size[1]}"
+            if path.name in self.images:
+                self._embed(data["seen"], image.model_image)
         return data
 
-    def _embed(self, key: str, image: ImageRecord, size: tuple[int, int] | None = None) -> None:
-        if key in self.images or not image.file or image.file in self.missing:
+    def _embed(self, key: str, image: Image.Image) -> None:
+        path = path_of(image)
+        if key in self.images or path is None or path.name in self.missing:
             return
         if self.num_image_bytes >= self.max_image_bytes:
-            if size is None and (image.path is None or not image.path.is_file()):
-                self.missing.add(image.file)
-            elif size is None:
-                self.left_out.add(image.file)
+            if key == path.name:
+                (self.left_out if path.is_file() else self.missing).add(path.name)
             return
         try:
-            pixels = image.load()
+            self.images[key] = thumbnail(pixels_of(image), self.thumbnail_px)
         except DataError as error:
             LOG.warning("%s", error)
-            self.missing.add(image.file)
+            self.missing.add(path.name)
             return
-        pixels = pixels.resize(size, Image.Resampling.BICUBIC) if size else pixels
-        self.images[key] = thumbnail(pixels, self.thumbnail_px)
         self.num_image_bytes += len(self.images[key])
 
     def _turn(self, turn: Turn) -> dict[str, Any]:

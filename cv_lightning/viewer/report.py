@@ -27,8 +27,10 @@ from cv_lightning.evaluation.metrics import EvalSummary, summarise
 from cv_lightning.evaluation.runs import Curve, Run, Store, load_run
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.files import write_text
-from cv_lightning.trajectory import BadLine, GroupRecord, read_groups
-from cv_lightning.trajectory.store import LINES, finite
+from cv_lightning.trajectory import BadLine, read_groups
+from cv_lightning.trajectory.codec import finite
+from cv_lightning.trajectory.store import LINES
+from cv_lightning.types import Group
 from cv_lightning.viewer import content
 from cv_lightning.viewer.content import EvaluatedStore, RunSections
 from cv_lightning.viewer.gallery import Gallery, GroupSampler, relative_folder
@@ -94,7 +96,7 @@ class StoreContent:
 
     figures: EvalSummary | None
     """None for a store of training."""
-    groups: list[GroupRecord]
+    groups: list[Group]
     """The gallery's sample."""
     num_seen: int
     """Trajectories that it was drawn from."""

@@ -18,7 +18,7 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.driver import Rollout
 from cv_lightning.commands.chat import main, parse
 from cv_lightning.engines import SamplingConfig
-from cv_lightning.trajectory import read_groups
+from cv_lightning.trajectory import path_of, read_groups
 from cv_lightning.types import CVLightningError, EndState, Trajectory
 from cv_lightning.viewer.playground.session import Exchange, Playground
 from cv_lightning.viewer.playground.terminal import Terminal
@@ -73,7 +73,7 @@ def test_what_is_saved_is_read_by_the_store(play: Playground) -> None:
     assert one.task.question == "What is written?" and one.task.kind == "playground"
     assert two.task.metadata["edited_turns"] == [0] and one.task.id != two.task.id
     record = one.trajectories[0]
-    assert record.images[1].path == file and record.images[1].load().size == (64, 96)
+    assert path_of(record.images[1].original) == file and record.images[1].original.size == (64, 96)
     assert record.turns[0].tool_call is not None and record.turns[0].result is not None
 
 
@@ -129,7 +129,7 @@ def test_a_real_model_from_the_command_line(
     code = main([*arguments, "--out", str(tmp_path / "chat"), "--save", "--dtype", "float32"])
     [group] = read_groups(tmp_path / "chat")
     trajectory = group.trajectories[0]
-    assert trajectory.turns and trajectory.num_sampled_tokens <= 16 * len(trajectory.turns)
+    assert trajectory.turns and trajectory.tokens.num_sampled_tokens <= 16 * len(trajectory.turns)
     assert code == (0 if trajectory.end_state is EndState.ANSWERED else 1)
     assert "turn 1" in capsys.readouterr().out
 

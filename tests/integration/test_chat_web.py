@@ -14,7 +14,7 @@ import pytest
 from chat_samples import HOSTILE
 from PIL import Image
 
-from cv_lightning.trajectory import read_groups
+from cv_lightning.trajectory import pixels_of, read_groups
 from cv_lightning.types import CVLightningError
 
 pytest.importorskip("nicegui", reason="no NiceGUI: pip install 'cv-lightning[web]'")
@@ -96,7 +96,7 @@ def test_upload_ask_watch_edit_and_save(served: tuple[str, Path], tmp_path: Path
     [group] = read_groups(store)
     call = group.trajectories[0].turns[0].tool_call
     assert call is not None and call.code.startswith("image = image.crop")
-    assert group.trajectories[0].images[0].load().size == (96, 64)
+    assert pixels_of(group.trajectories[0].images[0].original).size == (96, 64)
 
 
 def test_a_port_that_is_taken_is_told(served: tuple[str, Path]) -> None:

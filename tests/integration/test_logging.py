@@ -25,7 +25,7 @@ from cv_lightning.cli import ConfigOnly
 from cv_lightning.cli import main as cli_main
 from cv_lightning.loggers import TensorBoardRun, run_loggers
 from cv_lightning.loggers.metrics_file import MetricsLogger
-from cv_lightning.loggers.wandb import PROGRESS_FILE, WandbRun, live_rows, stratified
+from cv_lightning.loggers.wandb import PROGRESS_FILE, WandbRun, rows_of, stratified
 from cv_lightning.trajectory import TrajectoryWriter
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_one_more_config_switches_the_logger(name: str, kind: str | None) -> Non
 
 def test_tables_hold_every_outcome_and_transform() -> None:
     policy = Policy(turn=0.7, crop=0.7, read=0.7)
-    rows = live_rows([group(digit_task(index, KINDS[index % 4]), 6, policy) for index in range(40)], 1)
+    rows = rows_of(group(digit_task(index, KINDS[index % 4]), 6, policy) for index in range(40))
 
     def strata(some: list[Any]) -> set[tuple[Any, ...]]:
         return {(row.trajectory.reward.correct, row.group.task.required_transforms) for row in some}

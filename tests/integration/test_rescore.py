@@ -15,7 +15,7 @@ from reward_samples import BOX, Recorder, group, task
 
 from cv_lightning.commands.rescore import main
 from cv_lightning.rewards import RewardModule
-from cv_lightning.trajectory import TrajectoryWriter, read_groups
+from cv_lightning.trajectory import TrajectoryWriter, path_of, read_groups
 from cv_lightning.types import EndState, Trajectory
 
 RECIPES = Path(__file__).parents[2] / "configs" / "reward"
@@ -62,7 +62,7 @@ def test_the_same_recipe_gives_the_same_rewards(store: Path, tmp_path: Path) -> 
             assert (one.pop("advantage"), other.pop("advantage")) == (0.5, None)
             assert one == other or other is retried
         assert before == after
-    (image,) = {group.task.images[0].path for group in read_groups(tmp_path / "new") if group.task.box}
+    (image,) = {path_of(group.task.images[0]) for group in read_groups(tmp_path / "new") if group.task.box}
     assert image.is_file(), "the pictures are the old store's"
 
 

@@ -222,7 +222,9 @@ def test_the_engine_is_evaluated_from_the_command_line(
     groups = list(read_groups(tmp_path / "run/eval/greedy"))
     assert len(groups) == 5 and metrics
     trajectories = [t for group in groups for t in group.trajectories]
-    assert all(t.reward is not None and t.num_sampled_tokens > 0 for t in trajectories), [t.error for t in trajectories]
+    assert all(t.reward is not None and t.tokens.num_sampled_tokens > 0 for t in trajectories), [
+        t.error for t in trajectories
+    ]
     with pytest.raises(SystemExit) as refused:
         main(["fit", "--config", str(file), "--trainer.default_root_dir", str(tmp_path / "other")])
     assert "engine.kind server" in f"{refused.value.code}{capsys.readouterr().err}"

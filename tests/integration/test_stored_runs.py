@@ -33,8 +33,8 @@ from cv_lightning.evaluation.runs import load_run
 from cv_lightning.models.lora import LoraConfig
 from cv_lightning.rollout.evaluation_state import differences as differences_of_state
 from cv_lightning.rollout.evaluation_state import read_state
-from cv_lightning.trajectory import read_groups
-from cv_lightning.trajectory.record import group_to_json
+from cv_lightning.trajectory import pixels_of, read_groups
+from cv_lightning.trajectory.codec import encode_group
 
 RUNS, SMOKE = FIXTURES / "runs", FIXTURES / "smoke"
 STORES = sorted(str(path.parent.relative_to(FIXTURES)) for path in FIXTURES.glob("**/trajectories"))
@@ -51,7 +51,8 @@ def test_every_field_of_a_stored_line_is_read(name: str) -> None:
     """What is read, written again by today's code, holds every recorded value, under its new name where it has one."""
     files = sorted((FIXTURES / name / "trajectories").glob("*.jsonl"))
     stored = [json.loads(line) for path in files for line in path.open(encoding="utf-8")]
-    read = json.loads(json.dumps([group_to_json(group) for group in read_groups(FIXTURES / name)]))
+    tokens = "token_ids" in stored[0]["trajectories"][0]
+    read = [json.loads(encode_group(group, tokens=tokens)) for group in read_groups(FIXTURES / name)]
     assert stored and len(read) == len(stored)
     for old, new in zip(stored, read, strict=True):
         said = differences(renames().flat("stored_fields", flatten(old)), flatten(new), 0.0, 0.0)
@@ -63,7 +64,7 @@ def test_every_stored_image_is_found(name: str) -> None:
     images = [image for group in read_groups(FIXTURES / name) for t in group.trajectories for image in t.images]
     assert images
     for image in images:
-        assert image.load().size == image.size
+        assert pixels_of(image.original).size == image.original.size
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

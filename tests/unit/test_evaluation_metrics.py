@@ -19,31 +19,44 @@ from cv_lightning.evaluation.results import WHOLE_BYTES, fingerprint
 from cv_lightning.evaluation.statistics import bootstrap, rate, wilson
 from cv_lightning.images import compose, dihedral_affine
 from cv_lightning.orientations import to_upright
-from cv_lightning.trajectory import GroupRecord, ImageRecord, TrajectoryRecord, to_record
-from cv_lightning.types import IDENTITY, Affine, Box, Effect, EndState, Operation, SandboxResult, ToolStatus, Turn
+from cv_lightning.trajectory import TrajectoryWriter, read_groups
+from cv_lightning.types import (
+    IDENTITY,
+    Affine,
+    Box,
+    Effect,
+    EndState,
+    Group,
+    Operation,
+    SandboxResult,
+    ToolStatus,
+    Trajectory,
+    TrajectoryImage,
+    Turn,
+)
 
 
 def record(
     required: tuple[str, ...], steps: list[str | tuple[int, int, int, int]], box: Box = (100, 40, 160, 70)
-) -> GroupRecord:
+) -> Group:
     """A group of one trajectory that did `steps` (names of turns, crop boxes) to a 300x200 image."""
-    found = to_record(group(digit_task(0, "upright"), 1, Policy(needless=0, error=0)))
-    first = ImageRecord(file="", size=(300, 200), model_size=(96, 96), to_source=IDENTITY)
-    found.task = replace(found.task, required_transforms=required, box=box, images=[first])
-    images = [first]
+    found = group(digit_task(0, "upright"), 1, Policy(needless=0, error=0))
+    seen, given = Image.new("RGB", (96, 96)), Image.new("RGB", (300, 200))
+    found.task = replace(found.task, required_transforms=required, box=box, images=(given,))
+    images = [TrajectoryImage(original=given, model_image=seen, to_source=IDENTITY)]
     for step in steps:
         last = images[-1]
         assert last.to_source is not None
         if isinstance(step, str):
             swap = step in ("rotate_90", "rotate_270")
-            size, back = last.size[::-1] if swap else last.size, dihedral_affine(step, *last.size)
+            width, height = last.original.size
+            size, back = (height, width) if swap else (width, height), dihedral_affine(step, width, height)
         else:
             size, back = (step[2] - step[0], step[3] - step[1]), Affine(1, 0, step[0], 0, 1, step[1])
         images.append(
-            ImageRecord(
-                file="",
-                size=size,
-                model_size=(96, 96),
+            TrajectoryImage(
+                original=Image.new("RGB", size),
+                model_image=seen,
                 parent=len(images) - 1,
                 to_source=compose(last.to_source, back),
             )
@@ -52,7 +65,7 @@ def record(
     return found
 
 
-def holds(found: GroupRecord) -> bool:
+def holds(found: Group) -> bool:
     return tool_use_success(found.task, found.trajectories[0])
 
 
@@ -82,8 +95,7 @@ def test_to_upright_agrees_with_pixels(names: tuple[str, ...]) -> None:
         image = image.transpose(TURNS[name])
     y, x = (int(v[0]) for v in np.nonzero(np.asarray(image)))
     found = record(names, [])
-    found.task.images = [ImageRecord(file="", size=image.size, model_size=image.size)]
-    back = to_upright(found.task.required_transforms, found.task.images[0].size)
+    back = to_upright(found.task.required_transforms, image.size)
     centre = (back.a * (x + 0.5) + back.b * (y + 0.5) + back.c, back.d * (x + 0.5) + back.e * (y + 0.5) + back.f)
     assert centre == (17.5, 3.5)
 
@@ -131,11 +143,12 @@ def test_no_answer_or_no_affine_image_is_no_use() -> None:
     found.trajectories[0].end_state = EndState.MAX_TURNS
     assert not holds(found)
     found = record(("rotate_90",), ["rotate_270"])
-    found.trajectories[0].images[-1].to_source = None
+    images = found.trajectories[0].images
+    images[-1] = replace(images[-1], to_source=None)
     assert not holds(found)
 
 
-def spurious(trajectory: TrajectoryRecord, operations: tuple[str, ...], core: tuple[str, ...]) -> bool:
+def spurious(trajectory: Trajectory, operations: tuple[str, ...], core: tuple[str, ...]) -> bool:
     result = SandboxResult(
         status=ToolStatus.OK,
         operations=tuple(Operation(name=name, call=name) for name in operations),
@@ -179,9 +192,12 @@ def test_scalars_have_the_same_keys_whatever_happened() -> None:
     assert "turned/tool_use_success" in summarise(groups).scalars(kinds=True)
 
 
-def test_live_and_stored_agree() -> None:
+def test_live_and_stored_agree(tmp_path: Path) -> None:
     groups = [group(digit_task(index, KINDS[index % 4]), 3) for index in range(16)]
-    assert summarise(groups).to_json() == summarise([to_record(item) for item in groups]).to_json()
+    with TrajectoryWriter(tmp_path) as writer:
+        for item in groups:
+            writer.write_group(item, 0)
+    assert summarise(groups).to_json() == summarise(read_groups(tmp_path)).to_json()
 
 
 def test_infrastructure_failures_are_left_out_not_scored_wrong() -> None:

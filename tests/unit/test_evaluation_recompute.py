@@ -125,7 +125,7 @@ def _seen(line: dict[str, Any]) -> list[dict[str, Any]]:
 def _fits(line: dict[str, Any], image: dict[str, Any]) -> bool:
     if image["to_source"] is None:
         return False
-    (w, h), (a, b, c, d, e, f) = image["size"], image["to_source"]
+    (w, h), (a, b, c, d, e, f) = image["original"]["size"], image["to_source"]
     xs, ys = ([m * x + n * y + s for x in (0, w) for y in (0, h)] for m, n, s in ((a, b, c), (d, e, f)))
     bx1, by1, bx2, by2 = line["task"]["box"]
     overlap = max(0, min(max(xs), bx2) - max(min(xs), bx1)) * max(0, min(max(ys), by2) - max(min(ys), by1))
@@ -214,7 +214,7 @@ def test_boxes_in_source_pixels_show_what_the_pictures_show(run: Path) -> None:
         part = pixels(source["file"])[y1:y2, x1:x2]
         for name in reversed(line["task"]["required_transforms"]):
             part = UNDO_PIXELS.get(name, lambda same: same)(part)
-        shown = Image.fromarray(pixels(last["file"])).resize(part.shape[::-1], Image.Resampling.BOX)
+        shown = Image.fromarray(pixels(last["original"]["file"])).resize(part.shape[::-1], Image.Resampling.BOX)
         assert np.abs(np.asarray(shown, float) - part).mean() < 12, line["task"]["id"]
         checked += 1
     assert checked > 8

@@ -274,14 +274,14 @@ def test_pictures_and_lines_that_cannot_be_had_are_counted(run: Path, tmp_path: 
     shutil.copytree(run / "eval" / "rl_greedy_tool", tmp_path / "eval" / "rl_greedy_tool")
     (path,) = tmp_path.glob("eval/*/trajectories/*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line.replace('"schema":1', '"schema":0') for line in lines[:2]) + "".join(lines[2:]))
-    last = json.loads(lines[-1])["trajectories"][0]["images"]
-    for image in last:
-        (tmp_path / "eval" / "rl_greedy_tool" / "images" / image["file"]).unlink(missing_ok=True)
-    noun = "picture is" if len({image["file"] for image in last}) == 1 else "pictures are"
+    path.write_text("".join(line.replace('"schema":2', '"schema":0') for line in lines[:2]) + "".join(lines[2:]))
+    files = {image["original"]["file"] for image in json.loads(lines[-1])["trajectories"][0]["images"]}
+    for file in files:
+        (tmp_path / "eval" / "rl_greedy_tool" / "images" / file).unlink()
+    noun = "picture is" if len(files) == 1 else "pictures are"
     for limit in (8.0, 0.0):
         text = write_report(tmp_path, ReportConfig(max_image_mb=limit)).read_text()
-        assert re.search(rf"{len({image['file'] for image in last})} {noun}\s+missing in the run's folder", text)
+        assert re.search(rf"{len(files)} {noun}\s+missing in the run's folder", text)
         assert re.search(r"2 unreadable lines in rl, greedy skipped:\s+of an older schema", text)
 
 
