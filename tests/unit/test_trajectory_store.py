@@ -7,8 +7,9 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +28,25 @@ from cv_lightning.trajectory import (
     to_dataframe,
     write_parquet,
 )
-from cv_lightning.types import SCHEMA_VERSION, CVLightningError, DataError, Group
+from cv_lightning.types import (
+    SCHEMA_VERSION,
+    Affine,
+    CVLightningError,
+    DataError,
+    Effect,
+    EndState,
+    Group,
+    Message,
+    Operation,
+    RewardBreakdown,
+    Task,
+    ToolCall,
+    ToolResult,
+    ToolStatus,
+    Trajectory,
+    TrajectoryImage,
+    Turn,
+)
 
 
 def write(folder: Path, groups: list[Group], config: StoreConfig | None = None, **options: object) -> Path:
@@ -54,6 +73,112 @@ def test_what_is_written_comes_back_with_the_same_pixels(tmp_path: Path, image_f
             assert replace(got, turns=[], images=[]) == replace(live, turns=[], images=[])
             assert got.operations == live.operations
         assert found.task == given.task
+
+
+def populated_group() -> Group:
+    """A group in which no field has its default value."""
+    image, seen = (Image.effect_noise((40, 30), 50).convert("RGB").resize(size) for size in ((40, 30), (20, 15)))
+    here = Affine(0.0, -1.0, 30.0, 1.0, 0.0, 0.0)
+    task = Task(
+        id="t",
+        question="How many?",
+        images=(image,),
+        ground_truth="7",
+        data_source="charts",
+        required_transforms=("rotate_90",),
+        box=(1.0, 2.0, 3.5, 4.0),
+        messages=(Message(role="user", content="<image>How many?"),),
+        metadata={"kind": "bars", "accepted_answers": ["7", "seven"], "nested": {"a": [1, None, 2.5]}},
+    )
+    operation = Operation(
+        name="crop", call="PIL.Image.crop", arguments={"box": [1, 2]}, input_size=(4, 3), output_size=(2, 1), used=False
+    )
+    effect = Effect(
+        to_input=here,
+        core=("crop",),
+        crop_box=(0.0, 0.0, 2.0, 1.0),
+        fidelity=0.5,
+        shown=(0.0, 0.0, 1.0, 1.0),
+        turned=("rotate_90",),
+    )
+    result = ToolResult(
+        status=ToolStatus.TIMEOUT,
+        text="said",
+        error="too slow",
+        error_kind="timeout",
+        operations=(operation,),
+        effect=effect,
+        tier="process",
+        elapsed_s=0.125,
+    )
+    turn = Turn(
+        text="text",
+        num_tokens=2,
+        tool_call=ToolCall(name="grid", arguments={"rows": 2}),
+        parse_error="not JSON",
+        result=result,
+        image_index=1,
+        response_text="seen",
+        generate_s=0.25,
+        tool_s=0.5,
+    )
+    trajectory = Trajectory(
+        task=task,
+        sample=3,
+        token_ids=[5, 6, 7],
+        loss_mask=[False, True, True],
+        logprobs=[0.0, -0.5, -1.5],
+        num_prompt_tokens=1,
+        images=[TrajectoryImage(original=image, model_image=seen, source=1, parent=2, to_source=here)],
+        turns=[turn],
+        end_state=EndState.MAX_IMAGES,
+        error="one too many",
+        policy_version=4,
+        reward=RewardBreakdown(components={"accuracy": 1.0}, total=1.5, correct=True, answer="7", scored_by="judge"),
+        advantage=0.75,
+        total_s=2.5,
+    )
+    return Group(task=task, trajectories=[trajectory], iteration=9)
+
+
+def with_defaults(value: Any) -> list[str]:
+    """Fields of a dataclass and of those below it that have their default value."""
+    if isinstance(value, list | tuple):
+        return [name for item in value for name in with_defaults(item)]
+    if not is_dataclass(value):
+        return []
+    found = []
+    for field in fields(value):
+        item = getattr(value, field.name)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        found += [f"{type(value).__name__}.{field.name}"] if item == default else with_defaults(item)
+    return found
+
+
+def test_every_field_of_every_type_comes_back(tmp_path: Path) -> None:
+    """A field that is added to one of the types is stored, too, unless this test says why not."""
+    given = populated_group()
+    not_stored = {"ToolResult.images", "Task.recorded_digest", "Trajectory.token_summary"}
+    assert set(with_defaults(given)) == not_stored, "give new fields another value than their default here"
+    write(tmp_path, [given], StoreConfig(tokens=True))
+    (found,) = read_groups(tmp_path)
+    (trajectory,), (live,) = found.trajectories, given.trajectories
+    (image,), (known,) = trajectory.images, live.images
+    assert image.original == known.original and image.model_image.size == known.model_image.size
+    assert replace(image, original=known.original, model_image=known.model_image) == known
+    assert replace(trajectory, images=live.images) == live
+    assert replace(found, trajectories=given.trajectories) == given
+    assert (found.task.digest, trajectory.tokens) == (given.task.digest, live.tokens)
+
+
+def test_tokens_that_are_not_kept_leave_their_summary(tmp_path: Path) -> None:
+    given = populated_group()
+    write(tmp_path, [given])
+    (trajectory,) = next(read_groups(tmp_path)).trajectories
+    assert (trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs) == ([], [], [])
+    assert trajectory.tokens == given.trajectories[0].tokens
+    assert trajectory.tokens.num_tokens == 3 and trajectory.tokens.logprob is not None
+    assert trajectory.tokens.logprob.mean == -1.0
 
 
 def test_an_image_is_written_once_and_read_only_when_asked(tmp_path: Path) -> None:
@@ -180,12 +305,13 @@ def test_awkward_values_survive(tmp_path: Path) -> None:
     trajectory = item.trajectories[0]
     text = "</script>\n\u2028 \x85 \ud83d lone surrogate, \N{GRINNING FACE}, \x00"
     trajectory.turns[-1].text = text
+    trajectory.turns[-1].tool_call = ToolCall(name="code", arguments={"huge": 10**40})
     assert trajectory.reward is not None
     trajectory.reward.components["accuracy"] = math.nan
     item.task.metadata["size"] = np.int64(3)
     write(tmp_path, [item])
     (found,) = read_groups(tmp_path)
-    assert found.trajectories[0].turns[-1].text == text
+    assert found.trajectories[0].turns[-1] == trajectory.turns[-1]
     assert math.isnan(found.trajectories[0].reward.components["accuracy"])  # type: ignore[union-attr]
     assert found.task.metadata["size"] == 3
 
