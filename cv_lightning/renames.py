@@ -1,6 +1,6 @@
-"""Old names of config keys, class paths, metrics and stored fields, and what they are called now.
+"""Old names of config keys, class paths and metrics, and what they are called now.
 
-The table is `renames.json`. Files that a run has stored (configs, checkpoints, trajectories) are read through it
+The table is `renames.json`. Files that a run has stored (configs, checkpoints, evaluations) are read through it
 silently. A flag or a user's YAML file with an old name is refused with the new one; `config migrate` rewrites the file.
 """
 
@@ -34,7 +34,7 @@ def table(section: str) -> dict[str, Any]:
     """Old names to new ones.
 
     Args:
-        section: `class_paths`, `split_class_paths`, `config_keys`, `metrics`, `stored_fields` or `implied`.
+        section: `class_paths`, `split_class_paths`, `config_keys`, `metrics` or `implied`.
     """
     found: dict[str, Any] = json.loads(FILE.read_text())[section]
     return found
