@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cv_lightning.images import content_hash
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -12,23 +14,22 @@ if TYPE_CHECKING:
 
 
 class VisionCache:
-    """Model inputs of images by object identity.
+    """Model inputs of images by content hash.
 
-    The trajectories of a group share their prompt image as one object, so it is processed and encoded once.
+    The trajectories of a group show the same prompt image, which is processed and encoded once.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
-        self._known: dict[int, tuple[Image.Image, ImageInputs]] = {}
+        self._known: dict[str, ImageInputs] = {}
 
     def get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
         """Model inputs of images, the same object for the same image. New images are processed in one call."""
-        new = list({id(image): image for image in images if id(image) not in self._known}.values())
+        hashes = [content_hash(image) for image in images]
+        new = {key: image for key, image in zip(hashes, images, strict=True) if key not in self._known}
         if new:
-            for image, inputs in zip(new, self.adapter.process_images(new), strict=True):
-                # Keeping the image alive prevents its id from being used again.
-                self._known[id(image)] = image, inputs
-        return [self._known[id(image)][1] for image in images]
+            self._known |= zip(new, self.adapter.process_images(list(new.values())), strict=True)
+        return [self._known[key] for key in hashes]
 
     def clear(self) -> None:
         """Remove all images."""
