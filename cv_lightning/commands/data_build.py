@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,9 +17,6 @@ from rich.table import Table
 from cv_lightning.command_line import read_command_line
 from cv_lightning.environment import is_quiet
 from cv_lightning.types import CVLightningError
-
-if TYPE_CHECKING:
-    from cv_lightning.factory.sft import BuildState
 
 LOG = logging.getLogger(__name__)
 Config = TypeVar("Config")
@@ -34,7 +31,7 @@ def build_sft(args: list[str]) -> int:
 
     def run(config: BuildSFT) -> int:
         with BuildProgress("conversations") as progress:
-            report = build(config, progress.show_state)
+            report = build(config, progress.show)
         _print_sft(report)
         Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
         verification = report.get("verification")
@@ -135,10 +132,6 @@ class BuildProgress:
             self.shown = now
             left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
             LOG.info("%s: %d%s, %s%s", self.what, done, f"/{total}" if total else "", text, left)
-
-    def show_state(self, state: BuildState) -> None:
-        """Tell how far an SFT build is."""
-        self.show(state.done, state.total, f"{state.kept} kept")
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -1,4 +1,4 @@
-"""Whether a conversation shows what it claims to: every call is run again, and the images tell.
+"""Checks whether a conversation shows what it claims; its calls are run again and their images compared.
 
 The same checks decide what a builder keeps and what `verify_file` accepts of the written file.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
 from cv_lightning.agent.calls import trajectory_image
 from cv_lightning.agent.protocol import ParsedTurn, parse_turn
-from cv_lightning.factory.plans import KINDS, Fault, Kind
+from cv_lightning.factory.plans import Fault, Kind
 from cv_lightning.images import area, intersection, is_upright
 from cv_lightning.orientations import to_upright
 from cv_lightning.rewards.answer import rule_score
@@ -27,19 +27,19 @@ from cv_lightning.tools.base import missing_image
 from cv_lightning.types import Box, ToolResult, ToolStatus, TrajectoryImage
 
 MAX_SHRUNK = 0.9
-"""A crop shows at most this share of the area before it, or it is none."""
+"""Largest area of a crop, as a fraction of the area before it."""
 BOX_TOLERANCE_PX = 1.0
-"""A crop may cut so much off a box: coordinates are rounded."""
+"""Largest part of a box, in pixels, that a crop may cut off, because coordinates are rounded."""
 LEAKS = re.compile(
     r"ground[ -]?truth|meta ?data|bounding box (?:was|is) given|as instructed|(?:the|your) instructions?\b"
     r"|\bhint(?:ed)?\b|the (?:plan|directive) (?:says|asks|wants)|on purpose|deliberate|attempt was refused",
     re.IGNORECASE,
 )
-"""What a thought must not say: it would teach the model to speak of what only the teacher was told."""
+"""Words that a thought must not contain: they refer to what only the teacher was told."""
 
 
 class Problem(NamedTuple):
-    """Why a conversation is not kept."""
+    """Reason why a conversation is not kept."""
 
     kind: str
     """Short name, the same for every conversation with this problem."""
@@ -48,73 +48,52 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a conversation claims; written beside it, so that the file can be verified by itself."""
+    """The claims of a conversation, stored with it so that the file can be verified without its source."""
 
     id: str
-    """Of the row it was made from."""
+    """Id of the row it was made from."""
     kind: Kind
     question: str
     answer: str
-    """The right one."""
+    """Ground truth."""
     applied: tuple[str, ...] = ()
-    """Transforms that were applied to the upright picture, in order."""
+    """Transforms that were applied to the upright image, in order."""
     box: Box | None = None
-    """What the answer is read from, in pixels of the given picture."""
+    """Evidence of the answer, in pixels of the given image."""
     needs_crop: bool = False
     fault: Fault | None = None
-    """What goes wrong once, in a conversation about an error."""
+    """The deliberate error in a conversation about an error."""
     data_source: str = "unknown"
     judged: bool = False
     """The rules refused the final answer and the judge accepted it."""
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Any) -> Facts:
-        """Of what `to_json` gave.
-
-        Raises:
-            ValueError: something is missing or of another kind.
-        """
-        try:
-            given = dict(values)
-            given["applied"] = tuple(given["applied"])
-            given["box"] = cast(Box, tuple(given["box"])) if given["box"] is not None else None
-            facts = cls(**given)
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"the facts of the conversation cannot be read ({error!r})") from error
-        if facts.kind not in KINDS:
-            raise ValueError(f"kind {facts.kind!r} is none of {', '.join(KINDS)}")
-        return facts
 
 
 # ------------------------------------------------------------------------------------------------ playing
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """One assistant turn, and what really came of it."""
+    """One assistant turn and the result of its call."""
 
     text: str
     parsed: ParsedTurn
     result: ToolResult | None = None
-    """Of the call; None for a turn without one."""
+    """Result of the call; None for a turn without one."""
     image_index: int | None = None
-    """Of the image that the call made."""
+    """Number of the image that the call made; None if it made none."""
 
     @property
-    def ok(self) -> bool:
-        """True for a call that made an image."""
-        return self.image_index is not None
+    def operations(self) -> set[str]:
+        """Operations of the call that change orientation or extent."""
+        effect = self.result.effect if self.result is not None else None
+        return set(effect.core) if effect is not None else set()
 
 
 class Player:
-    """Plays a conversation: runs its calls one after another and keeps track of where every image comes from.
+    """Runs the calls of a conversation one after another and records which image each result was made from.
 
     Args:
-        image: the given picture.
-        sandbox: runs the calls.
-        owner: name of the conversation, for the sandbox's queue.
+        image: The given image.
+        sandbox: Runs the calls.
+        owner: Name of the conversation in the sandbox's queue.
     """
 
     def __init__(self, image: Image.Image, sandbox: CodeRunner, owner: str) -> None:
@@ -123,7 +102,7 @@ class Player:
         self._sandbox, self._owner = sandbox, owner
 
     async def look(self, text: str) -> tuple[Played, TrajectoryImage | None]:
-        """What a turn would give; nothing is kept."""
+        """A turn with its result, which is not recorded yet, and the image that it made."""
         parsed = parse_turn(text)
         if parsed.call is None:
             return Played(text=text, parsed=parsed), None
@@ -136,7 +115,7 @@ class Player:
         return Played(text=text, parsed=parsed, result=result, image_index=len(self.images)), image
 
     def keep(self, turn: Played, image: TrajectoryImage | None) -> None:
-        """Take over what `look` gave."""
+        """Record a turn and its image."""
         self.turns.append(turn)
         if image is not None:
             self.images.append(image)
@@ -144,12 +123,12 @@ class Player:
 
 # ------------------------------------------------------------------------------------------------ checks
 def problems_of(facts: Facts, turns: Sequence[Played], images: Sequence[TrajectoryImage]) -> list[Problem]:
-    """Everything about a played conversation that is not as it claims; empty for one to keep.
+    """Differences between a played conversation and its claims; empty for one to keep.
 
     Args:
-        facts: the claims.
-        turns: all assistant turns, as a `Player` played them.
-        images: of the conversation, the given one first.
+        facts: The claims.
+        turns: All assistant turns, played by a `Player`.
+        images: Images of the conversation, the given one first.
     """
     if not turns or check_turns([turn.text for turn in turns]) != 1.0 or turns[-1].parsed.answer is None:
         return [Problem("format", "a turn without a thought, or without exactly one call or a final answer")]
@@ -166,7 +145,7 @@ def problems_of(facts: Facts, turns: Sequence[Played], images: Sequence[Trajecto
 
 
 def answer_problems(facts: Facts, answer: str | None) -> list[Problem]:
-    """A wrong final answer, by rule, unless the judge has accepted it."""
+    """The problem of a final answer that is wrong by rule and that no judge has accepted."""
     if facts.judged or rule_score(answer, facts.answer, facts.question).value > CORRECT_ABOVE:
         return []
     return [Problem("answer", f"{answer!r} is not {facts.answer!r}")]
@@ -187,7 +166,7 @@ class Geometry:
         self.off_path = [call for call in calls if call.image_index not in self.path]
 
     def path_problems(self) -> list[Problem]:
-        """All calls lead to the last image, but for the one that goes wrong in a conversation about an error."""
+        """Calls that do not contribute to the last image; a conversation about an error must have exactly one."""
         fault = self.facts.fault
         if fault is None:
             if not self.off_path:
@@ -202,51 +181,47 @@ class Geometry:
         failed = self.off_path[0]
         if failed is self.calls[-1]:
             return [Problem("not recovered", "the call that went wrong is the last")]
-        really = {
-            "exception": not failed.ok,
+        happened = {
+            "exception": failed.image_index is None,
             "wrong_turn": self.left_turned(failed),
             "missed_crop": self.misses(failed),
         }
-        if not really[fault]:
-            return [Problem("no real error", f"the call that was to go wrong ({fault}) did not")]
+        if not happened[fault]:
+            return [Problem("no real error", f"the call with the deliberate error ({fault}) had none")]
         return []
 
     def left_turned(self, call: Played) -> bool:
-        """True if a call turned its image and left it not upright."""
-        if call.image_index is None or call.result is None or call.result.effect is None:
-            return False
-        image = self.images[call.image_index]
-        return bool(set(call.result.effect.core) & ORIENTATION) and not self.is_upright(image)
+        """True if a call turned its image and the result is not upright."""
+        turned = call.image_index is not None and call.operations & ORIENTATION
+        return bool(turned) and not self.is_upright(self.images[call.image_index or 0])
 
     def misses(self, call: Played) -> bool:
-        """True if a call's crop leaves out half of the box or more."""
+        """True if a call's crop excludes more than half of the box."""
         if call.image_index is None or self.facts.box is None:
             return False
         extent = source_extent(self.images[call.image_index], self.frame)
         return extent is not None and intersection(extent, self.facts.box) < 0.5 * area(self.facts.box)
 
     def is_upright(self, image: TrajectoryImage) -> bool:
-        """True if an image shows the picture upright, as it was before `applied`."""
+        """True if an image has the orientation from before `applied`."""
         return is_upright(image.to_source, to_upright(self.facts.applied, self.images[0].original.size))
 
     def orientation_problems(self) -> list[Problem]:
-        """The last image is upright, by no more turns than were needed."""
+        """A last image that is not upright, or more turns than needed."""
         if not self.is_upright(self.images[self.path[-1]]):
             return [Problem("orientation", "the image that the answer is given on is not upright")]
-        turning = [call for call in self.on_path if _core(call) & ORIENTATION]
-        if len(turning) != len(self.facts.applied):
-            wanted = len(self.facts.applied)
-            return [Problem("needless turn", f"{len(turning)} turns of a picture that needed {wanted}")]
-        return []
+        turns = sum(bool(call.operations & ORIENTATION) for call in self.on_path)
+        needed = len(self.facts.applied)
+        return [] if turns == needed else [Problem("needless turn", f"{turns} turns of an image that needed {needed}")]
 
     def crop_problems(self) -> list[Problem]:
-        """Each crop holds the box and lies in the one before; the last shows little else."""
+        """Crops that exclude part of the box or exceed the image before, and a last crop much larger than the box."""
         found, last = [], self.frame.box
-        cropped = {call.image_index for call in self.on_path if "crop" in _core(call)}
+        cropped = {call.image_index for call in self.on_path if "crop" in call.operations}
         for at in self.path[1:]:
             extent = source_extent(self.images[at], self.frame)
             if extent is None:
-                return [Problem("unknown geometry", f"image {at} is no crop, turn or resize of the picture")]
+                return [Problem("unknown geometry", f"image {at} is not a crop, turn or resize of the given one")]
             if not within(extent, last):
                 found.append(Problem("not nested", f"image {at} shows {extent}, outside the {last} before"))
             if self.facts.box is not None and not within(self.facts.box, extent):
@@ -260,30 +235,25 @@ class Geometry:
         return found
 
     def kind_problems(self) -> list[Problem]:
-        """The calls are those of the conversation's kind."""
-        cores = [_core(call) for call in self.on_path]
+        """Calls that do not belong to the conversation's kind."""
+        cores = [call.operations for call in self.on_path]
         crops = sum("crop" in core for core in cores)
         distinct = len(set().union(*cores)) if cores else 0
-        wanted = {
+        fits = {
             "single_tool": len(cores) == 1 and distinct == 1,
             "multi_tool": len(cores) >= 2 and distinct >= 2,
             "multi_crop": crops >= 2,
             "error_recovery": len(cores) >= 1 and self.facts.fault is not None,
             "no_tool": not self.calls,
         }
-        if wanted[self.facts.kind]:
+        if fits[self.facts.kind]:
             return []
         ran = ", ".join("+".join(sorted(core)) or "nothing" for core in cores) or "none"
-        return [Problem("kind", f"calls that did {ran} are no {self.facts.kind}")]
-
-
-def _core(call: Played) -> set[str]:
-    effect = call.result.effect if call.result is not None else None
-    return set(effect.core) if effect is not None else set()
+        return [Problem("kind", f"calls that did {ran} do not make a {self.facts.kind}")]
 
 
 def path_of(images: Sequence[TrajectoryImage]) -> list[int]:
-    """Indices of the images that the last one was made of, the given one first."""
+    """Numbers of the images from the given one to the last, each made from the one before."""
     path: list[int] = []
     at: int | None = len(images) - 1
     while at is not None:
@@ -294,5 +264,5 @@ def path_of(images: Sequence[TrajectoryImage]) -> list[int]:
 
 def within(inner: Box, outer: Box, tolerance: float = BOX_TOLERANCE_PX) -> bool:
     """True if a box lies in another, up to a tolerance in pixels."""
-    low = inner[0] >= outer[0] - tolerance and inner[1] >= outer[1] - tolerance
-    return low and inner[2] <= outer[2] + tolerance and inner[3] <= outer[3] + tolerance
+    starts = all(inner[axis] >= outer[axis] - tolerance for axis in (0, 1))
+    return starts and all(inner[axis] <= outer[axis] + tolerance for axis in (2, 3))

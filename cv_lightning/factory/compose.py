@@ -1,11 +1,11 @@
-"""One conversation: planned, written turn by turn, run in the sandbox, checked."""
+"""Composition of one conversation: it is planned, written turn by turn, run in the sandbox, and checked."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -13,10 +13,9 @@ from PIL import Image
 from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
 from cv_lightning.data.rows import RowError
 from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, problems_of, within
-from cv_lightning.factory.plans import ConversationPlan, Kind, PlanConfig, PlannedTurn, make_plan
+from cv_lightning.factory.plans import ConversationPlan, Kind, PlanConfig, PlannedTurn, given_image, make_plan
 from cv_lightning.factory.table import VqaRow
-from cv_lightning.factory.teacher import CropFrame, Said, Teacher, TurnRequest
-from cv_lightning.orientations import turn_image
+from cv_lightning.factory.teacher import CropFrame, EarlierMessage, Teacher, TurnRequest
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
@@ -25,14 +24,14 @@ from cv_lightning.tools import CodeRunner
 from cv_lightning.types import EndpointError, JudgeError, SandboxError, ToolStatus, TrajectoryImage
 
 Verdict = Callable[[str, str, str, str], Awaitable[float]]
-"""Judge of (question, ground truth, answer, data source); right above 0.5."""
+"""Judge, called with question, ground truth, answer and data source; above 0.5 the answer is right."""
 TOOL_ERROR = PromptConfig().tool_error
-"""How the agent tells a failed call."""
+"""Template of the agent's message about a failed call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A conversation to try."""
+    """A row and the kind of conversation to make of it."""
 
     number: int
     row: VqaRow
@@ -41,28 +40,28 @@ class Candidate:
 
 @dataclass(slots=True, kw_only=True)
 class Composition:
-    """What became of a candidate."""
+    """The conversation made of a candidate, or the problem with it."""
 
     number: int
     id: str
     kind: str
     problem: Problem | None = None
-    """Why it is not kept; None if it is."""
+    """Reason why it is not kept; None if it is."""
     facts: Facts | None = None
     turns: list[Played] = field(default_factory=list)
     steps: tuple[PlannedTurn, ...] = ()
-    """What each turn was planned to do."""
+    """The plan of each turn."""
     images: list[Image.Image] = field(default_factory=list)
-    """In the order in which the conversation shows them."""
+    """Images in the order of the conversation."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     retries: int = 0
-    """Turns that had to be written again."""
+    """Turns that were written again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composer:
-    """Makes conversations with a teacher, a sandbox and perhaps a judge; owns none of them."""
+    """Makes conversations with a teacher, a sandbox and perhaps a judge; the caller closes them."""
 
     teacher: Teacher
     sandbox: CodeRunner
@@ -72,19 +71,16 @@ class Composer:
     verdict: Verdict | None = None
 
     async def compose(self, candidate: Candidate) -> Composition:
-        """Try a candidate; whatever fails is told in the outcome."""
+        """Make a conversation of a candidate; failures are recorded as its problem."""
         outcome = Composition(number=candidate.number, id=candidate.row.id, kind=candidate.kind)
         rng = random.Random(f"{self.seed}/{candidate.number}/{candidate.row.id}")
         plan = make_plan(candidate.row, candidate.kind, self.plan, rng)
         try:
-            image = await asyncio.to_thread(_given_picture, candidate.row, plan)
+            image = await asyncio.to_thread(given_image, candidate.row, plan.applied)
             await self._converse(candidate, plan, image, outcome)
-        except RowError as error:
-            outcome.problem = Problem(error.kind, str(error))
-        except (EndpointError, JudgeError) as error:
-            outcome.problem = Problem("endpoint", str(error))
-        except SandboxError as error:
-            outcome.problem = Problem("sandbox", str(error))
+        except (RowError, EndpointError, JudgeError, SandboxError) as error:
+            kind = "sandbox" if isinstance(error, SandboxError) else "endpoint"
+            outcome.problem = Problem(error.kind if isinstance(error, RowError) else kind, str(error))
         return outcome
 
     async def _converse(
@@ -92,14 +88,14 @@ class Composer:
     ) -> None:
         facts = facts_of(candidate, plan)
         player = Player(image, self.sandbox, owner=str(candidate.number))
-        said: list[Said] = []
+        messages: list[EarlierMessage] = []
         for number, step in enumerate(plan.steps):
             request = TurnRequest(
                 row=candidate.row,
                 plan=plan,
                 number=number,
                 images=[each.original for each in player.images],
-                said=tuple(said),
+                messages=tuple(messages),
                 frame=self.frame,
                 seed=f"{self.seed}/{candidate.number}",
             )
@@ -107,7 +103,7 @@ class Composer:
             if refusal:
                 outcome.problem = Problem(f"turn refused: {step.action}", refusal)
                 return
-            said += _said(player.turns[-1], player.images)
+            messages += _messages(player.turns[-1], player.images)
         facts = await self._judged(facts, player.turns[-1])
         found = problems_of(facts, player.turns, player.images)
         outcome.problem = found[0] if found else None
@@ -115,7 +111,7 @@ class Composer:
         outcome.images = [each.original for each in player.images]
 
     async def _turn(self, request: TurnRequest, facts: Facts, player: Player, outcome: Composition) -> str:
-        """Have a turn written until it does what its step wants; why the last try did not, or an empty text."""
+        """Have a turn written until it follows its step; the reason why the last attempt did not, or an empty text."""
         refusal = ""
         for attempt in range(self.teacher.tries):
             written = await self.teacher.write(replace(request, refusal=refusal))
@@ -140,7 +136,7 @@ class Composer:
         return f"the answer {turn.parsed.answer!r} is not right; it is {facts.answer!r}"
 
     async def _judged(self, facts: Facts, turn: Played) -> Facts:
-        """The facts, with the judge's acceptance where the rules refuse an answer and there is a judge."""
+        """The facts, marked as judged if the judge accepts an answer that the rules refuse."""
         answer = turn.parsed.answer
         if self.verdict is None or not answer or _is_right_by_rule(facts, turn):
             return facts
@@ -149,7 +145,7 @@ class Composer:
 
 
 def facts_of(candidate: Candidate, plan: ConversationPlan) -> Facts:
-    """What the conversation of a plan claims."""
+    """The claims of a plan's conversation."""
     row = candidate.row
     return Facts(
         id=row.id,
@@ -164,20 +160,14 @@ def facts_of(candidate: Candidate, plan: ConversationPlan) -> Facts:
     )
 
 
-def _given_picture(row: VqaRow, plan: ConversationPlan) -> Image.Image:
-    image = row.image()
-    for name in plan.applied:
-        image = turn_image(image, name)
-    return image
-
-
-def _said(turn: Played, images: list[TrajectoryImage]) -> list[Said]:
-    said = [Said(role="assistant", text=turn.text)]
+def _messages(turn: Played, images: list[TrajectoryImage]) -> list[EarlierMessage]:
+    """A turn and the tool's response to it, as the teacher sees them."""
+    messages = [EarlierMessage(role="assistant", text=turn.text)]
     if turn.image_index is not None:
-        said.append(Said(role="tool", text="", image=images[turn.image_index].original))
+        messages.append(EarlierMessage(role="tool", text="", image=images[turn.image_index].original))
     elif turn.result is not None:
-        said.append(Said(role="tool", text=TOOL_ERROR.format(error=turn.result.error)))
-    return said
+        messages.append(EarlierMessage(role="tool", text=TOOL_ERROR.format(error=turn.result.error)))
+    return messages
 
 
 def _is_right_by_rule(facts: Facts, turn: Played) -> bool:
@@ -186,14 +176,14 @@ def _is_right_by_rule(facts: Facts, turn: Played) -> bool:
 
 # ------------------------------------------------------------------------------------------------ one step
 def refusal_of(step: PlannedTurn, turn: Played, image: TrajectoryImage | None, facts: Facts, player: Player) -> str:
-    """Why a turn does not do what its step wants, for the teacher to read; empty if it does.
+    """The reason why a turn does not follow its step, written for the teacher; empty if it does.
 
     Args:
-        step: of the plan.
-        turn: as it was played.
-        image: that its call made, if it made one.
-        facts: of the conversation.
-        player: with what came before.
+        step: Step of the plan.
+        turn: The played turn.
+        image: The image that its call made, if any.
+        facts: Claims of the conversation.
+        player: Player with the turns before.
     """
     if step.action == "answer":
         return "" if turn.parsed.answer is not None else "this turn must end with <answer>...</answer> and call nothing"
@@ -211,7 +201,7 @@ def refusal_of(step: PlannedTurn, turn: Played, image: TrajectoryImage | None, f
         return "" if geometry.left_turned(turn) else "this call must turn the image and leave it not upright"
     if step.fault == "missed_crop":
         return "" if geometry.misses(turn) else "this crop must miss what the question is about"
-    core = set(result.effect.core) if result.effect is not None else set()
+    core = turn.operations
     if step.action == "turn":
         wanted = set(expected_operations([step.undoes]))
         return "" if core & ORIENTATION == wanted else f"the call must do {', '.join(wanted)}; it did {sorted(core)}"
@@ -231,13 +221,13 @@ def _crop_refusal(core: set[str], image: TrajectoryImage, facts: Facts, player: 
 
 # ------------------------------------------------------------------------------------------------ SFT item
 def item_of(outcome: Composition, names: list[str], system: str | None, learn_faults: bool = True) -> dict[str, Any]:
-    """The entry of an SFT file; its `build` key holds the facts, by which `verify_file` checks it.
+    """The entry of an SFT file; its `build` key holds the claims, which `verify_file` checks.
 
     Args:
-        outcome: of a kept candidate.
-        names: paths of its images, relative to the file.
-        system: system message; None leaves it to the agent's own.
-        learn_faults: False marks the turns that go wrong on purpose with `loss: false`.
+        outcome: A kept conversation.
+        names: Paths of its images, relative to the file.
+        system: System message; None: the trainer adds the agent's own.
+        learn_faults: False marks turns with a deliberate error with `loss: false`.
     """
     assert outcome.facts is not None
     speakers: list[dict[str, Any]] = [{"from": "human", "value": IMAGE_MARK + outcome.facts.question}]
@@ -248,5 +238,5 @@ def item_of(outcome: Composition, names: list[str], system: str | None, learn_fa
             speakers.append({"from": "tool", "value": IMAGE_MARK})
         elif turn.result is not None:
             speakers.append({"from": "tool", "value": TOOL_ERROR.format(error=turn.result.error)})
-    item: dict[str, Any] = {"conversations": speakers, "images": names, "build": outcome.facts.to_json()}
+    item: dict[str, Any] = {"conversations": speakers, "images": names, "build": asdict(outcome.facts)}
     return item if system is None else {**item, "system": system}

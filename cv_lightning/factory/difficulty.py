@@ -1,11 +1,10 @@
-"""How often a policy answers a task: k rollouts with the project's own agent loop, or a file that says so."""
+"""Pass rates of tasks: measured by k rollouts of a policy with the project's own agent loop, or read from a file."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,47 +15,45 @@ from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.request import requests_of
 from cv_lightning.background import Background
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.factory.progress import ProgressFile
+from cv_lightning.factory.progress import ProgressFile, Show
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import DataError, Group, Task, Trajectory
 
-logger = logging.getLogger(__name__)
-
 PassRates = dict[str, tuple[int, int]]
-"""By task id: (right, scored) trajectories."""
+"""(right, scored) trajectories by task id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyConfig:
-    """Which policy is asked, how often, and which pass rates are kept."""
+    """Policy whose pass rates are measured, and the number of rollouts."""
 
     policy: PolicyConfig
-    """The checkpoint that is to be trained."""
+    """Checkpoint that will be trained."""
     samples: int = 8
     """Rollouts of each task (k)."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """How the policy is run."""
+    """Engine that runs the policy."""
     agent: AgentConfig = field(default_factory=AgentConfig)
-    """Limits and words of the agent; as in training."""
+    """Limits and prompts of the agent, as in training."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Temperature and seed."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """How answers are scored: mathematics, judge."""
+    """Scoring of the answers: rules, judge."""
     tasks_at_once: int = 64
-    """Tasks rolled out together; what is done is kept after each such batch."""
+    """Tasks rolled out together; the progress is stored after each such batch."""
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.tasks_at_once < 1:
             raise ValueError(
-                f"--difficulty.samples {self.samples} must be at least 2 (one says neither all nor none) and "
+                f"--difficulty.samples {self.samples} must be at least 2 (one rollout cannot show variance) and "
                 f"--difficulty.tasks_at_once {self.tasks_at_once} at least 1"
             )
 
 
 def is_informative(right: int, scored: int) -> bool:
-    """True if some rollouts are right and some wrong: of a group that is all the one or the other nothing is learnt."""
+    """True if some rollouts are right and some wrong; otherwise all advantages of the group are zero."""
     return 0 < right < scored
 
 
@@ -65,34 +62,32 @@ def measure(
     tasks: Iterator[tuple[int, Task]],
     config: DifficultyConfig,
     progress: ProgressFile,
-    show: Callable[[int], None] | None = None,
+    show: Show | None = None,
 ) -> PassRates:
     """Roll out the tasks that `progress` does not hold yet.
 
     Args:
-        tasks: with their numbers; read in batches.
-        config: the policy.
-        progress: gets an entry per task, `{number, id, right, scored}`.
-        show: called with the number of tasks done.
+        tasks: Tasks with their numbers; read in batches.
+        config: The policy.
+        progress: Gets an entry per task, `{number, id, right, scored}`.
+        show: Called with the number of tasks done.
 
     Returns:
-        All pass rates, those of earlier runs too.
+        All pass rates, including those of earlier runs.
 
     Raises:
-        EngineError, CheckpointError, SandboxError: the policy or the sandbox cannot be run.
+        EngineError, CheckpointError, SandboxError: The policy or the sandbox cannot be run.
     """
     waiting = (pair for pair in tasks if pair[0] not in progress)
     batch = list(islice(waiting, config.tasks_at_once))
-    if batch:
-        with _rollout_of(config) as (rollout, rewards):
-            while batch:
-                for (number, task), (right, scored) in zip(
-                    batch, _pass_counts([task for _, task in batch], config, rollout, rewards), strict=True
-                ):
-                    progress.add({"number": number, "id": task.id, "right": right, "scored": scored})
-                if show is not None:
-                    show(len(progress))
-                batch = list(islice(waiting, config.tasks_at_once))
+    with _rollout_of(config) if batch else nullcontext() as parts:
+        while parts is not None and batch:
+            counts = _pass_counts([task for _, task in batch], config, *parts)
+            for (number, task), (right, scored) in zip(batch, counts, strict=True):
+                progress.add({"number": number, "id": task.id, "right": right, "scored": scored})
+            if show is not None:
+                show(len(progress), None, "")
+            batch = list(islice(waiting, config.tasks_at_once))
     return {entry["id"]: (entry["right"], entry["scored"]) for entry in progress.entries()}
 
 
@@ -110,14 +105,14 @@ def _pass_counts(
 
 
 def count_right(members: Sequence[Trajectory]) -> tuple[int, int]:
-    """(right, scored) of a task's trajectories; one that a failed part ended is not scored, so not wrong."""
+    """(right, scored) of a task's trajectories; one that an infrastructure error ended is not scored."""
     rewards = [member.reward for member in members if member.reward is not None]
     return sum(reward.correct for reward in rewards), len(rewards)
 
 
 @contextmanager
 def _rollout_of(config: DifficultyConfig) -> Iterator[tuple[Rollout, RewardModule]]:
-    """The agent loop with the policy's engine, a sandbox and the rewards; all closed afterwards."""
+    """Context with the agent loop on the policy's engine and a sandbox, and the rewards."""
     adapter = load_adapter(config.policy)
     in_process = engine_kind(config.engine) == "transformers"
     engine: Engine = build_engine(
@@ -150,10 +145,10 @@ def _rollout_of(config: DifficultyConfig) -> Iterator[tuple[Rollout, RewardModul
 
 # ------------------------------------------------------------------------------------------------ given
 def read_pass_rates(path: Path) -> PassRates:
-    """Pass rates of a file: JSONL of `{id, right, scored}` or `{id, rate}`, such as a build itself writes.
+    """Pass rates from a file: JSONL of `{id, right, scored}`, as a build writes it, or `{id, rate}`.
 
     Raises:
-        DataError: the file cannot be read, or a line names neither.
+        DataError: The file cannot be read, or a line has neither form.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -166,19 +161,20 @@ def read_pass_rates(path: Path) -> PassRates:
         try:
             entry = json.loads(line)
             if "settings" in entry:
-                continue  # the head of a build's own file
+                continue  # the first line of a build's own file
             if "rate" in entry:
                 rate = float(entry["rate"])
                 rates[str(entry["id"])] = (round(rate * RATE_UNITS), RATE_UNITS)
             else:
                 rates[str(entry["id"])] = (int(entry["right"]), int(entry["scored"]))
         except (ValueError, KeyError, TypeError) as error:
-            message = f"--pass_rates {path}, line {number}: wanted {{id, rate}} or {{id, right, scored}} ({error!r})"
-            raise DataError(message) from error
+            raise DataError(
+                f"--pass_rates {path}, line {number}: not {{id, rate}} or {{id, right, scored}} ({error!r})"
+            ) from error
     if not rates:
-        raise DataError(f"--pass_rates {path}: no pass rate in it")
+        raise DataError(f"--pass_rates {path}: the file has no pass rate")
     return rates
 
 
 RATE_UNITS = 1_000_000
-"""A rate without counts is kept in these parts."""
+"""Denominator of a rate that is given without counts."""

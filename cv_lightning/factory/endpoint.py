@@ -1,4 +1,4 @@
-"""A teacher behind any OpenAI-compatible endpoint, asked for whole turns."""
+"""A teacher behind any OpenAI-compatible endpoint, which writes whole turns."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class TeacherConfig(EndpointConfig):
     api_key_env: str = "TEACHER_API_KEY"
     """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
     tries: int = 3
-    """Times that a turn is asked for, told each time why the last was refused, before its conversation is dropped."""
+    """Attempts at a turn, each told why the last was refused, before its conversation is dropped."""
     prompt_file: str = ""
     """File with the teacher's system prompt; empty: the shipped one."""
     image_pixels: int = 1_000_000
-    """Larger images are sent reduced to so many pixels, as JPEG; 0 sends none."""
+    """Largest number of pixels of an image sent, as JPEG; larger images are reduced. 0 sends no images."""
     max_parallel: int = 16
-    """Requests under way at once."""
+    """Largest number of requests at the same time."""
     breaker_failures: int = 8
-    """Failures in a row after which nothing is sent for `breaker_pause_s`."""
+    """Successive failures after which no request is sent for `breaker_pause_s`."""
     max_tokens: int = 1024
-    """Tokens of a turn."""
+    """Largest number of tokens of a turn."""
     temperature: float = 0.8
     """Sampling temperature."""
 
@@ -53,10 +53,9 @@ class TeacherConfig(EndpointConfig):
 
 
 class EndpointTeacher:
-    """Asks a model for every turn, with the images so far and a directive that tells what the turn must do."""
+    """Requests every turn from a model, with the images so far and a directive that states what the turn must do."""
 
     def __init__(self, config: TeacherConfig) -> None:
-        """Read the prompt; nothing is sent yet."""
         self.config = config
         self.tries = config.tries
         self._client = EndpointClient(config, "turn")
@@ -69,16 +68,15 @@ class EndpointTeacher:
 
         def read(body: object) -> Written | None:
             text = reply_text(body)
-            return (
-                None
-                if text is None
-                else Written(text=text, prompt_tokens=usage(body)[0], completion_tokens=usage(body)[1])
-            )
+            if text is None:
+                return None
+            prompt_tokens, completion_tokens = usage(body)
+            return Written(text=text, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
         return await self._client.chat(messages, self._options, read)
 
     def usage(self) -> dict[str, float]:
-        """What this run spent; `cost` is in the currency of the config's prices."""
+        """Usage of this run; `cost` is in the currency of the config's prices."""
         spent = self._client.spent
         names = ("requests", "retries", "failed", "prompt_tokens", "completion_tokens")
         return {**{name: float(getattr(spent, name)) for name in names}, "cost": self._client.cost}
@@ -88,21 +86,20 @@ class EndpointTeacher:
         await self._client.aclose()
 
     def messages(self, request: TurnRequest) -> list[dict[str, Any]]:
-        """The chat that asks for a turn: prompt, conversation so far, directive."""
+        """The chat that requests a turn: prompt, conversation so far, directive."""
         first = [*self._image(request.images[0]), text_part(request.row.question)]
         messages: list[dict[str, Any]] = [
             {"role": "system", "content": self._prompt},
             {"role": "user", "content": first},
         ]
-        for said in request.said:
-            if said.role == "assistant":
-                messages.append({"role": "assistant", "content": said.text})
+        for earlier in request.messages:
+            if earlier.role == "assistant":
+                messages.append({"role": "assistant", "content": earlier.text})
                 continue
             parts = [text_part("<tool_response>")]
-            parts += self._image(said.image) if said.image is not None else [text_part(said.text)]
+            parts += self._image(earlier.image) if earlier.image is not None else [text_part(earlier.text)]
             messages.append({"role": "user", "content": [*parts, text_part("</tool_response>")]})
-        told = {"role": "user", "content": [text_part(directive(request))]}
-        return [*messages, told]
+        return [*messages, {"role": "user", "content": [text_part(directive(request))]}]
 
     def _image(self, image: Image.Image) -> list[dict[str, Any]]:
         if not self.config.image_pixels:
@@ -113,7 +110,7 @@ class EndpointTeacher:
 
 
 def directive(request: TurnRequest) -> str:
-    """What the turn must do, for the teacher alone."""
+    """Text that tells the teacher what the turn must do; it is not part of the conversation."""
     step, size = request.step, request.images[request.step.image_index].size
     lines = [f"Directive for turn {request.number + 1} of {len(request.plan.steps)}:"]
     if step.repairs is not None:

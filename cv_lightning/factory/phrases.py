@@ -1,4 +1,4 @@
-"""What the offline teacher says: several phrasings for every situation, and code that does, or breaks, each step."""
+"""Texts of the offline teacher: several phrasings for every situation, and correct and failing code for each step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATE = {
     "flip_horizontal": "is mirrored left to right",
     "flip_vertical": "is mirrored top to bottom",
 }
-"""How a picture looks after a transform."""
+"""Appearance of an image after a transform."""
 UNDO = {
     "rotate_90": "rotate it by 270 degrees counter-clockwise",
     "rotate_180": "rotate it by 180 degrees",
@@ -19,7 +19,7 @@ UNDO = {
     "flip_horizontal": "mirror it left to right",
     "flip_vertical": "flip it top to bottom",
 }
-"""What undoes a transform."""
+"""Operation that undoes a transform, in words."""
 UNDO_CODE = {
     "rotate_90": (
         "result = image.rotate(270, expand=True)",
@@ -117,26 +117,16 @@ ANSWER_AFTER_TOOL = (
 
 
 def broken(code: str, action: str, rng: random.Random) -> str:
-    """The code with a slip in it that makes it fail when it runs.
+    """The code with a mistake that raises an exception when it runs.
 
     Args:
-        code: that would do the step.
+        code: Correct code of the step.
         action: turn or crop.
-        rng: picks the slip.
+        rng: Chooses the mistake.
     """
-    slips = [
-        lambda text: text.replace("image.", "picture.").replace("(image)", "(picture)"),
-        lambda text: text.rstrip(")"),
-        lambda text: 'image = Image.open("image.png")\n' + text,
-    ]
     if action == "crop":
-        slips += [
-            lambda text: text.replace(".crop(", ".crop_box("),
-            lambda text: text.replace(".crop(", ".cut("),
-        ]
+        others = [code.replace(".crop(", ".crop_box("), code.replace(".crop(", ".cut(")]
     else:
-        slips += [
-            lambda text: "result = image.rotate_image(90)",
-            lambda text: "result = cv2.rotate(image, cv2.ROTATE_90)",
-        ]
-    return str(rng.choice(slips)(code))
+        others = ["result = image.rotate_image(90)", "result = cv2.rotate(image, cv2.ROTATE_90)"]
+    wrong_name = code.replace("image.", "picture.").replace("(image)", "(picture)")
+    return rng.choice([wrong_name, code.rstrip(")"), f'image = Image.open("image.png")\n{code}', *others])

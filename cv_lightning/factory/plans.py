@@ -1,7 +1,8 @@
-"""What a conversation is to show, planned backwards: from box and tools to the picture that needs them.
+"""Plans of conversations, made backwards: from the box and the tools to the image that needs them.
 
-Five kinds, after CodeVision (2512.03746, section on SFT data): one tool, several tools, several crops from coarse to
-fine, an error and its repair, no tool. A plan is a list of steps; each says what its call must do to which image.
+There are five kinds, after CodeVision (arXiv 2512.03746, section on SFT data): one tool, several tools, several crops
+from coarse to fine, an error and its repair, no tool. A plan is a list of steps; each states what its call must do to
+which image.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from PIL import Image
 
 from cv_lightning.factory.table import VqaRow
-from cv_lightning.orientations import ORIENTATIONS, QUARTER_TURNS, turn_box
+from cv_lightning.orientations import ORIENTATIONS, QUARTER_TURNS, turn_box, turn_image
 from cv_lightning.types import Box
 
 Kind = Literal["single_tool", "multi_tool", "multi_crop", "error_recovery", "no_tool"]
@@ -23,9 +26,9 @@ Edges = tuple[int, int, int, int]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 FLIPS = ("flip_horizontal", "flip_vertical")
 MIN_CROP_SIDE = 4
-"""Least side of a crop in pixels."""
+"""Smallest side of a crop in pixels."""
 MIN_SHRINK = 1.4
-"""Each crop of several is at least so many times smaller, in side, than the one before."""
+"""Smallest ratio between the sides of successive crops."""
 
 
 def _default_shares() -> dict[str, float]:
@@ -34,31 +37,41 @@ def _default_shares() -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Which conversations are made, and of what."""
+    """Kinds of conversations, and the transforms and sizes that they are made of."""
 
     shares: dict[str, float] = field(default_factory=_default_shares)
-    """Relative frequency of single_tool, multi_tool, multi_crop, error_recovery and no_tool. A row that cannot be a
-    kind (no box, nothing small) becomes another; over all rows the shares are kept as far as the rows allow."""
+    """Relative frequency of single_tool, multi_tool, multi_crop, error_recovery and no_tool. A row that does not
+    fit the drawn kind (no box, nothing small) gets another one; under-represented kinds are filled first."""
     transforms: tuple[str, ...] = ORIENTATIONS
-    """What pictures may be turned by; empty: they are never turned."""
+    """Transforms that may be applied to an image; empty: none."""
     small_share: float = 0.02
-    """A box of at most this share of its picture's area is too small to read without a crop."""
+    """A box of at most this fraction of its image's area is too small to read without a crop."""
     turned_share: float = 0.5
-    """Share of the conversations with several crops, or an error about a small box, whose picture is turned, too."""
+    """Fraction of turned images among conversations with several crops, and among those about an error on a small
+    box."""
     max_crops: int = 3
-    """Most crops of a conversation with several."""
+    """Largest number of crops of a conversation with several."""
 
     def __post_init__(self) -> None:
         unknown = set(self.shares) - set(KINDS)
         if unknown or min(self.shares.values(), default=0) < 0 or sum(self.shares.values()) <= 0:
             raise ValueError(f"--plan.shares {self.shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
-        if set(self.transforms) - set(ORIENTATIONS):
-            raise ValueError(f"--plan.transforms {list(self.transforms)}: only of {', '.join(ORIENTATIONS)}")
-        for name in ("small_share", "turned_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--plan.{name} {getattr(self, name)} is a share: between 0 and 1")
+        check_transforms_and_fractions(self, "small_share", "turned_share")
         if self.max_crops < 2:
             raise ValueError(f"--plan.max_crops {self.max_crops}: several crops are at least 2")
+
+
+def check_transforms_and_fractions(plan: Any, *names: str) -> None:
+    """Check the `transforms` of a plan, and those of its settings that are fractions.
+
+    Raises:
+        ValueError: An unknown transform, or a fraction outside [0, 1]; names the flag.
+    """
+    if set(plan.transforms) - set(ORIENTATIONS):
+        raise ValueError(f"--plan.transforms {list(plan.transforms)}: only of {', '.join(ORIENTATIONS)}")
+    for name in names:
+        if not 0 <= getattr(plan, name) <= 1:
+            raise ValueError(f"--plan.{name} {getattr(plan, name)} must be a fraction, 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,29 +80,29 @@ class PlannedTurn:
 
     action: Literal["turn", "crop", "answer"]
     image_index: int = 0
-    """Which image of the conversation its call works on; 0 is the given one."""
+    """Number of the image that its call edits; 0 is the given one."""
     undoes: str = ""
     """`turn`: the transform that is undone."""
     edges: Edges | None = None
-    """`crop`: in pixels of the image that it works on."""
+    """`crop`: edges in pixels of the image that it edits."""
     fault: Fault | None = None
-    """How this step goes wrong, on purpose."""
+    """Deliberate error of this step."""
     repairs: Fault | None = None
-    """What went wrong in the step before."""
+    """Error of the step before, which this one corrects."""
     rank: int = 0
-    """`crop`: how many crops came before."""
+    """`crop`: number of crops before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationPlan:
-    """A conversation before it is written."""
+    """The plan of one conversation."""
 
     kind: Kind
     applied: tuple[str, ...]
-    """Transforms that make the given picture from the upright one, in order."""
+    """Transforms that turn the upright image into the given one, in order."""
     steps: tuple[PlannedTurn, ...]
     box: Box | None
-    """In pixels of the given picture."""
+    """Evidence in pixels of the given image."""
 
     @property
     def needs_crop(self) -> bool:
@@ -98,54 +111,53 @@ class ConversationPlan:
 
 
 # ------------------------------------------------------------------------------------------------ kinds
-def is_small(row: VqaRow, config: PlanConfig) -> bool:
+def is_small(row: VqaRow, small_share: float) -> bool:
     """True if the row's box is too small to read without a crop."""
-    return row.box_share is not None and row.box_share <= config.small_share
+    return row.box_fraction is not None and row.box_fraction <= small_share
 
 
 def possible_kinds(row: VqaRow, config: PlanConfig) -> tuple[Kind, ...]:
-    """Kinds that a row can become."""
-    small, turns = is_small(row, config), bool(config.transforms)
+    """Kinds of conversations that can be made of a row."""
+    small, turns = is_small(row, config.small_share), bool(config.transforms)
     two_turns = any(name in QUARTER_TURNS for name in config.transforms) and any(n in FLIPS for n in config.transforms)
     possible = {
         "single_tool": small or turns,
         "multi_tool": (small and turns) or (not small and two_turns),
-        "multi_crop": small and _num_crops(row, config) >= 2,
+        "multi_crop": small and _max_crops(row, config) >= 2,
         "error_recovery": small or turns,
         "no_tool": not small,
     }
     return tuple(kind for kind in KINDS if possible[kind] and config.shares.get(kind, 0) > 0)
 
 
-class KindDealer:
-    """Deals out kinds row by row so that their frequencies follow the shares as closely as the rows allow."""
+class KindAssigner:
+    """Assigns a kind to each row so that the frequencies follow the configured ones as closely as the rows allow."""
 
     def __init__(self, config: PlanConfig) -> None:
         self.config = config
-        self.dealt = dict.fromkeys(KINDS, 0)
+        self.assigned = dict.fromkeys(KINDS, 0)
 
-    def deal(self, row: VqaRow) -> Kind | None:
-        """The possible kind that is furthest behind its share; None if the row can be none."""
+    def assign(self, row: VqaRow) -> Kind | None:
+        """The possible kind that is most under-represented so far; None if no kind is possible."""
         possible = possible_kinds(row, self.config)
         if not possible:
             return None
-        shares = self.config.shares
-        kind = min(possible, key=lambda name: ((self.dealt[name] + 1) / shares[name], KINDS.index(name)))
-        self.dealt[kind] += 1
+        kind = min(possible, key=lambda name: (self.assigned[name] + 1) / self.config.shares[name])
+        self.assigned[kind] += 1
         return kind
 
 
 # ------------------------------------------------------------------------------------------------ plans
 def make_plan(row: VqaRow, kind: Kind, config: PlanConfig, rng: random.Random) -> ConversationPlan:
-    """A plan of a kind that is possible for the row.
+    """A plan of one kind.
 
     Args:
-        row: with its box in pixels of the upright picture.
-        kind: from `possible_kinds`.
-        config: transforms and sizes.
-        rng: draws tools, transforms, margins and faults.
+        row: The question; its box is in pixels of the upright image.
+        kind: One of `possible_kinds`.
+        config: Transforms and sizes.
+        rng: Draws tools, transforms, margins and errors.
     """
-    small = is_small(row, config)
+    small = is_small(row, config.small_share)
     applied: tuple[str, ...] = ()
     crops: list[Edges] = []
     if kind == "multi_tool" and not small:
@@ -158,21 +170,34 @@ def make_plan(row: VqaRow, kind: Kind, config: PlanConfig, rng: random.Random) -
         if config.transforms and (both or not small):
             applied = (rng.choice(config.transforms),)
         if small:
-            crops = nested_windows(row, _drawn_crops(row, config, rng) if kind == "multi_crop" else 1, rng)
+            crops = nested_windows(row, rng.randint(2, _max_crops(row, config)) if kind == "multi_crop" else 1, rng)
     steps = _good_steps(applied, crops)
     if kind == "error_recovery":
         steps = _with_fault(steps, row, rng)
-    answer = PlannedTurn(action="answer", image_index=_num_images(steps) - 1)
+    num_made = sum(step.fault != "exception" for step in steps)
+    answer = PlannedTurn(action="answer", image_index=num_made)
     return ConversationPlan(kind=kind, applied=applied, steps=(*steps, answer), box=given_box(row, applied))
 
 
 def given_box(row: VqaRow, applied: tuple[str, ...]) -> Box | None:
-    """The row's box in pixels of the picture after `applied`."""
+    """The row's box in pixels of the image after `applied`."""
     return None if row.box is None else turn_box(row.box, applied, row.size)
 
 
+def given_image(row: VqaRow, applied: tuple[str, ...]) -> Image.Image:
+    """The row's image after `applied`.
+
+    Raises:
+        RowError: It cannot be decoded.
+    """
+    image = row.image()
+    for name in applied:
+        image = turn_image(image, name)
+    return image
+
+
 def _good_steps(applied: tuple[str, ...], crops: list[Edges]) -> list[PlannedTurn]:
-    """Turns from the last applied to the first, then crops; each works on the image that the one before made."""
+    """Turns that undo the applied ones in reverse order, then crops; each edits the result of the one before."""
     steps = [PlannedTurn(action="turn", image_index=at, undoes=name) for at, name in enumerate(reversed(applied))]
     origin = (0, 0)
     for rank, (x1, y1, x2, y2) in enumerate(crops):
@@ -183,36 +208,32 @@ def _good_steps(applied: tuple[str, ...], crops: list[Edges]) -> list[PlannedTur
 
 
 def _with_fault(steps: list[PlannedTurn], row: VqaRow, rng: random.Random) -> list[PlannedTurn]:
-    """The steps with one of them failing first; a failed one that made an image shifts the numbers behind it."""
+    """The steps with an error before one of them; if the wrong call made an image, later image numbers grow by one."""
     at = rng.randrange(len(steps))
     step = steps[at]
     kinds: list[Fault] = ["exception", "wrong_turn" if step.action == "turn" else "missed_crop"]
     fault = rng.choice(kinds)
-    failed = replace(step, fault=fault)
+    edges, undoes = step.edges, step.undoes
     if fault == "missed_crop":
         assert step.edges is not None
         missed = _missed(step.edges, row.size, rng)
-        fault = fault if missed is not None else "exception"
-        failed = replace(step, edges=missed or step.edges, fault=fault)
+        fault, edges = ("exception", edges) if missed is None else (fault, missed)
     elif fault == "wrong_turn":
-        failed = replace(step, undoes=rng.choice([name for name in ORIENTATIONS if name != step.undoes]), fault=fault)
+        undoes = rng.choice([name for name in ORIENTATIONS if name != step.undoes])
+    failed = replace(step, edges=edges, undoes=undoes, fault=fault)
     repaired = replace(step, repairs=fault)
     later = [replace(each, image_index=each.image_index + (fault != "exception")) for each in steps[at + 1 :]]
     return [*steps[:at], failed, repaired, *later]
 
 
-def _num_images(steps: list[PlannedTurn]) -> int:
-    return 1 + sum(step.fault != "exception" for step in steps)
-
-
 # ------------------------------------------------------------------------------------------------ windows
 def nested_windows(row: VqaRow, count: int, rng: random.Random) -> list[Edges]:
-    """Crops of the upright picture, each within the one before; the last fits the box with a margin.
+    """Crops of the upright image, each within the one before; the last fits the box with a margin.
 
     Args:
-        row: it has a box.
-        count: number of crops, from 1.
-        rng: draws margin and places.
+        row: A question with a box.
+        count: Number of crops, from 1.
+        rng: Draws margin and places.
     """
     assert row.box is not None
     last = window(row.box, (0, 0, *row.size), 1 + 2 * rng.uniform(0.08, 0.3), rng)
@@ -226,7 +247,7 @@ def nested_windows(row: VqaRow, count: int, rng: random.Random) -> list[Edges]:
 
 
 def window(inner: Box | Edges, outer: Edges, scale: float, rng: random.Random) -> Edges:
-    """A window of `scale` times the sides of `inner` that holds it and lies in `outer`, placed at random."""
+    """A window of `scale` times the sides of `inner` that contains it and lies in `outer`, placed at random."""
     edges: list[tuple[int, int]] = []
     for axis in (0, 1):
         low, high = inner[axis], inner[axis + 2]
@@ -239,7 +260,7 @@ def window(inner: Box | Edges, outer: Edges, scale: float, rng: random.Random) -
 
 
 def _missed(edges: Edges, size: tuple[int, int], rng: random.Random) -> Edges | None:
-    """A window of the same size that lies beside the right one, as if x or y had been misjudged."""
+    """A window of the same size beside the right one; None if the image has no room for one."""
     x1, y1, x2, y2 = edges
     places = []
     for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
@@ -250,15 +271,11 @@ def _missed(edges: Edges, size: tuple[int, int], rng: random.Random) -> Edges | 
     return rng.choice(places) if places else None
 
 
-def _num_crops(row: VqaRow, config: PlanConfig) -> int:
-    """Most crops that shrink by `MIN_SHRINK` a side each from the whole picture to the box with its margin."""
-    assert row.box_share is not None
-    whole = math.sqrt(1 / max(row.box_share, 1e-9)) / 1.6
+def _max_crops(row: VqaRow, config: PlanConfig) -> int:
+    """Largest number of crops, each `MIN_SHRINK` times smaller in side, from the image to the box with its margin."""
+    assert row.box_fraction is not None
+    whole = math.sqrt(1 / max(row.box_fraction, 1e-9)) / 1.6
     return min(config.max_crops, int(math.log(max(1.0, whole)) / math.log(MIN_SHRINK)))
-
-
-def _drawn_crops(row: VqaRow, config: PlanConfig, rng: random.Random) -> int:
-    return rng.randint(2, _num_crops(row, config))
 
 
 def _area(edges: Edges) -> int:

@@ -1,52 +1,44 @@
-"""`data build-rl`: RL tasks from a table: what each must use, small regions, difficulty, duplicates, leakage."""
+"""`data build-rl`: RL tasks from a table, selected by pass rate, without duplicates and without images of test sets."""
 
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cv_lightning.data.rows import RowError, RowProblems
 from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.factory.difficulty import DifficultyConfig, PassRates, is_informative, measure, read_pass_rates
-from cv_lightning.factory.overlap import KnownPictures, Match, PictureSet, pictures_of
-from cv_lightning.factory.plans import given_box
-from cv_lightning.factory.progress import ProgressFile, write_report
+from cv_lightning.factory.overlap import KnownImages, Match, OrientedImages, images_of
+from cv_lightning.factory.plans import check_transforms_and_fractions, given_box, given_image, is_small
+from cv_lightning.factory.progress import ProgressFile, Rejections, Show, write_report
 from cv_lightning.factory.table import Region, TableConfig, VqaRow, VqaTable
-from cv_lightning.orientations import ORIENTATIONS, turn_image
+from cv_lightning.images import area
+from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import DataError, Task
-
-LISTED = 20
-"""Ids of a reason that a report lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPlan:
-    """Which operations a task must use."""
+    """Operations that the tasks require."""
 
     transforms: tuple[str, ...] = ORIENTATIONS
-    """What pictures are turned by, each equally often; empty: they are never turned."""
+    """Transforms applied to images, each equally often; empty: none."""
     turned_share: float = 0.5
-    """Share of the tasks whose picture is turned."""
+    """Fraction of the tasks with a turned image."""
     small_share: float = 0.02
-    """A box of at most this share of its picture's area needs a crop."""
+    """A box of at most this fraction of its image's area requires a crop."""
     region_questions: int = 0
-    """Questions about each picture's annotated small text, beside the row's own (MVToolBench's: read the line that
-    begins with a word, count a letter in it). They never say where it is."""
+    """Questions on small annotated text per image, besides the row's own (as in MVToolBench: read the line that begins
+    with a word, count a letter in it). They never state where the text is."""
     region_share: float = 1e-3
-    """Texts of at most this share of the picture's area are asked about."""
+    """Largest area of such text, as a fraction of the image's."""
 
     def __post_init__(self) -> None:
-        if set(self.transforms) - set(ORIENTATIONS):
-            raise ValueError(f"--plan.transforms {list(self.transforms)}: only of {', '.join(ORIENTATIONS)}")
-        for name in ("turned_share", "small_share", "region_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--plan.{name} {getattr(self, name)} is a share: between 0 and 1")
+        check_transforms_and_fractions(self, "turned_share", "small_share", "region_share")
         if self.region_questions < 0:
             raise ValueError(f"--plan.region_questions {self.region_questions} must not be negative")
 
@@ -56,30 +48,31 @@ class BuildRL:
     """A build of RL tasks."""
 
     files: list[str]
-    """Tables: .parquet, .jsonl, .csv or .tsv with a picture, a question and an answer a row, and perhaps a box."""
+    """Tables: .parquet, .jsonl, .csv or .tsv with an image, a question and an answer per row, and perhaps a box."""
     out: Path
     """Parquet file to write; the report goes to `<stem>.report.json`, pass rates to `<stem>.pass_rates.jsonl`."""
     split: str = "train"
-    """What the rows' `split` says."""
+    """Value of `extra_info.split` in every row."""
     seed: int = 0
     """Seed of transforms and region questions."""
     table: TableConfig = field(default_factory=TableConfig)
-    """Which columns hold what."""
+    """Names of the columns."""
     plan: TaskPlan = field(default_factory=TaskPlan)
-    """What the tasks must use."""
+    """Operations that the tasks require."""
     duplicates: Literal["question", "picture", "keep"] = "question"
-    """Drop rows whose picture and question were there before, or whose picture was; or keep them all."""
+    """`question`: drop rows with the image and the question of an earlier row; `picture`: with its image; `keep`: keep
+    all."""
     test_files: list[str] = field(default_factory=list)
-    """RL files and tables whose pictures must not be trained on, in whatever orientation."""
+    """RL files and tables whose images, in any orientation, are kept out of training."""
     leak_match: Match = "pixels"
-    """`pixels`: the same pixels; `near`: re-encoded or rescaled pictures too."""
+    """`pixels`: equal pixels; `near`: also re-encoded or rescaled images."""
     near_bits: int = 10
-    """Bits of 256 that the hashes of near pictures differ in at most."""
+    """Largest number of different bits, of 256, in the hashes of near images."""
     pass_rates: Path | None = None
-    """File of pass rates by task id (JSONL): those of all right and all wrong are dropped, those that it does not name
-    too."""
+    """File of pass rates by task id (JSONL): tasks that were always or never right are dropped, as are those without a
+    pass rate."""
     difficulty: DifficultyConfig | None = None
-    """Measure the pass rates with this policy; None: no task is dropped for being easy or hard."""
+    """Measure the pass rates with this policy; None: tasks are not selected by difficulty."""
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".parquet":
@@ -87,7 +80,7 @@ class BuildRL:
         if self.pass_rates is not None and self.difficulty is not None:
             raise ValueError("--pass_rates gives what --difficulty would measure; give one of them")
         if not 0 <= self.near_bits < 128:
-            raise ValueError(f"--near_bits {self.near_bits}: 0 to 127 of 256; unrelated pictures differ in about 128")
+            raise ValueError(f"--near_bits {self.near_bits}: 0 to 127 of 256; unrelated images differ in about 128")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,32 +89,34 @@ class TaskSpec:
 
     id: str
     position: int
-    """Of its row in the table; the row's own picture is read again when the task is made."""
+    """Position of its row in the table; the image is read again when the task is made."""
     row: VqaRow
-    """Question, answer and box; its picture is left out, so that a table's pictures are never all in memory."""
+    """Question, answer and box, without the image, so that the images of a table are never all in memory."""
     applied: tuple[str, ...]
     needs_crop: bool
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Transforms that were applied, and `crop` if one is needed."""
+        return (*self.applied, "crop") if self.needs_crop else self.applied
+
     def task(self, table: VqaTable, pass_rate: float | None = None) -> Task:
-        """The task with its picture turned.
+        """The task with its image turned.
 
         Args:
-            table: where the picture is.
-            pass_rate: of the policy, for the metadata.
+            table: Table with the image.
+            pass_rate: Pass rate of the policy, for the metadata.
 
         Raises:
-            RowError: the picture cannot be decoded.
+            RowError: The image cannot be decoded.
         """
-        image = table.row(self.position).image()
-        for name in self.applied:
-            image = turn_image(image, name)
         return Task(
             id=self.id,
             question=self.row.question,
-            images=(image,),
+            images=(given_image(table.row(self.position), self.applied),),
             ground_truth=self.row.answer,
             data_source=self.row.data_source,
-            required_transforms=(*self.applied, *(("crop",) if self.needs_crop else ())),
+            required_transforms=self.required,
             box=given_box(self.row, self.applied),
             metadata={
                 "source_id": self.id,
@@ -133,17 +128,17 @@ class TaskSpec:
 
 # ------------------------------------------------------------------------------------------------ specs
 class TaskPlanner:
-    """Decides what each row's tasks must use.
+    """Determines the operations that the tasks of each row require.
 
     Args:
-        plan: shares and sizes.
-        seed: of all draws.
+        plan: Fractions and sizes.
+        seed: Seed of all draws.
     """
 
     def __init__(self, plan: TaskPlan, seed: int) -> None:
         self.plan, self.seed = plan, seed
-        self._deck: list[str] = []
-        self._stretch = 0
+        self._shuffled: list[str] = []
+        self._round = 0
 
     def specs(self, row: VqaRow, position: int) -> Iterator[TaskSpec]:
         """The tasks of a row: its own question, if it has one, and those about its small texts."""
@@ -151,40 +146,41 @@ class TaskPlanner:
         if row.question and row.answer:
             yield self._spec(row.id, position, row, rng)
         if self.plan.region_questions:
-            asked = region_questions(row, self.plan, rng)
-            for number, each in enumerate(asked):
-                yield self._spec(f"{row.id}/region{number}", position, each, rng)
+            for number, asked in enumerate(region_questions(row, self.plan, rng)):
+                yield self._spec(f"{row.id}/region{number}", position, asked, rng)
 
     def _spec(self, name: str, position: int, row: VqaRow, rng: random.Random) -> TaskSpec:
         turned = bool(self.plan.transforms) and rng.random() < self.plan.turned_share
-        small = row.box_share is not None and row.box_share <= self.plan.small_share
-        bare = replace(row, picture=b"", regions=())
-        applied = (self._next(),) if turned else ()
-        return TaskSpec(id=name, position=position, row=bare, applied=applied, needs_crop=small)
+        return TaskSpec(
+            id=name,
+            position=position,
+            row=replace(row, source=b"", regions=()),
+            applied=(self._next_transform(),) if turned else (),
+            needs_crop=is_small(row, self.plan.small_share),
+        )
 
-    def _next(self) -> str:
-        """Transforms in shuffled order, each once before any comes again."""
-        if not self._deck:
+    def _next_transform(self) -> str:
+        """Transforms in shuffled order, each once per round."""
+        if not self._shuffled:
             names = list(self.plan.transforms)
-            self._deck = random.Random(f"{self.seed}/deck/{self._stretch}").sample(names, len(names))
-            self._stretch += 1
-        return self._deck.pop()
+            self._shuffled = random.Random(f"{self.seed}/deck/{self._round}").sample(names, len(names))
+            self._round += 1
+        return self._shuffled.pop()
 
 
 def region_questions(row: VqaRow, plan: TaskPlan, rng: random.Random) -> list[VqaRow]:
-    """Questions about annotated small text, answered by the annotation; the text is named by how it begins.
+    """Questions on small annotated text, which are answered by the annotation and name the text by its first word.
 
-    Only texts whose first word no other text of the picture begins with are asked about, so that the question has one
-    answer.
+    The first word must be unique in the image, so that the question has one answer.
     """
-    total = row.size[0] * row.size[1]
-    begins = Counter(_first_word(region.text) for region in row.regions)
+    largest = plan.region_share * row.size[0] * row.size[1]
+    begins = Counter(_first_word(region) for region in row.regions)
     small = [
         region
         for region in row.regions
-        if _area(region) <= plan.region_share * total
-        and begins[_first_word(region.text)] == 1
-        and len(_first_word(region.text)) >= 2
+        if area(region.box) <= largest
+        and begins[_first_word(region)] == 1
+        and len(_first_word(region)) >= 2
         and len(region.text.split()) >= 2
     ]
     chosen = rng.sample(small, min(len(small), plan.region_questions))
@@ -204,29 +200,23 @@ def _region_question(row: VqaRow, region: Region, rng: random.Random) -> VqaRow:
     return replace(row, question=question, answer=answer, box=region.box, regions=())
 
 
-def _first_word(text: str) -> str:
-    words = re.findall(r"\S+", text.casefold())
-    return words[0] if words else ""
-
-
-def _area(region: Region) -> float:
-    x1, y1, x2, y2 = region.box
-    return (x2 - x1) * (y2 - y1)
+def _first_word(region: Region) -> str:
+    return next(iter(region.text.casefold().split()), "")
 
 
 # ------------------------------------------------------------------------------------------------ building
-def build_rl(config: BuildRL, show: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Make the tasks, write file and report.
+def build_rl(config: BuildRL, show: Show | None = None) -> dict[str, Any]:
+    """Make the tasks; write file and report.
 
     Args:
-        config: the build.
-        show: called with the number of tasks whose difficulty was measured.
+        config: The build.
+        show: Called with the number of tasks whose pass rate was measured.
 
     Returns:
         The report.
 
     Raises:
-        DataError: a file cannot be read, or no task is left.
+        DataError: A file cannot be read, or no task is left.
     """
     begun = time.perf_counter()
     build = _Build(config)
@@ -234,10 +224,9 @@ def build_rl(config: BuildRL, show: Callable[[int], None] | None = None) -> dict
     rates = build.pass_rates(specs, show)
     kept = [spec for spec in specs if rates is None or build.is_kept(spec, rates)]
     if not kept:
-        why = dict(build.counts) or "the tables have no usable row"
-        raise DataError(f"no task is left: {why}\n{build.rows.summary()}")
+        why = build.dropped.counts() or "the tables have no usable row"
+        raise DataError(f"no task is left: {why}\n{build.table.problems.summary()}")
     tasks = (spec.task(build.table, _rate(rates, spec)) for spec in kept)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_task_parquet(config.out, tasks, config.split)
     report = build.report(kept, rates, time.perf_counter() - begun)
     write_report(config.out, report)
@@ -249,54 +238,40 @@ class _Build:
 
     def __init__(self, config: BuildRL) -> None:
         self.config = config
-        self.table = VqaTable(config.files, config.table)
-        self.rows = RowProblems()
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-        self.known: KnownPictures | None = None
+        self.table = VqaTable(config.files, config.table, with_regions=True)
+        self.dropped = Rejections()
+        self.known: KnownImages | None = None
         if config.test_files:
-            self.known = KnownPictures(config.leak_match, config.near_bits)
-            for image in pictures_of(config.test_files, config.table):
+            self.known = KnownImages(config.leak_match, config.near_bits)
+            for image in images_of(config.test_files, config.table):
                 self.known.add(image)
 
-    def drop(self, reason: str, name: str) -> None:
-        """Count a task that is not kept."""
-        self.counts[reason] += 1
-        self.examples.setdefault(reason, []).append(name)
-
     def specs(self) -> list[TaskSpec]:
-        """The tasks of all usable rows, without duplicates and without what the test files show."""
+        """The tasks of all usable rows, without duplicates and without images of the test files."""
         planner = TaskPlanner(self.config.plan, self.config.seed)
-        seen: set[tuple[str, str]] = set()
-        pictures = PictureSet()
+        duplicates, images, seen = self.config.duplicates, OrientedImages(), set[tuple[str, ...]]()
         found = []
-        for position in range(len(self.table)):
-            try:
-                row = self.table.row(position)
-                image = row.image()
-            except RowError as error:
-                self.rows.add(*self.table.place(position), error)
-                continue
+        for position, row, image in self.table.usable():
             if self.known is not None and image in self.known:
-                self.drop("in the test files", row.id)
+                self._drop("in the test files", row.id)
                 continue
-            picture = pictures.add(image) if self.config.duplicates != "keep" else ""
-            if self.config.duplicates == "picture" and (picture, "") in seen:
-                self.drop("duplicate", row.id)
+            name = images.add(image) if duplicates != "keep" else ""
+            if duplicates == "picture" and (name,) in seen:
+                self._drop("duplicate", row.id)
                 continue
-            seen.add((picture, ""))
+            seen.add((name,))
             for spec in planner.specs(row, position):
-                key = (picture, spec.row.question)
-                if self.config.duplicates == "question" and key in seen:
-                    self.drop("duplicate", spec.id)
+                key = (name, spec.row.question)
+                if duplicates == "question" and key in seen:
+                    self._drop("duplicate", spec.id)
                     continue
                 seen.add(key)
                 found.append(spec)
-        self.rows.report(len(found) + sum(self.counts.values()))
+        self.table.problems.report(len(found) + sum(self.dropped.counts().values()))
         return found
 
-    def pass_rates(self, specs: list[TaskSpec], show: Callable[[int], None] | None) -> PassRates | None:
-        """Given, measured, or None where no task is dropped by it."""
+    def pass_rates(self, specs: list[TaskSpec], show: Show | None) -> PassRates | None:
+        """The given or measured pass rates; None if tasks are not selected by them."""
         config = self.config
         if config.pass_rates is not None:
             return read_pass_rates(config.pass_rates)
@@ -310,39 +285,29 @@ class _Build:
             return measure(tasks, config.difficulty, progress, show)
 
     def is_kept(self, spec: TaskSpec, rates: PassRates) -> bool:
-        """True if the policy answers the task sometimes."""
-        if spec.id not in rates:
-            self.drop("no pass rate", spec.id)
-            return False
-        right, scored = rates[spec.id]
-        if scored < 2:
-            self.drop("not scored", spec.id)
-        elif not is_informative(right, scored):
-            self.drop("all right" if right else "all wrong", spec.id)
-        else:
+        """True if the policy answers the task sometimes right and sometimes wrong."""
+        right, scored = rates.get(spec.id, (0, 0))
+        if is_informative(right, scored):
             return True
+        reason = "no pass rate" if spec.id not in rates else "not scored" if scored < 2 else ""
+        self._drop(reason or ("all right" if right else "all wrong"), spec.id)
         return False
 
+    def _drop(self, reason: str, name: str) -> None:
+        self.dropped.add(reason, name, name)
+
     def report(self, kept: list[TaskSpec], rates: PassRates | None, elapsed_s: float) -> dict[str, Any]:
-        """What was kept and why not."""
-        required = Counter("+".join((*spec.applied, *(["crop"] if spec.needs_crop else []))) or "none" for spec in kept)
+        """Counts of kept and dropped tasks."""
+        required = Counter("+".join(spec.required) or "none" for spec in kept)
         measured = [right / scored for right, scored in (rates or {}).values() if scored]
         histogram = Counter(min(9, int(10 * rate)) / 10 for rate in measured)
-        kinds = dict.fromkeys(problem.kind for problem in self.rows.problems)
-        same = {kind: [p for p in self.rows.problems if p.kind == kind] for kind in kinds}
         return {
             "rows": len(self.table),
             "kept": len(kept),
             "required": dict(required.most_common()),
             "sources": dict(Counter(spec.row.data_source for spec in kept)),
-            "dropped": {
-                reason: {"count": count, "rows": self.examples[reason][:LISTED], "first": self.examples[reason][0]}
-                for reason, count in self.counts.most_common()
-            },
-            "unusable_rows": {
-                kind: {"count": len(found), "rows": [p.row for p in found[:LISTED]], "first": found[0].message}
-                for kind, found in same.items()
-            },
+            "dropped": self.dropped.to_json(),
+            "unusable_rows": Rejections.of_problems(self.table.problems).to_json(),
             "test_pictures": self.known.count if self.known is not None else 0,
             "pass_rates": {f"{low:.1f}": histogram[low] for low in sorted(histogram)},
             "seconds": round(elapsed_s, 2),

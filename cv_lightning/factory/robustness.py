@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.corruptions import CorruptionConfig, apply_variant
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.writers import write_task_parquet
+from cv_lightning.factory.progress import Show
 from cv_lightning.types import Task
 
 
@@ -38,7 +39,7 @@ class Corrupt:
             raise ValueError(f"--limit {self.limit} must not be negative")
 
 
-def write_corrupted(config: Corrupt, show: Callable[[int, int], None] | None = None) -> dict[str, int]:
+def write_corrupted(config: Corrupt, show: Show | None = None) -> dict[str, int]:
     """Write all tasks in all their combinations.
 
     Args:
@@ -65,7 +66,7 @@ def write_corrupted(config: Corrupt, show: Callable[[int, int], None] | None = N
                 counts[variant.name] += 1
                 yield apply_variant(task, variant, config.suite.seed)
             if show is not None:
-                show(position + 1, count)
+                show(position + 1, count, "")
 
     write_task_parquet(config.out, corrupted(), config.split)
     return dict(counts)

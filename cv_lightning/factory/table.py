@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,46 +14,47 @@ from PIL import Image
 
 from cv_lightning.data.boxes import clip_box, is_inside, parse_box
 from cv_lightning.data.image_cells import image_source, load_image
-from cv_lightning.data.rows import RowError, expand_files
-from cv_lightning.data.tables import Table, open_table
+from cv_lightning.data.rows import RowError, RowIndex, RowProblems, expand_files, is_missing
+from cv_lightning.data.tables import open_table
+from cv_lightning.images import area
 from cv_lightning.types import Box, DataError
 
-MAX_BOXES = 4096
-"""Regions of one picture; more are not looked at."""
+MAX_REGIONS = 4096
+"""Regions of an image that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Which columns hold what. Pictures are taken to be upright."""
+    """Names of the columns. Images are taken to be upright."""
 
     image: str = "image"
-    """Column of the picture: bytes, base64 text, a path, or a mapping with `bytes` or `path`."""
+    """Column of the image: bytes, base64 text, a path, or a mapping with `bytes` or `path`."""
     question: str = "question"
     """Column of the question."""
     answer: str = "answer"
-    """Column of the answer: a text or number; of a list the most frequent entry counts."""
+    """Column of the answer: a text or number; of a list, the most frequent entry is taken."""
     box: str = "bbox"
-    """Column of the box that the answer is read from: [x1, y1, x2, y2] in pixels, as a list or text; may be absent."""
+    """Column of the box with the evidence: [x1, y1, x2, y2] in pixels, as a list or text; optional."""
     regions: str = "regions"
-    """Column of annotated text: a list of {text, bbox}; may be absent. `build-rl` asks questions about small ones."""
+    """Column of annotated text: a list of {text, bbox}; optional. `build-rl` asks questions about small ones."""
     source: str = "data_source"
-    """Column of the data set's name; absent: the file's name."""
+    """Column of the data set's name; if absent, the file's name is used."""
     image_folder: str = ""
     """Folder that relative image paths start from; empty: the folder of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """A piece of text in a picture."""
+    """A piece of text in an image."""
 
     text: str
     box: Box
-    """In pixels of the picture."""
+    """Place in pixels of the image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VqaRow:
-    """One question about one upright picture."""
+    """One question about one upright image."""
 
     id: str
     """File stem and row number."""
@@ -61,132 +62,119 @@ class VqaRow:
     answer: str
     data_source: str
     box: Box | None
-    """In pixels of the picture, clipped to it."""
+    """Evidence in pixels of the image, clipped to it."""
     size: tuple[int, int]
-    """(width, height) of the picture."""
-    picture: bytes | Path
-    """Encoded, or where it is."""
+    """(width, height) of the image."""
+    source: bytes | Path
+    """The encoded image, or its path."""
     regions: tuple[Region, ...] = ()
 
     @property
-    def box_share(self) -> float | None:
-        """Area of the box as a share of the picture's; None without a box."""
-        if self.box is None:
-            return None
-        x1, y1, x2, y2 = self.box
-        return (x2 - x1) * (y2 - y1) / (self.size[0] * self.size[1])
+    def box_fraction(self) -> float | None:
+        """Area of the box as a fraction of the image's; None without a box."""
+        return None if self.box is None else area(self.box) / (self.size[0] * self.size[1])
 
     def image(self) -> Image.Image:
-        """The picture's pixels, RGB.
+        """The image's pixels, RGB.
 
         Raises:
-            RowError: they cannot be decoded.
+            RowError: They cannot be decoded.
         """
-        return load_image(self.picture, "image", decode=True)
+        return load_image(self.source, "image", decode=True)
 
 
 class VqaTable:
-    """Rows of one or several files by position; texts in memory, of Parquet only one row group.
+    """Rows of one or several files by position.
 
     Args:
-        files: paths ending in .parquet, .jsonl, .csv or .tsv.
-        config: names of columns.
+        files: Paths ending in .parquet, .jsonl, .csv or .tsv.
+        config: Names of columns.
+        with_regions: Read annotated text; a row that has some needs neither question nor answer.
 
     Raises:
-        DataError: a file is missing, cannot be read or lacks a column, or there are no rows.
+        DataError: A file does not exist, cannot be read or lacks a column, or there are no rows.
     """
 
-    def __init__(self, files: Sequence[str], config: TableConfig) -> None:
-        self.config = config
+    def __init__(self, files: Sequence[str], config: TableConfig, with_regions: bool = False) -> None:
+        self.config, self.with_regions = config, with_regions
         self.paths = expand_files(files, "--files")
+        self.problems = RowProblems()
         optional = (config.question, config.answer, config.box, config.regions, config.source)
-        self._parts = [_open(path, config.image, optional) for path in self.paths]
-        self._starts = [0]
-        for part in self._parts:
-            self._starts.append(self._starts[-1] + len(part))
+        try:
+            self._parts = [open_table(path, [config.image], optional) for path in self.paths]
+        except DataError as error:
+            hint = f"; name the image's with --table.image (now {config.image!r})" if "no column" in str(error) else ""
+            raise DataError(f"--files {error}{hint}") from error
+        self._index = RowIndex(map(len, self._parts))
         if len(self) == 0:
             raise DataError(f"{', '.join(map(str, self.paths))}: no rows")
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self._index)
 
     def row(self, position: int) -> VqaRow:
-        """The row at a position, 0 to `len`.
+        """The row at a position, 0 to `len`; only the header of its image is read.
 
         Raises:
-            RowError: it cannot be used.
+            RowError: It cannot be used; `problems` lists it.
         """
-        file = bisect_right(self._starts, position) - 1
-        number = position - self._starts[file]
-        return read_row(self._parts[file].row(number), self.paths[file], number, self.config)
+        file, number = self._index.locate(position)
+        try:
+            return self._read(self._parts[file].row(number), self.paths[file], number)
+        except RowError as error:
+            self.problems.add(self.paths[file], number, error)
+            raise
 
-    def place(self, position: int) -> tuple[Path, int]:
-        """File and row number of a position."""
-        file = bisect_right(self._starts, position) - 1
-        return self.paths[file], position - self._starts[file]
+    def usable(self) -> Iterator[tuple[int, VqaRow, Image.Image]]:
+        """Position, row and image of every row that can be used; `problems` lists the others."""
+        for position in range(len(self)):
+            try:
+                row = self.row(position)
+                yield position, row, row.image()
+            except RowError as error:
+                file, number = self._index.locate(position)
+                self.problems.add(self.paths[file], number, error)
 
-
-def _open(path: Path, image: str, optional: Sequence[str]) -> Table:
-    try:
-        return open_table(path, [image], optional)
-    except DataError as error:
-        hint = f"; name the image's with --table.image (now {image!r})" if "no column" in str(error) else ""
-        raise DataError(f"--files {error}{hint}") from error
-
-
-# ------------------------------------------------------------------------------------------------ one row
-def read_row(cells: Mapping[str, Any], path: Path, number: int, config: TableConfig) -> VqaRow:
-    """A row of a table; of the picture no more than the header is read.
-
-    Args:
-        cells: column to value.
-        path: file, for the id and relative image paths.
-        number: row in the file, from 0.
-        config: names of columns.
-
-    Raises:
-        RowError: question, answer or picture is missing, or the box cannot be.
-    """
-    picture = image_source(
-        cells.get(config.image), f"column {config.image!r}", Path(config.image_folder or path.parent)
-    )
-    size = load_image(picture, config.image, decode=False).size
-    regions = _regions(cells.get(config.regions), size, config)
-    question, answer = _text(cells.get(config.question)), _text(cells.get(config.answer))
-    if not regions:
-        for name, text in ((config.question, question), (config.answer, answer)):
-            if not text:
-                raise RowError("no question" if name == config.question else "no answer", f"column {name!r} is empty")
-    return VqaRow(
-        id=f"{path.stem}:{number}",
-        question=question.replace("<image>", "").strip(),
-        answer=answer,
-        data_source=_text(cells.get(config.source)) or path.stem,
-        box=read_box(cells.get(config.box), size, config.box),
-        size=size,
-        picture=picture,
-        regions=regions,
-    )
+    def _read(self, cells: Mapping[str, Any], path: Path, number: int) -> VqaRow:
+        names = self.config
+        folder = Path(names.image_folder or path.parent)
+        source = image_source(cells.get(names.image), f"column {names.image!r}", folder)
+        size = load_image(source, names.image, decode=False).size
+        regions = _regions(cells.get(names.regions), size, names.regions) if self.with_regions else ()
+        question, answer = _text(cells.get(names.question)), _text(cells.get(names.answer))
+        for kind, name, text in (("question", names.question, question), ("answer", names.answer, answer)):
+            if not text and not regions:
+                raise RowError(f"no {kind}", f"column {name!r} is empty")
+        return VqaRow(
+            id=f"{path.stem}:{number}",
+            question=question.replace("<image>", "").strip(),
+            answer=answer,
+            data_source=_text(cells.get(names.source)) or path.stem,
+            box=read_box(cells.get(names.box), size, names.box),
+            size=size,
+            source=source,
+            regions=regions,
+        )
 
 
 def _text(value: Any) -> str:
-    """A cell as text; of a list its most frequent entry, the first of several."""
+    """A cell as text; for a list, its most frequent entry, the first of equally frequent ones."""
     if isinstance(value, list | tuple):
         counted = Counter(str(entry) for entry in value if entry not in (None, ""))
         return counted.most_common(1)[0][0].strip() if counted else ""
-    return "" if value is None or value != value else str(value).strip()
+    return "" if is_missing(value) else str(value).strip()
 
 
 def read_box(value: Any, size: tuple[int, int], name: str) -> Box | None:
-    """A box of four numbers, clipped to its image; None where there is none.
+    """A box of four numbers, clipped to its image; None if the cell is empty.
 
     Args:
-        value: The cell, as `boxes.parse_box` reads it.
+        value: The cell, in a form that `boxes.parse_box` reads.
         size: (width, height) of the image.
-        name: Of the column, for the message.
+        name: Column, for the message.
 
     Raises:
-        RowError: It is no box, inverted, or outside the image.
+        RowError: It is not a box, inverted, or outside the image.
     """
     box = parse_box(value, f"column {name!r}:")
     if box is None:
@@ -196,24 +184,20 @@ def read_box(value: Any, size: tuple[int, int], name: str) -> Box | None:
     return clip_box(box, size)
 
 
-def _regions(value: Any, size: tuple[int, int], config: TableConfig) -> tuple[Region, ...]:
+def _regions(value: Any, size: tuple[int, int], name: str) -> tuple[Region, ...]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise RowError("regions", f"column {config.regions!r} is no JSON ({error})") from error
-    if value is None or value == "" or value != value:
+            raise RowError("regions", f"column {name!r} is not JSON ({error})") from error
+    if is_missing(value) or value == "":
         return ()
-    if not isinstance(value, list | tuple):
-        raise RowError("regions", f"column {config.regions!r}: {value!r} is no list of objects with text and bbox")
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, Mapping) for entry in value):
+        raise RowError("regions", f"column {name!r}: {str(value)[:200]} is not a list of objects with text and bbox")
     found = []
-    for entry in value[:MAX_BOXES]:
-        if not isinstance(entry, Mapping):
-            raise RowError("regions", f"column {config.regions!r}: {entry!r} is no object with text and bbox")
-        try:
-            box = read_box(entry.get("bbox") or entry.get("box"), size, config.regions)
-        except RowError:
-            continue  # one bad box of hundreds costs itself only
-        if box is not None and _text(entry.get("text")):
-            found.append(Region(text=_text(entry.get("text")), box=box))
+    for entry in value[:MAX_REGIONS]:
+        with suppress(RowError):  # a bad box excludes its region, not the row
+            box, text = read_box(entry.get("bbox") or entry.get("box"), size, name), _text(entry.get("text"))
+            if box is not None and text:
+                found.append(Region(text=text, box=box))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Who writes the assistant's turns: the protocol, and the offline teacher that writes from templates."""
+"""Teachers, which write the assistant's turns: the protocol, and the offline teacher that writes from templates."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from cv_lightning.tools.base import Coordinates
 
 @dataclass(frozen=True, kw_only=True)
 class CropFrame:
-    """How a conversation speaks of places in an image."""
+    """Frame of the coordinates in a conversation."""
 
     coordinates: Coordinates = "original_px"
     """`original_px`, `model_px` or `relative_1000`; must be that of the agent's prompt in training."""
     factor: int = 32
-    """`model_px`: sides of what the model sees are multiples of this: patch size times merge size."""
+    """`model_px`: the model sees images whose sides are multiples of this, patch size times merge size."""
     min_pixels: int = 784
-    """`model_px`: smallest image that the model sees."""
+    """`model_px`: pixels of the smallest image that the model sees."""
     max_pixels: int = 262_144
-    """`model_px`: largest image that the model sees."""
+    """`model_px`: pixels of the largest image that the model sees."""
 
     def __post_init__(self) -> None:
         if self.coordinates == "model_px":
-            self.view((64, 64))  # refuses limits that cannot be
+            self.view((64, 64))  # raises for inconsistent limits
 
     def view(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of the frame for an image of a size."""
@@ -47,43 +47,43 @@ class CropFrame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """One message of a conversation so far."""
+class EarlierMessage:
+    """An earlier message of a conversation."""
 
     role: str
     """assistant or tool"""
     text: str
     image: Image.Image | None = None
-    """Of a tool's message."""
+    """Image of a tool's message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRequest:
-    """What a teacher is asked for: the next assistant turn."""
+    """Request for the next assistant turn."""
 
     row: VqaRow
     plan: ConversationPlan
     number: int
-    """Of the step in the plan."""
+    """Number of the step in the plan."""
     images: Sequence[Image.Image]
-    """Of the conversation so far; the first is the given one."""
-    said: Sequence[Said]
-    """What was said so far."""
+    """Images of the conversation so far; the first is the given one."""
+    messages: Sequence[EarlierMessage]
+    """Messages after the question so far."""
     frame: CropFrame
     seed: str
-    """The same for the same conversation in the same run; with the number of the step it fixes what a template says."""
+    """Seed of the conversation; together with the number of the step it determines the template's choices."""
     refusal: str = ""
-    """Why the last try at this turn was not taken; empty at the first."""
+    """Reason why the last attempt at this turn was refused; empty at the first attempt."""
 
     @property
     def step(self) -> PlannedTurn:
-        """The step to be written."""
+        """The step to write."""
         return self.plan.steps[self.number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A turn that a teacher wrote, and what it cost."""
+    """A turn from a teacher, and the tokens it took."""
 
     text: str
     """The whole assistant turn, markup included."""
@@ -95,20 +95,20 @@ class Teacher(Protocol):
     """Writes conversations turn by turn."""
 
     tries: int
-    """Times that a turn is asked for before its conversation is given up."""
+    """Attempts at a turn before its conversation is dropped."""
 
     async def write(self, request: TurnRequest) -> Written:
         """The next turn.
 
         Raises:
-            EndpointError: the endpoint behind it gave none.
+            EndpointError: The endpoint gave none.
         """
 
     def usage(self) -> dict[str, float]:
-        """What was spent so far: requests, retries, failed, prompt_tokens, completion_tokens, cost."""
+        """Usage so far: requests, retries, failed, prompt_tokens, completion_tokens, cost."""
 
     async def close(self) -> None:
-        """Free the connections of the running event loop; safe to call twice."""
+        """Close the connections of the running event loop; may be called twice."""
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -129,9 +129,9 @@ def crop_arguments(edges: Edges, size: tuple[int, int], frame: CropFrame) -> tup
     """(lines before, tuple) of a crop's code, with numbers in the frame of the conversation.
 
     Args:
-        edges: in pixels of the image.
+        edges: Edges in pixels of the image.
         size: (width, height) of the image.
-        frame: of coordinates.
+        frame: Frame of the coordinates.
     """
     view = frame.view(size)
     if view == size:
@@ -144,30 +144,29 @@ def crop_arguments(edges: Edges, size: tuple[int, int], frame: CropFrame) -> tup
 # ------------------------------------------------------------------------------------------------ offline
 @dataclass(slots=True)
 class OfflineTeacher:
-    """Writes from templates, several phrasings for everything; needs no endpoint and costs nothing."""
+    """Writes from templates with several phrasings each; needs no endpoint."""
 
-    describe_share: float = 0.5
-    """Share of the calls that carry a description."""
+    describe_fraction: float = 0.5
+    """Fraction of the calls with a description."""
     tries: int = 1
-    """A template says the same every time."""
+    """One attempt: a template gives the same text every time."""
 
     async def write(self, request: TurnRequest) -> Written:
         """The next turn, a function of the request alone."""
         return Written(text=self.text(request))
 
     def usage(self) -> dict[str, float]:
-        """Nothing was spent."""
+        """An empty dict: templates use no tokens."""
         return {}
 
     async def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there are no connections."""
 
     def text(self, request: TurnRequest) -> str:
-        """As `write`, without an event loop."""
+        """Text of the next turn, without an event loop."""
         rng, step = random.Random(f"{request.seed}/{request.number}"), request.step
         if step.action == "answer":
-            had_tool = bool(request.said)
-            words = phrases.ANSWER_AFTER_TOOL if had_tool else phrases.ANSWER_AT_ONCE
+            words = phrases.ANSWER_AFTER_TOOL if request.messages else phrases.ANSWER_AT_ONCE
             return answer_turn(rng.choice(words).format(question=_short(request.row.question)), request.row.answer)
         thought = self._thought(request, rng)
         size = request.images[step.image_index].size
@@ -181,14 +180,14 @@ class OfflineTeacher:
             description = rng.choice(phrases.CROP_DESCRIPTION)
         if step.fault == "exception":
             code = phrases.broken(code, step.action, rng)
-        return call_turn(thought, code, step.image_index, description if rng.random() < self.describe_share else "")
+        return call_turn(thought, code, step.image_index, description if rng.random() < self.describe_fraction else "")
 
     def _thought(self, request: TurnRequest, rng: random.Random) -> str:
         step = request.step
         question = _short(request.row.question)
         parts: list[str] = []
         if step.repairs is not None:
-            parts.append(rng.choice(phrases.REPAIR[step.repairs]).format(error=_error_name(request.said)))
+            parts.append(rng.choice(phrases.REPAIR[step.repairs]).format(error=_error_name(request.messages)))
         elif request.number == 0:
             parts.append(rng.choice(phrases.OPENING).format(question=question))
         if step.action == "turn":
@@ -201,13 +200,13 @@ class OfflineTeacher:
 
 
 def _short(question: str, limit: int = 160) -> str:
-    """A question that fits into a thought."""
+    """A question shortened to fit into a thought, without characters of markup."""
     text = " ".join(question.split()).replace("<", "\u2039").replace(">", "\u203a").replace("{", "(").replace("}", ")")
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "\u2026"
 
 
-def _error_name(said: Sequence[Said]) -> str:
-    """The kind of error that the tool told last."""
-    text = said[-1].text if said else ""
+def _error_name(messages: Sequence[EarlierMessage]) -> str:
+    """Class name of the error that the tool reported last."""
+    text = messages[-1].text if messages else ""
     found = re.search(r"\b[A-Z]\w*(?:Error|Exception)\b", text)
     return found.group() if found else "an error"

@@ -1,41 +1,42 @@
-"""Verifying a written SFT file: every call is run again and every image compared, pixel by pixel."""
+"""Verification of a written SFT file: every call is run again and every image compared, pixel by pixel."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from PIL import Image
 
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
+from cv_lightning.data.tables import read_items
 from cv_lightning.factory.checks import Facts, Player, Problem, problems_of
 from cv_lightning.factory.compose import TOOL_ERROR
+from cv_lightning.images import content_hash
 from cv_lightning.tools import CodeRunner
-from cv_lightning.types import DataError
 
 AT_ONCE = 16
-"""Conversations under way at once."""
+"""Conversations verified at the same time."""
 
 
 @dataclass(slots=True)
 class Verification:
-    """What `verify_file` found."""
+    """Result of `verify_file`."""
 
     conversations: int = 0
     problems: dict[int, list[Problem]] = field(default_factory=dict)
-    """By position in the file; conversations without any are not named."""
+    """Problems by position in the file; conversations without problems are not listed."""
     kinds: Counter[str] = field(default_factory=Counter)
 
     @property
     def verified(self) -> int:
-        """Conversations that are as they claim."""
+        """Number of conversations without problems."""
         return self.conversations - len(self.problems)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,23 +53,18 @@ class Verification:
 async def verify_file(path: str | Path, sandbox: CodeRunner) -> Verification:
     """Check every conversation of a file that `data build-sft` wrote, from the file alone.
 
-    Each is read by the trainer's own reader, its calls are run again, the images and errors that they give are compared
-    with the file's, and all checks of the builder are made.
+    Each is read by the trainer's own reader and its calls are run again; the images and errors that they give are
+    compared with the file's, and all checks of the builder are made.
 
     Args:
-        path: of the JSON list.
-        sandbox: runs the calls.
+        path: Path of the JSON list.
+        sandbox: Runs the calls.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: The file cannot be read.
     """
     path = Path(path)
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(items, list):
-        raise DataError(f"{path}: holds a {type(items).__name__}; a list of conversations is wanted")
+    items = read_items(path)
     found = Verification(conversations=len(items))
     slots = asyncio.Semaphore(AT_ONCE)
 
@@ -92,9 +88,9 @@ async def _verify_item(item: Any, path: Path, number: int, sandbox: CodeRunner, 
     if not isinstance(item, Mapping) or "build" not in item:
         return [Problem("no facts", "the item has no `build`; only files that `data build-sft` wrote can be verified")]
     try:
-        facts = Facts.from_json(item["build"])
-    except ValueError as error:
-        return [Problem("no facts", str(error))]
+        facts = msgspec.convert(item["build"], Facts)
+    except msgspec.ValidationError as error:
+        return [Problem("no facts", f"the facts of the conversation cannot be read ({error})")]
     kinds[facts.kind] += 1
     if facts.question != conversation.task.question:
         return [Problem("question", f"{conversation.task.question!r} is not {facts.question!r}")]
@@ -104,7 +100,7 @@ async def _verify_item(item: Any, path: Path, number: int, sandbox: CodeRunner, 
 
 
 async def _replay(conversation: Conversation, player: Player) -> list[Problem]:
-    """Play a conversation; what the tool answers now and did not answer then."""
+    """Play a conversation and compare the tool's results with those of the file."""
     found = []
     for at, turn in enumerate(conversation.turns):
         played, image = await player.look(turn.text)
@@ -114,12 +110,12 @@ async def _replay(conversation: Conversation, player: Player) -> list[Problem]:
         if (image is None) != (turn.result_image is None):
             status = f"{played.result.status} {played.result.error}".strip()
             found.append(Problem("other result", f"turn {at}: the call gives {status}, the file says otherwise"))
-        elif image is not None and turn.result_image is not None and not _same(image.original, turn.result_image):
+        elif image is not None and turn.result_image is not None and not _is_same(image.original, turn.result_image):
             found.append(Problem("other image", f"turn {at}: the call makes another image than the file's"))
         elif image is None and turn.response_text != TOOL_ERROR.format(error=played.result.error).strip():
             found.append(Problem("other error", f"turn {at}: the call fails with {played.result.error!r}"))
     return found
 
 
-def _same(one: Image.Image, other: Image.Image) -> bool:
-    return one.size == other.size and one.tobytes() == other.tobytes()
+def _is_same(one: Image.Image, other: Image.Image) -> bool:
+    return content_hash(one) == content_hash(other)

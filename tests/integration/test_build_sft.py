@@ -310,7 +310,7 @@ def test_a_dead_endpoint_stops_the_build_and_loses_nothing(tmp_path: Path) -> No
 
         server.misbehave = dies
         config = TeacherConfig(base_url=server.url, **teacher)  # type: ignore[arg-type]
-        with pytest.raises(EndpointError, match="the same command goes on"):
+        with pytest.raises(EndpointError, match="the same command resumes"):
             build(files, out, teacher=config, max_parallel=2)
         done = [json.loads(line) for line in (tmp_path / "sft.progress.jsonl").read_text().split("\n")[1:] if line]
         assert 2 <= sum(entry["problem"] is None for entry in done) < 20

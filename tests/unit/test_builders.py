@@ -17,8 +17,8 @@ from PIL import Image
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.factory.difficulty import is_informative, read_pass_rates
-from cv_lightning.factory.overlap import KnownPictures, PictureSet
-from cv_lightning.factory.plans import KINDS, KindDealer, PlanConfig, PlannedTurn, make_plan, possible_kinds
+from cv_lightning.factory.overlap import KnownImages, OrientedImages
+from cv_lightning.factory.plans import KINDS, KindAssigner, PlanConfig, PlannedTurn, make_plan, possible_kinds
 from cv_lightning.factory.progress import ProgressFile
 from cv_lightning.factory.rl import BuildRL, TaskPlan, build_rl
 from cv_lightning.factory.table import TableConfig, VqaTable, read_box
@@ -73,7 +73,7 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, change: dict[str, ob
     with pytest.raises(RowError) as caught:
         found.row(0)
     assert caught.value.kind == kind
-    with pytest.raises(RowError, match="no JSON"):
+    with pytest.raises(RowError, match="not JSON"):
         found.row(1)
 
 
@@ -98,9 +98,9 @@ def test_of_several_answers_the_most_frequent_counts(tmp_path: Path) -> None:
 def test_shares_are_kept_as_far_as_the_rows_allow(tmp_path: Path) -> None:
     found = VqaTable([table(tmp_path, 40)], TableConfig())
     config = PlanConfig(shares={"single_tool": 1, "multi_tool": 1, "multi_crop": 1, "error_recovery": 1, "no_tool": 1})
-    dealer = KindDealer(config)
-    dealt = Counter(dealer.deal(found.row(at)) for at in range(40))
-    assert dealt == dict.fromkeys(KINDS, 8)
+    assigner = KindAssigner(config)
+    assigned = Counter(assigner.assign(found.row(at)) for at in range(40))
+    assert assigned == dict.fromkeys(KINDS, 8)
     assert "multi_crop" not in possible_kinds(found.row(1), config)  # no box
     assert "no_tool" not in possible_kinds(found.row(0), config)  # too small to read
     assert possible_kinds(found.row(1), PlanConfig(transforms=())) == ("no_tool",)
@@ -148,7 +148,7 @@ def test_the_offline_teacher_varies_and_repeats_itself_with_its_seed(tmp_path: P
 
     def turn(seed: int) -> str:
         request = TurnRequest(
-            row=row, plan=plan, number=0, images=[row.image()], said=(), frame=CropFrame(), seed=str(seed)
+            row=row, plan=plan, number=0, images=[row.image()], messages=(), frame=CropFrame(), seed=str(seed)
         )
         return OfflineTeacher().text(request)
 
@@ -261,7 +261,7 @@ def test_pictures_are_kept_out_whatever_the_test_file_is(tmp_path: Path, columns
 def test_a_test_file_without_a_picture_stops_the_build(tmp_path: Path) -> None:
     test = tmp_path / "test.jsonl"
     test.write_text(json.dumps({"photo": "a.png"}) + "\n")
-    with pytest.raises(DataError, match=r"test\.jsonl: no picture in it could be read.*--table\.image"):
+    with pytest.raises(DataError, match=r"test\.jsonl: no image in it could be read.*--table\.image"):
         build_rl(BuildRL(files=[table(tmp_path, 2)], out=tmp_path / "rl.parquet", test_files=[str(test)]))
 
 
@@ -275,7 +275,7 @@ def test_an_odd_cell_costs_its_row_at_most(cell: Any) -> None:
 
 
 def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
-    known = KnownPictures("near", 10)
+    known = KnownImages("near", 10)
     for seed in range(20):
         known.add(picture(seed))
     for seed in range(20):
@@ -287,7 +287,7 @@ def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_known_in_every_orientation_and_no_other() -> None:
-    known = PictureSet()
+    known = OrientedImages()
     own = known.add(picture(0))
     for turn in Image.Transpose:
         assert known.add(picture(0).transpose(turn)) == own
