@@ -51,7 +51,8 @@ def check(
         json: write the report here.
         page: write a self-contained HTML page here.
     """
-    from cv_lightning.factory.check import CheckConfig, check_files
+    from cv_lightning.factory.check import check_files
+    from cv_lightning.factory.check_facts import CheckConfig
 
     config = CheckConfig(
         reader=ReaderConfig(bbox_frame=bbox_frame, image_folder=image_folder),

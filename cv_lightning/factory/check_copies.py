@@ -1,7 +1,7 @@
-"""Pictures that come twice: the same pixels, or nearly the same (stored again, resized, turned).
+"""Near copies of images: stored again, resized or turned.
 
-Near copies are found by a 64-bit hash of a picture's low frequencies (pHash: Zauner 2010): pictures that share one of
-its four 16-bit bands are compared on thumbnails, so that a shared layout alone does not count.
+Candidates share one of the four 16-bit bands of a 64-bit hash of an image's low frequencies (pHash: Zauner 2010). They
+are then compared on thumbnails, because images of the same layout have similar hashes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cv_lightning.orientations import ORIENTATIONS
 
 THUMBNAIL_PX = 64
 MAX_DIFFERENCE = 50
-"""Largest difference of a thumbnail's pixel between near copies, in grey levels of 0 to 255. Measured: at most 40 for
-photographs and pages stored again at half size and JPEG quality 70, at least 69 for digit scenes with the same layout
-and another digit of a sixtieth of the picture."""
+"""Largest difference of a pixel between thumbnails of near copies, in grey levels of 0 to 255. Measured: at most 40 for
+photographs and pages stored again at half size and JPEG quality 70; at least 69 for digit scenes of the same layout
+with another digit that covers a sixtieth of the image."""
 MEAN_DIFFERENCE = 5.0
 MIN_DEVIATION = 3.0
-"""Standard deviation of a thumbnail below which a picture is blank and no near copy of anything."""
+"""Standard deviation of a thumbnail below which an image counts as blank, with no near copies."""
 MAX_CANDIDATES = 64
-"""Pictures of a band that one picture is compared with."""
+"""Images of a band with which one image is compared."""
 
 Thumbnails = npt.NDArray[np.uint8]
 VARIANTS = ("same", *ORIENTATIONS)
@@ -33,16 +33,16 @@ VARIANTS = ("same", *ORIENTATIONS)
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A picture that is (nearly) another one."""
+    """An image and another one of which it is a near copy."""
 
     first: int
     second: int
     variant: str
-    """How the first must be turned to be the second."""
+    """Orientation change that maps the first to the second."""
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """64x64 grey levels of a picture, its proportions squeezed."""
+    """64x64 grey levels of an image; its aspect ratio is not kept."""
     return image.convert("L").resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX).tobytes()
 
 
@@ -53,7 +53,7 @@ def as_thumbnails(data: Sequence[bytes]) -> Thumbnails:
 
 
 def turned(thumbnails: Thumbnails, variant: str) -> Thumbnails:
-    """Thumbnails of the turned or flipped pictures, counter-clockwise as in PIL."""
+    """Thumbnails of the turned or flipped images, counter-clockwise as in PIL."""
     if variant.startswith("rotate_"):
         return np.rot90(thumbnails, int(variant.removeprefix("rotate_")) // 90, axes=(1, 2))
     axis = {"flip_horizontal": 2, "flip_vertical": 1}.get(variant)
@@ -61,7 +61,7 @@ def turned(thumbnails: Thumbnails, variant: str) -> Thumbnails:
 
 
 def perceptual_hashes(thumbnails: Thumbnails) -> npt.NDArray[np.uint16]:
-    """`[N, 4]` bands of 16 bits: signs of the 8x8 lowest frequencies against their median."""
+    """`[N, 4]` bands of 16 bits: whether each of the 8x8 lowest frequencies exceeds their median."""
     n = np.arange(THUMBNAIL_PX)
     basis = np.cos(np.pi * (2 * n[None, :] + 1) * np.arange(8)[:, None] / (2 * THUMBNAIL_PX)).astype(np.float32)
     frequencies = np.empty((len(thumbnails), 64), np.float32)
@@ -77,31 +77,29 @@ def perceptual_hashes(thumbnails: Thumbnails) -> npt.NDArray[np.uint16]:
 def near_copies(
     thumbnails: Thumbnails, queries: Sequence[int], base: Sequence[int], variants: Sequence[str] = ("same",)
 ) -> list[Copy]:
-    """For each query the first picture of the base that it is a near copy of.
+    """The closest near copy of each query among the base images, for queries that have one.
 
     Args:
-        thumbnails: of all pictures.
-        queries: pictures to look for.
-        base: pictures to look among; of a picture that is in both, only those before it in `base` count.
-        variants: how a query may be turned.
+        thumbnails: Thumbnails of all images.
+        queries: Numbers of the images to look for.
+        base: Numbers of the images to search; a query that is one of them is compared with those before it only.
+        variants: Orientation changes of a query, in the order in which they are tried.
     """
     if not len(queries) or not len(base):
         return []
-    telling = thumbnails.std(axis=(1, 2)) >= MIN_DEVIATION
-    order = {picture: at for at, picture in enumerate(base)}
+    has_content = thumbnails.std(axis=(1, 2)) >= MIN_DEVIATION
+    order = {image: at for at, image in enumerate(base)}
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    base_bands = perceptual_hashes(thumbnails[list(base)]).tolist()
-    for picture, bands in zip(base, base_bands, strict=True):
-        for band, value in enumerate(bands):
-            if telling[picture]:
-                buckets[band, value].append(picture)
+    for image, bands in zip(base, perceptual_hashes(thumbnails[list(base)]).tolist(), strict=True):
+        for key in enumerate(bands) if has_content[image] else ():
+            buckets[key].append(image)
     found: dict[int, Copy] = {}
     for variant in variants:
         views = turned(thumbnails[list(queries)], variant)
         for at, (query, bands) in enumerate(zip(queries, perceptual_hashes(views).tolist(), strict=True)):
-            if query in found or not telling[query]:
+            if query in found or not has_content[query]:
                 continue
-            candidates = {p for band, value in enumerate(bands) for p in buckets[band, value][:MAX_CANDIDATES]}
+            candidates = {image for key in enumerate(bands) for image in buckets[key][:MAX_CANDIDATES]}
             until = order.get(query, len(base))
             other = _nearest(thumbnails, views[at], [p for p in candidates if p != query and order[p] < until])
             if other is not None:
@@ -110,7 +108,7 @@ def near_copies(
 
 
 def _nearest(thumbnails: Thumbnails, view: Thumbnails, candidates: list[int]) -> int | None:
-    """The candidate that is a near copy; the closest one."""
+    """The candidate with the smallest difference, if it is a near copy."""
     if not candidates:
         return None
     differences = np.abs(thumbnails[candidates].astype(np.int16) - view.astype(np.int16))

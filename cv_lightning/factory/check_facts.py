@@ -1,9 +1,9 @@
-"""What `data check` learns of each row; runs in worker processes, a span of rows at a time."""
+"""Facts about single rows for `data check`; worker processes collect them, a span of rows at a time."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,68 +28,94 @@ from cv_lightning.data.tables import read_items
 from cv_lightning.factory.check_copies import thumbnail
 from cv_lightning.factory.check_frames import FrameEvidence, frame_evidence
 from cv_lightning.factory.check_tokens import TokenCounter
-from cv_lightning.images import ImageRule, content_hash
+from cv_lightning.images import ImageRule, area, content_hash
 from cv_lightning.orientations import orientations_of
-from cv_lightning.types import Box, Task
+from cv_lightning.types import Task
 
 FileKind = Literal["tasks", "conversations"]
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 TINY_PX = 8
-"""Pictures whose shorter side is less are worth a note."""
+"""Images with a shorter side than this are noted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FactSettings:
-    """What is looked at, and at which limits."""
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Options and limits of a check. The defaults are the recipe's."""
 
-    reader: ReaderConfig
-    limits: ImageRule
-    pixels: bool
-    """Decode every image: finds broken pixels and copies. Otherwise headers only."""
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    test_files: tuple[str, ...] = ()
+    """Held-out files: images that they share with the others are leakage. None: `extra_info.split` tells which rows are
+    held out."""
     processor: str = ""
-    """Folder of the model whose tokens are counted; empty: texts are not counted."""
+    """Hugging Face folder of a model: its tokenizer counts tokens, and its factor and pixel limits apply."""
+    factor: int = 32
+    """Without a processor, the model sees images whose sides are multiples of this: patch size times merge size."""
     min_pixels: int | None = None
+    """Smallest number of pixels of an image for the model; by default the processor's, else 784."""
     max_pixels: int | None = None
+    """Largest number; by default the processor's, else 6,422,528 for tasks and 262,144 for conversations."""
+    max_tokens: int | None = None
+    """Largest number of tokens of a prompt (tasks: 16,384 by default) or a conversation (32,768)."""
+    pixels: bool = True
+    """Decode every image. False: read headers only, which is fast but finds neither broken pixels nor copies."""
+    max_rows: int = 0
+    """Rows inspected per file, evenly spread; 0: all."""
+    num_workers: int = 0
+    """Number of processes; 0: one per core if there are rows enough."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 0 or self.num_workers < 0:
+            raise ValueError(f"--max-rows {self.max_rows} and --workers {self.num_workers} cannot be negative")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
+        if self.factor < 1:
+            raise ValueError(f"--factor {self.factor}: the model's patch size times its merge size, such as 28 or 32")
 
 
 @dataclass(slots=True, kw_only=True)
 class RowFacts:
-    """One row."""
+    """Facts about one row."""
 
     row: int
     """Number in the file, from 0."""
     kind: str = ""
-    """Kind of the problem for which training skips the row; empty: it is used."""
+    """Kind of the problem for which training skips the row; empty: training uses it."""
     message: str = ""
     notes: list[str] = field(default_factory=list)
-    """Kinds of what is odd, but no reason to skip the row."""
+    """Unusual properties for which the row is not skipped."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """(width, height) of its images, tool results of a conversation included."""
     image_tokens: int = 0
     tokens: int = 0
-    """Of the prompt or the conversation, images included; 0 where they are not counted."""
+    """Tokens of the prompt or the conversation, images included; 0 if they are not counted."""
     digests: list[str] = field(default_factory=list)
-    """Hash of the pixels of the question's images."""
+    """Hashes of the pixels of the question's images."""
     thumbnails: list[bytes] = field(default_factory=list)
     question: str = ""
     data_source: str = ""
     split: str = ""
     index: str = ""
-    """`id`, else `extra_info.index`, of the row as the file has it."""
+    """The row's `id`, else its `extra_info.index`."""
     transforms: tuple[str, ...] = ()
     box_frac: float | None = None
-    """Share of the first image that the box covers."""
+    """Fraction of the first image that the box covers."""
     box_model_px: float | None = None
-    """Shorter side of the box in pixels of the image as the model sees it."""
+    """Shorter side of the box in pixels of the image that the model sees."""
     evidence: FrameEvidence | None = None
     turns: int = 0
     """Assistant turns of a conversation."""
 
 
-@cache
-def token_counter(processor: str, min_pixels: int | None, max_pixels: int | None) -> TokenCounter:
-    """A counter, loaded once a process."""
-    return TokenCounter(processor, min_pixels, max_pixels)
+def token_counter(config: CheckConfig) -> TokenCounter:
+    """The counter of the configured processor, which each process loads once.
+
+    Raises:
+        CheckpointError: The folder has no processor.
+    """
+    return _token_counter(config.processor, config.min_pixels, config.max_pixels)
+
+
+_token_counter = cache(TokenCounter)
 
 
 @cache
@@ -106,7 +132,7 @@ def num_rows(path: Path, kind: FileKind) -> int:
     """Rows of a file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: It cannot be read.
     """
     return len(_tasks(path)) if kind == "tasks" else len(_items(path))
 
@@ -115,138 +141,123 @@ def images_of_row(path: Path, kind: FileKind, row: int, reader: ReaderConfig) ->
     """The decoded images of a row's question.
 
     Raises:
-        RowError: the row cannot be used.
+        RowError: The row cannot be used.
     """
     if kind == "tasks":
         return task_of_row(_tasks(path).row(row), path, row, reader).images
     return conversation_of_item(_items(path)[row], path, row, reader).task.images
 
 
-def inspect_rows(path: Path, kind: FileKind, rows: Sequence[int], settings: FactSettings) -> list[RowFacts]:
+def inspect_rows(
+    path: Path, kind: FileKind, rows: Sequence[int], config: CheckConfig, limits: ImageRule
+) -> list[RowFacts]:
     """Facts about some rows of a file, in their order."""
-    return list(_inspect(path, kind, rows, settings))
+    inspector = _Inspector(path, config, limits)
+    return [inspector.facts(kind, number) for number in rows]
 
 
-def _inspect(path: Path, kind: FileKind, rows: Sequence[int], settings: FactSettings) -> Iterator[RowFacts]:
-    for number in rows:
+class _Inspector:
+    """Collects the facts about rows of one file."""
+
+    def __init__(self, path: Path, config: CheckConfig, limits: ImageRule) -> None:
+        self.path, self.config, self.limits = path, config, limits
+        self.folder = Path(config.reader.image_folder or path.parent)
+
+    def facts(self, kind: FileKind, number: int) -> RowFacts:
+        """The facts about a row."""
         facts = RowFacts(row=number)
         try:
             if kind == "tasks":
-                _inspect_task(_tasks(path).row(number), path, facts, settings)
+                self._inspect_task(_tasks(self.path).row(number), facts)
             else:
-                _inspect_conversation(_items(path)[number], path, facts, settings)
+                self._inspect_conversation(_items(self.path)[number], facts)
         except RowError as error:
             facts.kind, facts.message = error.kind, str(error)
-        yield facts
+        return facts
 
+    def _inspect_task(self, row: Mapping[str, Any], facts: RowFacts) -> None:
+        extra = extra_info(row)
+        facts.index = str(row.get("id") if row.get("id") is not None else extra.get("index", ""))
+        facts.split = str(extra.get("split", ""))
+        facts.notes += self._image_notes(image_cells(row))
+        facts.evidence = self._box_evidence(extra, row)
+        task = task_of_row(row, self.path, facts.row, self.config.reader, decode=self.config.pixels)
+        self._add_images(task, task.images, facts)
+        if self.config.processor:
+            facts.tokens = token_counter(self.config).task(task)
+        if task.box is not None:
+            (width, height), (seen_width, seen_height) = facts.sizes[0], self.limits.model_size(*facts.sizes[0])
+            x1, y1, x2, y2 = task.box
+            facts.box_frac = area(task.box) / (width * height)
+            facts.box_model_px = min((x2 - x1) * seen_width / width, (y2 - y1) * seen_height / height)
 
-# ------------------------------------------------------------------------------------------------ one row
-def _inspect_task(row: Mapping[str, Any], path: Path, facts: RowFacts, settings: FactSettings) -> None:
-    folder = Path(settings.reader.image_folder or path.parent)
-    extra = extra_info(row)
-    facts.index = str(row.get("id") if row.get("id") is not None else extra.get("index", ""))
-    facts.split = str(extra.get("split", ""))
-    for number, cell in enumerate(image_cells(row)):
-        facts.notes += _image_notes(image_source(cell, f"images[{number}]", folder))
-    facts.evidence = _box_evidence(extra, row, folder, settings)
-    task = task_of_row(row, path, facts.row, settings.reader, decode=settings.pixels)
-    _note_task(task, facts, settings)
-    facts.sizes = [image.size for image in task.images]
-    facts.image_tokens = _image_tokens(task.images, settings)
-    if settings.processor:
-        facts.tokens = token_counter(settings.processor, settings.min_pixels, settings.max_pixels).task(task)
-    if task.box is not None:
-        _measure_box(task.box, task.images[0].size, facts, settings)
+    def _inspect_conversation(self, item: Any, facts: RowFacts) -> None:
+        conversation = conversation_of_item(item, self.path, facts.row, self.config.reader, decode=self.config.pixels)
+        facts.index = str(item.get("id", ""))
+        facts.notes += self._image_notes(item["images"]) + _conversation_notes(conversation)
+        facts.turns = len(conversation.turns)
+        results = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
+        self._add_images(conversation.task, [*conversation.task.images, *results], facts)
+        if self.config.processor:
+            facts.tokens = token_counter(self.config).conversation(conversation)
 
+    def _add_images(self, task: Task, images: Sequence[Image.Image], facts: RowFacts) -> None:
+        """Add what is known about the task and all images of its row."""
+        facts.sizes = [image.size for image in images]
+        facts.image_tokens = sum(self.limits.num_tokens(self.limits.model_size(*size)) for size in facts.sizes)
+        facts.question, facts.data_source = task.question, task.data_source
+        facts.transforms = task.required_transforms
+        if any(min(image.size) < TINY_PX for image in task.images):
+            facts.notes.append(f"image less than {TINY_PX} pixels high or wide")
+        if "crop" in task.required_transforms and task.box is None:
+            facts.notes.append("crop required but no box")
+        if self.config.pixels:
+            facts.digests = [content_hash(image) for image in task.images]
+            facts.thumbnails = [thumbnail(image) for image in task.images]
 
-def _inspect_conversation(item: Any, path: Path, facts: RowFacts, settings: FactSettings) -> None:
-    folder = Path(settings.reader.image_folder or path.parent)
-    conversation = conversation_of_item(item, path, facts.row, settings.reader, decode=settings.pixels)
-    facts.index = str(item.get("id", ""))
-    for number, cell in enumerate(item["images"]):
-        facts.notes += _image_notes(image_source(cell, f"images[{number}]", folder))
-    facts.turns = len(conversation.turns)
-    facts.notes += _conversation_notes(conversation)
-    _note_task(conversation.task, facts, settings)
-    shown = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
-    images = [*conversation.task.images, *shown]
-    facts.sizes = [image.size for image in images]
-    facts.image_tokens = _image_tokens(images, settings)
-    if settings.processor:
-        counter = token_counter(settings.processor, settings.min_pixels, settings.max_pixels)
-        facts.tokens = counter.conversation(conversation)
+    def _image_notes(self, cells: Sequence[Any]) -> list[str]:
+        sources = [image_source(cell, f"images[{number}]", self.folder) for number, cell in enumerate(cells)]
+        return [note for source in sources for note in _image_notes(source)]
 
-
-def _note_task(task: Task, facts: RowFacts, settings: FactSettings) -> None:
-    facts.question = task.question
-    facts.data_source = task.data_source
-    facts.transforms = task.required_transforms
-    if any(min(image.size) < TINY_PX for image in task.images):
-        facts.notes.append(f"image less than {TINY_PX} pixels high or wide")
-    if "crop" in task.required_transforms and task.box is None:
-        facts.notes.append("crop required but no box")
-    if settings.pixels:
-        facts.digests = [content_hash(image) for image in task.images]
-        facts.thumbnails = [thumbnail(image) for image in task.images]
+    def _box_evidence(self, extra: Mapping[str, Any], row: Mapping[str, Any]) -> FrameEvidence | None:
+        """Evidence of a row for the frame of its box; None if it has no box or no readable image."""
+        try:
+            box = raw_box(extra)
+            if box is None:
+                return None
+            transforms = parse_transforms(extra.get("transform"))
+            decode = self.config.pixels and bool(orientations_of(transforms))
+            source = image_source(image_cells(row)[0], "images[0]", self.folder)
+            image = load_image(source, "images[0]", decode=decode)
+        except RowError:
+            return None  # reading the row names the problem
+        return frame_evidence(box, image.size, transforms, image if self.config.pixels else None)
 
 
 def _conversation_notes(conversation: Conversation) -> list[str]:
-    notes = []
-    if not conversation.task.ground_truth:
-        notes.append("conversation without an answer")
-    if any(turn.call is not None and not turn.call.name for turn in conversation.turns):
-        notes.append("tool call that cannot be parsed")
-    if any(not turn.text for turn in conversation.turns):
-        notes.append("empty assistant turn")
-    return notes
+    turns = conversation.turns
+    notes = {
+        "conversation without an answer": not conversation.task.ground_truth,
+        "tool call that cannot be parsed": any(turn.call is not None and not turn.call.name for turn in turns),
+        "empty assistant turn": any(not turn.text for turn in turns),
+    }
+    return [note for note, holds in notes.items() if holds]
 
 
 def _image_notes(source: bytes | Path) -> list[str]:
-    """What is odd about a stored image but handled: it is converted, turned, or its first frame is used."""
+    """Unusual properties of a stored image that decoding handles."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            notes = []
-            if image.mode == "CMYK":
-                notes.append("CMYK image (converted to RGB)")
-            if image.mode in WIDE_MODES:
-                notes.append("16-bit or float image (scaled to 8 bits)")
-            if image.mode == "P":
-                notes.append("palette image (converted to RGB)")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                notes.append("transparent image (laid on white)")
-            if getattr(image, "is_animated", False):
-                notes.append("animated image (first frame used)")
-            if is_turned_by_exif(image):
-                notes.append("image turned by EXIF (applied; boxes count on the turned one)")
-            return notes
-    except Exception:
-        return []  # a problem of the row, which its reader names
-
-
-def _image_tokens(images: Sequence[Image.Image], settings: FactSettings) -> int:
-    sizes = (settings.limits.model_size(*image.size) for image in images)
-    return sum(settings.limits.num_tokens(size) for size in sizes)
-
-
-def _measure_box(box: Box, size: tuple[int, int], facts: RowFacts, settings: FactSettings) -> None:
-    width, height = box[2] - box[0], box[3] - box[1]
-    seen = settings.limits.model_size(*size)
-    facts.box_frac = width * height / (size[0] * size[1])
-    facts.box_model_px = min(width * seen[0] / size[0], height * seen[1] / size[1])
-
-
-def _box_evidence(
-    extra: Mapping[str, Any], row: Mapping[str, Any], folder: Path, settings: FactSettings
-) -> FrameEvidence | None:
-    """Which frame a row's box speaks for; None where it has no box, or no picture."""
-    try:
-        box = raw_box(extra)
-        if box is None:
-            return None
-        transforms = parse_transforms(extra.get("transform"))
-        is_turned = bool(orientations_of(transforms))
-        source = image_source(image_cells(row)[0], "images[0]", folder)
-        image = load_image(source, "images[0]", decode=settings.pixels and is_turned)
-    except RowError:
-        return None  # named where the row is read
-    return frame_evidence(box, image.size, transforms, image if settings.pixels else None)
+            properties = {
+                "CMYK image (converted to RGB)": image.mode == "CMYK",
+                "16-bit or float image (scaled to 8 bits)": image.mode in WIDE_MODES,
+                "palette image (converted to RGB)": image.mode == "P",
+                "transparent image (laid on white)": (
+                    image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+                ),
+                "animated image (first frame used)": getattr(image, "is_animated", False),
+                "image turned by EXIF (applied; boxes count on the turned one)": is_turned_by_exif(image),
+            }
+        return [note for note, holds in properties.items() if holds]
+    except Exception:  # a decoder may raise anything; reading the row names the problem
+        return []

@@ -1,8 +1,8 @@
-"""Which frame the boxes of a file are in: pixels of the image as given, or of the upright one before its transform.
+"""The frame of a file's boxes: pixels of the image as given, or of the upright image before its transform.
 
-Three kinds of evidence, the strongest first: a box that lies inside the picture in one frame only; the place of the two
-with more edges in it (a box is drawn around something); and the shape of boxes on pictures turned by a quarter, which
-are tall and thin in the given frame where boxes elsewhere are wide.
+There are three kinds of evidence, the strongest first: a box that lies inside the image in one frame only; the number
+of edges at the two places (a box is drawn around something); and the shape of boxes on images turned by a quarter,
+which are tall in the given frame if boxes on other images are wide.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ from cv_lightning.types import Box
 Frame = Literal["given", "upright", "unknown"]
 
 SAME_PLACE_IOU = 0.5
-"""Above this the two frames put a box at about the same place, and its content tells nothing."""
+"""IoU above which the two frames give about the same place, so that its content is not evidence."""
 CLEAR_RATIO = 10
-"""So many times as many rows must speak for one frame as for the other where the picture's bounds decide."""
+"""Ratio of rows for one frame to rows for the other at which the image's bounds decide."""
 CLEAR_P = 0.01
-"""Two-sided sign test below which the content decides."""
+"""p-value of the two-sided sign test below which the content decides."""
 SHAPE_ROWS = 20
-"""Boxes on turned and on other pictures, each, below which shapes are not compared."""
+"""Number of boxes on turned and on other images, each, that a comparison of shapes needs."""
 SHAPE_LOG_RATIO = 0.2
-"""Median |log(width / height)| below which boxes are about square, and their shape tells nothing."""
+"""Median |log(width / height)| below which boxes are about square, so that their shape is not evidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrameEvidence:
-    """What one row with a box says."""
+    """Evidence of one row with a box."""
 
     swapped: bool
-    """Width and height of the picture were exchanged by its turns."""
+    """The image's turns exchanged its width and height."""
     inside_given: bool
     inside_upright: bool
     log_ratio: float
-    """log(width / height) of the box as written."""
+    """log(width / height) of the box in the file."""
     edges: int = 0
-    """1: more edges where the given frame puts the box, -1: where the upright one does, 0: cannot be told."""
+    """1: more edges at the place in the given frame, -1: in the upright frame, 0: undecided."""
     fraction: bool = False
-    """All of the box lies within 0..1."""
+    """The whole box lies within 0..1."""
 
 
 @dataclass(slots=True, kw_only=True)
 class FrameVerdict:
-    """Which frame fits a file."""
+    """The frame that fits a file's boxes."""
 
     fits: Frame
     reason: str
     counts: dict[str, int] = field(default_factory=dict)
-    """Rows by what they say."""
+    """Number of rows by evidence."""
 
 
 def frame_evidence(
     box: Box, size: tuple[int, int], transforms: Sequence[str], pixels: Image.Image | None
 ) -> FrameEvidence | None:
-    """What a row says; None where a box has no shape.
+    """Evidence of a row; None for a box without area.
 
     Args:
-        box: as written in the row.
+        box: The box in the file.
         size: (width, height) of the given image.
-        transforms: what was done to it.
-        pixels: the given image, decoded; None: its content is not looked at.
+        transforms: Transforms that were applied to it.
+        pixels: The given image, decoded; None: its content is not compared.
     """
     if box[2] <= box[0] or box[3] <= box[1]:
         return None
@@ -87,7 +87,7 @@ def frame_evidence(
 
 
 def _edge_density(image: Image.Image, box: Box) -> float:
-    """Mean absolute difference of neighbouring pixels in a box, in grey levels."""
+    """Mean absolute difference of adjacent pixels in a box, in grey levels."""
     left, top = (max(0, math.floor(edge)) for edge in box[:2])
     right, bottom = min(image.width, math.ceil(box[2])), min(image.height, math.ceil(box[3]))
     if right - left < 2 or bottom - top < 2:
@@ -96,30 +96,19 @@ def _edge_density(image: Image.Image, box: Box) -> float:
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
 
-def sign_test(for_one: int, for_other: int) -> float:
-    """Two-sided p-value of a count against another under an even chance."""
-    total, least = for_one + for_other, min(for_one, for_other)
-    if total == 0:
-        return 1.0
-    if total > 1000:  # the normal approximation, with the continuity correction
-        return math.erfc(max(0, abs(for_one - for_other) - 1) / math.sqrt(2 * total))
-    tail: float = sum(math.comb(total, k) for k in range(least + 1)) / 2**total
-    return min(1.0, 2 * tail)
-
-
 def judge_frame(evidence: Sequence[FrameEvidence], num_turned_boxes: int) -> FrameVerdict:
-    """The frame that a file's boxes are in.
+    """The frame of a file's boxes.
 
     Args:
-        evidence: of its rows with a box.
-        num_turned_boxes: of these, on a picture that was turned or flipped.
+        evidence: Evidence of its rows with a box.
+        num_turned_boxes: Number of these on an image that was turned or flipped.
     """
     given = sum(row.inside_given and not row.inside_upright for row in evidence)
     upright = sum(row.inside_upright and not row.inside_given for row in evidence)
     edges_given, edges_upright = (sum(row.edges == sign for row in evidence) for sign in (1, -1))
     counts = {
         "boxes": len(evidence),
-        "on turned pictures": num_turned_boxes,
+        "on turned images": num_turned_boxes,
         "inside as given only": given,
         "inside as upright only": upright,
         "within 0..1": sum(row.fraction for row in evidence),
@@ -142,12 +131,14 @@ def _decide(
             "Multiply them by width and height; until then their rows are skipped"
         )
     if not num_turned:
-        return "unknown", "no image with a box was turned or flipped: both frames are the same"
+        return "unknown", "no image with a box was turned or flipped: both frames are equal"
     if max(bounds) >= CLEAR_RATIO * max(1, min(bounds)) or (min(bounds) == 0 and max(bounds) >= 3):
         more, fewer = max(bounds), min(bounds)
         frame: Frame = "given" if bounds[0] > bounds[1] else "upright"
         return frame, f"{more} boxes lie inside their image only if {frame}, {fewer} only in the other frame"
-    p = sign_test(*edges)
+    from scipy.stats import binomtest  # importing it takes half a second, which training never needs
+
+    p = binomtest(edges[0], sum(edges)).pvalue if sum(edges) else 1.0
     if p < CLEAR_P:
         frame = "given" if edges[0] > edges[1] else "upright"
         return frame, (

@@ -1,10 +1,6 @@
-"""How many tokens a task's prompt or a conversation takes, by the agent's own encoder."""
+"""Number of tokens of a task's prompt or of a conversation, counted by the agent's own encoder."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-from PIL import Image
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, task_messages, tool_ok_text
@@ -17,11 +13,11 @@ class TokenCounter:
 
     Args:
         processor: Hugging Face folder of a model.
-        min_pixels: replaces the processor's own limit; None: that.
-        max_pixels: likewise.
+        min_pixels: Pixels of the smallest image for the model; None: the processor's.
+        max_pixels: Pixels of the largest image for the model; None: the processor's.
 
     Raises:
-        CheckpointError: no processor there.
+        CheckpointError: The folder has no processor.
     """
 
     def __init__(self, processor: str, min_pixels: int | None = None, max_pixels: int | None = None) -> None:
@@ -32,18 +28,14 @@ class TokenCounter:
         self.encoder = DialogueEncoder(adapter)
         self.prompt = PromptConfig()
 
-    def image_tokens(self, images: Sequence[Image.Image]) -> int:
-        """Features of images, one token each."""
-        return sum(self.encoder.num_image_tokens(self.limits.model_size(*image.size)) for image in images)
-
     def task(self, task: Task) -> int:
         """Tokens of a task's prompt with the tool offered, images expanded."""
         sizes = [(image.size, self.limits.model_size(*image.size)) for image in task.images]
         ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt))
-        return len(ids) - len(task.images) + self.image_tokens(task.images)
+        return len(ids) - len(task.images) + sum(self.encoder.num_image_tokens(seen) for _, seen in sizes)
 
     def conversation(self, conversation: Conversation) -> int:
-        """Tokens of a conversation as SFT sees it."""
+        """Tokens of a conversation in SFT."""
         total = self.task(conversation.task)
         num_images = len(conversation.task.images)
         for turn in conversation.turns:
@@ -58,6 +50,6 @@ class TokenCounter:
                 total += len(self.encoder.tool_ids(parts)) - 1 + self.encoder.num_image_tokens(seen)
                 num_images += 1
             elif turn is not conversation.turns[-1]:
-                said = turn.response_text or self.prompt.tool_error.format(error="")
-                total += len(self.encoder.tool_ids([literal_part(said)]))
+                response = turn.response_text or self.prompt.tool_error.format(error="")
+                total += len(self.encoder.tool_ids([literal_part(response)]))
         return total

@@ -27,9 +27,10 @@ from cv_lightning.commands.data import main
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.digits.export import write_digits_parquet
 from cv_lightning.digits.scenes import DigitsConfig
-from cv_lightning.factory.check import CheckConfig, check_files
+from cv_lightning.factory.check import check_files
 from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies, thumbnail
-from cv_lightning.factory.check_frames import FrameEvidence, judge_frame, sign_test
+from cv_lightning.factory.check_facts import CheckConfig
+from cv_lightning.factory.check_frames import FrameEvidence, judge_frame
 from cv_lightning.types import DataError
 
 TRANSPOSE = {
@@ -209,14 +210,6 @@ def test_the_shape_of_boxes_tells_where_nothing_else_does() -> None:
     assert judge_frame(wide + [evidence(True, 1.1)] * 30, 30).fits == "upright"
     assert judge_frame(wide, 0).fits == "unknown"
     assert judge_frame([], 0).reason == "no row has a box"
-
-
-def test_sign_test_against_known_values() -> None:
-    assert sign_test(10, 0) == pytest.approx(2 / 1024)
-    assert sign_test(5, 5) == 1
-    assert sign_test(0, 0) == 1
-    assert sign_test(8, 2) == pytest.approx(2 * 56 / 1024)
-    assert sign_test(600, 450) == pytest.approx(4.3e-6, rel=0.1)
 
 
 def test_a_frame_that_is_not_configured_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, digit_task
 from cv_lightning.digits.sources import DigitDemonstrations
-from cv_lightning.factory.check import CheckConfig, check_files
+from cv_lightning.factory.check import check_files
+from cv_lightning.factory.check_facts import CheckConfig
 from cv_lightning.factory.check_tokens import TokenCounter
 from cv_lightning.modules.sft import encode_conversation
 from cv_lightning.types import CheckpointError, SandboxResult, ToolStatus

@@ -23,7 +23,8 @@ from cv_lightning.data.readers import IMAGE_MARK, task_of_row
 from cv_lightning.data.rows import FieldNames, ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
 from cv_lightning.data.tables import open_table, read_items
-from cv_lightning.factory.check import CheckConfig, check_files
+from cv_lightning.factory.check import check_files
+from cv_lightning.factory.check_facts import CheckConfig
 from cv_lightning.modules.sft import encode_conversation
 from cv_lightning.types import DataError, Message, Task
 
