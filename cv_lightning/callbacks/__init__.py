@@ -1,1 +1,1 @@
-"""What happens around training: rollouts, weight sync, self-tests, progress, export, the run record."""
+"""Lightning callbacks: rollouts, start-up checks, progress, checkpoints, export, run record, watchdog."""

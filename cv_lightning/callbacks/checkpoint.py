@@ -1,10 +1,10 @@
-"""Checkpoints from which a run goes on exactly: each is whole or not there, and the newest few are kept.
+"""Checkpoints from which a run resumes exactly.
 
     RUN/checkpoints/iteration000120.ckpt    a file; under DeepSpeed a folder with a part per rank
 
-A checkpoint is written beside its final name and renamed once it is on disk, so a kill during saving leaves the one
-before. It holds what Lightning knows (weights, optimizer, schedule, loops, loaders, callbacks) and the states of every
-rank's random generators. A resumed run first takes back what the killed one did after the checkpoint.
+A checkpoint is written under a temporary name and renamed once it is on disk, so that a kill during saving leaves the
+earlier one. It holds Lightning's state (weights, optimizer, schedule, loops, loaders, callbacks) and the random
+generators of every rank. A resumed run first removes the metrics and trajectories that came after the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import logging
 import os
 import random
 import time
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,12 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves every so often, at the last batch and after a signal; restores what Lightning does not.
+    """Saves by time or iterations, at the last batch and after a signal; restores what Lightning leaves out.
 
     Args:
-        every_minutes: wall-clock minutes between two checkpoints, which are taken at the end of an iteration.
-        every_iterations: also save whenever the iteration is a multiple of this; 0: only by time.
-        keep: how many of the newest stay on disk.
+        every_minutes: Minutes between two checkpoints, which are saved at the end of an iteration.
+        every_iterations: Also save whenever the iteration is a multiple of this; 0 for time alone.
+        keep: Number of newest checkpoints that stay on disk.
     """
 
     def __init__(self, every_minutes: float = 30.0, every_iterations: int = 0, keep: int = 2) -> None:
@@ -63,36 +65,36 @@ class CheckpointCallback(Checkpoint):
         self.every_iterations = every_iterations
         self.keep = keep
         self.settings: dict[str, Any] = {}
-        """Of the run, by dotted name, where the command line has set them: part of every checkpoint."""
+        """The run's settings by dotted name, stored in every checkpoint; the command line sets them."""
         self._saved_at = 0.0
         self._after_validation = False
         self._restored: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ saving
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write plain files without a copy in memory."""
+        """Let Lightning write checkpoint files without a copy in memory."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = StreamingCheckpointIO()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time; where a validation follows, after it, so that no resumed run misses its figures."""
+        """Save if it is time; if a validation follows, after it, so that a resumed run has its metrics."""
         module = _policy_module(pl_module)
         if not self._is_due(trainer, module.iteration):
             return
         self._after_validation = validation_follows(trainer)
-        if not self._after_validation or trainer.should_stop:  # a run that is to stop may leave out the validation
+        if not self._after_validation or trainer.should_stop:  # a run that stops may leave out the validation
             self.save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what was due before the validation."""
+        """Save the checkpoint that was due before the validation."""
         if self._after_validation:
             self._after_validation = False
             self.save(trainer, _policy_module(pl_module))
 
     def _is_due(self, trainer: pl.Trainer, iteration: int) -> bool:
-        """The same answer on every rank."""
+        """True on all ranks if any of them has a reason to save."""
         ends = trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step
         signals = StopOnSignal.of(trainer)
         stops = trainer.should_stop or trainer.received_sigterm or (signals is not None and signals.is_agreed)
@@ -101,12 +103,13 @@ class CheckpointCallback(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(ends or stops or by_count or by_time, all=False)
 
     def save(self, trainer: pl.Trainer, module: PolicyModule) -> None:
-        """Write beside the final name, rename, then remove the oldest. Called on all ranks.
+        """Write under a temporary name, rename, then remove the oldest checkpoints. Call this on all ranks.
 
-        Metrics and trajectories are on disk before the name is: see `on_save_checkpoint` here and of the rollout.
+        Metrics and trajectories are on disk before the final name is; `on_save_checkpoint` of this callback and of
+        `RolloutCallback` see to that.
 
         Raises:
-            CVLightningError: it cannot be written; what was written of it is removed.
+            CVLightningError: The checkpoint cannot be written; a part of it is removed.
         """
         start = time.monotonic()
         folder = Path(trainer.default_root_dir) / FOLDER
@@ -126,7 +129,7 @@ class CheckpointCallback(Checkpoint):
                 raise
             remove(unfinished)
             raise CVLightningError(
-                f"{final} cannot be written: {_first_line(error)}. The checkpoint before it stands: free space and "
+                f"{final} cannot be written: {_first_line(error)}. The earlier checkpoint is intact: free space and "
                 "continue with --ckpt_path last"
             ) from error
         if trainer.is_global_zero:
@@ -138,11 +141,10 @@ class CheckpointCallback(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what Lightning leaves out; the same on every rank, as a checkpoint keeps one. Collective."""
-        row: dict[str, float] = {}
+        """Add the state that Lightning leaves out, equal on all ranks. A collective."""
         module = _policy_module(pl_module)
-        if trainer.training:  # the loggers get the row only after the hook that saves
-            row = module.batch_metrics | {"epoch": float(trainer.current_epoch)}
+        # The loggers get this iteration's row only after the hook that saves.
+        row = module.batch_metrics | {"epoch": float(trainer.current_epoch)} if trainer.training else {}
         step = module.iteration - 1
         checkpoint[KEY] = {
             "rng": gather_lists([rng_state()]),
@@ -157,19 +159,19 @@ class CheckpointCallback(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remember what to restore once training starts."""
+        """Keep the state that `on_train_start` restores."""
         self._restored = checkpoint.get(KEY)
         done = checkpoint.get("iteration", 0)
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-        # Finished under fewer iterations than the data now has: the epoch goes on.
+        # The run had ended after fewer iterations than the data has now: the epoch continues.
         if progress and done < getattr(getattr(trainer, "datamodule", None), "num_train_batches", 0):
             progress["is_last_batch"] = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take back what came after the checkpoint, then restore the random generators.
+        """Remove what came after the checkpoint, then restore the random generators.
 
         Raises:
-            CVLightningError: a new run in a folder that holds another run's checkpoints.
+            CVLightningError: The run is new and its folder holds another run's checkpoints.
         """
         self._saved_at = time.monotonic()
         folder = Path(trainer.default_root_dir)
@@ -183,9 +185,12 @@ class CheckpointCallback(Checkpoint):
             iteration = _policy_module(pl_module).iteration
             rewind(folder, iteration)  # 0: a run without checkpoints starts over
             if state is not None:
-                self._rewind_metrics(trainer, state, own)
-            if state is not None and own:
-                warn_of_missing_groups(folder, state.get("stored", {}))
+                files = _metrics_files(trainer)
+                if own:
+                    warn_of_lost_rows(files, state)
+                    warn_of_lost_groups(folder, state.get("stored", {}))
+                for file in files:
+                    file.rewind(state["step"], state["row"] if own else {})
         trainer.strategy.barrier("rewind")
         if state is None:
             return
@@ -193,22 +198,15 @@ class CheckpointCallback(Checkpoint):
             restore_rng(state["rng"][trainer.global_rank])
         elif trainer.is_global_zero:
             logger.info(
-                "the checkpoint was written by %d ranks, this run has %d: random generators start anew, and the "
+                "the checkpoint was written by %d ranks, this run has %d: random generators are seeded again, and the "
                 "run is no longer bit for bit that of one world size",
                 len(state["rng"]),
                 trainer.world_size,
             )
 
-    def _rewind_metrics(self, trainer: pl.Trainer, state: dict[str, Any], own: bool) -> None:
-        files = _metrics_files(trainer)
-        for file, before in zip(files, state.get("rows", []) if own else [], strict=False):
-            warn_of_missing_rows(file, state["step"], before)
-        for file in files:
-            file.rewind(state["step"], state["row"] if own else {})
-
 
 def validation_follows(trainer: pl.Trainer) -> bool:
-    """True if Lightning validates after this training batch. It asks itself the same in private.
+    """True if Lightning validates after this training batch; Lightning's own test of this is private.
 
     False where `trainer.val_check_interval` is a duration, which only Lightning measures: the checkpoint is then
     saved before the validation.
@@ -225,21 +223,23 @@ def validation_follows(trainer: pl.Trainer) -> bool:
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Lightning's, but written straight to the file: no second and third copy in memory, no temporary elsewhere.
+    """Writes checkpoints straight to the file; Lightning's own makes two copies in memory first.
 
-    With torch's checksums, by which `damage` tells a checkpoint that a disk has spoiled.
+    The file has torch's checksums, by which `damage` finds a checkpoint that a disk has spoiled.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a file; `CheckpointCallback` makes it atomic."""
+        """Write a file; `CheckpointCallback` makes this atomic."""
         torch.save(checkpoint, path)
 
 
 def check_fits(path: Path, trainer: pl.Trainer) -> None:
-    """DeepSpeed goes on from its own folders only, and these hold one share of the optimizer per rank.
+    """Check that this strategy and number of ranks can resume from a checkpoint.
+
+    DeepSpeed resumes from its own folders only, which hold one part of the optimizer state per rank.
 
     Raises:
-        CVLightningError: the checkpoint is another strategy's, or of another number of ranks.
+        CVLightningError: Another strategy or another number of ranks wrote the checkpoint.
     """
     world_size, sharded = trainer.world_size, isinstance(trainer.strategy, DeepSpeedStrategy)
     if sharded != path.is_dir():
@@ -248,11 +248,11 @@ def check_fits(path: Path, trainer: pl.Trainer) -> None:
             f"{type(trainer.strategy).__name__}: give the strategy that wrote it, or `export` it and give the folder "
             "as --model.init_args.policy.path"
         )
-    shares = len(list(path.glob("checkpoint/*_optim_states.pt")))
-    if shares and shares != world_size:
+    parts = len(list(path.glob("checkpoint/*_optim_states.pt")))
+    if parts and parts != world_size:
         raise CVLightningError(
-            f"{path} holds the optimizer of {shares} ranks, this run has {world_size}: ZeRO cannot share it out anew. "
-            f"Start {shares} ranks (--trainer.devices, --trainer.num_nodes), or `export` it and give the folder as "
+            f"{path} holds the optimizer of {parts} ranks, this run has {world_size}: ZeRO cannot redistribute it. "
+            f"Start {parts} ranks (--trainer.devices, --trainer.num_nodes), or `export` it and give the folder as "
             "--model.init_args.policy.path"
         )
 
@@ -264,7 +264,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_of_disk(error: Exception) -> bool:
-    """True for what the system says of a disk, and for the RuntimeErrors of torch's writer that hide it."""
+    """True for an OSError and for the RuntimeErrors with which torch's writer hides one."""
     return isinstance(error, OSError) or any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
 
 
@@ -273,67 +273,62 @@ def _first_line(error: Exception) -> str:
     return said or str(error).strip().splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------- what a run has logged
+# ---------------------------------------------------------------------------------------------- metrics, trajectories
 def _metrics_files(trainer: pl.Trainer) -> list[MetricsLogger]:
-    """Of the first rank, which writes them; the others have none."""
+    """The metrics files on the first rank, which writes them; empty on the others."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger for logger in loggers if isinstance(logger, MetricsLogger)]
 
 
 def _stored_groups(run: Path) -> dict[str, list[int]]:
-    """Last iteration and its number of groups in every file of trajectories, which all ranks have written by now."""
+    """Last iteration and its number of groups in each file of trajectories; all ranks must have written theirs."""
     return {path.name: list(last_groups(path)) for path in sorted((run / LINES).glob("*.jsonl"))}
 
 
-def warn_of_missing_rows(file: MetricsLogger, step: int, before: int) -> None:
-    """Say which rows of the metrics that a checkpoint knew of are gone, as after a power cut.
+def warn_of_lost_rows(files: Sequence[MetricsLogger], state: Mapping[str, Any]) -> None:
+    """Name the rows of metrics that are missing although a checkpoint counted them, as after a power cut.
 
     Args:
-        file: the metrics.
-        step: of the checkpoint.
-        before: rows of earlier steps that were there when it was written.
+        files: The metrics files.
+        state: The checkpoint's state.
     """
-    there = file.steps(before=step)
-    if len(there) < before:
-        gone = sorted(set(range(step)) - set(there))
-        logger.warning(
-            "%s: %d rows that were written before the checkpoint are missing (a power cut?), those of iterations %s",
-            file.path, before - len(there), _ranges([number + 1 for number in gone]),
-        )  # fmt: skip
-
-
-def warn_of_missing_groups(run: Path, stored: dict[str, list[int]]) -> None:
-    """Say of which iterations trajectories that a checkpoint knew of are gone.
-
-    Args:
-        run: its folder.
-        stored: last iteration and its number of groups in each file of trajectories when it was written, by name.
-    """
-    for name, known in stored.items():
-        path = run / LINES / name
-        there = list(last_groups(path)) if path.is_file() else [0, 0]
-        if there < known:
-            first = there[0] if there[0] == known[0] else there[0] + 1
+    for file, before in zip(files, state.get("rows", []), strict=False):
+        found = file.steps(before=state["step"])
+        if len(found) < before:
+            lost = [step + 1 for step in range(state["step"]) if step not in set(found)]
             logger.warning(
-                "%s: trajectories of iterations %s that were written before the checkpoint are missing (a power cut?)",
-                path, _ranges(list(range(first, known[0] + 1))),
+                "%s: %d rows written before the checkpoint are missing (a power cut?), those of iterations %s",
+                file.path, before - len(found), _ranges(lost),
             )  # fmt: skip
 
 
-def _ranges(numbers: list[int]) -> str:
-    """`1-3, 7` of sorted numbers."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in parts)
+def warn_of_lost_groups(run: Path, stored: Mapping[str, list[int]]) -> None:
+    """Name the iterations whose trajectories are missing although a checkpoint counted them.
+
+    Args:
+        run: The run's folder.
+        stored: `_stored_groups` at the time of the checkpoint.
+    """
+    for name, known in stored.items():
+        path = run / LINES / name
+        found = list(last_groups(path)) if path.is_file() else [0, 0]
+        if found < known:
+            first = found[0] if found[0] == known[0] else found[0] + 1
+            logger.warning(
+                "%s: trajectories of iterations %s that were written before the checkpoint are missing (a power cut?)",
+                path, _ranges(range(first, known[0] + 1)),
+            )  # fmt: skip
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers like `1-3, 7`."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 # ---------------------------------------------------------------------------------------------- random generators
 def rng_state() -> dict[str, Any]:
-    """Of this process, in types that `torch.load(weights_only=True)` reads."""
+    """Random states of this process, in types that `torch.load(weights_only=True)` reads."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -346,7 +341,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """The reverse of `rng_state`; a device that is not there is passed over."""
+    """Restore what `rng_state` returned; the state of a missing device is ignored."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

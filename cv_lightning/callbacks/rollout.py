@@ -1,7 +1,7 @@
-"""The rollout callback: before every training batch it syncs the engine, runs the agent and scores.
+"""The rollout callback: before every training batch it syncs the engine, runs the agent and scores the trajectories.
 
 It owns the engine, the sandbox, the reward module and the background thread; the module only computes losses.
-In evaluations it hands the agent to `Evaluator`.
+Evaluations are run by its `Evaluator`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from cv_lightning.data.modules import EvaluationDataModule
 from cv_lightning.distributed import check_agreement, collective_timeout_s, gather_lists
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.evaluation.metrics import summarise_outcomes
-from cv_lightning.evaluation.outcome import Outcome, outcomes
+from cv_lightning.evaluation.outcome import outcomes
 from cv_lightning.models.gather import gather_full_params
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
@@ -37,11 +37,11 @@ from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.metrics import added, means, reward_sums
-from cv_lightning.rollout.collector import end_state_metric, merge_metrics, rollout_metrics
+from cv_lightning.rollout.collector import Collector, end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups
-from cv_lightning.rollout.engine_group import EngineGroup, RankCollector, check_engine_device
+from cv_lightning.rollout.engine_group import EngineGroup, check_engine_device
 from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator
-from cv_lightning.rollout.fingerprint import describe_rollouts
+from cv_lightning.rollout.fingerprint import rollout_fingerprint
 from cv_lightning.rollout.self_test import SelfTest
 from cv_lightning.rollout.stale_cache import with_other_weights
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -52,53 +52,52 @@ __all__ = ["EvaluationConfig", "RolloutCallback"]
 
 logger = logging.getLogger(__name__)
 FAILURES = (EndState.ERROR_ENGINE, EndState.ERROR_SANDBOX, EndState.ERROR_JUDGE)
-"""Ends that are the fault of neither policy nor data."""
+"""End states that neither policy nor data have caused."""
 ShowProgress = Callable[[RolloutProgress], None] | None
 
 
 @dataclass(slots=True)
 class _Parts:
-    """What lives from `setup` to `teardown`."""
+    """The parts that live from `setup` to `teardown`."""
 
-    engine: Engine
     sandbox: Sandbox
     rewards: RewardModule
-    background: Background
+    background: Background = field(default_factory=Background)
+    engine: Engine | None = None
+    """None until it is built: the transformers engine needs the policy."""
     ranks: EngineGroup | None = None
-    """Those that share the engine, where it is tensor-parallel."""
+    """The ranks that share a tensor-parallel engine."""
     writer: TrajectoryWriter | None = None
-    """Of training; opened by the first rollout."""
+    """Writer of training trajectories, opened by the first rollout."""
 
     def close(self) -> None:
-        """Close everything, whatever fails to close; no child outlives the run."""
+        """Close all parts, also if closing one of them fails; no child process outlives the run."""
         with ExitStack() as parts:
-            for part in (self.engine, self.sandbox, self.rewards, self.background):
+            for part in (self.writer, self.engine, self.sandbox, self.rewards, self.background):
                 if part is not None:
                     parts.callback(part.close)
-        if self.writer is not None:
-            self.writer.close()
 
 
 class RolloutCallback(pl.Callback):
-    """Makes the trajectories that GRPO trains on, and those that evaluations count.
+    """Makes the trajectories that GRPO trains on, and those of evaluations.
 
-    The command line configures it under `rollout`. In a run that rolls nothing out, such as SFT without validation, it
-    does nothing.
+    The command line configures it under `rollout`. It does nothing in a run without rollouts, such as SFT without
+    validation.
 
     Args:
-        agent: limits and words of the agent.
-        engine: the engine inside this process.
-        sampling: temperature, top_p and run seed of training rollouts.
-        reward: components and weights.
-        sandbox: where model code runs.
-        store: which trajectories are kept on disk.
-        num_samples: trajectories per task in training.
-        evaluations: what `validate` and `test` run; one greedy pass with the tool by default.
-        parity_tolerance: largest difference between engine and trainer log-probabilities that the start-up
+        agent: Limits and prompts of the agent.
+        engine: The engine that samples.
+        sampling: Temperature, top_p and run seed of training rollouts.
+        reward: Reward terms and weights.
+        sandbox: Limits of the sandbox that runs the model's code.
+        store: Selection of the trajectories that are kept on disk.
+        num_samples: Trajectories per task in training.
+        evaluations: Settings that `validate` and `test` run; by default one greedy pass with the tool.
+        parity_tolerance: Largest difference between engine and trainer log-probabilities that the start-up
             self-test accepts in float32; 0 turns the test off.
-        max_failed_frac: share of an iteration's trajectories, of all ranks, that engine, sandbox or judge may fail;
-            above it the run stops.
-        eval_prefix: put before the names of the evaluations: `sft_` gives `<run>/eval/sft_greedy`.
+        max_failed_frac: Fraction of an iteration's trajectories, over all ranks, that engine, sandbox or judge may
+            fail; the run stops above it.
+        eval_prefix: Prefix of the names of the evaluations: `sft_` gives `<run>/eval/sft_greedy`.
     """
 
     def __init__(
@@ -122,15 +121,16 @@ class RolloutCallback(pl.Callback):
         self.sandbox_config = sandbox
         self.store = store
         self.num_samples = num_samples
-        about = describe_rollouts(self.agent, self.reward, self.engine_config, self.sandbox_config)
         settings = evaluations or [EvaluationConfig()]
-        self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, about)
+        fingerprint = rollout_fingerprint(self.agent, self.reward, self.engine_config, self.sandbox_config)
+        self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, fingerprint)
         self.parity_tolerance = parity_tolerance
         if not 0 <= max_failed_frac <= 1:
-            raise ValueError(f"rollout.max_failed_frac {max_failed_frac} must be between 0 and 1, a share")
+            raise ValueError(f"rollout.max_failed_frac {max_failed_frac} must be a fraction between 0 and 1")
         self.max_failed_frac = max_failed_frac
         self.parts: _Parts | None = None
-        self.parity_checked = False
+        self.is_tested = False
+        """True after the start-up self-test."""
         self.queue = TaskQueue()
         if self.engine_config.max_images < self.agent.max_images:
             raise ValueError(
@@ -140,7 +140,7 @@ class RolloutCallback(pl.Callback):
 
     # ------------------------------------------------------------------ life cycle
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start sandbox and judge; build vLLM before DeepSpeed initialises."""
+        """Start the sandbox and check the judge; build vLLM before DeepSpeed initialises."""
         if self.parts is not None or not rolls_out(pl_module, getattr(trainer, "datamodule", None), stage):
             return
         module = _policy_module(pl_module)
@@ -151,11 +151,10 @@ class RolloutCallback(pl.Callback):
                     "train with engine.kind vllm, transformers or sglang"
                 )
             module.loads_policy = False
-        self._check_patience(trainer)
+        self._check_deadline(trainer)
         sandbox = Sandbox(self.sandbox_config)
         sandbox.start()
-        none_yet: Any = None
-        self.parts = _Parts(none_yet, sandbox, RewardModule(self.reward), Background())
+        self.parts = _Parts(sandbox, RewardModule(self.reward))
         if stage == "fit" and self.reward.judge is not None and trainer.is_global_zero:
             threading.Thread(target=warn_of_judge, args=(self.reward.judge,), daemon=True).start()
         size = self.engine_config.tensor_parallel_size
@@ -164,17 +163,14 @@ class RolloutCallback(pl.Callback):
         kind = engine_kind(self.engine_config)
         if kind == "vllm":
             check_engine_device(trainer)
-        check_agreement({"engine.kind auto": kind})  # one that cannot import vLLM would join no weight sync
-        if kind == "server":
-            self.parts.engine = self._build_engine(module)
-        if kind == "vllm":
-            # vLLM's start measures memory with a collective of all ranks.
-            with Watchdog.at(trainer, "start of the engine", waits=True):
-                self.parts.engine = self._build_engine(module)
+        check_agreement({"engine.kind auto": kind})  # a rank that cannot import vLLM would join no weight sync
+        if kind in ("vllm", "server"):  # vLLM's start measures memory with a collective of all ranks
+            with Watchdog.at(trainer, "start of the engine", waits=kind == "vllm"):
+                self._ready(module)
         trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks
 
-    def _check_patience(self, trainer: pl.Trainer) -> None:
-        """A rank that is done waits for one that takes `deadline_s`; the process group must not give up before."""
+    def _check_deadline(self, trainer: pl.Trainer) -> None:
+        """Warn if the process group would time out while a rank waits for the longest possible rollout of another."""
         timeout_s = collective_timeout_s() if trainer.world_size > 1 else None
         if timeout_s is not None and timeout_s <= self.agent.deadline_s:
             logger.warning(
@@ -184,23 +180,12 @@ class RolloutCallback(pl.Callback):
                 timeout_s,
             )
 
-    def _build_engine(self, module: PolicyModule) -> Engine:
-        config = module.policy_config
-        return build_engine(
-            self.engine_config,
-            config.path,
-            dtype=config.dtype,
-            seed=self.sampling.seed,
-            model=module.policy,
-            adapter=module.adapter,
-        )
-
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close everything; no child outlives the run."""
+        """Close all parts."""
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close everything on an error or Ctrl-C, too."""
+        """Close all parts after an error or Ctrl-C."""
         self._close()
 
     def _close(self) -> None:
@@ -209,32 +194,33 @@ class RolloutCallback(pl.Callback):
             parts.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tasks that dynamic sampling has left over."""
+        """The tasks that dynamic sampling has not rolled out yet."""
         return self.queue.state_dict()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Trajectories are on disk before the checkpoint has its name: a resumed run counts on them."""
+        """Wait until the trajectories are on disk: a resumed run relies on those before the checkpoint."""
         if self.parts is not None and self.parts.writer is not None:
             self.parts.writer.sync()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the tasks that were left over."""
+        """Continue with the tasks that were not rolled out yet."""
         self.queue.load_state_dict(state_dict)
 
     # ------------------------------------------------------------------ training
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Sync weights, roll out, score, store; hang the groups on the batch."""
+        """Sync weights, roll out, score and store; put the groups on the batch."""
         if not isinstance(batch, Iteration):
             return
-        module, parts = _policy_module(pl_module), self._ready(pl_module)
-        due = bool(self.parity_tolerance) and not self.parity_checked
-        test = SelfTest(self, parts.engine, trainer, module, batch.tasks) if due else None
+        module = _policy_module(pl_module)
+        parts, engine = self._ready(module)
+        is_due = bool(self.parity_tolerance) and not self.is_tested
+        test = SelfTest(self, engine, trainer, module, batch.tasks) if is_due else None
         if test is not None:
-            with isolate_rng():  # a resumed run is tested where the one that was not killed is not
+            with isolate_rng():  # a resumed run makes the test again, an uninterrupted one does not
                 test.fill_caches()
         start = time.perf_counter()
         self.sync(module, version=module.iteration)
@@ -242,9 +228,9 @@ class RolloutCallback(pl.Callback):
         if test is not None:
             with isolate_rng():
                 test.run()
-            self.parity_checked = True
+            self.is_tested = True
         begun = time.perf_counter()
-        number = module.iteration + 1  # as the metrics count
+        number = module.iteration + 1  # metrics count from 1
         with RunProgress.rollout_of(trainer, f"rollout {number}") as show:
             groups, metrics = self._collect(trainer, module, batch, show)
         elapsed = time.perf_counter() - begun
@@ -254,7 +240,7 @@ class RolloutCallback(pl.Callback):
         for group in groups:
             parts.writer.write_group(group, number)
         handed_over = time.perf_counter()
-        parts.engine.sleep()
+        engine.sleep()
         with Watchdog.at(trainer, f"end of rollout {number}", waits=True):
             trainer.strategy.barrier("rollout")
         metrics |= rollout_metrics(groups, elapsed) | parts.rewards.judge_metrics()
@@ -263,44 +249,45 @@ class RolloutCallback(pl.Callback):
             "time/rollout_s": elapsed,
             "time/wait_s": time.perf_counter() - handed_over,
         }
-        # what has its own denominator is summed up over all ranks first: a mean of means would weigh by rank
+        # Reward sums are added over all ranks first: a mean of the ranks' means would weigh ranks equally.
         merged = merge_metrics(gather_lists([metrics])) | means(added(gather_lists([reward_sums(groups)])))
-        merged |= _curves(gather_lists(outcomes(groups)))
+        summary = summarise_outcomes(gather_lists(outcomes(groups)))
+        merged |= {f"rollout/{key}": value for key, value in summary.scalars().items()}
         module.log_dict(merged)
         self._check_failures(merged, groups)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Wait until the trajectories are on disk, which went on during the update; a checkpoint may come next."""
+        """Wait until the trajectories that were written during the update are on disk; a checkpoint may follow."""
         if self.parts is not None and self.parts.writer is not None:
             begun = time.perf_counter()
             self.parts.writer.flush()
             pl_module.log("time/store_s", time.perf_counter() - begun)
 
     def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
-        """Stop where too much has failed to learn from; the same on all ranks.
+        """Stop all ranks if too many trajectories failed.
 
         Raises:
-            CVLightningError: says what failed, and the first error of this rank.
+            CVLightningError: Names the failures and the first error of this rank.
         """
-        shares = {name: metrics[name] for name in sorted(map(end_state_metric, FAILURES)) if metrics.get(name)}
-        if sum(shares.values()) <= self.max_failed_frac:
+        failed = {name: metrics[name] for name in sorted(map(end_state_metric, FAILURES)) if metrics.get(name)}
+        if sum(failed.values()) <= self.max_failed_frac:
             return
         errors = [t.error for group in groups for t in group.trajectories if t.end_state in FAILURES]
         raise CVLightningError(
-            f"{sum(shares.values()):.0%} of the trajectories failed, more than max_failed_frac "
-            f"{self.max_failed_frac:.0%}: {', '.join(f'{name} {share:.2f}' for name, share in shares.items())}; "
+            f"{sum(failed.values()):.0%} of the trajectories failed, more than max_failed_frac "
+            f"{self.max_failed_frac:.0%}: {', '.join(f'{name} {value:.2f}' for name, value in failed.items())}; "
             f"{errors[0] if errors else 'none on this rank'}"
         )
 
     def _collect(
         self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration, show: ShowProgress
     ) -> tuple[list[Group], dict[str, float]]:
-        """Hang on the batch the groups to train on.
+        """Roll out and put the groups to train on on the batch.
 
         Returns:
-            Every group that was rolled out, and what only dynamic sampling has to say.
+            Every group that was rolled out, and the metrics of dynamic sampling.
         """
         if not isinstance(module, GRPOModule):
             raise TypeError(f"RolloutCallback trains a GRPOModule, not {type(module).__name__}; change --model")
@@ -328,97 +315,82 @@ class RolloutCallback(pl.Callback):
         }
 
     def sync(self, module: PolicyModule, version: int, spoiled: Collection[str] | None = None) -> None:
-        """Hand the policy's weights to the engine, if it samples from them; collective under ZeRO-3.
+        """Give the policy's weights to the engine, if it samples from them; a collective under ZeRO-3.
 
         Args:
             module: The policy's module.
-            version: Number of the weights.
-            spoiled: If not None, weights reach the engine changed, of vision only these: see `with_other_weights`.
+            version: Version of the weights.
+            spoiled: If not None, the engine gets changed weights, of vision only these: see `with_other_weights`.
         """
         if self.engine_config.keeps_own_weights:
             return
-        assert self.parts is not None and module.policy is not None
+        _, engine = self._ready(module)
+        assert module.policy is not None
         if engine_kind(self.engine_config) == "transformers":  # it generates with the policy itself
-            return self.parts.engine.update_weights(module.policy.named_parameters(), version)
+            return engine.update_weights(module.policy.named_parameters(), version)
         tensors = gather_full_params(module.policy, int(self.engine_config.sync_bucket_gb * 1e9))
         if spoiled is not None:
             tensors = with_other_weights(tensors, spoiled, module.adapter)
         tensors = module.adapter.engine_weights(tensors)
         with Watchdog.at(module.trainer, "weight sync", waits=True):
-            self.parts.engine.update_weights(tensors, version)
+            engine.update_weights(tensors, version)
 
     # ------------------------------------------------------------------ evaluation
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the engine the weights under test."""
-        self._start_evaluation(trainer, pl_module)
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the engine the weights under test."""
-        self._start_evaluation(trainer, pl_module)
+        if self.parts is not None:
+            module = _policy_module(pl_module)
+            self.evaluator.start(trainer, module)
+            self.sync(module, version=module.iteration)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Run every evaluation setting over the batch's tasks."""
-        self._evaluate_batch(trainer, pl_module, batch)
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Run every evaluation setting over the batch's tasks."""
-        self._evaluate_batch(trainer, pl_module, batch)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Summarise, log and write `metrics.json` per setting."""
-        self._finish_evaluation(trainer, pl_module)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Summarise, log and write `metrics.json` per setting."""
-        self._finish_evaluation(trainer, pl_module)
-
-    def _start_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.parts is None:
-            return
-        module = _policy_module(pl_module)
-        self._ready(module)
-        self.evaluator.start(trainer, module)
-        self.sync(module, version=module.iteration)
-
-    def _evaluate_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if self.parts is None:
             return
         module = _policy_module(pl_module)
 
-        def collector_of(setting: EvaluationConfig) -> RankCollector:
+        def collector_of(setting: EvaluationConfig) -> Collector:
             return self.collector(trainer, module, replace(self.agent, tool=setting.tool, early_stop_fraction=1.0))
 
         self.evaluator.run(trainer, module, batch, collector_of, partial(RunProgress.rollout_of, trainer))
 
-    def _finish_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Summarise, log and write `metrics.json` per setting."""
         if self.parts is None:
             return
         module = _policy_module(pl_module)
         self.evaluator.finish(trainer, module)
-        parts = self._ready(module)
-        parts.engine.sleep()
-        if trainer.state.fn is not TrainerFn.FITTING:  # results are written and say what is unjudged
+        parts, engine = self._ready(module)
+        engine.sleep()
+        if trainer.state.fn is not TrainerFn.FITTING:  # the results are written and name what is unjudged
             parts.rewards.check_verdicts(gather_lists(parts.rewards.verdicts))
 
+    on_validation_epoch_start = on_test_epoch_start
+    on_validation_batch_start = on_test_batch_start
+    on_validation_epoch_end = on_test_epoch_end
+
     # ------------------------------------------------------------------ parts
-    def _ready(self, pl_module: pl.LightningModule) -> _Parts:
-        """The parts, with the transformers engine built once the policy exists."""
+    def _ready(self, module: PolicyModule) -> tuple[_Parts, Engine]:
+        """The parts and the engine, which is built on first use."""
         assert self.parts is not None, "setup has not run"
         if self.parts.engine is None:
-            self.parts.engine = self._build_engine(_policy_module(pl_module))
-        return self.parts
+            self.parts.engine = self._build_engine(module)
+        return self.parts, self.parts.engine
+
+    def _build_engine(self, module: PolicyModule) -> Engine:
+        config, model = module.policy_config, module.policy
+        options: dict[str, Any] = {"dtype": config.dtype, "seed": self.sampling.seed, "adapter": module.adapter}
+        return build_engine(self.engine_config, config.path, model=model, **options)
 
     def collector(
         self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig, training: bool = False
-    ) -> RankCollector:
-        """What rolls tasks out with this agent on this rank."""
-        parts = self._ready(module)
+    ) -> Collector:
+        """A collector that rolls tasks out with this agent on this rank."""
+        parts, engine = self._ready(module)
         rollout = Rollout(
-            engine=parts.engine,
+            engine=engine,
             sandbox=parts.sandbox,
             encoder=module.encoder,
             background=parts.background,
@@ -429,7 +401,7 @@ class RolloutCallback(pl.Callback):
             new_samples=training,
         )
         signals = StopOnSignal.of(trainer)
-        return RankCollector(
+        return Collector(
             rollout,
             parts.rewards,
             ranks=parts.ranks,
@@ -453,7 +425,7 @@ def rolls_out(module: pl.LightningModule, data: object, stage: str) -> bool:
 
 
 def _repeatable(engine: EngineConfig, agent: AgentConfig) -> EngineConfig:
-    """The engine's config; in a deterministic run no thread decides which requests share a batch.
+    """The engine's config; in a deterministic run without the rendering thread, whose speed changes the batches.
 
     Raises:
         ValueError: The config asks for both.
@@ -475,12 +447,7 @@ def _policy_module(module: pl.LightningModule) -> PolicyModule:
 
 
 def warn_of_judge(config: JudgeConfig) -> None:
-    """Say at once what else would show as failed verdicts after the first rollout; a judge may still be loading."""
+    """Warn about a judge that does not answer now, rather than after the first rollout; it may still be loading."""
     found = check_endpoint(config)
     if not found.ok:
         logger.warning("reward.judge: %s. Answers that it does not judge stay unscored", found.message)
-
-
-def _curves(found: Sequence[Outcome]) -> dict[str, float]:
-    """Tool use while training, in the words of the evaluation."""
-    return {f"rollout/{key}": value for key, value in summarise_outcomes(found).scalars().items()}

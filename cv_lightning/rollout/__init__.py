@@ -1,1 +1,1 @@
-"""Rolling out: the agent on an engine, scored; weights in, trajectories out; evaluation by rollouts."""
+"""Rollouts: from tasks to scored groups, engine checks at start-up, and evaluation by rollouts."""

@@ -1,20 +1,22 @@
-"""From tasks to scored groups: roll out, score. No algorithm, no Lightning, no disk."""
+"""Rolls tasks out to scored groups, and merges the metrics of rollouts over ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from cv_lightning.agent.driver import Rollout, RolloutProgress
 from cv_lightning.agent.request import requests_of
-from cv_lightning.engines.base import SamplingConfig
+from cv_lightning.engines.base import Engine, SamplingConfig
 from cv_lightning.rewards import RewardModule
 from cv_lightning.rewards.judge.config import JUDGE_COUNTS
 from cv_lightning.rewards.module import TermValues
 from cv_lightning.rl.groups import has_advantage
+from cv_lightning.rollout.engine_group import EngineGroup
 from cv_lightning.types import EndState, Group, Task, Trajectory
 
 ADDED_METRICS = frozenset(
@@ -26,6 +28,11 @@ ADDED_METRICS = frozenset(
 """Metrics that are sums over ranks."""
 
 
+@contextmanager
+def _unwatched(name: str) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
 @dataclass
 class Collector:
     """Rolls tasks out to scored groups."""
@@ -33,7 +40,13 @@ class Collector:
     rollout: Rollout
     rewards: RewardModule
     on_group: Callable[[Group], None] | None = None
-    """Told of every group as soon as it is complete and scored, while others still roll out."""
+    """Called with every group as soon as it is scored, or at the end if ranks share the engine."""
+    watch: Callable[[str], AbstractContextManager[Callable[[], None]]] = _unwatched
+    """Makes a context manager around one rollout from its name; it yields a function to call on progress."""
+    check_stop: Callable[[], None] | None = None
+    """Called at every step of the agent loop; raises to end the rollout."""
+    ranks: EngineGroup | None = None
+    """The ranks that share the engine; None for an engine of this rank alone."""
 
     def roll_out(
         self,
@@ -43,10 +56,42 @@ class Collector:
         iteration: int = 0,
         progress: Callable[[RolloutProgress], None] | None = None,
     ) -> list[Group]:
-        """One group of `num_samples` trajectories per task, in the order of the tasks.
+        """Make one group of `num_samples` trajectories per task, in the order of the tasks.
 
-        Every trajectory that can be scored gets a reward.
+        Every trajectory that can be scored gets a reward. This is a collective of the ranks that share the engine.
+
+        Raises:
+            Stopped: A signal has stopped an evaluation.
         """
+        with self.watch(f"rollout {iteration}" if iteration else "rollout") as note_progress:
+
+            def report(state: RolloutProgress) -> None:
+                note_progress()
+                if self.check_stop is not None:
+                    self.check_stop()
+                if progress is not None:
+                    progress(state)
+
+            def run_here(engine: Engine, tasks: Sequence[Task]) -> list[Group]:
+                here = Collector(replace(self.rollout, engine=engine), self.rewards)
+                return here._run(tasks, num_samples, sampling, iteration, report)
+
+            if self.ranks is None:
+                return self._run(tasks, num_samples, sampling, iteration, report)
+            groups = self.ranks.share(self.rollout.engine, tasks, run_here, note_progress)
+        if self.on_group is not None:
+            for group in groups:
+                self.on_group(group)
+        return groups
+
+    def _run(
+        self,
+        tasks: Sequence[Task],
+        num_samples: int,
+        sampling: SamplingConfig,
+        iteration: int,
+        progress: Callable[[RolloutProgress], None],
+    ) -> list[Group]:
         groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
         waiting: list[tuple[Group, Future[TermValues]]] = []
 
@@ -77,9 +122,9 @@ class Collector:
 
 
 def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, float]:
-    """`rollout/*` numbers of one iteration on this rank: lengths, end states, signal, speed.
+    """Metrics `rollout/*` of one iteration on this rank: lengths, end states, reward variance, speed.
 
-    What evaluations measure too (accuracy, tool use, turns, sampled tokens) is `EvalSummary`'s, under the same words.
+    `EvalSummary` has the metrics that evaluations measure too: accuracy, tool use, turns, sampled tokens.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
@@ -104,15 +149,15 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
 
 
 def end_state_metric(state: EndState) -> str:
-    """Name of the metric that gives the share of trajectories which ended so."""
+    """Name of the metric with the fraction of trajectories that ended in a state."""
     return f"rollout/end_{state.value.replace(':', '_')}_frac"
 
 
 def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One number per name from those of all ranks, which need not have the same names.
+    """Merge the metrics of all ranks, which may have different names.
 
-    Counts and speeds are added, `*_max` and `*_max_s` are the largest, times are means over the ranks; what is a mean
-    over trajectories (`rollout/*`) weighs each rank by how many it has. NaN says that a rank has none.
+    Counts and speeds are added, `*_max` and `*_max_s` take the maximum, times the mean over ranks. Means over
+    trajectories (`rollout/*`) weigh each rank by its number of trajectories. NaN means that a rank has no value.
     """
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):

@@ -1,12 +1,13 @@
-"""Dynamic sampling: tasks in order until enough groups have rewards that differ; the rest comes first next time.
+"""Dynamic sampling (DAPO, 2503.14476): roll out tasks in order until enough groups have rewards that differ.
 
-DAPO (2503.14476): a group of equal rewards has no gradient, and an iteration full of them a noisy one. The data module
-yields `max_oversample` times the tasks of an iteration; that bounds what an iteration may roll out.
+A group of equal rewards has no gradient, and an iteration full of them a noisy one. The data module yields
+`max_oversample` times the tasks of an iteration, which bounds its rollouts; unused tasks come first in the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,34 +19,35 @@ RollOut = Callable[[Sequence[Task]], list[Group]]
 
 
 class TaskQueue:
-    """The tasks that this rank has not rolled out yet, oldest first.
+    """Tasks that this rank has not rolled out yet, oldest first.
 
-    A batch is a pure function of its number, so a task is kept in a checkpoint as (number of its batch, position).
+    A checkpoint stores a task as (number of its batch, position), because a batch is a function of its number alone.
     """
 
     def __init__(self) -> None:
         self.waiting: list[tuple[int, int, Task]] = []
         self.places: list[list[tuple[int, int]]] = []
-        """Of every rank's waiting tasks, at the end of the last iteration."""
+        """(batch, position) of every rank's waiting tasks at the end of the last iteration."""
         self._restored: list[list[tuple[int, int]]] | None = None
 
     def add(self, batch: Iteration, trainer: pl.Trainer) -> None:
-        """Put an iteration's tasks at the end."""
+        """Append an iteration's tasks."""
         if self._restored is not None:
             self._rebuild(self._restored, trainer)
             self._restored = None
         self.waiting += [(batch.index, position, task) for position, task in enumerate(batch.tasks)]
 
     def take(self, count: int) -> list[Task]:
-        """The next `count` tasks, or as many as there are."""
-        taken, self.waiting = self.waiting[: max(count, 0)], self.waiting[max(count, 0) :]
+        """Remove and return the next `count` tasks, or all if there are fewer."""
+        count = max(count, 0)
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
         return [task for _, _, task in taken]
 
     def close_iteration(self, limit: int) -> int:
-        """Keep the oldest `limit` tasks and drop the rest; call it on all ranks.
+        """Drop all but the oldest `limit` tasks; call this on all ranks.
 
         Returns:
-            How many were dropped.
+            Number of dropped tasks.
         """
         dropped = max(0, len(self.waiting) - limit)
         self.waiting = self.waiting[:limit]
@@ -53,23 +55,20 @@ class TaskQueue:
         return dropped
 
     def state_dict(self) -> dict[str, Any]:
-        """The same on every rank, as a checkpoint keeps one."""
+        """State of all ranks, equal on each of them."""
         return {"places": self.places} if any(self.places) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember what to rebuild once there is a loader."""
+        """Keep the state until there is a loader to rebuild the tasks from."""
         self._restored = state.get("places")
 
     def _rebuild(self, places: list[list[tuple[int, int]]], trainer: pl.Trainer) -> None:
         if len(places) != trainer.world_size:
-            return  # another number of ranks shares tasks out differently
+            return  # another number of ranks distributes tasks differently
         loader: Any = trainer.train_dataloader
-        build = loader.build
-        batches: dict[int, Iteration] = {}
+        build = cache(loader.build)
         for index, position in places[trainer.global_rank]:
-            if index not in batches:
-                batches[index] = build(index)
-            self.waiting.append((index, position, batches[index].tasks[position]))
+            self.waiting.append((index, position, build(index).tasks[position]))
 
 
 def sample_groups(
@@ -79,19 +78,19 @@ def sample_groups(
     has_reward_variance: Callable[[Group], bool],
     reduce_max: Callable[[float], float],
 ) -> tuple[list[Group], int]:
-    """Roll tasks out in rounds, each of as many as groups are missing.
+    """Roll tasks out in rounds of as many tasks as groups are missing.
 
-    Ends when every rank has the groups that it needs or no tasks.
+    Ends when each rank has the groups that it needs, or no more tasks.
 
     Args:
-        queue: Tasks in order; what is rolled out leaves it.
+        queue: Tasks in order; those that are rolled out leave it.
         num_groups: Groups with reward variance that this rank needs.
         roll_out: Makes a group of each task.
-        has_reward_variance: Tells which groups can be learned from.
-        reduce_max: Over ranks.
+        has_reward_variance: True for groups that can be learned from.
+        reduce_max: Maximum over ranks.
 
     Returns:
-        All groups that were rolled out, at most `num_groups` of which have reward variance, and the number of rounds.
+        All groups that were rolled out, at most `num_groups` of them with reward variance, and the number of rounds.
     """
     groups: list[Group] = []
     rounds = 0

@@ -1,4 +1,4 @@
-"""Which questions an interrupted evaluation has already answered, and whether its trajectories may be kept."""
+"""State of an evaluation's folder: is it the same evaluation, and which of its questions are answered?"""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from cv_lightning.trajectory.store import LINES
 from cv_lightning.types import EndState, Task
 
 STATE = EVALUATION_RECORD
-"""In an evaluation's folder: what was evaluated, and whether it is finished."""
+"""File with the evaluation's fingerprint and whether it is finished."""
 ROLLOUT = "rollout."
-"""Before the names of a rollout's settings in a config, where `renames.json` finds those of earlier versions."""
+"""Prefix of a rollout's settings in a config, under which `renames.json` lists earlier names."""
 RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
-"""End states of trajectories that a resumed evaluation makes again: something around the model had failed."""
+"""End states of trajectories that a resumed evaluation repeats, because something around the model failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question that is in the store."""
+    """An answered question in the store."""
 
     digest: str
-    """Of all but its pixels: `Task.digest`."""
+    """Hash of the task without its images, `Task.digest`."""
     images: tuple[str, ...]
     """Content hashes of the task's images."""
     outcomes: list[Outcome]
 
     def is_answer_to(self, task: Task, num_samples: int) -> bool:
-        """True if it was this very question in all that is known of it, and all its samples are there."""
+        """True if the stored question equals the task and all samples are stored."""
         return (
             len(self.outcomes) == num_samples
             and self.digest == task.digest
@@ -46,59 +46,59 @@ class Answered:
         )
 
 
-def holds(folder: Path, identity: dict[str, Any]) -> Literal["new", "goes on", "finished", "another"]:
-    """What a folder holds for an evaluation. Reads only.
+def holds(folder: Path, fingerprint: dict[str, Any]) -> Literal["new", "interrupted", "finished", "another"]:
+    """Content of a folder, seen from an evaluation. Reads only.
 
     Args:
-        folder: of one evaluation.
-        identity: what makes the numbers: model, settings, limits, reward.
+        folder: The evaluation's folder.
+        fingerprint: Everything that the results depend on: model, settings, limits, reward.
 
     Returns:
-        `new`: nothing. `goes on`: what an interrupted run of the same evaluation left. `finished`: all of the same one.
-        `another`: trajectories of another one.
+        `new` without trajectories, `another` with trajectories of another evaluation; else whether the same evaluation
+        was `interrupted` or `finished`.
     """
     state = read_state(folder)
-    if state is None or differences(folder, identity):
+    if state is None or differences(folder, fingerprint):
         return "another" if any(sizes_of(folder).values()) else "new"
-    return "finished" if state.get("finished") else "goes on"
+    return "finished" if state.get("finished") else "interrupted"
 
 
 def keep_good(folder: Path) -> None:
-    """Take failed trajectories and torn lines out of a store; the rest counts."""
+    """Remove groups with failed trajectories and incomplete lines from a store."""
     for path in sorted((folder / LINES).glob("*.jsonl")):
         kept = b"".join(_good_lines(path))
         with whole_file(path) as temporary:
             temporary.write_bytes(kept)
 
 
-def differences(folder: Path, identity: dict[str, Any]) -> list[str]:
-    """The settings in which the evaluation in a folder is another one, by dotted name.
+def differences(folder: Path, fingerprint: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings in which the evaluation in a folder differs.
 
-    A setting that is None means what was done before there was such a setting.
+    A setting that is None equals a missing one: it stands for the behaviour before the setting existed.
     """
     known = (read_state(folder) or {}).get("identity")
     if not known:
-        return ["all: it is not named"]
-    new = flatten(_plain(identity))
+        return ["all: the folder has no fingerprint"]
+    new = flatten(_plain(fingerprint))
     old = {new_key(f"{ROLLOUT}{name}").removeprefix(ROLLOUT): value for name, value in flatten(known).items()}
     return sorted(name for name in changed(old, new) if name in old or new[name] is not None)
 
 
 def sizes_of(folder: Path) -> dict[str, int]:
-    """Bytes of every file of lines in a store, by name."""
+    """Sizes of a store's files of lines in bytes, by name."""
     return {path.name: path.stat().st_size for path in (folder / LINES).glob("*.jsonl")}
 
 
 def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> int:
-    """Take out of a store what was answered before and is not asked any more, or was asked again since.
+    """Remove stale groups: questions no longer in the data set, or answered again in this run.
 
     Args:
-        folder: of one evaluation; nobody writes to it.
-        sizes: bytes that each file of lines had when this test started, by name; what came after stays.
-        kept: ids of the questions whose earlier answer stands.
+        folder: The evaluation's folder, to which nothing writes now.
+        sizes: Sizes of the files when this test started, by name; later groups are kept.
+        kept: Ids of the questions whose earlier answer is kept.
 
     Returns:
-        Groups taken out.
+        Number of removed groups.
     """
     dropped = 0
     for path in sorted((folder / LINES).glob("*.jsonl")):
@@ -120,13 +120,13 @@ def _good_lines(path: Path) -> Iterator[bytes]:
             try:
                 states = {trajectory["end_state"] for trajectory in json.loads(line)["trajectories"]}
             except (ValueError, KeyError, TypeError):
-                continue  # torn
+                continue  # incomplete
             if not states & RETRIED:
                 yield line.rstrip(b"\n") + b"\n"
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The state file; None where there is none that can be read."""
+    """The state file's content; None without a readable one."""
     try:
         found = json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
@@ -134,19 +134,19 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write_state(folder: Path, identity: dict[str, Any], *, finished: bool) -> None:
+def write_state(folder: Path, fingerprint: dict[str, Any], *, finished: bool) -> None:
     """Write the state file, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / STATE, json.dumps({"finished": finished, "identity": _plain(identity)}, indent=1) + "\n")
+    write_text(folder / STATE, json.dumps({"finished": finished, "identity": _plain(fingerprint)}, indent=1) + "\n")
 
 
 def _plain(value: dict[str, Any]) -> Any:
-    """As it comes back from JSON, so that tuples and lists compare equal."""
+    """The value as JSON returns it, so that tuples and lists compare equal."""
     return json.loads(json.dumps(value, default=repr, sort_keys=True))
 
 
 def read_answered(folder: Path) -> dict[str, Answered]:
-    """The questions of a store, by id; of one that is there twice, the last."""
+    """The questions of a store by id; the last answer counts."""
     if not (folder / LINES).is_dir():
         return {}
     return {

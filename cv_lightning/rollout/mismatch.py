@@ -1,7 +1,7 @@
-"""The start-up self-test: do engine and trainer agree on the log-probabilities of the same tokens?
+"""Train-inference mismatch: do engine and trainer agree on the log-probabilities of the same tokens?
 
-A sharp test of weight sync, image processing, positions, masks, temperature and the vision-token ban at once:
-with weights changed but not synced the mean difference of a tiny model is 0.3.
+The check covers weight sync, image processing, positions, masks, temperature and the ban of vision tokens at once. With
+weights that were changed but not synced, the mean difference of a tiny model is 0.3.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from cv_lightning.modules.base import PolicyModule
 from cv_lightning.types import ParityError, Trajectory
 
 ENGINE_MEAN, P99 = 0.08, 1.0
-"""Largest accepted mean and 99th percentile of |difference| between engine and trainer in 16 bits. Rounding stays below
-them and planted faults exceed them; docs/benchmarks.md has both."""
+"""Largest accepted mean and 99th percentile of |difference| between engine and trainer in 16 bits; docs/benchmarks.md
+shows that rounding stays below them and planted faults exceed them."""
 
 
-class ParityReport(NamedTuple):
-    """Largest difference, and over how many tokens of all ranks."""
+class MismatchReport(NamedTuple):
+    """Largest difference and number of compared tokens, over all ranks."""
 
     max_difference: float
     num_tokens: int
 
 
-def check_parity(
+def check_mismatch(
     module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float, tolerance: float
-) -> ParityReport:
-    """Compare the trajectories' own log-probabilities with the trainer's. Call it on all ranks: all judge the same.
+) -> MismatchReport:
+    """Compare the trajectories' own log-probabilities with the trainer's.
 
     Args:
-        module: the policy as it is now; the trajectories must come from an engine with the same weights.
-        trajectories: of this rank, if it has any; with images, ideally also with tool results.
-        temperature: of sampling.
-        tolerance: largest accepted difference in float32; see `exceeds`.
+        module: The policy's module, with the weights of the engine that made the trajectories.
+        trajectories: This rank's trajectories, if it has any; with images, ideally also with tool results.
+        temperature: Temperature of sampling.
+        tolerance: Largest accepted difference in float32; see `exceeds`.
+
+    Returns:
+        The same on all ranks, which must all call this.
 
     Raises:
-        ParityError: they differ on some rank, or there was nothing to compare on any.
+        ParityError: They differ on some rank, or no rank had anything to compare.
     """
     usable = [t for t in trajectories if any(t.loss_mask) and not t.end_state.is_error]
     several = [[t for t in usable if (len(t.images) > 1) == many] for many in (False, True)]
@@ -55,7 +58,8 @@ def check_parity(
             + (f" ({errors[0]})" if errors else "")
         )
     worst = float(differences.max())
-    of_several = torch.cat([parts[1] for parts in ranks])  # by themselves: others would hide images in a wrong order
+    # Trajectories with several images are also judged alone: the others would hide images in a wrong order.
+    of_several = torch.cat([parts[1] for parts in ranks])
     for judged, which in ((differences, ""), (of_several, " of trajectories with several images")):
         if not len(judged) or not exceeds(judged, module.policy_config.dtype, tolerance, ENGINE_MEAN):
             continue
@@ -67,18 +71,18 @@ def check_parity(
             "Weights not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
             "rollout.parity_tolerance 0 switches the test off; training would be off-policy."
         )
-    return ParityReport(worst, len(differences))
+    return MismatchReport(worst, len(differences))
 
 
 def exceeds(differences: torch.Tensor, dtype: str, tolerance: float, mean: float) -> bool:
     """True if differences of log-probabilities are larger than rounding explains, or not finite.
 
     Args:
-        differences: [tokens], at least one.
-        dtype: type of the parameters. In float32 the largest |difference| counts; in 16 bits mean and 99th percentile
+        differences: At least one. Shape [tokens].
+        dtype: Type of the parameters. In float32 the largest |difference| counts; in 16 bits mean and 99th percentile
             do, because single tokens of a long sequence may be far off.
-        tolerance: largest accepted |difference| in float32.
-        mean: largest accepted mean of |difference| in 16 bits.
+        tolerance: Largest accepted |difference| in float32.
+        mean: Largest accepted mean of |difference| in 16 bits.
     """
     size = differences.abs().float()
     if dtype == "float32":
@@ -88,7 +92,7 @@ def exceeds(differences: torch.Tensor, dtype: str, tolerance: float, mean: float
 
 @torch.no_grad()
 def trainer_minus_engine(module: PolicyModule, trajectories: Sequence[Trajectory], temperature: float) -> torch.Tensor:
-    """Trainer minus engine log-probability of every sampled token. Shape [tokens]; call it on all ranks."""
+    """Trainer minus engine log-probability of every sampled token. Shape [tokens]. Call this on all ranks."""
     sequences = module.train_sequences(trajectories)
     parts = []
     for packed in module.pack_micro_batches(sequences):

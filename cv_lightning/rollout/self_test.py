@@ -1,8 +1,7 @@
-"""The start-up self-test of training: engine and trainer agree on what the engine samples, old caches included.
+"""The start-up self-test of training: do engine and trainer agree on the log-probabilities of sampled tokens?
 
-It rolls out the first tasks of the run and compares log-probabilities (`mismatch.py`). The engine has answered the same
-tasks before under other weights (`stale_cache.py`), so that a weight which a sync does not bring shows, and a cache
-which outlives one.
+It rolls out the first tasks of the run and compares log-probabilities (`mismatch.py`). The engine answers the same
+tasks under other weights first (`stale_cache.py`), which exposes weights that a sync misses and caches that outlive it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, engine_kind
-from cv_lightning.rollout.engine_group import RankCollector
-from cv_lightning.rollout.mismatch import ParityReport, check_parity
+from cv_lightning.rollout.collector import Collector
+from cv_lightning.rollout.mismatch import MismatchReport, check_mismatch
 from cv_lightning.rollout.stale_cache import (
     other_vision_in_place,
     stale_images_message,
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NUM_TASKS, NUM_SAMPLES = 4, 2
-"""Tasks of each rank, and trajectories of each task, that are compared."""
+"""Compared tasks of each rank, and trajectories of each task."""
 FILLING_TOKENS = 4
-"""Tokens that are sampled under the other weights; only the prompts matter there."""
+"""Tokens sampled under the other weights, where only the prompts matter."""
 
 
 class Rollouts(Protocol):
-    """What the self-test needs of `RolloutCallback`."""
+    """The part of `RolloutCallback` that the self-test uses."""
 
     agent: AgentConfig
     engine_config: EngineConfig
@@ -47,41 +46,41 @@ class Rollouts(Protocol):
     parity_tolerance: float
 
     def sync(self, module: PolicyModule, version: int, spoiled: Collection[str] | None = None) -> None:
-        """Hand the policy's weights to the engine."""
+        """Give the policy's weights to the engine."""
 
-    def collector(self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig) -> RankCollector:
-        """What rolls tasks out."""
+    def collector(self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig) -> Collector:
+        """A collector that rolls tasks out."""
 
 
 @dataclass
 class SelfTest:
-    """One self-test; all ranks run it, and all raise or none does."""
+    """One self-test. All ranks run it; either all raise or none."""
 
     rollout: Rollouts
     engine: Engine
     trainer: pl.Trainer
     module: PolicyModule
     tasks: Sequence[Task]
-    """This rank's tasks of the first iteration; those that are compared, once the test is made."""
+    """This rank's tasks of the first iteration, of which `__post_init__` keeps those to compare."""
 
     def __post_init__(self) -> None:
         self.tasks = with_two_images(self.tasks[:NUM_TASKS], self.rollout.agent.max_images)
 
     def fill_caches(self) -> None:
-        """Have the engine answer the test's images under other weights; call it before the first sync."""
+        """Let the engine answer the test's images under other weights; call this before the first sync."""
         policy = self.module.policy
         assert policy is not None
         names = trained_vision(policy, self.module.adapter)
         in_place = engine_kind(self.rollout.engine_config) == "transformers"
         with other_vision_in_place(policy, names) if in_place else nullcontext():
             self.rollout.sync(self.module, version=self.module.iteration - 1, spoiled=names)
-            if not names:  # embeddings of a frozen vision tower stay right
+            if not names:  # embeddings of a frozen vision tower stay valid
                 return
             limit = min(FILLING_TOKENS, self.rollout.agent.max_turn_tokens)
             self._roll_out(self.tasks, 1, replace(self.rollout.agent, max_turns=1, max_turn_tokens=limit))
 
     def run(self) -> None:
-        """Compare after the first sync and, where the engine sleeps, again after it has slept and woken.
+        """Compare after the first sync and, if the engine can sleep, again after sleeping and waking.
 
         Raises:
             ParityError: Engine and trainer disagree, or nothing could be compared.
@@ -91,25 +90,25 @@ class SelfTest:
             if isinstance(report, ParityError):
                 raise self._explained(report)
             if self.trainer.is_global_zero:
-                said = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
-                logger.info(said, after, *report)
-            # Nothing cached stays either.
+                message = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
+                logger.info(message, after, *report)
+            # A sync also clears the engine's caches.
             self.rollout.sync(self.module, version=self.module.iteration)
             if not slept:
                 break
 
-    def _compare(self, tasks: Sequence[Task]) -> tuple[ParityReport | ParityError, bool]:
-        """What the comparison gave, and whether the engine sleeps now."""
+    def _compare(self, tasks: Sequence[Task]) -> tuple[MismatchReport | ParityError, bool]:
+        """Result of the comparison, and whether the engine sleeps now."""
         trajectories = self._roll_out(tasks, NUM_SAMPLES, self.rollout.agent)
         slept = self.engine.sleep()  # the trainer's forward pass may need the memory
         settings = self.rollout.sampling.temperature, self.rollout.parity_tolerance
         try:
-            return check_parity(self.module, trajectories, *settings), slept
+            return check_mismatch(self.module, trajectories, *settings), slept
         except ParityError as error:
             return error, slept
 
     def _explained(self, error: ParityError) -> ParityError:
-        """The error itself, or a better one if engine and trainer agree after a second sync, or on other images."""
+        """The error, or a more precise one if engine and trainer agree after a second sync or on other images."""
         assert self.module.policy is not None
         self.rollout.sync(self.module, version=self.module.iteration)  # it wakes the engine
         report, _ = self._compare(self.tasks)

@@ -1,9 +1,8 @@
-"""Does an engine take every weight of a sync, and forget with its old weights what it has computed from images?
+"""Check for stale engine state: does a weight sync replace every weight and every cached image embedding?
 
-The start-up self-test lets the engine answer its prompts under other weights first. A weight that the sync which
-follows does not replace, or a prefix or vision embedding that survives it, then makes engine and trainer disagree,
-whatever the learning rate. Without that, weights move too little in one step to tell, and the difference grows over
-the run.
+The start-up self-test first lets the engine answer its prompts under other weights. A weight that the next sync does
+not replace, or a prefix or vision embedding that survives it, then makes engine and trainer disagree at any learning
+rate. Without the other weights, one step moves weights too little to show it, and the difference grows over the run.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ ADVICE = {
     "sglang": "SGLang keeps its vision embeddings over weight updates and cache flushes: start the server with "
     "SGLANG_VLM_CACHE_SIZE_MB=0 in its environment",
 }
-"""What to change, by the kind of the engine."""
+"""Advice of the error message, by the kind of the engine."""
 NUM_PAIRS = 2
-"""Prompts of two images that a rank makes of its tasks if they have one each."""
+"""Prompts with two images that a rank makes if its tasks have one image each."""
 
 
 def stale_images_message(kind: str, seen: str) -> str:
-    """The error for an engine that agrees with the trainer on new images only.
+    """Message about an engine that agrees with the trainer on new images only.
 
     Args:
         kind: `engine_kind`.
-        seen: What the comparison on repeated images found.
+        seen: Result of the comparison on repeated images.
     """
     advice = ADVICE.get(kind, "the engine has to drop every cache of images in update_weights")
     return (
@@ -56,12 +55,12 @@ def _is_vision(name: str, adapter: ModelAdapter) -> bool:
 def with_other_weights(
     tensors: Iterable[tuple[str, torch.Tensor]], trained: Collection[str], adapter: ModelAdapter
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors rolled by one output: other features of the same size, without overflow.
+    """Yield tensors rolled by one output, which gives other features of the same size without overflow.
 
     Args:
-        tensors: Whole tensors by name.
-        trained: `trained_vision`. Other vision tensors stay, because an engine may keep what it has computed from them.
-        adapter: Of the policy.
+        tensors: Unsharded tensors by name.
+        trained: `trained_vision`. Other vision tensors are unchanged, because an engine may cache their embeddings.
+        adapter: The policy's adapter.
     """
     for name, tensor in tensors:
         yield name, tensor.roll(1, 0) if name in trained or not _is_vision(name, adapter) else tensor
@@ -69,11 +68,11 @@ def with_other_weights(
 
 @contextmanager
 def other_vision_in_place(policy: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Roll the policy's own parameters, and roll them back bit for bit: for an engine that generates with the policy.
+    """Context manager that rolls the policy's own parameters, for an engine that generates with the policy itself.
 
     Args:
-        policy: It holds whole tensors.
-        names: `trained_vision` of it.
+        policy: The policy, with unsharded tensors.
+        names: `trained_vision` of the policy.
     """
     parameters = [parameter for name, parameter in policy.named_parameters() if name in names]
     _roll(parameters, 1)
@@ -84,13 +83,13 @@ def other_vision_in_place(policy: torch.nn.Module, names: Collection[str]) -> It
 
 
 def with_two_images(tasks: Sequence[Task], max_images: int) -> list[Task]:
-    """The tasks, and more of two images each if none of them has several: only those show images in the wrong order.
+    """Add tasks with two images if no task has several, because only those show images in a wrong order.
 
-    The second image is the first one inverted, turned and darkened, which differs from it also where it is mid-grey.
-    Both have half its width and height, so that a prompt of both is no longer than the task's own.
+    The second image is the first one inverted, rotated and darkened, so that mid-grey parts differ, too. Both have half
+    the original width and height, so that their prompt is not longer than the task's own.
 
     Args:
-        tasks: Of one rank.
+        tasks: Tasks of one rank.
         max_images: Largest number of images of a trajectory.
     """
     if max_images < 2 or any(len(task.images) > 1 for task in tasks):
@@ -105,7 +104,7 @@ def with_two_images(tasks: Sequence[Task], max_images: int) -> list[Task]:
 
 
 def unseen(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with inverted images: prompts of the same length that no cache can hold."""
+    """The tasks with inverted images, which give prompts of the same length that no cache contains."""
     return [replace(task, images=tuple(ImageOps.invert(image) for image in task.images)) for task in tasks]
 
 

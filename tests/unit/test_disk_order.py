@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from trajectory_samples import digit_task, group
 
-from cv_lightning.callbacks.checkpoint import warn_of_missing_groups, warn_of_missing_rows
+from cv_lightning.callbacks.checkpoint import warn_of_lost_groups, warn_of_lost_rows
 from cv_lightning.environment import log_to
 from cv_lightning.files import describe_disk_error, whole_file
 from cv_lightning.loggers.metrics_file import MetricsLogger
@@ -63,12 +63,12 @@ def test_disk_lost_rows_of_metrics_are_named(tmp_path: Path, caplog: pytest.LogC
     for step in range(6):
         file.log_metrics({"loss": 1.0}, step)
     assert file.sync(before=5) == 5
-    warn_of_missing_rows(file, 5, 5)
+    warn_of_lost_rows([file], {"step": 5, "rows": [5]})
     assert not caplog.records
     lines = file.path.read_text().splitlines(keepends=True)
     file.path.write_text("".join([*lines[:2], lines[4]]))
     with caplog.at_level(logging.WARNING):
-        warn_of_missing_rows(MetricsLogger(tmp_path), 5, 5)
+        warn_of_lost_rows([MetricsLogger(tmp_path)], {"step": 5, "rows": [5]})
     assert "3 rows" in caplog.text and "of iterations 2-3, 5" in caplog.text
 
 
@@ -82,11 +82,11 @@ def test_disk_lost_trajectories_are_named(tmp_path: Path, caplog: pytest.LogCapt
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:100])
     with caplog.at_level(logging.WARNING):
-        warn_of_missing_groups(tmp_path, stored)
+        warn_of_lost_groups(tmp_path, stored)
     assert "rank0.jsonl: trajectories of iterations 3-4" in caplog.text
     assert "rank1.jsonl: trajectories of iterations 1-2" in caplog.text
     caplog.clear()
-    warn_of_missing_groups(tmp_path, {path.name: [2, 1]})
+    warn_of_lost_groups(tmp_path, {path.name: [2, 1]})
     assert not caplog.records
 
 
