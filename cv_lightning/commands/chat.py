@@ -91,22 +91,19 @@ def main(args: list[str] | None = None) -> int:
 
 def _run(options: ChatOptions, stack: ExitStack) -> int:
     from cv_lightning.models.loading import PolicyConfig
-    from cv_lightning.viewer.playground.session import PlaygroundConfig, open_playground
+    from cv_lightning.viewer.playground.session import open_playground
     from cv_lightning.viewer.playground.terminal import Terminal, one_question
 
     path = options.model or str(_exported(options, stack))
     policy = PolicyConfig(path=path, dtype=options.dtype, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
-    config = PlaygroundConfig(
-        policy=policy, agent=options.agent, engine=options.engine, sandbox=options.sandbox, out=options.out
-    )
+    opened = open_playground(policy, options.agent, options.engine, options.sandbox, options.out)
     if options.web:
         from cv_lightning.viewer.playground.web import check_port, serve
 
         check_port(options.port)
-        playground = stack.enter_context(open_playground(config))
-        serve(playground, options.sampling, options.port, options.image)
+        serve(stack.enter_context(opened), options.sampling, options.port, options.image)
         return 0
-    terminal = Terminal(stack.enter_context(open_playground(config)), options.sampling, options.inline)
+    terminal = Terminal(stack.enter_context(opened), options.sampling, options.inline)
     if options.image is not None:
         terminal.open_image(options.image)
     if options.question is not None:

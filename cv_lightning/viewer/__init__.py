@@ -1,1 +1,1 @@
-"""Pages for people: report, live view, comparison, data check and playground."""
+"""Pages and programs that show runs: report, live view, comparison, data check, playground."""

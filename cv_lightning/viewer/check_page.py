@@ -1,8 +1,8 @@
-"""The page of `data check`: one HTML file that loads nothing, with small pictures of what comes twice."""
+"""The page of `data check`: one self-contained HTML file, with thumbnails of repeated images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from cv_lightning.viewer.gallery import thumbnail
 from cv_lightning.viewer.pages import environment, style
 
 THUMBNAIL_PX = 128
-MAX_PICTURES = 80
-"""Embedded at most."""
+MAX_THUMBNAILS = 80
+"""Thumbnails on the page at most."""
 CHART_WIDTH, CHART_HEIGHT = 400, 90
 
 
@@ -25,16 +25,16 @@ def write_check_page(
     """Write the page.
 
     Args:
-        path: file to write.
-        report: of `check_files`.
-        images_of: The images of a row, by file and number.
+        path: The file to write.
+        report: Result of `check_files`.
+        images_of: Returns the images of a row, by file and number.
     """
     templates = environment().overlay(undefined=jinja2.Undefined)  # parts of the report may be missing
     templates.filters |= {"bars": _bars, "name": lambda p: Path(p).name, "place": _place, "whole": _whole}
     names = [Path(file["path"]).name for file in report["files"]]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     page = templates.get_template("check.html.jinja").render(
-        report=report, title=title, pictures=_pictures(report, images_of), style=style()
+        report=report, title=title, thumbnails=_thumbnails(report, images_of), style=style()
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -63,23 +63,13 @@ def _bars(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-def _pictures(report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]) -> dict[str, str]:
-    """Place to a small image as a data URI."""
-    pictures: dict[str, str] = {}
-    for place in _places(report["copies"]):
-        if len(pictures) >= MAX_PICTURES:
-            break
-        if _place(place) not in pictures:
-            images = images_of(place["path"], int(place["row"]))
-            pictures[_place(place)] = thumbnail(images[int(place["image"])], THUMBNAIL_PX)
-    return pictures
-
-
-def _places(copies: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """The pairs that the page shows, leaks first."""
-    if copies is None:
-        return
+def _thumbnails(report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]) -> dict[str, str]:
+    """Data URIs of the images that the page shows, by place; leaks first."""
+    thumbnails: dict[str, str] = {}
     for part, sides in (("leakage", ("held_out", "train")), ("near_copies", ("image", "like"))):
-        for pair in copies[part]["pairs"][:60]:
-            yield from (pair[side] for side in sides)
+        pairs = report["copies"][part]["pairs"][:60] if report["copies"] else ()
+        for place in (pair[side] for pair in pairs for side in sides):
+            if _place(place) not in thumbnails and len(thumbnails) < MAX_THUMBNAILS:
+                image = images_of(place["path"], int(place["row"]))[int(place["image"])]
+                thumbnails[_place(place)] = thumbnail(image, THUMBNAIL_PX)
+    return thumbnails

@@ -1,6 +1,6 @@
-"""What the report of any run says: headlines, tables, intervals, examples and facts, from the run's own records.
+"""Content of a run's report: headlines, tables, intervals, examples and facts, from the run's own records.
 
-An application adds what it knows about its runs with `RunSections`: names and order of stages, and sections of its own.
+An application adds names and order of its stages, and sections of its own, with `RunSections`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODES = ("greedy", "sampled")
 
 
 class EvaluatedStore(NamedTuple):
-    """One evaluation of the run, for the tables."""
+    """One evaluation of the run."""
 
     store: Store
     figures: EvalSummary
@@ -37,12 +37,12 @@ class StageColumn(NamedTuple):
 
 
 class FigureRow(NamedTuple):
-    """A figure of several evaluations."""
+    """One figure of several evaluations."""
 
     title: str
     note: str
     cells: list[Rate | None]
-    """One per column; None where it was not measured."""
+    """One value per column; None without a measurement."""
 
 
 class StageTable(NamedTuple):
@@ -60,30 +60,30 @@ class Section:
     title: str
     lead: str = ""
     texts: Sequence[tuple[str, Sequence[str]]] = ()
-    """Sentences by heading."""
+    """Headings with their sentences."""
     table: StageTable | None = None
     rows_title: str = ""
     rows: Sequence[tuple[str, str, str]] = ()
-    """Label, value and note."""
+    """Rows of label, value and note."""
     charts: list[dict[str, Any]] = field(default_factory=list)
-    """Of `evaluation.curves`; one section of a page may have charts."""
+    """Charts of `evaluation.curves`; only one section of a page may have some."""
 
 
 class RunSections:
-    """What an application adds to the report of a run that it made; as it stands, nothing.
+    """An application's additions to the report of one of its runs. This base class adds nothing.
 
     Args:
         run: The run.
     """
 
     stages: ClassVar[Mapping[str, str]] = {}
-    """Names of stages for people, in the order of the tables; others follow by name."""
+    """Names of stages for people, in the order of the tables; further stages follow by name."""
     kinds: ClassVar[Sequence[str]] = ()
-    """Kinds of tasks in the order of the tables; others follow by name."""
+    """Kinds of tasks in the order of the tables; further kinds follow by name."""
     apart: ClassVar[Collection[str]] = ()
-    """Stages that are shown in a section of their own and not in the main tables."""
+    """Stages that have a section of their own instead of a place in the main tables."""
     settings: ClassVar[Collection[str]] = ()
-    """Further keys of configs that a reader asks for first."""
+    """Further config keys in the table of main settings."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -93,11 +93,11 @@ class RunSections:
         return []
 
     def facts(self) -> list[tuple[str, str]]:
-        """Facts about the run, in a line each."""
+        """Facts about the run: name and value."""
         return []
 
     def sections(self, evaluated: Sequence[EvaluatedStore]) -> list[Section]:
-        """Sections, between results and curves."""
+        """Sections between results and curves."""
         return []
 
     def label(self, stage: str) -> str:
@@ -133,12 +133,12 @@ COMPARED = (
 
 
 def figures_of(evaluated: Sequence[EvaluatedStore]) -> dict[tuple[str, str, bool], EvalSummary]:
-    """Figures by stage, mode and tool, of the evaluations that have a record."""
+    """Figures of the evaluations that have a record, by stage, mode and tool."""
     return {(e.store.stage, e.store.mode, e.store.tool): e.figures for e in evaluated if e.store.mode}
 
 
 def stage_table(evaluated: Sequence[EvaluatedStore], stages: Sequence[str], app: RunSections) -> StageTable | None:
-    """The main figures of some stages side by side; None unless one of them was evaluated with the tool."""
+    """The main figures of stages side by side; None unless one of them was evaluated with the tool."""
     by_key = figures_of(evaluated)
     columns = [
         StageColumn(stage, app.label(stage), mode)
@@ -156,7 +156,7 @@ def stage_table(evaluated: Sequence[EvaluatedStore], stages: Sequence[str], app:
 
 
 def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
-    """Before and after: greedy (else sampled) figures of the last two stages whose order the application knows."""
+    """Figures before and after: greedy (else sampled) figures of the last two stages in the application's order."""
     by_key = figures_of(evaluated)
     stages = [stage for stage in app.main_stages(evaluated) if stage in app.stages][-2:]
     modes = [mode for mode in MODES if all((stage, mode, True) in by_key for stage in stages)]
@@ -185,7 +185,7 @@ def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dic
 
 
 def interval_rows(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
-    """By kind and evaluation: the numbers of the interval charts."""
+    """Rows of the interval charts, by kind of task and evaluation."""
     rows = []
     for entry in evaluated:
         store = entry.store
@@ -204,10 +204,10 @@ def interval_rows(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list
 
 # ------------------------------------------------------------------------------------------------ examples
 def examples(gallery: Gallery, evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
-    """One task of each kind as the last two stages answered it, drawn by a hash of its id, not by the outcome.
+    """One task of each kind as the last two stages answered it, chosen by a hash of its id, not by the outcome.
 
     Returns:
-        `kind`, `mode`, `labels`, and the numbers of the trajectories `before` and `after` in the gallery.
+        For each task `kind`, `mode`, `labels`, and the numbers of its trajectories `before` and `after` in the gallery.
     """
     by_store: dict[str, dict[str, int]] = {}
     kinds: dict[str, str] = {}
@@ -244,11 +244,11 @@ def lead(run: Run, num_trajectories: int, num_evaluations: int, app: RunSections
 
 
 def facts(run: Run, app: RunSections) -> list[tuple[str, str]]:
-    """What the run was, in a line each."""
+    """Facts about the run: name and value."""
     found = app.facts()
     for stage, curves in run.curves.items():
-        if (parity := parity_max(curves)) is not None:
-            found.append((f"{app.label(stage)}: engine versus trainer", f"log-probabilities within {parity:.1e}"))
+        if (mismatch := parity_max(curves)) is not None:
+            found.append((f"{app.label(stage)}: engine versus trainer", f"log-probabilities within {mismatch:.1e}"))
     record = next(iter(run.records.values()), {})
     for name in ("commit", "started", "python", "devices"):
         if record.get(name):
@@ -266,7 +266,7 @@ MAIN_SETTINGS = frozenset(
 
 
 def settings(run: Run, app: RunSections) -> list[tuple[str, str, str]]:
-    """(config file, key, value) of the settings a reader asks for first; the whole files stand below them."""
+    """(config file, key, value) of the main settings; the page shows the whole files below them."""
     wanted = MAIN_SETTINGS.union(app.settings)
     found = []
     for path, text in run.configs.items():
@@ -282,7 +282,7 @@ def settings(run: Run, app: RunSections) -> list[tuple[str, str, str]]:
 
 
 def _leaves(value: Any, parent: str = "") -> Iterator[tuple[str, Any]]:
-    """`parent.key` with its value, at any depth, where the value is not a container."""
+    """`parent.key` and value of every leaf."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         if isinstance(item, dict | list):

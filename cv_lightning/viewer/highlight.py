@@ -1,8 +1,10 @@
-"""Python code in coloured pieces, as the report's script draws it; Pygments reads the code."""
+"""Splits Python code into coloured pieces with Pygments, as the report's script draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 
 from pygments.lexers.python import PythonLexer
 from pygments.token import Token, _TokenType
@@ -15,21 +17,16 @@ TONES = (
     (Token.Keyword, "k"),
     (Token.Operator.Word, "k"),
 )
-"""Kinds of token and the classes of `report.css`; what is none of these has no colour."""
+"""Kinds of token with their classes in `report.css`; other tokens have no colour."""
 
 
 def highlight(code: str) -> list[tuple[str, str]]:
-    """(tone, text) of the code's pieces; the texts joined are the code.
+    """Pieces of the code as (tone, text); the joined texts are the code.
 
-    Tones: `com`, `str`, `num`, `k` (keyword), `fn` (a name that is called) and the empty one.
+    Tones are `com`, `str`, `num`, `k` (keyword), `fn` (a name that is called) and empty.
     """
-    pieces: list[tuple[str, str]] = []
-    for tone, text in _toned([(kind, text) for _, kind, text in LEXER.get_tokens_unprocessed(code)]):
-        if pieces and pieces[-1][0] == tone:
-            pieces[-1] = (tone, pieces[-1][1] + text)
-        else:
-            pieces.append((tone, text))
-    return pieces
+    tokens = [(kind, text) for _, kind, text in LEXER.get_tokens_unprocessed(code)]
+    return [(tone, "".join(text for _, text in run)) for tone, run in groupby(_toned(tokens), key=itemgetter(0))]
 
 
 def _toned(tokens: list[tuple[_TokenType, str]]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
-"""The report of a run in the browser while the run continues.
+"""The live report: serves the report of a run to a browser while the run continues.
 
-Only this machine can reach it (loopback), only for reading, and only the page and the pictures of the run's stores.
+The server listens on the loopback address and serves only the page and the images of the run's stores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cv_lightning.viewer.report import Report, ReportConfig, StoreCache, file_st
 PORT = 8765
 TRIED_PORTS = 20
 IDLE_PER_BUILD = 9
-"""Reading a run that grows takes at most a tenth of the time of one core."""
+"""Idle time after a build, in build times: reading a growing run takes at most a tenth of one core."""
 SHOWN_FILES = ("trajectories/*.jsonl", "metrics.csv", "*.json", "*config.yaml")
 IMAGE_PATH = re.compile(rf"(?P<store>.*?)/?{IMAGES}/(?P<file>[0-9a-f]{{8,128}}\.(?P<kind>png|webp))")
 IMAGE_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
@@ -46,18 +46,18 @@ class RenderedReport(NamedTuple):
     state: str
     html: bytes
     data: bytes
-    """JSON, for a page that is open."""
+    """JSON for an open page."""
     stores: frozenset[str]
-    """Paths below the run."""
+    """Paths of the stores below the run's folder."""
 
 
 class LiveReport:
-    """A run's report, built anew when its files have changed.
+    """A run's report, built again whenever its files have changed.
 
     Args:
-        folder: the run; it may be empty still.
-        config: how much the page shows; pictures are served, not embedded.
-        sections_of: what an application adds.
+        folder: The run's folder; it may still be empty.
+        config: Limits on what the page shows; images are served, not embedded.
+        sections_of: Makes an application's additions.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class LiveReport:
         self._rest_until = 0.0
 
     def page(self) -> RenderedReport:
-        """The newest page, or the last one while it is too early for another.
+        """The page, built at most as often as `IDLE_PER_BUILD` allows.
 
         Raises:
-            DataError: the folder holds no run yet.
+            DataError: The folder holds no run yet.
         """
         with self._lock:
             begun = time.monotonic()
@@ -103,37 +103,37 @@ class LiveReport:
         )
 
     def image(self, path: str, size: str | None) -> tuple[bytes, str]:
-        """A picture of one of the run's stores.
+        """An image of one of the run's stores.
 
         Args:
-            path: of the URL, unquoted.
-            size: `WIDTHxHEIGHT`, to see it as the model did.
+            path: Unquoted path of the URL.
+            size: `WIDTHxHEIGHT` to scale the image down to.
 
         Returns:
-            The file and its media type.
+            The file's bytes and its media type.
 
         Raises:
-            FileNotFoundError: no such picture, or a path to anything else.
-            DataError: the file is damaged.
+            FileNotFoundError: The path is not that of an image.
+            DataError: The file is damaged.
         """
         match = IMAGE_PATH.fullmatch(path.removeprefix("/"))
         if match is None or (match["store"] or ".") not in self.page().stores:
             raise FileNotFoundError(path)
         file = self.folder / match["store"] / IMAGES / match["file"]
-        wanted = IMAGE_SIZE.fullmatch(size or "")
-        if wanted is None:
+        target = IMAGE_SIZE.fullmatch(size or "")
+        if target is None:
             return file.read_bytes(), f"image/{match['kind']}"
         if not file.is_file():
             raise FileNotFoundError(path)
-        picture = decode_image(file)
-        to = (min(int(wanted[1]), picture.width), min(int(wanted[2]), picture.height))
+        image = decode_image(file)
+        width, height = (max(1, min(int(side), own)) for side, own in zip(target.groups(), image.size, strict=True))
         buffer = io.BytesIO()
-        picture.resize((max(1, to[0]), max(1, to[1])), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
         return buffer.getvalue(), "image/png"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET for the page, its data and the run's pictures."""
+    """Answers GET requests for the page, its data and the run's images."""
 
     server: ReportServer
     protocol_version = "HTTP/1.1"
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer one request."""
         if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in HOSTS:
-            # a page of another site whose name points to this machine must not read it
+            # Another site's page, whose name was pointed to this machine, must not read the run.
             return self._answer(HTTPStatus.FORBIDDEN, b"only for this machine", "text/plain")
         url = urlsplit(self.path)
         query = parse_qs(url.query)
@@ -172,25 +172,25 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _waiting(error: CVLightningError) -> bytes:
-    """A page that waits for the run's first line, or tells what is wrong with it."""
+    """A page that reloads until there is a run, and shows the error until then."""
     text = html.escape(str(error))
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">'
     return f"{head}<title>waiting</title><p>Waiting for the run: {text}</p></html>".encode()
 
 
 class ReportServer(ThreadingHTTPServer):
-    """The server of one run, on loopback.
+    """The server of one run, on the loopback address.
 
     Args:
-        report: what it shows.
-        port: 0: any free one.
+        report: The report.
+        port: The port; 0 for any free one.
 
     Raises:
-        OSError: the port is taken.
+        OSError: The port is in use.
     """
 
     daemon_threads = True
@@ -200,16 +200,16 @@ class ReportServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Stay silent about a browser that went away; tell the rest."""
+        """Report all errors but a closed connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def open_server(report: LiveReport, port: int) -> ReportServer:
-    """A server on the port, or on the next free one.
+    """Open a server on a port or on the next free one.
 
     Raises:
-        DataError: none of the ports is free.
+        DataError: None of the ports is free.
     """
     for number in range(port, min(port + TRIED_PORTS, 65536)):
         try:
@@ -224,12 +224,12 @@ def serve_report(report: LiveReport, port: int, open_browser: Callable[[str], ob
     """Serve a run until Ctrl-C.
 
     Args:
-        report: what is shown.
-        port: of the loopback; the next free one if it is taken, 0: any.
-        open_browser: called with the address.
+        report: The report.
+        port: The port, or the next free one if it is in use; 0 for any.
+        open_browser: Called with the address.
 
     Raises:
-        DataError: none of the ports is free.
+        DataError: None of the ports is free.
     """
     server = open_server(report, port)
     address = f"http://127.0.0.1:{server.server_port}/"

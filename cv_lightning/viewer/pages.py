@@ -1,4 +1,4 @@
-"""What all pages share: templates and style."""
+"""Templates and style of all pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def environment() -> jinja2.Environment:
-    """Reads the templates; texts of models and data are escaped, and a name that is not there is an error."""
+    """Environment of the templates; it escapes texts of models and data, and an undefined name is an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,8 +1,8 @@
-"""The report: one self-contained HTML page that shows what a run did.
+"""The report: one self-contained HTML page with the results, curves and trajectories of a run.
 
-The page needs no network and no server: styles, script, data and pictures are inside (pictures beyond a limit are
-loaded from the run's folder). Text of models and data is escaped by the template and set as text by the script; a
-content security policy allows the page's own script only.
+The page needs no network and no server: it holds styles, script, data and images (images beyond a limit are loaded from
+the run's folder). Text of models and data is escaped by the template and set as text by the script; a content security
+policy allows the page's own script only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,21 +39,21 @@ from cv_lightning.viewer.pages import TEMPLATES, environment, style
 
 LOG = logging.getLogger(__name__)
 NONE = "\N{EN DASH}"
-"""Stands where nothing was measured, and between the ends of an interval."""
+"""Sign for a missing value, and between the ends of an interval."""
 SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "examples.js", "live.js", "start.js")
-"""Parts of the page's one script, in order."""
+"""Parts of the page's script, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """How much the page embeds."""
+    """Limits on what the page embeds."""
 
     max_trajectories: int = 5000
-    """Trajectories in the gallery, over all stores; a stratified sample beyond. The page says how many of how many."""
+    """Trajectories in the gallery over all stores; a stratified sample if there are more, as the page then says."""
     max_image_mb: float = 8.0
-    """Pictures embedded, in MB; the page loads the others from the run's folder when they are looked at."""
+    """Embedded images in MB; the page loads the others from the run's folder when they are shown."""
     thumbnail_px: int = 384
-    """Longest side of an embedded picture."""
+    """Longest side of an embedded image."""
 
     def __post_init__(self) -> None:
         if self.max_trajectories < 0 or self.max_image_mb < 0 or self.thumbnail_px < 16:
@@ -71,16 +72,16 @@ def write_report(
     """Write the report of a run.
 
     Args:
-        folder: the run.
-        config: how much is embedded.
-        out: the page; by default `report.html` in the run.
-        sections_of: what an application adds.
+        folder: The run's folder.
+        config: Limits on what is embedded.
+        out: The page; by default `report.html` in the run's folder.
+        sections_of: Makes an application's additions.
 
     Returns:
         The page's path.
 
     Raises:
-        DataError: no run there, or one of a newer schema.
+        DataError: The folder holds no run, or one of a newer schema.
     """
     run = load_run(folder)
     page = Path(out) if out is not None else run.folder / "report.html"
@@ -92,30 +93,25 @@ def write_report(
 
 @dataclass(slots=True, kw_only=True)
 class StoreContent:
-    """What the page needs of one store."""
+    """The content of one store on the page."""
 
     figures: EvalSummary | None
-    """None for a store of training."""
+    """Figures of an evaluation; None for a store of training."""
     groups: list[Group]
     """The gallery's sample."""
     num_seen: int
-    """Trajectories that it was drawn from."""
+    """Trajectories that the sample was drawn from."""
     bad_lines: list[BadLine]
 
 
 @dataclass(slots=True)
 class StoreCache:
-    """Content of stores by the state of their files, so that a page of a run under way reads only what is new."""
+    """Content of stores by the state of their files, so that the page of a growing run reads only changed stores."""
 
     _known: dict[Path, tuple[object, StoreContent]] = field(default_factory=dict)
 
     def read(self, store: Store, most: int) -> StoreContent:
-        """What a store holds, read once.
-
-        Args:
-            store: of the run.
-            most: trajectories in the sample.
-        """
+        """The content of a store, with a sample of at most `most` trajectories."""
         state = (most, file_state((store.path / LINES).glob("*.jsonl")))
         known = self._known.get(store.path)
         if known is None or known[0] != state:
@@ -124,14 +120,12 @@ class StoreCache:
 
 
 def file_state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of files; one that is gone meanwhile is left out."""
+    """Name, size and modification time of files; one that was removed meanwhile is left out."""
     found = []
     for path in sorted(paths):
-        try:
+        with suppress(FileNotFoundError):
             status = path.stat()
-        except FileNotFoundError:
-            continue
-        found.append((str(path), status.st_size, status.st_mtime_ns))
+            found.append((str(path), status.st_size, status.st_mtime_ns))
     return tuple(found)
 
 
@@ -146,15 +140,15 @@ def _read_store(store: Store, most: int) -> StoreContent:
 
 
 class Report:
-    """The page of a run, whole or as the data that its script draws.
+    """The page of a run, as HTML and as the data that its script draws.
 
     Args:
-        run: the run.
-        config: how much is embedded.
-        page: where the page stands or is served, for the paths of pictures that are not embedded.
-        app: what an application adds.
-        cache: what was read before.
-        is_live: the page asks its server for new data.
+        run: The run.
+        config: Limits on what is embedded.
+        page: Path of the page, from which images that are not embedded are linked.
+        app: An application's additions.
+        cache: Content that was read before.
+        is_live: The page asks its server for new data.
     """
 
     def __init__(
@@ -179,7 +173,7 @@ class Report:
         self.sections = app.sections(self.evaluated)
 
     def _order(self, store: Store) -> tuple[Any, ...]:
-        """Evaluations first; by stage, greedy before sampled, with the tool before without."""
+        """Sort key: evaluations first, greedy before sampled, then by stage, with the tool before without."""
         return (
             not store.is_evaluation,
             store.is_evaluation and not store.mode,
@@ -226,7 +220,7 @@ class Report:
             "lead": content.lead(self.run, self.num_total, len(self.evaluated), self.app),
             "live": self.is_live,
         }
-        # what the script does not draw: where this differs, the page has to be loaded anew
+        # The script does not draw these parts; a page has to be loaded again when they change.
         written = [found["intervals"], found["examples"], self.bad_lines, bool(self.num_total), bool(curves)]
         found["fixed"] = hashlib.sha256(json.dumps(written, default=str).encode()).hexdigest()[:16]
         cleaned: dict[str, Any] = finite(found)
@@ -264,17 +258,17 @@ class Report:
 
 
 def _axis(curves: Sequence[Curve]) -> str:
-    """What the curves of a training are drawn over."""
+    """Name of the horizontal axis of a training's curves."""
     return "iteration" if any(curve.name.startswith("rollout/") for curve in curves) else "step"
 
 
 def _why(line: BadLine) -> str:
-    """Why a line could not be read, in the words of the page."""
+    """Reason of an unreadable line, for people."""
     return "of an older schema" if "older than" in line.reason else "torn or damaged"
 
 
 def _read_stores(stores: Sequence[Store], most: int, cache: StoreCache) -> dict[Path, StoreContent]:
-    """Contents by path; of the sample training gets at most half where there are evaluations, and they get the rest."""
+    """Contents by path. Training gets at most half of the sample if there are evaluations, which get the rest."""
     training = [store for store in stores if not store.is_evaluation]
     evaluations = [store for store in stores if store.is_evaluation]
     half = most // 2 if evaluations else most
@@ -300,12 +294,12 @@ def _rate(value: Rate | None) -> Markup:
 
 
 def _policy(style: str, script: str, more: str) -> str:
-    """Content security policy: this style, this script, pictures of the page and of the run, nothing else.
+    """Content security policy: allows this style, this script, images of page and run, and nothing else.
 
     Args:
-        style: the page's own.
-        script: the page's own.
-        more: further directives.
+        style: The page's style sheet.
+        script: The page's script.
+        more: Further directives.
     """
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (

@@ -1,4 +1,4 @@
-"""A playground whose model says what a test wrote: real agent loop, tokenizer and sandbox. Run it to serve the page."""
+"""A playground with a scripted model, and the real agent loop, tokenizer and sandbox. Run it to serve the page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ANSWER = f"<think>it reads {HOSTILE}</think><answer>42 {HOSTILE}</answer>"
 
 
 class PatientEngine(ScriptedEngine):
-    """Calls the tool on the first picture, and answers on the second once the file `gate`, if any, is there."""
+    """Calls the tool on the first image, and answers on the second once the file `gate`, if any, exists."""
 
     def __init__(self, encoder: DialogueEncoder, seconds: float, gate: Path | None) -> None:
         super().__init__(encoder, lambda _, turn: ANSWER if len(self.requests[-1].images) > 1 else TURN)

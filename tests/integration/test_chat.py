@@ -1,4 +1,4 @@
-"""The playground: one question from asking to a stored trajectory, its edits, its stop, and the terminal."""
+"""The playground: ask, edit, stop and save a question, and the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cv_lightning.types import CVLightningError, EndState, Trajectory
 from cv_lightning.viewer.playground.session import Exchange, Playground
 from cv_lightning.viewer.playground.terminal import Terminal
 
-PICTURE = Image.new("RGB", (96, 64), "white")
+IMAGE = Image.new("RGB", (96, 64), "white")
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def play(encoder: DialogueEncoder, tmp_path: Path) -> Iterator[Playground]:
 
 
 def ask(play: Playground) -> tuple[Exchange, list[str]]:
-    """An exchange, and what was going on whenever the watcher was called."""
+    """An exchange, and its status at every call of the watcher."""
     seen: list[str] = []
-    exchange = play.ask(PICTURE, "What is written?", SamplingConfig(), lambda e: seen.append(e.status))
+    exchange = play.ask(IMAGE, "What is written?", SamplingConfig(), lambda e: seen.append(e.status))
     return exchange, seen
 
 
-def test_every_turn_is_told_as_it_happens(play: Playground) -> None:
+def test_every_turn_is_reported_as_it_happens(play: Playground) -> None:
     exchange, seen = ask(play)
     assert seen == ["thinking", "thinking", "running the code", "thinking", "thinking", "answered"]
     assert [turn.text for turn in exchange.turns] == [TURN, ANSWER]
@@ -63,7 +63,7 @@ def test_edited_code_really_runs_and_is_not_learned_from(play: Playground) -> No
         play.try_code(first, 1, "", lambda e: None)
 
 
-def test_what_is_saved_is_read_by_the_store(play: Playground) -> None:
+def test_a_saved_exchange_is_read_by_the_store(play: Playground) -> None:
     first, _ = ask(play)
     assert first.turns[0].result is not None and first.turns[0].result.image is not None
     file = play.image_file(first.turns[0].result.image)
@@ -77,12 +77,12 @@ def test_what_is_saved_is_read_by_the_store(play: Playground) -> None:
     assert record.turns[0].tool_call is not None and record.turns[0].result is not None
 
 
-def test_stopping_ends_it_at_once_and_leaves_it_whole(encoder: DialogueEncoder, tmp_path: Path) -> None:
+def test_stop_ends_an_exchange_at_once_and_keeps_it_whole(encoder: DialogueEncoder, tmp_path: Path) -> None:
     with playground(encoder, tmp_path, seconds=60.0) as play:
         running: list[Exchange] = []
         ended: list[Exchange] = []
         thread = threading.Thread(
-            target=lambda: ended.append(play.ask(PICTURE, "What?", SamplingConfig(), running.append))
+            target=lambda: ended.append(play.ask(IMAGE, "What?", SamplingConfig(), running.append))
         )
         thread.start()
         while not (running and play.rollout.engine.has_unfinished()):
@@ -97,11 +97,11 @@ def test_stopping_ends_it_at_once_and_leaves_it_whole(encoder: DialogueEncoder, 
 
 
 def test_the_terminal_asks_edits_and_saves(play: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    PICTURE.save(tmp_path / "a picture.png")
+    IMAGE.save(tmp_path / "an image.png")
     monkeypatch.setenv("EDITOR", "sed -i s/90/180/")
     commands = [
         "What?",
-        f":image {tmp_path / 'a picture.png'}",
+        f":image {tmp_path / 'an image.png'}",
         "What is written?",
         ":edit",
         ":save",
@@ -112,7 +112,7 @@ def test_the_terminal_asks_edits_and_saves(play: Playground, tmp_path: Path, mon
     out = io.StringIO()
     Terminal(play, SamplingConfig(), console=Console(file=out, width=160)).loop()
     said = out.getvalue()
-    assert "there is no picture yet" in said
+    assert "there is no image yet" in said
     assert "64x96 pixels (ran: rotate_90" in said and "96x64 pixels (ran: rotate_180" in said
     assert "turn 1 (your code)" in said and "turn 9 has no code; turns with code: 1" in said
     [group] = read_groups(play.out)
@@ -123,7 +123,7 @@ def test_the_terminal_asks_edits_and_saves(play: Playground, tmp_path: Path, mon
 def test_a_real_model_from_the_command_line(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    PICTURE.save(tmp_path / "a.png")
+    IMAGE.save(tmp_path / "a.png")
     arguments = ["--model", str(tiny_checkpoint), "--image", str(tmp_path / "a.png"), "--question", "What is written?"]
     arguments += ["--engine.kind", "transformers", "--agent.max_turn_tokens", "16", "--sampling.temperature", "1"]
     code = main([*arguments, "--out", str(tmp_path / "chat"), "--save", "--dtype", "float32"])
@@ -134,7 +134,7 @@ def test_a_real_model_from_the_command_line(
     assert "turn 1" in capsys.readouterr().out
 
 
-def test_a_models_run_says_how_it_was_trained(tmp_path: Path) -> None:
+def test_the_settings_of_a_models_training_run_are_used(tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "fit_config.yaml").write_text(
         """
@@ -158,9 +158,9 @@ model: {init_args: {policy: {path: x, dtype: float16, min_pixels: 64, max_pixels
         (["--model", "x", "--question", "q"], "--question needs --image"),
         (["--model", "runs/no_such_model", "--image", "x", "--question", "q"], "runs/no_such_model: no such folder"),
     ],
-    ids=["nothing", "no picture", "no model"],
+    ids=["nothing", "no image", "no model"],
 )
-def test_bad_options_are_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_messages(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -170,11 +170,11 @@ def test_a_served_model_without_log_probabilities_can_be_edited_and_saved(
 ) -> None:
     run = Rollout.run
 
-    def unlearnt(self: Rollout, *arguments: object, **options: object) -> list[Trajectory]:
+    def without_logprobs(self: Rollout, *arguments: object, **options: object) -> list[Trajectory]:
         made = run(self, *arguments, **options)  # type: ignore[arg-type]
         return [replace(trajectory, loss_mask=[False] * len(trajectory.loss_mask)) for trajectory in made]
 
-    monkeypatch.setattr(Rollout, "run", unlearnt)
+    monkeypatch.setattr(Rollout, "run", without_logprobs)
     first, _ = ask(play)
     second = play.try_code(first, 0, "result = image.crop((0, 0, 32, 48))", lambda e: None)
     for exchange in (first, second):

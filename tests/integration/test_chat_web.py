@@ -1,4 +1,4 @@
-"""The playground's page in a real headless Chromium: upload, ask, watch, edit, save; a model's words stay text."""
+"""The playground's page in a real headless Chromium: upload, ask, watch, edit, save; a model's text stays text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def press(browser: Browser, text: str) -> None:
 def test_upload_ask_watch_edit_and_save(served: tuple[str, Path], tmp_path: Path) -> None:
     address, store = served
     Image.new("RGB", (96, 64), "white").save(tmp_path / "bild ä.png")
-    (tmp_path / "no.png").write_text("no picture")
+    (tmp_path / "no.png").write_text("no image")
     with Browser(tmp_path / "profile") as browser:
         browser.open(address)
         browser.until("document.querySelector('input[type=file]') !== null")
@@ -99,7 +99,7 @@ def test_upload_ask_watch_edit_and_save(served: tuple[str, Path], tmp_path: Path
     assert pixels_of(group.trajectories[0].images[0].original).size == (96, 64)
 
 
-def test_a_port_that_is_taken_is_told(served: tuple[str, Path]) -> None:
+def test_a_port_in_use_is_an_error(served: tuple[str, Path]) -> None:
     from cv_lightning.viewer.playground.web import check_port
 
     with pytest.raises(CVLightningError, match="--port"):

@@ -117,7 +117,7 @@ def test_crops_are_drawn_where_they_were_taken(browser: Browser, page: Path) -> 
         assert (outside <= 1) if edge < 2 else (outside >= -1)
 
 
-def test_pictures_are_decoded_only_when_looked_at(browser: Browser, page: Path) -> None:
+def test_images_are_decoded_only_when_shown(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     assert browser.run("[...document.querySelectorAll('.tile img')].filter((i) => i.hasAttribute('src')).length") == 0
     browser.run("document.getElementById('cards').scrollIntoView()")
@@ -203,7 +203,7 @@ def test_five_thousand_trajectories_open_within_a_second(browser: Browser, tmp_p
     assert browser.problems == []
 
 
-def test_pictures_that_are_not_on_the_page_come_from_the_run(browser: Browser, page: Path, tmp_path: Path) -> None:
+def test_images_that_are_not_embedded_are_loaded_from_the_run(browser: Browser, page: Path, tmp_path: Path) -> None:
     run = tmp_path / "a rün"
     shutil.copytree(page.parent / "rl", run / "rl")
     small = write_report(run, ReportConfig(max_image_mb=0.0))
@@ -213,10 +213,10 @@ def test_pictures_that_are_not_on_the_page_come_from_the_run(browser: Browser, p
     browser.run("document.getElementById('cards').scrollIntoView()")
     browser.until("[...document.querySelectorAll('.tile img')].filter((i) => i.naturalWidth > 0).length > 3")
     browser.run(f"openViewer(all.find((i) => i.trajectory.images[0].file === {json.dumps(gone['file'])}).index)")
-    browser.until("document.querySelector('#viewer .source .none')?.textContent === 'picture not found'")
+    browser.until("document.querySelector('#viewer .source .none')?.textContent === 'image not found'")
     assert all(url.startswith("file://") for url in browser.requests if url != "about:blank")
 
     browser.open(write_report(run, ReportConfig(max_image_mb=0.0)).as_uri())
     assert "missing in the run's folder" in " ".join(browser.run("document.querySelector('.lead').textContent").split())
     browser.run("openViewer(all.find((i) => i.trajectory.images[0].missing).index)")
-    assert "picture missing in the run" in browser.run("document.querySelector('#viewer .source').textContent")
+    assert "image missing in the run" in browser.run("document.querySelector('#viewer .source').textContent")

@@ -1,4 +1,4 @@
-"""`view` serves a run under way: what is new appears, and nothing but the run can be read."""
+"""`view` serves a run under way: new groups appear, and nothing but the run can be read."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_empty_folder_waits_and_a_run_is_read_when_it_grows(server: ReportSer
     assert len(json.loads(get(server, f"/data.json?have={data['state']}")[1])["trajectories"]) == 12
 
 
-def test_only_pictures_of_the_run_can_be_read(server: ReportServer) -> None:
+def test_only_images_of_the_run_can_be_read(server: ReportServer) -> None:
     run = server.report.folder
     add(run, 1, 1)
     (run.parent / "images").mkdir()
@@ -91,7 +91,7 @@ def test_a_taken_port_gives_the_next_one(server: ReportServer, tmp_path: Path) -
         assert server.server_port < other.server_port <= server.server_port + 20
 
 
-def test_what_cannot_be_viewed_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_folder_or_port_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([str(tmp_path / "nothing")], [str(tmp_path), "--port", "70000"]):
         assert view_main(arguments) == 2
     error = capsys.readouterr().err

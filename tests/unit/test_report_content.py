@@ -252,9 +252,9 @@ def test_a_torn_line_is_told_on_the_page(run: Path, tmp_path: Path) -> None:
     assert "1 unreadable line in rl, greedy skipped" in write_report(tmp_path).read_text()
 
 
-def test_the_limit_on_pictures_leaves_links(run: Path, tmp_path: Path) -> None:
+def test_images_over_the_limit_are_linked(run: Path, tmp_path: Path) -> None:
     text = report_of(run, ReportConfig(max_image_mb=0.0)).read_text()
-    assert "pictures are loaded from the run's folder" in text
+    assert "images are loaded from the run's folder" in text
     assert "data:image/png" not in text
     report_of(run)
 
@@ -270,7 +270,7 @@ def test_the_sample_holds_the_same_tasks_of_every_evaluation(run: Path) -> None:
     assert len(set.intersection(*tasks.values())) >= 2
 
 
-def test_pictures_and_lines_that_cannot_be_had_are_counted(run: Path, tmp_path: Path) -> None:
+def test_missing_images_and_unreadable_lines_are_counted(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "eval" / "rl_greedy_tool", tmp_path / "eval" / "rl_greedy_tool")
     (path,) = tmp_path.glob("eval/*/trajectories/*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -278,7 +278,7 @@ def test_pictures_and_lines_that_cannot_be_had_are_counted(run: Path, tmp_path: 
     files = {image["original"]["file"] for image in json.loads(lines[-1])["trajectories"][0]["images"]}
     for file in files:
         (tmp_path / "eval" / "rl_greedy_tool" / "images" / file).unlink()
-    noun = "picture is" if len(files) == 1 else "pictures are"
+    noun = "image is" if len(files) == 1 else "images are"
     for limit in (8.0, 0.0):
         text = write_report(tmp_path, ReportConfig(max_image_mb=limit)).read_text()
         assert re.search(rf"{len(files)} {noun}\s+missing in the run's folder", text)

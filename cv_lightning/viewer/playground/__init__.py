@@ -1,1 +1,1 @@
-"""Ask a model about a picture and watch it work: one trajectory at a time, in the terminal or a browser."""
+"""The playground: ask a model about an image, and watch, edit, repeat and save its turns."""

@@ -1,4 +1,4 @@
-"""One question after another to one model. What is asked, watched, stopped, edited and saved; not how it is shown."""
+"""The playground without its display: questions to one model, which can be watched, edited and saved."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -19,6 +20,7 @@ from cv_lightning.agent.protocol import ParsedTurn, parse_turn
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.engines import Completion, EngineConfig, SamplingConfig, build_engine, engine_kind
+from cv_lightning.files import whole_file
 from cv_lightning.images import content_hash
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -31,43 +33,43 @@ DATA_SOURCE = "playground"
 
 @dataclass(slots=True, eq=False)
 class WatchedTurn:
-    """One assistant turn as it is seen."""
+    """One assistant turn of an exchange."""
 
     text: str
     parsed: ParsedTurn
     edited: bool
-    """Written by the user, not sampled."""
+    """True if the user wrote it."""
     running: bool = False
-    """Its code is in the sandbox."""
+    """True while its code runs in the sandbox."""
     result: SandboxResult | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """A question and what comes of it; grows while it is answered."""
+    """A question with its turns, which are added while it is answered."""
 
     task: Task
     sampling: SamplingConfig
     given: Sequence[Completion] = ()
-    """Turns it begins with, the edited one last."""
+    """Turns that it begins with, the edited one last."""
     edited: frozenset[int] = frozenset()
-    """Turns that the user wrote."""
+    """Numbers of the turns that the user wrote."""
     turns: list[WatchedTurn] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
-    """Of the turns; what another try begins with."""
+    """Completions of the turns, with which another attempt can begin."""
     trajectory: Trajectory | None = None
-    """Once it has ended."""
+    """The trajectory once the exchange has ended."""
     stop: Callable[[], None] = lambda: None
-    """Ends it after the engine's next step, from any thread."""
+    """Ends the exchange after the engine's next step; may be called from any thread."""
 
     @property
     def answer(self) -> str | None:
-        """What was answered, once it was."""
+        """The answer, once there is one."""
         return self.turns[-1].parsed.answer if self.turns else None
 
     @property
     def status(self) -> str:
-        """What is going on, for people."""
+        """The state of the exchange, for people."""
         if self.trajectory is not None:
             state = self.trajectory.end_state.value.replace("_", " ")
             return f"{state}: {self.trajectory.error}" if self.trajectory.error else state
@@ -75,29 +77,28 @@ class Exchange:
 
 
 Watch = Callable[[Exchange], None]
-"""Called whenever something happened, from the engine's or the sandbox's thread."""
+"""Called on every change of an exchange, from the engine's or the sandbox's thread."""
 
 
 class Playground:
-    """A model, its sandbox, and the store that saved trajectories go to. One question at a time."""
+    """A model, its sandbox, and the store of saved trajectories. Answers one question at a time.
+
+    Args:
+        rollout: The agent loop with engine and sandbox; it is not changed.
+        model: The model's name, stored with the trajectories.
+        out: Folder of the store; made when something is saved.
+    """
 
     def __init__(self, rollout: Rollout, model: str, out: Path) -> None:
-        """Use an agent loop.
-
-        Args:
-            rollout: with engine and sandbox; it is not changed.
-            model: its name, stored with the trajectories.
-            out: folder of the store; made when something is saved.
-        """
         self.rollout, self.model, self.out = rollout, model, out
         self._busy = threading.Lock()
         self._count = 0
 
     def ask(self, image: Image.Image, question: str, sampling: SamplingConfig, watch: Watch) -> Exchange:
-        """Answer a question about a picture; returns when it is answered or was stopped.
+        """Answer a question about an image; returns when it is answered or was stopped.
 
         Raises:
-            CVLightningError: another question is being answered; the engine failed.
+            CVLightningError: Another question is being answered, or the engine failed.
         """
         self._count += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._count}"
@@ -108,16 +109,16 @@ class Playground:
         return self._run(Exchange(task=task, sampling=sampling), watch)
 
     def try_code(self, exchange: Exchange, index: int, code: str, watch: Watch) -> Exchange:
-        """Run edited code in place of a turn's own, and let the model go on from its result.
+        """Run edited code in place of a turn's own, and let the model continue from its result.
 
         Args:
-            exchange: that has ended.
-            index: of a turn with a call.
-            code: the new snippet.
-            watch: as in `ask`.
+            exchange: An exchange that has ended.
+            index: Number of a turn with a call.
+            code: The new snippet.
+            watch: See `Watch`.
 
         Raises:
-            CVLightningError: as `ask`, or the turn holds no call.
+            CVLightningError: The same as of `ask`, or the turn has no call.
         """
         call = exchange.turns[index].parsed.call
         if call is None:
@@ -140,34 +141,33 @@ class Playground:
         if not self._busy.acquire(blocking=False):
             raise CVLightningError("another question is being answered; stop it or wait for its answer")
         try:
-            engine = WatchedEngine(
-                self.rollout.engine, exchange.given, lambda turn: self._turned(exchange, turn, watch)
-            )
-            sandbox = WatchedSandbox(self.rollout.sandbox, lambda result: _ran(exchange, result, watch))
+            on_turn = partial(self._add_turn, exchange, watch)
+            engine = WatchedEngine(self.rollout.engine, exchange.given, on_turn)
+            sandbox = WatchedSandbox(self.rollout.sandbox, partial(_set_result, exchange, watch))
             exchange.stop = engine.stopped.set
             watch(exchange)
             rollout = replace(self.rollout, engine=engine, sandbox=sandbox)
             [trajectory] = rollout.run([RolloutRequest(exchange.task, 0)], exchange.sampling)
             if engine.stopped.is_set() and trajectory.end_state is EndState.ERROR_ENGINE:
                 trajectory.end_state, trajectory.error = EndState.TRUNCATED, "by the user"
-            _unlearn(trajectory, exchange)
+            _mask_edited(trajectory, exchange)
             exchange.trajectory = trajectory
             watch(exchange)
             return exchange
         finally:
             self._busy.release()
 
-    def _turned(self, exchange: Exchange, completion: Completion, watch: Watch) -> None:
+    def _add_turn(self, exchange: Exchange, watch: Watch, completion: Completion) -> None:
         text = self.rollout.encoder.decode(completion.token_ids)
         exchange.completions.append(completion)
         exchange.turns.append(WatchedTurn(text, parse_turn(text), edited=len(exchange.turns) in exchange.edited))
         watch(exchange)
 
     def save(self, exchange: Exchange) -> Path:
-        """Append the trajectory to the store; returns its file.
+        """Append the trajectory to the store; returns the store's file.
 
         Raises:
-            CVLightningError: it has not ended yet.
+            CVLightningError: The exchange has not ended yet.
         """
         if exchange.trajectory is None:
             raise CVLightningError("this question is still being answered; save it afterwards")
@@ -176,29 +176,26 @@ class Playground:
             return writer.path
 
     def image_file(self, image: Image.Image) -> Path:
-        """Write a picture to the store, where a saved trajectory will find it; returns its file."""
+        """Write an image to the store, where a saved trajectory will find it; returns its file."""
         path = self.out / IMAGES / f"{content_hash(image)}.png"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_bytes(encode_image(image))
-            temporary.replace(path)
+            with whole_file(path) as temporary:
+                temporary.write_bytes(encode_image(image))
         return path
 
 
-def _ran(exchange: Exchange, result: SandboxResult | None, watch: Watch) -> None:
+def _set_result(exchange: Exchange, watch: Watch, result: SandboxResult | None) -> None:
     turn = exchange.turns[-1]
     turn.running, turn.result = result is None, result
     watch(exchange)
 
 
-def _unlearn(trajectory: Trajectory, exchange: Exchange) -> None:
-    """Take what the user wrote out of the loss mask: the policy did not sample it."""
-    if not exchange.edited:
-        return
+def _mask_edited(trajectory: Trajectory, exchange: Exchange) -> None:
+    """Remove the user's tokens from the loss mask, because the policy did not sample them."""
     position = trajectory.num_prompt_tokens
     for index, completion in enumerate(exchange.completions[: len(trajectory.turns)]):
-        if True not in trajectory.loss_mask[position:]:  # a served model's: nothing is learnt anyway
+        if True not in trajectory.loss_mask[position:]:  # a served model's tokens are all masked
             return
         position = trajectory.loss_mask.index(True, position)
         end = position + len(completion.token_ids)
@@ -207,47 +204,28 @@ def _unlearn(trajectory: Trajectory, exchange: Exchange) -> None:
         position = end
 
 
-# ------------------------------------------------------------------------------------------------ parts
-@dataclass(frozen=True, kw_only=True)
-class PlaygroundConfig:
-    """Which model is asked, and how."""
-
-    policy: PolicyConfig
-    """The model; how large it sees pictures is its processor's say."""
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    """Limits and words of the agent."""
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_num_seqs=1))
-    """What generates."""
-    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    """Where the model's code runs."""
-    out: Path = Path("runs/chat")
-    """Store of saved trajectories and pictures."""
-
-
 @contextmanager
-def open_playground(config: PlaygroundConfig) -> Iterator[Playground]:
-    """Load the model and start the sandbox; all of it is closed afterwards.
+def open_playground(
+    policy: PolicyConfig, agent: AgentConfig, engine_config: EngineConfig, sandbox_config: SandboxConfig, out: Path
+) -> Iterator[Playground]:
+    """Load the model and start the sandbox; both are closed afterwards.
+
+    Args:
+        policy: The model; its processor sets the size at which it sees images.
+        agent: Limits and prompts of the agent.
+        engine_config: The engine.
+        sandbox_config: Limits of the sandbox.
+        out: Folder of saved trajectories and images.
 
     Raises:
-        CVLightningError: model, engine or sandbox cannot be had.
+        CVLightningError: Model, engine or sandbox is not available.
     """
-    policy = config.policy
     adapter = load_adapter(policy)
-    banned = adapter.banned_ids(config.agent.tool)
-    with Sandbox(config.sandbox) as sandbox:
-        engine = build_engine(
-            config.engine,
-            policy.path,
-            dtype=policy.dtype,
-            seed=0,
-            model=load_policy(policy) if engine_kind(config.engine) == "transformers" else None,
-            adapter=adapter,
-        )
+    model = load_policy(policy) if engine_kind(engine_config) == "transformers" else None
+    with Sandbox(sandbox_config) as sandbox, ExitStack() as stack:
+        engine = build_engine(engine_config, policy.path, dtype=policy.dtype, seed=0, model=model, adapter=adapter)
+        stack.callback(engine.close)
         background = Background("playground-io")
-        try:
-            encoder = DialogueEncoder(adapter)
-            rollout = Rollout(engine, sandbox, encoder, background, config.agent, banned)
-            yield Playground(rollout, policy.path, config.out)
-        finally:
-            background.close()
-            engine.close()
+        stack.callback(background.close)
+        encoder, banned = DialogueEncoder(adapter), adapter.banned_ids(agent.tool)
+        yield Playground(Rollout(engine, sandbox, encoder, background, agent, banned), policy.path, out)

@@ -1,4 +1,4 @@
-"""The playground in a terminal: turns are printed as they happen, pictures saved and named, or drawn in blocks."""
+"""The playground in a terminal: prints turns as they happen, and saves and names images or draws them in blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 from PIL import Image
+from rich.color import Color
 from rich.console import Console
 from rich.panel import Panel
 from rich.style import Style
@@ -25,22 +27,22 @@ from cv_lightning.engines import SamplingConfig
 from cv_lightning.images import decode_image
 from cv_lightning.rewards.markup import THINK_CLOSE, THINK_OPEN
 from cv_lightning.types import CVLightningError
-from cv_lightning.viewer.playground.session import Exchange, Playground, WatchedTurn
+from cv_lightning.viewer.playground.session import Exchange, Playground, Watch, WatchedTurn
 
-HELP = """A question is asked about the current picture. Ctrl-C stops an answer.
-  :image FILE   another picture        :edit [N]   edit the code of turn N (the last) and go on from its result
-  :save         keep the trajectory    :quit       (or Ctrl-D)"""
+HELP = """A question is asked about the current image. Ctrl-C stops an answer.
+  :image FILE   another image        :edit [N]   edit the code of turn N (the last) and continue from its result
+  :save         keep the trajectory  :quit       (or Ctrl-D)"""
 BLOCKS = 48
-"""Width of a picture drawn in blocks, in characters."""
+"""Width of an image drawn in blocks, in characters."""
 
 
 def thought_of(text: str) -> str:
-    """What a turn thought, without tags."""
+    """The thought of a turn, without tags."""
     return text.partition(THINK_CLOSE)[0].removeprefix(THINK_OPEN).strip() if THINK_CLOSE in text else ""
 
 
 def result_line(turn: WatchedTurn) -> str:
-    """What came of a turn's call, in one line."""
+    """The result of a turn's call in one line."""
     result = turn.result
     if result is None:
         return ""
@@ -52,126 +54,67 @@ def result_line(turn: WatchedTurn) -> str:
 
 
 def blocks(image: Image.Image, width: int = BLOCKS) -> Text:
-    """A picture for terminals with 24-bit colour: half a character a pixel."""
+    """An image for terminals with 24-bit colour; each character shows two pixels, one above the other."""
     height = max(2, 2 * round(width * image.height / image.width / 2))
-    small = image.convert("RGB").resize((width, height))
+    colours = np.asarray(image.convert("RGB").resize((width, height))).tolist()
     text = Text()
-    for row in range(0, height, 2):
-        for column in range(width):
-            upper, lower = (_colour(small, column, row + half) for half in (0, 1))
-            text.append("▀", Style(color=upper, bgcolor=lower))
+    for upper, lower in zip(colours[::2], colours[1::2], strict=True):
+        for above, below in zip(upper, lower, strict=True):
+            text.append("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))
         text.append("\n")
     return text
 
 
-def _colour(image: Image.Image, column: int, row: int) -> str:
-    pixel = image.getpixel((column, row))
-    assert isinstance(pixel, tuple)
-    return "rgb({},{},{})".format(*pixel)
-
-
-class Printer:
-    """Prints what is new of an exchange; called from the engine's and the sandbox's threads."""
-
-    def __init__(self, console: Console, playground: Playground, inline: bool) -> None:
-        """Print to a console.
-
-        Args:
-            console: where to.
-            playground: saves the pictures.
-            inline: draw pictures in the terminal, too, if it has 24-bit colour.
-        """
-        self.console, self.playground, self.inline = console, playground, inline
-        self.lock = threading.Lock()
-        self.shown: set[tuple[int, str]] = set()
-
-    def __call__(self, exchange: Exchange) -> None:
-        """Print what has happened since the last call."""
-        with self.lock:
-            for number, turn in enumerate(exchange.turns):
-                if self._first(number, "turn"):
-                    self._turn(number, turn)
-                if turn.result is not None and self._first(number, "result"):
-                    self.console.print(Text(f"  -> {result_line(turn)}", style="green" if turn.result.image else "red"))
-                    if turn.result.image is not None:
-                        self.picture(turn.result.image)
-            if exchange.trajectory is not None and self._first(0, "end"):
-                trajectory = exchange.trajectory
-                tokens = sum(turn.num_tokens for turn in trajectory.turns)
-                size = f"{tokens} tokens in {len(trajectory.turns)} turns, {trajectory.total_s:.1f} s"
-                self.console.print(Text(f"{exchange.status}; {size}", style="dim"))
-
-    def _first(self, number: int, what: str) -> bool:
-        known = (number, what) in self.shown
-        self.shown.add((number, what))
-        return not known
-
-    def _turn(self, number: int, turn: WatchedTurn) -> None:
-        title = f"turn {number + 1}" + (" (your code)" if turn.edited else "")
-        if thought := thought_of(turn.text):
-            self.console.print(Text(thought, style="italic"))
-        if turn.parsed.call is not None:
-            code = Syntax(turn.parsed.call.code, "python", word_wrap=True, background_color="default")
-            self.console.print(Panel(code, title=f"{title}: code on image {turn.parsed.call.image_index}"))
-        elif turn.parsed.answer is not None:
-            self.console.print(Panel(Text(turn.parsed.answer, style="bold"), title=f"{title}: answer"))
-        else:
-            said = turn.parsed.error or "neither code nor an answer"
-            self.console.print(Panel(Text(turn.text), title=f"{title}: {said.partition('. Write')[0]}", style="yellow"))
-
-    def picture(self, image: Image.Image) -> None:
-        """Say where a picture was saved, and draw it if asked to."""
-        self.console.print(Text(f"     {self.playground.image_file(image)}", style="dim"))
-        if self.inline and self.console.color_system == "truecolor":
-            self.console.print(blocks(image))
-
-
 class Terminal:
-    """Questions from a keyboard."""
+    """Reads questions and commands from a keyboard, and prints the answers.
+
+    Args:
+        playground: Answers the questions.
+        sampling: Sampling settings of every question.
+        inline: Also draw images in blocks, if the terminal has 24-bit colour.
+        console: By default the process's terminal.
+    """
 
     def __init__(
         self, playground: Playground, sampling: SamplingConfig, inline: bool = False, console: Console | None = None
     ) -> None:
-        """Talk over a console.
-
-        Args:
-            playground: answers.
-            sampling: of every question.
-            inline: draw pictures in blocks.
-            console: by default the terminal.
-        """
-        self.playground, self.sampling, self.inline = playground, sampling, inline
+        self.playground, self.sampling = playground, sampling
         self.console = console or Console()
+        self.inline = inline and self.console.color_system == "truecolor"
         self.image: Image.Image | None = None
         self.last: Exchange | None = None
+        self._lock = threading.Lock()
+        self._shown: set[tuple[int, str]] = set()
+        """Parts of the current exchange that are printed: number of the turn, and the part."""
 
     def open_image(self, path: Path) -> None:
-        """Make a file the current picture.
+        """Make a file the current image.
 
         Raises:
-            ImageError: it is none.
+            ImageError: The file is not an image.
         """
         self.image = decode_image(path)
         self.console.print(Text(f"{path}: {self.image.width}x{self.image.height} pixels", style="dim"))
 
     def ask(self, question: str) -> Exchange:
-        """Ask about the current picture, and print what happens.
+        """Ask about the current image, and print the answer.
 
         Raises:
-            CVLightningError: there is no picture, or the engine failed.
+            CVLightningError: There is no image, or the engine failed.
         """
         if self.image is None:
-            raise CVLightningError("there is no picture yet; :image FILE opens one (or --image FILE at the start)")
+            raise CVLightningError("there is no image yet; :image FILE opens one (or --image FILE at the start)")
         image = self.image
         return self._watch(lambda watch: self.playground.ask(image, question, self.sampling, watch))
 
-    def _watch(self, start: Callable[[Callable[[Exchange], None]], Exchange]) -> Exchange:
-        printer = Printer(self.console, self.playground, self.inline)
+    def _watch(self, start: Callable[[Watch], Exchange]) -> Exchange:
         running: list[Exchange] = []
+        self._shown.clear()
 
         def watch(exchange: Exchange) -> None:
             running[:] = [exchange]
-            printer(exchange)
+            with self._lock:  # called from the engine's and the sandbox's threads
+                self._show(exchange)
 
         def stop() -> None:
             for exchange in running:
@@ -181,6 +124,44 @@ class Terminal:
             self.last = start(watch)
         return self.last
 
+    # ------------------------------------------------------------------ output
+    def _show(self, exchange: Exchange) -> None:
+        """Print what has happened since the last call."""
+        for number, turn in enumerate(exchange.turns):
+            if self._is_new(number, "turn"):
+                self._show_turn(number, turn)
+            if turn.result is not None and self._is_new(number, "result"):
+                image = turn.result.image
+                self.console.print(Text(f"  -> {result_line(turn)}", style="green" if image else "red"))
+                if image is not None:
+                    self.console.print(Text(f"     {self.playground.image_file(image)}", style="dim"))
+                    if self.inline:
+                        self.console.print(blocks(image))
+        if exchange.trajectory is not None and self._is_new(0, "end"):
+            trajectory = exchange.trajectory
+            tokens = sum(turn.num_tokens for turn in trajectory.turns)
+            size = f"{tokens} tokens in {len(trajectory.turns)} turns, {trajectory.total_s:.1f} s"
+            self.console.print(Text(f"{exchange.status}; {size}", style="dim"))
+
+    def _is_new(self, number: int, part: str) -> bool:
+        is_new = (number, part) not in self._shown
+        self._shown.add((number, part))
+        return is_new
+
+    def _show_turn(self, number: int, turn: WatchedTurn) -> None:
+        title = f"turn {number + 1}" + (" (your code)" if turn.edited else "")
+        if thought := thought_of(turn.text):
+            self.console.print(Text(thought, style="italic"))
+        if turn.parsed.call is not None:
+            code = Syntax(turn.parsed.call.code, "python", word_wrap=True, background_color="default")
+            self.console.print(Panel(code, title=f"{title}: code on image {turn.parsed.call.image_index}"))
+        elif turn.parsed.answer is not None:
+            self.console.print(Panel(Text(turn.parsed.answer, style="bold"), title=f"{title}: answer"))
+        else:
+            error = (turn.parsed.error or "neither code nor an answer").partition(". Write")[0]
+            self.console.print(Panel(Text(turn.text), title=f"{title}: {error}", style="yellow"))
+
+    # ------------------------------------------------------------------ commands
     def loop(self) -> None:
         """Read questions and commands until the input ends."""
         self.console.print(Text(HELP, style="dim"))
@@ -216,22 +197,20 @@ class Terminal:
 
     def _edit(self, number: str) -> None:
         exchange = self._finished()
-        with_code = [index for index, turn in enumerate(exchange.turns) if turn.parsed.call is not None]
-        index = int(number) - 1 if number.isdecimal() else with_code[-1] if with_code else -1
-        if index not in with_code:
-            turns = ", ".join(str(at + 1) for at in with_code) or "none"
+        calls = {index: turn.parsed.call for index, turn in enumerate(exchange.turns) if turn.parsed.call is not None}
+        index = int(number) - 1 if number.isdecimal() else max(calls, default=-1)
+        if index not in calls:
+            turns = ", ".join(str(at + 1) for at in calls) or "none"
             raise CVLightningError(f"turn {number or '?'} has no code; turns with code: {turns}")
-        call = exchange.turns[index].parsed.call
-        assert call is not None
-        code = edit_text(call.code)
+        code = edit_text(calls[index].code)
         self._watch(lambda watch: self.playground.try_code(exchange, index, code, watch))
 
 
 def edit_text(text: str) -> str:
-    """Open a text in $EDITOR (vi) and read it back.
+    """Open a text in $EDITOR (by default vi) and return the edited text.
 
     Raises:
-        CVLightningError: the editor cannot be run.
+        CVLightningError: The editor cannot be run.
     """
     editor = shlex.split(os.environ.get("EDITOR", "vi"))
     with tempfile.TemporaryDirectory() as folder:
@@ -240,13 +219,13 @@ def edit_text(text: str) -> str:
         try:
             subprocess.run([*editor, str(file)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CVLightningError(f"{editor[0]} cannot edit ({error}); set EDITOR to one that is here") from error
+            raise CVLightningError(f"{editor[0]} cannot edit ({error}); set EDITOR to an installed editor") from error
         return file.read_text(encoding="utf-8")
 
 
 @contextmanager
 def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C stops the answer at its next token; the second one interrupts as usual."""
+    """Context manager in which the first Ctrl-C calls `stop`; the second one interrupts as usual."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
@@ -263,7 +242,7 @@ def _interrupts(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def one_question(terminal: Terminal, question: str, save: bool) -> int:
-    """Ask once; the exit code is 0 if it was answered."""
+    """Ask once; returns exit code 0 if the question was answered, else 1."""
     exchange = terminal.ask(question)
     if save:
         print(f"saved in {terminal.playground.save(exchange)}", file=sys.stderr)

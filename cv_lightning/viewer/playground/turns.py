@@ -1,7 +1,7 @@
-"""The two seams through which the playground looks on: an engine and a sandbox that tell what passes them.
+"""The playground observes rollouts through wrapper Engine and Sandbox objects; the agent loop needs no hooks.
 
-The agent loop is the one of training and evaluation, unchanged. An edited snippet is tried by giving the loop the
-earlier turns again, the edited one in place of the original, and the real engine after them.
+The agent loop is that of training and evaluation, unchanged. To try an edited snippet, the wrapper engine answers with
+the earlier turns and the edited one, and then passes on to the real engine.
 """
 
 from __future__ import annotations
@@ -25,29 +25,28 @@ if TYPE_CHECKING:
 
 
 class WatchedEngine:
-    """The engine of one trajectory: given turns first, then the real engine's. Tells every turn, and can be stopped."""
+    """Engine of one trajectory: returns given turns first, then those of the real engine. It can be stopped.
+
+    Args:
+        engine: The real engine.
+        given: Turns that are not sampled again.
+        on_turn: Called with each finished turn, on the thread that steps.
+    """
 
     def __init__(self, engine: Engine, given: Sequence[Completion], on_turn: Callable[[Completion], None]) -> None:
-        """Watch an engine.
-
-        Args:
-            engine: the real one.
-            given: turns that are not sampled again.
-            on_turn: called with each finished turn, on the thread that steps.
-        """
         self.engine, self.on_turn = engine, on_turn
         self.policy_version, self.max_model_len = engine.policy_version, engine.max_model_len
         self.given = deque(given)
         self.ready: list[Completion] = []
         self.stopped = threading.Event()
-        """Set it, from any thread, to end the trajectory after the engine's next step."""
+        """When set, from any thread, the trajectory ends after the engine's next step."""
         self.current = ""
 
     def add_request(self, request: Request) -> None:
         """Answer with the next given turn, or ask the real engine.
 
         Raises:
-            EngineError: stopped, or the real engine's.
+            EngineError: The exchange was stopped, or the real engine failed.
         """
         if self.stopped.is_set():
             raise EngineError("stopped")
@@ -58,7 +57,7 @@ class WatchedEngine:
             self.engine.add_request(request)
 
     def step(self) -> list[Completion]:
-        """Given turns at once, else a step of the real engine; nothing once stopped."""
+        """Return given turns, or make a step of the real engine; returns nothing once stopped."""
         if self.stopped.is_set():
             self.abort([self.current])
             return []
@@ -77,28 +76,27 @@ class WatchedEngine:
         self.engine.abort(ids)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """As the real engine's."""
+        """Update the real engine."""
         self.engine.update_weights(named_tensors, version)
         self.policy_version = version
 
     def sleep(self) -> bool:
-        """Stay awake: the next question may come at any time."""
+        """Do not sleep, because the next question may come at any time."""
         return False
 
     def close(self) -> None:
-        """Leave the real engine to its owner."""
+        """Do not close the real engine, which its owner closes."""
 
 
 class WatchedSandbox:
-    """The real sandbox; tells when code starts and what came of it."""
+    """Sandbox that reports when code starts, and its result.
+
+    Args:
+        sandbox: The real sandbox.
+        on_result: Called with None when code starts, then with its result, on the background thread.
+    """
 
     def __init__(self, sandbox: CodeRunner, on_result: Callable[[SandboxResult | None], None]) -> None:
-        """Watch a sandbox.
-
-        Args:
-            sandbox: the real one.
-            on_result: called with None when code starts, then with its result, on the background thread.
-        """
         self.sandbox, self.on_result = sandbox, on_result
 
     async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
@@ -110,12 +108,12 @@ class WatchedSandbox:
 
 
 def with_code(text: str, code: str, image_index: int) -> str:
-    """An assistant turn with another snippet in its call; the thought before it stays.
+    """Replace the snippet in the call of an assistant turn; the thought before it is kept.
 
     Args:
-        text: of the turn.
-        code: the new snippet.
-        image_index: which image it gets.
+        text: Text of the turn.
+        code: The new snippet.
+        image_index: Index of the image that the snippet gets.
     """
     thought, close, rest = text.rpartition(THINK_CLOSE)
     arguments = {"code": code, "image_index": image_index}
@@ -125,13 +123,13 @@ def with_code(text: str, code: str, image_index: int) -> str:
 def edited_turns(
     turns: Sequence[Completion], index: int, text: str, encode: Callable[[str], Sequence[int]]
 ) -> list[Completion]:
-    """The turns before `index`, and that one with another text.
+    """The turns before `index`, and that turn with another text.
 
     Args:
-        turns: of the trajectory that is tried again.
-        index: of the edited turn.
-        text: its new text.
-        encode: ids of an assistant turn, end of turn included.
+        turns: Turns of the trajectory that is tried again.
+        index: Number of the edited turn.
+        text: New text of that turn.
+        encode: Returns the ids of an assistant turn, end of turn included.
     """
     ids = list(encode(text))
     edited = Completion(id="", token_ids=ids, logprobs=[0.0] * len(ids), stopped=True, prompt_ids=None)

@@ -1,7 +1,7 @@
-"""The playground in a browser (NiceGUI): upload a picture, ask, watch, stop, edit code and run it again, save.
+"""The playground in a browser (NiceGUI): upload an image, ask, watch, stop, edit code and run it again, save.
 
-For one user on one machine: the page is served on 127.0.0.1 only, and one question is answered at a time. What a model
-wrote is shown as text, never as HTML.
+It is for one user on one machine: the page is served on 127.0.0.1 only, and one question is answered at a time. Text
+of the model is shown as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -29,38 +29,37 @@ from cv_lightning.viewer.playground.terminal import result_line, thought_of
 
 HOST = "127.0.0.1"
 MAX_SHOWN_PX = 1024
-"""Longest side of a picture on the page; the model and the sandbox get the whole one."""
+"""Longest side of an image on the page; model and sandbox get the image in full size."""
 MAX_UPLOAD_BYTES = 50_000_000
 REFRESH_S = 0.15
 
 
 def data_uri(image: Image.Image) -> str:
-    """A picture for the page, made smaller where it is large."""
+    """An image as a data URL for the page, scaled down if it is large."""
     shown = image.copy()
     shown.thumbnail((MAX_SHOWN_PX, MAX_SHOWN_PX))
     return "data:image/png;base64," + base64.b64encode(encode_image(shown)).decode()
 
 
 class ChatPage:
-    """What one browser tab sees."""
+    """The page of one browser tab.
+
+    Args:
+        playground: Answers the questions.
+        sampling: Sampling settings; the page can change the temperature.
+        engine: The one thread that steps the engine.
+        image: First image, if any.
+    """
 
     def __init__(
         self, playground: Playground, sampling: SamplingConfig, engine: ThreadPoolExecutor, image: Image.Image | None
     ) -> None:
-        """Build the page.
-
-        Args:
-            playground: answers.
-            sampling: top_p and seed, and where the temperature begins.
-            engine: the one thread that steps the engine.
-            image: shown first, if any.
-        """
         self.playground, self.sampling, self.engine = playground, sampling, engine
         self.image = image
         self.exchange: Exchange | None = None
         self.busy = False
         self.results: dict[int, ui.column] = {}
-        """Where a turn's result goes, until it is there."""
+        """Places of the results that are not drawn yet, by turn."""
         ui.page_title("cv_lightning playground")
         with ui.header().classes("items-baseline"):
             ui.label("cv_lightning playground").classes("text-h6")
@@ -69,16 +68,16 @@ class ChatPage:
             with ui.column().classes("w-80"):
                 self._build_form()
             with ui.column().classes("grow min-w-64"):
-                self.status = ui.label("Upload a picture and ask about it.").props("role=status")
+                self.status = ui.label("Upload an image and ask about it.").props("role=status")
                 self.turns = ui.column().classes("w-full")
         ui.timer(REFRESH_S, self.refresh)
         self.show_image()
 
     def _build_form(self) -> None:
         ui.upload(
-            label="Picture", auto_upload=True, max_files=1, max_file_size=MAX_UPLOAD_BYTES, on_upload=self.take_upload
+            label="Image", auto_upload=True, max_files=1, max_file_size=MAX_UPLOAD_BYTES, on_upload=self.take_upload
         ).props("accept=image/*").classes("w-full")
-        self.picture = ui.image().props('alt="the picture that is asked about"').classes("w-full border")
+        self.preview = ui.image().props('alt="the image that is asked about"').classes("w-full border")
         self.size = ui.label().classes("text-caption")
         self.question = ui.textarea("Question").props("autogrow").classes("w-full")
         self.temperature = ui.number("Temperature", value=self.sampling.temperature, min=0, step=0.1)
@@ -89,7 +88,7 @@ class ChatPage:
 
     # ------------------------------------------------------------------ what the user does
     async def take_upload(self, event: events.UploadEventArguments) -> None:
-        """A picture was uploaded."""
+        """Use an uploaded image."""
         try:
             self.image = decode_image(await event.file.read())
         except CVLightningError as error:
@@ -98,22 +97,23 @@ class ChatPage:
         self.show_image()
 
     def show_image(self) -> None:
-        """Show the picture that is asked about."""
-        self.picture.set_visibility(self.image is not None)
+        """Show the image that is asked about."""
+        self.preview.set_visibility(self.image is not None)
         if self.image is not None:
-            self.picture.set_source(data_uri(self.image))
+            self.preview.set_source(data_uri(self.image))
             self.size.set_text(f"{self.image.width}x{self.image.height} pixels")
 
     async def ask(self) -> None:
-        """Ask the question about the picture."""
-        if self.image is None or not self.question.value.strip():
-            ui.notify("Give a picture and a question first.", type="warning")
+        """Ask the question about the image."""
+        question = self.question.value.strip()
+        if self.image is None or not question:
+            ui.notify("Give an image and a question first.", type="warning")
             return
         sampling = replace(self.sampling, temperature=float(self.temperature.value or 0))
-        await self._run(partial(self.playground.ask, self.image, self.question.value.strip(), sampling))
+        await self._run(partial(self.playground.ask, self.image, question, sampling))
 
     async def try_code(self, index: int, editor: ui.codemirror) -> None:
-        """Run a turn's edited code, and let the model go on from there."""
+        """Run a turn's edited code, and let the model continue from its result."""
         if self.exchange is not None:
             await self._run(partial(self.playground.try_code, self.exchange, index, editor.value or ""))
 
@@ -137,7 +137,7 @@ class ChatPage:
             self.exchange.stop()
 
     def save(self) -> None:
-        """Append the trajectory to the store."""
+        """Save the trajectory in the store."""
         if self.exchange is not None:
             ui.notify(f"saved in {self.playground.save(self.exchange)}")
 
@@ -189,10 +189,10 @@ class ChatPage:
 
 # ------------------------------------------------------------------------------------------------ server
 def check_port(port: int) -> None:
-    """Refuse a port that is taken, before a model is loaded.
+    """Check that a port is free, before a model is loaded.
 
     Raises:
-        CVLightningError: it is.
+        CVLightningError: The port is in use.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -208,17 +208,17 @@ def serve(playground: Playground, sampling: SamplingConfig, port: int, image: Pa
     """Serve the page until Ctrl-C.
 
     Args:
-        playground: answers.
-        sampling: how tokens are drawn; the page can change the temperature.
-        port: on 127.0.0.1.
-        image: shown first.
+        playground: Answers the questions.
+        sampling: Sampling settings; the page can change the temperature.
+        port: Port on 127.0.0.1.
+        image: First image, if any.
 
     Raises:
-        ImageError: it is none.
+        ImageError: The file is not an image.
     """
     first = decode_image(image) if image is not None else None
     logging.getLogger("nicegui").setLevel(logging.WARNING)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # no page elsewhere may pose as us
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # against DNS rebinding
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as engine:
         print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
         ui.run(

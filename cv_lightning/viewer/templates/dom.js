@@ -1,4 +1,4 @@
-// Small building blocks. Text is only ever set as text: nothing that a model wrote is parsed as HTML.
+// Building blocks. Text is set as text only, so that nothing that a model wrote is parsed as HTML.
 let data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 
@@ -17,7 +17,7 @@ function make(tag, props = {}, ...children) {
   return node;
 }
 
-/** An element with a class and nothing else to say about itself. */
+/** An element with a class and children. */
 const put = (tag, name, ...children) => make(tag, { class: name }, ...children);
 
 const words = (text) => String(text).replaceAll("_", " ");
@@ -31,7 +31,7 @@ function short(value) {
   return String(+value.toPrecision(size >= 1000 ? 4 : 3));
 }
 
-let pixels = null; // parsed when the first picture is looked at
+let pixels = null; // parsed when the first image is shown
 const embedded = (file) => {
   pixels ??= JSON.parse(byId("images").textContent);
   return Object.hasOwn(pixels, file);
@@ -44,36 +44,36 @@ const waiting = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "300px" });
 
-/** Where the run's folder has the picture's file; null: nowhere. */
+/** URL of an image file in the run's folder; null where the page cannot reach it. */
 const fileUrl = (file, folder) => (folder === null || !file ? null
   : `${encodeURI(folder ? `${folder}/` : "")}images/${encodeURIComponent(file)}`);
 
-/** A picture's size at the model, as its server makes it; null where there is no server. */
+/** URL of an image at the size that the model saw; null without a server. */
 function seenUrl(image, folder) {
   const url = data.live ? fileUrl(image.file, folder) : null;
   return url && `${url}?size=${image.model.join("x")}`;
 }
 
-const noPicture = (text) => put("span", "pic none", text);
+const noImage = (text) => put("span", "pic none", text);
 
-/** A picture that is loaded when it comes into view: from the page, else from the run's folder. */
-function picture(image, alt, folder, key = image.file) {
+/** An image that is loaded when it comes into view: from the page, else from the run's folder. */
+function imageNode(image, alt, folder, key = image.file) {
   const [width, height] = key === image.file ? image.size : image.model;
   const inside = embedded(key);
   const url = inside ? null : key === image.file ? fileUrl(image.file, folder) : seenUrl(image, folder);
-  if (!inside && !url) return noPicture(image.missing ? "picture missing in the run" : "picture not on this page");
+  if (!inside && !url) return noImage(image.missing ? "image missing in the run" : "image not on this page");
   const node = make("img", {
     class: Math.max(width, height) <= 128 ? "pic pixelated" : "pic",
     alt, width, height, decoding: "async", "data-file": key, "data-url": url,
   });
-  node.addEventListener("error", () => node.replaceWith(noPicture("picture not found")), { once: true });
+  node.addEventListener("error", () => node.replaceWith(noImage("image not found")), { once: true });
   waiting.observe(node);
   return node;
 }
 
-/** The picture, linked to its file where the page stands in the run's folder. */
-function linkedPicture(image, alt, folder) {
-  const node = picture(image, alt, folder);
+/** The image, with a link to its file if the page is in the run's folder. */
+function linkedImage(image, alt, folder) {
+  const node = imageNode(image, alt, folder);
   const link = fileUrl(image.file, folder);
-  return link ? make("a", { href: link, target: "_blank", title: "open the whole picture" }, node) : node;
+  return link ? make("a", { href: link, target: "_blank", title: "open the image in full size" }, node) : node;
 }

@@ -1,6 +1,6 @@
-// The same tasks before and after, on the page itself.
+// The same tasks before and after training.
 
-/** One trajectory in short: what was said, the code, what ran, the image, turn by turn. */
+/** One trajectory in short: text, code, operations and image of each turn. */
 function exampleColumn(item, title) {
   const turns = item.trajectory.turns.map((turn, i) => make("li", {},
     put("div", "turn-head", make("b", { text: `Turn ${i + 1}` }), make("span", { text: `${turn.tokens} tokens` })),

@@ -1,7 +1,7 @@
-// The gallery: filters, tiles, and what a link to this page remembers.
+// The gallery: filters, tiles, and the state that the page's link keeps.
 const PAGE = 24;
 const OPERATORS = { min: (value, bound) => value >= bound, max: (value, bound) => value <= bound };
-/** The page's trajectories with what they belong to and what they are filtered by. */
+/** The page's trajectories with their group, task and store, and the values of the filters. */
 const readItems = () => data.trajectories.map((trajectory, index) => {
   const group = data.groups[trajectory.group];
   const used = trajectory.turns.filter((turn) => turn.result);
@@ -18,7 +18,7 @@ let all = readItems();
 let found = [];
 let shown = 0;
 
-/** Everything searchable of a trajectory, made when first searched. */
+/** The searchable text of a trajectory, made on first use. */
 function haystack(item) {
   item.text ??= [
     item.task.id, item.task.question, item.task.truth, item.trajectory.answer ?? "", item.trajectory.error,
@@ -42,7 +42,7 @@ function toolChip(trajectory) {
   return trajectory.spurious ? make("span", { class: "chip bad", text: "needless turning" }) : null;
 }
 
-/** How a trajectory ended that did not end with an answer. */
+/** The end state of a trajectory that did not end with an answer. */
 function endChip({ end }) {
   return end === "answered" ? null : put("span", "chip note", `ended: ${words(end)}`);
 }
@@ -58,11 +58,11 @@ function imageAlt(item, index) {
 /** The first images in a row, with arrows between them. */
 function strip(item) {
   const { images } = item.trajectory;
-  const pictures = images.slice(0, 4).flatMap((image, i) => [
+  const nodes = images.slice(0, 4).flatMap((image, i) => [
     i ? make("span", { class: "then", "aria-hidden": "true", text: "→" }) : null,
-    picture(image, imageAlt(item, i), item.store.folder),
+    imageNode(image, imageAlt(item, i), item.store.folder),
   ]);
-  return put("span", "strip", pictures, images.length > 4 ? put("span", "then", `+${images.length - 4}`) : null);
+  return put("span", "strip", nodes, images.length > 4 ? put("span", "then", `+${images.length - 4}`) : null);
 }
 
 function operationChips(item) {
@@ -102,7 +102,7 @@ function options(name, values, first, label = words) {
   if (chosen) select.value = chosen;
 }
 
-/** What can be chosen, from the trajectories that are there. */
+/** Fill the filters' options from the trajectories on the page. */
 function fillFilters() {
   const unique = (values) => [...new Set(values)].sort();
   const storeText = ({ label, shown: some, total }) => `${label} (${some} of ${total})`;
@@ -175,7 +175,7 @@ const SORT_KEYS = {
   tokens: (item) => item.trajectory.tokens[1],
 };
 
-/** Show what passes the filters, `PAGE` tiles or as many as asked for. */
+/** Show the trajectories that pass the filters, at most `most` tiles. */
 function applyFilters(most = PAGE) {
   const { list, sort } = tests();
   found = all.filter((item) => list.every((test) => test(item)));

@@ -1,7 +1,7 @@
 // Rates with their 95 % intervals, by kind of task and evaluation.
 const VALUE_TICKS = [0, 0.25, 0.5, 0.75, 1];
 
-/** One evaluation of one kind: its name, its interval on the axis, its value. */
+/** One evaluation of one kind of task: name, interval and value. */
 function intervalRow(row, tone, middle, x, width) {
   const [value, low, high, n] = row.rate;
   const mark = { class: `${row.off ? "hollow" : "full"} ${tone}`, cx: x(value), cy: middle, r: 4.5 };

@@ -1,4 +1,4 @@
-// A page that a server shows of a run under way: asks for what is new and draws it, filters and focus kept.
+// The live page of a run under way: asks the server for new data and draws it, keeping filters and focus.
 const ASK_EVERY_MS = 2000;
 const keyOf = ({ store, group, task, trajectory }) =>
   [store.name, group.iteration, task.id, trajectory.sample].join("\n");
@@ -7,7 +7,7 @@ function say(text) {
   if (byId("live").textContent !== text) byId("live").textContent = text;
 }
 
-/** Draw new data in the place of the old. */
+/** Replace the data and draw it. */
 function renew(fresh) {
   const focused = all[Number(document.activeElement?.dataset.index ?? -1)];
   const stage = document.querySelector("#stages [aria-selected=true]")?.dataset.stage;

@@ -1,4 +1,4 @@
-// Everything starts.
+// Start every part of the page.
 startIntervals();
 startCurves();
 startCompared();

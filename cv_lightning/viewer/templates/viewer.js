@@ -70,15 +70,15 @@ function imageFigures(item, index) {
   const image = item.trajectory.images[index];
   const same = image.model[0] === image.size[0] && image.model[1] === image.size[1];
   const caption = `image ${index}: ${sizeText(image.size)}${same ? "" : `, seen at ${sizeText(image.model)}`}`;
-  const whole = linkedPicture(image, imageAlt(item, index), item.store.folder);
+  const whole = linkedImage(image, imageAlt(item, index), item.store.folder);
   return [make("figure", {}, whole, make("figcaption", { text: caption })), seenFigure(image, item.store.folder)];
 }
 
-/** A picture that the model saw much smaller than it is, at that size and enlarged without smoothing. */
+/** An image that the model saw much smaller than it is: at that size, enlarged without smoothing. */
 function seenFigure(image, folder) {
   if (!image.seen || !(embedded(image.seen) || seenUrl(image, folder))) return null;
   const size = sizeText(image.model);
-  const small = picture(image, `The same as the model saw it, ${size} pixels`, folder, image.seen);
+  const small = imageNode(image, `The same as the model saw it, ${size} pixels`, folder, image.seen);
   return put("figure", "seen", small, make("figcaption", { text: `what the model saw: ${size}` }));
 }
 
@@ -146,7 +146,7 @@ function sourcePanel(item) {
   const first = trajectory.images.find((candidate) => candidate.parent === null);
   return put("div", "panel",
     make("h3", { text: `Source image, ${sizeText(image.size)}` }),
-    put("div", "source", picture(image, alt, store.folder), make("svg:svg", frame, marks.flatMap(outline))),
+    put("div", "source", imageNode(image, alt, store.folder), make("svg:svg", frame, marks.flatMap(outline))),
     put("ul", "keys", marks.map(markKey)),
     first ? seenFigure(first, store.folder) : null);
 }
@@ -242,7 +242,7 @@ function answerLine({ trajectory, task }) {
 function column(item) {
   const { trajectory } = item;
   const numbers = [["advantage", trajectory.advantage], ["reward", trajectory.reward]];
-  const chain = trajectory.images.map((image, i) => picture(image, imageAlt(item, i), item.store.folder));
+  const chain = trajectory.images.map((image, i) => imageNode(image, imageAlt(item, i), item.store.folder));
   const turns = trajectory.turns.map((turn) => make("li", {},
     turn.call ? make("code", {}, codePieces(turn)) : spoken(turn),
     turn.result && turn.result.status !== "ok" ? put("p", "note", turn.result.error) : null));
