@@ -92,7 +92,7 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any], relative: float, absolute: float) -> list[str]:
-    """Where values differ from the recorded ones, in words; what is new is no difference.
+    """Differences of values from the recorded ones, as text; new values are not differences.
 
     Args:
         recorded: by today's names.

@@ -16,7 +16,7 @@ def fork_ranks(count: int, run: Callable[[int], None], said: Callable[[int], Pat
     """Start the ranks of a run.
 
     Args:
-        count: how many; one meets nobody.
+        count: Number of ranks; a single one connects to no other.
         run: called in each with its number.
         said: file that takes what a rank prints.
 
@@ -61,7 +61,7 @@ def wait(process: int) -> tuple[int, bool]:
 
 
 def _is_running_in(child: psutil.Process, group: int) -> bool:
-    try:  # one that was ended and that nobody has asked for yet is a zombie
+    try:  # an ended process whose exit status was not read yet is a zombie
         return os.getpgid(child.pid) == group and child.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess):
         return False

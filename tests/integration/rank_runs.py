@@ -57,7 +57,7 @@ BUDGET = {1: 100_000, 2: 220}
 CHUNK = 16
 """Loss positions whose logits ranks hold at once, so that they differ in how many chunks they have."""
 EXACT: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
-"""Exact gradients by what they are of: runs that differ in the strategy alone share them."""
+"""Exact gradients by run; runs that differ in the strategy alone share them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Run:
     lora: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     float32_copies: bool = False
-    """Without DeepSpeed, step on float32 copies of the weights, as DeepSpeed does by itself."""
+    """Without DeepSpeed, step on float32 copies of the weights, as DeepSpeed does."""
     seed: int = 0
     """Seed of the data."""
     micro_batches: int = 0
@@ -87,7 +87,7 @@ class Run:
     """Planted: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift the
     positions behind the first image."""
     resume_at: int = 0
-    """Stop after this many batches and go on in a new module from the checkpoint; 0: in one go."""
+    """Stop after this many batches and resume in a new module from the checkpoint; 0 for an uninterrupted run."""
 
 
 @dataclass(frozen=True, kw_only=True)

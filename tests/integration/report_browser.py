@@ -94,7 +94,7 @@ class Browser:
         return reply["result"].get("value")
 
     def open(self, url: str) -> float:
-        """Load the page anew; returns seconds until its script has run."""
+        """Load the page from scratch; returns the seconds until its script has run."""
         self.call("Page.navigate", url="about:blank")  # the same page with another fragment would not be loaded again
         self.until("location.href === 'about:blank' && document.readyState === 'complete'")
         start = time.perf_counter()

@@ -72,7 +72,7 @@ def evaluate(
 
 
 def benchmark(folder: Path, answers: list[str], cut: int | None = None) -> dict[str, Any]:
-    """A file of questions, each with a picture of its own; that of number `cut` ends in the middle."""
+    """A file of questions, each with its own image; the image of question `cut` is truncated."""
     folder.mkdir(exist_ok=True)
     rows = []
     for number, answer in enumerate(answers):
@@ -126,7 +126,7 @@ def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-def test_the_files_tell_what_was_done(finished: Path, tiny_checkpoint: Path) -> None:
+def test_the_files_describe_the_evaluation(finished: Path, tiny_checkpoint: Path) -> None:
     found = json.loads((finished / "eval/results.json").read_text())
     about = found["about"]
     assert about["model"] == str(tiny_checkpoint) and "model.safetensors" in about["weights"]
@@ -142,7 +142,7 @@ def test_the_files_tell_what_was_done(finished: Path, tiny_checkpoint: Path) -> 
     assert json.loads((finished / "eval/tool/metrics.json").read_text())["breakdown"] == tool["breakdown"]
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_questions_that_are_missing(
+def test_an_interrupted_evaluation_asks_only_the_missing_questions(
     finished: Path, tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
     first = written(4)
@@ -159,7 +159,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_questions_that_are_missing(
     assert figures(tmp_path) == figures(finished)
 
 
-def test_a_test_takes_the_place_of_no_other_one(
+def test_a_test_does_not_replace_another_one(
     finished: Path, tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
     before = texts(finished, "tool")
@@ -176,7 +176,7 @@ def test_a_test_takes_the_place_of_no_other_one(
     assert len(texts(tmp_path, "tool")) == 3
 
 
-def test_failed_trajectories_are_made_again(
+def test_failed_trajectories_are_repeated(
     tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
     evaluate(tiny_checkpoint, tmp_path, seed=1)
@@ -195,7 +195,7 @@ def test_failed_trajectories_are_made_again(
     assert json.loads(state.read_text())["finished"] is True
 
 
-def test_a_broken_picture_is_skipped_and_said_never_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_broken_image_is_skipped_and_reported(tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = benchmark(tmp_path / "files", ["1", "2", "3", "4"], cut=2)
     evaluate(tiny_checkpoint, tmp_path / "run", data=data)
     assert list(texts(tmp_path / "run", "tool")) == ["asked:0", "asked:1", "asked:3"]
@@ -210,7 +210,7 @@ def test_a_broken_picture_is_skipped_and_said_never_replaced(tiny_checkpoint: Pa
     )
 
 
-def test_a_question_that_changed_is_asked_anew_and_one_that_went_is_gone(
+def test_a_changed_question_is_asked_again_and_a_removed_one_dropped(
     tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
     data = benchmark(tmp_path / "files", ["1", "2", "3", "4", "5"])
@@ -233,7 +233,7 @@ def brief(trajectory: Trajectory, score: float) -> float:
     return float(len(trajectory.turns) == 1)
 
 
-def test_components_of_a_users_own_do_not_keep_an_evaluation_from_its_results(
+def test_a_users_reward_component_does_not_block_the_results(
     tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
     reward = RewardConfig(terms=[FunctionTerm("brief", 0.1, f"{__name__}.brief")])
@@ -262,23 +262,21 @@ def test_a_test_is_finished_when_its_results_are_written(
     assert again == [] and (tmp_path / "eval/results.json").is_file()
 
 
-def test_validate_leaves_a_test_alone(finished: Path, tiny_checkpoint: Path) -> None:
+def test_validate_leaves_a_test_unchanged(finished: Path, tiny_checkpoint: Path) -> None:
     before = texts(finished, "tool")
     evaluate(tiny_checkpoint, finished, verb="validate")
     assert texts(finished, "tool") == before
     assert len(texts(finished, "validation_tool")) == 6
 
 
-def test_other_questions_take_the_place_of_no_finished_test(
-    finished: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_other_questions_do_not_replace_a_finished_test(finished: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     before = texts(finished, "tool")
     with pytest.raises(CVLightningError, match=r"differs in .*questions"):
         evaluate(tiny_checkpoint, finished, data=benchmark(tmp_path / "files", ["1", "2"]))
     assert texts(finished, "tool") == before
 
 
-def test_a_look_at_a_few_questions_loses_none_of_the_others(
+def test_a_partial_run_keeps_the_answers_to_other_questions(
     tiny_checkpoint: Path, tmp_path: Path, written: Callable[[int | None], list[str]]
 ) -> None:
     data = {"test_tasks": {"upright": 3, "turned": 3}, "tasks_per_eval_batch": 2}

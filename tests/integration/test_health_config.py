@@ -31,7 +31,7 @@ def printed(flags: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     return config["rollout"], config["model"]["init_args"], config["data"]["init_args"]
 
 
-def test_every_switch_is_a_flag() -> None:
+def test_every_health_switch_is_a_flag() -> None:
     rollout, model, data = printed(FLAGS)
     algorithm = model["algorithm"]
     assert algorithm["mask"] == {"over_length": True, "over_turns": False, "broken": False}
@@ -44,7 +44,7 @@ def test_every_switch_is_a_flag() -> None:
     ]
 
 
-def test_all_are_off_in_the_quickstart() -> None:
+def test_the_quickstart_has_every_health_switch_off() -> None:
     rollout, model, data = printed([])
     algorithm = model["algorithm"]
     assert not any(algorithm["mask"].values()) and rollout["agent"]["early_stop_fraction"] == 1.0

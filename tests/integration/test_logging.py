@@ -88,7 +88,7 @@ def test_wandb_has_the_whole_config(done: Done) -> None:
     assert algorithm["loss"] == "PPOClip(clip_low=0.2, clip_high=0.28, dual_clip=10.0)"
 
 
-def test_wandb_has_tables_with_pictures_and_the_model(done: Done) -> None:
+def test_wandb_has_tables_with_images_and_the_model(done: Done) -> None:
     kept = [record.artifact for record in records(done.wandb) if record.WhichOneof("record_type") == "artifact"]
     tables = [artifact for artifact in kept if artifact.type == "run_table"]
     for number, artifact in zip((1, 3), tables, strict=True):
@@ -106,7 +106,7 @@ def test_wandb_has_tables_with_pictures_and_the_model(done: Done) -> None:
     assert any(entry.path == "model.safetensors" for artifact in kept for entry in artifact.manifest.contents)
 
 
-def test_a_quiet_run_says_little_and_logs_all(done: Done) -> None:
+def test_a_quiet_run_prints_little_and_logs_all(done: Done) -> None:
     assert "fit 3/3" not in done.said
     assert "engine and trainer agree" not in done.said
     log = (done.folder / "fit_log.txt").read_text()
@@ -183,7 +183,7 @@ def test_tensorboard_reads_what_is_logged(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's and jsonargparse's own
 @pytest.mark.parametrize(("name", "kind"), [("wandb", "WandbRun"), ("tensorboard", "TensorBoardRun"), ("csv", None)])
-def test_one_more_config_switches_the_logger(name: str, kind: str | None) -> None:
+def test_a_further_config_switches_the_logger(name: str, kind: str | None) -> None:
     arguments = ["fit", "--config", "configs/quickstart/grpo.yaml", "--config", "configs/logger/wandb.yaml"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)

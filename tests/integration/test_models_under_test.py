@@ -1,4 +1,4 @@
-"""What can be tested: a folder, a Lightning checkpoint beside its base; what cannot says so; a judge that is down."""
+"""`test` accepts a model folder or a checkpoint beside its base; others and an unreachable judge are errors."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_runs_from_top_to_bottom(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs_from_top_to_bottom(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CVL_RUN", str(run))
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
@@ -42,7 +42,7 @@ def test_runs_from_top_to_bottom(name: str, run: Path, monkeypatch: pytest.Monke
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= PICTURES[name]
 
 
-def test_all_are_stored_without_outputs_and_run_here() -> None:
+def test_notebooks_are_stored_without_outputs() -> None:
     files = sorted(NOTEBOOKS.glob("*.ipynb"))
     assert [path.stem for path in files] == sorted(PICTURES)
     for path in files:

@@ -80,7 +80,7 @@ def test_the_page_opens_filters_and_shows_a_trajectory(browser: Browser, page: P
     assert browser.problems == []
 
 
-def test_results_and_examples_stand_on_the_page(browser: Browser, page: Path) -> None:
+def test_results_and_examples_are_on_the_page(browser: Browser, page: Path) -> None:
     browser.open(page.as_uri())
     assert browser.run("document.querySelectorAll('.headlines li').length") == 3
     assert browser.run("document.querySelectorAll('#example-list article').length") == 4
@@ -98,7 +98,7 @@ def test_results_and_examples_stand_on_the_page(browser: Browser, page: Path) ->
     assert browser.problems == []
 
 
-def test_crops_are_drawn_where_they_were_taken(browser: Browser, page: Path) -> None:
+def test_crops_are_outlined_at_their_place(browser: Browser, page: Path) -> None:
     """The outline of a crop, in the pixels of the drawn source image, lies around the ground-truth box."""
     browser.open(page.as_uri())
     found = browser.run(

@@ -18,7 +18,7 @@ def resolved(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-def test_what_sft_showed_is_told_as_the_command_line_set_it() -> None:
+def test_the_report_describes_sft_as_the_command_line_set_it() -> None:
     share = ["--data.init_args.demonstrations.tool_share", "0.25", "--data.init_args.warm_up_share", "0.5"]
     text = resolved("--config", "configs/quickstart/sft.yaml", *share, "--data.init_args.num_steps", "60")
     ((_, sentences),) = training_story({"sft/fit_config.yaml": text})
@@ -28,7 +28,7 @@ def test_what_sft_showed_is_told_as_the_command_line_set_it() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "formula"), [("reward", "mandatory"), ("reward_accuracy", None)])
-def test_what_rl_paid_for_is_told(recipe: str, formula: str | None) -> None:
+def test_the_report_describes_the_reward(recipe: str, formula: str | None) -> None:
     reward = ["--rollout.reward", f"configs/quickstart/{recipe}.yaml"]
     text = resolved("--config", "configs/quickstart/grpo.yaml", *reward)
     ((_, sentences),) = training_story({"rl/fit_config.yaml": text})

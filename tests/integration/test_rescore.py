@@ -63,7 +63,7 @@ def test_the_same_recipe_gives_the_same_rewards(store: Path, tmp_path: Path) -> 
             assert one == other or other is retried
         assert before == after
     (image,) = {path_of(group.task.images[0]) for group in read_groups(tmp_path / "new") if group.task.box}
-    assert image.is_file(), "the pictures are the old store's"
+    assert image.is_file(), "the images are in the old store"
 
 
 def test_another_recipe_is_what_its_module_says(

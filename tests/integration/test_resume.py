@@ -50,8 +50,8 @@ def killed_and_resumed(config: Path, folder: Path, moment: float, *flags: str) -
 
 
 # ---------------------------------------------------------------------------------------------- GRPO
-def test_the_run_is_worth_resuming(straight: Path) -> None:
-    """Else the tests below would compare nothing."""
+def test_the_run_learns_and_uses_dynamic_sampling(straight: Path) -> None:
+    """The run has the parts that the tests below compare."""
     training = [row for row in rows(straight) if row["iteration"]]
     assert [float(row["iteration"]) for row in training] == [1, 2, 3, 4, 5]
     assert len(rows(straight)) == ITERATIONS + 1, "one validation, after the fourth"
@@ -70,7 +70,7 @@ def test_the_run_has_the_recorded_values(straight: Path) -> None:
     assert_recorded({"resume": run_digest(straight, state(straight)["state_dict"])})
 
 
-def test_resumed_is_not_interrupted(grpo: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(grpo: Path, straight: Path, tmp_path: Path) -> None:
     killed_and_resumed(grpo, tmp_path / "run", random_moment(ITERATIONS))
     assert_same_run(straight, tmp_path / "run")
 
@@ -85,12 +85,12 @@ def test_bf16_resume_after_sigkill_is_bitwise(grpo: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", range(5))
-def test_resumed_after_any_moment(grpo: Path, straight: Path, tmp_path: Path, kill: int) -> None:
+def test_a_run_killed_at_any_moment_resumes(grpo: Path, straight: Path, tmp_path: Path, kill: int) -> None:
     killed_and_resumed(grpo, tmp_path / "run", random_moment(ITERATIONS))
     assert_same_run(straight, tmp_path / "run")
 
 
-def test_the_folder_of_another_run_is_left_alone(grpo: Path, straight: Path, tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_left_unchanged(grpo: Path, straight: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.is_file()}
     said = Run(grpo, straight).finish(expect=1)
     assert "--ckpt_path last continues it" in said and "iteration 5" in said
@@ -100,12 +100,12 @@ def test_the_folder_of_another_run_is_left_alone(grpo: Path, straight: Path, tmp
     mine = tmp_path / "used/checkpoints/iteration000009.ckpt"
     mine.write_bytes(other.read_bytes())
     said = Run(grpo, tmp_path / "used", "--ckpt_path", str(other)).finish(expect=1)
-    assert "iteration 9" in said and mine.is_file(), "another run's checkpoint is no leave to clear this one's"
+    assert "iteration 9" in said and mine.is_file(), "another run's checkpoint does not allow to clear this one's"
     said = Run(grpo, tmp_path / "new", "--ckpt_path", "last").finish(expect=1)
     assert f"no checkpoint in {tmp_path / 'new' / 'checkpoints'}" in said and "Traceback" not in said
 
 
-def test_the_command_lines_hyper_parameters_hold_after_a_resume(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_flags_override_hyper_parameters_after_a_resume(tiny_checkpoint: Path, tmp_path: Path) -> None:
     rate = "--model.init_args.optimizer."
     fit_in_process(tiny_checkpoint, tmp_path, f"{rate}schedule=constant", f"{rate}warmup_steps=0", f"{rate}lr=0.001")
     changed = [f"{rate}schedule=constant", f"{rate}warmup_steps=0", f"{rate}lr=0.00001", f"{rate}weight_decay=0.5"]
@@ -116,7 +116,7 @@ def test_the_command_lines_hyper_parameters_hold_after_a_resume(tiny_checkpoint:
 
 
 # ---------------------------------------------------------------------------------------------- SFT
-def test_sft_killed_while_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_sft_resumes_after_a_kill_while_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
     config = write_sft(tmp_path / "sft.yaml", tiny_checkpoint, steps=STEPS)
     straight, folder = tmp_path / "straight", tmp_path / "run"
     Run(config, straight).finish()
@@ -137,7 +137,7 @@ def test_sft_killed_while_saving(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert figures(folder) == figures(straight)
     weights = [run / "model" / "model.safetensors" for run in (straight, folder)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    # A longer run goes on where the shorter one ended.
+    # A longer run continues where the shorter one ended.
     Run(config, folder, "--ckpt_path", "last", "--data.init_args.num_steps", str(STEPS + 2)).finish()
     assert [float(row["iteration"]) for row in rows(folder)] == list(range(1, STEPS + 3))
     assert figures(folder)[:STEPS] == figures(straight)

@@ -99,7 +99,7 @@ def test_dynamic_sampling_rolls_out_more_and_keeps_the_rest(
     assert first["policy/trajectories"] == 4 and "policy/kl_to_reference" not in first
 
 
-def test_masked_states_are_not_learned_from(tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None) -> None:
+def test_masked_end_states_have_no_loss(tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None) -> None:
     data = DigitTaskDataModule(tasks_per_iteration=2, num_iterations=1)
     batches = run(tiny_checkpoint, tmp_path, AlgorithmConfig(mask=MaskConfig(over_length=True, broken=True)), data)
     (metrics,) = batches.metrics
@@ -118,7 +118,7 @@ def children() -> set[int]:
 
 
 @pytest.mark.parametrize("error", [EngineError("the engine died"), torch.OutOfMemoryError("no memory left")])
-def test_an_engine_that_fails_ends_the_run_with_nothing_left_running(
+def test_a_failing_engine_ends_the_run_and_its_processes(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def step(self: TransformersEngine) -> None:
@@ -147,7 +147,7 @@ def test_too_many_failed_trajectories_end_the_run(
     run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0, max_failed_frac=0.5)
 
 
-def test_a_full_disk_ends_the_run_and_says_which(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_with_its_path(tiny_checkpoint: Path, tmp_path: Path) -> None:
     lines = tmp_path / "trajectories" / "groups.rank0.jsonl"
     lines.parent.mkdir()
     lines.symlink_to("/dev/full")

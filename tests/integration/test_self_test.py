@@ -69,7 +69,7 @@ def keep_encoder_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("kind", "fault"), [("transformers", keep_embeddings), ("vllm", keep_encoder_outputs)], ids=["transformers", "vllm"]
 )
-def test_an_engine_that_keeps_what_it_made_of_images_is_refused(
+def test_an_engine_with_stale_image_embeddings_is_refused(
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -100,7 +100,7 @@ def test_a_frozen_vision_tower_trains_on_a_server_with_a_live_embedding_cache(
         assert server.weight_version == "1"
 
 
-def test_the_self_test_leaves_the_policy_as_it_was(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_self_test_leaves_the_policy_unchanged(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """On the engine that generates with the policy itself: the first batch sees the checkpoint's own bits."""
     before: dict[str, torch.Tensor] = {}
 

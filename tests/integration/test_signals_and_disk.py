@@ -76,7 +76,7 @@ def test_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_signal_that_is_switched_off_stays_so() -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     code = (
         "import signal\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does\n"
@@ -121,7 +121,7 @@ def sft_run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return fit_in_process(tiny_checkpoint, folder, "--checkpoint.every_iterations=1", "--checkpoint.keep=2")
 
 
-def test_damaged_run_resumes_from_the_checkpoint_before(
+def test_damaged_checkpoint_is_skipped_for_the_earlier_one(
     sft_run: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = last_checkpoint(sft_run)
@@ -205,7 +205,7 @@ def test_disk_full_or_read_only_at_an_export_is_one_line(
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
 
 
-def test_disk_has_the_rows_before_the_checkpoint_has_its_name(
+def test_disk_has_the_metrics_before_the_checkpoint_has_its_name(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cv_lightning.cli import main

@@ -68,7 +68,7 @@ def test_every_stored_image_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_figures_of_a_stored_evaluation_come_out_again(name: str) -> None:
+def test_a_stored_evaluation_gives_the_same_metrics(name: str) -> None:
     stored = renames().flat("metrics", flatten(json.loads((FIXTURES / name / "metrics.json").read_text())))
     again = evaluated(outcomes(read_groups(FIXTURES / name)))
     found = json.loads(json.dumps(again.summary.to_json() | {"breakdown": again.breakdown.to_json()}))
@@ -77,7 +77,7 @@ def test_figures_of_a_stored_evaluation_come_out_again(name: str) -> None:
 
 
 def test_an_evaluation_of_an_earlier_version_is_the_same_evaluation() -> None:
-    """The stored settings of the agent have old names; an interrupted evaluation is continued all the same."""
+    """The stored settings of the agent have old names; an interrupted evaluation is continued anyway."""
     stored = read_state(FIXTURES / EVALUATIONS[0])
     assert stored is not None and "finish_share" in stored["identity"]["agent"]
     today = deepcopy(stored["identity"])
@@ -87,7 +87,7 @@ def test_an_evaluation_of_an_earlier_version_is_the_same_evaluation() -> None:
     assert differences_of_state(FIXTURES / EVALUATIONS[0], today) == ["agent.early_stop_fraction"]
 
 
-def test_a_stored_run_is_shown_whole() -> None:
+def test_the_report_shows_a_whole_stored_run() -> None:
     run = load_run(SMOKE)
     assert len(run.stores) == len([name for name in STORES if name.startswith("smoke/")]) > 2
     assert run.curves and Timing(SMOKE).values["seed"] == 3
@@ -121,7 +121,7 @@ def parsed(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LAST)
-def test_a_checkpoint_goes_with_its_config(
+def test_a_checkpoint_fits_its_config(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing counts as changed by a user, where only names have."""
@@ -164,7 +164,7 @@ def test_checkpoints_name_no_class_of_the_package() -> None:
 
 # ---------------------------------------------------------------------------------------------- data files, configs
 @pytest.mark.parametrize("file", [*TASKS, *CONVERSATIONS])
-def test_data_files_say_what_they_said(file: str) -> None:
+def test_data_files_are_read_with_the_same_values(file: str) -> None:
     recorded = read_json(FIXTURES / "data" / "rows.json.gz")[file]
     found = json.loads(json.dumps(rows_of(file)))
     assert recorded and len(found) == len(recorded)
@@ -173,7 +173,7 @@ def test_data_files_say_what_they_said(file: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_stored_config_means_what_it_meant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_config_keeps_its_meaning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = renames().flat("config_keys", settings(read_yaml(FIXTURES / name)))
     found = settings(parsed(FIXTURES / name, RUNS, monkeypatch))
     # null stood for defaults, which now stand there
@@ -192,7 +192,7 @@ def work(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAST)
-def test_a_stored_run_goes_on(name: str, work: Path) -> None:
+def test_a_stored_run_resumes(name: str, work: Path) -> None:
     assert_recorded({name: resumed(work, name)}, "resumed.json.gz")
     assert [float(row["iteration"] or 3) for row in csv.DictReader((work / name / "metrics.csv").open())][-1] == 3
 
@@ -213,7 +213,7 @@ def test_a_stored_checkpoint_is_exported_and_tested(name: str, work: Path) -> No
             assert not differences(renames().flat("metrics", metrics[0]), metrics[1], RELATIVE, ABSOLUTE)
 
 
-def test_a_stored_evaluation_is_rescored_and_shown(work: Path) -> None:
+def test_a_stored_evaluation_is_rescored_and_reported(work: Path) -> None:
     store = "eval/rl_greedy_tool"
     command(work, "rescore", store, "--reward", "configs/quickstart/reward.yaml", "--out", "rescored")
     totals = [

@@ -64,7 +64,7 @@ def one(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return rolled_out(tiny_checkpoint, tmp_path_factory.mktemp("one"), ranks=1)[0]
 
 
-def test_a_group_stays_on_one_rank_and_every_task_is_on_some(two: list[list[dict[str, Any]]]) -> None:
+def test_every_group_is_whole_on_one_rank(two: list[list[dict[str, Any]]]) -> None:
     for first, second in zip(*two, strict=True):
         tasks = [{t["task"] for t in group} for rank in (first, second) for group in rank["groups"]]
         assert all(len(group) == 1 for group in tasks) and len(set.union(*tasks)) == len(tasks) == 4
@@ -78,7 +78,7 @@ def test_both_engines_sample_from_the_weights_of_the_iteration(two: list[list[di
             assert iteration["metrics"]["policy/parity_max"] <= TOLERANCE, "the largest of both ranks"
 
 
-def test_figures_are_those_of_all_ranks_and_the_same_on_each(two: list[list[dict[str, Any]]]) -> None:
+def test_metrics_cover_all_ranks_and_are_equal_on_each(two: list[list[dict[str, Any]]]) -> None:
     own = ("time/update_s", "time/store_s", "policy/tokens_per_s")  # how long the rank's own update and storing took
     first, second = ({k: v for k, v in rank[-1]["metrics"].items() if k not in own} for rank in two)
     assert first == second
@@ -99,7 +99,7 @@ def test_samples_do_not_depend_on_the_number_of_ranks(
         assert tokens[: len(alone[key])] == alone[key]
 
 
-def test_a_rank_without_a_task_holds_no_evaluation_up(two: list[list[dict[str, Any]]], folder: Path) -> None:
+def test_a_rank_without_a_task_does_not_block_an_evaluation(two: list[list[dict[str, Any]]], folder: Path) -> None:
     (found,) = (folder / "eval").glob("*/metrics.json")
     stored = [
         [json.loads(line) for line in path.open()] for path in sorted((found.parent / "trajectories").glob("*.jsonl"))
@@ -135,7 +135,7 @@ def trouble(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     return out, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_ranks_that_get_on_end_well(trouble: tuple[Path, dict[str, list[tuple[int, bool]]]]) -> None:
+def test_ranks_that_make_progress_are_not_stopped(trouble: tuple[Path, dict[str, list[tuple[int, bool]]]]) -> None:
     out, ended = trouble
     assert [code for code, _ in ended["fine"]] == [0, 0]
     assert [code for code, _ in ended["slow"]] == [0, 0], "longer than the time-out, but with progress"
@@ -150,7 +150,7 @@ def test_ranks_that_get_on_end_well(trouble: tuple[Path, dict[str, list[tuple[in
         ("stopped", 0, r"rank 1 (*) has sent no report for * s, last in 'training step 2'"),
     ],
 )
-def test_the_watchdog_names_the_rank_and_where_it_is(
+def test_the_watchdog_names_the_rank_and_its_place(
     trouble: tuple[Path, dict[str, list[tuple[int, bool]]]], mode: str, teller: int, said: str
 ) -> None:
     out, ended = trouble
@@ -165,7 +165,7 @@ def test_the_watchdog_names_the_rank_and_where_it_is(
 
 
 @pytest.mark.parametrize("mode", ["killed", "first_killed", "raises"])
-def test_a_dead_rank_takes_the_other_down(trouble: tuple[Path, dict[str, list[tuple[int, bool]]]], mode: str) -> None:
+def test_a_dead_rank_ends_the_other(trouble: tuple[Path, dict[str, list[tuple[int, bool]]]], mode: str) -> None:
     assert all(code != 0 for code, _ in trouble[1][mode])
 
 
@@ -186,7 +186,7 @@ def sleepless(tiny_checkpoint: Path) -> Iterator[tuple[Policy, Any]]:
     engine.close()
 
 
-def test_waking_syncing_and_sleeping_have_their_order(
+def test_waking_syncing_and_sleeping_are_in_order(
     sleepless: tuple[Policy, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM's CPU worker takes the calls but has nothing to give back: only that is not real here."""

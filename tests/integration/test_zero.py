@@ -140,7 +140,7 @@ def more(
 @pytest.mark.parametrize(
     "name", ["recompute", "lora", "lora_ddp", "tied", "tied_zero2", "offload", "resumed", "resumed_zero2"]
 )
-def test_so_it_does_with(more: tuple, name: str) -> None:
+def test_two_ranks_follow_the_curve_of_one_with_options(more: tuple, name: str) -> None:
     _, ranks, one = more
     assert_same_run(ranks[name], one(name), GRPO_CURVES)
 

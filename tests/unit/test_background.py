@@ -1,4 +1,4 @@
-"""The background thread ends with what runs on it, and closing it never blocks for good."""
+"""The background thread ends with the work that runs on it, and closing it never blocks forever."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_closing_cancels_what_runs() -> None:
     assert ended == ["cleaned up"] and thread.loop.is_closed()
 
 
-def test_work_that_ignores_its_cancellation_does_not_hold_the_rest_up(
+def test_work_that_ignores_its_cancellation_does_not_block_the_rest(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "CLOSE_S", 0.1)

@@ -28,7 +28,7 @@ def checkpoint(run: Path, iteration: int) -> Path:
     return path
 
 
-def test_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
     refuse_used(tmp_path)
     nine, ten = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10)
@@ -73,7 +73,7 @@ def test_an_older_checkpoint_rewinds_the_run(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == checkpoint(tmp_path, 4)
 
 
-def test_random_generators(tmp_path: Path) -> None:
+def test_random_generators_are_restored(tmp_path: Path) -> None:
     import random
 
     import numpy as np
@@ -85,7 +85,7 @@ def test_random_generators(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"every_minutes": 0.0}, {"every_iterations": -1}, {"keep": 0}])
-def test_wrong_settings(wrong: dict[str, float]) -> None:
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CheckpointCallback(**wrong)  # type: ignore[arg-type]
 
@@ -95,7 +95,7 @@ def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open()))
 
 
-def test_metrics_go_on_after_a_kill(tmp_path: Path) -> None:
+def test_metrics_continue_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     first = MetricsLogger(tmp_path)
     for step in range(4):
@@ -112,7 +112,7 @@ def test_metrics_go_on_after_a_kill(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"], row["lr"]) for row in rows(path)][-2:] == [("2", "2.5", ""), ("3", "8.0", "0.1")]
 
 
-def test_the_checkpoint_knows_the_row_that_was_not_written(tmp_path: Path) -> None:
+def test_a_row_lost_to_a_kill_is_restored_from_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     MetricsLogger(tmp_path).log_metrics({"loss": 0.5}, 0)
     MetricsLogger(tmp_path).rewind(1, {"loss": 1.5})
@@ -144,7 +144,7 @@ def test_trajectories_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert drop_after(tmp_path / "nowhere", 0) == {}
 
 
-def test_a_test_in_a_runs_folder_leaves_its_curves_alone(tmp_path: Path) -> None:
+def test_a_test_in_a_runs_folder_leaves_its_curves_unchanged(tmp_path: Path) -> None:
     MetricsLogger(tmp_path).log_metrics({"loss": 0.5}, 0)
     before = (tmp_path / "metrics.csv").read_text()
     found = run_loggers(None, tmp_path, "test")

@@ -40,7 +40,7 @@ def start_of(path: Path, record: str) -> int:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_damaged_checkpoint_is_skipped_for_the_earlier_one_on_resume(
     tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     nine, ten = save(tmp_path, 9), save(tmp_path, 10)

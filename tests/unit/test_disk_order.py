@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
-def test_disk_has_a_file_before_its_name_is_given_to_it(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+def test_disk_has_a_file_before_it_is_renamed(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
     with whole_file(tmp_path / "a.json") as temporary:
         temporary.write_text("{}")
     assert calls == [("fsync", "a.json.tmp"), ("rename", "a.json")]

@@ -38,7 +38,7 @@ def test_the_engine_sleeps_where_it_and_the_trainer_do_not_fit(memory: float, ra
         ({"sync_bucket_gb": 0.0}, r"engine\.sync_bucket_gb"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(setting: dict[str, object], message: str) -> None:
+def test_contradicting_settings_are_refused(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**setting)  # type: ignore[arg-type]
 
@@ -90,7 +90,7 @@ def request(name: str, length: int = 2) -> Request:
     )
 
 
-def test_the_other_ranks_repeat_what_the_leading_one_does_in_its_order() -> None:
+def test_other_ranks_repeat_the_leaders_commands_in_order() -> None:
     leader, follower = Recorder(), Recorder()
     orders: queue.SimpleQueue[Orders] = queue.SimpleQueue()
     engine = LeadingEngine(leader, orders.put)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 from cv_lightning.files import whole_file, write_text
 
 
-def test_what_was_there_stays_until_the_end(tmp_path: Path) -> None:
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_text(path, "old")
     with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
@@ -22,7 +22,7 @@ def test_what_was_there_stays_until_the_end(tmp_path: Path) -> None:
     assert path.read_bytes() == "new \u00e9".encode() and list(tmp_path.iterdir()) == [path]
 
 
-def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+def test_links_and_pipes_are_kept(tmp_path: Path) -> None:
     target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
     target.write_text("old")
     link.symlink_to(target)

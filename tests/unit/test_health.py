@@ -46,7 +46,7 @@ def trajectory(of: Task, sample: int, reward: float | None, state: EndState = En
         ("broken", {EndState.NO_ANSWER, EndState.PARSE_ERRORS}),
     ],
 )
-def test_masked_trajectories_count_in_the_statistics_and_teach_nothing(switch: str, states: set[EndState]) -> None:
+def test_masked_trajectories_count_in_the_statistics_and_have_no_loss(switch: str, states: set[EndState]) -> None:
     of, judged = task("a"), [state for state in EndState if not state.is_error]
     members = [trajectory(of, i, float(i % 2), state) for i, state in enumerate(judged)]
     plain, masked = Group(task=of, trajectories=members), MaskConfig(**{switch: True})
@@ -77,7 +77,7 @@ def test_a_group_has_reward_variance_if_rewards_differ_and_one_is_not_masked() -
 
 # ------------------------------------------------------------------ dynamic sampling
 def roll_out(tasks: Sequence[Task]) -> list[Group]:
-    """Rewards of a group differ where the task's name says so."""
+    """Groups whose rewards differ if the task's name has a +."""
     return [
         Group(task=t, trajectories=[trajectory(t, i, float(i if "+" in t.id else 1)) for i in range(3)]) for t in tasks
     ]
@@ -100,7 +100,7 @@ def rounds_of(queue: TaskQueue, given_batch: Iteration, trainer: Any = None) -> 
     return [group.task.id for group in groups], rounds
 
 
-def test_tasks_come_in_order_until_enough_teach_and_the_rest_comes_first_next_time() -> None:
+def test_dynamic_sampling_takes_tasks_in_order_and_keeps_the_rest() -> None:
     queue = TaskQueue()
     assert rounds_of(queue, batch(0, "ab+cd+ef+")) == (["a", "b+", "c", "d+"], 3)
     assert queue.close_iteration(6) == 0
@@ -110,14 +110,14 @@ def test_tasks_come_in_order_until_enough_teach_and_the_rest_comes_first_next_ti
     assert queue.close_iteration(6) == 0 and not queue.state_dict()
 
 
-def test_the_queue_does_not_grow_without_bound() -> None:
+def test_the_task_queue_is_bounded() -> None:
     queue = TaskQueue()
     rounds_of(queue, batch(0, "a+b+c+d+e+f+"))
     assert queue.close_iteration(3) == 1
     assert [t.id for t in queue.take(9)] == ["c+", "d+", "e+"]
 
 
-def test_left_over_tasks_survive_a_checkpoint_on_every_rank() -> None:
+def test_waiting_tasks_are_restored_on_every_rank() -> None:
     names = ["ab+cd+ef+", "g+h+ij"]
     loader: StepLoader[Iteration] = StepLoader(lambda step: batch(step, names[step]), 2)
     trainer = SimpleNamespace(train_dataloader=loader, world_size=1, global_rank=0)
@@ -145,7 +145,7 @@ def test_a_rank_without_tasks_takes_part_in_every_round() -> None:
     assert not groups and rounds == 2 and asked == [0, 0, 0]
 
 
-def test_oversampling_is_off_unless_asked_for() -> None:
+def test_dynamic_sampling_is_off_by_default() -> None:
     data = DigitTaskDataModule(tasks_per_iteration=4, num_iterations=2)
     plain = data.train_dataloader().build(1)
     module = SimpleNamespace(algorithm=AlgorithmConfig(dynamic_sampling=DynamicSamplingConfig(max_oversample=1.6)))
@@ -173,7 +173,7 @@ def test_the_mix_of_kinds_changes_over_the_run() -> None:
 
 
 @given(st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4, unique=True))
-def test_shares_are_a_distribution_everywhere(progress: float, places: list[float]) -> None:
+def test_kind_fractions_sum_to_one(progress: float, places: list[float]) -> None:
     points = [
         CurriculumPoint(at=at, kind_shares={"upright": 1 + i, "small": 2.0}) for i, at in enumerate(sorted(places))
     ]
@@ -182,7 +182,7 @@ def test_shares_are_a_distribution_everywhere(progress: float, places: list[floa
 
 
 # ------------------------------------------------------------------ metrics
-def test_ranks_need_not_have_the_same_metrics() -> None:
+def test_metrics_of_ranks_with_different_names_are_merged() -> None:
     of = task("a")
     first = [Group(task=of, trajectories=[trajectory(of, 0, 1.0), trajectory(of, 1, 0.0, EndState.MAX_TURNS)])]
     second = [Group(task=of, trajectories=[trajectory(of, 0, 1.0), trajectory(of, 1, 0.0)])]

@@ -1,4 +1,4 @@
-"""The install script: what it says without installing; the mend of torchvision on a package that fails like it."""
+"""The install script without installing, and the fix of torchvision on a package that fails in the same way."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_unknown_option_is_refused(project: Path) -> None:
     assert "--fast" in done.stderr
 
 
-def test_without_an_active_environment_it_is_dot_venv(project: Path) -> None:
+def test_the_environment_is_dot_venv_by_default(project: Path) -> None:
     done = install(project, "--check", active=False)
     assert done.returncode == 1
     assert f"{project}/.venv does not exist yet" in done.stdout
@@ -77,7 +77,7 @@ def test_every_script_runs_what_was_installed_into(project: Path, active: dict[s
         assert "source scripts/environment.sh" in (ROOT / "scripts" / script).read_text()
 
 
-def test_nothing_is_done_while_nothing_changes(project: Path) -> None:
+def test_an_unchanged_lock_file_installs_nothing(project: Path) -> None:
     stamp = project.parent / "environment/.cv_lightning_installed"
     before = install(project, "--check")
     assert before.returncode == 1
@@ -139,7 +139,7 @@ def made_up_torchvision(packages: Path, init: str) -> Path:
     return package / "extension.py"
 
 
-def test_mending_declares_the_missing_operators_once(tmp_path: Path) -> None:
+def test_the_fix_declares_the_missing_operators_once(tmp_path: Path) -> None:
     extension = made_up_torchvision(tmp_path, FAILING_INIT)
     first = mend(tmp_path)
     assert first.returncode == 0, first.stderr
@@ -149,7 +149,7 @@ def test_mending_declares_the_missing_operators_once(tmp_path: Path) -> None:
     assert (second.returncode, second.stdout, extension.read_text()) == (0, "", mended)
 
 
-def test_a_torchvision_that_imports_is_left_alone(tmp_path: Path) -> None:
+def test_a_torchvision_that_imports_is_left_unchanged(tmp_path: Path) -> None:
     extension = made_up_torchvision(tmp_path, "")
     before = extension.read_text()
     assert mend(tmp_path).returncode == 0

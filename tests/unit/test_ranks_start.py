@@ -14,7 +14,7 @@ SRUN = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "train"}
 
 
 # ------------------------------------------------------------------------------------------------ environment
-def test_ranks_that_fit_are_counted() -> None:
+def test_ranks_are_counted_from_the_environment() -> None:
     assert check_launch(1, 1, {}) == 1
     assert check_launch(8, 2, TORCHRUN) == check_launch("8", 2, SRUN) == 16
     assert check_launch([0, 1], 1, {}) == check_launch("0,1", 1, {}) == 2
@@ -60,14 +60,14 @@ def report(rank: int, place: str, *, waits: bool, idle_s: float, silent_s: float
     return RankReport(rank, f"node{rank}, process 1", place, waits, idle_s, silent_s, False)
 
 
-def test_ranks_that_get_on_are_left_alone() -> None:
+def test_ranks_that_make_progress_are_not_diagnosed() -> None:
     waiting = report(0, "end of rollout 3", waits=True, idle_s=5000)
     assert diagnose([waiting, report(1, "rollout 3", waits=False, idle_s=2)], 60, 60) == ""
     both = [report(rank, "training step 3", waits=True, idle_s=idle) for rank, idle in ((0, 5000.0), (1, 3.0))]
     assert diagnose(both, 60, 60) == "", "the second has just come"
 
 
-def test_the_rank_that_others_wait_for_is_named() -> None:
+def test_a_stuck_rank_is_named() -> None:
     ranks = [report(0, "end of rollout 3", waits=True, idle_s=50), report(1, "rollout 3", waits=False, idle_s=61)]
     found = diagnose(ranks, 60, 60)
     assert "rank 1 (node1, process 1) has made no progress in 'rollout 3' for 61 s" in found
@@ -80,7 +80,7 @@ def test_ranks_that_wait_for_each_other_are_named() -> None:
     assert "every rank waits" in found and "'weight sync' for 70 s" in found and "'training step 2' for 61 s" in found
 
 
-def test_a_rank_that_is_gone_is_named_with_where_it_was_last() -> None:
+def test_a_silent_rank_is_named_with_its_last_place() -> None:
     ranks = [
         report(0, "end of rollout 3", waits=True, idle_s=9),
         report(1, "rollout 3", waits=False, idle_s=1, silent_s=61),

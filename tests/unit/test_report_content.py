@@ -45,7 +45,7 @@ def page_data(page: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ summary
-def test_the_summary_is_what_the_issue_asks_for(run: Path) -> None:
+def test_the_summary_has_the_main_figures(run: Path) -> None:
     written, _ = write_summary(run)
     stored = json.loads((run / "summary.json").read_text())
     assert stored == written
@@ -59,7 +59,7 @@ def test_the_summary_is_what_the_issue_asks_for(run: Path) -> None:
     assert stored["parity_max"] == max(parities)
 
 
-def test_a_stage_that_was_not_timed_leaves_the_minutes_open(run: Path, tmp_path: Path) -> None:
+def test_a_stage_without_timing_has_no_minutes(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "eval" / "sft_greedy_tool", tmp_path / "eval" / "sft_greedy_tool")
     (tmp_path / "timing.json").write_text('{"sft": 10.0, "rl": 20.0, "sft_eval": 1.0}')
     written, _ = write_summary(tmp_path, seed=4)
@@ -83,7 +83,7 @@ def column(path: Path, name: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ how it was trained
-def test_the_share_that_sft_showed_is_read_from_its_config() -> None:
+def test_the_tool_fraction_of_sft_is_read_from_its_config() -> None:
     config = resolved("sft")
     config["data"]["init_args"]["demonstrations"]["tool_share"] = 0.275
     config["data"]["init_args"] |= {"num_steps": 400, "warm_up_share": 0.25}
@@ -97,7 +97,7 @@ def test_the_share_that_sft_showed_is_read_from_its_config() -> None:
     assert "No warm-up" in " ".join(training_story({"sft/fit_config.yaml": yaml.safe_dump(config)})[0][1])
 
 
-def test_files_of_conversations_have_no_share() -> None:
+def test_files_of_conversations_have_no_tool_fraction() -> None:
     config = {"data": {"init_args": {"train_files": ["a.json"], "num_steps": 3}}}
     assert training_story({"sft/fit_config.yaml": yaml.safe_dump(config)}) == [
         ("Supervised fine-tuning", ["Conversations of a.json."])
@@ -105,11 +105,11 @@ def test_files_of_conversations_have_no_share() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "null", "[1, 2]", "data: null", "data: {init_args: {}}"])
-def test_a_config_that_says_nothing_tells_no_story(text: str) -> None:
+def test_an_empty_config_gives_no_description(text: str) -> None:
     assert training_story({"sft/fit_config.yaml": text, "rl/fit_config.yaml": text}) == []
 
 
-def test_the_reward_is_told_as_its_formula() -> None:
+def test_the_reward_is_described_by_its_formula() -> None:
     assert reward_formula(resolved("reward_accuracy")) == "accuracy + 0.1 format"
     formula = reward_formula(resolved("reward") | {"emerge": 0.2, "spurious": 0.5, "usage": 0})
     assert formula.startswith("accuracy + 0.1 format + mandatory")
@@ -118,7 +118,7 @@ def test_the_reward_is_told_as_its_formula() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ curves
-def test_curves_of_a_logger_whose_columns_come_late(tmp_path: Path) -> None:
+def test_curves_whose_columns_come_late_are_read(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     logger.log_metrics({"iteration": 1.0, "rollout/spurious": math.nan, "policy/parity_max": 2e-5}, 0)
     logger.save()
@@ -152,7 +152,7 @@ def test_an_iteration_without_upright_tasks_does_not_count() -> None:
     assert count == 0
 
 
-def test_charts_hold_every_metric_once_and_name_what_never_moves() -> None:
+def test_charts_hold_every_metric_once_and_list_constant_ones() -> None:
     names = [
         "reward/total",
         "reward/format",
@@ -177,7 +177,7 @@ def test_thinning_keeps_the_mean() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the page
-def test_the_page_says_what_the_issue_wants(run: Path) -> None:
+def test_the_page_has_its_main_parts(run: Path) -> None:
     page = report_of(run)
     text = page.read_text()
     share = resolved("sft")["data"]["init_args"]["demonstrations"]["tool_share"]
@@ -192,7 +192,7 @@ def test_the_page_says_what_the_issue_wants(run: Path) -> None:
     assert set(outside) <= {"http://www.w3.org/2000/svg"}
 
 
-def test_examples_are_the_same_tasks_drawn_without_their_outcome(run: Path) -> None:
+def test_examples_are_the_same_tasks_chosen_without_their_outcome(run: Path) -> None:
     data = page_data(report_of(run))
     kinds = [example["kind"] for example in data["examples"]]
     assert kinds == ["upright", "turned", "small", "turned_and_small"]
@@ -216,7 +216,7 @@ def test_examples_are_the_same_tasks_drawn_without_their_outcome(run: Path) -> N
     ]
 
 
-def test_what_the_model_saw_is_shown_where_it_is_much_smaller(run: Path) -> None:
+def test_the_models_view_is_shown_where_it_is_much_smaller(run: Path) -> None:
     data = page_data(report_of(run))
     for trajectory in data["trajectories"]:
         kind = data["groups"][trajectory["group"]]["task"]["kind"]
@@ -237,7 +237,7 @@ def test_any_run_gets_the_same_tables_without_the_words_of_the_quickstart(run: P
     }
 
 
-def test_parts_of_a_run_make_a_page_too(run: Path, tmp_path: Path) -> None:
+def test_parts_of_a_run_make_a_page(run: Path, tmp_path: Path) -> None:
     for name in ("rl", "sft", "eval"):
         shutil.copytree(run / name, tmp_path / name / name)
         assert write_report(tmp_path / name).stat().st_size > 10_000
@@ -245,7 +245,7 @@ def test_parts_of_a_run_make_a_page_too(run: Path, tmp_path: Path) -> None:
     assert "0 stored trajectories" in write_report(tmp_path / "sft").read_text()
 
 
-def test_a_torn_line_is_told_on_the_page(run: Path, tmp_path: Path) -> None:
+def test_an_incomplete_line_is_counted_on_the_page(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "eval" / "rl_greedy_tool", tmp_path / "eval" / "rl_greedy_tool")
     (path,) = tmp_path.glob("eval/*/trajectories/*.jsonl")
     path.write_bytes(path.read_bytes()[:-30])
@@ -308,7 +308,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_code_comes_in_pieces_that_make_it_up() -> None:
+def test_pieces_of_code_join_to_the_code() -> None:
     code = "for x in range(3):\r\n\timage.crop((0, 1, 2, 3))  # <b>'half\n\x00 '"
     pieces = highlight(code)
     assert "".join(text for _, text in pieces) == code
@@ -318,14 +318,14 @@ def test_code_comes_in_pieces_that_make_it_up() -> None:
 
 
 @pytest.mark.parametrize("command", [report_main, summary_main])
-def test_a_folder_that_is_no_run_is_a_message(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_a_message(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command([str(tmp_path / "nothing")]) == 1
     assert "nothing" in capsys.readouterr().err
     assert command([str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_the_report_names_the_flag_that_cannot_be(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_names_the_flag_that_is_out_of_range(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_main([str(run), "--thumbnail_px", "3"]) == 1
     assert "--thumbnail_px" in capsys.readouterr().err
 

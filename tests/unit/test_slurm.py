@@ -40,7 +40,7 @@ def calls(cluster: Path, script: str, **environment: str) -> list[str]:
     return (cluster / "calls").read_text().splitlines()
 
 
-def test_sft_takes_every_node(cluster: Path) -> None:
+def test_sft_uses_every_node(cluster: Path) -> None:
     python = cluster / "env/bin/python"
     python.parent.mkdir(parents=True)
     python.touch(mode=0o755)
@@ -72,7 +72,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def runs(pid: str) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # that of a process which nobody has reaped is empty
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty for a process that is not reaped yet
     return False
 
 

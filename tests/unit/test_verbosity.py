@@ -32,7 +32,9 @@ def loggers_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["--verbose"], ["ours debug", "ours info", "ours warning", "theirs info", "theirs warning"]),
     ],
 )
-def test_who_is_heard(flags: list[str], heard: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbosity_flags_filter_messages(
+    flags: list[str], heard: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert take_verbosity(["--config", "a.yaml", *flags, "--x", "1"]) == ["--config", "a.yaml", "--x", "1"]
     set_up_logging()
     set_up_logging()  # twice is once
@@ -52,6 +54,6 @@ def test_who_is_heard(flags: list[str], heard: list[str], tmp_path: Path, capsys
     assert "INFO for the file" in log
 
 
-def test_every_verb_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_accepts_the_verbosity_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "--quiet", str(tmp_path / "nothing")]) == 1
     assert "nothing: no such run folder" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import torch
 def _absent(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"sgl_kernel.{name}: these are no compiled kernels; see tests/integration/sglang_kernels"
+            f"sgl_kernel.{name}: these are not compiled kernels; see tests/integration/sglang_kernels"
         )
 
     return kernel
