@@ -1,4 +1,4 @@
-"""What happens inside a fresh child: load the picture, seal the process, run the snippet, write the result."""
+"""What happens inside a fresh child: it loads the image, runs the snippet and writes the result."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import numpy as np
 import PIL
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
+from cv_lightning import images
 from cv_lightning.sandbox import guard, tracer
+from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.wire import (
-    FLAG_REFERENCE,
     HEADER,
     JOB,
     MAGIC,
@@ -30,28 +31,30 @@ from cv_lightning.sandbox.wire import (
     STATUS_OK,
     Trace,
     pack_trace,
+    write_pixels,
 )
 
 FILE = "<code>"
 INPUT_FD, OUTPUT_FD, CONTROL_FD = 3, 4, 5
 MAX_RECURSION = 20_000
 PIECE = 1 << 16
-"""Bytes that an encoder hands to the kernel at once: its buffer is touched for the first time, page by page."""
+"""Bytes that Pillow hands to the kernel at once; small, because the buffer's pages are touched for the first time."""
 ASPECT_LIMIT = 200
+_LIBRARIES = "available: PIL, numpy, cv2, skimage, scipy, math and the standard library"
 HINTS = {
     "FileNotFoundError": "files cannot be read; the picture is in `image`",
     "PermissionError": "files, processes and the network are closed; use `image` and the imaging libraries "
     "(image.save(name) and Image.open(name) work: they keep the file in memory)",
-    "ModuleNotFoundError": "available: PIL, numpy, cv2, skimage, scipy, math and the standard library",
-    "ImportError": "available: PIL, numpy, cv2, skimage, scipy, math and the standard library",
+    "ModuleNotFoundError": _LIBRARIES,
+    "ImportError": _LIBRARIES,
     "SyntaxError": "send complete, valid Python",
 }
-
 NO_THREADS = "threads and processes are not available here; call the function in a plain loop, or with map()"
+NOT_FINITE = "the result has NaN or infinite values; use np.nan_to_num and values from 0 to 255"
 
 
 class ResultError(Exception):
-    """The snippet's result is no usable image; `kind` is the typed reason."""
+    """The snippet's result is not a usable image; `kind` is the typed reason."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -65,16 +68,14 @@ class ChildJob:
     code: str
     width: int
     height: int
-    max_pixels: int
-    memory_mb: int
     seed: bytes
-    reference: bool
+    config: SandboxConfig
 
 
 def namespace(image: Image.Image, code: str = "") -> dict[str, Any]:
-    """The names that the protocol promises, with `image` (and its old name `img`).
+    """The names that a snippet may use without an import: `image` (also as `img`) and the imaging libraries.
 
-    `draw` is made only where the code speaks of it: it copies the picture.
+    `draw` is made only if the code contains the word, because making it copies the image.
     """
     scope: dict[str, Any] = {
         "__name__": "__main__", "__builtins__": builtins, "image": image, "img": image, "PIL": PIL, "Image": Image,
@@ -90,18 +91,18 @@ def namespace(image: Image.Image, code: str = "") -> dict[str, Any]:
 
 
 def load_input(fd: int, width: int, height: int) -> Image.Image:
-    """The input picture, straight on the pages of its sealed memfd.
+    """The input image, directly on the pages of its sealed memfd.
 
-    The mapping is private: what the snippet draws on is copied page by page, and nobody else ever sees it.
+    The mapping is private: pages that the snippet draws on are copied, and no other process sees them.
     """
     mapped = mmap.mmap(fd, width * height * PIXEL, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    # What Image.frombuffer does for modes of four bytes; it lacks RGB only because nobody else stores it so.
+    # As Image.frombuffer does for modes of four bytes; it does not offer this for RGB.
     core: Any = Image.core  # type: ignore[attr-defined]
     return Image.new("RGB", (0, 0))._new(core.map_buffer(mapped, (width, height), "raw", 0, ("RGB", 0, 1)))
 
 
 def seed_everything(seed: bytes) -> None:
-    """Make random numbers a function of picture and code (a fork inherits one state for all)."""
+    """Make random numbers a function of image and code (all forks inherit the same state)."""
     number = int.from_bytes(seed[:4], "little")
     random.seed(number)
     np.random.seed(number)
@@ -112,23 +113,21 @@ def seed_everything(seed: bytes) -> None:
 
 # ------------------------------------------------------------------------------------------------ the result
 def pick_result(scope: dict[str, Any], image: Image.Image, reference: bool) -> Any:
-    """What the snippet hands back: `result`, `output`, else a rebound name, else the picture if it was drawn on.
+    """The snippet's result: `result`, `output`, else a reassigned name, else the input if it was drawn on.
 
-    As the reference does it, the first that is set of `result`, `output`, `processed_image`, `img`, `image` counts,
-    untouched or not, so that `image = image.rotate(90)` gives the picture unturned; an array is refused.
+    With `reference`, as the released code does it: the first that is set of `result`, `output`, `processed_image`,
+    `img`, `image`, so that `image = image.rotate(90)` returns the image unturned; arrays are not accepted.
     """
     if reference:
         names = ("result", "output", "processed_image", "img", "image")
-        found = [scope[name] for name in names if scope.get(name) is not None]
-        if found and not isinstance(found[0], Image.Image):
-            raise ResultError("not_an_image", f"the result is not an image but {type(found[0]).__name__}")
-        return found[0] if found else image
-    for name in ("result", "output"):
-        if scope.get(name) is not None:
-            return scope[name]
-    for name in ("processed_image", "image", "img"):
-        if scope.get(name) is not image and scope.get(name) is not None:
-            return scope[name]
+        found = next((scope[name] for name in names if scope.get(name) is not None), image)
+        if not isinstance(found, Image.Image):
+            raise ResultError("not_an_image", f"the result is not an image but {type(found).__name__}")
+        return found
+    for name in ("result", "output", "processed_image", "image", "img"):
+        value = scope.get(name)
+        if value is not None and (value is not image or name in ("result", "output")):
+            return value
     if was_drawn_on(image):
         return image
     raise ResultError(
@@ -137,7 +136,7 @@ def pick_result(scope: dict[str, Any], image: Image.Image, reference: bool) -> A
 
 
 def was_drawn_on(image: Image.Image) -> bool:
-    """True if the input picture no longer shows what its memfd holds."""
+    """True if the input image no longer has the pixels of its memfd."""
     return image.tobytes("raw", "RGBX") != os.pread(INPUT_FD, PIXEL * image.width * image.height, 0)
 
 
@@ -151,9 +150,7 @@ def _array_to_image(array: np.ndarray[Any, Any]) -> Image.Image:
         )
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise ResultError(
-                "nan", "the result has NaN or infinite values; use np.nan_to_num and values from 0 to 255"
-            )
+            raise ResultError("nan", NOT_FINITE)
         array = array * 255.0 if array.size and array.max() <= 1.0 else array
     elif array.dtype == bool:
         array = array * np.uint8(255)
@@ -168,7 +165,7 @@ def checked_result(result: Any, max_pixels: int) -> Image.Image:
     """The result as an RGB image.
 
     Raises:
-        ResultError: not an image, no pixels, too large, extreme aspect, NaN.
+        ResultError: Not an image, no pixels, too large, extreme aspect ratio, not finite.
     """
     origin = tracer.TRACER.origin_of(result)
     if isinstance(result, np.ndarray):
@@ -188,7 +185,7 @@ def checked_result(result: Any, max_pixels: int) -> Image.Image:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Refuse sizes that nobody can look at."""
+    """Reject sizes that the model cannot be shown."""
     if width < 1 or height < 1:
         raise ResultError(
             "zero_size", f"the result has no pixels ({width}x{height}); check the crop box (left, upper, right, lower)"
@@ -207,43 +204,35 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB form of an image of any mode, as `cv_lightning.images.to_rgb`; NaN is refused."""
-    from cv_lightning import images
-
+    """RGB form of an image of any mode, as `cv_lightning.images.to_rgb`; values must be finite."""
     if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise ResultError("nan", "the result has NaN or infinite values; use np.nan_to_num and values from 0 to 255")
+        raise ResultError("nan", NOT_FINITE)
     return images.to_rgb(image)
 
 
 # ------------------------------------------------------------------------------------------------ errors
 def describe_error(error: BaseException, job: ChildJob) -> tuple[str, str]:
     """Kind and text of an exception: its name, the snippet's line, a hint."""
-    name = type(error).__name__
     if isinstance(error, ResultError):
         return error.kind, str(error)
+    name, line = type(error).__name__, _line(error, job.code)
     if isinstance(error, guard.TooLargeError):
-        return "too_large", f"too large{_line(error, job.code)}: {error}"
+        return "too_large", f"too large{line}: {error}"
     if isinstance(error, MemoryError) or "Insufficient memory" in str(error) or "DecompressionBomb" in name:
-        name, message = (
-            "MemoryError",
-            f"too large: more than {job.memory_mb} MB of memory; crop or resize to a smaller size",
-        )
-        return "memory", f"{name}{_line(error, job.code)}: {message}"
+        advice = f"too large: more than {job.config.memory_mb} MB of memory; crop or resize to a smaller size"
+        return "memory", f"MemoryError{line}: {advice}"
     if isinstance(error, SystemExit | KeyboardInterrupt):
-        return (
-            "no_result",
-            f"no result: the code ended by {name}{_line(error, job.code)}; put the new image into `result`",
-        )
+        return "no_result", f"no result: the code ended by {name}{line}; put the new image into `result`"
     if isinstance(error, SyntaxError):
         at = f" (line {error.lineno})" if error.filename == FILE and error.lineno else ""
         return name, f"{name}{at}: {error.msg}. Hint: {HINTS['SyntaxError']}"
     message = " ".join(str(error).split())[:300]
     hint = NO_THREADS if "start new thread" in message else HINTS.get(name)
-    return name, f"{name}{_line(error, job.code)}: {message}" + (f". Hint: {hint}" if hint else "")
+    return name, f"{name}{line}: {message}" + (f". Hint: {hint}" if hint else "")
 
 
 def _line(error: BaseException, code: str) -> str:
-    """` (line 3: `x = y`)` of the deepest frame that is the snippet's own."""
+    """` (line 3: `x = y`)`: the deepest line of the snippet in the traceback; empty if there is none."""
     number, step = 0, error.__traceback__
     # One pass without a list: a runaway recursion leaves millions of frames.
     while step is not None:
@@ -256,44 +245,40 @@ def _line(error: BaseException, code: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ running
 def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
-    """Run model code on an image; the result as RGB, and its trace. Raises whatever the code raises."""
+    """Run model code on an image; returns the result as RGB, and its trace. Exceptions of the code pass through."""
     scope = namespace(image, job.code)
     seed_everything(job.seed)
-    guard.set_limit(job.memory_mb)
+    guard.set_limit(job.config.memory_mb)
     tracer.begin(image)
     try:
         exec(compile(job.code, FILE, "exec", dont_inherit=True), scope)
         tracer.TRACER.stop()
-        result = checked_result(pick_result(scope, image, job.reference), job.max_pixels)
+        picked = pick_result(scope, image, job.config.reference_results)
+        result = checked_result(picked, job.config.max_result_pixels)
         return result, tracer.TRACER.finish(result)
     finally:
         tracer.TRACER.active = False
-        guard.set_limit(0)  # a rehearsal's must not be left to those that are forked later
+        guard.set_limit(0)  # processes that are forked after a rehearsal must not inherit its limit
 
 
 def write_result(fd: int, image: Image.Image, trace: Trace) -> None:
-    """Pixels straight from Pillow's memory, then the trace; the header last."""
-    image.load()
-    encoder = Image._getencoder("RGB", "raw", ("RGBX",))
-    encoder.setimage(image.im, (0, 0, *image.size))
+    """Write the pixels, then the trace; the header last."""
     os.lseek(fd, HEADER.size, os.SEEK_SET)
-    failed = encoder.encode_to_file(fd, PIECE)
-    if failed < 0:
-        raise OSError(f"the result could not be written (encoder error {failed})")
+    write_pixels(fd, image, piece=PIECE)
     at, packed = HEADER.size + PIXEL * image.width * image.height, pack_trace(trace)
     os.pwrite(fd, packed, at)
     os.pwrite(fd, HEADER.pack(MAGIC, STATUS_OK, *image.size, at - HEADER.size, len(packed), 0), 0)
 
 
 def write_error(fd: int, kind: str, text: str) -> None:
-    """Kind and text of an error, separated by a zero byte."""
+    """Write kind and text of an error, separated by a zero byte."""
     data = f"{kind}\0{text}".encode("utf-8", "replace")[:MAX_TEXT]
     os.pwrite(fd, data, HEADER.size)
     os.pwrite(fd, HEADER.pack(MAGIC, STATUS_ERROR, 0, 0, 0, 0, len(data)), 0)
 
 
 def run_job(job: ChildJob) -> None:
-    """Everything a sealed child does. Never returns to the fork server's code."""
+    """Run a job and write its result or error. Never returns."""
     try:
         result, trace = run_snippet(job, load_input(INPUT_FD, job.width, job.height))
         write_result(OUTPUT_FD, result, trace)
@@ -302,7 +287,7 @@ def run_job(job: ChildJob) -> None:
             kind, text = describe_error(error, job)
         except BaseException as worse:  # an exception whose str() raises
             kind, text = "error", f"{type(error).__name__}: cannot be shown ({type(worse).__name__})"
-        with contextlib.suppress(OSError):  # closed by the snippet: then there is no result
+        with contextlib.suppress(OSError):  # the snippet closed it: there is no result then
             write_error(OUTPUT_FD, kind, text)
     finally:
         os._exit(0)
@@ -318,12 +303,12 @@ def keep_only(fd: int) -> int:
 
 
 def rehearse() -> None:
-    """Go once through what every snippet needs, so that its pages are this process's own before the clock runs.
+    """Run a small snippet, so that the pages which every snippet needs are copied before the clock runs.
 
-    Done in the fork server too: spare children and those forked on demand then start from the same state.
+    The fork server does it too, so that spare children and those forked on demand start from the same state.
     """
     image = Image.frombytes("RGB", (8, 8), bytes(192))
-    job = ChildJob("result = image.crop((1, 1, 5, 5)).rotate(90)\n", 8, 8, 64, 1, bytes(16), False)
+    job = ChildJob("result = image.crop((1, 1, 5, 5)).rotate(90)\n", 8, 8, bytes(16), SandboxConfig(memory_mb=1))
     result, trace = run_snippet(job, image)
     fd = os.memfd_create("rehearsal")
     write_result(fd, result, trace)
@@ -331,9 +316,9 @@ def rehearse() -> None:
 
 
 def cap_recursion() -> None:
-    """Keep snippets from raising the recursion limit without end.
+    """Bound the recursion limit that a snippet can set.
 
-    No protection, only a better error: unwinding millions of frames takes longer than a snippet may.
+    This gives a better error and is not a protection: unwinding millions of frames takes longer than the time limit.
     """
     raise_limit = sys.setrecursionlimit
 
@@ -343,19 +328,14 @@ def cap_recursion() -> None:
     sys.setrecursionlimit = setrecursionlimit
 
 
-def wait_for_job(control: socket.socket, memory_mb: int) -> ChildJob:
-    """Block until the fork server hands over a job; its memfds get the numbers `INPUT_FD` and `OUTPUT_FD`."""
+def wait_for_job(control: socket.socket, config: SandboxConfig) -> ChildJob:
+    """Block until the fork server sends a job; its memfds get the numbers `INPUT_FD` and `OUTPUT_FD`."""
     packet, fds, _, _ = socket.recv_fds(control, JOB.size, 2)
     control.close()
-    if fds != [INPUT_FD, OUTPUT_FD]:  # nobody will ask any more
+    if fds != [INPUT_FD, OUTPUT_FD]:  # the fork server has gone
         os._exit(0)
     gc.enable()
-    return unpack_job(packet, INPUT_FD, memory_mb)
-
-
-def unpack_job(packet: bytes, input_fd: int, memory_mb: int) -> ChildJob:
-    """A job as the parent packed it; its code stands behind the pixels of the input."""
-    _, _, _, width, height, flags, max_pixels, seed = JOB.unpack(packet)
+    _, _, width, height, seed = JOB.unpack(packet)
     num_pixels = PIXEL * width * height
-    code = os.pread(input_fd, os.fstat(input_fd).st_size - num_pixels, num_pixels).decode("utf-8", "replace")
-    return ChildJob(code, width, height, max_pixels, memory_mb, seed, bool(flags & FLAG_REFERENCE))
+    code = os.pread(INPUT_FD, os.fstat(INPUT_FD).st_size - num_pixels, num_pixels).decode("utf-8", "replace")
+    return ChildJob(code, width, height, seed, config)

@@ -1,9 +1,9 @@
 """Net geometric effect of a snippet, derived from the pixels of input and result.
 
-Model code shares its process with the tracer and can forge what the tracer says. So a claimed map is a candidate and
-nothing more: it must explain the result better than the seven other turns and flips of it (`PixelMatch`), and the
-result must agree with the parent's own view of the input in every block (`proof.prove`). The tier that executes plans
-and the one that runs model code ask the same function, so that both give the same effect.
+Model code shares its process with the tracer and can forge its claims. A claimed map is therefore only a candidate: it
+must explain the result better than its seven other turns and flips (`PixelMatch`), and the result must agree with the
+parent's own view of the input in every block (`proof.prove`). The plan executor and the one that runs model code use
+the same function, so that both give the same effect.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from cv_lightning.images import compose, map_box
-from cv_lightning.sandbox.geometry import SYMMETRIES, turn
+from cv_lightning.sandbox.geometry import SIGNS, SWAPPING, SYMMETRIES, turn
 from cv_lightning.sandbox.locate import located
 from cv_lightning.sandbox.proof import is_equal, plain_border, prove
-from cv_lightning.sandbox.view import Pyramid, signs_of
+from cv_lightning.sandbox.view import Array, Edges, Pyramid, grey_of, signs_of
 from cv_lightning.types import Affine, Box, Effect, Operation
 
 log = logging.getLogger(__name__)
@@ -31,37 +31,32 @@ log = logging.getLogger(__name__)
 GRID = 48
 """Points a side at which a prediction is compared with the result."""
 MIN_CORRELATION = 0.35
-"""Below this a prediction explains nothing; filters and tone changes of the same frame lie far above."""
+"""Least score of a prediction that explains anything; filters and tone changes of the same frame score far higher."""
 MARGIN = 0.02
-"""By this much another turn or flip must be better before the claim is dropped."""
+"""Lead in score that another turn or flip needs to replace the claim."""
 PROVEN = 1.0 - MARGIN
-"""Above this no rival can be better by the margin."""
+"""Score above which no rival can lead by the margin."""
 NEGATIVE = 0.97
-"""What a negative of the prediction counts: on smooth pictures a half turn looks like one."""
+"""Factor for a negative correlation (an inverted image): on smooth images a half turn looks like an inversion."""
 GOOD = 0.9
-"""From this agreement on a map is likely even if nothing claimed it."""
+"""Score from which a map is a candidate although it was not claimed."""
 MIN_SUGGESTED = 0.6
-"""From this agreement on a turn or flip that is not proven is still blamed."""
+"""Score from which a turn or flip that is not proven still counts for penalties."""
 MIN_INNER = 8
-"""Least side in pixels of what a plain border leaves."""
+"""Least side in pixels of the part inside a plain border."""
 GEOMETRIC = ("rotate", "flip", "transpose", "transverse", "reverse", "crop", "pad", "translate", "warp", "copy")
-"""Beginnings of the names of operations that move pixels and change none."""
+"""Prefixes of the names of operations that move pixels without changing them."""
 MAX_SEARCHED = 4_000_000
-"""Pixels of input or result above which no second candidate is looked for once a claim was tried: then no map."""
+"""Pixels of input or result above which only one claim is tried, and no other candidate after it."""
 MAX_CPU_S = 0.2
-"""Processor time after which no further candidate is tried; then there is no map. The work is bounded by pixels, so
-that only a machine in trouble gets here."""
-_LINEAR = {
-    (1, 0, 0, 1): (),
-    (0, -1, 1, 0): ("rotate_90",),
-    (-1, 0, 0, -1): ("rotate_180",),
-    (0, 1, -1, 0): ("rotate_270",),
-    (-1, 0, 0, 1): ("flip_horizontal",),
-    (1, 0, 0, -1): ("flip_vertical",),
-    (0, 1, 1, 0): ("flip_horizontal", "rotate_90"),
-    (0, -1, -1, 0): ("flip_horizontal", "rotate_270"),
+"""Processor time after which no further candidate is tried; there is no map then. The work is bounded by pixels, so
+this happens only on a machine in trouble."""
+_COMPOSED = {
+    "identity": (),
+    "transpose": ("flip_horizontal", "rotate_90"),
+    "transverse": ("flip_horizontal", "rotate_270"),
 }
-"""Core operations by the signs of the linear part of the map to the input."""
+"""Core operations of symmetries that are not core operations themselves."""
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -69,25 +64,32 @@ def effect_of(to_input: Affine | None, size: tuple[int, int], output: tuple[int,
     """Core operations and crop box of a map.
 
     Args:
-        to_input: from coordinates of the result to coordinates of the input, in pixels; None: unknown.
-        size: width and height of the input.
-        output: width and height of the result.
+        to_input: From coordinates of the result to coordinates of the input, in pixels; None: unknown.
+        size: Width and height of the input.
+        output: Width and height of the result.
     """
     if to_input is None:
         return Effect(to_input=None)
     width, height = size
-    core = set(_LINEAR.get(signs_of(to_input), ()))
+    core = core_of(to_input)
     box = map_box(to_input, (0.0, 0.0, float(output[0]), float(output[1])))
     seen = (max(0.0, box[0]), max(0.0, box[1]), min(float(width), box[2]), min(float(height), box[3]))
     whole = seen[0] < 0.5 and seen[1] < 0.5 and seen[2] > width - 0.5 and seen[3] > height - 0.5
     empty = seen[2] <= seen[0] or seen[3] <= seen[1]
     if whole or empty or _lost_by_canvas(to_input, size, output):
-        return Effect(to_input=to_input, core=tuple(sorted(core)))
-    return Effect(to_input=to_input, core=tuple(sorted(core | {"crop"})), crop_box=tuple(round(v, 3) for v in seen))  # type: ignore[arg-type]
+        return Effect(to_input=to_input, core=core)
+    left, top, right, bottom = (round(edge, 3) for edge in seen)
+    return Effect(to_input=to_input, core=("crop", *core), crop_box=(left, top, right, bottom))
+
+
+def core_of(to_input: Affine) -> tuple[str, ...]:
+    """Core operations of the linear part of a map, sorted; none for other angles."""
+    symmetry = SIGNS.get(signs_of(to_input), "identity")
+    return _COMPOSED.get(symmetry, (symmetry,))
 
 
 def _lost_by_canvas(to_input: Affine, size: tuple[int, int], output: tuple[int, int]) -> bool:
-    """A quarter turn that kept the canvas loses the ends of the picture; nobody cropped."""
+    """True for a quarter turn that kept the canvas: the ends of the image that it loses are not a crop."""
     if output != size or abs(to_input.a) > 1e-6 or abs(to_input.e) > 1e-6 or abs(abs(to_input.b) - 1) > 1e-6:
         return False
     x = to_input.b * size[1] / 2 + to_input.c
@@ -98,7 +100,7 @@ def _lost_by_canvas(to_input: Affine, size: tuple[int, int], output: tuple[int, 
 # ------------------------------------------------------------------------------------------------ the net effect
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What the pixels of a result say about it."""
+    """What the pixels of a result prove."""
 
     effect: Effect
     same_pixels: bool = False
@@ -106,17 +108,17 @@ class Found:
 
 
 UNPROVABLE = (ArithmeticError, ValueError, TypeError, OSError, LookupError, MemoryError, SystemError, cv2.error)
-"""What a map without sense may raise in Pillow, NumPy or OpenCV: then there is no map."""
+"""What an absurd map may raise in Pillow, NumPy or OpenCV; there is no map then."""
 
 
 def net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool) -> Found:
-    """Effect of a snippet by its pixels; claims are candidates. Nothing that a snippet wrote raises here.
+    """Effect of a snippet by its pixels. Nothing that a snippet wrote raises here.
 
     Args:
-        claims: maps from result to input, best first.
-        image: the input, RGB.
-        result: the result, RGB.
-        direct: the first claim was followed from the input to the result without a gap; no other is then considered.
+        claims: Candidate maps from result to input, best first.
+        image: The input, RGB.
+        result: The result, RGB.
+        direct: The first claim was followed from the input to the result without a gap; other claims are ignored.
     """
     try:
         return _net_effect(claims, image, result, direct=direct)
@@ -126,22 +128,26 @@ def net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Image
 
 
 def _net_effect(claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool) -> Found:
-    claims = [claim for claim in claims if abs(claim.a * claim.e - claim.b * claim.d) > 1e-9][: 1 if direct else None]
+    claims = [claim for claim in claims if not _is_singular(claim)][: 1 if direct else None]
     end = time.thread_time() + MAX_CPU_S
     before, after = Pyramid(image), Pyramid(result)
     comparison = PixelMatch(before, after)
     found = _proven(claims, comparison, direct, end)
     if found is not None:
         return found
-    left, top, right, bottom = inner = plain_border(result)
-    if inner != (0, 0, *result.size) and min(right - left, bottom - top) >= MIN_INNER and time.thread_time() < end:
-        moved = [compose(claim, Affine(1, 0, left, 0, 1, top)) for claim in claims]
+    inner = inside_border(result)
+    if inner is not None and time.thread_time() < end:
+        moved = [compose(claim, Affine(1, 0, inner[0], 0, 1, inner[1])) for claim in claims]
         found = _proven(moved, PixelMatch(before, Pyramid(result.crop(inner))), direct, end)
-    if found is None or found.effect.to_input is None:
+    if inner is None or found is None or found.effect.to_input is None:
         return Found(Effect(to_input=None, turned=_suggested(claims, comparison)))
+    left, top, right, bottom = map(float, inner)
     to_input = compose(found.effect.to_input, Affine(1, 0, -left, 0, 1, -top))
-    shown = float(left), float(top), float(right), float(bottom)
-    return Found(replace(found.effect, to_input=to_input, shown=shown))
+    return Found(replace(found.effect, to_input=to_input, shown=(left, top, right, bottom)))
+
+
+def _is_singular(claim: Affine) -> bool:
+    return abs(claim.a * claim.e - claim.b * claim.d) <= 1e-9
 
 
 def _proven(claims: Sequence[Affine], comparison: PixelMatch, direct: bool, end: float) -> Found | None:
@@ -163,10 +169,10 @@ def _proven(claims: Sequence[Affine], comparison: PixelMatch, direct: bool, end:
 
 
 def shows(claim: Affine, image: Image.Image, result: Image.Image) -> bool:
-    """True if a result shows what a map says of an image, perhaps inside a plain border.
+    """True if a result shows what a map claims of an image, perhaps inside a plain border.
 
     Args:
-        claim: from coordinates of the result to coordinates of the image, in pixels.
+        claim: From coordinates of the result to coordinates of the image, in pixels.
         image: RGB.
         result: RGB.
     """
@@ -178,28 +184,27 @@ def shows(claim: Affine, image: Image.Image, result: Image.Image) -> bool:
 
 
 def _shows(claim: Affine, image: Image.Image, result: Image.Image) -> bool:
-    if abs(claim.a * claim.e - claim.b * claim.d) <= 1e-9:
+    if _is_singular(claim):
         return False
     before, after = Pyramid(image), Pyramid(result)
     if is_equal(claim, before, after) or prove(claim, before, after):
         return True
-    left, top, right, bottom = inner = plain_border(result)
-    if inner == (0, 0, *result.size) or min(right - left, bottom - top) < MIN_INNER:
+    inner = inside_border(result)
+    if inner is None:
         return False
-    return prove(compose(claim, Affine(1, 0, left, 0, 1, top)), before, Pyramid(result.crop(inner))) > 0
+    return prove(compose(claim, Affine(1, 0, inner[0], 0, 1, inner[1])), before, Pyramid(result.crop(inner))) > 0
 
 
-def believed(
-    claims: Sequence[Affine], image: Image.Image, result: Image.Image, *, direct: bool = True
-) -> Affine | None:
-    """The map of `net_effect`."""
-    return net_effect(claims, image, result, direct=direct).effect.to_input
+def inside_border(image: Image.Image) -> Edges | None:
+    """The part of an image inside a border of one colour; None where there is none of at least `MIN_INNER` a side."""
+    left, top, right, bottom = inner = plain_border(image)
+    return inner if inner != (0, 0, *image.size) and min(right - left, bottom - top) >= MIN_INNER else None
 
 
 def checked_operations(operations: Sequence[Operation], found: Found) -> tuple[Operation, ...]:
-    """Operations of which those that left no trace in the pixels do not count as used.
+    """Operations, with `used` cleared for those that left no trace in the pixels.
 
-    Where a result equals the honest view pixel by pixel, no filter, change of tone or of size reached it.
+    If a result equals the honest view pixel by pixel, no filter and no change of tone or size reached it.
     """
     if not found.same_pixels:
         return tuple(operations)
@@ -207,7 +212,7 @@ def checked_operations(operations: Sequence[Operation], found: Found) -> tuple[O
 
 
 def _candidates(claims: Sequence[Affine], comparison: PixelMatch, direct: bool) -> Iterator[Affine]:
-    """Maps worth a proof, the likeliest first: claims that no other symmetry beats, and what the pixels suggest."""
+    """Maps to be proven, the likeliest first: claims that no other symmetry beats, and what the pixels suggest."""
     tried: set[Affine] = set()
     place = None if direct else located(comparison.before, comparison.after)
     if place is not None and comparison.score(place) > max([GOOD, *map(comparison.score, claims[:1])]):
@@ -229,7 +234,7 @@ def _candidates(claims: Sequence[Affine], comparison: PixelMatch, direct: bool) 
 
 
 def _best_of_symmetries(claim: Affine, comparison: PixelMatch) -> Affine | None:
-    """The claim, or the symmetry of it that explains the result clearly better; None if nothing does."""
+    """The claim, or a symmetry of it that explains the result clearly better; None if neither explains it."""
     score = comparison.score(claim)
     if score > PROVEN:
         return claim
@@ -244,19 +249,19 @@ def _best_of_symmetries(claim: Affine, comparison: PixelMatch) -> Affine | None:
 
 
 def _suggested(claims: Sequence[Affine], comparison: PixelMatch) -> tuple[str, ...]:
-    """Turns and flips that the pixels suggest though they prove no map: for blame, never for credit."""
+    """Turns and flips that the pixels suggest without proving a map; they count for penalties, never for credit."""
     maps = [*_frame_turns(*comparison.sizes), *claims[:1]]
     scored = [(comparison.score(claim), claim) for claim in maps]
-    upright = max(score for score, claim in scored if not _LINEAR.get(signs_of(claim), ()))
+    upright = max(score for score, claim in scored if not core_of(claim))
     score, claim = max(scored)
     if score < MIN_SUGGESTED or score < upright + MARGIN:
         return ()
-    return tuple(sorted(_LINEAR.get(signs_of(claim), ())))
+    return core_of(claim)
 
 
 # ------------------------------------------------------------------------------------------------ coarse agreement
 class PixelMatch:
-    """Input and result, ready to be compared under any map."""
+    """Compares input and result under any map, by a grid of pixels and of area means."""
 
     def __init__(self, before: Pyramid, after: Pyramid) -> None:
         self.before, self.after = before, after
@@ -265,7 +270,6 @@ class PixelMatch:
         self.sizes = self.image.size, result.size
         self.pixels = self.image.width * self.image.height, result.width * result.height
         self.grid = min(GRID, result.width), min(GRID, result.height)
-        self._actual: np.ndarray[Any, Any] | None = None
         self._scores: dict[Affine, float] = {}
         self._parts: dict[tuple[int, tuple[int, int, int, int]], Image.Image] = {}
         # Single pixels, at whole steps so that each one's centre is known.
@@ -284,12 +288,13 @@ class PixelMatch:
             self._scores[to_input] = pixels if pixels > PROVEN else max(pixels, self._area_score(to_input))
         return self._scores[to_input]
 
-    @property
-    def actual(self) -> np.ndarray[Any, Any]:
+    @cached_property
+    def actual(self) -> Array:
         """Grey means of the cells of the result."""
-        if self._actual is None:
-            self._actual = _grey(self.after.small[1], self.grid)
-        return self._actual
+        image = self.after.small[1]
+        factor = max(1, image.width // self.grid[0]), max(1, image.height // self.grid[1])
+        small = image.reduce(factor) if factor != (1, 1) else image
+        return grey_of(small.resize(self.grid, Image.Resampling.BOX))
 
     def _pixel_score(self, to_input: Affine) -> float:
         data = compose(to_input, self._points)
@@ -302,7 +307,7 @@ class PixelMatch:
         return max(_correlation(predicted, actual), _correlation(predicted.mean(-1), actual.mean(-1)))
 
     def _area_score(self, to_input: Affine) -> float:
-        """Correlation of area means; sign is ignored (a negative stays a picture)."""
+        """Correlation of area means; its sign is ignored, because an inverted image is still the same image."""
         columns, rows = self.grid
         cell = self.result.width / columns, self.result.height / rows
         step = max(abs(to_input.a), abs(to_input.b), abs(to_input.d), abs(to_input.e)) * max(cell)
@@ -313,25 +318,20 @@ class PixelMatch:
         small, box = self._reduced(level, map_box(full, (0.0, 0.0, float(columns), float(rows))))
         sx, sy = small.width / (box[2] - box[0]), small.height / (box[3] - box[1])
         full = compose(Affine(sx, 0, -box[0] * sx, 0, sy, -box[1] * sy), full)
-        data = full.a, full.b, full.c, full.d, full.e, full.f
-        inside = _inside(data, self.grid, small.size)
+        inside = _inside(full, self.grid, small.size)
         if inside.sum() < 4:
             return 0.0
-        moved = small.transform(self.grid, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
-        predicted = np.asarray(moved.convert("L"), np.float32)
-        return _correlation(predicted[inside], self.actual[inside])
+        moved = small.transform(self.grid, Image.Transform.AFFINE, full, Image.Resampling.BILINEAR)
+        return _correlation(grey_of(moved)[inside], self.actual[inside])
 
     def _reduced(self, level: int, shown: Box) -> tuple[Image.Image, tuple[int, int, int, int]]:
-        """The input reduced by 2 ** level, or of a large one only the part that is shown; and where it lies."""
+        """The input reduced by 2 ** level (of a large one only the part that is shown), and its box in the input."""
         width, height = self.image.size
         side = 1 << level
         left, top = (max(0, int(v) // side - 1) * side for v in shown[:2])
-        right, bottom = (
-            min(most, (int(v) // side + 2) * side) for v, most in zip(shown[2:], (width, height), strict=True)
-        )  # fmt: skip
-        if level <= self.before.small[0] or right <= left or bottom <= top:
-            return self.before.level(level), (0, 0, width, height)
-        if 2 * (right - left) * (bottom - top) > width * height:
+        right, bottom = min(width, (int(shown[2]) // side + 2) * side), min(height, (int(shown[3]) // side + 2) * side)
+        is_small = level <= self.before.small[0] or 2 * (right - left) * (bottom - top) > width * height
+        if is_small or right <= left or bottom <= top:
             return self.before.level(level), (0, 0, width, height)
         box = left, top, right, bottom
         if (side, box) not in self._parts:
@@ -339,24 +339,18 @@ class PixelMatch:
         return self._parts[side, box], box
 
 
-def _grey(image: Image.Image, size: tuple[int, int]) -> np.ndarray[Any, Any]:
-    factor = max(1, image.width // size[0]), max(1, image.height // size[1])
-    small = image.reduce(factor) if factor != (1, 1) else image
-    return np.asarray(small.resize(size, Image.Resampling.BOX).convert("L"), np.float32)
-
-
-def _inside(data: Sequence[float], grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray[Any, Any]:
+def _inside(data: Sequence[float], grid: tuple[int, int], size: tuple[int, int]) -> Array:
     x, y = np.meshgrid(np.arange(grid[0]) + 0.5, np.arange(grid[1]) + 0.5)
     u, v = data[0] * x + data[1] * y + data[2], data[3] * x + data[4] * y + data[5]
     return np.asarray((u >= 0) & (v >= 0) & (u < size[0]) & (v < size[1]))
 
 
-def _correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Correlation over the points, of each channel about its own mean: a colour cast is no agreement."""
+def _correlation(a: Array, b: Array) -> float:
+    """Correlation over the points, of each channel about its own mean, so that a colour cast does not count."""
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     norm = math.sqrt(float(np.vdot(a, a)) * float(np.vdot(b, b)))
     if norm < 1e-3 * a.size:
-        # Nothing to see in one of them: agreement is neither shown nor refuted where both are flat.
+        # At least one is flat; if both are, they agree as far as can be seen.
         return 1.0 if float(np.abs(a).max()) < 2 and float(np.abs(b).max()) < 2 else 0.0
     value = float(np.vdot(a, b)) / norm
     return value if value >= 0 else -NEGATIVE * value
@@ -368,7 +362,7 @@ def _rivals(claim: Affine, output: tuple[int, int]) -> list[Affine]:
     rivals = []
     for name in SYMMETRIES[1:]:
         symmetry = turn(name, width, height)
-        if name in ("rotate_90", "rotate_270", "transpose", "transverse"):
+        if name in SWAPPING:
             # The turned frame is stretched back onto this one, so that it shows the same part of the input.
             symmetry = compose(symmetry, Affine(height / width, 0, 0, 0, width / height, 0))
         rivals.append(compose(claim, symmetry))
@@ -376,9 +370,9 @@ def _rivals(claim: Affine, output: tuple[int, int]) -> list[Affine]:
 
 
 def _frame_turns(size: tuple[int, int], output: tuple[int, int]) -> list[Affine]:
+    """The whole input in each symmetry, scaled to the size of the result."""
     maps = []
     for name in SYMMETRIES:
-        turned = size if name not in ("rotate_90", "rotate_270", "transpose", "transverse") else (size[1], size[0])
-        back = Affine(turned[0] / output[0], 0, 0, 0, turned[1] / output[1], 0)
-        maps.append(compose(turn(name, *size), back))
+        width, height = size[::-1] if name in SWAPPING else size
+        maps.append(compose(turn(name, *size), Affine(width / output[0], 0, 0, 0, height / output[1], 0)))
     return maps

@@ -1,6 +1,6 @@
-"""What an operation is called and where its result's pixels come from: pure functions of evaluated arguments.
+"""Names of operations and maps of their pixels: pure functions of evaluated arguments.
 
-Used by the tracer in the child and by the plan tier, so that both tell the same story. Sizes are (width, height);
+The tracer in the child and the plan executor both use them, so that both report the same. Sizes are (width, height);
 maps go from coordinates of the output to coordinates of the input.
 """
 
@@ -18,91 +18,79 @@ Described = tuple[str, Affine | None]
 """Name in the reward's vocabulary, and the map to the input (None: not affine, or unknown)."""
 
 TRANSPOSES = ("flip_horizontal", "flip_vertical", "rotate_90", "rotate_180", "rotate_270", "transpose", "transverse")
-"""By the value of `PIL.Image.Transpose`."""
+"""Names of the values of `PIL.Image.Transpose`, in their order."""
 SYMMETRIES = ("identity", *TRANSPOSES)
 """The eight symmetries of a frame."""
+SWAPPING = ("rotate_90", "rotate_270", "transpose", "transverse")
+"""Symmetries that exchange width and height."""
+SIGNS = {
+    (1, 0, 0, 1): "identity",
+    (0, -1, 1, 0): "rotate_90",
+    (-1, 0, 0, -1): "rotate_180",
+    (0, 1, -1, 0): "rotate_270",
+    (-1, 0, 0, 1): "flip_horizontal",
+    (1, 0, 0, -1): "flip_vertical",
+    (0, 1, 1, 0): "transpose",
+    (0, -1, -1, 0): "transverse",
+}
+"""Symmetries by the signs of the linear part of their map to the input."""
+SILENT = ("copy", "convert")
+"""Names of operations that are followed and not reported."""
+ENHANCERS = ("Contrast", "Brightness", "Sharpness", "Color")
+"""Classes of `PIL.ImageEnhance`."""
 GREY_CODES = (6, 7, 10, 11)
 """`cv2.COLOR_*2GRAY` of three and four channels."""
 CV2_ROTATIONS = ("rotate_270", "rotate_180", "rotate_90")
-"""By the value of `cv2.ROTATE_*`."""
-FILTERS = {
-    "SHARPEN": "sharpen",
-    "UnsharpMask": "sharpen",
-    "DETAIL": "sharpen",
-    "EDGE_ENHANCE": "sharpen",
-    "EDGE_ENHANCE_MORE": "sharpen",
-    "SMOOTH": "smooth",
-    "SMOOTH_MORE": "smooth",
-    "BLUR": "smooth",
-    "BoxBlur": "smooth",
-    "GaussianBlur": "gaussian_blur",
-    "MedianFilter": "median_blur",
-    "FIND_EDGES": "edge_detect",
-    "CONTOUR": "edge_detect",
-    "EMBOSS": "edge_detect",
-}
-PLAIN = {
-    "ImageOps.autocontrast": "autocontrast",
-    "ImageOps.equalize": "equalize",
-    "ImageOps.grayscale": "grayscale",
-    "ImageOps.invert": "invert",
-    "ImageOps.posterize": "posterize",
-    "ImageOps.solarize": "solarize",
-    "ImageOps.colorize": "colorize",
-    "cv2.GaussianBlur": "gaussian_blur",
-    "cv2.medianBlur": "median_blur",
-    "cv2.blur": "smooth",
-    "cv2.boxFilter": "smooth",
-    "cv2.bilateralFilter": "smooth",
-    "cv2.fastNlMeansDenoising": "smooth",
-    "cv2.fastNlMeansDenoisingColored": "smooth",
-    "cv2.Canny": "edge_detect",
-    "cv2.Sobel": "edge_detect",
-    "cv2.Laplacian": "edge_detect",
-    "cv2.equalizeHist": "equalize",
-    "cv2.filter2D": "convolve",
-    "cv2.threshold": "threshold",
-    "cv2.adaptiveThreshold": "threshold",
-    "cv2.bitwise_not": "invert",
-    "cv2.normalize": "autocontrast",
-    "cv2.addWeighted": "blend",
-    "cv2.rectangle": "draw",
-    "cv2.line": "draw",
-    "cv2.circle": "draw",
-    "cv2.putText": "draw",
-    "cv2.polylines": "draw",
-    "cv2.fillPoly": "draw",
-    "cv2.erode": "morphology",
-    "cv2.dilate": "morphology",
-    "cv2.morphologyEx": "morphology",
-    "cv2.cvtColor": "convert",
-    "cv2.LUT": "tone",
-    "cv2.detailEnhance": "sharpen",
-    "cv2.warpPerspective": "warp",
-    "cv2.remap": "warp",
-    "skimage.exposure.equalize_hist": "equalize",
-    "skimage.exposure.equalize_adapthist": "equalize",
-    "skimage.exposure.rescale_intensity": "autocontrast",
-    "skimage.exposure.adjust_gamma": "tone",
-    "skimage.exposure.adjust_log": "tone",
-    "skimage.exposure.adjust_sigmoid": "tone",
-    "skimage.filters.gaussian": "gaussian_blur",
-    "skimage.filters.median": "median_blur",
-    "skimage.filters.unsharp_mask": "sharpen",
-    "skimage.filters.sobel": "edge_detect",
-    "skimage.color.rgb2gray": "grayscale",
-    "skimage.restoration.denoise_bilateral": "smooth",
-    "skimage.restoration.denoise_nl_means": "smooth",
-    "skimage.restoration.denoise_tv_chambolle": "smooth",
-    "skimage.util.invert": "invert",
-}
-"""Calls that leave every pixel where it is (but for the warps), by name."""
-NOT_AFFINE = ("warp",)
+"""Names of the values of `cv2.ROTATE_*`, in their order."""
 
 
-def matrix_of(name: str, size: Size) -> Affine:
-    """The map of a turn or flip of a picture of `size`, transpose and transverse included."""
-    width, height = size
+def _by_call(calls: Mapping[str, str]) -> dict[str, str]:
+    """Names by call, from calls (separated by spaces) by name."""
+    return {call: name for name, listed in calls.items() for call in listed.split()}
+
+
+FILTERS = _by_call(
+    {
+        "sharpen": "SHARPEN UnsharpMask DETAIL EDGE_ENHANCE EDGE_ENHANCE_MORE",
+        "smooth": "SMOOTH SMOOTH_MORE BLUR BoxBlur",
+        "gaussian_blur": "GaussianBlur",
+        "median_blur": "MedianFilter",
+        "edge_detect": "FIND_EDGES CONTOUR EMBOSS",
+    }
+)
+"""Names of the filters of `PIL.ImageFilter`."""
+PLAIN = _by_call(
+    {
+        "autocontrast": "ImageOps.autocontrast cv2.normalize skimage.exposure.rescale_intensity",
+        "equalize": "ImageOps.equalize cv2.equalizeHist skimage.exposure.equalize_hist "
+        "skimage.exposure.equalize_adapthist",
+        "grayscale": "ImageOps.grayscale skimage.color.rgb2gray",
+        "invert": "ImageOps.invert cv2.bitwise_not skimage.util.invert",
+        "posterize": "ImageOps.posterize",
+        "solarize": "ImageOps.solarize",
+        "colorize": "ImageOps.colorize",
+        "gaussian_blur": "cv2.GaussianBlur skimage.filters.gaussian",
+        "median_blur": "cv2.medianBlur skimage.filters.median",
+        "smooth": "cv2.blur cv2.boxFilter cv2.bilateralFilter cv2.fastNlMeansDenoising "
+        "cv2.fastNlMeansDenoisingColored skimage.restoration.denoise_bilateral skimage.restoration.denoise_nl_means "
+        "skimage.restoration.denoise_tv_chambolle",
+        "edge_detect": "cv2.Canny cv2.Sobel cv2.Laplacian skimage.filters.sobel",
+        "convolve": "cv2.filter2D",
+        "threshold": "cv2.threshold cv2.adaptiveThreshold",
+        "blend": "cv2.addWeighted",
+        "draw": "cv2.rectangle cv2.line cv2.circle cv2.putText cv2.polylines cv2.fillPoly",
+        "morphology": "cv2.erode cv2.dilate cv2.morphologyEx",
+        "convert": "cv2.cvtColor",
+        "tone": "cv2.LUT skimage.exposure.adjust_gamma skimage.exposure.adjust_log skimage.exposure.adjust_sigmoid",
+        "sharpen": "cv2.detailEnhance skimage.filters.unsharp_mask",
+        "warp": "cv2.warpPerspective cv2.remap",
+    }
+)
+"""Names of calls that leave every pixel where it is, except for `warp`."""
+
+
+def turn(name: str, width: int, height: int) -> Affine:
+    """The map of one of `SYMMETRIES` of a frame of `width` x `height`, the size before it."""
     if name == "transpose":
         return Affine(0, 1, 0, 1, 0, 0)
     if name == "transverse":
@@ -110,18 +98,19 @@ def matrix_of(name: str, size: Size) -> Affine:
     return dihedral_affine(name, width, height)
 
 
-def turn(name: str, width: int, height: int) -> Affine:
-    """The map of one of `SYMMETRIES` of a frame."""
-    return matrix_of(name, (width, height))
-
-
 def scaling(output: Size, box: tuple[float, float, float, float]) -> Affine:
     """The map of a resize of `box` to `output`."""
     return Affine((box[2] - box[0]) / output[0], 0.0, float(box[0]), 0.0, (box[3] - box[1]) / output[1], float(box[1]))
 
 
+def filter_arguments(kind: Any) -> dict[str, Any]:
+    """Name and settings of a filter of `PIL.ImageFilter`, which is a class or an object."""
+    values = {k: v for k, v in getattr(kind, "__dict__", {}).items() if not k.startswith("_")}
+    return {"filter": kind.__name__ if isinstance(kind, type) else type(kind).__name__, **values}
+
+
 def _rotate(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
-    """`Image.rotate`: counter-clockwise about the centre; Pillow 13 `Image.rotate` gives the matrix."""
+    """`Image.rotate`: counter-clockwise about the centre; the matrix is that of Pillow 13."""
     angle = float(arguments.get("angle") or 0.0) % 360.0
     center, translate = arguments.get("center"), arguments.get("translate")
     name = {0.0: "copy", 90.0: "rotate_90", 180.0: "rotate_180", 270.0: "rotate_270"}.get(angle, "rotate")
@@ -178,13 +167,6 @@ def _pad(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
     return "pad", Affine(sx, 0, -left * sx, 0, sy, -top * sy)
 
 
-def _border(arguments: Mapping[str, Any], size: Size, output: Size) -> tuple[int, int]:
-    border = arguments.get("border", 0)
-    if isinstance(border, tuple | list):
-        return int(border[0]), int(border[1])
-    return int(border), int(border)
-
-
 def _transform(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
     data = arguments.get("data")
     method = arguments.get("method")
@@ -194,12 +176,6 @@ def _transform(arguments: Mapping[str, Any], size: Size, output: Size) -> Descri
     if method == 1 and isinstance(data, tuple | list) and len(data) == 4:
         return "crop", scaling(output, tuple(data))
     return "warp", None
-
-
-def _enhance(kind: str, arguments: Mapping[str, Any]) -> str:
-    factor = arguments.get("factor", 1.0)
-    word = {"Contrast": "contrast", "Brightness": "brightness", "Sharpness": "sharpness", "Color": "color"}[kind]
-    return word if word == "sharpness" else f"{word}_{'up' if factor >= 1 else 'down'}"
 
 
 def _warp_affine(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
@@ -220,14 +196,10 @@ def _warp_affine(arguments: Mapping[str, Any], size: Size, output: Size) -> Desc
     return name, Affine(a, b, c, d, e, f)
 
 
-def _skimage_rotate(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
-    name, affine = _rotate({**arguments, "center": arguments.get("center"), "translate": None}, size, output)
-    return name, affine
-
-
 def _framed(arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
-    """`ImageOps.expand` and `ImageOps.crop`: a border is added or cut off."""
-    left, top = _border(arguments, size, output)
+    """`ImageOps.expand` and `ImageOps.crop`: a border is added or removed."""
+    border = arguments.get("border", 0)
+    left, top = map(int, border[:2] if isinstance(border, tuple | list) else (border, border))
     if output[0] >= size[0] and output[1] >= size[1]:
         return "pad", Affine(1, 0, -left, 0, 1, -top)
     return "crop", Affine(1, 0, left, 0, 1, top)
@@ -243,35 +215,23 @@ GEOMETRIC: dict[str, Callable[[Mapping[str, Any], Size, Size], Described]] = {
     "ImageOps.expand": _framed,
     "ImageOps.crop": _framed,
     "cv2.warpAffine": _warp_affine,
-    "skimage.transform.rotate": _skimage_rotate,
+    "skimage.transform.rotate": _rotate,
 }
-"""Calls whose map is worked out from their arguments."""
+"""Calls whose map depends on their arguments."""
 RESIZES = (
     "cv2.resize cv2.pyrUp cv2.pyrDown skimage.transform.resize skimage.transform.rescale Image.thumbnail Image.reduce "
     "ImageOps.contain ImageOps.cover ImageOps.scale"
 ).split()
 
 
-def _array_turn(call: str, arguments: Mapping[str, Any], size: Size) -> Described:
-    """np.rot90, flip, fliplr, flipud on rows x columns."""
-    if call == "numpy.rot90":
-        name = ("copy", "rotate_90", "rotate_180", "rotate_270")[int(arguments.get("k", 1)) % 4]
-        axes = tuple(arguments.get("axes", (0, 1)))
-        if axes in ((1, 0), (-2, -3)):
-            name = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}.get(name, name)
-    elif call == "numpy.flip":
-        axis = arguments.get("axis")
-        axis = (axis,) if isinstance(axis, int) else axis
-        name = {(0,): "flip_vertical", (1,): "flip_horizontal", (0, 1): "rotate_180"}.get(tuple(axis or ()), "reverse")
-    else:
-        name = "flip_horizontal" if call == "numpy.fliplr" else "flip_vertical"
-    if name == "reverse":
-        return name, None
-    return name, IDENTITY if name == "copy" else matrix_of(name, size)
+TURNS = (
+    "ImageOps.mirror ImageOps.flip cv2.rotate cv2.flip cv2.transpose numpy.rot90 numpy.flip numpy.fliplr numpy.flipud"
+).split()
+"""Calls that apply a symmetry of the frame."""
 
 
 def _symmetry(call: str, arguments: Mapping[str, Any]) -> str | None:
-    """Which symmetry of the frame a call is; None if it is no such call."""
+    """Name of the symmetry of the frame that a call applies, or `reverse` for other axes; None for other calls."""
     if call == "Image.transpose":
         return TRANSPOSES[int(arguments.get("method", 0))]
     if call == "cv2.rotate":
@@ -279,43 +239,59 @@ def _symmetry(call: str, arguments: Mapping[str, Any]) -> str | None:
     if call == "cv2.flip":
         code = int(arguments["code"])
         return "flip_vertical" if code == 0 else "flip_horizontal" if code > 0 else "rotate_180"
-    return {"ImageOps.mirror": "flip_horizontal", "ImageOps.flip": "flip_vertical", "cv2.transpose": "transpose"}.get(
-        call
-    )
+    if call == "cv2.transpose":
+        return "transpose"
+    if call in ("ImageOps.mirror", "numpy.fliplr"):
+        return "flip_horizontal"
+    if call in ("ImageOps.flip", "numpy.flipud"):
+        return "flip_vertical"
+    if call == "numpy.rot90":
+        turns = int(arguments.get("k", 1))
+        backwards = tuple(arguments.get("axes", (0, 1))) in ((1, 0), (-2, -3))
+        return ("identity", "rotate_90", "rotate_180", "rotate_270")[(-turns if backwards else turns) % 4]
+    if call == "numpy.flip":
+        axis = arguments.get("axis")
+        axes = (axis,) if isinstance(axis, int) else tuple(axis or ())
+        return {(0,): "flip_vertical", (1,): "flip_horizontal", (0, 1): "rotate_180"}.get(axes, "reverse")
+    return None
 
 
 def _tone(call: str, arguments: Mapping[str, Any]) -> str | None:
-    """Name of a call that leaves every pixel where it is; None if it is no such call."""
+    """Name of a call that leaves every pixel where it is and depends on its arguments; None for other calls."""
     if call == "cv2.cvtColor":
         return "grayscale" if arguments.get("code") in GREY_CODES else "convert"
     if call == "Image.filter":
         return FILTERS.get(str(arguments.get("filter")), "filter")
     if call == "Image.convert":
         return "grayscale" if arguments.get("mode") in ("L", "LA", "1") else "convert"
-    return _enhance(call.split(".")[1], arguments) if call.startswith("ImageEnhance.") else None
+    if call == "ImageEnhance.Sharpness":
+        return "sharpness"
+    if call.startswith("ImageEnhance."):
+        return f"{call.split('.')[1].lower()}_{'up' if arguments.get('factor', 1.0) >= 1 else 'down'}"
+    return None
 
 
 def describe(call: str, arguments: Mapping[str, Any], size: Size, output: Size) -> Described:
-    """Name and map of one call that really ran.
+    """Name and map of one call that ran.
 
     Args:
-        call: library and function: `Image.rotate`, `ImageOps.mirror`, `cv2.flip`, `numpy.rot90`.
-        arguments: evaluated arguments by name.
-        size: width and height before.
-        output: width and height after.
+        call: Library and function: `Image.rotate`, `ImageOps.mirror`, `cv2.flip`, `numpy.rot90`.
+        arguments: Evaluated arguments by name.
+        size: Width and height before.
+        output: Width and height after.
     """
     geometric = GEOMETRIC.get(call)
     if geometric is not None:
         return geometric(arguments, size, output)
     symmetry = _symmetry(call, arguments)
+    if symmetry in SYMMETRIES:
+        return "copy" if symmetry == "identity" else symmetry, turn(symmetry, *size)
     if symmetry is not None:
-        return symmetry, matrix_of(symmetry, size)
-    if call.startswith("numpy."):
-        return _array_turn(call, arguments, size)
+        return symmetry, None
     if call in RESIZES:
         return "resize", scaling(output, (0, 0, *size))
     tone = _tone(call, arguments)
     if tone is not None:
         return tone, IDENTITY
     name = PLAIN.get(call) or call.rsplit(".", 1)[-1].lower()[:32]
-    return name, None if name in NOT_AFFINE or size != output else IDENTITY
+    return name, None if name == "warp" or size != output else IDENTITY

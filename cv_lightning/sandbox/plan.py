@@ -1,9 +1,9 @@
-"""The plan tier: straight-line code of known operations, executed without running model code.
+"""The plan executor: straight-line code of known operations, executed without running model code.
 
-A snippet is parsed, and taken only if every statement is an assignment of numbers, tuples of numbers and chains of
-known Pillow calls. Its numbers are computed here, its sizes followed and its cost estimated before a pixel is touched
-(`prepare`); then its operations are called with checked arguments (`execute`). Nothing else of it is ever evaluated.
-Whatever is not on the lists, or fails, is left to a child, so that errors read the same.
+A snippet is a plan only if every statement is an assignment of numbers, tuples of numbers and chains of known Pillow
+calls. Its numbers and sizes are computed and its cost is estimated before a pixel is touched (`prepare`); then its
+operations are called with checked arguments (`execute`). Nothing else of the snippet is ever evaluated. Code that is
+not on the lists, or fails, runs in a child, so that errors read the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,12 +20,11 @@ from PIL import Image, ImageEnhance, ImageOps
 from cv_lightning.images import compose, is_usable_size, to_rgb
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.effect import Found, checked_operations, effect_of, net_effect
-from cv_lightning.sandbox.geometry import describe
+from cv_lightning.sandbox.geometry import ENHANCERS, SILENT, Size, describe, filter_arguments
 from cv_lightning.sandbox.plan_rules import (
     ARITHMETIC,
     COMPARISONS,
     CONSTANTS,
-    ENHANCERS,
     FILTER_CLASSES,
     FUNCTIONS,
     IMPORTABLE,
@@ -33,13 +32,12 @@ from cv_lightning.sandbox.plan_rules import (
     MODULES,
     OPS,
     NotPlannable,
-    Size,
     cost_ms,
     in_range,
     make_filter,
     output_size,
 )
-from cv_lightning.sandbox.wire import RawOperation, Trace
+from cv_lightning.sandbox.wire import Trace
 from cv_lightning.types import IDENTITY, Affine, Operation, SandboxResult, ToolStatus
 
 MAX_STATEMENTS = 24
@@ -52,21 +50,21 @@ FAILURES = (
     ArithmeticError, ValueError, TypeError, OSError, LookupError, MemoryError, SystemError, AttributeError,
     RecursionError,
 )  # fmt: skip
-"""What preparing or executing a plan may raise (deep nesting included); a child then tells the model about it."""
-SILENT = ("copy", "convert")
+"""What preparing or executing a plan may raise (deep nesting included); a child then reports the error."""
 RESULT_NAMES = ("result", "output", "processed_image", "image", "img")
-"""The order in which a child looks for the result; the last two count only if they were bound anew."""
+"""The order in which a child looks for the result; the last two count only if they were assigned again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation: what it is called on (0: the input, else the step of that number, from 1) and with what."""
+    """One operation with checked arguments."""
 
     call: str
-    name: str
     source: int
+    """What it is called on: 0 for the input, else the number of a step, from 1."""
     arguments: dict[str, Any]
     size: Size
+    """Size of its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +73,15 @@ class Plan:
 
     steps: tuple[Step, ...]
     result: int
+    """Number of the step that makes the result; 0: the input."""
     cost_ms: float
     size: Size
     """Size of the result."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Picture:
-    """A picture that does not exist yet: the step that will make it, and its size."""
+class _Planned:
+    """An image that does not exist yet: the step that will make it, and its size."""
 
     step: int
     size: Size
@@ -101,13 +100,13 @@ class _Enhancer:
     """`ImageEnhance.Contrast(image)` before `.enhance(factor)`."""
 
     kind: str
-    source: _Picture
+    source: _Planned
 
 
 # ------------------------------------------------------------------------------------------------ parsing
 @lru_cache(maxsize=2048)
 def parse_plan(code: str) -> tuple[tuple[ast.Assign, ...], dict[str, str]] | None:
-    """The assignments of a snippet that may be a plan, with the names it imports; None where it surely is none."""
+    """The assignments of a snippet that may be a plan, with the names it imports; None if it is not one."""
     try:
         body = ast.parse(code).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -118,21 +117,21 @@ def parse_plan(code: str) -> tuple[tuple[ast.Assign, ...], dict[str, str]] | Non
         node = _as_assignment(statement)
         if isinstance(node, ast.Assign) and _is_simple(node):
             assignments.append(node)
-        elif not _is_promised_import(node, imported):
+        elif not _is_known_import(node, imported):
             return None
     return (tuple(assignments), imported) if 0 < len(assignments) <= MAX_STATEMENTS else None
 
 
 def _as_assignment(node: ast.stmt) -> ast.stmt:
-    """`x += 1` as `x = x + 1`: numbers are all that can be added here."""
+    """`x += 1` as `x = x + 1`, which is the same for numbers."""
     if not isinstance(node, ast.AugAssign) or not isinstance(node.target, ast.Name):
         return node
     sum_ = ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value)
     return ast.Assign([ast.Name(node.target.id, ast.Store())], sum_)
 
 
-def _is_promised_import(node: ast.stmt, imported: dict[str, str]) -> bool:
-    """An import of what is known here, under its own name; notes `mirror` as `ImageOps.mirror`."""
+def _is_known_import(node: ast.stmt, imported: dict[str, str]) -> bool:
+    """True for an import of known names under their usual name; adds `mirror: ImageOps.mirror` to `imported`."""
     if isinstance(node, ast.ImportFrom):
         if any(alias.asname is not None for alias in node.names) or node.level:
             return False
@@ -163,7 +162,7 @@ class _Builder:
     """Follows the values of the names through a snippet and collects the steps."""
 
     def __init__(self, size: Size, imported: dict[str, str]) -> None:
-        self.start = _Picture(0, size)
+        self.start = _Planned(0, size)
         self.names: dict[str, Any] = {"image": self.start, "img": self.start}
         self.imported = imported
         self.steps: list[Step] = []
@@ -182,18 +181,18 @@ class _Builder:
 
     def _bind(self, name: str, value: Any) -> None:
         if name in self.imported:
-            raise NotPlannable("an imported name is bound anew")
+            raise NotPlannable("an imported name is assigned again")
         self.names[name] = value
 
-    def result(self) -> _Picture:
-        """What a child would hand back."""
+    def result(self) -> _Planned:
+        """The image that a child would return."""
         for name in RESULT_NAMES:
             value = self.names.get(name)
             if value is not None and (value is not self.start or name in ("result", "output")):
-                if isinstance(value, _Picture):
+                if isinstance(value, _Planned):
                     return value
                 break
-        raise NotPlannable("no picture as result")
+        raise NotPlannable("the result is not an image")
 
     # -------------------------------------------------------------------------------------------- values
     def value(self, node: ast.expr) -> Any:
@@ -233,7 +232,7 @@ class _Builder:
         return bool(COMPARISONS[type(test.ops[0])](self._number(test.left), self._number(test.comparators[0])))
 
     def _dotted(self, node: ast.expr) -> str:
-        """`ImageOps.mirror` for that or for an imported `mirror`; empty where a value of the snippet is meant."""
+        """`ImageOps.mirror` for that or an imported `mirror`; empty if the first name is a value of the snippet."""
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)
@@ -248,7 +247,7 @@ class _Builder:
             return CONSTANTS[dotted]
         if node.attr in ("size", "width", "height"):
             owner = self.value(node.value)
-            if isinstance(owner, _Picture):
+            if isinstance(owner, _Planned):
                 return getattr(owner, node.attr)
         raise NotPlannable(node.attr)
 
@@ -271,25 +270,25 @@ class _Builder:
         owner, name = self.value(node.func.value), node.func.attr
         if isinstance(owner, _Enhancer) and name == "enhance":
             arguments = _named(("factor",), args, kwargs)
-            return self._operate(f"ImageEnhance.{owner.kind}", name, owner.source, arguments)
-        if isinstance(owner, _Picture) and name in METHODS:
-            return self._operate(f"Image.{name}", name, owner, _named(METHODS[name], args, kwargs))
+            return self._operate(f"ImageEnhance.{owner.kind}", owner.source, arguments)
+        if isinstance(owner, _Planned) and name in METHODS:
+            return self._operate(f"Image.{name}", owner, _named(METHODS[name], args, kwargs))
         raise NotPlannable(name)
 
     def _module_call(self, module: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if not args or not isinstance(args[0], _Picture):
+        if not args or not isinstance(args[0], _Planned):
             raise NotPlannable(name)
         if module == "ImageOps" and name in OPS:
-            return self._operate(f"ImageOps.{name}", name, args[0], _named(OPS[name], args[1:], kwargs))
+            return self._operate(f"ImageOps.{name}", args[0], _named(OPS[name], args[1:], kwargs))
         if module == "ImageEnhance" and name in ENHANCERS and len(args) == 1 and not kwargs:
             return _Enhancer(name, args[0])
         raise NotPlannable(name)
 
-    def _operate(self, call: str, name: str, source: _Picture, arguments: dict[str, Any]) -> _Picture:
+    def _operate(self, call: str, source: _Planned, arguments: dict[str, Any]) -> _Planned:
         size = output_size(call, source.size, arguments)
         self.cost += cost_ms(call, source.size, size, arguments)
-        self.steps.append(Step(call, name, source.step, arguments, size))
-        return _Picture(len(self.steps), size)
+        self.steps.append(Step(call, source.step, arguments, size))
+        return _Planned(len(self.steps), size)
 
 
 def _named(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -300,9 +299,9 @@ def _named(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any]) 
 
 @lru_cache(maxsize=1024)
 def prepare(code: str, size: Size) -> Plan | None:
-    """The plan of a snippet for an RGB input of `size` (width, height); None where it is none.
+    """The plan of a snippet for an RGB input of `size` (width, height); None if the snippet is not a plan.
 
-    No pixel is touched; every argument has been checked, and sizes, radii and kernels are capped.
+    No pixel is touched; every argument is checked, and sizes, radii and kernels are capped.
     """
     parsed = parse_plan(code)
     if parsed is None:
@@ -319,80 +318,58 @@ def prepare(code: str, size: Size) -> Plan | None:
 
 # ------------------------------------------------------------------------------------------------ executing
 def execute(plan: Plan, image: Image.Image) -> tuple[Image.Image, Trace]:
-    """Run a plan; the result as RGB (the input itself where nothing changed it), and its trace.
+    """Run a plan.
+
+    Returns:
+        The result as RGB (the input itself where nothing changed it), and its trace.
 
     Raises:
-        NotPlannable: an operation gave another size than was worked out for it.
-        FAILURES: an operation refused its arguments.
+        NotPlannable: An operation gave another size than `output_size` predicted.
+        FAILURES: An operation did not accept its arguments.
     """
-    pictures: list[tuple[Image.Image, Affine | None, frozenset[int]]] = [(image, IDENTITY, frozenset())]
-    operations: list[tuple[str, str, dict[str, Any], Size, Size]] = []
+    made: list[tuple[Image.Image, Affine | None, frozenset[int]]] = [(image, IDENTITY, frozenset())]
+    """Of the input and of each step: the image, its map to the input, and the operations that it went through."""
+    operations: list[Operation] = []
     for step in plan.steps:
-        source, to_input, lineage = pictures[step.source]
-        made = _apply(step, source)
-        if made.size != step.size:
-            raise NotPlannable(f"{step.call} gave {made.size} where {step.size} was expected")
-        shown = _shown(step.arguments)
-        label, move = describe(step.call, shown, source.size, made.size)
-        if label not in SILENT:
-            lineage = lineage | {len(operations)}
-            operations.append((label, step.call, shown, source.size, made.size))
+        source, to_input, lineage = made[step.source]
+        result = _apply(step, source)
+        if result.size != step.size:
+            raise NotPlannable(f"{step.call} gave {result.size} where {step.size} was expected")
+        arguments = _plain(step.arguments)
+        name, move = describe(step.call, arguments, source.size, result.size)
+        if name not in SILENT:
+            lineage |= {len(operations)}
+            operations.append(
+                Operation(
+                    name=name, call=step.call, arguments=arguments, input_size=source.size, output_size=result.size
+                )
+            )
         known = compose(to_input, move) if to_input is not None and move is not None else None
-        pictures.append((made, known, lineage))
-    result, to_input, lineage = pictures[plan.result]
-    told = tuple(
-        RawOperation(label, call, tuple(shown.items()), before, after, i in lineage)
-        for i, (label, call, shown, before, after) in enumerate(operations)
-    )
+        made.append((result, known, lineage))
+    result, to_input, lineage = made[plan.result]
+    told = tuple(replace(operation, used=i in lineage) for i, operation in enumerate(operations))
     return to_rgb(result), Trace(told, () if to_input is None else (to_input,), to_input is not None)
 
 
 def _apply(step: Step, image: Image.Image) -> Image.Image:
+    module, _, name = step.call.partition(".")
     made: Image.Image
-    if step.call.startswith("ImageEnhance."):
-        made = getattr(ImageEnhance, step.call.split(".")[1])(image).enhance(step.arguments["factor"])
-    elif step.call.startswith("ImageOps."):
-        made = getattr(ImageOps, step.name)(image, **step.arguments)
+    if module == "ImageEnhance":
+        made = getattr(ImageEnhance, name)(image).enhance(step.arguments["factor"])
     else:
-        made = getattr(Image.Image, step.name)(image, **step.arguments)
+        owner = ImageOps if module == "ImageOps" else Image.Image
+        made = getattr(owner, name)(image, **step.arguments)
     return made
 
 
-def _shown(arguments: dict[str, Any]) -> dict[str, Any]:
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as the tracer reports them: a filter by its name and settings, constants of Pillow as numbers."""
     if "filter" in arguments:
-        kind = arguments["filter"]
-        values = {k: v for k, v in getattr(kind, "__dict__", {}).items() if not k.startswith("_")}
-        return {"filter": kind.__name__ if isinstance(kind, type) else type(kind).__name__, **values}
+        return filter_arguments(arguments["filter"])
     return {k: int(v) if isinstance(v, Image.Transpose | Image.Resampling) else v for k, v in arguments.items()}
 
 
-def told_operations(trace: Trace) -> tuple[Operation, ...]:
-    """The operations of a trace as the rest of the project has them."""
-    return tuple(
-        Operation(
-            name=op.name,
-            call=op.call,
-            arguments=dict(op.arguments),
-            input_size=op.input_size,
-            output_size=op.output_size,
-            used=op.used,
-        )
-        for op in trace.operations
-    )
-
-
-def _exact_effect(plan: Plan, trace: Trace, size: Size) -> Found | None:
-    """What `net_effect` would find where every step only moves pixels; None where it has to look.
-
-    Model code cannot forge the map of a plan, so that no pixel of such a result need be compared.
-    """
-    sizes = [size, *(step.size for step in plan.steps)]
-    if not trace.claims or not all(_only_moves(step, sizes[step.source]) for step in plan.steps):
-        return None
-    return Found(effect_of(trace.claims[0], size, plan.size), same_pixels=True)
-
-
-def _only_moves(step: Step, size: Size) -> bool:
+def _moves_only(step: Step, size: Size) -> bool:
     """True if every pixel of an operation's result is a pixel of its source, and no other."""
     if step.call == "Image.crop":
         left, top, right, bottom = map(round, step.arguments["box"])
@@ -403,32 +380,37 @@ def _only_moves(step: Step, size: Size) -> bool:
     return step.call in ("Image.transpose", "Image.copy", "ImageOps.mirror", "ImageOps.flip", "ImageOps.crop")
 
 
-def is_within(plan: Plan, config: SandboxConfig) -> bool:
-    """True if the result of a plan is one that the sandbox hands out."""
-    return is_usable_size(*plan.size) and plan.size[0] * plan.size[1] <= config.max_result_pixels
-
-
 def run(image: Image.Image, code: str, config: SandboxConfig) -> SandboxResult | None:
-    """Execute a snippet as a plan, here and now; None where it is none, costs more than `plan_budget_ms`, or fails.
+    """Execute a snippet as a plan in this process.
 
     Args:
-        image: the input, RGB; not changed.
-        code: the snippet.
-        config: limits of time and of the result's size.
+        image: The input, RGB; not changed.
+        code: The snippet.
+        config: Limits of time and of the result's size.
+
+    Returns:
+        None where the snippet is not a plan, costs more than `plan_budget_ms`, or fails; a child then runs it.
     """
     started = time.perf_counter()
     plan = prepare(code, image.size) if image.mode == "RGB" else None
-    if plan is None or plan.cost_ms > config.plan_budget_ms or not is_within(plan, config):
+    if plan is None or plan.cost_ms > config.plan_budget_ms:
+        return None
+    if not is_usable_size(*plan.size) or plan.size[0] * plan.size[1] > config.max_result_pixels:
         return None
     try:
         result, trace = execute(plan, image)
     except (NotPlannable, *FAILURES):
         return None
-    found = _exact_effect(plan, trace, image.size) or net_effect(trace.claims, image, result, direct=trace.direct)
+    sizes = [image.size, *(step.size for step in plan.steps)]
+    if trace.claims and all(_moves_only(step, sizes[step.source]) for step in plan.steps):
+        # Model code cannot forge the map of a plan: the proof could not fail, so no pixel is compared.
+        found = Found(effect_of(trace.claims[0], image.size, plan.size), same_pixels=True)
+    else:
+        found = net_effect(trace.claims, image, result, direct=trace.direct)
     return SandboxResult(
         status=ToolStatus.OK,
         image=result.copy() if result is image else result,
-        operations=checked_operations(told_operations(trace), found),
+        operations=checked_operations(trace.operations, found),
         effect=found.effect,
         tier="plan",
         elapsed_s=time.perf_counter() - started,

@@ -1,6 +1,6 @@
-"""What the plan tier knows: its calls, their argument checks, the sizes they give and what they cost.
+"""The calls of the plan executor: the checks of their arguments, the sizes of their results and their costs.
 
-An argument that is not surely harmless makes a snippet no plan (`NotPlannable`); it then runs in a child.
+A snippet with an argument that is not known to be harmless is not a plan (`NotPlannable`); it runs in a child.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image, ImageFilter
+
+from cv_lightning.sandbox.geometry import ENHANCERS, Size
 
 MAX_PIXELS = 16_000_000
 MAX_RADIUS = 32.0
@@ -27,7 +29,6 @@ COST_MS_PER_MP = {
 SMOOTH_ROTATION = 4.0
 """A rotation with interpolation costs this many times one without."""
 
-Size = tuple[int, int]
 Number = int | float
 MODULES = ("Image", "ImageOps", "ImageEnhance", "ImageFilter", "math")
 ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -78,7 +79,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "posterize": ("bits",), "solarize": ("threshold",), "expand": ("border", "fill"), "crop": ("border",),
     "fit": ("size", "method"), "pad": ("size", "method", "color"),
 }  # fmt: skip
-ENHANCERS = ("Contrast", "Brightness", "Sharpness", "Color")
 IMPORTABLE: dict[str, frozenset[str]] = {
     "Image": frozenset({"Transpose", "Resampling"}),
     "ImageOps": frozenset(OPS),
@@ -94,7 +94,11 @@ class NotPlannable(Exception):
 
 # ------------------------------------------------------------------------------------------------ checks
 def in_range(value: object) -> Any:
-    """A number of modest size, as it is; anything else is refused."""
+    """The value itself if it is a number of modest size.
+
+    Raises:
+        NotPlannable: It is not.
+    """
     if type(value) in (int, float) and abs(value) < MAX_NUMBER:  # type: ignore[arg-type]
         return value
     raise NotPlannable("a number out of range")
@@ -105,7 +109,7 @@ def _is_number(value: object, low: float, high: float) -> bool:
 
 
 def _is_colour(value: object) -> bool:
-    """A colour as a name or as whole numbers; what it means is Pillow's to say."""
+    """A colour as a name or as whole numbers; Pillow checks the name."""
     if isinstance(value, tuple):
         return len(value) in (3, 4) and all(type(v) is int and 0 <= v <= 255 for v in value)
     return value is None or isinstance(value, str) or (type(value) is int and 0 <= value <= 255)
@@ -165,10 +169,10 @@ _NEEDED = {
 
 
 def output_size(call: str, size: Size, arguments: Mapping[str, Any]) -> Size:
-    """Size that an operation gives.
+    """Size of an operation's result.
 
     Raises:
-        NotPlannable: an argument that is missing, of the wrong kind or too large, or a result above `MAX_PIXELS`.
+        NotPlannable: An argument is missing, of the wrong kind or too large, or the result exceeds `MAX_PIXELS`.
     """
     for key, value in arguments.items():
         check = _is_turn if call == "Image.transpose" else _CHECKS[key]

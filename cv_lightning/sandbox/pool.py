@@ -1,14 +1,14 @@
-"""The parent's side of the fork servers: one thread that queues, sends, collects, replaces and resends.
+"""The parent's side of the fork servers: one thread that queues and sends jobs, collects results and replaces servers.
 
-All state belongs to that thread; other threads hand over jobs through a deque and an eventfd. Fork servers are started
-by it too, because their parent-death signal follows the thread that started them. Two kinds of server: basic ones, and
-one with SciPy and scikit-image, which forks at three times the cost and starts with the first snippet that names them.
+All state belongs to that thread; other threads hand over jobs through a deque and an eventfd. It also starts the fork
+servers, because their parent-death signal follows the thread that started them. There are two kinds of server: basic
+ones, and one with SciPy and scikit-image, which forks at three times the cost and starts with the first snippet that
+names them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import logging
 import os
@@ -16,7 +16,7 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 WATCHDOG_S = 2.0
 """A fork server that has not answered this long after a deadline is killed."""
 GROWTH_CHECK_JOBS = 256
-"""The memory of a fork server is looked at whenever it has served this many more."""
+"""The memory of a fork server is checked after every so many jobs."""
 MAX_ATTEMPTS = 16
 """Runs of one job that something else than its snippet may end before the job is lost."""
 ATTEMPTS_OF_A_DEATH, ATTEMPTS_OF_A_HANG = 1, 6
-"""A run that ended because its fork server died, or hung, counts as so many more: a snippet may be the cause after
-all. It cannot be the cause of a killed child."""
+"""Further attempts that a run counts for if its fork server died, or hung: the snippet may be the cause. It cannot be
+the cause of a killed child."""
 PATIENCE = 2.0
-"""Jobs are lost if no fork server has worked for so many times `start_timeout_s`."""
+"""Jobs are lost if no fork server has worked for this many times `start_timeout_s`."""
 UNREAD = 4
 """Results that may wait to be read, for each snippet that may run at once."""
 SERVERS_OF_SCIENCE = 1
@@ -48,7 +48,7 @@ ADVICE = "are Pillow, NumPy and OpenCV installed?"
 
 @dataclass(slots=True)
 class ChildResult:
-    """How a child ended; whoever gets this reads the output and closes it."""
+    """How a child ended; the receiver reads the output and closes it."""
 
     output_fd: int
     """-1: lost, or closed."""
@@ -71,18 +71,16 @@ class ChildResult:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
-    """One snippet on its way."""
+    """One snippet that waits or runs."""
 
     id: int
     owner: str
     size: tuple[int, int]
     seed: bytes
     make_input: Callable[[], int]
-    """Makes the sealed memfd of the input's pixels and the code; not before it is needed, for a thousand may wait."""
-    flags: int
+    """Makes the sealed memfd of pixels and code; called late, because thousands of jobs may wait."""
     science: bool
     """Needs a server with SciPy and scikit-image."""
-    timeout_s: float
     future: Future[ChildResult] = field(default_factory=Future)
     input_fd: int = -1
     output_fd: int = -1
@@ -112,14 +110,13 @@ class Pool:
         self._ids = itertools.count(1)
         self._inbox: deque[tuple[str, Job | None]] = deque()
         self._waiting: dict[bool, FairQueue[Job]] = {False: FairQueue(), True: FairQueue()}
-        """By `Job.science`: a job that needs the heavy server must not hold up the others."""
+        """Waiting jobs by `Job.science`: jobs for the server with SciPy must not delay the others."""
         self._servers: list[Server] = []
         self._in_flight: dict[int, Job] = {}
         self._bytes = 0
         self._starts = {False: Starts("basic"), True: Starts("science")}
         self._wants_science = False
         self._evidence = KillEvidence(config.memory_mb)
-        self._deadlines: list[tuple[float, int]] = []
         self._ready: Future[None] = Future()
         self._closing = False
         self._lock = threading.Lock()
@@ -144,26 +141,10 @@ class Pool:
             raise SandboxError(f"no fork server came up within {limit} s; raise sandbox.start_timeout_s") from None
 
     def submit(
-        self,
-        *,
-        owner: str,
-        size: tuple[int, int],
-        seed: bytes,
-        make_input: Callable[[], int],
-        flags: int,
-        science: bool,
+        self, *, owner: str, size: tuple[int, int], seed: bytes, make_input: Callable[[], int], science: bool
     ) -> Job:
-        """Queue a snippet; the job's future gets an `ChildResult`, and cancelling it kills the child."""
-        job = Job(
-            id=next(self._ids),
-            owner=owner,
-            size=size,
-            seed=seed,
-            make_input=make_input,
-            flags=flags,
-            science=science,
-            timeout_s=self.config.timeout_s,
-        )
+        """Queue a snippet; the job's future gets a `ChildResult`, and cancelling it kills the child."""
+        job = Job(id=next(self._ids), owner=owner, size=size, seed=seed, make_input=make_input, science=science)
         if self._closing or os.getpid() != self.pid:
             job.future.set_exception(SandboxError("the sandbox is closed, or was started before this process forked"))
             return job
@@ -172,7 +153,7 @@ class Pool:
             runs_soon = self._unfinished <= 2 * self.max_in_flight
         if runs_soon:
             # Copy the pixels here and not in the pool's thread, which tries again what fails here.
-            with contextlib.suppress(OSError, SandboxError):
+            with contextlib.suppress(OSError):
                 job.input_fd = make_input()
         job.future.add_done_callback(lambda future: self._finished(job, future))
         self._post("job", job)
@@ -224,16 +205,18 @@ class Pool:
             self._replenish()
             while self._turn():
                 pass
-        except Exception as error:  # whatever it is: nobody may wait for ever for this thread
+        except Exception as error:  # of any kind: callers must not wait forever for this thread
             log.exception("the sandbox's thread failed")
-            self._fail_start(f"the sandbox's thread failed: {error}")
-            self._lose_waiting(f"the sandbox's thread failed: {error}")
+            why = f"the sandbox's thread failed: {error}"
+            self._fail_start(why)
+            for science in self._waiting:
+                self._lose_waiting(science, why)
         finally:
             self._closing = True
             self._shut_down()
 
     def _turn(self) -> bool:
-        """Wait for something to happen and deal with it; False at the end."""
+        """Wait for an event and handle it; False at the end."""
         for key, _ in self._selector.select(self._sleep_s()):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
@@ -259,7 +242,7 @@ class Pool:
     def _sleep_s(self) -> float:
         """Seconds until the next deadline or start, at most 5."""
         now = time.monotonic()
-        times = [self._deadlines[0][0]] if self._deadlines else []
+        times = [job.answer_by for job in self._in_flight.values()]
         times += [starts.not_before for starts in self._starts.values() if starts.not_before > now]
         return max(0.0, min([now + 5.0, *times]) - now)
 
@@ -274,14 +257,14 @@ class Pool:
 
     def _cancel(self, job: Job) -> None:
         self.counts["cancelled"] += 1
-        if job.server is not None and job.id in job.server.jobs:
-            job.server.send(JOB.pack(CANCEL, job.id, 0.0, 0, 0, 0, 0, bytes(16)), [])
+        if job.server is not None and job.id in self._in_flight:
+            job.server.send(JOB.pack(CANCEL, job.id, 0, 0, bytes(16)), [])
         elif self._waiting[job.science].remove(job.owner, job):
             self._release(job)
 
     def _dispatch(self, science: bool) -> None:
         waiting = self._waiting[science]
-        # No faster than results are read: they hold memory, too.
+        # No faster than results are read, because they hold memory, too.
         while waiting and len(self._in_flight) < self.max_in_flight and self._unread < UNREAD * self.max_in_flight:
             ready = [s for s in self._servers if s.report is not None and not s.draining and s.science is science]
             if not ready or (self._in_flight and self._bytes + waiting.peek().num_bytes > self.max_bytes):
@@ -290,40 +273,36 @@ class Pool:
             if job.future.cancelled():
                 self._release(job)
                 continue
-            self._run_on(min(ready, key=lambda server: len(server.jobs)), job)
+            self._run_on(min(ready, key=lambda server: len(self._jobs_of(server))), job)
+
+    def _jobs_of(self, server: Server) -> list[Job]:
+        return [job for job in self._in_flight.values() if job.server is server]
 
     def _run_on(self, server: Server, job: Job) -> None:
-        failure = self._open_files(job)
-        if failure:
-            self._lose(job, failure)
+        try:
+            self._open_files(job)
+        except OSError as error:
+            self._lose(job, f"its image could not be handed over: {error}")
             return
+        self.counts["jobs"] += not job.attempts
         job.attempts += 1
         job.server = server
-        if job.attempts == 1:
-            self.counts["jobs"] += 1
-        server.jobs[job.id] = self._in_flight[job.id] = job
+        self._in_flight[job.id] = job
         server.served += 1
         self._bytes += job.num_bytes
-        job.answer_by = time.monotonic() + job.timeout_s + WATCHDOG_S
-        heapq.heappush(self._deadlines, (job.answer_by, job.id))
-        most = self.config.max_result_pixels
-        packet = JOB.pack(RUN, job.id, job.timeout_s, *job.size, job.flags, most, job.seed)
-        server.send(packet, [job.input_fd, job.output_fd])
+        job.answer_by = time.monotonic() + self.config.timeout_s + WATCHDOG_S
+        server.send(JOB.pack(RUN, job.id, *job.size, job.seed), [job.input_fd, job.output_fd])
         if server.served >= self.config.jobs_per_zygote and not server.draining:
             self._retire(server)
 
-    def _open_files(self, job: Job) -> str:
-        """Open the input and a new, empty output; returns why not, if this process may open no more files."""
-        try:
-            if job.input_fd < 0:
-                job.input_fd = job.make_input()
-            if job.output_fd >= 0:
-                os.close(job.output_fd)
-                job.output_fd = -1
-            job.output_fd = os.memfd_create("result", os.MFD_CLOEXEC)
-        except (OSError, SandboxError) as error:
-            return f"its image could not be handed over: {error}"
-        return ""
+    def _open_files(self, job: Job) -> None:
+        """Open the input and a new, empty output."""
+        if job.input_fd < 0:
+            job.input_fd = job.make_input()
+        if job.output_fd >= 0:
+            os.close(job.output_fd)
+            job.output_fd = -1
+        job.output_fd = os.memfd_create("result", os.MFD_CLOEXEC)
 
     # ---------------------------------------------------------------------------------------- fork servers
     def _replenish(self) -> None:
@@ -372,8 +351,8 @@ class Pool:
 
     def _collect(self, server: Server, packet: bytes) -> None:
         _, number, late, status, elapsed, cpu, peak_bytes = REPLY.unpack(packet)
-        job = server.jobs.pop(number, None)
-        if job is None:
+        job = self._in_flight.get(number)
+        if job is None or job.server is not server:
             return
         self._leave_flight(job)
         sealed = (server.report or {}).get("seccomp", "").startswith("active")
@@ -395,30 +374,29 @@ class Pool:
         self._retire_if_due(server)
 
     def _retire_if_due(self, server: Server) -> None:
-        """Replace a fork server that has grown; let one go that has finished its last job."""
+        """Replace a fork server that has grown; end one that has finished its last job."""
         if server.served % GROWTH_CHECK_JOBS == 0:
             grown = server.resident_bytes() - server.first_bytes
             if grown > self.config.grown_mb * 1e6:
                 self._retire(server)
-        if server.draining and not server.jobs:
+        if server.draining and not self._jobs_of(server):
             self._bury(server)
 
     def _retire(self, server: Server) -> None:
-        """Replace a fork server: it finishes what it has, another takes its place."""
+        """Stop giving jobs to a fork server and start another; it ends when its jobs are done."""
         if not server.draining:
             server.draining = True
             self.counts["restarts"] += 1
 
     def _bury(self, server: Server, why: str = "") -> None:
-        """A fork server is gone or no longer wanted: kill its session, send its jobs elsewhere, replace it."""
+        """Kill the session of a fork server that has died or is not needed, and queue its jobs again."""
         self._selector.unregister(server.control)
         self._servers.remove(server)
         server.kill()
-        for job in list(server.jobs.values()):
+        for job in self._jobs_of(server):
             self._leave_flight(job)
             job.attempts += ATTEMPTS_OF_A_DEATH
             self._run_again(job, "its fork server died")
-        server.jobs.clear()
         if self._closing or server.draining:
             return
         self.counts["restarts"] += 1
@@ -426,7 +404,7 @@ class Pool:
             self._start_failed(server.science, why or f"exit status {server.process.returncode}")
 
     def _run_again(self, job: Job, why: str) -> None:
-        """Queue a job in front of its owner's others; something else than its snippet ended its run."""
+        """Queue a job whose run was not ended by its snippet before its owner's other jobs."""
         job.server = None
         if job.future.cancelled():
             self._release(job)
@@ -440,19 +418,15 @@ class Pool:
         if not self._ready.done():
             self._ready.set_exception(SandboxError(why))
 
-    def _lose_waiting(self, why: str, kinds: Sequence[bool] = (False, True)) -> None:
-        for science in kinds:
-            for job in self._waiting[science].clear():
-                self._lose(job, why)
+    def _lose_waiting(self, science: bool, why: str) -> None:
+        for job in self._waiting[science].clear():
+            self._lose(job, why)
 
     def _watch(self) -> None:
-        """Kill fork servers that do not answer."""
+        """Kill fork servers that do not answer, and give up waiting jobs while none works."""
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number = heapq.heappop(self._deadlines)
-            job = self._in_flight.get(number)
-            overdue = job is not None and job.answer_by <= now
-            if job is not None and overdue and job.server is not None and job.server in self._servers:
+        for job in list(self._in_flight.values()):
+            if job.answer_by <= now and job.server in self._servers:
                 log.warning("a fork server did not answer %.0f s after a deadline and is replaced", WATCHDOG_S)
                 job.attempts += ATTEMPTS_OF_A_HANG
                 self._bury(job.server)
@@ -463,8 +437,9 @@ class Pool:
             if any(server.science is science and server.report is not None for server in self._servers):
                 starts.working_at = now
             elif self._waiting[science] and now - starts.working_at > PATIENCE * self.config.start_timeout_s:
-                why = f"no {starts.kind} fork server has worked for {now - starts.working_at:.0f} s"
-                self._lose_waiting(why, [science])
+                self._lose_waiting(
+                    science, f"no {starts.kind} fork server has worked for {now - starts.working_at:.0f} s"
+                )
 
     # ---------------------------------------------------------------------------------------- ends
     def _leave_flight(self, job: Job) -> None:

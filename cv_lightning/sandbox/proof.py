@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from cv_lightning.images import compose, map_box
+from cv_lightning.sandbox.geometry import SIGNS
 from cv_lightning.sandbox.view import (
     MAX_COMPARED,
-    TRANSPOSES,
     Array,
     Edges,
     Pyramid,
@@ -84,7 +84,7 @@ def is_equal(claim: Affine, image: Pyramid, result: Pyramid) -> bool:
     A result of more than `MAX_COMPARED` pixels is compared reduced, and at some places as it is.
     """
     size = result.image.size
-    if signs_of(claim) not in TRANSPOSES:
+    if signs_of(claim) not in SIGNS:
         return False
     if any(abs(abs(v) - 1) > 1e-9 and abs(v) > 1e-9 for v in (claim.a, claim.b, claim.d, claim.e)):
         return False

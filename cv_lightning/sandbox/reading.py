@@ -1,4 +1,4 @@
-"""What a child left, checked and decoded: every byte of it is untrusted."""
+"""Checks and decodes the output of a child; every byte of it is untrusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from PIL import Image
 from cv_lightning.images import is_usable_size
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.effect import checked_operations, net_effect
-from cv_lightning.sandbox.plan import told_operations
 from cv_lightning.sandbox.pool import ChildResult
 from cv_lightning.sandbox.wire import (
     HEADER,
@@ -22,7 +21,6 @@ from cv_lightning.sandbox.wire import (
     PIXEL,
     STATUS_ERROR,
     STATUS_OK,
-    Trace,
     WireError,
     clean_text,
     unpack_trace,
@@ -30,19 +28,17 @@ from cv_lightning.sandbox.wire import (
 from cv_lightning.types import SandboxResult, ToolStatus
 
 
-def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig, *, is_plan: bool) -> SandboxResult:
+def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig) -> SandboxResult:
     """The result of a job; closes its output.
 
     Args:
-        image: the input, RGB.
-        outcome: how the child ended.
-        config: limits.
-        is_plan: written by a worker, in which no model code runs.
+        image: The input, RGB.
+        outcome: How the child ended.
+        config: Limits.
     """
-    tier = "plan" if is_plan else "process"
     if outcome.output_fd < 0:
         text = f"the sandbox could not run the snippet: {outcome.lost or 'it was closed'}"
-        return SandboxResult(status=ToolStatus.INFRASTRUCTURE_ERROR, error=text, error_kind="lost", tier=tier)
+        return SandboxResult(status=ToolStatus.INFRASTRUCTURE_ERROR, error=text, error_kind="lost", tier="process")
     try:
         result = _without_output(outcome, config) or _read(image, outcome.output_fd, config)
     except WireError as error:
@@ -50,11 +46,11 @@ def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig
         result = SandboxResult(status=ToolStatus.KILLED, error=text, error_kind="invalid_output")
     finally:
         outcome.close()
-    return replace(result, tier=tier, elapsed_s=outcome.elapsed_s)
+    return replace(result, tier="process", elapsed_s=outcome.elapsed_s)
 
 
 def _without_output(outcome: ChildResult, config: SandboxConfig) -> SandboxResult | None:
-    """The result of a child that did not end by itself, whatever it wrote."""
+    """The result of a child that was killed or wrote nothing; None if there is an output to read."""
     if outcome.late:
         limits = f"limit {config.timeout_s:g} s, {config.cpu_s} s of CPU time"
         text = f"TimeoutError: the code ran too long ({limits}); do less"
@@ -87,14 +83,10 @@ def _read(image: Image.Image, fd: int, config: SandboxConfig) -> SandboxResult:
         trace = unpack_trace(mapped[HEADER.size + num_pixels :])
         with memoryview(mapped) as view, view[HEADER.size : HEADER.size + num_pixels] as pixels:
             result = Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX")
-    return _explained(image, result, trace)
-
-
-def _explained(image: Image.Image, result: Image.Image, trace: Trace) -> SandboxResult:
     found = net_effect(trace.claims, image, result, direct=trace.direct)
     return SandboxResult(
         status=ToolStatus.OK,
         image=result,
-        operations=checked_operations(told_operations(trace), found),
+        operations=checked_operations(trace.operations, found),
         effect=found.effect,
     )

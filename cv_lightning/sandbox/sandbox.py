@@ -1,4 +1,4 @@
-"""The sandbox as the rest of the project sees it: an image and a snippet in, a `SandboxResult` out."""
+"""The sandbox as the rest of the project uses it: an image and a snippet in, a `SandboxResult` out."""
 
 from __future__ import annotations
 
@@ -24,100 +24,105 @@ from cv_lightning.sandbox import plan
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
 from cv_lightning.sandbox.pool import ChildResult, Job, Pool
 from cv_lightning.sandbox.reading import read_outcome
-from cv_lightning.sandbox.wire import FLAG_PLAN, FLAG_REFERENCE
+from cv_lightning.sandbox.wire import write_pixels
 from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
 
 log = logging.getLogger(__name__)
 F_ADD_SEALS, SEAL, SHRINK, GROW, FUTURE_WRITE = 1033, 1, 2, 4, 16
-"""Not F_SEAL_WRITE, which waits until nothing in the kernel holds a page and may fail with EBUSY: as nobody has mapped
-the new file, no future writing is no writing at all."""
-MAX_WORKER_MS = 500.0
-"""Plans that are estimated to take longer run in a child, whose CPU time is limited."""
+"""F_SEAL_WRITE is not used: it may fail with EBUSY while the kernel holds a page. FUTURE_WRITE is as good for a new
+file, which no process has mapped."""
 
 SCIENCE_NAMES = ("skimage", "scipy", "matplotlib")
 """Code that names one of these runs on a server that has them loaded."""
 
 
-@dataclass(slots=True)
-class _Run:
-    """A snippet that needs another process."""
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A snippet that a child has to run."""
 
     image: Image.Image
     """RGB."""
     code: str
     key: tuple[str, str] | None
-    """In the cache, if there is one."""
-    as_plan: bool
-    """Goes to a warm worker; cleared if that cannot execute it."""
+    """Key in the cache, if there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """What a started sandbox consists of."""
+
+    pool: Pool
+    submitters: ThreadPoolExecutor
+    readers: ThreadPoolExecutor
+    """Results are read and proven beside the queue, so that a large one delays no snippet."""
+
+    @classmethod
+    def create(cls, config: SandboxConfig) -> _Running:
+        submitters, readers = (
+            ThreadPoolExecutor(2, thread_name_prefix=f"sandbox-{name}") for name in ("submit", "read")
+        )
+        return cls(Pool(config), submitters, readers)
+
+    def close(self) -> None:
+        self.pool.close()
+        self.submitters.shutdown(wait=False)
+        self.readers.shutdown(wait=False)
 
 
 class Sandbox:
-    """Runs what a model wrote, one fresh sealed child per snippet; see docs/sandbox.md.
+    """Runs model-written code, one fresh sealed child per snippet; see docs/sandbox.md.
 
-    What remains trusted: labels and arguments of operations that leave geometry alone are the child's word (it can
-    forge them); the map to the input is believed only where the pixels agree.
+    Names and arguments of operations that do not move pixels are taken from the child, which can forge them; a map to
+    the input is believed only where the pixels agree.
     """
 
     def __init__(self, config: SandboxConfig | None = None) -> None:
         self.config = config or SandboxConfig()
         if self.config.disabled_layers and not self.config.allow_unsafe:
             raise ValueError("sandbox.disabled_layers needs sandbox.allow_unsafe=true")
-        self._pool: Pool | None = None
-        self._executor: ThreadPoolExecutor | None = None
-        self._readers: ThreadPoolExecutor | None = None
-        """Results are read and proven beside the queue, so that a large one holds up no snippet."""
+        self._running: _Running | None = None
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[str, str], SandboxResult] = OrderedDict()
         self._cached_bytes = 0
-        self._counts = {"plan": 0, "plan_worker": 0, "process": 0, "cache": 0, "refused": 0}
+        self._counts = {"plan_tier": 0, "process_tier": 0, "cache": 0, "refused": 0}
 
-    # ---------------------------------------------------------------------------------------- life
+    # ---------------------------------------------------------------------------------------- start and end
     def start(self) -> None:
         """Start the fork servers and test them; does nothing if they run.
 
         Raises:
-            SandboxError: a required layer is missing or a test case was not contained, and `allow_unsafe` is off.
+            SandboxError: A required layer is missing or a test case was not contained, and `allow_unsafe` is off.
         """
         from cv_lightning.sandbox.selftest import START_CASES, run_cases
 
         with self._lock:
-            if self._pool is not None:
+            if self._running is not None:
                 return
-            pool = Pool(self.config)
-            self._pool = pool
-            self._executor = ThreadPoolExecutor(2, thread_name_prefix="sandbox-submit")
-            self._readers = ThreadPoolExecutor(2, thread_name_prefix="sandbox-read")
+            self._running = running = _Running.create(self.config)
             atexit.register(self.close)
         try:
-            pool.start()
+            running.pool.start()
             missing = [name for name in GENERAL_LAYERS if not self.layers.get(name, "").startswith("active")]
             log.info("sandbox layers: %s", ", ".join(f"{name}: {state}" for name, state in self.layers.items()))
             if missing and not self.config.allow_unsafe:
                 lacking = f"the sandbox lacks {', '.join(missing)} ({self.layers})"
-                raise SandboxError(f"{lacking}; mend the host or set sandbox.allow_unsafe=true")
-            # With layers switched off for a measurement the hostile cases would really hit.
+                raise SandboxError(f"{lacking}; fix the host or set sandbox.allow_unsafe=true")
+            # With layers switched off for a measurement the hostile cases would do real harm.
             cases = () if self.config.disabled_layers or missing else START_CASES
-            failed = [case for case in run_cases(self, cases) if not case.ok]
+            failed = [f"{case.name}: {case.got}" for case in run_cases(self, cases) if not case.ok]
             if failed and not self.config.allow_unsafe:
-                raise SandboxError(
-                    "the sandbox's self-test failed: " + "; ".join(f"{case.name}: {case.got}" for case in failed)
-                )
+                raise SandboxError(f"the sandbox's self-test failed: {'; '.join(failed)}")
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End all children and fork servers; may be called twice, and again started after."""
+        """End all children and fork servers. May be called twice; `start` works again afterwards."""
         with self._lock:
-            pool, self._pool = self._pool, None
-            executor, self._executor = self._executor, None
-            readers, self._readers = self._readers, None
-        if pool is not None:
-            pool.close()
+            running, self._running = self._running, None
+        if running is not None:
+            running.close()
             atexit.unregister(self.close)
-        for threads in (executor, readers):
-            if threads is not None:
-                threads.shutdown(wait=False)
 
     def __enter__(self) -> Sandbox:
         self.start()
@@ -131,24 +136,20 @@ class Sandbox:
     @property
     def layers(self) -> dict[str, str]:
         """State of every isolation layer: `active (..)`, `unavailable (why)` or `off`. Empty before `start`."""
-        return dict(self._pool.report) if self._pool is not None else {}
+        return dict(self._running.pool.report) if self._running else {}
 
     @property
     def stats(self) -> dict[str, float]:
-        """Counters since the start: jobs by tier, timeouts, resent and lost jobs, restarts; the present load."""
-        tiers = ("plan", "process")
-        counts: dict[str, float] = {f"{name}_tier" if name in tiers else name: v for name, v in self._counts.items()}
-        if self._pool is not None:
-            counts.update(self._pool.counts)
-            counts.update(self._pool.load)
-        return counts
+        """Counters since the start (snippets by executor, timeouts, resent and lost jobs, restarts), and the load."""
+        pool = self._running.pool if self._running else None
+        return {**self._counts, **pool.counts, **pool.load} if pool else dict(self._counts)
 
     def server_pids(self) -> list[int]:
-        """Processes of the fork servers."""
-        return self._pool.server_pids if self._pool is not None else []
+        """Process ids of the fork servers."""
+        return self._running.pool.server_pids if self._running else []
 
     def child_pids(self) -> list[int]:
-        """Processes under the fork servers: children that run snippets, idle spares, warm workers."""
+        """Process ids of the fork servers' children: those that run snippets, and idle spares."""
         pids: list[int] = []
         for server in self.server_pids():
             with contextlib.suppress(OSError):
@@ -160,133 +161,93 @@ class Sandbox:
         """Run a snippet on an image without blocking the event loop; cancelling the task kills the child.
 
         Args:
-            image: any mode; model code gets it as RGB and cannot change it.
+            image: Any mode; model code gets it as RGB and cannot change it.
             code: Python with `image` in scope.
-            owner: trajectory id; waiting jobs of different owners take turns.
+            owner: Trajectory id; waiting snippets of different owners take turns.
 
         Raises:
-            SandboxError: the sandbox was not started, or is closed.
+            SandboxError: The sandbox was not started, or is closed.
         """
-        begun = self._begin(image, code)
-        if isinstance(begun, SandboxResult):
-            return begun
-        pool, executor, readers = self._running()
-        loop = asyncio.get_running_loop()
-        while True:
-            submitted = loop.run_in_executor(executor, self._submit, pool, begun, owner)
-            try:
-                job = await asyncio.shield(submitted)
-            except asyncio.CancelledError:
-                submitted.add_done_callback(lambda done: _abandon(done.result()))
-                raise
-            try:
-                outcome = await asyncio.wrap_future(job.future)
-            except asyncio.CancelledError:
-                _abandon(job)
-                raise
-            # Shielded, so that the output is closed even if nobody waits any more.
-            result = await asyncio.shield(loop.run_in_executor(readers, self._finish, begun, outcome))
-            if result is not None:
-                return result
+        request = self._begin(image, code)
+        if isinstance(request, SandboxResult):
+            return request
+        running, loop = self._started(), asyncio.get_running_loop()
+        submitted = loop.run_in_executor(running.submitters, self._submit, running.pool, request, owner)
+        try:
+            job = await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(lambda done: _abandon(done.result()))
+            raise
+        try:
+            outcome = await asyncio.wrap_future(job.future)
+        except asyncio.CancelledError:
+            _abandon(job)
+            raise
+        # Shielded, so that the output is closed even if this task is cancelled meanwhile.
+        return await asyncio.shield(loop.run_in_executor(running.readers, self._finish, request, outcome))
 
     def run_sync(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
         """`run` for callers without an event loop; from any thread."""
-        begun = self._begin(image, code)
-        if isinstance(begun, SandboxResult):
-            return begun
-        pool, _, _ = self._running()
-        while True:
-            job = self._submit(pool, begun, owner)
-            try:
-                outcome = job.future.result()
-            except (CancelledError, KeyboardInterrupt):
-                _abandon(job)
-                raise
-            result = self._finish(begun, outcome)
-            if result is not None:
-                return result
+        request = self._begin(image, code)
+        if isinstance(request, SandboxResult):
+            return request
+        job = self._submit(self._started().pool, request, owner)
+        try:
+            outcome = job.future.result()
+        except (CancelledError, KeyboardInterrupt):
+            _abandon(job)
+            raise
+        return self._finish(request, outcome)
 
-    def _running(self) -> tuple[Pool, ThreadPoolExecutor, ThreadPoolExecutor]:
-        pool, executor, readers = self._pool, self._executor, self._readers
-        if pool is None or executor is None or readers is None:
+    def _started(self) -> _Running:
+        if self._running is None:
             raise SandboxError("the sandbox was not started; call start() first, or use it in a with statement")
-        if pool.pid != os.getpid():
+        if self._running.pool.pid != os.getpid():
             raise SandboxError("the sandbox was started before this process was forked; start one of its own here")
-        return pool, executor, readers
+        return self._running
 
-    def _begin(self, image: Image.Image, code: str) -> SandboxResult | _Run:
-        """The result if it needs no other process (refused, cached, a cheap plan); else what is to be run."""
-        refused = self._refusal(image, code)
-        if refused is not None:
+    def _begin(self, image: Image.Image, code: str) -> SandboxResult | _Request:
+        """The result if no child is needed (rejected, cached, a cheap plan); else what a child has to run."""
+        rejected = _rejection(image, code, self.config.max_code_chars)
+        if rejected is not None:
             self._count("refused")
-            return refused
+            return rejected
         rgb = to_rgb(image)
-        key = (content_hash(rgb), code) if self.config.cache_size else None
-        found = self._recall(key)
-        if found is not None:
+        request = _Request(rgb, code, (content_hash(rgb), code) if self.config.cache_size else None)
+        cached = self._cached(request.key)
+        if cached is not None:
             self._count("cache")
-            return found
-        as_plan = False
+            return cached
         if self.config.plan_tier and not self.config.reference_results:
             planned = plan.run(rgb, code, self.config)
             if planned is not None:
-                self._count("plan")
-                return self._remember(key, planned)
-            prepared = plan.prepare(code, rgb.size)
-            # A plan that was cheap enough has just failed: the child tells the model why.
-            as_plan = prepared is not None and self.config.plan_budget_ms < prepared.cost_ms <= MAX_WORKER_MS
-        return _Run(rgb, code, key, as_plan)
+                self._count("plan_tier")
+                return self._remember(request.key, planned)
+        return request
 
-    def _submit(self, pool: Pool, run: _Run, owner: str) -> Job:
-        flags = FLAG_PLAN * run.as_plan | FLAG_REFERENCE * self.config.reference_results
-        # Without Landlock a child cannot open a file, so that what it imports must be loaded.
+    def _submit(self, pool: Pool, request: _Request, owner: str) -> Job:
+        image, code = request.image, request.code
+        # Without Landlock a child cannot open a file, so everything that it imports must be loaded before.
         closed = "open denied" in pool.report.get("files", "")
-        science = not run.as_plan and (closed or any(name in run.code for name in SCIENCE_NAMES))
         return pool.submit(
             owner=owner,
-            size=run.image.size,
-            seed=_seed(run.image, run.code),
-            make_input=partial(sealed_pixels, run.image, run.code.encode()),
-            flags=flags,
-            science=science,
+            size=image.size,
+            seed=_seed(image, code),
+            make_input=partial(sealed_pixels, image, code.encode()),
+            science=closed or any(name in code for name in SCIENCE_NAMES),
         )
 
-    def _finish(self, run: _Run, outcome: ChildResult) -> SandboxResult | None:
-        """The result of a job; None if a worker could not execute its plan, so that a child has to run it."""
-        result = read_outcome(run.image, outcome, self.config, is_plan=run.as_plan)
-        if run.as_plan and result.status not in (ToolStatus.OK, ToolStatus.INFRASTRUCTURE_ERROR):
-            run.as_plan = False
-            return None
-        self._count("plan_worker" if run.as_plan else "process")
-        return self._remember(run.key, result)
+    def _finish(self, request: _Request, outcome: ChildResult) -> SandboxResult:
+        result = read_outcome(request.image, outcome, self.config)
+        self._count("process_tier")
+        return self._remember(request.key, result)
 
-    def _refusal(self, image: Image.Image, code: str) -> SandboxResult | None:
-        if not isinstance(code, str):
-            return _refused("not_text", f"the code is {type(code).__name__}, not text; send Python source as a string")
-        if len(code) > self.config.max_code_chars:
-            return _refused(
-                "too_long",
-                f"the code has {len(code)} characters, at most {self.config.max_code_chars}; send a shorter snippet",
-            )
-        if "\0" in code or not _is_unicode(code):
-            return _refused("not_text", "the code holds null characters or broken Unicode; send plain Python source")
-        if not isinstance(image, Image.Image):
-            return _refused(
-                "no_image", f"there is no such image ({type(image).__name__}); use the index of an image that was shown"
-            )
-        if not is_usable_size(*image.size):
-            return _refused(
-                "bad_image",
-                f"the image is {image.width}x{image.height} pixels and cannot be worked on; use another image_index",
-            )
-        return None
-
-    # ---------------------------------------------------------------------------------------- keeping
+    # ---------------------------------------------------------------------------------------- counters and cache
     def _count(self, what: str) -> None:
         with self._lock:
             self._counts[what] += 1
 
-    def _recall(self, key: tuple[str, str] | None) -> SandboxResult | None:
+    def _cached(self, key: tuple[str, str] | None) -> SandboxResult | None:
         if key is None:
             return None
         with self._lock:
@@ -300,20 +261,33 @@ class Sandbox:
         if key is None or result.status not in (ToolStatus.OK, ToolStatus.ERROR) or result.error_kind == "memory":
             return result
         kept = _own_copy(result)
+        limit = self.config.cache_mb * 1e6
         with self._lock:
             self._cached_bytes += _num_bytes(kept) - _num_bytes(self._cache.pop(key, None))
             self._cache[key] = kept
-            while self._cache and (
-                len(self._cache) > self.config.cache_size or self._cached_bytes > self.config.cache_mb * 1e6
-            ):
+            while self._cache and (len(self._cache) > self.config.cache_size or self._cached_bytes > limit):
                 self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return result
 
 
-def _abandon(job: Job) -> None:
-    """Nobody waits for a job any more: kill its child, or close what it left."""
-    if not job.future.cancel() and job.future.exception() is None:
-        job.future.result().close()
+def _rejection(image: Image.Image, code: str, max_code_chars: int) -> SandboxResult | None:
+    """Why a snippet is not run at all; None if it is."""
+    if not isinstance(code, str):
+        kind, text = "not_text", f"the code is {type(code).__name__}, not text; send Python source as a string"
+    elif len(code) > max_code_chars:
+        kind = "too_long"
+        text = f"the code has {len(code)} characters, at most {max_code_chars}; send a shorter snippet"
+    elif "\0" in code or not _is_unicode(code):
+        kind, text = "not_text", "the code holds null characters or broken Unicode; send plain Python source"
+    elif not isinstance(image, Image.Image):
+        kind = "no_image"
+        text = f"there is no such image ({type(image).__name__}); use the index of an image that was shown"
+    elif not is_usable_size(*image.size):
+        kind = "bad_image"
+        text = f"the image is {image.width}x{image.height} pixels and cannot be worked on; use another image_index"
+    else:
+        return None
+    return SandboxResult(status=ToolStatus.REJECTED, error=text, error_kind=kind)
 
 
 def _is_unicode(text: str) -> bool:
@@ -324,8 +298,10 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _refused(kind: str, text: str) -> SandboxResult:
-    return SandboxResult(status=ToolStatus.REJECTED, error=text, error_kind=kind)
+def _abandon(job: Job) -> None:
+    """Kill the child of a job that its caller has given up, or close what it left."""
+    if not job.future.cancel() and job.future.exception() is None:
+        job.future.result().close()
 
 
 def _own_copy(result: SandboxResult) -> SandboxResult:
@@ -337,15 +313,10 @@ def _num_bytes(result: SandboxResult | None) -> int:
 
 
 def sealed_pixels(image: Image.Image, code: bytes = b"") -> int:
-    """A memfd with the pixels of an RGB image, four bytes each, and then the code; nobody can change it any more."""
-    image.load()
-    encoder = Image._getencoder("RGB", "raw", ("RGBX",))
-    encoder.setimage(image.im, (0, 0, *image.size))
+    """A sealed memfd that holds the pixels of an RGB image, four bytes each, and then the code."""
     fd = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        failed = encoder.encode_to_file(fd, 1 << 18)
-        if failed < 0:
-            raise SandboxError(f"the input of {image.width}x{image.height} pixels could not be copied ({failed})")
+        write_pixels(fd, image, piece=1 << 18)
         os.write(fd, code)
         fcntl.fcntl(fd, F_ADD_SEALS, SEAL | SHRINK | GROW | FUTURE_WRITE)
     except BaseException:
@@ -355,7 +326,7 @@ def sealed_pixels(image: Image.Image, code: bytes = b"") -> int:
 
 
 def _seed(image: Image.Image, code: str) -> bytes:
-    """16 bytes that depend on the code and a sample of the picture."""
+    """16 bytes that depend on the code and a sample of the pixels."""
     digest = hashlib.blake2b(code.encode("utf-8", "replace"), digest_size=16)
     digest.update(str(image.size).encode())
     digest.update(image.resize((min(64, image.width), min(64, image.height)), Image.Resampling.NEAREST).tobytes())

@@ -1,4 +1,4 @@
-"""Between fork and work: a child leaves the fork server's state behind, limits itself, seals itself and waits."""
+"""What a child does between fork and job: it drops the fork server's state, limits and seals itself, and waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 import socket
 from dataclasses import dataclass
 
-from cv_lightning.sandbox import child, layers, worker
+from cv_lightning.sandbox import child, layers
+from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.syscalls import SeccompFilter
 from cv_lightning.sandbox.wire import HEADER, MAX_TEXT, MAX_TRACE, PIXEL
 
@@ -20,54 +21,44 @@ class Seal:
     """What a child needs of its fork server to seal itself."""
 
     server_pid: int
-    memory_mb: int
-    cpu_s: int
-    max_pixels: int
+    config: SandboxConfig
     library_bytes: int
     """Address space that the libraries take up."""
-    limited: bool
-    """True if resource limits are set in children."""
     filter: SeccompFilter | None
-    worker_filter: SeccompFilter | None
 
 
 class ChildStartError(BaseException):
     """Raised in a fresh child: it unwinds the fork server's frames, so that model code finds none of them.
 
-    No `except Exception` on the way may stop it, hence the base class.
+    It is a `BaseException` so that no `except Exception` on the way stops it.
     """
 
-    def __init__(self, control: int, is_worker: bool) -> None:
+    def __init__(self, control: int) -> None:
         super().__init__()
-        self.control, self.is_worker = control, is_worker
+        self.control = control
 
 
-def run_child(seal: Seal, control: int, is_worker: bool) -> None:
+def run_child(seal: Seal, control: int) -> None:
     """Everything a child does, from closing what it inherited to its last byte. Never returns."""
     try:
         jobs = socket.socket(fileno=child.keep_only(control))
-        _limit(seal, is_worker)
-        if not is_worker:
-            child.rehearse()
-        chosen = seal.worker_filter if is_worker else seal.filter
-        if chosen is not None and not chosen.install():
+        _limit(seal)
+        child.rehearse()
+        if seal.filter is not None and not seal.filter.install():
             os._exit(NOT_SEALED)
-        if is_worker:
-            worker.serve(jobs)
-            os._exit(0)
-        child.run_job(child.wait_for_job(jobs, seal.memory_mb))
+        child.run_job(child.wait_for_job(jobs, seal.config))
     finally:
         os._exit(NOT_SEALED)
 
 
-def _limit(seal: Seal, is_worker: bool) -> None:
-    if seal.limited:
+def _limit(seal: Seal) -> None:
+    config = seal.config
+    if "rlimits" not in config.disabled_layers:
         layers.limit_resources(
-            memory_bytes=seal.memory_mb << 20,
+            memory_bytes=config.memory_mb << 20,
             library_bytes=seal.library_bytes,
-            # A worker lives on; its plans are priced beforehand and its deadlines are kept by the fork server.
-            cpu_s=None if is_worker else seal.cpu_s,
-            file_bytes=HEADER.size + PIXEL * seal.max_pixels + MAX_TRACE + MAX_TEXT,
+            cpu_s=config.cpu_s,
+            file_bytes=HEADER.size + PIXEL * config.max_result_pixels + MAX_TRACE + MAX_TEXT,
         )
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != seal.server_pid:

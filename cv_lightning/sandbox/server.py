@@ -1,4 +1,4 @@
-"""A fork server as the parent sees it: a process of its own session, and a socket."""
+"""The parent's handle of a fork server: a process in a session of its own, and a socket."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
 from cv_lightning.sandbox.heap import TUNABLES
@@ -44,7 +44,7 @@ _SEND_TIMEOUT_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Server:
-    """One fork server and the jobs that it has."""
+    """One fork server."""
 
     process: subprocess.Popen[bytes]
     control: socket.socket
@@ -52,26 +52,18 @@ class Server:
     started: float
     report: dict[str, str] | None = None
     """States of its layers; None while it starts."""
-    jobs: dict[int, Any] = field(default_factory=dict)
-    """The pool's jobs that it works on, by number."""
     served: int = 0
+    """Jobs that were sent to it."""
     draining: bool = False
+    """It gets no further jobs."""
     first_bytes: int = 0
+    """Resident memory when it was ready."""
 
     @classmethod
     def launch(cls, config: SandboxConfig, *, science: bool) -> Server:
-        """Start one by exec: clean environment, stdio on /dev/null, own session, no descriptor but its socket."""
+        """Start one by exec: clean environment, stdio on /dev/null, own session, its socket the only descriptor."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = {
-            "memory_mb": config.memory_mb,
-            "cpu_s": config.cpu_s,
-            "max_pixels": config.max_result_pixels,
-            "disabled": config.disabled_layers,
-            "namespaces": config.namespaces,
-            "private_root": config.private_root,
-            "science": science,
-            "private_folders": private_folders(),
-        }
+        settings = {"config": asdict(config), "science": science, "private_folders": private_folders()}
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _BOOT, _search_path(), str(theirs.fileno()), json.dumps(settings)],
@@ -87,7 +79,7 @@ class Server:
         return cls(process, ours, science, time.monotonic())
 
     def send(self, packet: bytes, fds: list[int]) -> None:
-        """Send a packet; a server that takes none is killed, and its end of file is dealt with when it is read."""
+        """Send a packet; a server that does not accept it is killed, and its end of file is handled when it is read."""
         try:
             socket.send_fds(self.control, [packet], fds)
         except OSError:
@@ -102,14 +94,17 @@ class Server:
             return b""
 
     def take_report(self, packet: bytes, before: Mapping[str, str]) -> str:
-        """Read the first packet, which tells the layers. Returns why the server must run nothing, else "".
+        """Read the first packet: the states of the layers.
 
-        The search for a library fails, for instance, if somebody kills the program that lists them; a server without
-        a required layer that an earlier one had is no replacement.
+        A server without a required layer that an earlier one had is not accepted. That happens, for instance, if the
+        program that lists the libraries is killed, so that the library of the filter is not found.
 
         Args:
-            packet: as received.
-            before: the report of an earlier server; empty for the first.
+            packet: As received.
+            before: The report of an earlier server; empty for the first.
+
+        Returns:
+            Why the server must not run anything; empty if it may.
         """
         report = dict(line.split("=", 1) for line in packet.decode().splitlines())
         had = [name for name, state in before.items() if state.startswith("active")]
@@ -122,7 +117,7 @@ class Server:
         return ""
 
     def resident_bytes(self) -> int:
-        """Memory that the server has in use; 0 if it is gone."""
+        """Resident memory of the server; 0 if it has ended."""
         try:
             with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
                 return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -130,18 +125,17 @@ class Server:
             return 0
 
     def kill(self) -> None:
-        """Kill the server and its children (they also die with it) and reap it."""
+        """Kill the server with its children, and reap it."""
         self.control.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            self.process.kill()
+        for kill in (partial(os.killpg, self.process.pid, signal.SIGKILL), self.process.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
 
 
 def _search_path() -> str:
-    """The project and the packages that this process sees; -I drops PYTHONPATH, which may name them."""
+    """Folders of the project and the packages of this process; -I drops PYTHONPATH, which may name them."""
     return ":".join([*filter(_holds_packages, sys.path), _ROOT])
 
 

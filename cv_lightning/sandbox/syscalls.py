@@ -1,8 +1,7 @@
 """The system calls that a sealed child may make, each limited by its arguments; anything else fails with EPERM.
 
-The list names what is allowed, so a new command or flag of a known system call is denied until somebody adds it. The
-reasons for every entry are in the table of docs/sandbox.md, and `test_every_allowed_system_call_is_documented` holds
-the two together.
+The list names what is allowed, so a new command or flag of a known system call is denied until it is added here. The
+reason for every entry is in the table of docs/sandbox.md; `test_every_allowed_system_call_is_documented` compares them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
 
 PR_SET_SECCOMP = 22
 UNCHECKED = (
@@ -23,8 +21,6 @@ UNCHECKED = (
 """Harmless whatever their arguments: they act on this process, on descriptors that it has, or read a path's state."""
 WAITING = ("recvmsg",)
 """A child is sealed before it gets a job. Its socket is closed when model code starts, and it can make no other."""
-WORKER = ("sendto",)
-"""What a warm worker, in which no model code runs, needs on top for its one socket."""
 
 _FCNTL = (fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC, 1034)  # F_GET_SEALS
 _MADVISE = (0, 1, 2, 3, 4, 8, 14, 15)
@@ -37,12 +33,12 @@ _FUTEX = tuple(op | _FUTEX_PRIVATE for op in (0, 1, 3, 4, 5, 9, 10)) + tuple(
 )
 """WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET, WAKE_BITSET, all private: none reaches another process."""
 _ARCH_PRCTL = (0x1021, 0x1022, 0x1023)
-"""Questions and requests for wide registers (AMX), which linear algebra asks for."""
+"""Queries and requests for wide registers (AMX), which linear algebra libraries use."""
 _LAST_CLOCK = 11
 """CLOCK_TAI. Numbers above it, as the kernel reads them, name the clock of any process or descriptor."""
 _O_PATH, _O_TMPFILE, _O_ASYNC = 0o10000000, 0o20000000, 0o20000
 _OPEN_DENIED = os.O_ACCMODE | os.O_CREAT | os.O_EXCL | os.O_TRUNC | _O_TMPFILE | _O_PATH | _O_ASYNC | os.O_DIRECT
-"""An open file is read, and nothing else. Landlock does not see O_PATH."""
+"""Files can be opened for reading only. Landlock does not cover O_PATH."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,21 +51,20 @@ class SeccompFilter:
     """A compiled allow-list. Built once, installed in every child by one call.
 
     Args:
-        allow_open: False where no Landlock guards the file system; then nothing can be opened at all.
-        extra: further system calls, with any arguments.
+        allow_open: False where Landlock does not guard the file system; then nothing can be opened at all.
     """
 
-    def __init__(self, *, allow_open: bool, extra: Sequence[str] = ()) -> None:
+    def __init__(self, *, allow_open: bool) -> None:
         import pyseccomp
 
         self._rules = pyseccomp.SyscallFilter(defaction=pyseccomp.ERRNO(errno.EPERM))
-        for name in (*UNCHECKED, *WAITING, *extra):
+        for name in (*UNCHECKED, *WAITING):
             self._allow(name)
         self._allow_checked()
         if allow_open:
             self._allow("open", pyseccomp.Arg(1, pyseccomp.MASKED_EQ, _OPEN_DENIED, 0))
             self._allow("openat", pyseccomp.Arg(2, pyseccomp.MASKED_EQ, _OPEN_DENIED, 0))
-        # Libraries ask whether a descriptor is a terminal, and take ENOTTY for a plain no.
+        # Libraries ask whether a descriptor is a terminal; ENOTTY is the answer for "no".
         self._rules.add_rule(pyseccomp.ERRNO(errno.ENOTTY), "ioctl")
         # glibc falls back from clone3 to clone only on ENOSYS.
         self._rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")
@@ -116,11 +111,11 @@ class SeccompFilter:
         return bool(_libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(self._program), 0, 0) == 0)
 
 
-def build_filter(enabled: bool, *, allow_open: bool, extra: Sequence[str] = ()) -> tuple[SeccompFilter | None, str]:
-    """The filter (with `extra` system calls allowed) and its report."""
+def build_filter(enabled: bool, *, allow_open: bool) -> tuple[SeccompFilter | None, str]:
+    """The filter and its report."""
     if not enabled:
         return None, "off"
     try:
-        return SeccompFilter(allow_open=allow_open, extra=extra), "active" if allow_open else "active (open denied)"
+        return SeccompFilter(allow_open=allow_open), "active" if allow_open else "active (open denied)"
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"unavailable ({error})"

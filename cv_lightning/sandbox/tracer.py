@@ -1,8 +1,8 @@
-"""Tells which image operations really ran, with which arguments, and what became of the pixels.
+"""Records which image operations ran, with which arguments, and how the pixels moved.
 
-Runs in the child. Library functions are wrapped once, in the fork server; every wrapper records the outermost call
-only. A Pillow image carries its origin as an attribute, an array by its memory: a view's address and strides
-say exactly which part of which array it is, turned how. What the tracer says is a claim: model code shares its
+It runs in the child. Library functions are wrapped once, in the fork server; only outermost calls are recorded. A
+Pillow image carries its origin as an attribute; an array is recognised by its memory, because address and strides of a
+view determine which part of which array it is and how it is turned. The record is a claim: model code shares the
 process and can forge it, so the parent compares pixels before it believes a map.
 """
 
@@ -12,32 +12,34 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from cv_lightning.images import compose
-from cv_lightning.sandbox.geometry import PLAIN, Size, describe
-from cv_lightning.sandbox.wire import MAX_CLAIMS, MAX_OPERATIONS, RawOperation, Trace
-from cv_lightning.types import ERASED, IDENTITY, Affine
+from cv_lightning.sandbox.geometry import (
+    ENHANCERS,
+    GEOMETRIC,
+    PLAIN,
+    RESIZES,
+    SILENT,
+    TURNS,
+    Size,
+    describe,
+    filter_arguments,
+)
+from cv_lightning.sandbox.wire import MAX_ARGUMENTS, MAX_CLAIMS, MAX_OPERATIONS, Trace
+from cv_lightning.types import ERASED, IDENTITY, Affine, Operation
 
 ORIGIN = "_cvl_origin"
 PIL_METHODS = (
-    "rotate transpose crop resize transform filter convert thumbnail reduce point quantize paste alpha_composite "
+    "rotate transpose crop resize transform filter convert reduce point quantize paste alpha_composite "
     "putalpha copy effect_spread"
 ).split()
-SILENT = {"copy", "convert"}
-"""Followed, but not worth reporting where they leave a picture as it is."""
-IN_PLACE = {"Image.thumbnail", "Image.paste", "Image.alpha_composite", "Image.putalpha"}
-PIL_OPS = (
-    "mirror flip fit pad contain cover scale expand crop autocontrast equalize grayscale invert posterize "
-    "solarize colorize"
-).split()
-ENHANCERS = ("Contrast", "Brightness", "Sharpness", "Color")
-CV2_GEOMETRY = ("rotate", "flip", "transpose", "resize", "pyrUp", "pyrDown", "warpAffine")
-CV2_IN_PLACE = {"cv2.rectangle", "cv2.line", "cv2.circle", "cv2.putText", "cv2.polylines", "cv2.fillPoly"}
+IN_PLACE = {"Image.paste", "Image.alpha_composite", "Image.putalpha"}
+"""Calls that change their image and return nothing; drawing calls of OpenCV are treated in the same way."""
 CV2_NAMES = {
     "rotate": ("src", "code"),
     "flip": ("src", "code"),
@@ -48,26 +50,12 @@ CV2_NAMES = {
     "cvtColor": ("src", "code"),
     "Canny": ("src", "low", "high"),
 }
+"""Names of the positional arguments of OpenCV's functions, which have no signature."""
 CV2_KEYWORDS = {"rotateCode": "code", "flipCode": "code", "dsize": "size", "M": "matrix", "sigmaX": "sigma"}
-SKIMAGE = {
-    "transform": ("rotate", "resize", "rescale"),
-    "exposure": (
-        "equalize_hist",
-        "equalize_adapthist",
-        "rescale_intensity",
-        "adjust_gamma",
-        "adjust_log",
-        "adjust_sigmoid",
-    ),
-    "filters": ("gaussian", "median", "unsharp_mask", "sobel"),
-    "color": ("rgb2gray",),
-    "restoration": ("denoise_bilateral", "denoise_nl_means", "denoise_tv_chambolle"),
-    "util": ("invert",),
-}
 
 
 class Origin(NamedTuple):
-    """Where an image or array comes from: its map to the input and the operations on the way."""
+    """The origin of an image or array: its map to the input, and the operations on the way (by their number)."""
 
     to_input: Affine | None
     lineage: frozenset[int]
@@ -91,11 +79,11 @@ class Tracer:
 
     active: bool = False
     depth: int = 0
-    operations: list[tuple[str, str, dict[str, Any], Size | None, Size | None]] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
     arrays: list[_Array] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
     num_recorded: int = 0
-    """Operations ever recorded: fewer in the list means that model code removed some."""
+    """Number of operations recorded; if the list has fewer, model code removed some."""
     tampered: bool = False
 
     # -------------------------------------------------------------------------------------------- origins
@@ -115,7 +103,7 @@ class Tracer:
         shared: list[_Array] = [known for known in self.arrays if known.start <= address < known.end]
         if not shared:
             return None
-        # Views made by traced calls (np.rot90) carry operations; whoever shares their memory may have come from them.
+        # Views made by traced calls (np.rot90) carry operations; arrays that share their memory may come from them.
         lineage = frozenset().union(*(known.origin.lineage for known in shared))
         same: list[Origin] = [known.origin for known in shared if known.array is view]
         if same:
@@ -139,7 +127,7 @@ class Tracer:
             self.origins.append(origin)
 
     def guess(self) -> Origin:
-        """Origin of something that came out of untraced code: the last known one, unproven."""
+        """Origin of something that untraced code made: the last known one, not direct."""
         if not self.arrays and not self.origins:
             return NOWHERE
         last = self.arrays[-1].origin if self.arrays else self.origins[-1]
@@ -147,13 +135,11 @@ class Tracer:
 
     # -------------------------------------------------------------------------------------------- recording
     def record(self, call: str, arguments: dict[str, Any], source: Any, result: Any) -> None:
-        """Take down a call that ran, and pass the origin of `source` on to `result`."""
+        """Record a call that ran, and derive the origin of `result` from that of `source`."""
         size, output = size_of(source), size_of(result)
         if size is None or output is None:
             return
-        before = self.origin_of(source)
-        if before is None:
-            before = self.guess()
+        before = self.origin_of(source) or self.guess()
         try:
             name, step = describe(call, arguments, size, output)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError):
@@ -161,14 +147,15 @@ class Tracer:
         lineage = before.lineage
         if name not in SILENT and len(self.operations) < MAX_OPERATIONS:
             lineage = lineage | {len(self.operations)}
-            self.operations.append((name, call, arguments, size, output))
+            self.operations.append(
+                Operation(name=name, call=call, arguments=arguments, input_size=size, output_size=output)
+            )
             self.num_recorded += 1
-        known = before.to_input is not None and step is not None
         to_input = compose(before.to_input, step) if before.to_input is not None and step is not None else None
-        self.set_origin(result, Origin(to_input, lineage, before.direct and known))
+        self.set_origin(result, Origin(to_input, lineage, before.direct and to_input is not None))
 
     def stop(self) -> None:
-        """End of the snippet: nothing is recorded any more."""
+        """End the recording."""
         self.tampered = not self.active or self.depth != 0 or self.num_recorded != len(self.operations)
         self.active = False
 
@@ -179,17 +166,18 @@ class Tracer:
         for other in reversed(self.origins):
             if other.to_input is not None and other.to_input not in claims and len(claims) < MAX_CLAIMS:
                 claims.append(other.to_input)
-        operations = tuple(
-            RawOperation(name, call, plain_arguments(arguments), size, output, i in origin.lineage)
-            for i, (name, call, arguments, size, output) in enumerate(self.operations)
-        )
-        # Seen only where model code was careless; what the pixels show does not depend on it.
-        erased = (RawOperation(ERASED, "tracer", (), None, None, False),) if self.tampered else ()
-        return Trace((*operations, *erased)[-MAX_OPERATIONS:], tuple(claims), origin.direct and bool(claims))
+        operations = [
+            replace(operation, arguments=plain_arguments(operation.arguments), used=i in origin.lineage)
+            for i, operation in enumerate(self.operations)
+        ]
+        if self.tampered:
+            # Seen only where model code was careless; what the pixels prove does not depend on it.
+            operations.append(Operation(name=ERASED, call="tracer", used=False))
+        return Trace(tuple(operations[-MAX_OPERATIONS:]), tuple(claims), origin.direct and bool(claims))
 
 
 TRACER = Tracer()
-"""The one trace of this process: a child runs one snippet."""
+"""The only trace of this process, because a child runs one snippet."""
 
 
 def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
@@ -235,23 +223,29 @@ def size_of(thing: Any) -> Size | None:
     return None
 
 
-def plain_arguments(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Arguments as plain values: arrays and images as their shape, the rest cut."""
-    return tuple((key[:24], plain(value)) for key, value in list(arguments.items())[:8])
+def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The first arguments as plain values: arrays and images as their shape, texts and tuples cut."""
+    return {key[:24]: plain(value) for key, value in list(arguments.items())[:MAX_ARGUMENTS]}
 
 
-def plain(value: Any) -> Any:
-    """A value as numbers, texts and tuples of them."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value if not isinstance(value, str) else value[:60]
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as a finite number, a short text or a tuple of them."""
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 1 << 62:
+        return int(value)
+    if isinstance(value, int | float):
+        return float(value) if abs(value) < 1e300 else 0.0
+    if isinstance(value, str):
+        return value[:60]
     if isinstance(value, np.ndarray):
         return "array " + "x".join(map(str, value.shape))
     if isinstance(value, Image.Image):
         return f"image {value.width}x{value.height}"
-    if isinstance(value, tuple | list):
-        return tuple(plain(item) for item in value[:16])
+    if isinstance(value, tuple | list) and depth < 3:
+        return tuple(plain(item, depth + 1) for item in value[:16])
     return type(value).__name__
 
 
@@ -282,10 +276,6 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
     return {**arguments, **extra} if isinstance(extra, dict) else arguments
 
 
-def _filter_name(value: Any) -> str:
-    return value.__name__ if isinstance(value, type) else type(value).__name__
-
-
 def _wrap_pil_method(name: str) -> None:
     original = getattr(Image.Image, name)
     signature, call = inspect.signature(original), f"Image.{name}"
@@ -294,26 +284,14 @@ def _wrap_pil_method(name: str) -> None:
         arguments = _bound(signature, args, kwargs)
         source = arguments.pop("self")
         if name == "filter":
-            arguments = _filter_arguments(arguments["filter"])
-        if call in IN_PLACE:
-            result = source
-        if name == "transform" and "size" in arguments:
-            arguments["data"] = arguments.get("data")
-        TRACER.record(call, arguments, source, result)
+            arguments = filter_arguments(arguments["filter"])
+        TRACER.record(call, arguments, source, source if call in IN_PLACE else result)
 
-    if name == "thumbnail":
-        setattr(Image.Image, name, _thumbnail(original))
-    else:
-        setattr(Image.Image, name, _wrap(original, note))
-
-
-def _filter_arguments(kind: Any) -> dict[str, Any]:
-    values = {k: v for k, v in getattr(kind, "__dict__", {}).items() if not k.startswith("_")}
-    return {"filter": _filter_name(kind), **values}
+    setattr(Image.Image, name, _wrap(original, note))
 
 
 def _thumbnail(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`thumbnail` works in place: the size before is gone afterwards."""
+    """`thumbnail` changes its image, so the size before is noted first."""
 
     @functools.wraps(original)
     def traced(self: Image.Image, *args: Any, **kwargs: Any) -> None:
@@ -332,25 +310,27 @@ def _thumbnail(original: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def _wrap_module_function(module: Any, name: str, call: str, names: tuple[str, ...] | None = None) -> None:
+def _wrap_function(call: str) -> None:
+    """Wrap a function of a loaded library, named as `ImageOps.mirror`, `cv2.flip` or `skimage.util.invert`."""
+    folder, _, name = call.rpartition(".")
+    module = ImageOps if folder == "ImageOps" else sys.modules.get(folder)
     original = getattr(module, name, None)
     if original is None:
         return
-    signature = None if names is not None else inspect.signature(original)
+    is_cv2 = folder == "cv2"
+    signature = None if is_cv2 else inspect.signature(original)
 
     def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if signature is not None:
             arguments = _bound(signature, args, kwargs)
             source = arguments.pop(next(iter(arguments)))
         else:
-            arguments = _cv2_arguments(names or (), args, kwargs)
+            arguments = _cv2_arguments(CV2_NAMES.get(name, ("src",)), args, kwargs)
             source = args[0] if args else kwargs.get("src")
             arguments.pop("src", None)
             arguments.pop("dst", None)
         out = result[1] if isinstance(result, tuple) and len(result) == 2 else result
-        if call in CV2_IN_PLACE:
-            out = source
-        TRACER.record(call, arguments, source, out)
+        TRACER.record(call, arguments, source, source if is_cv2 and PLAIN.get(call) == "draw" else out)
 
     setattr(module, name, _wrap(original, note))
 
@@ -372,12 +352,12 @@ def _wrap_enhancer(name: str) -> None:
         TRACER.record(f"ImageEnhance.{name}", {"factor": factor}, args[0].image, result)
 
     kind.enhance = _wrap(original, note)
-    # Making an enhancer converts and filters the picture for itself: that is no operation of the snippet.
+    # Making an enhancer converts and filters the image internally; these are not operations of the snippet.
     kind.__init__ = _wrap(kind.__init__, lambda result, args, kwargs: None)
 
 
 def _wrap_conversions() -> None:
-    """Images become arrays and arrays images: origins pass on, nothing is reported."""
+    """Pass origins on where images become arrays and arrays become images; nothing is reported."""
 
     def to_array(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         source = args[0] if args else kwargs.get("object", kwargs.get("a"))
@@ -406,30 +386,16 @@ def install() -> None:
     """Wrap the libraries of this process. Once, in the fork server, before any snippet."""
     for name in PIL_METHODS:
         _wrap_pil_method(name)
-    for name in PIL_OPS:
-        _wrap_module_function(ImageOps, name, f"ImageOps.{name}")
+    Image.Image.thumbnail = _thumbnail(Image.Image.thumbnail)  # type: ignore[method-assign]
     for name in ENHANCERS:
         _wrap_enhancer(name)
     _wrap_conversions()
-    for name in ("rot90", "flip", "fliplr", "flipud"):
-        _wrap_module_function(np, name, f"numpy.{name}")
-    cv2 = sys.modules.get("cv2")
-    if cv2 is not None:
-        plain_calls = [call.split(".")[1] for call in PLAIN if call.startswith("cv2.")]
-        for name in (*CV2_GEOMETRY, *plain_calls):
-            _wrap_module_function(cv2, name, f"cv2.{name}", CV2_NAMES.get(name, ("src",)))
-    for part, names in SKIMAGE.items():
-        module = sys.modules.get(f"skimage.{part}")
-        for name in names if module is not None else ():
-            _wrap_module_function(module, name, f"skimage.{part}.{name}")
+    for call in (*TURNS, *GEOMETRIC, *RESIZES, *PLAIN):
+        if not call.startswith("Image."):
+            _wrap_function(call)
 
 
 def begin(image: Image.Image) -> None:
     """Start tracing: `image` is the input."""
-    TRACER.operations.clear()
-    TRACER.arrays.clear()
-    TRACER.origins.clear()
-    TRACER.num_recorded, TRACER.tampered = 0, False
+    vars(TRACER).update(vars(Tracer(active=True)))
     TRACER.set_origin(image, Origin(IDENTITY, frozenset()))
-    TRACER.depth = 0
-    TRACER.active = True

@@ -1,4 +1,4 @@
-"""The parent's own view of an input by a map, without aliasing, and images with their reductions."""
+"""Renders the parent's own view of an input by a map, without aliasing; images with their reductions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cv_lightning.images import invert, map_box
+from cv_lightning.sandbox.geometry import SIGNS, TRANSPOSES
 from cv_lightning.types import Affine, Box
 
 Array = np.ndarray[Any, Any]
@@ -21,27 +22,16 @@ MAX_COMPARED = 1_200_000
 """Pixels of a result that are compared; a larger one is reduced by 2, 4, 8, .. first."""
 MAX_COORDINATE = 1e6
 """Farthest that a corner of the input may lie from a result, in pixels of the result."""
-TRANSPOSES = {
-    (1, 0, 0, 1): None,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
-}
-"""How a part of the input was turned, by the signs of the linear part of the map to the input."""
 
 
 @dataclass
 class View:
-    """What a map says that a result shows."""
+    """The view of the input that a map claims for a result."""
 
     draw: Callable[[str], Image.Image]
     """Gives the pixels in a mode, L or RGB."""
     box: Edges
-    """Part of the result that this is; the rest lies outside the input."""
+    """Part of the result that the view covers; the rest lies outside the input."""
     inside: Array | None
     """Height x width of bool: pixels that lie in the input; None: all."""
 
@@ -62,7 +52,7 @@ class Pyramid:
 
     image: Image.Image
     views: dict[tuple[Affine, tuple[int, int]], View | None] = field(default_factory=dict)
-    """Honest views of it that were drawn."""
+    """Honest views of it that were rendered."""
     _levels: dict[int, Image.Image] = field(default_factory=dict)
 
     def level(self, number: int) -> Image.Image:
@@ -83,17 +73,17 @@ class Pyramid:
 
 
 def signs_of(claim: Affine) -> tuple[int, int, int, int]:
-    """Signs of the linear part of a map, with 0 for what is nothing beside the rest."""
+    """Signs of the linear part of a map (a, b, d, e); 0 for values that are negligible beside the others."""
     scale = max(abs(claim.a), abs(claim.b), abs(claim.d), abs(claim.e))
     a, b, d, e = (int(np.sign(v)) * (abs(v) > 1e-6 * scale) for v in (claim.a, claim.b, claim.d, claim.e))
     return a, b, d, e
 
 
 def honest_view(image: Pyramid, claim: Affine, size: tuple[int, int]) -> View | None:
-    """The parent's own view of the input by a map, without aliasing; None where it would show nothing of it."""
+    """The parent's own view of the input by a map, without aliasing; None if it shows no part of the input."""
     key = claim, size
     if key not in image.views:
-        draw = aligned_view if signs_of(claim) in TRANSPOSES else _warped_view
+        draw = aligned_view if signs_of(claim) in SIGNS else _warped_view
         image.views[key] = draw(image, claim, size)
     return image.views[key]
 
@@ -110,13 +100,13 @@ def aligned_view(image: Pyramid, claim: Affine, size: tuple[int, int]) -> View |
     source = max(source[0], 0.0), max(source[1], 0.0), min(source[2], whole[2]), min(source[3], whole[3])
     wanted = (right - left, bottom - top) if signs_of(claim)[0] else (bottom - top, right - left)
     part = _scaled(image, source, wanted)
-    transpose = TRANSPOSES[signs_of(claim)]
-    pixels = part if transpose is None else part.transpose(transpose)
+    symmetry = SIGNS[signs_of(claim)]
+    pixels = part if symmetry == "identity" else part.transpose(Image.Transpose(TRANSPOSES.index(symmetry)))
     return View(lambda mode: pixels if mode == "RGB" else pixels.convert(mode), (left, top, right, bottom), None)
 
 
 def _scaled(image: Pyramid, source: Box, size: tuple[int, int]) -> Image.Image:
-    """A part of the input at another size; exactly what a reduction by whole factors gives where it is one."""
+    """A part of the input at another size; reductions by whole factors are exact."""
     edges: Edges = (round(source[0]), round(source[1]), round(source[2]), round(source[3]))
     if max(abs(a - b) for a, b in zip(source, edges, strict=True)) < 1e-6:
         factor = (edges[2] - edges[0]) // size[0], (edges[3] - edges[1]) // size[1]
@@ -131,8 +121,8 @@ def _scaled(image: Pyramid, source: Box, size: tuple[int, int]) -> Image.Image:
     step = min((source[2] - source[0]) / size[0], (source[3] - source[1]) / size[1])
     number = max(0, int(math.log2(max(1.0, step))))
     level = image.level(number)
-    sx, sy = 0.5**number, 0.5**number
-    box = source[0] * sx, source[1] * sy, min(source[2] * sx, level.width), min(source[3] * sy, level.height)
+    left, top, right, bottom = (edge * 0.5**number for edge in source)
+    box = left, top, min(right, level.width), min(bottom, level.height)
     return level.resize(size, Image.Resampling.BILINEAR if step > 1 else Image.Resampling.BICUBIC, box=box)
 
 
@@ -155,7 +145,6 @@ def _warped_view(image: Pyramid, claim: Affine, size: tuple[int, int]) -> View |
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
     def draw(mode: str) -> Image.Image:
-        """Three colours are drawn only where they are asked for."""
         pixels = np.asarray(part if mode == "RGB" else part.convert(mode))
         return Image.fromarray(cv2.warpAffine(pixels, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE))
 
@@ -164,9 +153,9 @@ def _warped_view(image: Pyramid, claim: Affine, size: tuple[int, int]) -> View |
 
 
 def _drawn_extent(to_result: Affine, size: tuple[int, int], shown: tuple[int, int]) -> Array:
-    """Height x width of bool: pixels of a result that lie in the input, none that its edge crosses.
+    """Height x width of bool: pixels of a result that lie in the input, without those that its edge crosses.
 
-    None where the input would be enlarged beyond all sense.
+    All False where the input would be enlarged beyond `MAX_COORDINATE`.
     """
     width, height = size
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float64)
@@ -175,7 +164,7 @@ def _drawn_extent(to_result: Affine, size: tuple[int, int], shown: tuple[int, in
     if np.abs(points).max() > MAX_COORDINATE:
         return np.zeros((shown[1], shown[0]), bool)
     mask = np.zeros((shown[1] + 2, shown[0] + 2), np.uint8)
-    # OpenCV fills what the edge touches, too; a frame of one pixel keeps the edge of the image itself.
+    # OpenCV also fills pixels that the edge touches; a frame of one pixel keeps the edge of the image itself.
     cv2.fillConvexPoly(mask, np.round((points + 1) * 256).astype(np.int32), 1, cv2.LINE_8, 8)
     return np.asarray(cv2.erode(mask, np.ones((3, 3), np.uint8))[1:-1, 1:-1] > 0)
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from cv_lightning.sandbox import Sandbox, SandboxConfig, plan  # noqa: E402
 from cv_lightning.sandbox.child import load_input  # noqa: E402
 from cv_lightning.sandbox.heap import TUNABLES  # noqa: E402
-from cv_lightning.sandbox.sandbox import MAX_WORKER_MS, sealed_pixels  # noqa: E402
+from cv_lightning.sandbox.sandbox import sealed_pixels  # noqa: E402
 from cv_lightning.types import ToolStatus  # noqa: E402
 
 CROP, ROTATE = "result = image.crop((10, 10, 500, 400))", "result = image.rotate(90, expand=True)"
@@ -120,9 +120,9 @@ def pool_call(arguments: tuple[bytes, tuple[int, int], str]) -> tuple[bytes, tup
     return result.tobytes(), result.size
 
 
-# ------------------------------------------------------------------------------------------------ the general tier
+# ------------------------------------------------------------------------------------------------ children
 def general(image: Image.Image, number: int) -> Figures:
-    """The general tier beside the floor, a thread of the caller and a warm pool of processes."""
+    """Snippets in a child beside the floor, a thread of the caller and a warm pool of processes."""
     figures: Figures = {}
     # For the floor's processes, which inherit it: the allocator of a fork server. In this one it comes too late.
     os.environ["GLIBC_TUNABLES"] = TUNABLES
@@ -261,34 +261,28 @@ def layers_cost(image: Image.Image, number: int) -> float:
     return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
 
 
-# ------------------------------------------------------------------------------------------------ the plan tier
+# ------------------------------------------------------------------------------------------------ plans
 def plans(image: Image.Image, number: int) -> Figures:
-    """The plan tier in the caller beside the bare operation, and the warm worker."""
+    """Plans in the caller beside the bare operation."""
     config = SandboxConfig(plan_budget_ms=1000.0)
     crop = timed(lambda: plan.run(image, CROP, config), number)
     pairs = [
         (timed(lambda: plan.run(image, ROTATE, config), 1)[0], timed(lambda: OPERATIONS[ROTATE](image), 1)[0])
         for _ in range(number)
     ]
-    figures = {
+    return {
         "plan_crop_ms": statistics.median(crop),
         "plan_rotate_over_op": statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs),
     }
-    with Sandbox(SandboxConfig(plan_budget_ms=0.0)) as sandbox:
-        for name, code in (("crop", CROP), ("rotate", ROTATE)):
-            sandbox.run_sync(image, code)
-            times = timed(lambda code=code: sandbox.run_sync(image, code), number)
-            figures[f"plan_worker_{name}_ms"] = statistics.median(times)
-    return figures
 
 
 def plan_share(file: Path) -> Figures:
-    """Share of the snippets of a golden file that the plan tier takes: of the plain kinds, and of all."""
+    """Fraction of the snippets of a golden file that are plans: of the plain kinds, and of all."""
     cases = [case for case in json.loads(file.read_text(encoding="utf-8"))["cases"] if case["code"]]
 
     def share(chosen: list[dict[str, str]]) -> float:
         prepared = [plan.prepare(case["code"], (400, 300)) for case in chosen]
-        return sum(one is not None and one.cost_ms <= MAX_WORKER_MS for one in prepared) / len(chosen)
+        return sum(one is not None for one in prepared) / len(chosen)
 
     plain = [case for case in cases if case["kind"] in PLAIN_KINDS]
     return {"plan_share": share(plain), "plan_share_all_kinds": share(cases)}

@@ -1,4 +1,4 @@
-"""No text that a model may send raises in the caller or is lost: both tiers, generated code."""
+"""No text that a model may send raises in the caller or is lost: generated code, as a plan and in a child."""
 
 from __future__ import annotations
 
@@ -141,21 +141,14 @@ def programs() -> Iterator[str]:
         )
 
 
-@pytest.mark.parametrize(
-    ("tier", "sample"),
-    [("caller", 150), pytest.param("caller", None, marks=pytest.mark.slow), ("worker", None)],
-)
-def test_redteam_no_code_raises_in_the_caller_or_is_lost(tier: str, sample: int | None) -> None:
+@pytest.mark.parametrize("sample", [150, pytest.param(None, marks=pytest.mark.slow)])
+def test_redteam_no_code_raises_in_the_caller_or_is_lost(sample: int | None) -> None:
     codes = list(dict.fromkeys(programs()))
     assert len(codes) >= 600
-    budget_ms = 1e6
-    if tier == "worker":  # it differs from the caller only where a snippet is a plan
-        codes, budget_ms = [code for code in codes if plan.prepare(code, NOISE.size)], 0.0
-        assert len(codes) >= 20
     if sample is not None:
         codes = random.Random(6).sample(codes, sample)
     lost = []
-    config = SandboxConfig(plan_budget_ms=budget_ms, max_code_chars=MAX_CODE_CHARS, timeout_s=20, cpu_s=1)
+    config = SandboxConfig(plan_budget_ms=1e6, max_code_chars=MAX_CODE_CHARS, timeout_s=20, cpu_s=1)
     with Sandbox(config) as sandbox:
         for code in codes:
             result = sandbox.run_sync(NOISE, code, owner="fuzz")

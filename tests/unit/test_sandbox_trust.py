@@ -1,5 +1,6 @@
-"""What the parent believes of a child: maps that pixels prove, and bytes that keep their form."""
+"""The parent believes only maps that pixels prove, and reads only bytes of the right form."""
 
+import json
 import os
 import struct
 
@@ -10,40 +11,44 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cv_lightning.sandbox import SandboxConfig
-from cv_lightning.sandbox.effect import believed, effect_of
+from cv_lightning.sandbox.effect import effect_of, net_effect
 from cv_lightning.sandbox.pool import ChildResult
 from cv_lightning.sandbox.reading import read_outcome
 from cv_lightning.sandbox.wire import (
     HEADER,
     MAGIC,
     STATUS_OK,
-    RawOperation,
     Trace,
     WireError,
     clean_text,
     pack_trace,
     unpack_trace,
 )
-from cv_lightning.types import Affine, ToolStatus
+from cv_lightning.types import Affine, Operation, ToolStatus
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
 _Y, _X = np.mgrid[0:300, 0:400]
 _WAVES = 128 + 60 * np.sin(_X / 17) + 50 * np.cos(_Y / 11 + _X / 60)
 SMOOTH = Image.fromarray(np.stack([_WAVES, _Y // 2, _WAVES / 2 + _X / 4], axis=-1).astype(np.uint8))
 IDENTITY = Affine(1, 0, 0, 0, 1, 0)
-TRACE = Trace(
-    (RawOperation("crop", "Image.crop", (("box", (1, 2, 3.5, None)),), (9, 9), (2, 2), True),), (IDENTITY,), True
+CROP = Operation(
+    name="crop", call="Image.crop", arguments={"box": (1, 2, 3.5, None)}, input_size=(9, 9), output_size=(2, 2)
 )
+TRACE = Trace((CROP,), (IDENTITY,), True)
 
 
 # ------------------------------------------------------------------------------------------------ maps
-@pytest.mark.parametrize("picture", [NOISE, SMOOTH])
-def test_a_forged_map_is_not_believed(picture: Image.Image) -> None:
-    turned = picture.transpose(Image.Transpose.ROTATE_180)
-    found = believed([IDENTITY], picture, turned)
-    assert effect_of(found, picture.size, turned.size).core == ("rotate_180",)
-    crop = picture.crop((3, 4, 60, 70))
-    assert believed([Affine(1, 0, 3, 0, 1, 4)], picture, crop) == Affine(1, 0, 3, 0, 1, 4)
+def believed(claims: list[Affine], image: Image.Image, result: Image.Image) -> Affine | None:
+    return net_effect(claims, image, result, direct=True).effect.to_input
+
+
+@pytest.mark.parametrize("image", [NOISE, SMOOTH])
+def test_a_forged_map_is_not_believed(image: Image.Image) -> None:
+    turned = image.transpose(Image.Transpose.ROTATE_180)
+    found = believed([IDENTITY], image, turned)
+    assert effect_of(found, image.size, turned.size).core == ("rotate_180",)
+    crop = image.crop((3, 4, 60, 70))
+    assert believed([Affine(1, 0, 3, 0, 1, 4)], image, crop) == Affine(1, 0, 3, 0, 1, 4)
 
 
 def test_a_forged_box_is_not_believed() -> None:
@@ -63,7 +68,7 @@ def test_a_change_of_tone_does_not_hide_a_true_map(change: object) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ bytes
-def test_a_trace_survives_its_form_and_damage_is_refused() -> None:
+def test_packed_traces_are_read_back_and_cut_ones_refused() -> None:
     data = pack_trace(TRACE)
     assert unpack_trace(data) == TRACE
     for cut in range(len(data)):
@@ -71,12 +76,58 @@ def test_a_trace_survives_its_form_and_damage_is_refused() -> None:
             unpack_trace(data[:cut])
 
 
-@given(st.binary(max_size=300))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=20,
+)
+FORGED = st.fixed_dictionaries(
+    {},
+    optional={
+        "operations": st.lists(
+            st.fixed_dictionaries(
+                {"name": st.sampled_from(["crop", "<|a|>", ""]), "call": st.text(max_size=9)},
+                optional={"arguments": st.dictionaries(st.text(max_size=9), JSON, max_size=9), "input_size": JSON},
+            ),
+            max_size=3,
+        ),
+        "claims": st.lists(st.lists(st.floats() | st.integers(), min_size=5, max_size=7), max_size=14),
+        "direct": JSON,
+    },
+)
+
+
+@given(st.binary(max_size=300) | JSON.map(json.dumps).map(str.encode) | FORGED.map(json.dumps).map(str.encode))
 def test_any_bytes_are_a_trace_or_an_error(data: bytes) -> None:
     try:
-        assert unpack_trace(data).operations is not None
+        trace = unpack_trace(data)
     except WireError as error:
         assert str(error)
+    else:
+        assert all(abs(number) < 1e7 for claim in trace.claims for number in claim)
+        assert json.dumps([op.arguments for op in trace.operations], allow_nan=False).isascii()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 60_000,
+        b'{"claims": [[1e999, 0, 0, 0, 1, 0]]}',
+        b'{"claims": [[NaN, 0, 0, 0, 1, 0]]}',
+        b'{"claims": [[' + b"9" * 400 + b", 0, 0, 0, 1, 0]]}",
+        b'{"claims": [' + b",".join([b"[1, 0, 0, 0, 1, 0]"] * 13) + b"]}",
+        b'{"operations": [' + b",".join([b'{"name": "a", "call": "b"}'] * 65) + b"]}",
+        b'{"operations": [{"name": "a;b", "call": "b"}]}',
+        b'{"operations": [{"name": "a", "call": "b", "input_size": [0, 5]}]}',
+        b'{"operations": [{"name": "a", "call": "b", "arguments": {"x": {"y": 1}}}]}',
+        b'{"operations": [{"name": "a", "call": "b", "arguments": {"x": [[[[[1]]]]]}}]}',
+        b'{"direct": 1}',
+        b" " * (1 << 17),
+    ],
+)
+def test_traces_beyond_the_limits_are_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        unpack_trace(data)
 
 
 @given(st.integers(0, len(pack_trace(TRACE)) - 1), st.integers(0, 255))
@@ -84,7 +135,7 @@ def test_one_wrong_byte_is_read_or_refused(at: int, value: int) -> None:
     damaged = bytearray(pack_trace(TRACE))
     damaged[at] = value
     try:
-        assert len(unpack_trace(bytes(damaged)).operations) == 1
+        assert len(unpack_trace(bytes(damaged)).operations) <= 1
     except WireError as error:
         assert str(error)
 
@@ -116,10 +167,10 @@ def _header(width: int, height: int, pixels: int, trace: int, text: int, status:
         struct.pack("<8s", MAGIC) + b"\xff" * 64,
     ],
 )
-def test_impossible_output_is_the_snippets_fault_and_its_memfd_is_closed(data: bytes) -> None:
+def test_invalid_output_is_the_snippets_failure_and_is_closed(data: bytes) -> None:
     outcome = _outcome(data)
     fd = outcome.output_fd
-    result = read_outcome(NOISE, outcome, SandboxConfig(), is_plan=False)
+    result = read_outcome(NOISE, outcome, SandboxConfig())
     assert (result.status, result.error_kind, result.image) == (ToolStatus.KILLED, "invalid_output", None)
     with pytest.raises(OSError):
         os.fstat(fd)
@@ -127,18 +178,18 @@ def test_impossible_output_is_the_snippets_fault_and_its_memfd_is_closed(data: b
 
 @given(st.binary(max_size=200))
 def test_any_output_gives_a_result(data: bytes) -> None:
-    result = read_outcome(NOISE, _outcome(MAGIC + data), SandboxConfig(), is_plan=False)
+    result = read_outcome(NOISE, _outcome(MAGIC + data), SandboxConfig())
     assert result.status in (ToolStatus.KILLED, ToolStatus.ERROR) or result.image is not None
 
 
-def test_whatever_way_a_child_ends_it_is_not_lost() -> None:
+def test_no_exit_status_or_signal_counts_as_lost() -> None:
     for status in range(256):
         outcome = ChildResult(os.memfd_create("test"), wait_status=status << 8)
-        result = read_outcome(NOISE, outcome, SandboxConfig(), is_plan=False)
+        result = read_outcome(NOISE, outcome, SandboxConfig())
         assert (result.status, result.error_kind) == (ToolStatus.ERROR, "no_result")
     for number in range(1, 65):
         outcome = ChildResult(os.memfd_create("test"), wait_status=number)
-        assert read_outcome(NOISE, outcome, SandboxConfig(), is_plan=False).status is ToolStatus.KILLED
+        assert read_outcome(NOISE, outcome, SandboxConfig()).status is ToolStatus.KILLED
 
 
 def test_texts_lose_control_characters_and_marks() -> None:
