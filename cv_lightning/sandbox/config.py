@@ -1,4 +1,4 @@
-"""What a sandbox may use and what it must have."""
+"""Configuration of the sandbox."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GENERAL_LAYERS = ("clean_exec", "no_new_privs", "rlimits", "pdeathsig", "seccomp
 """Layers without which no model code runs; `files` is Landlock, or a seccomp filter that denies open()."""
 
 MAX_CODE_CHARS = 32_000
-"""Longer code is not written by a model, and parsing it takes the caller's time."""
+"""Upper bound of `max_code_chars`: parsing longer code takes the caller too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,47 +18,47 @@ class SandboxConfig:
     num_zygotes: int = 0
     """Fork servers; 0: half the cores, between 1 and 8. Forking is serial within one."""
     max_in_flight: int = 0
-    """Snippets that run at once; 0: twice the fork servers, or the cores if they are more."""
+    """Snippets that run at once; 0: twice the number of fork servers, or of cores if that is more."""
     max_in_flight_mb: float = 1024.0
-    """Input pictures of the snippets that run at once, in MB; more wait."""
+    """Total size in MB of the input images of snippets that run at once; more wait."""
     max_queue: int = 16384
-    """Snippets that may wait; one more is answered INFRASTRUCTURE_ERROR."""
+    """Snippets that may wait; further ones end as INFRASTRUCTURE_ERROR."""
     timeout_s: float = 5.0
     """Wall-clock limit of a snippet's running time in seconds; waiting does not count."""
     cpu_s: int = 2
-    """CPU-time limit in whole seconds: the reproducible one, for wall-clock time depends on the load."""
+    """CPU-time limit in whole seconds. It is reproducible, while wall-clock time depends on the load."""
     memory_mb: int = 1024
     """Memory a snippet may take on top of the libraries, in MB."""
     max_code_chars: int = 2048
-    """Longer code is refused."""
+    """Longer code is rejected."""
     max_result_pixels: int = 16_000_000
     """Larger results are an error that tells the model to crop or resize."""
     max_error_chars: int = 600
-    """Error texts for the model are cut to this."""
+    """Error texts for the model are cut to this length."""
     plan_tier: bool = True
     """Run straight-line code of known operations with checked arguments without running model code."""
     plan_budget_ms: float = 3.0
-    """Plans that are estimated to take longer, in ms, run in a warm worker, so that they do not stall the caller."""
+    """Plans that are estimated to take longer, in ms, run in a child, so that they do not stall the caller."""
     cache_size: int = 0
-    """Results kept by (image, code), oldest dropped first; 0: none. Sound because runs are deterministic."""
+    """Results kept by (image, code), oldest dropped first; 0: none. It changes no result: runs are deterministic."""
     cache_mb: float = 256.0
-    """Pixels that the cache may hold, in MB."""
+    """Size limit of the cache in MB of pixels."""
     jobs_per_zygote: int = 20_000
     """A fork server is replaced after this many snippets."""
     grown_mb: float = 200.0
-    """A fork server is replaced once it has grown by this much."""
+    """A fork server is replaced once its memory has grown by this many MB."""
     start_timeout_s: float = 60.0
-    """How long a fork server may take to load its libraries, in seconds."""
+    """Time limit for a fork server to load its libraries, in seconds."""
     allow_unsafe: bool = False
     """Start although a required layer is missing."""
     reference_results: bool = False
-    """Pick the result as the reference does (`img` before a rebound `image`), for comparison runs only."""
+    """Pick the result as the released code does (`img` before a reassigned `image`), for comparison runs only."""
     disabled_layers: tuple[str, ...] = ()
-    """Layers to leave out (landlock, seccomp, rlimits, uid), for measurements; needs allow_unsafe."""
+    """Layers to switch off (landlock, seccomp, rlimits, uid), for measurements; needs allow_unsafe."""
     private_root: bool = True
-    """Give the fork servers a root folder of their own where the host allows it, so that other paths do not exist."""
+    """Give the fork servers a root folder of their own where the host allows it: other paths do not exist in it."""
     namespaces: bool = False
-    """Also try user, network and IPC namespaces; containers often deny them."""
+    """Also use user, network and IPC namespaces where the host allows them; containers often do not."""
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "cpu_s", "memory_mb", "max_code_chars", "max_result_pixels", "max_error_chars"):

@@ -1,7 +1,7 @@
-"""Refuses pictures far too large before their memory is filled.
+"""Refuses images that are far too large before their memory is filled.
 
-Filling a gigabyte only to hear that it is too much takes seconds on a busy machine, and then looks like a timeout. This
-is a courtesy to well-meant code, no layer of isolation: code that undoes it meets the memory and CPU limits.
+Filling a gigabyte before the limit is hit takes seconds on a busy machine and would look like a timeout. This helps
+well-meant code and is not a layer of isolation: code that undoes it meets the memory and CPU limits.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ BYTES_A_PIXEL = 4
 
 
 class TooLargeError(ValueError):
-    """A picture was asked for that the memory limit has no room for."""
+    """An image was requested that exceeds the memory limit."""
 
 
 _limits = {"pixels": 0}
-"""Most pixels of one picture; 0: any."""
+"""Most pixels of one image; 0: any number."""
 
 
 def set_limit(memory_mb: int) -> None:
-    """Set what the next pictures may take up.
-
-    Args:
-        memory_mb: the snippet's memory limit in MB.
-    """
+    """Set the largest image for a memory limit in MB; 0: no limit."""
     _limits["pixels"] = memory_mb * 2**20 // BYTES_A_PIXEL
 
 
@@ -41,7 +37,7 @@ def fitting_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
 
 
 def install() -> None:
-    """Check the sizes that Pillow is asked for; call it once, before the tracer wraps the same functions."""
+    """Check the sizes of new images in Pillow; call it once, before the tracer wraps the same functions."""
     Image.new = _checked(Image.new)
     Image.Image.resize = _checked(Image.Image.resize)  # type: ignore[method-assign]
     Image.Image.transform = _checked(Image.Image.transform)  # type: ignore[method-assign]
@@ -54,7 +50,7 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             width, height = (int(side) for side in (kwargs["size"] if "size" in kwargs else args[1]))
-        except (IndexError, TypeError, ValueError):  # Pillow has its own words for what is no size
+        except (IndexError, TypeError, ValueError):  # not a size: Pillow raises its own error
             return function(*args, **kwargs)
         if 0 < _limits["pixels"] < width * height:
             raise TooLargeError(

@@ -1,9 +1,9 @@
-"""Puts the top of the heap where a child's pictures get huge pages.
+"""Moves the top of the heap to where a child's images get huge pages.
 
-A fresh child touches every page of its pictures for the first time, and a fault costs microseconds, more so in a
-virtual machine. glibc asks for huge pages where it grows the heap (`TUNABLES`), but the kernel gives one only for a
-whole, untouched block of 2 MB. So the fork server, when all is loaded, moves the heap's top to the start of such
-blocks, and keeps a small free piece below for its own needs, for what it touches there every child would have to copy.
+A fresh child touches every page of its images for the first time, and each fault costs microseconds, more in a virtual
+machine. glibc requests huge pages where it grows the heap (`TUNABLES`), but the kernel gives one only for a whole,
+untouched block of 2 MB. The fork server, once all is loaded, therefore moves the top of the heap to the start of such
+a block. It keeps a small free piece below for itself, because children have to copy the pages that it touches.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TUNABLES = (
 """Large blocks from the heap, in huge pages, and never given back: a child lives for milliseconds."""
 HUGE_PAGE = 2 << 20
 RESERVED = 64 << 20
-"""Address space, not memory: nothing of it is touched here."""
+"""Address space, not memory: it is not touched here."""
 OWN_PIECE = 256 << 10
 HOLE = 64 << 10
 """Smaller holes in the heap are left for small things."""
 
 
 def align_top() -> None:
-    """Let the next large allocation start at a boundary of `HUGE_PAGE`; without effect where malloc is not glibc's."""
+    """Let the next large allocation start at a multiple of `HUGE_PAGE`; does nothing if malloc is not glibc's."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):
         return
@@ -39,7 +39,7 @@ def align_top() -> None:
     ctypes.memset(own, 0, OWN_PIECE)
     libc.free(block)
     boundary = block + -block % HUGE_PAGE
-    # Holes further down would be filled first, in small pages. They stay taken; their memory was given back above.
+    # Holes further down would be filled first, in small pages. They stay allocated; their memory was freed above.
     for _ in range(RESERVED // HOLE):
         hole = libc.malloc(HOLE)
         if not hole or hole >= block:

@@ -1,11 +1,11 @@
-"""Proof that a result shows what a map claims: the parent's own view of the input, compared block by block.
+"""Proves that a result shows what a map claims: compares it block by block with the parent's own view of the input.
 
-The parent knows the input, the result and a map that a child claims. It draws the honest view itself, by that map and
-at the result's size, and demands agreement in every block: where the honest view has structure (strokes, edges) the
-result must have the same structure, and elsewhere it may have hardly any of its own. Contrast, brightness, tone
-curves, sharpening, grey and inversion keep the correlation of a block; blends, pastes, masks, noise, blur and
-resampling to fewer pixels do not. Nothing is sampled that a snippet could foresee: every pixel is part of a block, and
-an image that is reduced before the comparison is also compared in its own pixels at places drawn at random.
+The parent knows the input, the result and a map that a child claims. It renders the honest view by that map at the
+result's size and requires agreement in every block: where the honest view has structure (strokes, edges) the result
+must have the same structure, and elsewhere it may have hardly any of its own. Contrast, brightness, tone curves,
+sharpening, grey and inversion keep the correlation of a block; blends, pastes, masks, noise, blur and resampling to
+fewer pixels do not. A snippet cannot predict what is compared: every pixel is part of a block, and an image that is
+reduced before the comparison is also compared in its own pixels at random places.
 """
 
 from __future__ import annotations
@@ -37,41 +37,41 @@ from cv_lightning.types import Affine
 CELL = 8
 """Side in pixels of a cell; a block is two by two cells, and blocks overlap by one cell."""
 SURROUND = 17
-"""Side of the box whose mean is subtracted: what changes more slowly than this is tone and not a stroke."""
+"""Side of the box whose mean is subtracted: slower changes are tone and not strokes."""
 WEAK, STRONG = 10.0, 20.0
 """Standard deviations in grey levels from which a block of the honest view has structure, and from which it may be
-text: of strong blocks none may be lost, of weak ones `MAX_LOST`, because contrast clips highlights and shadows."""
+text. No strong block may be lost; of weak ones `MAX_LOST` may, because contrast clips highlights and shadows."""
 MAX_LOST = 0.06
-"""Largest share of the blocks with structure that may be lost."""
+"""Largest fraction of the blocks with structure that may be lost."""
 MIN_CORRELATION, MIN_COARSE_CORRELATION = 0.8, 0.5
-"""Least correlation of a block with the honest view, at full size and for what is larger than a stroke."""
+"""Least correlation of a block with the honest view, at full size and at reduced sizes."""
 MIN_RAW_CORRELATION = 0.85
-"""Least correlation of a strong block with its single pixels left in: a stroke must not be sprinkled with others."""
+"""Least correlation of a strong block that includes its grain: a stroke must not be sprinkled with other pixels."""
 MIN_PLAIN_CORRELATION, PLAIN = 0.8, 30.0
-"""Least correlation of a block that varies by so much (standard deviation in grey levels) with its slow changes left
-in: what is faint beside a shade or a wave that was laid over it cannot be read."""
+"""Least correlation, slow changes included, of a block with at least this standard deviation in grey levels: text that
+is faint beside a shade or a wave laid over it cannot be read."""
 MIN_TONE_CORRELATION, MAX_LOST_BY_TONE = 0.7, 0.5
-"""The former, and `MAX_LOST`, where one rising or falling tone curve for all pixels explains the result: equalisation
-and contrast bend strokes and clip highlights, and nothing was put in place of them."""
+"""Instead of `MIN_CORRELATION` and `MAX_LOST` if one rising or falling tone curve for all pixels explains the result:
+equalisation and contrast bend strokes and clip highlights, and put nothing in their place."""
 MIN_TEXT_CORRELATION, TEXT, TEXT_CONTRAST = 0.78, 0.3, 36.0
-"""There, instead of `MIN_PLAIN_CORRELATION`, what no block may lose that varies by this share of the grey levels around
-it and by so many of them (standard deviation), as a block with text does. Of 185 generated curves that took the least
-correlation over blocks of digits below 0.75 none passes."""
+"""Then, instead of `MIN_PLAIN_CORRELATION`: least correlation of a block that may be text, whose standard deviation is
+this fraction of the range of grey levels around it and at least so many levels. Of 185 generated curves that took the
+least correlation over blocks of digits below 0.75 none passes."""
 MIN_TONES = 16
 """Least number of grey levels of such a result."""
 MAX_TONE_PIXELS = 300_000
-"""Pixels by which such a curve is found; of more, every second, third, .. is taken."""
+"""Most pixels from which such a curve is estimated; of more, every second, third, .. is used."""
 MAX_UNEXPLAINED = 0.03
-"""Largest share of blocks that such a curve may leave unexplained."""
+"""Largest fraction of blocks that such a curve may leave unexplained."""
 STRIP, HALO = 120, 16
-"""Rows that are compared at a time, so that they stay in the processor's cache, and rows around them that are read:
+"""Rows that are compared at a time, so that they stay in the processor's cache, and rows around them that are read too:
 multiples of `CELL`, the latter more than half of `SURROUND`."""
 MIN_GAIN = 0.15
-"""Least share of a block's contrast that must be left."""
+"""Least fraction of a block's contrast that must be left."""
 MAX_OWN = 20.0
 """Standard deviation in grey levels of unexplained structure, from which a block counts as foreign."""
 MAX_FOREIGN = 0.06
-"""Largest share of foreign blocks: a line or a frame that was drawn, not another image."""
+"""Largest fraction of foreign blocks: enough for a line or a frame, not for another image."""
 TILE = 256
 """Side in pixels of the pieces in which equal pixels are compared."""
 WINDOW, NUM_WINDOWS = 120, 6
@@ -100,7 +100,7 @@ def is_equal(claim: Affine, image: Pyramid, result: Pyramid) -> bool:
 
 def _is_equal_at(claim: Affine, image: Pyramid, shown: Image.Image, corner: tuple[int, int], factor: int = 1) -> bool:
     local = compose(claim, Affine(factor, 0, corner[0], 0, factor, corner[1]))
-    # The view of a tile is used once; the reduced one of the whole is asked for again.
+    # The view of a tile is used once; that of the reduced whole is needed again, so `honest_view` keeps it.
     view = honest_view(image, local, shown.size) if factor > 1 else aligned_view(image, local, shown.size)
     if view is None or view.inside is not None or view.colours.size != shown.size:
         return False
@@ -117,13 +117,13 @@ def _tiles(size: tuple[int, int]) -> list[Edges]:
 
 
 def _whole(small: Image.Image, size: tuple[int, int], number: int) -> Image.Image:
-    """A reduced image without what is left over where the factor does not divide a side."""
+    """A reduced image without the last row and column where the factor does not divide a side."""
     kept = size[0] >> number, size[1] >> number
     return small if small.size == kept else small.crop((0, 0, *kept))
 
 
 def _windows(size: tuple[int, int]) -> list[Edges]:
-    """Places that no snippet can foresee."""
+    """Random places, which a snippet cannot predict."""
     windows = []
     for _ in range(NUM_WINDOWS):
         left, top = (secrets.randbelow(max(1, side - WINDOW)) for side in size)
@@ -132,18 +132,18 @@ def _windows(size: tuple[int, int]) -> list[Edges]:
 
 
 def prove(claim: Affine, image: Pyramid, result: Pyramid) -> float:
-    """Fidelity of a result to what a map claims that it shows; 0 where it does not show that.
+    """Fidelity of a result to the view that a map claims; 0 if it does not show that view.
 
     Args:
-        claim: from coordinates of the result to coordinates of the input, in pixels; not singular.
-        image: the input, RGB.
-        result: the result, RGB.
+        claim: From coordinates of the result to coordinates of the input, in pixels; not singular.
+        image: The input, RGB.
+        result: The result, RGB.
 
     Returns:
         The least correlation with the honest view over the blocks that may hold text, in [0, 1].
     """
     fidelity, size = 1.0, result.image.size
-    # The places come first: they cost little, and most results that do not agree fail there.
+    # The random places come first: they cost little, and most results that do not agree fail there.
     for place in _windows(size) if size[0] * size[1] > MAX_COMPARED else ():
         fidelity = min(fidelity, _fidelity(claim, image, result.image.crop(place), place[:2]))
         if not fidelity:
@@ -180,7 +180,7 @@ def _agreement(view: View, shown: Image.Image, actual: Array, enlarged: tuple[in
     if inside is not None:
         expected = np.where(inside, expected, actual)
     if enlarged != (1, 1):
-        # An enlargement invents what lies between two pixels of the input; it must not be too much, and is left out.
+        # An enlargement invents values between two pixels of the input: they must vary little, and are averaged out.
         small = max(1, shown.width // enlarged[0]), max(1, shown.height // enlarged[1])
         if _is_rough(expected, actual, small):
             return 0.0
@@ -216,8 +216,8 @@ def _compare(expected: Array, actual: Array, inside: Array | None, least: float,
         return np.asarray(weak & ((correlation < bound) | (hr < MIN_GAIN * hh)))
 
     if lost(min(least, MIN_TONE_CORRELATION)).sum() > MAX_LOST_BY_TONE * weak.sum():
-        return 0.0  # too much by either way
-    # Sharpening and contrast make more of the grain that is there; what is beyond that was put in.
+        return 0.0  # too much even for a change of tone
+    # Sharpening and contrast amplify existing grain; grain beyond that was added.
     contrast = np.maximum(1.0, rr / np.maximum(hh, 1.0))
     own_grain = r_grain - 9.0 * contrast * h_grain
     foreign = (rr * (1 - correlation**2) > MAX_OWN**2) & (correlation < least)
@@ -241,10 +241,10 @@ def _is_faint(expected: Array, actual: Array, known: Array, *, by_tone: bool) ->
     """True if a block that may be text does not vary as it does in the honest view.
 
     Args:
-        expected: height x width of float32: the honest view.
-        actual: the same of the result.
-        known: blocks that are compared.
-        by_tone: a tone curve explains the result; only what varies as text does then counts.
+        expected: Height x width of float32: the honest view.
+        actual: The same of the result.
+        known: Blocks that are compared.
+        by_tone: A tone curve explains the result; only blocks that vary like text count then.
     """
     expected, actual = _padded(expected), _padded(actual)
     width = expected.shape[1]
@@ -252,8 +252,7 @@ def _is_faint(expected: Array, actual: Array, known: Array, *, by_tone: bool) ->
     for top in range(0, len(expected), STRIP):
         e, a = (grey[top : top + STRIP].reshape(-1, CELL, width) - np.float32(128) for grey in (expected, actual))
         sums = [e.sum(axis=1), a.sum(axis=1), *(np.einsum("ijk,ijk->ik", *pair) for pair in ((e, e), (a, a), (e, a)))]
-        for found, one in zip(cells, sums, strict=True):
-            found[top // CELL : top // CELL + len(one)] = one.reshape(len(one), -1, CELL).mean(axis=2) / CELL
+        _put_means(cells, top // CELL, sums)
     e_mean, a_mean, ee, aa, ea = (_joined(found) for found in cells)
     ee, aa, ea = ee - e_mean * e_mean, aa - a_mean * a_mean, np.abs(ea - e_mean * a_mean)
     counts, least = known & (ee >= PLAIN**2), MIN_PLAIN_CORRELATION
@@ -278,8 +277,8 @@ def _range_around(grey: Array) -> Array:
 def _is_change_of_tone(expected: Image.Image, actual: Image.Image) -> bool:
     """True if a rising or falling curve for each colour channel explains the result, and keeps many tones.
 
-    A result of few tones, as a threshold or a small palette gives, may have lost a stroke between two of them. A curve
-    that turns back, as sums that wrap around give, shows two tones as one.
+    A result of few tones (a threshold, a small palette) may have lost a stroke between two of them. A curve that turns
+    back (sums that wrap around) shows two tones as one.
     """
     step = math.ceil(math.sqrt(expected.width * expected.height / MAX_TONE_PIXELS))
     if step > 1:
@@ -301,7 +300,7 @@ def _is_change_of_tone(expected: Image.Image, actual: Image.Image) -> bool:
 
 
 def _monotone(curve: Array, counts: Array) -> Array:
-    """The rising or falling curve that is nearest to 256 means of so many pixels each."""
+    """The rising or falling curve nearest to 256 means; `counts` are their weights (pool adjacent violators)."""
     used = np.flatnonzero(counts)
     means, weights = curve[used], counts[used]
     around = means - np.average(means, weights=weights)
@@ -328,7 +327,7 @@ def _statistics(expected: Array, actual: Array) -> list[Array]:
     expected, actual = _padded(expected), _padded(actual)
     width = expected.shape[1]
     cells = np.zeros((8, expected.shape[0] // CELL, width // CELL), np.float32)
-    # Memory that is used again: fresh pages cost as much as the sums.
+    # Reused memory: fresh pages cost as much as the sums.
     room = np.empty((2, 4, STRIP + 2 * HALO, width), np.float32)
     for rows, kept in _strips(len(expected)):
         if max(_range(expected[rows]), _range(actual[rows])) < WEAK:
@@ -336,11 +335,15 @@ def _statistics(expected: Array, actual: Array) -> list[Array]:
         parts = [_structure(grey[rows], place) for grey, place in zip((expected, actual), room, strict=True)]
         (h, h_grain, h_raw), (r, r_grain, r_raw) = ([one[kept].reshape(-1, CELL, width) for one in p] for p in parts)
         pairs = (h, h), (r, r), (h, r), (h_grain, h_grain), (r_grain, r_grain), (h_raw, h_raw), (r_raw, r_raw)
-        top = (rows.start + kept.start) // CELL
-        for found, pair in zip(cells, (*pairs, (h_raw, r_raw)), strict=True):
-            sums = np.einsum("ijk,ijk->ik", *pair)
-            found[top : top + len(sums)] = sums.reshape(len(sums), -1, CELL).mean(axis=2) / CELL
+        sums = [np.einsum("ijk,ijk->ik", *pair) for pair in (*pairs, (h_raw, r_raw))]
+        _put_means(cells, (rows.start + kept.start) // CELL, sums)
     return [_joined(found) for found in cells]
+
+
+def _put_means(cells: Array, top: int, sums: list[Array]) -> None:
+    """Write means over cells, from sums over the rows of each cell, into the rows of cells from `top` on."""
+    for found, one in zip(cells, sums, strict=True):
+        found[top : top + len(one)] = one.reshape(len(one), -1, CELL).mean(axis=2) / CELL
 
 
 def _range(grey: Array) -> float:
@@ -356,7 +359,7 @@ def _strips(height: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _padded(grey: Array) -> Array:
-    """An image whose sides are multiples of `CELL`, by a reflection: whole cells are summed several times faster."""
+    """The image extended by reflection to multiples of `CELL`: whole cells are summed several times faster."""
     below, beside = -grey.shape[0] % CELL, -grey.shape[1] % CELL
     if not below and not beside:
         return grey
@@ -364,11 +367,11 @@ def _padded(grey: Array) -> Array:
 
 
 def _structure(grey: Array, room: Array | None = None) -> tuple[Array, Array, Array]:
-    """Strokes and edges, without slow changes of tone; what changes from pixel to pixel, the grain; and their sum.
+    """Strokes and edges without slow changes of tone, the grain (changes from pixel to pixel), and their sum.
 
     Args:
-        grey: height x width of float32.
-        room: four images of at least as many rows, to be written to.
+        grey: Height x width of float32.
+        room: Memory for four images of at least as many rows.
     """
     room = np.empty((4, *grey.shape), np.float32) if room is None else room[:, : len(grey)]
     smooth = cv2.blur(grey, (3, 3), room[0])
@@ -383,7 +386,7 @@ def _blocks(values: Array) -> Array:
 
 
 def _cells(values: Array) -> Array:
-    """Means over cells of what has whole ones."""
+    """Means over cells of an image with whole ones."""
     size = values.shape[1] // CELL, values.shape[0] // CELL
     return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA))
 
@@ -408,11 +411,11 @@ def _is_rough(expected: Array, actual: Array, small: tuple[int, int]) -> bool:
 
 
 def _is_quiet_outside(grey: Array, view: View) -> bool:
-    """True if what lies outside the input is a plain border and not another image.
+    """True if the part outside the input is a plain border and not another image.
 
     Args:
-        grey: height x width of float32: the result.
-        view: what it should show.
+        grey: Height x width of float32: the result.
+        view: The honest view.
     """
     left, top, right, bottom = view.box
     if view.inside is not None:
@@ -422,8 +425,8 @@ def _is_quiet_outside(grey: Array, view: View) -> bool:
         outside[top:bottom, left:right] = 0
     else:
         return True
-    # Where the border meets the image there is an edge, which is neither's structure.
-    side = 5 if view.inside is None else 7  # where an edge is aslant, the view stays a pixel inside it
+    # The edge where the border meets the image belongs to neither.
+    side = 5 if view.inside is None else 7  # where the edge is oblique, the view stays a pixel inside it
     border = cv2.erode(outside, np.ones((side, side), np.uint8), borderType=cv2.BORDER_REPLICATE)
     if not border.any():
         return True
@@ -443,7 +446,7 @@ def _is_quiet_outside(grey: Array, view: View) -> bool:
 
 
 def plain_border(image: Image.Image) -> Edges:
-    """The part of an image inside a border of one colour; all of it where there is no border or nothing else."""
+    """The part of an image inside a border of one colour; all of it if there is no border, or nothing inside."""
     if image.width * image.height > MAX_COMPARED:
         return (0, 0, *image.size)
     pixels = np.asarray(image)

@@ -1,9 +1,8 @@
-"""Images that a snippet saves under a file name, kept in its own memory, so that it can open them again.
+"""Keeps images that a snippet saves under a file name in its own memory, so that it can open them again.
 
-A child can write no file. Many well-meant snippets save a step and open it again; for them, Pillow and OpenCV
-keep what they would have written, under the absolute path, and look there first when they read. Like the size checks in
-`guard`, this is a courtesy to well-meant code and no layer of isolation: nothing leaves the process, and the memory
-limit counts.
+A child cannot write files, but many well-meant snippets save a step and open it again. For them, Pillow and OpenCV keep
+the encoded image under its absolute path and look there first when they read. Like the size checks in `guard`, this is
+not a layer of isolation: nothing leaves the process, and the memory limit counts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 _saved: dict[str, bytes] = {}
-"""Encoded images by absolute path. A child runs one snippet, so that there is one owner."""
+"""Encoded images by absolute path, all of the one snippet that a child runs."""
 
 
 def _key(file: Any) -> str | None:
@@ -41,7 +40,7 @@ def _wrap_pillow() -> None:
     def save(self: Image.Image, fp: Any, format: str | None = None, **params: Any) -> None:
         key = _key(fp)
         kind = format or (Image.registered_extensions().get(os.path.splitext(key)[1].lower()) if key else None)
-        if key is None or kind is None:  # a file; or a name that tells no format, for which Pillow has its own words
+        if key is None or kind is None:  # an open file, or a name that Pillow will reject
             original_save(self, fp, format, **params)
             return
         buffer = io.BytesIO()

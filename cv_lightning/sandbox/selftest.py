@@ -1,6 +1,6 @@
 """Runs hostile, faulty and harmless snippets and judges whether each was contained.
 
-The packaged cases stand in cases.json beside this file; other files of the same format (a list under `cases`, each with
+The packaged cases are in cases.json beside this file; other files of the same format (a list under `cases`, each with
 name, category, code, expect) are judged by the same rules.
 """
 
@@ -29,7 +29,7 @@ from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
 
 class Sandboxed(Protocol):
-    """What the self-test asks of a `Sandbox`, which itself runs the self-test at its start."""
+    """The part of `Sandbox` that the self-test uses; the sandbox itself runs the self-test when it starts."""
 
     config: SandboxConfig
 
@@ -52,22 +52,30 @@ PORT = 39871
 SECRET_NAME, SECRET = "SBX_SECRET_TOKEN", "s3cr3t"
 CANARY = "/tmp/sbx_secret.png"
 SLACK_S = 0.5
-"""A timeout must come within its limit and this."""
+"""A timeout must come at most this long after its limit."""
 MAX_GROWTH_KB = 256 << 10
-"""A case may not make this process larger by more."""
+"""Largest growth of this process during a case."""
 VICTIM = "VICTIM_PID"
-"""Stands in a case's code for the process id of a victim, which belongs to the user that runs the test."""
+"""Placeholder in a case's code for the process id of a victim, a process of the user that runs the test."""
 NEXT_JOB = "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)"
 """Runs after every case: the state must be clean."""
 _FAILED = (ToolStatus.ERROR, ToolStatus.KILLED)
 _JUDGED_ALWAYS = ("no_leak", "no_attach", "parent_alive", "bounded_stdout", "victim_alive")
-"""Expectations that `_Before.faults` and `_run_case` look at, whichever case it is."""
-_ERRORS = ("error", "killed_or_error", "error_or_timeout", "killed_or_error_or_ok", "ok_or_error", "any")
+"""Expectations that are judged for every case (`_Before.faults`, `_run_case`)."""
+_OTHERWISE: dict[str, ToolStatus | None] = {
+    "error": None,
+    "killed_or_error": None,
+    "any": None,
+    "error_or_timeout": ToolStatus.TIMEOUT,
+    "killed_or_error_or_ok": ToolStatus.OK,
+    "ok_or_error": ToolStatus.OK,
+}
+"""Expectations of an error, and the status that each allows instead of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One snippet and what must come of it."""
+    """One snippet and its expected result."""
 
     name: str
     category: str
@@ -88,7 +96,7 @@ def load_cases(path: str | Path) -> list[Case]:
     """Cases of a file.
 
     Raises:
-        DataError: no such file, no JSON, or a case without name, code and expect.
+        DataError: There is no such file, it is not JSON, or a case lacks name, code or expect.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["cases"]
@@ -99,36 +107,27 @@ def load_cases(path: str | Path) -> list[Case]:
 
 PACKAGED = Path(__file__).with_name("cases.json")
 START_NAMES = (
-    "file_read",
-    "file_write",
-    "socket_udp",
-    "fork",
-    "execve",
-    "kill_parent",
-    "signal_victim",
-    "ptrace_parent",
-    "memory",
-    "benign",
-)
+    "file_read file_write socket_udp fork execve kill_parent signal_victim ptrace_parent memory benign"
+).split()
 START_CASES = tuple(case for case in load_cases(PACKAGED) if case.name in START_NAMES)
 """The quick subset that runs at every start."""
 
 
 @functools.cache
 def test_image() -> Image.Image:
-    """512x512 RGB, every pixel different from its neighbours; one for all cases, which is checked after each."""
+    """512x512 RGB, every pixel different from its neighbours. All cases share it; it is compared after each."""
     y, x = np.mgrid[0:512, 0:512]
     return Image.fromarray(np.stack([x % 256, y % 256, (x * 7 + y * 13) % 256], axis=-1).astype(np.uint8))
 
 
 class Listener:
-    """Counts what reaches 127.0.0.1:39871 by TCP."""
+    """Counts TCP connections to 127.0.0.1:39871."""
 
     def __init__(self) -> None:
         self.reached = 0
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):  # in use: then somebody else's listener is what a snippet would reach
+        with contextlib.suppress(OSError):  # in use: a snippet would then reach the listener of another process
             self._socket.bind(("127.0.0.1", PORT))
             self._socket.listen()
             threading.Thread(target=self._accept, daemon=True).start()
@@ -148,7 +147,7 @@ class Listener:
 
 
 class Victim:
-    """A process that sleeps until a signal ends it. It is started by the first case that names it."""
+    """A process that sleeps until a signal ends it; started by the first case that contains `VICTIM`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -159,7 +158,8 @@ class Victim:
             return case.code
         if not self.is_alive():
             self._process = subprocess.Popen(["sleep", "300"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        return case.code.replace(VICTIM, str(self._process.pid)) if self._process is not None else case.code
+        assert self._process is not None
+        return case.code.replace(VICTIM, str(self._process.pid))
 
     def is_alive(self) -> bool:
         """True if the victim runs: neither ended nor stopped."""
@@ -176,7 +176,7 @@ class Victim:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the cases may try to reach."""
+    """Targets that the cases try to reach."""
 
     listener: Listener
     victim: Victim
@@ -184,7 +184,7 @@ class Surroundings:
 
 @contextlib.contextmanager
 def surroundings() -> Iterator[Surroundings]:
-    """Provide what the cases may try to reach: a secret in the environment, an image file, a listener, a victim."""
+    """Provide the targets of the cases: a secret in the environment, an image file, a listener, a victim."""
     before = os.environ.get(SECRET_NAME)
     os.environ[SECRET_NAME] = SECRET
     with contextlib.suppress(OSError):  # another user's file serves as well
@@ -202,7 +202,7 @@ def surroundings() -> Iterator[Surroundings]:
 
 
 def run_cases(sandbox: Sandboxed, cases: Iterable[Case]) -> list[CaseResult]:
-    """Run cases one after the other, a harmless job after each."""
+    """Run cases one after the other, with a harmless job after each."""
     with surroundings() as around:
         return [_run_case(sandbox, case, around) for case in cases]
 
@@ -218,15 +218,14 @@ class _Before:
 
     @classmethod
     def take(cls, sandbox: Sandboxed, around: Surroundings) -> _Before:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return cls(around.listener.reached, sandbox.stats.get("restarts", 0), _tracer(), peak)
+        return cls(around.listener.reached, sandbox.stats.get("restarts", 0), _tracer(), _peak_kb())
 
     def faults(self, sandbox: Sandboxed, result: SandboxResult) -> list[str]:
-        """What no case may do, whatever it expects."""
+        """Effects that no case may have, whatever it expects."""
         found = {
             "a fork server died": sandbox.stats.get("restarts", 0) > self.restarts,
             "the secret is in the text": SECRET in result.error or SECRET in repr(result.operations),
-            "the secret is in the picture": result.image is not None and SECRET.encode() in result.image.tobytes(),
+            "the secret is in the image": result.image is not None and SECRET.encode() in result.image.tobytes(),
             "this process is traced": _tracer() != self.tracer,
             "memory of this process has grown": _peak_kb() > self.peak_kb + MAX_GROWTH_KB,
             "a process of it lives on": bool(strays(sandbox)),
@@ -244,7 +243,7 @@ def _peak_kb() -> int:
 
 
 def strays(sandbox: Sandboxed) -> list[int]:
-    """Processes in the sessions of the fork servers that are neither they nor their own children."""
+    """Processes in the sessions of the fork servers that are neither fork servers nor their children."""
     servers = set(sandbox.server_pids())
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -257,96 +256,98 @@ def strays(sandbox: Sandboxed) -> list[int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A case that has run."""
+
+    sandbox: Sandboxed
+    case: Case
+    result: SandboxResult
+    seconds: float
+    reached: int
+    """Connections to the listener meanwhile."""
+
+    def fault(self, expectation: str) -> str:
+        """Why one part of the expectation is not met; empty if it is."""
+        kind, _, detail = expectation.strip().partition(":")
+        if kind == "timeout":
+            limit = self.sandbox.config.timeout_s + SLACK_S
+            # The running time counts; a busy machine may report it later.
+            in_time = self.result.elapsed_s <= limit and self.seconds <= limit + WATCHDOG_S
+            is_met = self.result.status is ToolStatus.TIMEOUT and in_time
+            return "" if is_met else f"no timeout within {limit} s ({self.seconds:.2f} s)"
+        if kind == "ok_image":
+            return self._image_fault(detail)
+        if kind == "no_side_effect":
+            return f"{detail} exists" if os.path.exists(detail) else ""
+        if kind == "no_connect":
+            return "the listener was reached" if self.reached else ""
+        if kind in _OTHERWISE:
+            return self._status_fault(kind, detail)
+        return "" if kind in _JUDGED_ALWAYS else f"unknown expectation {kind}"
+
+    def _image_fault(self, detail: str) -> str:
+        image = self.result.image
+        if image is None or image.mode != "RGB":
+            return "no RGB image"
+        if "info dropped" in detail and image.info:
+            return "the result carries metadata"
+        if "same twice" in detail:
+            again = self.sandbox.run_sync(test_image(), self.case.code).image
+            return "" if again is not None and again.tobytes() == image.tobytes() else "another result the second time"
+        return ""
+
+    def _status_fault(self, kind: str, detail: str) -> str:
+        """Why the status is not the expected one. In a private root a path outside does not exist at all."""
+        result = self.result
+        if result.status in (ToolStatus.INFRASTRUCTURE_ERROR, ToolStatus.REJECTED):
+            return f"it did not run: {result.status}"
+        if kind == "any" or result.status in _FAILED:
+            hidden = self.sandbox.layers.get("private_root", "").startswith("active")
+            equivalent = {
+                "MemoryError": ("too_large", "SIGKILL"),
+                "PermissionError": ("FileNotFoundError", "NotADirectoryError") if hidden else (),
+            }
+            word = detail if kind == "error" and detail.endswith("Error") else ""
+            named = word in result.error or result.error_kind in equivalent.get(word, ())
+            return "" if named or result.status is ToolStatus.KILLED else f"the error does not name {word}"
+        return "" if _OTHERWISE[kind] is result.status else f"{result.status} where {kind} was expected"
+
+    def hit_another_limit(self) -> bool:
+        """True if a case that uses up a resource was stopped in time by another limit than the expected one."""
+        if self.seconds > self.sandbox.config.timeout_s + SLACK_S:
+            return False
+        if self.case.expect == "timeout":
+            return self.result.error_kind == "memory"
+        is_exhaustion = self.case.expect in ("error:MemoryError", "killed_or_error")
+        return is_exhaustion and self.result.status is ToolStatus.TIMEOUT
+
+
 def _run_case(sandbox: Sandboxed, case: Case, around: Surroundings) -> CaseResult:
-    image = test_image()
+    image, expected = test_image(), case.expect.split(";")
     before = image.tobytes()
-    for part in case.expect.split(";"):
+    for part in expected:
         if part.startswith("no_side_effect:"):
             with contextlib.suppress(OSError):
                 os.unlink(part.split(":", 1)[1])
     case = replace(case, code=around.victim.code_for(case))
     state, begun = _Before.take(sandbox, around), time.monotonic()
     result = sandbox.run_sync(image, case.code, owner="self-test")
-    seconds = time.monotonic() - begun
-    reached = around.listener.reached - state.reached
-    parts = (_fault(sandbox, part, case, result, seconds, reached) for part in case.expect.split(";"))
-    unmet, harm = [fault for fault in parts if fault], state.faults(sandbox, result)
+    run = _Run(sandbox, case, result, time.monotonic() - begun, around.listener.reached - state.reached)
+    unmet, harm = list(filter(None, map(run.fault, expected))), state.faults(sandbox, result)
     if image.tobytes() != before:
         harm.append("the caller's image has changed")
     after = sandbox.run_sync(image, NEXT_JOB)
     if after.image is None or after.image.tobytes() != image.rotate(90).tobytes():
         harm.append(f"the next job failed: {after.status} {after.error[:80]}")
-    if len(unmet) == 1 and seconds <= sandbox.config.timeout_s + SLACK_S and _other_limit(case, result):
-        # Contained all the same: which of the limits strikes first depends on the machine. `got` says so.
-        unmet = []
-        result = replace(result, error=f"(another limit struck first; expected {case.expect}) {result.error}")
-    if "victim_alive" in case.expect.split(";") and not around.victim.is_alive():
+    if "victim_alive" in expected and not around.victim.is_alive():
         harm.append("a signal reached the victim")
-    faults = [*harm, *unmet]
     got = f"{result.status} {result.error_kind} {result.error[:160]}".strip()
+    if len(unmet) == 1 and run.hit_another_limit():
+        # Contained as well: which of the limits strikes first depends on the machine.
+        unmet, got = [], f"(another limit struck first; expected {case.expect}) {got}"
+    faults = [*harm, *unmet]
     return CaseResult(name=case.name, ok=not faults, got="; ".join([*faults, got]))
-
-
-def _fault(sandbox: Sandboxed, part: str, case: Case, result: SandboxResult, seconds: float, reached: int) -> str:
-    """Why one part of an expectation is not met; empty if it is."""
-    kind, _, detail = part.strip().partition(":")
-    if kind == "timeout":
-        limit = sandbox.config.timeout_s + SLACK_S
-        # The running time counts; a machine that is busy with other things may take longer to tell.
-        in_time = result.elapsed_s <= limit and seconds <= limit + WATCHDOG_S
-        return (
-            "" if result.status is ToolStatus.TIMEOUT and in_time else f"no timeout within {limit} s ({seconds:.2f} s)"
-        )
-    if kind == "ok_image":
-        if result.image is None or result.image.mode != "RGB":
-            return "no RGB image"
-        if "info dropped" in detail and result.image.info:
-            return "the result carries metadata"
-        if "same twice" in detail:
-            again = sandbox.run_sync(test_image(), case.code)
-            same = (
-                again.image is not None and result.image is not None and again.image.tobytes() == result.image.tobytes()
-            )
-            return "" if same else "another result the second time"
-        return ""
-    if kind == "no_side_effect":
-        return f"{detail} exists" if os.path.exists(detail) else ""
-    if kind == "no_connect":
-        return "the listener was reached" if reached else ""
-    if kind in _ERRORS:
-        hidden = sandbox.layers.get("private_root", "").startswith("active")
-        return _status_fault(kind, detail, result, hidden)
-    return (
-        ""
-        if kind in ("no_leak", "no_attach", "parent_alive", "bounded_stdout", "victim_alive")
-        else f"unknown expectation {kind}"
-    )
-
-
-def _other_limit(case: Case, result: SandboxResult) -> bool:
-    """True if a case that uses up a resource was stopped by another limit than the expected one."""
-    if case.expect == "timeout":
-        return result.error_kind == "memory"
-    return case.expect in ("error:MemoryError", "killed_or_error") and result.status is ToolStatus.TIMEOUT
-
-
-def _status_fault(kind: str, detail: str, result: SandboxResult, hidden: bool) -> str:
-    """Why the status is not the expected one; in a private root (`hidden`) a path outside does not exist at all."""
-    if result.status in (ToolStatus.INFRASTRUCTURE_ERROR, ToolStatus.REJECTED):
-        return f"it did not run: {result.status}"
-    if kind == "any" or result.status in _FAILED:
-        word = detail if kind == "error" and detail.endswith("Error") else ""
-        if word == "MemoryError" and result.error_kind in ("too_large", "SIGKILL"):
-            word = ""
-        if word == "PermissionError" and hidden and result.error_kind in ("FileNotFoundError", "NotADirectoryError"):
-            word = ""
-        return "" if word in result.error or result.status is ToolStatus.KILLED else f"the error does not name {word}"
-    allowed = {
-        "error_or_timeout": ToolStatus.TIMEOUT,
-        "killed_or_error_or_ok": ToolStatus.OK,
-        "ok_or_error": ToolStatus.OK,
-    }
-    return "" if allowed.get(kind) is result.status else f"{result.status} where {kind} was expected"
 
 
 def report(sandbox: Sandboxed, results: Iterable[CaseResult]) -> dict[str, Any]:
