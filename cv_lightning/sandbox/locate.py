@@ -154,7 +154,7 @@ def _by_correlation(image: Pyramid, result: Pyramid) -> Place | None:
         if fits and candidate.std() > 1.0:
             scores = cv2.matchTemplate(whole, candidate, cv2.TM_CCOEFF_NORMED)
             _, best, _, place = cv2.minMaxLoc(scores)
-            scored.append((float(best), name, *place))
+            scored.append((float(best), name, place[0], place[1]))
     scored.sort(reverse=True)
     if not scored or scored[0][0] < (MIN_COARSE if number else MIN_MATCH):
         return None
