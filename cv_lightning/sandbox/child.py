@@ -19,20 +19,9 @@ import PIL
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from cv_lightning import images
-from cv_lightning.sandbox import guard, tracer
+from cv_lightning.sandbox import guard, tracer, wire
 from cv_lightning.sandbox.config import SandboxConfig
-from cv_lightning.sandbox.wire import (
-    HEADER,
-    JOB,
-    MAGIC,
-    MAX_TEXT,
-    PIXEL,
-    STATUS_ERROR,
-    STATUS_OK,
-    Trace,
-    pack_trace,
-    write_pixels,
-)
+from cv_lightning.sandbox.wire import HEADER, JOB, PIXEL, Trace
 
 FILE = "<code>"
 INPUT_FD, OUTPUT_FD, CONTROL_FD = 3, 4, 5
@@ -264,17 +253,17 @@ def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
 def write_result(fd: int, image: Image.Image, trace: Trace) -> None:
     """Write the pixels, then the trace; the header last."""
     os.lseek(fd, HEADER.size, os.SEEK_SET)
-    write_pixels(fd, image, piece=PIECE)
-    at, packed = HEADER.size + PIXEL * image.width * image.height, pack_trace(trace)
+    wire.write_pixels(fd, image, piece=PIECE)
+    at, packed = HEADER.size + PIXEL * image.width * image.height, wire.pack_trace(trace)
     os.pwrite(fd, packed, at)
-    os.pwrite(fd, HEADER.pack(MAGIC, STATUS_OK, *image.size, at - HEADER.size, len(packed), 0), 0)
+    os.pwrite(fd, HEADER.pack(wire.MAGIC, wire.STATUS_OK, *image.size, at - HEADER.size, len(packed), 0), 0)
 
 
 def write_error(fd: int, kind: str, text: str) -> None:
     """Write kind and text of an error, separated by a zero byte."""
-    data = f"{kind}\0{text}".encode("utf-8", "replace")[:MAX_TEXT]
+    data = f"{kind}\0{text}".encode("utf-8", "replace")[: wire.MAX_TEXT]
     os.pwrite(fd, data, HEADER.size)
-    os.pwrite(fd, HEADER.pack(MAGIC, STATUS_ERROR, 0, 0, 0, 0, len(data)), 0)
+    os.pwrite(fd, HEADER.pack(wire.MAGIC, wire.STATUS_ERROR, 0, 0, 0, 0, len(data)), 0)
 
 
 def run_job(job: ChildJob) -> None:

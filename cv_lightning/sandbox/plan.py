@@ -18,30 +18,16 @@ from typing import Any
 from PIL import Image, ImageEnhance, ImageOps
 
 from cv_lightning.images import compose, is_usable_size, to_rgb
+from cv_lightning.sandbox import plan_rules as rules
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.effect import Found, checked_operations, effect_of, net_effect
-from cv_lightning.sandbox.geometry import ENHANCERS, SILENT, Size, describe, filter_arguments
-from cv_lightning.sandbox.plan_rules import (
-    ARITHMETIC,
-    COMPARISONS,
-    CONSTANTS,
-    FILTER_CLASSES,
-    FUNCTIONS,
-    IMPORTABLE,
-    METHODS,
-    MODULES,
-    OPS,
-    NotPlannable,
-    cost_ms,
-    in_range,
-    make_filter,
-    output_size,
-)
+from cv_lightning.sandbox.geometry import SILENT, Size, describe, filter_arguments
+from cv_lightning.sandbox.plan_rules import NotPlannable, in_range
 from cv_lightning.sandbox.wire import Trace
 from cv_lightning.types import IDENTITY, Affine, Operation, SandboxResult, ToolStatus
 
 MAX_STATEMENTS = 24
-RESERVED = {*MODULES, "PIL", "np", "numpy", "cv2", "draw", *FUNCTIONS}
+RESERVED = {*rules.MODULES, "PIL", "np", "numpy", "cv2", "draw", *rules.FUNCTIONS}
 ALLOWED_NODES = (
     ast.Name, ast.Constant, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.Call, ast.Attribute, ast.keyword,
     ast.IfExp, ast.Compare, ast.cmpop, ast.Load, ast.Store, ast.operator, ast.USub, ast.Subscript, ast.Assign,
@@ -99,7 +85,7 @@ class _Planned:
 class _Enhancer:
     """`ImageEnhance.Contrast(image)` before `.enhance(factor)`."""
 
-    kind: str
+    call: str
     source: _Planned
 
 
@@ -137,9 +123,9 @@ def _is_known_import(node: ast.stmt, imported: dict[str, str]) -> bool:
             return False
         names = {alias.name for alias in node.names}
         if node.module == "PIL":
-            return names <= set(MODULES)
+            return names <= set(rules.MODULES)
         module = (node.module or "").removeprefix("PIL.")
-        if node.module != f"PIL.{module}" or not names <= IMPORTABLE.get(module, frozenset()):
+        if node.module != f"PIL.{module}" or not names <= rules.IMPORTABLE.get(module, frozenset()):
             return False
         imported.update({name: f"{module}.{name}" for name in names})
         return True
@@ -204,8 +190,8 @@ class _Builder:
             return self.names[node.id]
         if isinstance(node, ast.Tuple | ast.List):
             return tuple(self._number(element) for element in node.elts)
-        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-            return in_range(ARITHMETIC[type(node.op)](self._number(node.left), self._number(node.right)))
+        if isinstance(node, ast.BinOp) and type(node.op) in rules.ARITHMETIC:
+            return in_range(rules.ARITHMETIC[type(node.op)](self._number(node.left), self._number(node.right)))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -self._number(node.operand)
         if isinstance(node, ast.IfExp):
@@ -227,9 +213,9 @@ class _Builder:
         return value
 
     def _holds(self, test: ast.expr) -> bool:
-        if not isinstance(test, ast.Compare) or len(test.ops) != 1 or type(test.ops[0]) not in COMPARISONS:
+        if not isinstance(test, ast.Compare) or len(test.ops) != 1 or type(test.ops[0]) not in rules.COMPARISONS:
             raise NotPlannable("condition")
-        return bool(COMPARISONS[type(test.ops[0])](self._number(test.left), self._number(test.comparators[0])))
+        return bool(rules.COMPARISONS[type(test.ops[0])](self._number(test.left), self._number(test.comparators[0])))
 
     def _dotted(self, node: ast.expr) -> str:
         """`ImageOps.mirror` for that or an imported `mirror`; empty if the first name is a value of the snippet."""
@@ -243,8 +229,8 @@ class _Builder:
 
     def _attribute(self, node: ast.Attribute) -> Any:
         dotted = self._dotted(node)
-        if dotted in CONSTANTS:
-            return CONSTANTS[dotted]
+        if dotted in rules.CONSTANTS:
+            return rules.CONSTANTS[dotted]
         if node.attr in ("size", "width", "height"):
             owner = self.value(node.value)
             if isinstance(owner, _Planned):
@@ -256,37 +242,30 @@ class _Builder:
         args = [self.value(argument) for argument in node.args]
         kwargs = {keyword.arg or "**": self.value(keyword.value) for keyword in node.keywords}
         dotted = self._dotted(node.func)
-        if dotted in FUNCTIONS:
-            if not args or kwargs or not all(type(value) in (int, float) for value in args):
-                raise NotPlannable(dotted)
-            return in_range(FUNCTIONS[dotted](*args))
         module, _, name = dotted.rpartition(".")
-        if module == "ImageFilter" and name in FILTER_CLASSES:
-            return make_filter(name, _named(FILTER_CLASSES[name], args, kwargs))
-        if module in ("ImageOps", "ImageEnhance"):
-            return self._module_call(module, name, args, kwargs)
-        if not isinstance(node.func, ast.Attribute):
-            raise NotPlannable("call")
-        owner, name = self.value(node.func.value), node.func.attr
-        if isinstance(owner, _Enhancer) and name == "enhance":
-            arguments = _named(("factor",), args, kwargs)
-            return self._operate(f"ImageEnhance.{owner.kind}", owner.source, arguments)
-        if isinstance(owner, _Planned) and name in METHODS:
-            return self._operate(f"Image.{name}", owner, _named(METHODS[name], args, kwargs))
-        raise NotPlannable(name)
+        if dotted in rules.FUNCTIONS and args and not kwargs and all(type(value) in (int, float) for value in args):
+            return in_range(rules.FUNCTIONS[dotted](*args))
+        if module == "ImageFilter" and name in rules.FILTER_CLASSES:
+            return rules.make_filter(name, _named(rules.FILTER_CLASSES[name], args, kwargs))
+        if module in ("ImageOps", "ImageEnhance") and dotted in rules.OPERATIONS:
+            if not args or not isinstance(args[0], _Planned):
+                raise NotPlannable(dotted)
+            if module == "ImageOps":
+                return self._operate(dotted, args[0], args[1:], kwargs)
+            if len(args) == 1 and not kwargs:
+                return _Enhancer(dotted, args[0])
+        elif isinstance(node.func, ast.Attribute) and not dotted:
+            owner, name = self.value(node.func.value), node.func.attr
+            if isinstance(owner, _Enhancer) and name == "enhance":
+                return self._operate(owner.call, owner.source, args, kwargs)
+            if isinstance(owner, _Planned) and f"Image.{name}" in rules.OPERATIONS:
+                return self._operate(f"Image.{name}", owner, args, kwargs)
+        raise NotPlannable(dotted or "a call")
 
-    def _module_call(self, module: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if not args or not isinstance(args[0], _Planned):
-            raise NotPlannable(name)
-        if module == "ImageOps" and name in OPS:
-            return self._operate(f"ImageOps.{name}", args[0], _named(OPS[name], args[1:], kwargs))
-        if module == "ImageEnhance" and name in ENHANCERS and len(args) == 1 and not kwargs:
-            return _Enhancer(name, args[0])
-        raise NotPlannable(name)
-
-    def _operate(self, call: str, source: _Planned, arguments: dict[str, Any]) -> _Planned:
-        size = output_size(call, source.size, arguments)
-        self.cost += cost_ms(call, source.size, size, arguments)
+    def _operate(self, call: str, source: _Planned, args: list[Any], kwargs: dict[str, Any]) -> _Planned:
+        arguments = _named(rules.OPERATIONS[call], args, kwargs)
+        size = rules.output_size(call, source.size, arguments)
+        self.cost += rules.cost_ms(call, source.size, size, arguments)
         self.steps.append(Step(call, source.step, arguments, size))
         return _Planned(len(self.steps), size)
 

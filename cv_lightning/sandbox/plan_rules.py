@@ -65,23 +65,30 @@ FILTER_CLASSES = {
     "MedianFilter": ("size",),
     "UnsharpMask": ("radius", "percent", "threshold"),
 }
-METHODS: dict[str, tuple[str, ...]] = {
-    "crop": ("box",),
-    "rotate": ("angle", "resample", "expand", "center", "translate", "fillcolor"),
-    "transpose": ("method",),
-    "resize": ("size", "resample", "box"),
-    "convert": ("mode",),
-    "copy": (),
-    "filter": ("filter",),
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "Image.crop": ("box",),
+    "Image.rotate": ("angle", "resample", "expand", "center", "translate", "fillcolor"),
+    "Image.transpose": ("method",),
+    "Image.resize": ("size", "resample", "box"),
+    "Image.convert": ("mode",),
+    "Image.copy": (),
+    "Image.filter": ("filter",),
+    **{f"ImageOps.{name}": () for name in ("mirror", "flip", "equalize", "grayscale", "invert")},
+    "ImageOps.autocontrast": ("cutoff",),
+    "ImageOps.posterize": ("bits",),
+    "ImageOps.solarize": ("threshold",),
+    "ImageOps.expand": ("border", "fill"),
+    "ImageOps.crop": ("border",),
+    "ImageOps.fit": ("size", "method"),
+    "ImageOps.pad": ("size", "method", "color"),
+    **{f"ImageEnhance.{name}": ("factor",) for name in ENHANCERS},
 }
-OPS: dict[str, tuple[str, ...]] = {
-    "mirror": (), "flip": (), "autocontrast": ("cutoff",), "equalize": (), "grayscale": (), "invert": (),
-    "posterize": ("bits",), "solarize": ("threshold",), "expand": ("border", "fill"), "crop": ("border",),
-    "fit": ("size", "method"), "pad": ("size", "method", "color"),
-}  # fmt: skip
+"""Names of the arguments of each operation, after the image."""
+OPTIONAL = ("ImageOps.autocontrast", "ImageOps.solarize", "ImageOps.expand", "ImageOps.crop")
+"""Operations that can be called without their first argument."""
 IMPORTABLE: dict[str, frozenset[str]] = {
     "Image": frozenset({"Transpose", "Resampling"}),
-    "ImageOps": frozenset(OPS),
+    "ImageOps": frozenset(call.removeprefix("ImageOps.") for call in OPERATIONS if call.startswith("ImageOps.")),
     "ImageEnhance": frozenset(ENHANCERS),
     "ImageFilter": frozenset({*FILTERS, *FILTER_CLASSES}),
 }
@@ -161,11 +168,6 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "size": _is_size,
     "box": lambda v: isinstance(v, tuple) and len(v) == 4 and v[0] < v[2] and v[1] < v[3],
 }
-_NEEDED = {
-    "Image.crop": "box", "Image.rotate": "angle", "Image.transpose": "method", "Image.resize": "size",
-    "Image.convert": "mode", "Image.filter": "filter", "ImageOps.posterize": "bits", "ImageOps.fit": "size",
-    "ImageOps.pad": "size",
-}  # fmt: skip
 
 
 def output_size(call: str, size: Size, arguments: Mapping[str, Any]) -> Size:
@@ -178,9 +180,8 @@ def output_size(call: str, size: Size, arguments: Mapping[str, Any]) -> Size:
         check = _is_turn if call == "Image.transpose" else _CHECKS[key]
         if not check(value):
             raise NotPlannable(key)
-    needed = "factor" if call.startswith("ImageEnhance.") else _NEEDED.get(call)
-    if needed is not None and needed not in arguments:
-        raise NotPlannable(needed)
+    if call not in OPTIONAL and not set(OPERATIONS[call][:1]) <= set(arguments):
+        raise NotPlannable("a missing argument")
     width, height = _size_after(call, size, arguments)
     if not (width > 0 and height > 0 and width * height <= MAX_PIXELS):
         raise NotPlannable("size")

@@ -10,21 +10,11 @@ from dataclasses import replace
 from PIL import Image
 
 from cv_lightning.images import is_usable_size
+from cv_lightning.sandbox import wire
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.effect import checked_operations, net_effect
 from cv_lightning.sandbox.pool import ChildResult
-from cv_lightning.sandbox.wire import (
-    HEADER,
-    MAGIC,
-    MAX_TEXT,
-    MAX_TRACE,
-    PIXEL,
-    STATUS_ERROR,
-    STATUS_OK,
-    WireError,
-    clean_text,
-    unpack_trace,
-)
+from cv_lightning.sandbox.wire import HEADER, WireError, clean_text
 from cv_lightning.types import SandboxResult, ToolStatus
 
 
@@ -69,18 +59,18 @@ def _without_output(outcome: ChildResult, config: SandboxConfig) -> SandboxResul
 def _read(image: Image.Image, fd: int, config: SandboxConfig) -> SandboxResult:
     total = os.fstat(fd).st_size
     magic, status, width, height, num_pixels, num_trace, num_text = HEADER.unpack(os.pread(fd, HEADER.size, 0))
-    if magic != MAGIC:
+    if magic != wire.MAGIC:
         raise WireError("damaged output")
-    if status == STATUS_ERROR and num_text <= MAX_TEXT and HEADER.size + num_text <= total:
+    if status == wire.STATUS_ERROR and num_text <= wire.MAX_TEXT and HEADER.size + num_text <= total:
         kind, _, text = os.pread(fd, num_text, HEADER.size).decode("utf-8", "replace").partition("\0")
         text = clean_text(text or kind, config.max_error_chars) or "the code failed"
         return SandboxResult(status=ToolStatus.ERROR, error=text, error_kind=clean_text(kind, 40) or "error")
     fits = is_usable_size(width, height) and width * height <= config.max_result_pixels
-    sizes = fits and num_pixels == PIXEL * width * height and total == HEADER.size + num_pixels + num_trace
-    if status != STATUS_OK or num_text or num_trace > MAX_TRACE or not sizes:
+    sizes = fits and num_pixels == wire.PIXEL * width * height and total == HEADER.size + num_pixels + num_trace
+    if status != wire.STATUS_OK or num_text or num_trace > wire.MAX_TRACE or not sizes:
         raise WireError("impossible sizes")
     with mmap.mmap(fd, total, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
-        trace = unpack_trace(mapped[HEADER.size + num_pixels :])
+        trace = wire.unpack_trace(mapped[HEADER.size + num_pixels :])
         with memoryview(mapped) as view, view[HEADER.size : HEADER.size + num_pixels] as pixels:
             result = Image.frombytes("RGB", (width, height), pixels, "raw", "RGBX")
     found = net_effect(trace.claims, image, result, direct=trace.direct)

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,28 +47,6 @@ class _Request:
     """Key in the cache, if there is one."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """What a started sandbox consists of."""
-
-    pool: Pool
-    submitters: ThreadPoolExecutor
-    readers: ThreadPoolExecutor
-    """Results are read and proven beside the queue, so that a large one delays no snippet."""
-
-    @classmethod
-    def create(cls, config: SandboxConfig) -> _Running:
-        submitters, readers = (
-            ThreadPoolExecutor(2, thread_name_prefix=f"sandbox-{name}") for name in ("submit", "read")
-        )
-        return cls(Pool(config), submitters, readers)
-
-    def close(self) -> None:
-        self.pool.close()
-        self.submitters.shutdown(wait=False)
-        self.readers.shutdown(wait=False)
-
-
 class Sandbox:
     """Runs model-written code, one fresh sealed child per snippet; see docs/sandbox.md.
 
@@ -80,7 +58,7 @@ class Sandbox:
         self.config = config or SandboxConfig()
         if self.config.disabled_layers and not self.config.allow_unsafe:
             raise ValueError("sandbox.disabled_layers needs sandbox.allow_unsafe=true")
-        self._running: _Running | None = None
+        self._pool: Pool | None = None
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[str, str], SandboxResult] = OrderedDict()
         self._cached_bytes = 0
@@ -96,12 +74,12 @@ class Sandbox:
         from cv_lightning.sandbox.selftest import START_CASES, run_cases
 
         with self._lock:
-            if self._running is not None:
+            if self._pool is not None:
                 return
-            self._running = running = _Running.create(self.config)
+            self._pool = pool = Pool(self.config)
             atexit.register(self.close)
         try:
-            running.pool.start()
+            pool.start()
             missing = [name for name in GENERAL_LAYERS if not self.layers.get(name, "").startswith("active")]
             log.info("sandbox layers: %s", ", ".join(f"{name}: {state}" for name, state in self.layers.items()))
             if missing and not self.config.allow_unsafe:
@@ -119,9 +97,9 @@ class Sandbox:
     def close(self) -> None:
         """End all children and fork servers. May be called twice; `start` works again afterwards."""
         with self._lock:
-            running, self._running = self._running, None
-        if running is not None:
-            running.close()
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
             atexit.unregister(self.close)
 
     def __enter__(self) -> Sandbox:
@@ -136,17 +114,17 @@ class Sandbox:
     @property
     def layers(self) -> dict[str, str]:
         """State of every isolation layer: `active (..)`, `unavailable (why)` or `off`. Empty before `start`."""
-        return dict(self._running.pool.report) if self._running else {}
+        return dict(self._pool.report) if self._pool else {}
 
     @property
     def stats(self) -> dict[str, float]:
         """Counters since the start (snippets by executor, timeouts, resent and lost jobs, restarts), and the load."""
-        pool = self._running.pool if self._running else None
+        pool = self._pool
         return {**self._counts, **pool.counts, **pool.load} if pool else dict(self._counts)
 
     def server_pids(self) -> list[int]:
         """Process ids of the fork servers."""
-        return self._running.pool.server_pids if self._running else []
+        return self._pool.server_pids if self._pool else []
 
     def child_pids(self) -> list[int]:
         """Process ids of the fork servers' children: those that run snippets, and idle spares."""
@@ -171,8 +149,8 @@ class Sandbox:
         request = self._begin(image, code)
         if isinstance(request, SandboxResult):
             return request
-        running, loop = self._started(), asyncio.get_running_loop()
-        submitted = loop.run_in_executor(running.submitters, self._submit, running.pool, request, owner)
+        loop = asyncio.get_running_loop()
+        submitted = loop.run_in_executor(None, self._submit, self._started(), request, owner)
         try:
             job = await asyncio.shield(submitted)
         except asyncio.CancelledError:
@@ -184,14 +162,14 @@ class Sandbox:
             _abandon(job)
             raise
         # Shielded, so that the output is closed even if this task is cancelled meanwhile.
-        return await asyncio.shield(loop.run_in_executor(running.readers, self._finish, request, outcome))
+        return await asyncio.shield(loop.run_in_executor(None, self._finish, request, outcome))
 
     def run_sync(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
         """`run` for callers without an event loop; from any thread."""
         request = self._begin(image, code)
         if isinstance(request, SandboxResult):
             return request
-        job = self._submit(self._started().pool, request, owner)
+        job = self._submit(self._started(), request, owner)
         try:
             outcome = job.future.result()
         except (CancelledError, KeyboardInterrupt):
@@ -199,12 +177,13 @@ class Sandbox:
             raise
         return self._finish(request, outcome)
 
-    def _started(self) -> _Running:
-        if self._running is None:
+    def _started(self) -> Pool:
+        pool = self._pool
+        if pool is None:
             raise SandboxError("the sandbox was not started; call start() first, or use it in a with statement")
-        if self._running.pool.pid != os.getpid():
+        if pool.pid != os.getpid():
             raise SandboxError("the sandbox was started before this process was forked; start one of its own here")
-        return self._running
+        return pool
 
     def _begin(self, image: Image.Image, code: str) -> SandboxResult | _Request:
         """The result if no child is needed (rejected, cached, a cheap plan); else what a child has to run."""

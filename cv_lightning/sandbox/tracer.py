@@ -250,10 +250,12 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ wrapping
-def _wrap(
-    function: Callable[..., Any], note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-) -> Callable[..., Any]:
-    """Call `function`; if it is an outermost call of traced code, call `note(result, args, kwargs)` after it."""
+Note = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+"""Records a call, given its result and arguments."""
+
+
+def _wrap(function: Callable[..., Any], note: Note) -> Callable[..., Any]:
+    """Call `note` after outermost calls of `function` while the tracer is active."""
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
