@@ -1,6 +1,6 @@
-"""Isolation layers, each reporting `active`, `unavailable (why)` or `off`.
+"""Isolation layers; each reports `active`, `unavailable (why)` or `off`.
 
-Order matters: libraries look for shared objects before Landlock closes the file system, and seccomp comes last,
+Their order matters: libraries look for shared objects before Landlock closes the file system, and seccomp comes last,
 in the child, because it denies what the earlier layers need.
 """
 
@@ -26,13 +26,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prctl(option: int, value: int = 0, pointer: object = 0) -> int:
-    """One call of the system; -1 on failure."""
+    """The system call of that name; -1 on failure."""
     return int(_libc.prctl(option, value, pointer, 0, 0))
 
 
 # ------------------------------------------------------------------------------------------------ privileges
 def _usable_by(uid: int, path: str) -> bool:
-    """True if a user that owns nothing may enter every folder above `path` and read it."""
+    """True if a user without files of its own may enter every folder above `path` and read it."""
     path = os.path.realpath(path)
     readable = bool(os.stat(path).st_mode & 0o004)
     while path != "/":
@@ -44,12 +44,12 @@ def _usable_by(uid: int, path: str) -> bool:
 
 
 def drop_privileges(enabled: bool) -> str:
-    """Change from root to the sandbox's user, or drop all capabilities where that user cannot use the libraries.
+    """Change from root to the sandbox's user, or drop all capabilities if that user cannot read the libraries.
 
-    Call it after the private root is made, in which the way to an interpreter under /root is open.
+    To be called in the private root, in which the path to an interpreter under /root is open.
     """
     if os.geteuid() != 0:
-        _drop_capabilities()  # of a user namespace, if there is one
+        _drop_capabilities()  # those in a user namespace, if there is one
         return f"active (uid {os.geteuid()}, not root)"
     if not enabled:
         return "off"
@@ -63,7 +63,7 @@ def drop_privileges(enabled: bool) -> str:
 
 
 def _become(uid: int) -> bool:
-    """Change user and groups; False where it is not allowed, for instance in a user namespace that maps one user."""
+    """Change user and groups; False if that is not allowed, as in a user namespace that maps only one user."""
     try:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -95,9 +95,9 @@ def _packages() -> list[str]:
 
 
 def library_paths() -> list[str]:
-    """What imports need, as the interpreter names it: standard library, packages, shared objects, fonts.
+    """Paths that imports need, as the interpreter names them: standard library, packages, shared objects, fonts.
 
-    The entries of `sys.path` do not count for it, nor does the interpreter's prefix: a project can lie below both.
+    Other entries of `sys.path` and the interpreter's prefix are left out, because a project can lie below them.
     """
     shared = glob.glob(os.path.join(glob.escape(sys.base_prefix), "lib", "*.so*"))
     zipped = [path for path in sys.path if path == os.path.join(sys.base_prefix, "lib", os.path.basename(path))]
@@ -110,8 +110,8 @@ def readable_paths(private: Sequence[str] = ()) -> list[str]:
     """The folders and files that model code may read, as real paths.
 
     Args:
-        private: folders that must stay closed although they may lie inside a library folder: the repository, the
-            working folder. One that holds a library folder, or is one, has no effect on that library folder.
+        private: Folders that must stay closed even inside a library folder: the repository, the working folder. One
+            that contains a library folder, or is one, does not close that library folder.
     """
     closed = [os.path.realpath(path) for path in private]
     found = {os.path.realpath(path) for path in library_paths()}
@@ -119,17 +119,17 @@ def readable_paths(private: Sequence[str] = ()) -> list[str]:
 
 
 def _parts(path: str, closed: Sequence[str]) -> list[str]:
-    """`path` itself, or, where closed folders lie inside it, its entries beside the ways to them."""
+    """`path` itself, or, if closed folders lie inside it, its entries without them."""
     inside = [other for other in closed if other != path and is_within(other, path)]
     if not inside:
         return [path]
-    # The target of a link is granted on its own if it lies in a library folder, and not at all otherwise.
+    # Links are skipped: a target in a library folder is granted by its own path, any other must not be.
     entries = [entry.path for entry in os.scandir(path) if not entry.is_symlink() and entry.path not in inside]
     return [part for entry in entries for part in _parts(entry, inside)]
 
 
 def restrict_files(enabled: bool, paths: Sequence[str]) -> str:
-    """Landlock: only `paths` can be read, no TCP, signals and abstract sockets only inside; for ever, this process."""
+    """Landlock, until this process ends: only `paths` can be read, no TCP, signals and abstract sockets only inside."""
     if not enabled:
         return "off"
     import landlockpy
@@ -151,8 +151,8 @@ def restrict_files(enabled: bool, paths: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ resources
-def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int | None, file_bytes: int) -> None:
-    """Hard limits on a child: memory, CPU time, file size (also that of a memfd), open files, no core, no processes."""
+def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int, file_bytes: int) -> None:
+    """Hard limits of a child: memory, CPU time, file size (memfds too), open files, no core dump, no processes."""
     limits = {
         resource.RLIMIT_AS: library_bytes + memory_bytes,
         resource.RLIMIT_DATA: memory_bytes + library_bytes // 4,
@@ -164,9 +164,8 @@ def limit_resources(*, memory_bytes: int, library_bytes: int, cpu_s: int | None,
     }
     for kind, value in limits.items():
         resource.setrlimit(kind, (value, value))
-    if cpu_s is not None:
-        # SIGXCPU tells what happened. Who ignores it is killed so much later that the time used tells it.
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, 2 * cpu_s + 1))
+    # SIGXCPU ends a snippet at the limit. One that ignores it is killed so much later that the time used proves it.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, 2 * cpu_s + 1))
 
 
 def virtual_bytes() -> int:

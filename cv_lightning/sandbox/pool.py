@@ -41,7 +41,7 @@ the cause of a killed child."""
 PATIENCE = 2.0
 """Jobs are lost if no fork server has worked for this many times `start_timeout_s`."""
 UNREAD = 4
-"""Results that may wait to be read, for each snippet that may run at once."""
+"""Most unread results, for each snippet that may run at once."""
 SERVERS_OF_SCIENCE = 1
 ADVICE = "are Pillow, NumPy and OpenCV installed?"
 
@@ -55,7 +55,6 @@ class ChildResult:
     late: bool = False
     wait_status: int = 0
     elapsed_s: float = 0.0
-    cpu_s: float = 0.0
     when_closed: Callable[[], None] | None = None
     lost: str = ""
     """Why the sandbox could not run the snippet."""
@@ -131,7 +130,7 @@ class Pool:
         """Start the fork servers and wait for the first.
 
         Raises:
-            SandboxError: none came up.
+            SandboxError: No server came up.
         """
         self._thread.start()
         limit = self.config.start_timeout_s
@@ -350,7 +349,7 @@ class Pool:
             self._ready.set_result(None)
 
     def _collect(self, server: Server, packet: bytes) -> None:
-        _, number, late, status, elapsed, cpu, peak_bytes = REPLY.unpack(packet)
+        number, late, status, elapsed, peak_bytes = REPLY.unpack(packet)
         job = self._in_flight.get(number)
         if job is None or job.server is not server:
             return
@@ -362,7 +361,7 @@ class Pool:
             return
         self.counts["timeouts"] += bool(late)
         self.counts["killed"] += bool(status and not late)
-        outcome = ChildResult(job.output_fd, bool(late), status, elapsed, cpu, self._was_read)
+        outcome = ChildResult(job.output_fd, bool(late), status, elapsed, self._was_read)
         job.output_fd = -1
         self._release(job)
         with self._lock:

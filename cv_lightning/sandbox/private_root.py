@@ -1,8 +1,8 @@
-"""A file system of its own for a fork server: library folders, read-only, and nothing else of the host.
+"""Gives a fork server a root of its own: library folders, read-only, and no other path of the host.
 
-Landlock denies reading, but not `stat` and `readlink`; in a private root there is nothing else to ask about. Making one
-needs CAP_SYS_ADMIN or leave to make a user namespace, which many containers deny. It is therefore an additional layer:
-where it cannot be made, Landlock stands alone.
+Landlock denies reading, but not `stat` and `readlink`; in a private root other paths do not exist. Making one needs
+CAP_SYS_ADMIN or permission to make a user namespace, which many containers deny. It is therefore an additional layer;
+where it cannot be made, Landlock is used alone.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _MNT_DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _CAP_SYS_ADMIN = 21
 _STAGES = ("/mnt", "/media", "/srv", "/tmp", "/run", "/opt", "/home", "/var")
-"""Folders over which the new root is mounted while it is built; seen by this process only, and gone at the end."""
+"""Folders over which the new root may be mounted while it is built, visible to this process only."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(paths: Sequence[str], *, aliases: Sequence[str] = (), devices: Sequence[str] = ()) -> str:
-    """Replace the root of this process by one that holds only `paths`, read-only. Call it with one thread.
+    """Replace the root of this process by one that contains only `paths`, read-only. The process must have one thread.
 
     Args:
-        paths: folders and files, absolute, without symbolic links.
-        aliases: further absolute paths that lead to one of `paths` by symbolic links.
-        devices: device files.
+        paths: Folders and files, absolute, without symbolic links.
+        aliases: Further absolute paths that lead to one of `paths` by symbolic links.
+        devices: Device files.
 
     Returns:
-        The report of the layer: `active (..)` or `unavailable (why)`. This process alone sees the change.
+        The report of the layer: `active (..)` or `unavailable (why)`.
     """
     number = _PIVOT_ROOT.get(platform.machine())
     if number is None:
@@ -64,7 +64,7 @@ def _check(what: str, status: int) -> None:
 
 
 def _own_mounts() -> str:
-    """Enter a mount namespace that shares nothing, in a user namespace where this process is not privileged."""
+    """Enter a private mount namespace, in a user namespace if this process is not privileged; returns which."""
     if _is_privileged():
         _check("unshare", _libc.unshare(_CLONE_NEWNS))
         how = "mount namespace"
@@ -102,7 +102,7 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def _outermost(paths: Sequence[str]) -> list[str]:
-    """The paths that lie in no other of them."""
+    """The paths that do not lie within another one."""
     kept: list[str] = []
     for path in sorted(set(paths)):
         if not any(is_within(path, other) for other in kept):
@@ -119,13 +119,13 @@ def _bind(path: str, stage: str, *, read_only: bool) -> None:
         Path(target).touch()
     _check(f"bind {path}", _libc.mount(path.encode(), target.encode(), None, _MS_BIND | _MS_REC, None))
     if read_only:
-        # Refused where the host's mount has flags that a user namespace may not clear; Landlock denies writing anyway.
+        # Fails if the host's mount has flags that a user namespace may not clear; Landlock denies writing anyway.
         flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
         _libc.mount(b"none", target.encode(), None, flags, None)
 
 
 def _add_links(stage: str, aliases: Sequence[str]) -> None:
-    """Repeat the links that lead to what is there: `/lib` to `usr/lib`, and those of `aliases`."""
+    """Copy the links whose targets are in the new root: `/lib` to `usr/lib`, and those of `aliases`."""
     top = [(entry.path, os.readlink(entry.path)) for entry in os.scandir("/") if entry.is_symlink()]
     for link, goal in (*top, *((alias, os.path.realpath(alias)) for alias in aliases)):
         target = stage + link

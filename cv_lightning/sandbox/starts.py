@@ -1,4 +1,4 @@
-"""When fork servers may be started, and whether a killed child was killed by somebody else."""
+"""Pauses between failed starts of fork servers, and evidence of who killed a child."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FREE_FAILURES = 3
-"""So many fork servers in a row may die while starting before the next one has to wait."""
+"""Number of failed starts in a row from which the pauses grow."""
 SHORT_PAUSE_S, FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5, 30.0
 FROM_OUTSIDE = frozenset(
     (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 )
-"""Signals that a sealed snippet cannot bring about: it can send none, and its faults and limits raise others. The CPU
-limit also sends SIGKILL; the fork server tells that one apart by the time used."""
+"""Signals that a sealed snippet cannot cause: it cannot send any, and its faults and limits raise others. The CPU limit
+also sends SIGKILL; the fork server recognises that one by the time used."""
 
 
 @dataclass(slots=True)
@@ -29,12 +29,12 @@ class Starts:
     failures: int = 0
     """Fork servers in a row that died before they were ready."""
     not_before: float = 0.0
-    """Monotonic time before which no other is started."""
+    """Monotonic time before which no further one is started."""
     working_at: float = 0.0
-    """Monotonic time at which one was last known to work, or was first asked for."""
+    """Monotonic time at which one was last known to work, or was first needed."""
 
     def failed(self, now: float, why: str) -> None:
-        """Take down that a start failed, and set the pause."""
+        """Count a failed start, and set the pause."""
         self.failures += 1
         if self.failures < FREE_FAILURES:
             self.not_before = now + SHORT_PAUSE_S
@@ -47,17 +47,17 @@ class Starts:
         )  # fmt: skip
 
     def worked(self) -> None:
-        """Take down that a fork server is ready."""
+        """Reset the failures once a fork server is ready."""
         if self.failures >= FREE_FAILURES:
             log.warning("sandbox: %s fork servers work again, after %d failed starts", self.kind, self.failures)
         self.failures, self.not_before = 0, 0.0
 
 
 class KillEvidence:
-    """Tells a child that the snippet ended from one that somebody else killed.
+    """Distinguishes children that their snippet ended from those that were killed from outside.
 
     Args:
-        memory_mb: what a snippet may take.
+        memory_mb: Memory limit of a snippet.
     """
 
     def __init__(self, memory_mb: int) -> None:
@@ -65,11 +65,11 @@ class KillEvidence:
         self._out_of_memory_kills = _out_of_memory_kills()
 
     def is_from_outside(self, wait_status: int, peak_bytes: int) -> bool:
-        """True if the child was killed, and not for the memory that its snippet took.
+        """True if the child was killed, and not for the memory that its snippet used.
 
         Args:
-            wait_status: as `wait` gives it; the deadline and the CPU limit are ruled out already.
-            peak_bytes: most memory that the child had, beyond that of its fork server.
+            wait_status: As `wait` gives it; the deadline and the CPU limit are ruled out already.
+            peak_bytes: Peak memory of the child beyond that of its fork server.
         """
         if not os.WIFSIGNALED(wait_status) or os.WTERMSIG(wait_status) not in FROM_OUTSIDE:
             return False
@@ -79,7 +79,7 @@ class KillEvidence:
 
 
 def _out_of_memory_kills() -> int:
-    """Processes that the kernel has killed because memory, of the machine or a group, ran out; 0 if it is unknown."""
+    """Number of processes that the kernel has killed because memory ran out; 0 if unknown."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
             if line.startswith("oom_kill "):

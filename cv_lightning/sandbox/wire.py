@@ -23,8 +23,8 @@ JOB = struct.Struct("<BQII16s")
 """kind, job id, width, height, seed."""
 PIXEL = 4
 """Bytes of a pixel on the wire: Pillow's own layout of RGB, so that nothing is packed or unpacked."""
-REPLY = struct.Struct("<BQIiddQ")
-"""kind (RUN), job id, 1 if killed at the deadline, wait status, elapsed s, CPU s, peak memory in bytes."""
+REPLY = struct.Struct("<QIidQ")
+"""job id, 1 if it broke the time or CPU limit, wait status, elapsed s, peak memory in bytes."""
 HEADER = struct.Struct("<8sIIIQII")
 """magic, status, width, height, bytes of pixels, bytes of trace, bytes of text."""
 MAGIC = b"cvlsbx01"

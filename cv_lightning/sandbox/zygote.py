@@ -26,7 +26,7 @@ import msgspec
 
 from cv_lightning.sandbox import heap, layers, private_root, sealing, syscalls
 from cv_lightning.sandbox.config import SandboxConfig
-from cv_lightning.sandbox.wire import CANCEL, JOB, REPLY, RUN
+from cv_lightning.sandbox.wire import CANCEL, JOB, REPLY
 
 BASIC_MODULES = (
     "math random json re collections itertools functools statistics fractions decimal unicodedata colorsys io base64 "
@@ -112,7 +112,7 @@ class ForkServer:
         self.report: dict[str, str] = {"clean_exec": "active"}
         self.seal: sealing.Seal | None = None
         self.children: dict[int, _Child] = {}
-        """By pidfd."""
+        """Children by their pidfd."""
         self.by_job: dict[int, _Child] = {}
         self.spare: _Child | None = None
         self.poll = select.epoll()
@@ -239,7 +239,7 @@ class ForkServer:
             elapsed, cpu = time.monotonic() - child.started, usage.ru_utime + usage.ru_stime
             late = child.timed_out or self._broke_cpu_limit(status, cpu)
             del self.by_job[child.job]
-            self.control.send(REPLY.pack(RUN, child.job, late, status, elapsed, cpu, usage.ru_maxrss << 10))
+            self.control.send(REPLY.pack(child.job, late, status, elapsed, usage.ru_maxrss << 10))
         elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == sealing.NOT_SEALED:
             # The status means this only before a job: model code may exit as it likes. The parent sees this exit.
             sys.exit("a child could not be sealed")

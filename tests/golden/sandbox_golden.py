@@ -1,4 +1,4 @@
-"""The net effect of a snippet on a picture that encodes each pixel's coordinates in its colour."""
+"""The net effect of a snippet on an image that encodes each pixel's coordinates in its colour."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ WIDTH, HEIGHT = 400, 300
 
 
 @functools.cache
-def coordinate_picture(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """RGB picture of up to 512x512 in which every pixel has its own colour, smooth in x and y for filters."""
+def coordinate_image(width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+    """RGB image of up to 512x512 in which every pixel has its own colour, smooth in x and y for filters."""
     y, x = np.mgrid[0:height, 0:width]
     channels = [x // 2, y // 2, 64 * (x % 2) + 128 * (y % 2) + (x + 2 * y) // 16]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
@@ -34,6 +34,6 @@ def golden_transforms(case: dict[str, Any]) -> dict[str, Any]:
     code = case.get("code")
     effect = None
     if isinstance(code, str) and code.strip():
-        effect = _sandbox().run_sync(coordinate_picture(), code).effect
+        effect = _sandbox().run_sync(coordinate_image(), code).effect
     effect = effect or Effect(to_input=None)
     return {"core": list(effect.core), "crop_box": list(effect.crop_box) if effect.crop_box else None}

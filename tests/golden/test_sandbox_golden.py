@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sandbox_golden import coordinate_picture, golden_transforms
+from sandbox_golden import coordinate_image, golden_transforms
 
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import ToolStatus
@@ -35,7 +35,7 @@ def test_net_effects_agree_with_what_was_measured() -> None:
 
 
 def test_reference_results_are_those_of_the_reference() -> None:
-    picture = coordinate_picture()
+    image = coordinate_image()
     with (
         Sandbox(SandboxConfig(reference_results=True, max_code_chars=20_000)) as reference,
         Sandbox(SandboxConfig(max_code_chars=20_000)) as ours,
@@ -44,29 +44,29 @@ def test_reference_results_are_those_of_the_reference() -> None:
             verdict = case["truth"].get("reference_executor")
             if verdict is None or case["code"] is None:
                 continue
-            got = reference.run_sync(picture, case["code"])
+            got = reference.run_sync(image, case["code"])
             if verdict == "input_unchanged":
-                assert got.image is not None and got.image.tobytes() == picture.tobytes(), case["code"]
+                assert got.image is not None and got.image.tobytes() == image.tobytes(), case["code"]
             elif verdict == "rejected_not_pil":
                 assert (got.status, got.error_kind) == (ToolStatus.ERROR, "not_an_image"), case["code"]
             else:
                 assert verdict == "same", f"unknown verdict {verdict}"
-                right = ours.run_sync(picture, case["code"])
-                # Where nothing was made, ours says so and the reference hands the input back.
-                want = picture if right.error_kind == "no_result" else right.image
+                right = ours.run_sync(image, case["code"])
+                # Where no result was made, ours reports it and the reference returns the input.
+                want = image if right.error_kind == "no_result" else right.image
                 assert want is not None and got.image is not None, (case["code"], got.error)
                 assert got.image.tobytes() == want.tobytes(), case["code"]
 
 
 @pytest.mark.parametrize("code", ["image = image.rotate(90)", "rotated = image.rotate(180)"])
-def test_the_reference_loses_what_ours_returns_or_explains(code: str) -> None:
-    picture = coordinate_picture()
+def test_the_reference_returns_the_input_where_ours_returns_or_explains(code: str) -> None:
+    image = coordinate_image()
     with Sandbox(SandboxConfig(reference_results=True)) as reference:
-        lost = reference.run_sync(picture, code).image
-    assert lost is not None and lost.tobytes() == picture.tobytes()
+        lost = reference.run_sync(image, code).image
+    assert lost is not None and lost.tobytes() == image.tobytes()
     with Sandbox(SandboxConfig()) as ours:
-        got = ours.run_sync(picture, code)
+        got = ours.run_sync(image, code)
     if "rotated" in code:
         assert got.error_kind == "no_result" and "result" in got.error
     else:
-        assert got.image is not None and got.image.tobytes() == picture.rotate(90).tobytes()
+        assert got.image is not None and got.image.tobytes() == image.rotate(90).tobytes()

@@ -1,4 +1,4 @@
-"""One running sandbox for all tests of a process, and pictures to run on."""
+"""One running sandbox for all tests of a process, and images to run on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def general() -> Sandbox:
 
 
 @functools.cache
-def smooth_picture(width: int = 240, height: int = 180) -> Image.Image:
-    """RGB; every pixel differs, neighbours little, so that filters and resizes keep what is where."""
+def smooth_image(width: int = 240, height: int = 180) -> Image.Image:
+    """RGB; every pixel differs, neighbours only a little, so that filters and resizes keep places recognisable."""
     y, x = np.mgrid[0:height, 0:width]
     waves = 60 * np.sin(x / 17.0) + 50 * np.cos(y / 11.0 + x / 60.0)
     channels = [x * 255 // width, y * 255 // height, np.clip(128 + waves, 0, 255)]

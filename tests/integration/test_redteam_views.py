@@ -27,7 +27,7 @@ from cv_lightning.types import Task
 SAMPLE = 25
 """Programs of each kind in every run; --run-slow runs 2,000."""
 COMPARED = 15
-"""Programs that both tiers run in every run; --run-slow compares three times as many."""
+"""Programs that both executors run in every run; --run-slow compares three times as many."""
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_redteam_a_turn_is_blamed_by_its_pixels(sandbox: Sandbox, tail: str) -> 
     assert components(run(sandbox, upright, code))["spurious"] >= (1 if "EDGES" not in tail else 0)
 
 
-def test_redteam_contrast_on_a_dummy_is_no_used_operation(sandbox: Sandbox) -> None:
+def test_redteam_contrast_on_an_unused_image_is_not_a_used_operation(sandbox: Sandbox) -> None:
     code = (
         "d = ImageEnhance.Contrast(Image.new('RGB', (9, 9), 'red')).enhance(2)\n"
         "result = Image.frombytes('RGB', image.size, image.tobytes())"
@@ -212,7 +212,7 @@ def test_redteam_contrast_on_a_dummy_is_no_used_operation(sandbox: Sandbox) -> N
         assert components(run(sandbox, task(box=None), real), config)["emerge"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ both tiers
+# ------------------------------------------------------------------------------------------------ both executors
 STEPS = (
     "x = x.rotate(270, expand=True)",
     "x = x.rotate(90, expand=True)",
@@ -243,12 +243,12 @@ IN_CALLER = SandboxConfig(plan_budget_ms=1e6)
 
 
 @pytest.mark.parametrize("number", [COMPARED, pytest.param(3 * COMPARED, marks=pytest.mark.slow)])
-def test_redteam_both_tiers_pay_the_same(general: Sandbox, number: int) -> None:
+def test_redteam_both_executors_give_the_same_credit(general: Sandbox, number: int) -> None:
     """Effect, used operations and reward of a plan executed in the caller equal those of the same code in a child."""
     compared: list[float] = []
 
     class Planned:
-        """The plan tier alone, as a sandbox."""
+        """Plans alone, as a sandbox."""
 
         def run_sync(self, image: Image.Image, code: str) -> object:
             found = plan.run(image, code, IN_CALLER)

@@ -56,7 +56,7 @@ def test_packaged_cases_are_contained(capsys: pytest.CaptureFixture[str], tmp_pa
     assert all(shown["layers"][name].startswith("active") for name in required)  # type: ignore[index]
 
 
-def test_the_judge_fails_what_is_not_contained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_self_test_fails_cases_that_are_not_contained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Cases whose expectation is wrong, so that a judge that always agrees is seen."""
     canary = tmp_path / "canary"
     canary.write_text("x")
@@ -78,7 +78,7 @@ def test_the_judge_fails_what_is_not_contained(capsys: pytest.CaptureFixture[str
     assert code == 1 and verdicts.pop("fine") is True and not any(verdicts.values()), verdicts
 
 
-def test_a_side_effect_that_happens_is_seen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_side_effect_is_detected(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "made"
     seen = corpus(tmp_path, ("writes", "result = image", f"no_side_effect:{path}"))
     original = Sandbox.run_sync
@@ -94,7 +94,7 @@ def test_a_side_effect_that_happens_is_seen(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"cases": [{"name": "x"}]}', '{"cases": 3}'])
-def test_a_file_that_is_no_corpus_is_an_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_corpus_file_is_an_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"bad\.json"):
@@ -177,7 +177,7 @@ def test_redteam_and_every_other_corpus(user: str, root: str, file: Path, capsys
     assert sorted(failed_cases(shown)) == known, failed_cases(shown)
 
 
-def test_a_signal_that_reaches_the_victim_is_seen() -> None:
+def test_a_signal_that_reaches_the_victim_is_detected() -> None:
     with surroundings() as around:
         victim = Case(name="a", category="", code="kill(VICTIM_PID)", expect="any")
         first = int(around.victim.code_for(victim)[5:-1])

@@ -1,4 +1,4 @@
-"""Ordinary snippets work, and those that cannot get a text that says what to do."""
+"""Ordinary snippets work; those that cannot get an error with advice."""
 
 import asyncio
 import json
@@ -17,9 +17,9 @@ SNIPPETS = {row["name"]: row["code"] for row in json.loads(FILE.read_text(encodi
 
 
 REFUSED = {"code: thread_pool", "code: tempfile_", "code: oversize_result"}
-"""Work in plain Python and not here; the error says what to do."""
+"""These work in plain Python and not here; the error gives advice."""
 GENEROUS = SandboxConfig(plan_tier=False, timeout_s=90.0, cpu_s=30)
-"""The machine may be busy, and what is tested is what is refused."""
+"""Generous limits for a busy machine; the test is about what is refused."""
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_saved_images_can_be_opened_again_and_no_file_is_made(tmp_path: Path) ->
     assert again.status is ToolStatus.ERROR and again.error_kind in ("FileNotFoundError", "PermissionError")
 
 
-def test_errors_of_saving_are_pillows_own() -> None:
+def test_errors_of_saving_are_those_of_pillow() -> None:
     for code, kind in (("image.save('x.nonsense')", "ValueError"), ("image.save('noextension')", "ValueError"),
                        ("image.convert('RGBA').save('x.jpg')", "OSError")):  # fmt: skip
         assert general().run_sync(full_image(), code).error_kind == kind

@@ -1,4 +1,4 @@
-"""The pool under load and under fire: fairness, cancellation, bounds, restarts, kills; nothing left over."""
+"""The pool under load and under kills: fairness, cancellation, limits, restarts, and nothing left over."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def resident_mb() -> float:
 
 
 def alive(pid: int) -> bool:
-    """True if a process exists and is no zombie."""
+    """True if a process exists and is not a zombie."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
@@ -94,7 +94,7 @@ def test_trajectories_take_turns() -> None:
     assert max(finished.index("b"), finished.index("c")) <= 6, finished
 
 
-def test_the_queue_is_bounded_and_says_so() -> None:
+def test_snippets_beyond_the_queue_limit_are_refused_with_the_setting() -> None:
     config = SandboxConfig(plan_tier=False, num_zygotes=1, max_in_flight=1, max_queue=3)
     with Sandbox(config) as sandbox:
         results = asyncio.run(run_all(sandbox, [SLEEP.format(0.2)] * 8))
@@ -103,7 +103,7 @@ def test_the_queue_is_bounded_and_says_so() -> None:
     assert all("max_queue" in result.error for result in results if result.status is ToolStatus.INFRASTRUCTURE_ERROR)
 
 
-def test_bytes_in_flight_are_bounded_but_one_large_picture_runs() -> None:
+def test_bytes_in_flight_are_bounded_but_one_large_image_runs() -> None:
     large = Image.new("RGB", (2000, 1000))
     config = SandboxConfig(plan_tier=False, max_in_flight=4, max_in_flight_mb=1.0)
     seen: list[float] = []
@@ -117,14 +117,14 @@ def test_bytes_in_flight_are_bounded_but_one_large_picture_runs() -> None:
     assert [result.status for result in results] == [ToolStatus.OK] * 4 and max(seen) == 1
 
 
-def test_a_long_queue_takes_neither_files_nor_memory() -> None:
+def test_a_long_queue_uses_neither_files_nor_memory() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    picture = Image.new("RGB", (1000, 1000))
+    image = Image.new("RGB", (1000, 1000))
     with Sandbox(SandboxConfig(plan_tier=False)) as sandbox:
         before, most = resident_mb(), [0]
 
         async def run() -> list[SandboxResult]:
-            jobs = (sandbox.run(picture, marked(i), owner=str(i)) for i in range(200))
+            jobs = (sandbox.run(image, marked(i), owner=str(i)) for i in range(200))
             return await asyncio.gather(*jobs)
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, open_files() + 60), hard))
@@ -177,8 +177,8 @@ def test_cancelling_kills_the_child_and_takes_waiting_jobs_out() -> None:
     assert sandbox.stats["in_flight"] == 0 and sandbox.stats["queued"] == 0
 
 
-# ------------------------------------------------------------------------------------------------ under fire
-def test_a_job_is_resent_when_its_fork_server_dies_and_in_the_end_given_up() -> None:
+# ------------------------------------------------------------------------------------------------ kills
+def test_a_job_is_resent_when_its_fork_server_dies_and_lost_after_too_many_deaths() -> None:
     with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, timeout_s=20)) as sandbox:
 
         def kill_when_busy() -> None:
@@ -233,7 +233,7 @@ def test_every_fourth_child_killed_at_a_random_moment() -> None:
         with repeatedly(kill_some, lambda: rng.uniform(0.0, 0.02)):
             results = asyncio.run(run_all(sandbox, [marked(i) for i in range(120)]))
         for number, result in enumerate(results):
-            # A child that somebody else killed is not its snippet's failure; each caller gets its own result.
+            # A child killed from outside is not its snippet's failure; each caller gets its own result.
             assert result.status in (ToolStatus.OK, ToolStatus.INFRASTRUCTURE_ERROR), result
             assert result.image is None or number_of(result.image) == number
         assert sum(result.status is ToolStatus.OK for result in results) > 30
@@ -319,7 +319,7 @@ ENDS = (
 )
 
 
-def test_redteam_no_snippet_can_pass_for_one_that_something_else_killed() -> None:
+def test_redteam_no_snippet_can_look_like_one_killed_from_outside() -> None:
     sandbox = general()
     before = sandbox.stats
     for code in ENDS:
@@ -371,7 +371,7 @@ def test_a_killed_child_is_resent_and_one_that_used_the_memory_itself_is_not(mon
         assert not evidence.is_from_outside(own, little)
 
 
-def test_the_pool_recovers_after_many_failed_starts_and_says_so(
+def test_the_pool_recovers_after_many_failed_starts_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     boot = "cv_lightning.sandbox.server._BOOT"
@@ -388,10 +388,10 @@ def test_the_pool_recovers_after_many_failed_starts_and_says_so(
     assert "died while starting (exit status 3)" in text and "work again" in text
 
 
-def test_a_fork_server_that_lost_its_seal_while_starting_runs_nothing(
+def test_a_fork_server_without_its_filter_runs_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The library of the filter is looked for by other programs, and somebody may kill those."""
+    """Other programs look for the library of the filter, and those may be killed."""
     boot, working = "cv_lightning.sandbox.server._BOOT", server._BOOT
     with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, timeout_s=20)) as sandbox:
         monkeypatch.setattr(boot, "import ctypes.util; ctypes.util.find_library = lambda name: None; " + working)
@@ -405,7 +405,7 @@ def test_a_fork_server_that_lost_its_seal_while_starting_runs_nothing(
     assert "started without layers that an earlier one had: {'seccomp'" in caplog.text
 
 
-def test_jobs_are_lost_with_the_reason_when_no_server_works_for_long_and_later_ones_run(
+def test_jobs_are_lost_when_no_server_works_for_long_and_later_ones_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     boot, working = "cv_lightning.sandbox.server._BOOT", server._BOOT
@@ -422,7 +422,7 @@ def test_jobs_are_lost_with_the_reason_when_no_server_works_for_long_and_later_o
     assert "1 snippets lost since the start" in caplog.text
 
 
-def test_bombs_in_parallel_harm_nobody_else() -> None:
+def test_hostile_snippets_do_not_disturb_others_in_parallel() -> None:
     bombs = [
         "x = [bytearray(1 << 24) for _ in range(1000)]",
         "while True: pass",
@@ -461,7 +461,7 @@ def test_no_job_is_lost_or_doubled_when_fork_servers_die(number: int) -> None:
                 kills += 1
                 os.kill(rng.choice(pids), signal.SIGKILL)
 
-        # A job is lost for good only if it meets two deaths; a server that has just started is left to itself.
+        # Enough pause between kills that no job meets many deaths and servers can start.
         with repeatedly(kill_one, lambda: rng.uniform(0.5, 1.0) + (2.0 if number > 1000 else 0.0)):
             told: list[int | ToolStatus] = []
             for first in range(0, number, WAVE):

@@ -115,7 +115,7 @@ def test_bad_results_are_typed_errors_with_advice(code: str, kind: str, hint: st
     assert hint in result.error and result.image is None and len(result.error) <= SandboxConfig().max_error_chars
 
 
-def test_files_of_the_host_are_denied_or_do_not_exist() -> None:
+def test_files_of_the_host_cannot_be_read() -> None:
     sandbox = general()
     hidden = sandbox.layers["private_root"].startswith("active")
     result = sandbox.run_sync(NOISE, "open('/etc/passwd')")
@@ -135,7 +135,7 @@ def test_files_of_the_host_are_denied_or_do_not_exist() -> None:
         (Image.new("RGB", (4000, 4)), "x = 1", "bad_image"),
     ],
 )
-def test_what_cannot_run_is_refused(image: Image.Image, code: str, kind: str) -> None:
+def test_invalid_input_is_rejected(image: Image.Image, code: str, kind: str) -> None:
     result = general().run_sync(image, code)
     assert (result.status, result.error_kind) == (ToolStatus.REJECTED, kind) and result.error
 
@@ -223,7 +223,7 @@ def test_an_interpreter_that_cannot_load_the_libraries_is_an_error_not_a_hang(mo
         Sandbox(SandboxConfig(start_timeout_s=20)).start()
 
 
-def test_starting_twice_and_after_closing() -> None:
+def test_start_and_close_may_be_repeated() -> None:
     sandbox = Sandbox(SandboxConfig(plan_tier=False))
     sandbox.start()
     sandbox.start()
@@ -268,7 +268,7 @@ def test_command_runs_one_snippet_and_prints_its_trace(tmp_path: Path, capsys: p
     assert main(["--run", str(tmp_path / "code.py"), str(tmp_path / "no.png")]) == 2
 
 
-def test_long_straight_code_is_no_plan_but_runs() -> None:
+def test_long_straight_code_runs_in_a_child() -> None:
     lines = ["image = image.transpose(2)"] * (MAX_STATEMENTS + 2)
     result = general().run_sync(NOISE, "\n".join(lines))
     assert result.image is not None and np.array_equal(np.asarray(result.image), np.rot90(np.asarray(NOISE), 26))

@@ -1,7 +1,7 @@
-"""What ran, in order, with evaluated arguments, and what became of the pixels: by library and by style of code."""
+"""Reported operations, arguments and net effect, by library and by style of code."""
 
 import pytest
-from sandbox_samples import NOISE, general, smooth_picture
+from sandbox_samples import NOISE, general, smooth_image
 
 from cv_lightning.types import Affine, SandboxResult
 
@@ -111,7 +111,7 @@ NAMES = [
 
 
 def run(code: str) -> SandboxResult:
-    result = general().run_sync(smooth_picture(), code)
+    result = general().run_sync(smooth_image(), code)
     assert result.image is not None and result.effect is not None, result.error
     return result
 
@@ -155,7 +155,7 @@ def test_the_map_comes_with_the_result() -> None:
     assert effect is not None and effect.to_input is None and effect.core == ()
 
 
-def test_another_picture_is_no_image_of_the_input() -> None:
+def test_another_image_gets_no_map() -> None:
     code = (
         "y, x = np.mgrid[:96, :128]\nresult = np.stack([x % 13 * 19, y % 7 * 30, (x * y) % 256], -1).astype(np.uint8)"
     )

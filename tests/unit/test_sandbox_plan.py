@@ -1,4 +1,4 @@
-"""The plan tier's parsing, pricing and caps, without processes."""
+"""Parsing, cost estimates and limits of plans, without processes."""
 
 import math
 
@@ -57,11 +57,11 @@ CROP = "result = image.crop((1, 2, 30, 40))"
         "(" * 500 + "1" + ")" * 500,
     ],
 )
-def test_other_code_is_left_to_a_child(code: str) -> None:
+def test_code_that_is_not_a_plan_is_left_to_a_child(code: str) -> None:
     assert plan.prepare(code, NOISE.size) is None and plan.run(NOISE, code, SandboxConfig()) is None
 
 
-def test_a_plan_tells_the_net_effect_and_what_was_thrown_away() -> None:
+def test_a_plan_reports_the_net_effect_and_unused_operations() -> None:
     code = "b = image.rotate(45)\na = image.rotate(90, expand=True)\nresult = a.crop((10, 20, 50, 60))"
     result = plan.run(NOISE, code, SandboxConfig())
     assert result is not None and result.effect is not None and result.image is not None
@@ -78,7 +78,7 @@ def test_a_plan_tells_the_net_effect_and_what_was_thrown_away() -> None:
         ("processed_image = image.rotate(180)\nimg = img.crop((0, 0, 9, 9))", "rotate_180"),
     ],
 )
-def test_results_are_picked_as_a_child_does(code: str, name: str) -> None:
+def test_plans_pick_the_result_as_a_child_does(code: str, name: str) -> None:
     result = plan.run(NOISE, code, SandboxConfig())
     assert result is not None and [op.name for op in result.operations if op.used] == [name]
 
@@ -94,7 +94,7 @@ def test_nothing_runs_before_its_cost_is_known(monkeypatch: pytest.MonkeyPatch) 
     assert plan.run(NOISE, dear, SandboxConfig(plan_budget_ms=3.0)) is None
 
 
-def test_the_input_itself_is_never_handed_out() -> None:
+def test_a_plan_never_returns_the_input_object() -> None:
     result = plan.run(NOISE, "result = image", SandboxConfig())
     assert result is not None and result.image is not NOISE and result.image is not None
     result.image.putpixel((0, 0), (1, 2, 3))
@@ -113,13 +113,13 @@ def test_results_beyond_the_limits_are_left_to_a_child_that_explains() -> None:
     st.integers(1, 300),
     st.one_of(st.floats(-720, 720), st.sampled_from([0.0, 90.0, 180.0, 270.0, 45.0, -90.0, 1e-9])),
 )
-def test_the_size_of_a_rotation_is_foreseen(width: int, height: int, angle: float) -> None:
+def test_the_size_of_a_rotation_is_predicted(width: int, height: int, angle: float) -> None:
     arguments = {"angle": angle, "expand": True}
     made = Image.new("L", (width, height)).rotate(angle, expand=True)
     assert output_size("Image.rotate", (width, height), arguments) == made.size
 
 
-def test_functions_and_conditions_are_folded() -> None:
+def test_functions_and_conditions_are_evaluated() -> None:
     code = (
         "w, h = image.size\na = 90 if w > h else 0\nresult = image.rotate(math.degrees(math.pi / 2) + a, expand=True)"
     )
@@ -128,7 +128,7 @@ def test_functions_and_conditions_are_folded() -> None:
 
 
 @pytest.mark.parametrize("flag", ["timeout_s", "memory_mb", "max_result_pixels", "max_code_chars"])
-def test_config_names_the_wrong_flag(flag: str) -> None:
+def test_config_errors_name_the_setting(flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         SandboxConfig(**{flag: 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_code_chars"):

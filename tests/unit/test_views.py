@@ -1,4 +1,4 @@
-"""Images of tasks made ahead: the same as when asked for, no further ahead than said, errors where they belong."""
+"""Images of tasks made ahead are shared by the samples of a task, made once, and only a fixed number ahead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from cv_lightning.images import content_hash
 from cv_lightning.types import Task
 
 
-def test_no_further_ahead_than_said(encoder: DialogueEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_made_only_a_fixed_number_of_tasks_ahead(
+    encoder: DialogueEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "AHEAD", 3)
     made: list[str] = []
     whole = module._views_of
