@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from cv_lightning.images import compose, dihedral_affine, invert, map_box
 from cv_lightning.orientations import ORIENTATIONS, turn_image
-from cv_lightning.sandbox.geometry import matrix_of
+from cv_lightning.sandbox.geometry import turn
 from cv_lightning.types import IDENTITY, Affine, Box, Task
 
 TRAIN_DIGITS = 1200
@@ -70,7 +70,7 @@ class Program:
     def to_source(self, size: tuple[int, int]) -> Affine:
         """The map from an honest program's last result, by its size, to the image as given."""
         left, top, right, bottom = self.shown or (0, 0, *self.scene.image.size)
-        turned = matrix_of(self.scene.turn, (right - left, bottom - top)) if self.scene.turn else IDENTITY
+        turned = turn(self.scene.turn, right - left, bottom - top) if self.scene.turn else IDENTITY
         swapped = self.scene.turn in ("rotate_90", "rotate_270")
         wide, high = (bottom - top, right - left) if swapped else (right - left, bottom - top)
         content = size[0] - 2 * self.border, size[1] - 2 * self.border
