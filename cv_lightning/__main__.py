@@ -1,26 +1,12 @@
-"""`python -m cv_lightning VERB`: a dispatcher that imports what a verb needs once the verb is known."""
+"""`python -m cv_lightning VERB`: the dispatcher, which imports what a verb needs once the verb is known."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
-from typing import NamedTuple
 
-
-class Verb(NamedTuple):
-    """One command."""
-
-    target: str
-    """`module:function`, called with the list of arguments; an int that it returns is the exit code."""
-    help: str
-    """One line."""
-    lightning: bool = False
-    """LightningCLI's own subcommand: the verb is part of its arguments."""
-
+from cv_lightning.command_line import Verb, find_verb
 
 VERBS = {
     "fit": Verb("cv_lightning.cli:main", "train: SFT or GRPO, as the config says", lightning=True),
@@ -29,73 +15,57 @@ VERBS = {
     "doctor": Verb("cv_lightning.commands.doctor:main", "show what works on this machine, and what would add the rest"),
     "sandbox": Verb("cv_lightning.commands.sandbox:main", "test the sandbox, or run one snippet in it"),
     "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
-    "plan": Verb("cv_lightning.commands.plan:main", "say before a run what it takes, and whether it fits"),
+    "plan": Verb("cv_lightning.commands.plan:main", "estimate memory and time of a run, and whether it fits"),
     "export": Verb("cv_lightning.commands.export:main", "write a checkpoint as a Hugging Face folder"),
     "rescore": Verb("cv_lightning.commands.rescore:main", "apply another reward recipe to stored trajectories"),
     "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
     "view": Verb("cv_lightning.commands.view_run:main", "show a run in the browser while it continues"),
     "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),
-    "quickstart": Verb(
-        "cv_lightning.digits.quickstart:main", "train and test a tiny model on handwritten digits, from nothing"
-    ),
+    "quickstart": Verb("cv_lightning.digits.quickstart:main", "train and test a tiny model on handwritten digits"),
     "compare": Verb("cv_lightning.commands.compare:main", "compare two evaluations question by question"),
-    "ablations": Verb(
-        "cv_lightning.digits.ablations:main", "train the quickstart with parts of reward and recipe taken away"
-    ),
+    "ablations": Verb("cv_lightning.digits.ablations:main", "train the quickstart without parts of reward and recipe"),
     "config": Verb("cv_lightning.commands.config:main", "rewrite a config of an earlier version"),
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
-    "chat": Verb("cv_lightning.commands.chat:main", "ask a model about a picture, in the terminal or a browser"),
+    "chat": Verb("cv_lightning.commands.chat:main", "ask a model about an image, in the terminal or a browser"),
     "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight checkpoint"),
     "quickstart-summary": Verb("cv_lightning.digits.summary:main", "summarise a quickstart run: tables, summary.json"),
 }
-USAGE = "usage: python -m cv_lightning VERB [options]"
-
-
-def available() -> dict[str, Verb]:
-    """The verbs whose module exists; nothing is imported but the package that holds it."""
-    return {name: verb for name, verb in VERBS.items() if importlib.util.find_spec(verb.target.split(":")[0])}
+ABOUT = "options of all: --quiet (warnings and results only), --verbose (everything, libraries too)\n"
 
 
 def main(argv: list[str]) -> int:
     """Run one verb.
 
     Args:
-        argv: the command line without the program's name.
+        argv: The command line without the program's name.
 
     Returns:
         The exit code; 2 if there is no such verb.
     """
-    verbs = available()
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        sys.stdout.write(_help(verbs))
-        return 0 if argv else 2
-    if argv[0] == "--version":
+    if argv[:1] == ["--version"]:
         from cv_lightning import __version__
 
         sys.stdout.write(f"cv_lightning {__version__}\n")
         return 0
-    if argv[0] not in verbs:
-        sys.stderr.write(_no_such_verb(argv[0], verbs))
-        return 2
-    verb = verbs[argv[0]]
+    verb = find_verb(argv, VERBS, "python -m cv_lightning", "verb", ABOUT)
+    if isinstance(verb, int):
+        return verb
     from cv_lightning.environment import prepare_environment, set_up_logging, take_verbosity
 
     is_own = argv == sys.argv[1:]
     argv = [argv[0], *take_verbosity(argv[1:])]
     if is_own:  # ranks that Lightning starts read it, too
         sys.argv[1:] = argv
+    arguments: list[str] | None = argv[1:]
     if verb.lightning:
         prepare_environment()
+        arguments = None if is_own else argv  # Lightning reads sys.argv itself, and warns of a second command line
     set_up_logging()
-    module, function = verb.target.split(":")
-    arguments: list[str] | None = argv[1:]
-    if verb.lightning:  # Lightning reads the command line itself, and warns if it is given a second one
-        arguments = None if is_own else argv
     from cv_lightning.files import describe_disk_error
 
     try:
-        result = getattr(importlib.import_module(module), function)(arguments)
+        result = verb.load()(arguments)
     except OSError as error:
         if not (said := describe_disk_error(error)):
             raise
@@ -105,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def run() -> None:
-    """Entry of the installed script."""
+    """Entry point of the installed script."""
     from cv_lightning.environment import use_utf8
 
     use_utf8()
@@ -124,27 +94,6 @@ def agent_arguments(arguments: list[str], environment: Mapping[str, str]) -> lis
     sweep, run = environment.get("WANDB_SWEEP_ID"), environment.get("WANDB_RUN_ID")
     is_named = any(word.partition("=")[0] == "--trainer.default_root_dir" for word in kept)
     return kept if is_named or not (sweep and run) else [*kept, f"--trainer.default_root_dir=runs/sweeps/{sweep}/{run}"]
-
-
-def _help(verbs: dict[str, Verb]) -> str:
-    width = max(map(len, verbs))
-    lines = [
-        USAGE,
-        "",
-        "Train and evaluate vision-language models that think with images by writing code.",
-        "",
-        "verbs:",
-    ]
-    lines += [f"  {name:{width}}  {verb.help}" for name, verb in verbs.items()]
-    lines += ["", "options of a verb: python -m cv_lightning VERB --help"]
-    lines += ["options of all: --quiet (warnings and results only), --verbose (everything, libraries too)"]
-    return "\n".join(lines) + "\n"
-
-
-def _no_such_verb(given: str, verbs: dict[str, Verb]) -> str:
-    close = difflib.get_close_matches(given, verbs, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"verbs: {', '.join(verbs)}"
-    return f"{USAGE}\nno verb '{given}'; {hint}\n"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,17 @@ TAKE_OVER = (
 
 
 class ShortErrorParser(ShortErrors, LightningArgumentParser):
-    """A parser whose errors are short, that wants whole names, and that knows what old configs are called today."""
+    """A parser with short errors and without abbreviations, which knows the old names of config keys."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
 
     def parse_string(self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any) -> Any:
-        """Parse a config. One that a run has stored may have old names; in a user's file they are an error."""
+        """Parse a config. A stored one may have old names; in a user's file they are an error."""
         try:
             loaded = yaml.safe_load(content)
         except yaml.YAMLError:
-            loaded = None  # the parser's own error says where
+            loaded = None  # the parser's own error names the place
         if isinstance(loaded, dict):
             migrated, changes = migrate_config(loaded)
             if changes and Path(path).name not in STORED:
@@ -82,34 +83,39 @@ CALLBACKS: dict[str, type[Callback]] = {
     "export": ExportCallback,
     "checkpoint": CheckpointCallback,
 }
-"""Callbacks that a run has once, by their key in a config, in the order in which they are called."""
+"""Callbacks that a run has exactly once, by their key in a config, in the order of their calls."""
 SWITCHES = {"progress": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
-"""Lightning's own switches of some of them."""
+"""Lightning's own switches of two of them."""
+LINKS = {
+    "rollout.sampling.temperature": "model.init_args.temperature",
+    "rollout.agent.prompt": "model.init_args.prompt",
+    "rollout.agent.tools": "model.init_args.tools",
+}
+"""Settings of rollouts that a module needs too; a module without the argument is left alone."""
 PARTS = {"module": "model", "data": "data"}
-"""Parts of a recipe to where they stand in a config."""
+"""Keys of the parts of a recipe."""
 
 
 class CVLightningCLI(LightningCLI):
-    """LightningCLI with our defaults: a run folder, metrics and checkpoints in it, progress bar, run record."""
+    """LightningCLI with our defaults: a run folder with metrics and checkpoints, progress bar, run record."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._take_over = False
-        """The flag; not part of the config that is written, which would take over every later time."""
-        self._settings: dict[str, Any] = {}
-        """Of the recipe, by dotted name."""
-        super().__init__(*args, **kwargs)
+    _take_over = False
+    """The flag; not part of the stored config, with which a later run would take over again."""
+    _settings: dict[str, Any]
+    """Settings of the recipe by dotted name; set before anything is built."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, but for `predict`: what a policy says is a trajectory, which `test` stores."""
+        """Lightning's without `predict`, as `test` stores trajectories."""
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults that a research run wants."""
+        """Add our keys, links between them, and defaults."""
         parser.add_argument("--take_over", type=bool, default=False, help=TAKE_OVER)
         for key, kind in CALLBACKS.items():
             parser.add_class_arguments(kind, key, sub_configs=True)
-        parser.link_arguments("rollout.sampling.temperature", "model.init_args.temperature")
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
         parser.set_defaults(
             {
                 "export.folder": None,
@@ -136,10 +142,10 @@ class CVLightningCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; a value that one of them refuses is a message, not a traceback.
+        """Build model, data and trainer; a value that one of them refuses is an error without a traceback.
 
         Raises:
-            CVLightningError: what the constructor said; JSONARGPARSE_DEBUG=true shows where.
+            CVLightningError: The constructor's error; JSONARGPARSE_DEBUG=true shows the traceback.
         """
         try:
             super().instantiate_classes()
@@ -152,14 +158,14 @@ class CVLightningCLI(LightningCLI):
             raise CVLightningError(str(cause)) from error
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads the whole checkpoint here for hyper-parameters that would override flags; ours hold none."""
+        """Skip Lightning's search for hyper-parameters, which would read the whole checkpoint; ours hold none."""
 
     def before_instantiate_classes(self) -> None:
-        """Check where the ranks meet, and find the checkpoint, before anything is built.
+        """Check the launch of the ranks and find the checkpoint, before anything is built.
 
         Raises:
-            CVLightningError: the ranks would not meet; there is no checkpoint, or none that is whole; or the checkpoint
-                or the run's folder is another run's.
+            CVLightningError: The ranks would not meet; there is no undamaged checkpoint; or the checkpoint or the run
+                folder belongs to another run.
         """
         subcommand = self.config[self.subcommand]
         trainer = subcommand.trainer
@@ -169,14 +175,14 @@ class CVLightningCLI(LightningCLI):
             trainer.devices = use_named_devices(trainer.devices, trainer.accelerator, Gpus.here())
         except ValueError as error:
             raise CVLightningError(str(error)) from error
-        run = Path(subcommand.trainer.default_root_dir)
+        run = Path(trainer.default_root_dir)
         path = find_checkpoint(subcommand.get("ckpt_path"), run)
         subcommand["ckpt_path"] = path
         self._settings = settings_of(self.as_dict())
         if self.subcommand == "fit" and path is not None and Path(path).exists():
             classes = {part: self._settings[f"{name}.class_path"].rpartition(".")[2] for part, name in PARTS.items()}
             check_recipe(Path(path), classes, self._settings)
-        if self.subcommand != "fit" or subcommand.trainer.enable_checkpointing is False:
+        if self.subcommand != "fit" or trainer.enable_checkpointing is False:
             return
         if is_of(path, run):
             continue_wandb_run(run)
@@ -184,24 +190,21 @@ class CVLightningCLI(LightningCLI):
             refuse_used(run)
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint that this strategy or number of ranks cannot take up, and what would fail later."""
-        self._check_checkpoint()
-        check_fit(self.trainer, self.model, self.datamodule)
+        """Refuse a checkpoint that this strategy or number of ranks cannot load, and what would fail later."""
+        self._check(check_fit)
 
     def before_validate(self) -> None:
-        """Likewise."""
-        self._check_checkpoint()
-        check_evaluation(self.trainer, self.model, self.datamodule, "validate")
+        """Run the same checks for `validate`."""
+        self._check(partial(check_evaluation, stage="validate"))
 
     def before_test(self) -> None:
-        """Likewise."""
-        self._check_checkpoint()
-        check_evaluation(self.trainer, self.model, self.datamodule, "test")
+        """Run the same checks for `test`."""
+        self._check(partial(check_evaluation, stage="test"))
 
-    def _check_checkpoint(self) -> None:
-        path = self.config[self.subcommand].ckpt_path
-        if path is not None:
+    def _check(self, check: Callable[[Trainer, Any, Any], None]) -> None:
+        if path := self.config[self.subcommand].ckpt_path:
             check_fits(Path(path), self.trainer)
+        check(self.trainer, self.model, self.datamodule)
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved config, defaults included."""
@@ -212,16 +215,16 @@ class CVLightningCLI(LightningCLI):
 
 
 class ConfigOnly(CVLightningCLI):
-    """Reads the command line as fit does, and stops there: nothing is built or run."""
+    """Parses the command line as fit does, and builds and runs nothing."""
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is built, so there is nothing to check."""
+        """Check nothing."""
 
     def instantiate_classes(self) -> None:
         """Build nothing."""
 
     def _set_seed(self) -> None:
-        """Leave the random generators as they are."""
+        """Keep the state of the random generators."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
@@ -233,7 +236,7 @@ def _is_wanted(key: str, trainer: Mapping[str, Any], given: Sequence[Callback]) 
     Args:
         key: One of `CALLBACKS`.
         trainer: Arguments of the trainer.
-        given: Its callbacks; one of a class derived from ours takes the place of ours.
+        given: Its callbacks; one of a class derived from ours replaces ours.
 
     Raises:
         CVLightningError: Ours is among them.
@@ -245,13 +248,10 @@ def _is_wanted(key: str, trainer: Mapping[str, Any], given: Sequence[Callback]) 
 
 
 def refuse_old_flags(args: Sequence[str]) -> None:
-    """Stop at a flag that has another name today.
-
-    Args:
-        args: The command line.
+    """Refuse flags that have been renamed.
 
     Raises:
-        CVLightningError: Says the new name.
+        CVLightningError: Names the new flag.
     """
     for argument in args:
         old = argument.removeprefix("--").partition("=")[0]
@@ -261,14 +261,14 @@ def refuse_old_flags(args: Sequence[str]) -> None:
 
 
 def find_checkpoint(given: str | None, run: Path) -> str | None:
-    """What `--ckpt_path` means.
+    """The checkpoint that `--ckpt_path` names.
 
     Args:
-        given: a path; `last`: the run's newest; `auto`: the same, or None where there is none.
-        run: the run's folder.
+        given: A path; `last`: the run's newest; `auto`: the same, or None where there is none.
+        run: The run's folder.
 
     Raises:
-        CVLightningError: no such checkpoint, or a damaged one.
+        CVLightningError: The checkpoint does not exist, or is damaged.
     """
     if given is None or given in ("best", "hpc", "registry"):
         return given
@@ -304,49 +304,43 @@ def main(
     """Run one of fit, validate, test.
 
     Args:
-        args: the command line without the program's name; `sys.argv[1:]` by default.
-        cli_class: what runs it; see `ConfigOnly`.
-        parser_class: reads it; a verb that takes the options of fit names itself in the errors by one of its own.
+        args: The command line without the program's name; `sys.argv[1:]` by default.
+        cli_class: Class that runs it, such as `ConfigOnly`.
+        parser_class: Class that parses it; `plan`, which takes the options of fit, has its own.
     """
     _quiet_libraries()
     try:
         if args is None or isinstance(args, list):
             refuse_old_flags(sys.argv[1:] if args is None else args)
         with exit_codes():
-            return _run(args, cli_class, parser_class)
-    except CVLightningError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if not (said := describe_disk_error(error)):
+            return cli_class(
+                model_class=PolicyModule,
+                datamodule_class=LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                save_config_callback=RunRecord,
+                save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+                seed_everything_default=0,
+                parser_class=parser_class,
+                parser_kwargs={"prog": "python -m cv_lightning"},
+                args=args,
+            )
+    except (CVLightningError, OSError) as error:
+        if not (said := describe_disk_error(error) if isinstance(error, OSError) else str(error)):
             raise
         sys.exit(f"error: {said}")
 
 
-def _run(args: ArgsType, cli_class: type[CVLightningCLI], parser_class: type[ShortErrorParser]) -> CVLightningCLI:
-    return cli_class(
-        model_class=PolicyModule,
-        datamodule_class=LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=RunRecord,
-        save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
-        seed_everything_default=0,
-        parser_class=parser_class,
-        parser_kwargs={"prog": "python -m cv_lightning"},
-        args=args,
-    )
-
-
 UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")
-"""Parts of Lightning's messages that tell a user nothing; the run record names the devices."""
+"""Parts of Lightning's messages that are not shown; the run record names the devices."""
 
 
 def _quiet_libraries() -> None:
-    """Silence messages and warnings of libraries that a user can do nothing about, unless --verbose wants them."""
+    """Silence messages and warnings of libraries that a user cannot act on, except with --verbose."""
     set_up_logging()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()  # each writes to stderr by itself; ours also knows the log file
+        logging.getLogger(name).handlers.clear()  # they write to stderr only; ours also write the log file
         logging.getLogger(name).propagate = True
     if is_quiet():
         transformers.utils.logging.disable_progress_bar()

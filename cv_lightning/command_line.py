@@ -1,24 +1,73 @@
-"""What the verbs' command lines share: flags from types and docstrings, and errors not buried under a usage text."""
+"""The command line of the verbs: flags from types and docstrings, short errors, and lists of verbs."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 EXTRAS = {"optuna": "sweep", "nicegui": "web"}
-"""The extra of pyproject.toml that installs a package which one verb alone needs."""
+"""Packages that one verb alone needs, and the extra of pyproject.toml that installs them."""
+
+
+class Verb(NamedTuple):
+    """One command."""
+
+    target: str
+    """`module:function`, called with the list of arguments; an int that it returns is the exit code."""
+    help: str
+    """One line."""
+    lightning: bool = False
+    """LightningCLI's own subcommand: the verb is part of its arguments."""
+
+    def load(self) -> Callable[[list[str] | None], Any]:
+        """Import the function."""
+        module, name = self.target.split(":")
+        function: Callable[[list[str] | None], Any] = getattr(importlib.import_module(module), name)
+        return function
+
+
+def find_verb(argv: list[str], verbs: Mapping[str, Verb], prog: str, kind: str, about: str = "") -> Verb | int:
+    """The verb that a command line begins with.
+
+    Args:
+        argv: The command line after `prog`.
+        verbs: The verbs by name.
+        prog: The command that has these verbs.
+        kind: What the texts call them: `verb` or `sub-verb`.
+        about: Lines of the help after the list.
+
+    Returns:
+        The verb; an exit code where the help, or an error, was printed instead.
+    """
+    usage = f"usage: {prog} {kind.upper()} [options]\n"
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, verbs))
+        listed = "".join(f"  {name:{width}}  {verb.help}\n" for name, verb in verbs.items())
+        about = f"options of a {kind}: {prog} {kind.upper()} --help\n{about}"
+        sys.stdout.write(f"{usage}\n{kind}s:\n{listed}\n{about}")
+        return 0 if argv else 2
+    if argv[0] not in verbs:
+        close = difflib.get_close_matches(argv[0], verbs, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"{kind}s: {', '.join(verbs)}"
+        sys.stderr.write(f"{usage}no {kind} '{argv[0]}'; {hint}\n")
+        return 2
+    return verbs[argv[0]]
 
 
 class ShortErrors:
-    """For a parser class: one line of usage, and a file that is not there is named as such."""
+    """Mixin for a parser: its usage is one line, and a config file that does not exist is named."""
 
     prog: str
 
     def print_usage(self, file: Any = None) -> None:
-        """One line."""
+        """Print one line."""
         (file or sys.stdout).write(f"usage: {self.prog.replace(' [options]', '')} [options]\n")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -45,62 +94,47 @@ def _parser_class() -> Any:
     return Parser
 
 
-def read_command_line(component: Any, args: list[str] | None, prog: str, **options: Any) -> Any:
-    """What `jsonargparse.auto_cli` makes of a command line: an object of a config's class, or a function's result.
+def run_verb(
+    component: Any,
+    args: list[str] | None,
+    prog: str,
+    run: Callable[[Any], Any] | None = None,
+    *,
+    failed: int = 2,
+    leading: str = "",
+    aliases: Mapping[str, str] | None = None,
+    **options: Any,
+) -> int:
+    """Run a verb.
 
-    Flags may have dashes (`--per-kind`), switches come without a value (`--json`), lists as words (`--seeds 0 1`).
-
-    Args:
-        component: the class or function, or several by name.
-        args: the command line without the program's name; None: `sys.argv[1:]`.
-        prog: the verb, for messages.
-        options: further ones of `auto_cli`.
-    """
-    import jsonargparse
-
-    words = spelled_out(sys.argv[1:] if args is None else args, component)
-    return jsonargparse.auto_cli(component, args=words, prog=prog, parser_class=_parser_class(), **options)
-
-
-def spelled_out(args: list[str], component: Any) -> list[str]:
-    """A command line as jsonargparse takes it: flags with underscores, switches and lists with one value."""
-    hints = getattr(component, "__annotations__", {})
-    switches = {f"--{name}" for name, kind in hints.items() if kind in ("bool", bool)}
-    lists = {f"--{name}" for name, kind in hints.items() if str(kind).startswith("list[")}
-    found: list[str] = []
-    left = list(args)
-    while left:
-        flag, equals, value = left.pop(0).partition("=")
-        if flag.startswith("--"):
-            flag = "--" + flag[2:].replace("-", "_")
-        if flag in switches and not equals and not (left and left[0].lower() in ("true", "false")):
-            equals, value = "=", "true"
-        if flag in lists and not equals:
-            end = next((at for at, word in enumerate(left) if word.startswith("-")), len(left))
-            words, left = left[:end], left[end:]
-            is_list = len(words) == 1 and words[0].startswith("[")
-            equals, value = "=", words[0] if is_list else json.dumps(words)
-        found.append(flag + equals + value)
-    return found
-
-
-def run_verb(component: Any, args: list[str] | None, prog: str, failed: int = 2, **options: Any) -> int:
-    """Run a verb that is a typed function.
+    Flags may have dashes (`--per-kind`), switches need no value (`--json`), and lists are words (`--seeds 0 1`).
 
     Args:
-        component: the function, whose arguments are the flags; an int that it returns is the exit code.
-        args: the command line without the program's name; None: `sys.argv[1:]`.
-        prog: the verb, for messages.
-        failed: exit code where it raises one of the errors that a user can act on.
-        options: further ones of `auto_cli`.
+        component: A function, or functions by sub-verb, whose arguments are the flags; or a config's class.
+        args: The command line without the program's name; None: `sys.argv[1:]`.
+        prog: The verb, for messages.
+        run: Takes the object where `component` is a class. An int that it or the function returns is the exit code.
+        failed: Exit code after an error that a user can act on.
+        leading: Name of the flag that words before the first flag are values of.
+        aliases: Other spellings of flags.
+        options: Options of `jsonargparse.auto_cli`.
 
     Returns:
         The exit code.
     """
+    import jsonargparse
+
     from cv_lightning.types import CVLightningError
 
+    words = list(sys.argv[1:] if args is None else args)
+    if leading and words and not words[0].startswith("-"):
+        words = [f"--{leading}", *words]
+    words = spelled_out(words, component, aliases or {})
+    if leading or isinstance(component, type):
+        options["as_positional"] = False
     try:
-        result = read_command_line(component, args, prog, **options)
+        result = jsonargparse.auto_cli(component, args=words, prog=prog, parser_class=_parser_class(), **options)
+        result = run(result) if run else result
     except (CVLightningError, ValueError, OSError, ImportError) as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ImportError) else None
         print(f"error: {error}" + (f": pip install 'cv-lightning[{extra}]'" if extra else ""), file=sys.stderr)
@@ -108,3 +142,26 @@ def run_verb(component: Any, args: list[str] | None, prog: str, failed: int = 2,
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
+
+
+def spelled_out(args: list[str], component: Any, aliases: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """A command line in the form of jsonargparse: flags with underscores, switches and lists with one value."""
+    parts = reversed(component.__mro__) if isinstance(component, type) else [component]
+    hints = {name: str(hint) for part in parts for name, hint in getattr(part, "__annotations__", {}).items()}
+    found: list[str] = []
+    left = list(args)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        flag = aliases.get(flag, flag)
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        hint = hints.get(flag[2:], "")
+        if hint in ("bool", str(bool)) and not equals and not (left and left[0].lower() in ("true", "false")):
+            equals, value = "=", "true"
+        if hint.startswith("list[") and not equals:
+            end = next((at for at, word in enumerate(left) if word.startswith("-")), len(left))
+            words, left = left[:end], left[end:]
+            is_list = len(words) == 1 and words[0].startswith("[")
+            equals, value = "=", words[0] if is_list else json.dumps(words)
+        found.append(flag + equals + value)
+    return found

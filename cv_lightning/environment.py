@@ -1,4 +1,4 @@
-"""Defaults for the process environment that have to stand before torch, vLLM or DeepSpeed are imported."""
+"""Environment variables that must be set before torch, vLLM or DeepSpeed are imported; logging; launch checks."""
 
 from __future__ import annotations
 
@@ -22,22 +22,19 @@ ALWAYS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Weights reach the engine in this process, so it must run here; the rest keeps it quiet and offline."""
+"""The engine must run in this process, where it gets its weights; the rest keeps libraries quiet and offline."""
 CPU_BUILD = {"DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""GiB of key-value cache; no pinning, because trainer, engine and sandbox share the cores."""
+"""1 GiB of key-value cache; no pinning, because trainer, engine and sandbox share the cores."""
 VERBOSITY = "CVL_VERBOSITY"
-"""Environment variable: `quiet`, `verbose`, or nothing."""
+"""Environment variable: `quiet`, `verbose`, or unset."""
 FILE_ONLY = "file_only"
 """`extra={FILE_ONLY: True}` keeps a message off the terminal."""
 LOCK_SETTLE_S = 5.0
-"""A lock younger than this may belong to another host that shares the folder and just opens a finished build."""
+"""A younger lock may belong to another host that shares the folder and is loading a finished build."""
 
 
 def use_utf8() -> None:
-    """Start Python again in its UTF-8 mode where the locale is another one: configs and outputs are UTF-8.
-
-    Processes that this one starts inherit the mode. Does nothing in an interpreter that was not started for a command.
-    """
+    """Restart Python in its UTF-8 mode where the locale has another encoding: configs and outputs are UTF-8."""
     if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8":
         return
     os.environ["PYTHONUTF8"] = "1"
@@ -45,9 +42,9 @@ def use_utf8() -> None:
 
 
 def prepare_environment() -> None:
-    """Set what is unset, and clear the way for DeepSpeed's compiled op. Imports nothing heavy; may be called again.
+    """Set variables that the user has not set, and remove stale locks of DeepSpeed's compiled op.
 
-    Never overrides a variable that the user has set.
+    Imports nothing heavy; may be called more than once.
     """
     defaults = dict(ALWAYS)
     if is_verbose():
@@ -56,12 +53,11 @@ def prepare_environment() -> None:
         defaults |= {"WANDB_SILENT": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if has_vllm_cpu():
         defaults |= CPU_BUILD
-    folder = extensions_folder()
-    if folder is not None:
+    if folder := extensions_folder():
         defaults["TORCH_EXTENSIONS_DIR"] = str(folder)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # As if activated: the environment's ninja must come first, for another version of it builds everything anew.
+    # The environment's ninja must come first: another version of it would build everything again.
     programs = str(Path(sys.prefix, "bin"))
     path = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry not in ("", programs)]
     os.environ["PATH"] = os.pathsep.join([programs, *path])
@@ -69,34 +65,28 @@ def prepare_environment() -> None:
         remove_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
 
 
-# ------------------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------------------------------------ logging
 def take_verbosity(arguments: list[str]) -> list[str]:
-    """Remember `--quiet` and `--verbose`, for this process and those that it starts.
-
-    Args:
-        arguments: the command line behind the verb.
-
-    Returns:
-        The arguments without them.
-    """
+    """Store `--quiet` or `--verbose` for this process and its children; returns the other arguments."""
+    flags = ("--quiet", "--verbose")
     for argument in arguments:
-        if argument in ("--quiet", "--verbose"):
+        if argument in flags:
             os.environ[VERBOSITY] = argument.removeprefix("--")
-    return [argument for argument in arguments if argument not in ("--quiet", "--verbose")]
+    return [argument for argument in arguments if argument not in flags]
 
 
 def is_quiet() -> bool:
-    """True if only warnings, errors and results are wanted."""
+    """True if only warnings, errors and results are to be printed."""
     return os.environ.get(VERBOSITY) == "quiet"
 
 
 def is_verbose() -> bool:
-    """True if everything is wanted, also what libraries say."""
+    """True if the messages of libraries are to be printed as well."""
     return os.environ.get(VERBOSITY) == "verbose"
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever `sys.stderr` is at the time: a live progress bar puts itself in its place."""
+    """Writes to the current `sys.stderr`, which a live progress bar replaces."""
 
     @property
     def stream(self) -> TextIO:
@@ -105,11 +95,11 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
     @stream.setter
     def stream(self, value: TextIO) -> None:
-        """Nothing is kept."""
+        """Ignore the stream that the base class sets."""
 
 
 def set_up_logging() -> None:
-    """Messages of this package to stderr, as `--quiet` and `--verbose` say; of libraries only warnings."""
+    """Send this package's messages to stderr according to `--quiet` and `--verbose`; of libraries only warnings."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, StderrHandler)]:
         root.removeHandler(handler)
@@ -119,30 +109,30 @@ def set_up_logging() -> None:
     handler.addFilter(lambda record: not getattr(record, FILE_ONLY, False))
     root.addHandler(handler)
     root.setLevel(logging.INFO if is_verbose() else logging.WARNING)
-    # a run's log file has the messages that stderr is spared
+    # a run's log file also has the messages that stderr does not show
     logging.getLogger("cv_lightning").setLevel(logging.DEBUG if is_verbose() else logging.INFO)
 
 
 class LogFile(logging.FileHandler):
-    """A run's log file. A disk that takes no more ends the log, not the run: what stopped it is said elsewhere."""
+    """A run's log file. A full disk ends the log, not the run, which reports the error elsewhere."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing of a full disk; of anything else what `logging` says."""
+        """Ignore errors of the disk; report others as `logging` does."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file, whatever of it can still be written."""
+        """Close the file even if the rest of it cannot be written."""
         with suppress(OSError):
             super().close()
 
 
 def log_to(path: Path) -> logging.Handler:
-    """Write all messages to a run's log file, too, behind what is there; remove the handler to stop."""
+    """Append all messages to a run's log file, too; remove the handler to stop."""
     handler = LogFile(path)
     logging.getLogger().addHandler(handler)
     return handler
@@ -151,29 +141,25 @@ def log_to(path: Path) -> logging.Handler:
 # ------------------------------------------------------------------------------------------------ parts
 def has_vllm_cpu() -> bool:
     """True if vLLM's CPU build is installed."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return bool(list(importlib.metadata.distributions(name="vllm-cpu")))
 
 
 def extensions_folder() -> Path | None:
-    """Where torch keeps compiled extensions: inside the environment; None if that cannot be written."""
+    """Folder of torch's compiled extensions inside the environment; None if that cannot be written."""
     folder = Path(sys.prefix, "torch_extensions")
     return folder if folder.is_dir() or os.access(sys.prefix, os.W_OK) else None
 
 
 def remove_stale_locks(folder: Path) -> list[Path]:
-    """Remove build locks whose owner is gone; every later start would wait on them for ever (torch's FileBaton).
+    """Remove build locks whose owner is dead; every later start would wait for them forever (torch's FileBaton).
 
-    The builder keeps its lock open for as long as it lives, so a lock that no process has open has no owner.
+    A builder keeps its lock open while it lives, so a lock that no process has open has no owner.
 
     Args:
-        folder: of torch's compiled extensions.
+        folder: Folder of torch's compiled extensions.
 
     Returns:
-        The locks removed.
+        The removed locks.
     """
     locks = [path for path in folder.glob("*/lock") if time.time() - path.stat().st_mtime > LOCK_SETTLE_S]
     if not locks or not Path("/proc/self/fd").is_dir():
@@ -187,37 +173,32 @@ def remove_stale_locks(folder: Path) -> list[Path]:
 
 
 def _open_files() -> set[str]:
-    """Targets of all file descriptors that this user may look at."""
+    """Targets of all file descriptors that this user may read."""
     targets: set[str] = set()
     for process in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            descriptors = list(process.iterdir())
-        except OSError:  # gone meanwhile, or another user's
-            continue
-        for descriptor in descriptors:
-            try:
-                targets.add(os.readlink(descriptor))
-            except OSError:  # closed meanwhile
-                continue
+        with suppress(OSError):  # the process has ended, or is another user's
+            for descriptor in process.iterdir():
+                with suppress(OSError):  # closed in the meantime
+                    targets.add(os.readlink(descriptor))
     return targets
 
 
 def check_launch(
     devices: int | list[int] | str, num_nodes: int, environment: Mapping[str, str] = os.environ, *, resolve: bool = True
 ) -> int:
-    """Refuse an environment in which the ranks of a run would wait for each other in vain.
+    """Refuse an environment in which the ranks of a run would wait for each other forever.
 
     Args:
         devices: `trainer.devices`.
         num_nodes: `trainer.num_nodes`.
-        environment: of this process, with what torchrun, srun or a user has set.
-        resolve: look the main node's name up.
+        environment: Environment variables, with those of torchrun, srun or the user.
+        resolve: Look up the name of the main node.
 
     Returns:
-        Number of ranks, as far as `devices` says: 0 for `auto`.
+        Number of ranks; 0 for `auto`.
 
     Raises:
-        ValueError: says which variable or flag contradicts which.
+        ValueError: Names the variables or flags that contradict each other.
     """
     count = num_devices(devices)
     ranks, launcher = count * num_nodes, _launcher(environment)
@@ -250,7 +231,7 @@ def check_launch(
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
-    """What started this process; empty: the user or Lightning."""
+    """Program that started this process; empty: the user or Lightning."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return "torchrun"
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning tells them apart
@@ -258,7 +239,7 @@ def _launcher(environment: Mapping[str, str]) -> str:
 
 
 def num_devices(devices: int | list[int] | str) -> int:
-    """As far as it is known before torch is asked: 0 for `auto` and -1."""
+    """Number of devices in `trainer.devices`; 0 for `auto` and -1, which only torch can count."""
     if isinstance(devices, list):
         return len(devices)
     text = str(devices)
@@ -278,7 +259,7 @@ def _number(name: str, environment: Mapping[str, str]) -> int | None:
 
 def _resolve(address: str, port: int | None) -> None:
     if port is not None and not 0 <= port < 65536:
-        raise ValueError(f"MASTER_PORT {port} is no port")
+        raise ValueError(f"MASTER_PORT {port} is not a port")
     try:
         socket.getaddrinfo(address, port)
     except OSError as error:

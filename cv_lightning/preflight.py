@@ -1,4 +1,4 @@
-"""What a run lacks, said before an engine is loaded: checks of module, data and trainer that each alone cannot make."""
+"""Checks of module, data and trainer together, before an engine is loaded."""
 
 from __future__ import annotations
 
@@ -21,33 +21,38 @@ LOG = logging.getLogger(__name__)
 
 
 def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
-    """Refuse what would train on nothing or fail later; see that validations are due within the run.
+    """Refuse a training on nothing, or one that would fail later; move validations into the run.
 
     Raises:
-        CVLightningError: what to change.
+        CVLightningError: Names the setting to change.
     """
-    rollout = _rollout(trainer)
     if isinstance(module, PolicyModule):
         check_types(trainer, module.policy_config.dtype, trains=True)
-    if isinstance(module, GRPOModule) and isinstance(data, TaskDataModule) and data.overfit_tasks:
-        _check_overfit(module)
+    overfits = isinstance(data, TaskDataModule) and data.overfit_tasks > 0
+    if overfits and isinstance(module, GRPOModule) and module.algorithm.dynamic_sampling.max_oversample > 1:
+        raise CVLightningError(
+            "--data.init_args.overfit_tasks brings the same tasks in every iteration and stands alone: leave out "
+            "--model.init_args.algorithm.dynamic_sampling"
+        )
     if isinstance(data, EvaluationDataModule):
         data.check_training(trainer.world_size)
         loads_as_ours = type(data).train_dataloader in (TaskDataModule.train_dataloader, SFTDataModule.train_dataloader)
         if loads_as_ours and (trainer.max_epochs or 0) > 1 and trainer.max_steps < 0:
             raise CVLightningError(
                 f"--trainer.max_epochs {trainer.max_epochs}: another epoch would bring the same batches again. Leave "
-                "it at 1; --data.init_args.num_iterations (SFT: num_steps) is the length of the run. Files are gone "
-                "through again, newly shuffled, as often as that takes"
+                "it at 1; --data.init_args.num_iterations (SFT: num_steps) is the length of the run. Files are read "
+                "again, newly shuffled, as often as that takes"
             )
         limit, interval = trainer.limit_train_batches, trainer.val_check_interval
         length = min(data.num_train_batches, limit if isinstance(limit, int) else data.num_train_batches)
         if isinstance(interval, int) and 0 < length < interval:
             LOG.info("trainer.val_check_interval %d is beyond the run: validating at its end", interval)
             trainer.val_check_interval = length
-        _check_files(data, data.train_files)
+        for name, files in (("train_files", data.train_files), ("eval_files", data.eval_files)):
+            if files:
+                expand_files(files, f"--data.init_args.{name}")
     if rolls_out(module, data, "fit"):
-        _check_engine(rollout, module)
+        _check_engine(trainer, module)
 
 
 def check_evaluation(
@@ -56,28 +61,28 @@ def check_evaluation(
     """Refuse an evaluation of nothing, and one that would fail once the engine is loaded.
 
     Raises:
-        CVLightningError: what to change.
+        CVLightningError: Names the setting to change.
     """
-    rollout = _rollout(trainer)
     if isinstance(module, PolicyModule) and module.loads_policy:
         check_types(trainer, module.policy_config.dtype, trains=False)
     if isinstance(data, EvaluationDataModule):
         if not data.has_tasks(stage):
             raise CVLightningError(f"{stage}: {missing_tasks(stage)}")
-        _check_files(data, [])
-    _check_engine(rollout, module)
+        if data.eval_files:
+            expand_files(data.eval_files, "--data.init_args.eval_files")
+    _check_engine(trainer, module)
 
 
 def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
     """Refuse a type of the policy and a precision, strategy or device that cannot work together.
 
     Args:
-        trainer: knows strategy, device and precision.
+        trainer: Trainer with its strategy, device and precision.
         dtype: `policy.dtype`.
-        trains: the policy is trained, not only run.
+        trains: The policy is trained, not only run.
 
     Raises:
-        CVLightningError: which flag to change.
+        CVLightningError: Names the flag to change.
     """
     flag, device = f"--model.init_args.policy.dtype {dtype}", trainer.strategy.root_device.type
     sharded = isinstance(trainer.strategy, ZeroStrategy)
@@ -94,32 +99,15 @@ def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
         )
     if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise CVLightningError(
-            f"{flag}: {torch.cuda.get_device_name()} computes no bfloat16 (compute capability 8.0 and later do). Take "
-            "float16 or float32"
+            f"{flag}: {torch.cuda.get_device_name()} does not support bfloat16 (compute capability 8.0 and later do). "
+            "Take float16 or float32"
         )
 
 
-def _rollout(trainer: pl.Trainer) -> RolloutCallback | None:
-    found = [callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback)]  # type: ignore[attr-defined]
-    return found[-1] if found else None
-
-
-def _check_overfit(module: GRPOModule) -> None:
-    if module.algorithm.dynamic_sampling.max_oversample > 1:
-        raise CVLightningError(
-            "--data.init_args.overfit_tasks brings the same tasks in every iteration and stands alone: leave out "
-            "--model.init_args.algorithm.dynamic_sampling"
-        )
-
-
-def _check_files(data: EvaluationDataModule, train_files: list[str]) -> None:
-    for name, files in (("train_files", train_files), ("eval_files", data.eval_files)):
-        if files:
-            expand_files(files, f"--data.init_args.{name}")
-
-
-def _check_engine(rollout: RolloutCallback | None, module: pl.LightningModule) -> None:
-    """That a model has fewer positions than it is asked for, vLLM says in sixty lines after it has started."""
+def _check_engine(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse more positions than the model has, which vLLM reports only after it has started."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    rollout = next((callback for callback in reversed(callbacks) if isinstance(callback, RolloutCallback)), None)
     if rollout is None or not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
         return
     positions = model_positions(Path(module.policy_config.path))

@@ -25,6 +25,8 @@ PUBLISHED_CLIPS: dict[Any, dict[str, float]] = {
     "dppo": {"clip_low": 0.15, "clip_high": 0.15, "ratio_cap": 20.0},
 }
 """What null stood for when the loss was a setting."""
+NULL_IS_DEFAULT = (f"{MODULE}.prompt", f"{MODULE}.tools")
+"""Old keys whose null stood for the default that the new key has."""
 STORED = ("fit_config.yaml", "validate_config.yaml", "test_config.yaml")
 """Names of the files in which a run keeps its resolved config."""
 
@@ -107,7 +109,9 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         listed = next((name for name in moved if old.startswith(f"{name}.")), None)
         place = old if listed is None else f"{table_of_keys[listed]}{old.removeprefix(listed)}"
         if old not in moved and _has(migrated, place):
-            _put(migrated, new_key(old), _take(migrated, place))
+            value = _take(migrated, place)
+            if value is not None or old not in NULL_IS_DEFAULT:
+                _put(migrated, new_key(old), value)
             changes[old] = new_key(old)
     _complete_algorithm(migrated, changes)
     return migrated, changes | {old: table_of_keys[old] for old in moved}

@@ -19,6 +19,8 @@ KEY = "cv_lightning"
 """Key of this project's part of a checkpoint."""
 SHOWN = 20
 """Most changed settings that a message lists."""
+ONCE_OF_SFT = ("rollout.agent.prompt", "rollout.agent.tools")
+"""Settings that earlier versions of SFT stored under their module, without other settings of rollouts."""
 NOT_OF_THE_RECIPE = ("ckpt_path", "config", "take_over", "trainer.default_root_dir", "trainer.logger", "verbose")
 
 
@@ -80,14 +82,15 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Differences of settings in words, without those that only another version of this project makes."""
     if not old or not new:
         return []
-    parts = {name.partition(".")[0] for name in old}  # an earlier version may have stored no settings of a part
+    # An earlier version may have stored no settings of a part.
+    parts = {name.partition(".")[0] for name in old if not name.startswith(ONCE_OF_SFT)}
     # An earlier version may have stored null where defaults are stored today.
     unset = tuple(name for name, value in old.items() if value is None and any(n.startswith(f"{name}.") for n in new))
     return [
         f"{name} {old.get(name)} -> {new.get(name)}"
         for name in changed(old, new)
         if old.get(name) != new.get(name)  # an absent setting is None
-        and name.partition(".")[0] in parts
+        and (name in old or name.partition(".")[0] in parts)
         and not any(name == part or name.startswith(f"{part}.") for part in unset)
         and not _is_same_class(name, old.get(name), new.get(name))
     ]

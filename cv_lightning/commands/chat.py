@@ -1,4 +1,4 @@
-"""`python -m cv_lightning chat`: ask a model about a picture, and watch it think, write code and look."""
+"""`python -m cv_lightning chat`: ask a model about an image, and watch its reasoning, code and tool results."""
 
 from __future__ import annotations
 
@@ -10,62 +10,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from cv_lightning.environment import prepare_environment
-from cv_lightning.renames import migrate_config
 from cv_lightning.types import CheckpointError, CVLightningError
 
 prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.command_line import short_parser, spelled_out  # noqa: E402
+from cv_lightning.commands.export import ExportRequest, export, find_run_config, read_run_config  # noqa: E402
 from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
 
-RUN_CONFIG = "fit_config.yaml"
-PARENTS = 3
-"""Folders, that of the model or checkpoint itself included, in which its run's config is looked for."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """What is asked, and of which model. Agent, engine and sandbox are by default as in the run that trained it."""
+    """Model and question. Agent, engine and sandbox have the settings of the run that trained the model."""
 
     model: str | None = None
     """Hugging Face folder or hub name of a vision-language model."""
     ckpt: Path | None = None
-    """A checkpoint of a run instead: .ckpt file, DeepSpeed folder, or the run's folder."""
+    """Checkpoint of a run, in place of `model`: .ckpt file, DeepSpeed folder, or the run's folder."""
     image: Path | None = None
-    """The picture."""
+    """The image."""
     question: str | None = None
-    """Ask this, print what happens, and end; exit code 1: not answered. Without it, questions are read from the
+    """Ask this, print the trajectory, and end; exit code 1: not answered. Without it, questions are read from the
     keyboard."""
     save: bool = False
     """Keep the trajectory of `question`."""
     inline: bool = False
-    """Draw pictures in the terminal, in coloured blocks."""
+    """Draw images in the terminal, in coloured blocks."""
     web: bool = False
-    """In a browser instead."""
+    """Show a page in the browser in place of the terminal."""
     port: int = 8780
-    """Of the browser's page, on 127.0.0.1 only."""
+    """Port of the page, on 127.0.0.1 only."""
     out: Path = Path("runs/chat")
-    """Store of saved trajectories and of the pictures."""
+    """Folder of saved trajectories and images."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights."""
     min_pixels: int | None = None
-    """Smallest picture the model sees, in pixels; None: its processor's own."""
+    """Smallest image that the model sees, in pixels; None: as its processor says."""
     max_pixels: int | None = None
-    """Largest picture the model sees, in pixels; None: its processor's own."""
+    """Largest image that the model sees, in pixels; None: as its processor says."""
     agent: AgentConfig = field(default_factory=AgentConfig)
-    """Limits and words of the agent."""
+    """Limits and prompt of the agent."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """What generates."""
+    """Engine that generates."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    """Where the model's code runs."""
+    """Limits of the sandbox that runs the model's code."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-    """How tokens are drawn; greedy."""
+    """Sampling of tokens; greedy by default."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.ckpt is None):
@@ -113,9 +107,7 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
 
 
 def _exported(options: ChatOptions, stack: ExitStack) -> Path:
-    """The checkpoint as a Hugging Face folder, which goes when the chat ends."""
-    from cv_lightning.commands.export import ExportRequest, export
-
+    """Export the checkpoint into a temporary folder."""
     assert options.ckpt is not None
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cv-lightning-"))) / "model"
     print(export(ExportRequest(ckpt=options.ckpt, out=folder, dtype=options.dtype, verify=False)), file=sys.stderr)
@@ -124,10 +116,11 @@ def _exported(options: ChatOptions, stack: ExitStack) -> Path:
 
 # ------------------------------------------------------------------------------------------------ options
 def parse(arguments: list[str]) -> ChatOptions:
-    """Read the command line, with what the model's run says for defaults.
+    """Read the command line; settings of the model's run are the defaults.
 
     Raises:
-        ValueError, CheckpointError: options that cannot be, or a run's config that this version cannot read.
+        ValueError: Options that contradict each other.
+        CheckpointError: The run's config cannot be read by this version.
     """
     parser = short_parser(prog="cv_lightning chat", description=ChatOptions.__doc__)
     parser.add_argument("--config", action="config", help="file with any of the arguments below")
@@ -150,32 +143,24 @@ def _set_defaults(parser: Any, path: Path) -> None:
         parser.set_defaults({**defaults, "engine.max_num_seqs": 1})
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: cannot be used by this version ({error}); move it away to go without"
+            f"{file}: cannot be used by this version ({error}); rename it to chat with default settings"
         ) from error
 
 
-def find_run_config(path: Path) -> Path | None:
-    """The config of the run that a model folder or checkpoint lies in; None: it lies in none."""
-    folders = [path, *path.absolute().parents][:PARENTS]
-    return next((folder / RUN_CONFIG for folder in folders if (folder / RUN_CONFIG).is_file()), None)
-
-
 def run_defaults(file: Path) -> dict[str, Any]:
-    """What a run's config says of agent, engine, sandbox and weights, as values by flag.
+    """Agent, engine, sandbox and weights of a run's config, as values by flag.
 
     Raises:
-        CheckpointError: it is no config of a run.
+        CheckpointError: It is not a run's config.
     """
-    try:
-        config, _ = migrate_config(yaml.safe_load(file.read_text(encoding="utf-8")))
-        model = config["model"]["init_args"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: no config of a run ({error!r}); move it away to go without") from error
-    found: dict[str, Any] = {name: model["policy"][name] for name in ("dtype", "min_pixels", "max_pixels")}
-    if model.get("prompt"):  # SFT
-        found["agent"] = {"prompt": model["prompt"]}
-    rollout = config.get("rollout")
-    if rollout and not str(config["model"].get("class_path")).endswith("SFTModule"):
+    config = read_run_config(file)
+    model = config["model"]["init_args"]
+    found = {name: value for name, value in model["policy"].items() if name in ("dtype", "min_pixels", "max_pixels")}
+    rollout = config.get("rollout") or {}
+    if str(config["model"].get("class_path")).endswith("SFTModule"):
+        agent = rollout.get("agent") or {}
+        found["agent"] = {name: agent[name] for name in ("prompt", "tools") if agent.get(name)}
+    else:
         found |= {name: rollout.get(name) or {} for name in ("agent", "engine", "sandbox")}
     return dict(_flat(found))
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
-from cv_lightning.command_line import read_command_line
+from cv_lightning.command_line import run_verb
 from cv_lightning.files import write_text
 from cv_lightning.renames import migrate_config
 from cv_lightning.types import CVLightningError
 
 
 def migrate(file: Path) -> None:
-    """Rewrite a YAML config in place, comments kept; what it was stays beside it as FILE.old.
+    """Rewrite a YAML config in place and keep its comments; the original becomes FILE.old.
 
     Args:
-        file: the config.
+        file: The config.
 
     Raises:
         CVLightningError: The file cannot be read, or is not a config.
@@ -36,21 +35,16 @@ def migrate(file: Path) -> None:
         raise CVLightningError(f"{file}: not a config; its top level is not a mapping of keys to values")
     migrated, changes = migrate_config(config)
     if not changes:
-        sys.stdout.write(f"{file}: nothing to change\n")
+        print(f"{file}: nothing to change")
         return
     written = io.StringIO()
     parser.dump(migrated, written)
     write_text(file.with_name(f"{file.name}.old"), text)
     write_text(file, written.getvalue())
     for old, new in changes.items():
-        sys.stdout.write(f"{file}: {old} is now {new}\n")
+        print(f"{file}: {old} is now {new}")
 
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    try:
-        read_command_line({"migrate": migrate}, args, prog="cv_lightning config")
-    except CVLightningError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_verb({"migrate": migrate}, args, prog="cv_lightning config", failed=1)

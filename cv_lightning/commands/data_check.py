@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.command_line import run_verb
+from cv_lightning.commands.progress import progress
 from cv_lightning.data.rows import ReaderConfig
-from cv_lightning.files import write_text
+from cv_lightning.files import write_json
 
 LISTED_ROWS = 12
-PROGRESS_EVERY_S = 10.0
 
 
 def check(
@@ -66,21 +62,20 @@ def check(
         max_rows=max_rows,
         num_workers=workers,
     )
-    report = check_files(files, config, _progress())
+    with progress("rows") as show:
+        report = check_files(files, config, show)
     if json:
-        _write_json(json, report)
-    sys.stdout.write(summary(report) + "\n")
+        write_json(json, report)
+    print(summary(report))
     if page:
         _write_page(page, report, config.reader)
-        sys.stdout.write(f"page: {page.resolve().as_uri()}\n")
+        print(f"page: {page.resolve().as_uri()}")
     return 0 if report["ok"] else 1
 
 
 def main(argv: list[str]) -> int:
     """Command line entry; returns the exit code."""
-    words = next((at for at, word in enumerate(argv) if word.startswith("-")), len(argv))
-    given = [*(["--files", *argv[:words]] if words else []), *argv[words:]]
-    return run_verb(check, given, prog="cv_lightning data check", as_positional=False)
+    return run_verb(check, argv, prog="cv_lightning data check", leading="files")
 
 
 def _write_page(path: Path, report: dict[str, Any], reader: ReaderConfig) -> None:
@@ -89,29 +84,6 @@ def _write_page(path: Path, report: dict[str, Any], reader: ReaderConfig) -> Non
 
     kinds = {file["path"]: file["kind"] for file in report["files"]}
     write_check_page(path, report, lambda file, row: images_of_row(Path(file), kinds[file], row, reader))
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-
-
-def _progress() -> Callable[[int, int], None]:
-    """Shows how far it has got: a line that is rewritten on a terminal, a line now and then in a log."""
-    begun = last = time.perf_counter()
-    live = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last < (0.1 if live else PROGRESS_EVERY_S) and not (live and done == total):
-            return
-        last = now
-        rate = done / max(1e-9, now - begun)
-        text = f"{done} of {total} rows, {rate:.0f} rows/s, {(total - done) / max(rate, 1e-9):.0f} s left"
-        sys.stderr.write(f"\r{text:60}" + ("\n" if done == total else "") if live else text + "\n")
-        sys.stderr.flush()
-
-    return show
 
 
 # ------------------------------------------------------------------------------------------------ the summary

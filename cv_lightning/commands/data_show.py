@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cv_lightning.agent.prompt import PromptConfig
-from cv_lightning.command_line import read_command_line
+from cv_lightning.command_line import run_verb
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.tools import DEFAULT_TOOLS
-from cv_lightning.types import CVLightningError, DataError, Task
+from cv_lightning.types import DataError, Task
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +52,7 @@ class ShowData:
     max_pixels: int | None = None
     """Largest image that the model sees, as in policy.max_pixels; null: the processor's own."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    """The words, as in agent.prompt and model.prompt."""
+    """Texts of the prompt, as in rollout.agent.prompt."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """How files are read, as in data.reader."""
     digits: DigitsConfig = field(default_factory=DigitsConfig)
@@ -205,15 +204,12 @@ def print_tokens(dialogue: Dialogue, console: Console) -> None:
 
 def main(args: list[str]) -> int:
     """Command line entry; returns the exit code."""
-    flags = ["--file", *args] if args and not args[0].startswith("-") else args
-    try:
-        config = read_command_line(ShowData, flags, as_positional=False, prog="cv_lightning data show")
-        shown = load(config)
-    except (CVLightningError, ValueError, OSError) as error:
-        print(f"data show: {error}", file=sys.stderr)
-        return 2
-    console = Console()
+    return run_verb(ShowData, args, "cv_lightning data show", show, leading="file")
+
+
+def show(config: ShowData) -> None:
+    """Print a row."""
+    shown, console = load(config), Console()
     print_shown(shown, console)
     if config.tokens:
         print_tokens(shown.dialogue, console)
-    return 0

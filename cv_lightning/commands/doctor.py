@@ -1,4 +1,4 @@
-"""`python -m cv_lightning doctor`: what works on this machine, and the one command that would add what does not."""
+"""`python -m cv_lightning doctor`: what works on this machine, and the command that adds what does not."""
 
 from __future__ import annotations
 
@@ -8,45 +8,42 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cv_lightning.command_line import run_verb
 from cv_lightning.environment import extensions_folder, prepare_environment
 
 Status = Literal["ok", "absent", "failed"]
 DISTRIBUTION = "cv-lightning"
+REINSTALL = "bash scripts/install.sh --force"
 MIN_MEMORY_GB, MIN_DISK_GB = 4.0, 2.0
 """Below these a run of the embedded task may be killed, or cannot store its trajectories."""
 PREFIX = "doctor:"
-"""Marks a probe's answer among whatever libraries print."""
+"""Marks a probe's answer among the output of libraries."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class Check(NamedTuple):
     """One row of the table."""
 
     name: str
     status: Status
     detail: str
-    """Version, figures, or what went wrong."""
+    """Version, figures, or the error."""
     fix: str = ""
-    """One command that adds or mends the part; empty where nothing is to do."""
+    """Command that adds or repairs the part; empty where there is nothing to do."""
     required: bool = False
     """Training cannot work without it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """An import tried in a process of its own, so that a crash or a hang is a row and not the end."""
+class Probe(NamedTuple):
+    """An import that is tried in its own process, so that a crash or a hang is a row of the table."""
 
     name: str
     code: str
     """Python that sets `found`, one line of text."""
-    fix: str
+    fix: str = REINSTALL
     required: bool = False
 
 
@@ -55,14 +52,12 @@ PROBES = (
         "torch",
         "import torch; n = torch.cuda.device_count(); found = torch.__version__ + (', ' + ', '.join("
         "torch.cuda.get_device_name(i) for i in range(n)) if n else f', CPU, {torch.get_num_threads()} threads')",
-        "bash scripts/install.sh --force",
         required=True,
     ),
     Probe(
         "lightning",
         "import lightning.pytorch.cli, lightning, jsonargparse;"
         "found = f'{lightning.__version__}, jsonargparse {jsonargparse.__version__}'",
-        "bash scripts/install.sh --force",
         required=True,
     ),
     Probe(
@@ -76,14 +71,17 @@ PROBES = (
         "vllm",
         "import vllm; from vllm import LLM; from vllm.platforms import current_platform;"
         "found = f'{vllm.__version__}, platform {current_platform.device_type}'",
-        "bash scripts/install.sh --force",
     ),
     Probe(
         "deepspeed",
         "import accelerate, deepspeed; from deepspeed.accelerator import get_accelerator;"
         "found = f'{deepspeed.__version__}, accelerator {get_accelerator().device_name()}'",
-        "bash scripts/install.sh --force",
     ),
+)
+ATTENTION = Probe(
+    "attention",
+    "from cv_lightning.models.attention import attention_kernel_name; found = attention_kernel_name()",
+    "pip install --no-build-isolation flash-attn",
 )
 
 
@@ -94,75 +92,69 @@ def import_probe(probe: Probe, timeout_s: float) -> Check:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         detail = f"no answer after {timeout_s:g} s; a busy machine may need a larger --timeout-s"
-        return Check(name=probe.name, status="failed", detail=detail, fix=probe.fix, required=probe.required)
+        return Check(probe.name, "failed", detail, probe.fix, probe.required)
     answers = [line.removeprefix(PREFIX) for line in done.stdout.splitlines() if line.startswith(PREFIX)]
     if done.returncode == 0 and answers:
-        return Check(name=probe.name, status="ok", detail=answers[-1], required=probe.required)
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    detail = said[-1].strip() if said else f"ended with code {done.returncode} and no message"
-    absent = f"No module named '{probe.name}'" in done.stderr
-    status: Status = "absent" if absent else "failed"
-    return Check(name=probe.name, status=status, detail=detail, fix=probe.fix, required=probe.required)
+        return Check(probe.name, "ok", answers[-1], required=probe.required)
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    detail = said[-1] if said else f"ended with code {done.returncode} and no message"
+    is_absent = f"No module named '{probe.name}'" in done.stderr
+    return Check(probe.name, "absent" if is_absent else "failed", detail, probe.fix, probe.required)
 
 
 def check_versions(distribution: str = DISTRIBUTION) -> Check:
-    """Installed versions against the project's pins."""
+    """Compare the installed versions with the project's pins."""
     from packaging.requirements import Requirement
 
-    fix = "bash scripts/install.sh --force"
     try:
         stated = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        return Check(name="versions", status="absent", detail=f"{distribution} itself is not installed", fix=fix)
-    wrong, checked = [], 0
-    for requirement in map(Requirement, stated):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        checked += 1
+        return Check("versions", "absent", f"{distribution} itself is not installed", REINSTALL)
+    requirements = [
+        requirement
+        for requirement in map(Requirement, stated)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    wrong = []
+    for requirement in requirements:
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            version = "none"
-        if version == "none" or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement} (here: none)")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name}{requirement.specifier} (here: {version})")
     if wrong:
-        return Check(name="versions", status="failed", detail="wanted " + ", ".join(wrong), fix=fix)
-    return Check(name="versions", status="ok", detail=f"python {sys.version.split()[0]}, {checked} requirements met")
+        return Check("versions", "failed", "required: " + ", ".join(wrong), REINSTALL)
+    return Check("versions", "ok", f"python {sys.version.split()[0]}, {len(requirements)} requirements met")
 
 
 def check_op(on_gpu: bool) -> Check:
-    """DeepSpeed's shared-memory op, which the first distributed start on a CPU would compile."""
+    """Check DeepSpeed's shared-memory op, which the first distributed start on a CPU would compile."""
     name = "deepspeed op"
     if on_gpu:
-        return Check(name=name, status="ok", detail="not needed with a GPU")
+        return Check(name, "ok", "not needed with a GPU")
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions_folder() or "~/.cache/torch_extensions")
     built = sorted(folder.expanduser().glob("**/deepspeed_shm_comm*.so"))
     if built:
-        return Check(name=name, status="ok", detail=f"built ahead in {built[0].parent}")
+        return Check(name, "ok", f"built ahead in {built[0].parent}")
     detail = f"not built in {folder}; the first ZeRO start compiles it (about 20 s)"
-    return Check(name=name, status="absent", detail=detail, fix="bash scripts/install.sh --force")
-
-
-ATTENTION = Probe(
-    "attention",
-    "from cv_lightning.models.attention import attention_kernel_name; found = attention_kernel_name()",
-    "pip install --no-build-isolation flash-attn",
-)
+    return Check(name, "absent", detail, REINSTALL)
 
 
 def check_attention(on_gpu: bool, timeout_s: float) -> Check:
-    """The kernel that attends to packed rows; PyTorch's own is tried out on the GPU."""
+    """Check the attention kernel of packed rows; PyTorch's own is tried on the GPU."""
     if not on_gpu:
-        return Check(name=ATTENTION.name, status="ok", detail="packed SDPA; variable-length kernels need a GPU")
+        return Check(ATTENTION.name, "ok", "packed SDPA; variable-length kernels need a GPU")
     found = import_probe(ATTENTION, timeout_s)
     if found.status == "ok" and "SDPA" in found.detail:
         detail = f"{found.detail}, which is slower: no variable-length kernel runs on this GPU"
-        return replace(found, status="absent", detail=detail, fix=ATTENTION.fix)
+        return Check(ATTENTION.name, "absent", detail, ATTENTION.fix)
     return found
 
 
 def check_sandbox() -> list[Check]:
-    """Start the sandbox: a row for itself, one for each isolation layer."""
+    """Start the sandbox: one row for it and one for each isolation layer."""
     from cv_lightning.sandbox import Sandbox, SandboxConfig
     from cv_lightning.types import CVLightningError
 
@@ -170,68 +162,58 @@ def check_sandbox() -> list[Check]:
         with Sandbox(SandboxConfig()) as sandbox:
             layers = sandbox.layers
     except (CVLightningError, OSError) as error:
-        fix = "python -m cv_lightning sandbox --self-test"
-        return [Check(name="sandbox", status="failed", detail=str(error), fix=fix, required=True)]
+        return [Check("sandbox", "failed", str(error), "python -m cv_lightning sandbox --self-test", required=True)]
     active = sum(state.startswith("active") for state in layers.values())
-    rows = [Check(name="sandbox", status="ok", detail=f"{active} of {len(layers)} layers active", required=True)]
+    rows = [Check("sandbox", "ok", f"{active} of {len(layers)} layers active", required=True)]
     for layer, state in layers.items():
-        status: Status = "absent" if state.startswith("unavailable") else "ok"
-        rows.append(Check(name=f"  {layer}", status=status, detail=state))
+        rows.append(Check(f"  {layer}", "absent" if state.startswith("unavailable") else "ok", state))
     return rows
 
 
 def check_judge() -> Check:
-    """The judge's endpoint, if CVL_JUDGE_URL (and CVL_JUDGE_MODEL) name one."""
+    """Check the judge's endpoint, if CVL_JUDGE_URL (and CVL_JUDGE_MODEL) name one."""
     url = os.environ.get("CVL_JUDGE_URL", "")
     if not url:
-        detail = "none configured (CVL_JUDGE_URL, CVL_JUDGE_MODEL); answers are judged by rule"
-        return Check(name="judge", status="ok", detail=detail)
+        return Check("judge", "ok", "none configured (CVL_JUDGE_URL, CVL_JUDGE_MODEL); answers are judged by rule")
     from cv_lightning.rewards.judge.check import check_endpoint
     from cv_lightning.rewards.judge.config import JudgeConfig
 
+    model = os.environ.get("CVL_JUDGE_MODEL", JudgeConfig.model)
     try:
-        config = JudgeConfig(base_url=url, timeout_s=10.0)
-        found = check_endpoint(replace(config, model=os.environ.get("CVL_JUDGE_MODEL", config.model)))
+        found = check_endpoint(JudgeConfig(base_url=url, timeout_s=10.0, model=model))
     except ValueError as error:  # the config's own check of the address
-        return Check(name="judge", status="failed", detail=str(error), fix="unset CVL_JUDGE_URL")
+        return Check("judge", "failed", str(error), "unset CVL_JUDGE_URL")
     fix = "" if found.ok else "bash scripts/serve_judge.sh"
-    return Check(name="judge", status="ok" if found.ok else "failed", detail=found.message, fix=fix)
+    return Check("judge", "ok" if found.ok else "failed", found.message, fix)
 
 
 def check_space() -> list[Check]:
-    """Memory that is free now, and disk under the working folder."""
+    """Check free memory, and free disk space under the working folder."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    disk = shutil.disk_usage(Path.cwd())
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     rows = []
     for name, free, total, least in (
         ("memory", memory.available / 1e9, memory.total / 1e9, MIN_MEMORY_GB),
         ("disk", disk.free / 1e9, disk.total / 1e9, MIN_DISK_GB),
     ):
-        enough = free >= least
-        detail = f"{free:.1f} of {total:.1f} GB free" + ("" if enough else f"; a run needs about {least:g}")
-        rows.append(Check(name=name, status="ok" if enough else "failed", detail=detail))
+        detail = f"{free:.1f} of {total:.1f} GB free" + ("" if free >= least else f"; a run needs about {least:g}")
+        rows.append(Check(name, "ok" if free >= least else "failed", detail))
     return rows
 
 
 def examine(timeout_s: float) -> list[Check]:
-    """All checks.
+    """Run all checks.
 
     Args:
-        timeout_s: most seconds that one import may take.
+        timeout_s: Most seconds that one import may take.
     """
     on_gpu = shutil.which("nvidia-smi") is not None and Path("/dev/nvidiactl").exists()
     # Two at once: an import of vLLM or torch keeps a core busy, and small machines have two.
     with ThreadPoolExecutor(max_workers=2) as pool:
         imported = list(pool.map(lambda probe: import_probe(probe, timeout_s), PROBES))
-    rest: list[Callable[[], list[Check]]] = [
-        lambda: [check_op(on_gpu), check_attention(on_gpu, timeout_s)],
-        check_sandbox,
-        lambda: [check_judge()],
-        check_space,
-    ]
-    return [check_versions(), *imported, *(check for part in rest for check in part())]
+    checks = [check_versions(), *imported, check_op(on_gpu), check_attention(on_gpu, timeout_s)]
+    return [*checks, *check_sandbox(), check_judge(), *check_space()]
 
 
 def can_train(checks: list[Check]) -> bool:
@@ -240,18 +222,15 @@ def can_train(checks: list[Check]) -> bool:
 
 
 def doctor(json: bool = False, timeout_s: float = 120.0) -> int:
-    """Show what works on this machine. Exit code 0: training works; 1: it could not.
+    """Show what works on this machine. Exit code 0: training works; 1: it does not.
 
     Args:
-        json: print JSON.
-        timeout_s: most seconds that one import may take.
+        json: Print JSON.
+        timeout_s: Most seconds that one import may take.
     """
     prepare_environment()
     checks = examine(timeout_s)
-    if json:
-        show_json(checks)
-    else:
-        show(checks)
+    (show_json if json else show)(checks)
     return 0 if can_train(checks) else 1
 
 
@@ -262,12 +241,12 @@ def main(argv: list[str]) -> int:
 
 def show_json(checks: list[Check]) -> None:
     """Print the checks for programs."""
-    report = {"can_train": can_train(checks), "checks": [asdict(check) for check in checks]}
-    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    report = {"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}
+    print(json.dumps(report, indent=1))
 
 
 def show(checks: list[Check]) -> None:
-    """Print the table and, under it, what is to do."""
+    """Print the table and, under it, the commands that fix what does not work."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -281,5 +260,4 @@ def show(checks: list[Check]) -> None:
     for check in checks:
         if check.fix and check.status != "ok":
             console.print(Text(f"{check.name.strip()}: {check.fix}"))
-    verdict = "training works here" if can_train(checks) else "training cannot work here yet"
-    console.print(verdict, style="bold")
+    console.print("training works here" if can_train(checks) else "training cannot work here yet", style="bold")

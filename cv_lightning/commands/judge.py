@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 
-from cv_lightning.command_line import read_command_line
+from cv_lightning.command_line import run_verb
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.judge.check import check_endpoint, verdicts
 from cv_lightning.rewards.judge.config import JudgeConfig
@@ -16,7 +16,7 @@ from cv_lightning.types import JudgeError
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeQuestion:
-    """One comparison. Exit code 0: a verdict was given; 1: the judge gave none; 2: the command line is wrong."""
+    """A comparison. Exit code 0: the judge gave a verdict; 1: it gave none; 2: the command line is wrong."""
 
     question: str = ""
     """The bare question."""
@@ -25,7 +25,7 @@ class JudgeQuestion:
     answer: str = ""
     """The given answer."""
     data_source: str = "unknown"
-    """Picks the prompt (judge.task_types)."""
+    """Selects the prompt (judge.task_types)."""
     check: bool = False
     """Ask the endpoint two comparisons with known outcome instead."""
     as_json: bool = False
@@ -40,33 +40,23 @@ class JudgeQuestion:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    try:
-        asked = read_command_line(JudgeQuestion, argv, as_positional=False, prog="cv_lightning judge")
-        return _check(asked) if asked.check else _ask(asked)
-    except ValueError as error:  # a config's own cross-check; it names the flag
-        print(error, file=sys.stderr)
-        return 2
+    return run_verb(JudgeQuestion, argv, "cv_lightning judge", ask)
 
 
-def _ask(asked: JudgeQuestion) -> int:
+def ask(asked: JudgeQuestion) -> int:
+    """Print the verdicts of rule and judge, or the state of the endpoint; returns the exit code."""
+    if asked.check:
+        report = check_endpoint(asked.judge)
+        said = {"ok": report.ok, "message": report.message, "latency_s": report.latency_s}
+        print(json.dumps(said) if asked.as_json else report.message)
+        return int(not report.ok)
     rule = rule_score(asked.answer, asked.ground_truth, asked.question)
     try:
         [value] = verdicts(asked.judge, [(asked.ground_truth, asked.answer, asked.data_source)], asked.question)
     except JudgeError as error:
         print(error, file=sys.stderr)
         return 1
-    said = {"rule": rule.value > CORRECT_ABOVE, "judge": value > CORRECT_ABOVE, "score": value}
-    text = f"rule: {_word(said['rule'])}, judge: {_word(said['judge'])} ({value:.3f})"
-    print(json.dumps(said) if asked.as_json else text)
+    correct = {"rule": rule.value > CORRECT_ABOVE, "judge": value > CORRECT_ABOVE}
+    words = ", ".join(f"{name}: {'correct' if is_correct else 'wrong'}" for name, is_correct in correct.items())
+    print(json.dumps(correct | {"score": value}) if asked.as_json else f"{words} ({value:.3f})")
     return 0
-
-
-def _check(asked: JudgeQuestion) -> int:
-    report = check_endpoint(asked.judge)
-    said = {"ok": report.ok, "message": report.message, "latency_s": report.latency_s}
-    print(json.dumps(said) if asked.as_json else report.message)
-    return int(not report.ok)
-
-
-def _word(correct: bool | float) -> str:
-    return "correct" if correct else "wrong"

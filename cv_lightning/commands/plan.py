@@ -1,55 +1,41 @@
-"""`python -m cv_lightning plan`: what a fit would take on each GPU, and whether it fits, before anything is loaded.
+"""`python -m cv_lightning plan`: memory and time of a fit, and whether it fits, before anything is loaded.
 
     python -m cv_lightning plan --config configs/grpo/qwen3_vl_8b.yaml --config configs/hardware/8gpu.yaml --gpu h200
 
-Everything that `fit` takes is taken; the options below are assumptions that no config states. Of the model only its
+It takes every option of `fit`; the options below are assumptions that no config states. Of the model only its
 config.json is read; for the models of the recipes not even that is needed.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cv_lightning.command_line import short_parser
-from cv_lightning.files import write_text
+from cv_lightning.environment import prepare_environment
+from cv_lightning.files import write_json
 from cv_lightning.types import CVLightningError
 
 if TYPE_CHECKING:
-    from cv_lightning.planner.budget import Assumptions, Budget
+    from cv_lightning.planner.budget import Assumptions, Plan
     from cv_lightning.planner.run import RunFacts
 
 GB = 1e9
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What is known of a run before it starts."""
-
-    run: RunFacts
-    given: Assumptions
-    budget: Budget
-    problems: list[str] = field(default_factory=list)
-    """Why it cannot run; each names the setting to change."""
-    hints: list[str] = field(default_factory=list)
-
-
-def make_plan(args: list[str], given: Assumptions) -> RunPlan:
-    """Read the configs and work everything out.
-
-    Args:
-        args: what `fit` would be given.
-        given: assumptions.
-    """
-    from cv_lightning.planner.budget import budget, hints, problems
-    from cv_lightning.planner.run import read_run
-
-    run = read_run(args)
-    found = budget(run, given)
-    return RunPlan(run=run, given=given, budget=found, problems=problems(run, found), hints=hints(run, found, given))
+TITLES = {
+    "weights": "weights",
+    "reference": "reference policy",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "buffers": "ZeRO's buffers",
+    "activations": "activations",
+    "step_work": "optimizer step, after",
+    "engine_weights": "engine weights",
+    "engine_cache": "key-value cache",
+    "engine_work": "engine's own work",
+    "overhead": "CUDA, NCCL, fragments",
+}
+"""Memory on a GPU: name in the JSON file, and in the table."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -58,7 +44,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         0; with --strict 1 where the run does not fit; 2 where the command line is wrong.
     """
-    from cv_lightning.planner.budget import Assumptions
+    from cv_lightning.planner.budget import Assumptions, make_plan
 
     parser = short_parser(prog="python -m cv_lightning plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--strict", action="store_true", help="exit with 1 where the run cannot fit")
@@ -66,18 +52,19 @@ def main(args: list[str] | None = None) -> int:
     parser.add_class_arguments(Assumptions, as_group=False)
     own, rest = _split(sys.argv[1:] if args is None else args, parser)
     options = parser.parse_args(own)
-    from cv_lightning.environment import prepare_environment
-
     prepare_environment()
-    values = {name: options[name] for name in Assumptions.__dataclass_fields__}
+    from cv_lightning.planner.run import read_run
+
     try:
-        plan = make_plan(rest, Assumptions(**values))
+        given = Assumptions(**{name: options[name] for name in Assumptions.__dataclass_fields__})
+        run = read_run(rest)
     except (ValueError, CVLightningError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(text_of(plan))
+    plan = make_plan(run, given)
+    print(text_of(plan, run, given))
     if options.json:
-        write_text(options.json, json.dumps(figures_of(plan), indent=1))
+        write_json(options.json, figures_of(plan))
     return int(options.strict and bool(plan.problems))
 
 
@@ -86,117 +73,72 @@ def _split(args: list[str], parser: Any) -> tuple[list[str], list[str]]:
     flags = {flag: action for action in parser._actions for flag in action.option_strings}
     own: list[str] = []
     rest: list[str] = []
-    waiting = 0
+    takes_next = False
     for argument in args:
         name, _, value = argument.partition("=")
-        if waiting:
+        if takes_next or name in flags:
             own.append(argument)
-            waiting -= 1
-        elif name in flags:
-            own.append(argument)
-            waiting = int(flags[name].nargs != 0 and not value)
+            takes_next = not takes_next and flags[name].nargs != 0 and not value
         else:
             rest.append(argument)
     return own, rest
 
 
-# ------------------------------------------------------------------------------------------------ what is said
-def text_of(plan: RunPlan) -> str:
-    """The plan for people."""
-    parts = [_head(plan), _memory(plan)]
-    parts += [part for part in (_cache(plan), _time(plan)) if part]
-    parts += [f"WARNING: {line}" for line in plan.problems] + [f"warning: {line}" for line in plan.hints]
-    return "\n\n".join(parts)
-
-
-def _head(plan: RunPlan) -> str:
-    run, shape = plan.run, plan.run.shape
-    ranks, stage = run.sharding.ranks, run.sharding.zero_stage
-    where = f"{ranks} x {plan.given.gpu}" if run.on_gpu else "CPU"
-    kind = "SFT" if run.rollout is None else "GRPO"
-    adapted = f", LoRA of rank {run.policy.lora.rank}" if run.policy.lora else ""
-    return (
-        f"{kind} of {run.policy.path}: {shape.parameters / 1e9:.2f} B parameters, {shape.trained / 1e9:.2f} B trained"
-        f"{adapted}, {run.policy.dtype}; {where}" + (f", ZeRO-{stage}" if stage else "")
-    )
-
-
-def _memory(plan: RunPlan) -> str:
-    found, held = plan.budget, plan.budget.states
-    where = "GPU" if plan.run.on_gpu else "machine"
-    rows = [
-        ("weights", held.weights),
-        ("reference policy", held.reference),
-        ("gradients", held.gradients),
-        ("optimizer", held.optimizer),
-        ("ZeRO's buffers", held.buffers),
-        ("activations", found.activations),
-        ("optimizer step, after", found.step_work),
-    ]
-    if found.engine is not None:
-        rows += [("engine weights", found.engine.weights), ("key-value cache", found.engine.cache)]
-        rows += [("engine's own work", found.engine.work)]
-    rows += [("CUDA, NCCL, fragments", found.overhead)]
-    lines = [f"GB on each {where} of {found.memory / GB:.0f}"]
-    lines += [f"  {name:22} {size / GB:7.1f}" for name, size in rows if size]
-    asleep = "  (the engine sleeps meanwhile)" if found.engine is not None and found.engine.sleeps else ""
-    lines.append(f"  {'peak in training':22} {found.training / GB:7.1f}{asleep}")
-    if found.engine is not None:
-        lines.append(f"  {'peak in rollouts':22} {found.sampling / GB:7.1f}")
-    if found.host:
-        line = f"  {'main memory of a node':22} {found.host / GB:7.1f}  at most, for what is kept off the GPUs"
-        if found.engine is not None and found.engine.host:
-            line += f"; {found.engine.host * plan.run.gpus_per_node / GB:.1f} of them the engines'"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _cache(plan: RunPlan) -> str:
-    from cv_lightning.planner.budget import mean_length
-
-    run, engine = plan.run, plan.budget.engine
-    if run.rollout is None or engine is None:
-        return ""
-    mean, longest = mean_length(run, plan.given), run.rollout.longest
-    wanted = -(-run.sequences_per_step // run.sharding.ranks)
-    return (
-        f"trajectories at once on each engine: {engine.fits(mean)} of {mean} tokens, {engine.fits(longest)} of the "
-        f"longest allowed ({longest}); {min(wanted, run.rollout.engine.max_num_seqs)} are to run "
-        f"({engine.token_bytes / 1024:.0f} KiB a token)"
-    )
-
-
-def _time(plan: RunPlan) -> str:
-    from cv_lightning.planner.budget import mean_length
-
-    seconds, run, given = plan.budget.seconds, plan.run, plan.given
-    if not seconds:
-        return ""
-    total = sum(seconds.values())
-    unit = "a step" if run.rollout is None else "an iteration"
-    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    decoding = (
-        f"{given.decode_tokens_per_s:.0f} tokens/s" if given.decode_tokens_per_s else "decoding bound by bandwidth"
-    )
-    sampled = "" if run.rollout is None else f", {given.sampled_tokens} of them sampled, {decoding}, tools hidden"
-    return (
-        f"{unit} takes about {total:.0f} s ({parts}); "
-        f"{run.num_batches} of them {total * run.num_batches / 3600:.1f} h\n"
-        f"  assumed: {run.sequences_per_step} sequences of {mean_length(run, given)} tokens{sampled}; "
-        f"MFU {given.mfu:.0%}; no validation, no start-up"
-    )
-
-
-def figures_of(plan: RunPlan) -> dict[str, Any]:
+def figures_of(plan: Plan) -> dict[str, Any]:
     """The plan for programs: bytes, seconds."""
-    found, held = plan.budget, plan.budget.states
-    figures: dict[str, Any] = {name: getattr(held, name) for name in type(held).__dataclass_fields__}
-    figures |= {"activations": found.activations, "overhead": found.overhead, "host": found.host}
-    figures |= {"step_work": found.step_work}
-    if found.engine is not None:
-        engine = found.engine
-        figures |= {"engine_weights": engine.weights, "engine_cache": engine.cache, "engine_work": engine.work}
-        figures |= {"engine_host": engine.host}
-    figures |= {"training_peak": found.training, "rollout_peak": found.sampling, "memory": found.memory}
-    figures |= {f"{name}_s": value for name, value in found.seconds.items()}
+    figures: dict[str, Any] = plan.lasting | {"activations": plan.activations, "step_work": plan.step_work}
+    if engine := plan.engine:
+        figures |= {f"engine_{name}": getattr(engine, name) for name in ("weights", "cache", "work", "host")}
+    figures |= {"training_peak": plan.training, "rollout_peak": plan.sampling, "memory": plan.memory, "host": plan.host}
+    figures |= {f"{name}_s": value for name, value in plan.seconds.items()}
     return figures | {"problems": plan.problems, "hints": plan.hints}
+
+
+def text_of(plan: Plan, run: RunFacts, given: Assumptions) -> str:
+    """The plan for people."""
+    shape, ranks, stage = run.shape, run.sharding.ranks, run.sharding.zero_stage
+    figures, engine = figures_of(plan), plan.engine
+    lines = [
+        f"{'GRPO' if run.rollout else 'SFT'} of {run.policy.path}: {shape.parameters / 1e9:.2f} B parameters, "
+        f"{shape.trained / 1e9:.2f} B trained"
+        + (f", LoRA of rank {run.policy.lora.rank}" if run.policy.lora else "")
+        + f", {run.policy.dtype}; {f'{ranks} x {given.gpu}' if run.on_gpu else 'CPU'}"
+        + (f", ZeRO-{stage}" if stage else ""),
+        "",
+        f"GB on each {'GPU' if run.on_gpu else 'machine'} of {plan.memory / GB:.0f}",
+        *(f"  {title:22} {figures[name] / GB:7.1f}" for name, title in TITLES.items() if figures.get(name)),
+        f"  {'peak in training':22} {plan.training / GB:7.1f}"
+        + ("  (the engine sleeps meanwhile)" if engine and engine.sleeps else ""),
+    ]
+    if engine:
+        lines.append(f"  {'peak in rollouts':22} {plan.sampling / GB:7.1f}")
+    if plan.host:
+        engines = engine.host * run.gpus_per_node / GB if engine else 0.0
+        lines.append(
+            f"  {'main memory of a node':22} {plan.host / GB:7.1f}  at most, for what is kept off the GPUs"
+            + (f"; {engines:.1f} of them the engines'" if engines else "")
+        )
+    if run.rollout and engine:
+        mean, longest = plan.mean_length, run.rollout.longest
+        at_once = min(run.sequences_per_rank, run.rollout.engine.max_num_seqs)
+        lines += ["", f"trajectories at once on each engine: {engine.fits(mean)} of {mean} tokens, "]
+        lines[-1] += f"{engine.fits(longest)} of the longest allowed ({longest}); {at_once} are to run "
+        lines[-1] += f"({engine.token_bytes / 1024:.0f} KiB a token)"
+    if plan.seconds:
+        lines += ["", *_time_lines(plan, run, given)]
+    found = [f"WARNING: {line}" for line in plan.problems] + [f"warning: {line}" for line in plan.hints]
+    return "\n".join(lines + [line for text in found for line in ("", text)])
+
+
+def _time_lines(plan: Plan, run: RunFacts, given: Assumptions) -> list[str]:
+    total = sum(plan.seconds.values())
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in plan.seconds.items())
+    rate = given.decode_tokens_per_s
+    decoding = f"{rate:.0f} tokens/s" if rate else "decoding bound by bandwidth"
+    sampled = f", {given.sampled_tokens} of them sampled, {decoding}, tools hidden" if run.rollout else ""
+    return [
+        f"{'an iteration' if run.rollout else 'a step'} takes about {total:.0f} s ({parts}); "
+        f"{run.num_batches} of them {total * run.num_batches / 3600:.1f} h",
+        f"  assumed: {run.sequences_per_step} sequences of {plan.mean_length} tokens{sampled}; MFU {given.mfu:.0%}; "
+        "no validation, no start-up",
+    ]

@@ -5,86 +5,66 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
+from math import nan
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 from cv_lightning.background import Background
-from cv_lightning.command_line import read_command_line
+from cv_lightning.command_line import run_verb
 from cv_lightning.rewards.config import RewardConfig
 from cv_lightning.rewards.module import RewardModule
 from cv_lightning.trajectory.codec import encode_group
 from cv_lightning.trajectory.reader import find_files, read_groups
 from cv_lightning.trajectory.store import IMAGES, LINES
-from cv_lightning.types import CVLightningError, DataError, EndState, Group, RewardBreakdown
+from cv_lightning.types import DataError, EndState, Group, JudgeError, RewardBreakdown
 
 GROUPS_AT_ONCE = 64
-"""Groups that a judge is asked about at once."""
+"""Number of groups that the judge is asked about at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rescore:
-    """Score stored trajectories with another recipe, and write them as a store of their own.
+    """Score stored trajectories with another recipe, and write them as a new store.
 
-    What was rolled out stays; rewards are new, advantages are left out, and a trajectory that only the judge failed
-    gets another chance. Exit code 0: written; 1: the judge failed too often; 2: it cannot be done.
+    Trajectories stay as they are; rewards are new, advantages are left out, and a trajectory whose judge failed is
+    scored again. Exit code 0: written; 1: the judge failed too often; 2: another error.
     """
 
     run: Path
     """A trajectory store (a folder with `trajectories/`), or one of its files."""
     out: Path
-    """The new store, which does not exist yet; its pictures are a link to the old one's."""
+    """The new store, which must not exist; its images are a link to those of the old one."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The recipe: a file of configs/reward, and single keys such as `--reward.usage`."""
 
 
 @dataclass(slots=True)
-class Change:
-    """What a recipe says of some trajectories."""
-
-    components: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Unweighted values by component, `total` and `correct`."""
-    scored: int = 0
-    trajectories: int = 0
-    telling: int = 0
-    """Groups whose totals differ, which are those that GRPO learns from."""
-
-    def add(self, rewards: Iterable[RewardBreakdown | None]) -> None:
-        """Count one group."""
-        totals = set()
-        for reward in rewards:
-            self.trajectories += 1
-            if reward is None:
-                continue
-            self.scored += 1
-            totals.add(reward.total)
-            for name, value in {**reward.components, "total": reward.total, "correct": float(reward.correct)}.items():
-                self.components[name].append(value)
-        self.telling += len(totals) > 1
-
-
-@dataclass(slots=True)
 class Rescored:
-    """Before and after."""
+    """Rewards before and after."""
 
-    before: Change = field(default_factory=Change)
-    after: Change = field(default_factory=Change)
-    groups: int = 0
-    changed: int = 0
-    """Trajectories whose total is another, or that are scored in one of both only."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Two rows for each trajectory, `recipe` before and after: group, position, total, components, correct."""
     unreadable: int = 0
-    """Lines that are no group."""
+    """Number of lines that hold no group."""
+
+    def add(self, recipe: str, group: int, rewards: list[RewardBreakdown | None]) -> None:
+        """Add the rewards of a group."""
+        for position, reward in enumerate(rewards):
+            row = {"recipe": recipe, "group": group, "position": position, "total": nan}
+            if reward is not None:
+                row |= {**reward.components, "total": reward.total, "correct": float(reward.correct)}
+            self.rows.append(row)
 
 
 def rescore(config: Rescore) -> Rescored:
     """Write the new store.
 
     Raises:
-        DataError: there are no trajectories, or `out` exists.
-        JudgeError: too many verdicts failed.
+        DataError: There are no trajectories, or `out` exists.
+        JudgeError: Too many verdicts failed.
     """
     if config.out.exists():
         raise DataError(f"--out {config.out} exists; name a folder that does not")
@@ -95,7 +75,7 @@ def rescore(config: Rescore) -> Rescored:
         for group in _scored(reader, config.reward, found):
             file.write(encode_group(group, tokens=bool(group.trajectories and group.trajectories[0].token_ids)))
     found.unreadable = len(reader.bad_lines)
-    if not found.groups:
+    if not found.rows:
         shutil.rmtree(temporary)
         raise DataError(
             f"{config.run}: no line of it is a group of trajectories ({found.unreadable} could not be read)"
@@ -111,6 +91,7 @@ def rescore(config: Rescore) -> Rescored:
 def _scored(groups: Iterator[Group], reward: RewardConfig, found: Rescored) -> Iterator[Group]:
     """The groups with new rewards, in their order."""
     rewards, background = RewardModule(reward), Background("cv-lightning-rescore")
+    numbers = count()
     try:
         while stored := list(islice(groups, GROUPS_AT_ONCE)):
             rescored = [_unscored(group) for group in stored]
@@ -123,8 +104,10 @@ def _scored(groups: Iterator[Group], reward: RewardConfig, found: Rescored) -> I
             for future in waiting:
                 future.result()
             for before, after in zip(stored, rescored, strict=True):
+                number = next(numbers)
                 rewards.score_group(after, background.submit(rewards.ask_terms(after)).result())
-                _compare(before, after, found)
+                found.add("before", number, [trajectory.reward for trajectory in before.trajectories])
+                found.add("after", number, [trajectory.reward for trajectory in after.trajectories])
                 yield after
     finally:
         rewards.close()
@@ -132,7 +115,7 @@ def _scored(groups: Iterator[Group], reward: RewardConfig, found: Rescored) -> I
 
 
 def _unscored(group: Group) -> Group:
-    """A copy without rewards and advantages; what only the judge failed is as it was before the judge was asked."""
+    """A copy without rewards and advantages; a trajectory whose judge failed counts as answered again."""
     trajectories = [replace(trajectory, reward=None, advantage=None) for trajectory in group.trajectories]
     for trajectory in trajectories:
         if trajectory.end_state is EndState.ERROR_JUDGE:
@@ -140,32 +123,28 @@ def _unscored(group: Group) -> Group:
     return replace(group, trajectories=trajectories)
 
 
-def _compare(before: Group, after: Group, found: Rescored) -> None:
-    old, new = [t.reward for t in before.trajectories], [t.reward for t in after.trajectories]
-    found.before.add(old)
-    found.after.add(new)
-    found.groups += 1
-    pairs = zip(old, new, strict=True)
-    found.changed += sum((one and one.total) != (other and other.total) for one, other in pairs)
-
-
 def print_comparison(found: Rescored, out: Path) -> None:
-    """The table of components."""
+    """Print the mean of every component before and after."""
+    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    title = f"{found.groups} groups, {found.before.trajectories} trajectories; {found.changed} rewards changed"
-    table = Table("mean of", title=title, title_justify="left")
-    for column in ("before", "after"):
-        table.add_column(column, justify="right")
-    before, after = found.before, found.after
-    for name in dict.fromkeys([*after.components, *before.components]):
-        values = (each.components.get(name) for each in (before, after))
-        table.add_row(name, *("-" if not value else f"{fmean(value):.4f}" for value in values))
+    frame = pd.DataFrame(found.rows)
+    totals = frame.pivot(index=["group", "position"], columns="recipe", values="total")
+    changed = (totals["before"] != totals["after"]) & totals.notna().any(axis=1)
+    telling = totals.groupby("group").nunique() > 1
+    means = frame.drop(columns=["group", "position"]).groupby("recipe").mean()
+    title = f"{len(telling)} groups, {len(totals)} trajectories; {changed.sum()} rewards changed"
+    table = Table("mean of", "before", "after", title=title, title_justify="left")
+    for name, values in means.items():
+        table.add_row(str(name), *(f"{values[each]:.4f}".replace("nan", "-") for each in ("before", "after")))
     table.add_section()
-    table.add_row("trajectories scored", str(before.scored), str(after.scored))
-    table.add_row("groups whose totals differ", str(before.telling), str(after.telling))
+    for name, counts in (
+        ("trajectories scored", totals.count()),
+        ("groups with different totals", telling.sum()),
+    ):
+        table.add_row(name, str(counts["before"]), str(counts["after"]))
+    console = Console()
     console.print(table)
     if found.unreadable:
         console.print(f"{found.unreadable} lines could not be read and are left out", highlight=False)
@@ -174,19 +153,14 @@ def print_comparison(found: Rescored, out: Path) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    from cv_lightning.types import JudgeError
+    return run_verb(Rescore, args, "cv_lightning rescore", _rescore, leading="run")
 
-    given = list(sys.argv[1:] if args is None else args)
-    if given and not given[0].startswith("-"):
-        given = ["--run", *given]
+
+def _rescore(config: Rescore) -> int:
     try:
-        config = read_command_line(Rescore, given, as_positional=False, prog="cv_lightning rescore")
         found = rescore(config)
     except JudgeError as error:
-        print(f"rescore: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    except (CVLightningError, ValueError, OSError) as error:
-        print(f"rescore: {error}", file=sys.stderr)
-        return 2
     print_comparison(found, config.out)
     return 0

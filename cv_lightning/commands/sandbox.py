@@ -53,7 +53,7 @@ def sandbox(
 
 def main(argv: list[str]) -> int:
     """Command line entry; returns the exit code."""
-    return run_verb(sandbox, ["--output" if word == "-o" else word for word in argv], prog="cv_lightning sandbox")
+    return run_verb(sandbox, argv, "cv_lightning sandbox", aliases={"-o": "--output"})
 
 
 def _self_test(sandbox: Sandbox, corpus: Path, as_json: bool) -> int:

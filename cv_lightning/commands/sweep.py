@@ -198,7 +198,6 @@ def sweep(file: Path, count: int | None = None, out: Path | None = None, set: li
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
-    given = ["--set+" if word == "--set" else word for word in (sys.argv[1:] if args is None else args)]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    return run_verb(sweep, given, prog="cv_lightning sweep")
+    return run_verb(sweep, args, "cv_lightning sweep", aliases={"--set": "--set+"})

@@ -1,14 +1,13 @@
-"""`python -m cv_lightning ablations`: which part of reward and recipe does what, on handwritten digits.
+"""`python -m cv_lightning ablations`: the effect of parts of reward and recipe, on handwritten digits.
 
-Every arm is the quickstart's GRPO with one thing changed, from the SFT checkpoint of its seed, tested on the same
-held-out scenes. Each seed has a folder and a `timing.json` of its own: an interrupted study goes on where it was cut
-off, and seeds can run side by side.
+Every arm is the quickstart's GRPO with one change, from the SFT checkpoint of its seed, tested on the same held-out
+scenes. Each seed has its own folder and `timing.json`: an interrupted study continues where it was cut off, and seeds
+can run side by side.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +15,20 @@ from jsonargparse.typing import PositiveInt
 
 from cv_lightning.command_line import run_verb
 from cv_lightning.digits.quickstart import (
-    CONFIGS,
     SMOKE_RL,
     SMOKE_SFT,
     SMOKE_TEST,
     Stage,
     Timing,
+    check_folder,
     fit_stage,
     run_stages,
+    seed_flags,
     test_stage,
+    tiny_stage,
 )
 from cv_lightning.digits.scenes import KINDS
-from cv_lightning.files import write_text
+from cv_lightning.files import write_json, write_text
 from cv_lightning.types import DataError
 
 
@@ -39,7 +40,7 @@ class Arm:
     reward: str | None = None
     """Reward config; None: the quickstart's."""
     sft: str | None = "sft"
-    """Name in `SFTS` of what RL starts from; None: random weights."""
+    """Name in `SFTS` of the checkpoint that RL starts from; None: random weights."""
 
 
 ARMS = {
@@ -49,25 +50,30 @@ ARMS = {
     "no_sft": Arm(title="RL without SFT", sft=None),
     "paper": Arm(title="paper's reward", reward="configs/reward/paper.yaml"),
     "reference": Arm(title="released code's reward", reward="configs/reward/reference.yaml"),
-    "rare": Arm(title="quickstart's reward after SFT that seldom shows the tool", sft="sft_rare"),
+    "rare": Arm(title="quickstart's reward after SFT that rarely shows the tool", sft="sft_rare"),
     "rare_no_process": Arm(
-        title="no process reward after SFT that seldom shows the tool",
+        title="no process reward after SFT that rarely shows the tool",
         reward="configs/ablations/no_process.yaml",
         sft="sft_rare",
     ),
-    "needless": Arm(title="quickstart's reward after SFT with needless turns", sft="sft_needless"),
+    "needless": Arm(title="quickstart's reward after SFT with unnecessary rotations", sft="sft_needless"),
     "needless_no_penalty": Arm(
-        title="no penalty after SFT with needless turns", reward="configs/ablations/no_penalty.yaml", sft="sft_needless"
+        title="no penalty after SFT with unnecessary rotations",
+        reward="configs/ablations/no_penalty.yaml",
+        sft="sft_needless",
     ),
 }
 SFTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("SFT", ()),
-    "sft_rare": ("SFT that seldom shows the tool", ("--data.init_args.demonstrations.tool_share", "0.05")),
-    "sft_needless": ("SFT with needless turns", ("--data.init_args.demonstrations.needless_share", "0.5")),
+    "sft_rare": ("SFT that rarely shows the tool", ("--data.init_args.demonstrations.tool_share", "0.05")),
+    "sft_needless": ("SFT with unnecessary rotations", ("--data.init_args.demonstrations.needless_share", "0.5")),
 }
-"""Title and options of each SFT. The quickstart's own shows the tool in a third of the tasks that need it, so that
-right answers alone lead to it, and never calls without need, so that a penalty has nothing to do. The second shows it
-in a twentieth; the third turns half of the upright pictures first, for no reason."""
+"""Title and options of each SFT.
+
+The quickstart's SFT shows the tool in a third of the tasks that need it, so that correct answers alone lead to it, and
+has no unnecessary calls, so that a penalty has no effect. The second shows the tool in a twentieth. The third rotates
+half of the upright images first, without need.
+"""
 
 
 def stages(
@@ -83,36 +89,33 @@ def stages(
     """The stages of one seed, in order.
 
     Args:
-        run: the seed's folder.
-        seed: of weights, training scenes and samples; the held-out scenes are the same for all.
-        arms: names of `ARMS`.
-        iterations: of RL; None: the quickstart's number.
-        per_kind: held-out scenes of each kind; None: the quickstart's numbers.
-        smoke: a few steps of each.
-        tests: test every arm on held-out scenes, too.
+        run: The seed's folder.
+        seed: Seed of weights, training scenes and samples; the held-out scenes are the same for all seeds.
+        arms: Names of `ARMS`.
+        iterations: Iterations of RL; None: the quickstart's number.
+        per_kind: Held-out scenes of each kind; None: the quickstart's numbers.
+        smoke: A few steps of each.
+        tests: Test every model on held-out scenes.
     """
-    digits = ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
-    rl = ["--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
+    rl = [*seed_flags(seed), "--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
     if iterations is not None:
         rl += ["--data.init_args.num_iterations", str(iterations)]
     test = list(SMOKE_TEST) if smoke else []
     if per_kind is not None:
         test = ["--data.init_args.test_tasks", json.dumps(dict.fromkeys(KINDS, per_kind))]
-    tiny = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
-    found = [
-        Stage(name="tiny", title="a tiny model with random weights", arguments=tiny, writes=[run / "tiny"]),
-    ]
+    trained = []
     for sft, (title, options) in SFTS.items():
-        if sft not in {ARMS[name].sft for name in arms}:
-            continue
-        found.append(fit_stage(sft, title, run, "tiny", [*digits, *(SMOKE_SFT if smoke else []), *options]))
-        found += [test_stage(sft, run, seed, test)] if tests else []
+        if sft in {ARMS[name].sft for name in arms}:
+            extra = [*seed_flags(seed), *(SMOKE_SFT if smoke else []), *options]
+            trained.append(fit_stage(sft, title, run, "tiny", extra))
     for name in arms:
         arm = ARMS[name]
         start = f"{arm.sft}/model" if arm.sft else "tiny"
         reward = ["--rollout.reward", arm.reward] if arm.reward else []
-        found.append(fit_stage(name, f"GRPO: {arm.title}", run, start, [*digits, *rl, *reward], config="grpo"))
-        found += [test_stage(name, run, seed, test)] if tests else []
+        trained.append(fit_stage(name, f"GRPO: {arm.title}", run, start, [*rl, *reward], config="grpo"))
+    found = [tiny_stage(run, seed)]
+    for stage in trained:
+        found += [stage, test_stage(stage.name, run, seed, test)] if tests else [stage]
     return found
 
 
@@ -132,8 +135,8 @@ def write_table(out: Path) -> str:
     table = markdown(found, label)
     if curves := training_curves(out, ARMS, label):
         plot_study(curves, out / "ablations.png")
-    for name, text in (("ablations.json", json.dumps(to_json(found), indent=1) + "\n"), ("ablations.md", table)):
-        write_text(out / name, text)
+    write_json(out / "ablations.json", to_json(found))
+    write_text(out / "ablations.md", table)
     return table
 
 
@@ -147,58 +150,34 @@ def ablations(
     smoke: bool = False,
     table: bool = False,
 ) -> int:
-    """Train the quickstart with parts of reward and recipe taken away, and compare.
+    """Train the quickstart without parts of reward and recipe, and compare.
 
     Args:
-        out: folder of the study.
-        seeds: by default 0 1 2.
-        arms: by default all.
-        iterations: of RL; by default the quickstart's 100.
-        per_kind: held-out scenes of each kind; by default the quickstart's.
-        no_tests: train only: figures of the last iterations.
-        smoke: every stage once, small; nothing can be learned from it.
-        table: only write the table of what is finished.
+        out: Folder of the study.
+        seeds: By default 0 1 2.
+        arms: By default all.
+        iterations: Iterations of RL; by default the quickstart's 100.
+        per_kind: Held-out scenes of each kind; by default the quickstart's.
+        no_tests: Train only; the table has figures of the last iterations.
+        smoke: Run every stage once, small; the models learn nothing.
+        table: Only write the table of the finished arms.
     """
     arms = arms or list(ARMS)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise DataError(f"--arms {unknown[0]}: not one of {', '.join(ARMS)}")
-    if not CONFIGS.is_dir():
-        raise DataError(f"{CONFIGS} is not here; run it in the project's folder")
-    try:
-        for seed in [] if table else seeds or [0, 1, 2]:
-            run = out / f"seed{seed}"
-            wanted = stages(
-                run,
-                seed=seed,
-                arms=arms,
-                iterations=iterations,
-                per_kind=per_kind,
-                smoke=smoke,
-                tests=not no_tests,
-            )
-            if code := run_stages(run, wanted, _timing(run, seed, iterations, per_kind)):
-                return code
-        sys.stdout.write(f"\n{write_table(out)}\nwritten to {out}/ablations.md, .json and .png\n")
-    except KeyboardInterrupt:
-        sys.stdout.write("\nstopped; the same command continues with the stage that was cut off\n")
-        return 130
+    check_folder()
+    for seed in [] if table else seeds or [0, 1, 2]:
+        run = out / f"seed{seed}"
+        timing = Timing(run, seed=seed, iterations=iterations or 0, per_kind=per_kind or 0)  # 0: the quickstart's
+        wanted = stages(
+            run, seed=seed, arms=arms, iterations=iterations, per_kind=per_kind, smoke=smoke, tests=not no_tests
+        )
+        if code := run_stages(wanted, timing):
+            return code
+    print(f"\n{write_table(out)}\nwritten to {out}/ablations.md, .json and .png")
     return 0
 
 
 def main(args: list[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     return run_verb(ablations, args, prog="cv_lightning ablations", failed=1)
-
-
-def _timing(run: Path, seed: int, iterations: int | None, per_kind: int | None) -> Timing:
-    """The timing of a seed's folder, which must have been made with the same settings."""
-    run.mkdir(parents=True, exist_ok=True)
-    timing = Timing(run)
-    for name, value in (("seed", seed), ("iterations", iterations or 0), ("per_kind", per_kind or 0)):
-        if timing.values.get(name, value) != value:
-            raise DataError(
-                f"{run} was made with --{name.replace('_', '-')} {timing.values[name]:.0f}, not {value} (0: the "
-                "quickstart's); arms that are to be compared need the same, so choose another --out"
-            )
-        timing.set(name, value)
-    return timing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cv_lightning.digits.ablation import LABELS, needless_turns
+from cv_lightning.digits.ablation import LABELS, unnecessary_rotations
 from cv_lightning.digits.scenes import KINDS
 from cv_lightning.digits.stages import FULL, NOT_SECONDS, REDUCED, STAGES, read_timing, training_minutes
 from cv_lightning.digits.training import training_story
@@ -59,8 +59,11 @@ class QuickstartSections(RunSections):
                     title="With and without process reward",
                     lead="The same RL from the same SFT model, once more with the accuracy and format reward only.",
                     table=table if has_table else None,
-                    rows_title="Needless turns on upright tasks while sampling for training",
-                    rows=[(entry.label, f"{100 * entry.mean:.1f} %", entry.note) for entry in needless_turns(curves)],
+                    rows_title="Unnecessary rotations on upright images while sampling for training",
+                    rows=[
+                        (entry.label, f"{100 * entry.mean:.1f} %", entry.note)
+                        for entry in unnecessary_rotations(curves)
+                    ],
                     charts=compared_charts({self.label(stage): curves.get(stage, []) for stage in LABELS}),
                 )
             )

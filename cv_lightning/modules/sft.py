@@ -25,8 +25,8 @@ class SFTModule(PolicyModule):
         policy: which model, and how it is loaded.
         optimizer: AdamW and schedule.
         max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-        prompt: the words around the question; use the agent's own, or RL starts off-distribution.
-        tools: what the system prompt offers; as `rollout.agent.tools`. None: the code tool alone.
+        prompt: texts of the prompt; the command line takes those of `rollout.agent`, under which RL continues.
+        tools: tools that the system prompt offers, those of `rollout.agent` too. None: the code tool.
     """
 
     def __init__(

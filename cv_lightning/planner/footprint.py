@@ -1,7 +1,6 @@
-"""What training and sampling take: memory from shapes, seconds from floating-point operations and bandwidth.
+"""Memory and floating-point operations of a model, from its shapes.
 
-Formulas count what PyTorch keeps (activations: what autograd saves of one packed row; tests compare them with that).
-Times are estimates: of a good implementation at a stated share of the hardware's peak.
+Activations are what autograd saves of one packed row; tests compare the formulas with what PyTorch keeps.
 """
 
 from __future__ import annotations
@@ -19,28 +18,29 @@ LOGIT_COPIES = 3
 """Float32 copies of a chunk's logits that are alive at once: the logits, their gradient, and the softmax between."""
 LOGIT_CHUNK = 1024
 """Positions whose logits are in memory at once (`model.logprobs`)."""
-GATHERED_ELEMENTS = 1_000_000_000
-"""Elements of whole parameters that ZeRO-3 holds at most for the layers it is about to run: DeepSpeed's default."""
-STEP_ELEMENTS = 1_000_000_000
-"""Elements whose gradients ZeRO-3 has in float32 at once while it steps: DeepSpeed's default."""
+STEP_COPIES = 2
+"""Temporary tensors of an optimizer step, each as large as the parameters that are stepped at once."""
+ZERO3_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default for two limits of ZeRO-3: elements of gathered parameters, and elements stepped at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(Architecture):
-    """A model in numbers."""
+    """Sizes of a model."""
 
     parameters: int
-    """Of the whole model, adapters included."""
+    """Number of parameters, adapters included."""
     trained: int
+    """Number of trained parameters."""
     trained_bytes: int
-    """Of one trained parameter."""
+    """Bytes of one trained parameter."""
     dtype_bytes: int
-    """Of one parameter or activation."""
+    """Bytes of one parameter or activation."""
     vision_parameters: int
     vision_trained: bool
     """True: autograd saves the vision tower's activations."""
     looked_up: int
-    """Parameters of the word embeddings where they are no output head as well: no product is taken with them."""
+    """Parameters of the word embeddings unless they are the output head as well: they take part in no product."""
 
     @property
     def key_value_bytes(self) -> int:
@@ -49,16 +49,21 @@ class Shape(Architecture):
 
     @property
     def patches_per_token(self) -> int:
-        """Of an image token."""
+        """Patches of the vision tower that become one image token."""
         return self.merge**2
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels that become one image token."""
+        return (self.patch * self.merge) ** 2
 
 
 def shape_of(model: PreTrainedModel, adapter: ModelAdapter | None = None) -> Shape:
-    """Count a model, which may be on the meta device; what requires no gradient is not trained.
+    """Sizes of a model, which may be on the meta device; parameters that require no gradient are not trained.
 
     Args:
         model: The policy.
-        adapter: Of its family; None: found by its model type.
+        adapter: Adapter of its family; None: found by its model type.
     """
     adapter = adapter or adapter_for(model.config.model_type)
     architecture = adapter.architecture(model.config)
@@ -79,12 +84,12 @@ def shape_of(model: PreTrainedModel, adapter: ModelAdapter | None = None) -> Sha
 
 # ------------------------------------------------------------------------------------------------ activations
 def norm_bytes(width: int, dtype_bytes: int) -> int:
-    """Saved by an RMS norm of one token: its input in float32, the normalised input, and the result."""
+    """Bytes saved by an RMS norm of one token: its input in float32, the normalised input, and the result."""
     return width * (FLOAT32 + 2 * dtype_bytes)
 
 
 def layer_bytes(shape: Shape) -> int:
-    """Saved for the backward pass by one layer of the language model, per token."""
+    """Bytes that one layer of the language model saves for the backward pass, per token."""
     b, queries, keys = shape.dtype_bytes, shape.query_width, shape.key_width
     norms = 2 * norm_bytes(shape.hidden, b)
     head_norms = (queries + keys) * (FLOAT32 + b) if shape.head_norm else 0
@@ -94,21 +99,21 @@ def layer_bytes(shape: Shape) -> int:
 
 
 def vision_block_bytes(shape: Shape) -> int:
-    """Saved for the backward pass by one block of the vision tower, per patch."""
+    """Bytes that one block of the vision tower saves for the backward pass, per patch."""
     b, width = shape.dtype_bytes, shape.vision_hidden
     norms = 2 * (norm_bytes(width, b) if shape.vision_gated else 2 * b * width)
     mlp = (4 if shape.vision_gated else 2) * b * shape.vision_intermediate
-    return norms + 6 * b * width + mlp  # queries, keys and values, two of them turned; the result in both its forms
+    return norms + 6 * b * width + mlp  # queries, keys and values, two of them rotated; the result in both its forms
 
 
 def activation_bytes(shape: Shape, tokens: int, image_tokens: int, checkpointing: bool) -> float:
-    """Of one packed row, at the peak.
+    """Largest memory of the activations of one packed row, in bytes.
 
     Args:
-        shape: of the model.
-        tokens: of the row.
-        image_tokens: those of them that are images'.
-        checkpointing: only the inputs of layers are kept, and one layer at a time is run again.
+        shape: Sizes of the model.
+        tokens: Tokens of the row.
+        image_tokens: Number of them that are image tokens.
+        checkpointing: Only the inputs of layers are kept, and one layer at a time is run again.
     """
     b, patches = shape.dtype_bytes, image_tokens * shape.patches_per_token
     layer, block = tokens * layer_bytes(shape), patches * vision_block_bytes(shape)
@@ -120,60 +125,42 @@ def activation_bytes(shape: Shape, tokens: int, image_tokens: int, checkpointing
     else:
         kept = shape.layers * layer + depth * block
     ends = tokens * (norm_bytes(shape.hidden, b) + b * shape.hidden)  # embeddings, last norm
-    return kept + merged + ends + logit_bytes(shape, tokens)
-
-
-def logit_bytes(shape: Shape, tokens: int) -> float:
-    """Of the loss: logits exist for one chunk at a time."""
-    return min(tokens, LOGIT_CHUNK) * shape.vocabulary * (shape.dtype_bytes + LOGIT_COPIES * FLOAT32)
+    logits = min(tokens, LOGIT_CHUNK) * shape.vocabulary * (b + LOGIT_COPIES * FLOAT32)
+    return kept + merged + ends + logits
 
 
 # ------------------------------------------------------------------------------------------------ states
 @dataclass(frozen=True, kw_only=True)
 class Sharding:
-    """How many ranks share what."""
+    """How ranks share the training states; fields besides the first two are settings of `ZeroStrategy`."""
 
     ranks: int = 1
     zero_stage: Literal[0, 2, 3] = 0
-    """0: every rank has everything; 2: gradients and optimizer states are shared out, 3: parameters, too."""
+    """0: every rank has everything; 2: gradients and optimizer states are sharded; 3: parameters as well."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     bucket_elements: int = 200_000_000
-    """Gradient elements that are reduced at once, two buckets of them."""
     gradient_accumulation: Literal["float32", "policy"] = "float32"
-    """Type of the sum over micro-batches under ZeRO; elsewhere it is the parameters'."""
     gradient_communication: Literal["policy", "float32"] = "policy"
 
 
-@dataclass(frozen=True, kw_only=True)
-class States:
-    """Bytes on one GPU that last through training, and what its share takes in the host's memory."""
-
-    weights: float
-    reference: float
-    gradients: float
-    optimizer: float
-    """Moments, and float32 copies of 16-bit weights under DeepSpeed."""
-    buffers: float
-    """ZeRO's: whole parameters for the layers that run, buckets, float32 gradients while it steps."""
-    host: float
-
-
-def states(shape: Shape, sharding: Sharding, has_reference: bool) -> States:
-    """What training holds.
+def states(shape: Shape, sharding: Sharding, has_reference: bool) -> dict[str, float]:
+    """Bytes that training holds from step to step.
 
     Args:
-        shape: of the policy.
-        sharding: over ranks.
-        has_reference: a frozen copy of the policy is loaded beside it.
+        shape: Sizes of the policy.
+        sharding: How ranks share it.
+        has_reference: A frozen copy of the policy is loaded beside it.
+
+    Returns:
+        Bytes on one GPU: `weights`, `reference`, `gradients`, `optimizer` (moments, and float32 copies of 16-bit
+        weights under DeepSpeed), ZeRO's `buffers`; and `host`, which this GPU's share takes in main memory.
     """
-    whole = shape.parameters * shape.dtype_bytes
     zero, ranks = sharding.zero_stage, sharding.ranks
     share = ranks if zero else 1
-    weights = whole / (ranks if zero == 3 else 1)
+    weights = shape.parameters * shape.dtype_bytes / (ranks if zero == 3 else 1)
     copies = FLOAT32 if zero and shape.trained_bytes < FLOAT32 else 0
-    element = FLOAT32 if zero else shape.trained_bytes
-    optimizer = shape.trained * (ADAM_MOMENTS * element + copies) / share
+    optimizer = shape.trained * (ADAM_MOMENTS * (FLOAT32 if zero else shape.trained_bytes) + copies) / share
     in_float32 = zero and sharding.gradient_accumulation == "float32"
     gradients = shape.trained * (FLOAT32 if in_float32 else shape.trained_bytes) / share
     buffers = 0.0
@@ -183,28 +170,37 @@ def states(shape: Shape, sharding: Sharding, has_reference: bool) -> States:
         if sharding.gradient_communication == "float32" and shape.trained_bytes < FLOAT32:
             buffers += bucket * FLOAT32  # the bucket again, as it is sent
     if zero == 3:
-        buffers += min(GATHERED_ELEMENTS, shape.parameters) * shape.dtype_bytes
-        buffers += min(STEP_ELEMENTS, shape.trained / ranks) * copies
-    host = (optimizer if sharding.offload_optimizer else 0) + (weights if sharding.offload_parameters else 0)
-    return States(
-        weights=0.0 if sharding.offload_parameters else weights,
-        reference=0.0 if sharding.offload_parameters else weights * has_reference,
-        gradients=0.0 if sharding.offload_optimizer else gradients,
-        optimizer=0.0 if sharding.offload_optimizer else optimizer,
-        buffers=buffers,
-        host=host + weights * has_reference * sharding.offload_parameters,
-    )
+        buffers += min(ZERO3_ELEMENTS, shape.parameters) * shape.dtype_bytes
+        buffers += min(ZERO3_ELEMENTS, shape.trained / ranks) * copies
+    keeps_weights, keeps_optimizer = not sharding.offload_parameters, not sharding.offload_optimizer
+    return {
+        "weights": weights * keeps_weights,
+        "reference": weights * has_reference * keeps_weights,
+        "gradients": gradients * keeps_optimizer,
+        "optimizer": optimizer * keeps_optimizer,
+        "buffers": buffers,
+        "host": optimizer * (not keeps_optimizer) + weights * (1 + has_reference) * (not keeps_weights),
+    }
+
+
+def step_bytes(shape: Shape, sharding: Sharding) -> float:
+    """Bytes of the temporary tensors of PyTorch's AdamW on a GPU, when no activations are alive."""
+    if sharding.offload_optimizer:
+        return 0.0
+    if not sharding.zero_stage:
+        return STEP_COPIES * shape.trained * shape.trained_bytes
+    return STEP_COPIES * FLOAT32 * min(ZERO3_ELEMENTS, shape.trained / sharding.ranks)
 
 
 # ------------------------------------------------------------------------------------------------ time
 def forward_flops(shape: Shape, tokens: float, length: float, image_tokens: float) -> float:
-    """Of `tokens` tokens in sequences of `length`, images included: two a parameter, and causal attention."""
+    """Operations of a forward pass over `tokens` tokens in sequences of `length`, with causal attention."""
     language = shape.active_fraction * (shape.parameters - shape.vision_parameters - shape.looked_up)
     attention = 2 * shape.layers * shape.query_width * length  # half of the full matrix, twice: scores and values
     return tokens * (2 * language + attention) + 2 * shape.vision_parameters * image_tokens * shape.patches_per_token
 
 
 def training_flops(shape: Shape, forward: float, checkpointing: bool) -> float:
-    """Of forward and backward: three forwards, with recomputation four; adapters save the weights' gradients."""
+    """Operations of forward and backward: three forwards, with recomputation four; with LoRA one less."""
     backward = 2.0 if shape.trained > shape.parameters / 2 else 1.0
     return forward * (1 + backward + checkpointing)

@@ -1,20 +1,20 @@
-"""What a fit's configs say about memory and time, read by fit's own parser; no model, engine or data is built."""
+"""Facts about a run that its memory and time depend on, read from its configs without building model or engine."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 from dataclasses import dataclass, fields
+from pkgutil import resolve_name
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
+import torch
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.cli import ConfigOnly, ShortErrorParser
 from cv_lightning.cli import main as fit
-from cv_lightning.data.modules import SFTDataModule, TaskDataModule
 from cv_lightning.engines import EngineConfig
 from cv_lightning.environment import num_devices
 from cv_lightning.models.loading import PolicyConfig
@@ -32,15 +32,14 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFacts:
-    """Of RL."""
+    """What rollouts add to a run."""
 
     agent: AgentConfig
     engine: EngineConfig
-    num_samples: int
     has_reference: bool
     """A frozen copy of the policy is loaded."""
     extra_forwards: float
-    """Passes without gradient over all trained tokens, in an iteration."""
+    """Forward passes without gradient over all trained tokens of an iteration."""
 
     @property
     def longest(self) -> int:
@@ -50,7 +49,7 @@ class RolloutFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run is, as far as memory and time depend on it."""
+    """Facts of a run that memory and time depend on."""
 
     shape: Shape
     policy: PolicyConfig
@@ -58,12 +57,22 @@ class RunFacts:
     on_gpu: bool
     gpus_per_node: int
     tokens_per_row: int
-    """Budget of a packed row."""
+    """Token budget of a packed row."""
     sequences_per_step: int
-    """Conversations or trajectories of all ranks, in one batch of Lightning's."""
+    """Conversations or trajectories of all ranks in one batch of Lightning's."""
     num_batches: int
     rollout: RolloutFacts | None
     """None: SFT."""
+
+    @property
+    def sequences_per_rank(self) -> int:
+        """Sequences of one rank in one batch, rounded up."""
+        return -(-self.sequences_per_step // self.sharding.ranks)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a conversation or trajectory."""
+        return self.tokens_per_row if self.rollout is None else self.rollout.longest
 
 
 class PlanParser(ShortErrorParser):
@@ -76,108 +85,73 @@ class PlanParser(ShortErrorParser):
 
 
 def read_run(args: list[str]) -> RunFacts:
-    """Read a fit's command line.
+    """Read a command line of `fit`.
 
     Args:
-        args: what `fit` would be given.
+        args: The command line after `fit`.
 
     Raises:
-        CVLightningError: the model's architecture is not known, or the config is no SFT or GRPO run.
+        CVLightningError: The model's architecture is not known, or the config is not one of SFT or GRPO.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
-        cli = fit(["fit", *args], ConfigOnly, PlanParser)
-    assert isinstance(cli, ConfigOnly)
-    config = cli.as_dict()
-    trainer, model, data = config["trainer"], config["model"], config["data"]
-    given = model["init_args"]
-    policy = _build(PolicyConfig, given["policy"])
-    devices, nodes = _num_devices(trainer["devices"]), int(trainer.get("num_nodes") or 1)
-    kind = _class(model["class_path"])
-    rollout = None
+        config = fit(["fit", *args], ConfigOnly, PlanParser).config["fit"]
+    trainer, model, data = config.trainer, config.model.init_args, config.data.init_args
+    kind = resolve_name(config.model.class_path)
+    rollout, callback = None, None
     if issubclass(kind, GRPOModule):
-        rollout = _rollout(config["rollout"], given, policy)
-        tasks = _build_class(TaskDataModule, data, "data")
-        sequences, batches = tasks.tasks_per_iteration * rollout.num_samples, tasks.num_iterations
-    elif issubclass(kind, SFTModule):
-        conversations = _build_class(SFTDataModule, data, "data")
-        sequences, batches = conversations.conversations_per_step, conversations.num_steps
-    else:
-        raise CVLightningError(f"model.class_path {model['class_path']}: plan knows SFTModule and GRPOModule")
+        callback = _build(RolloutCallback, config.rollout)
+        rollout = _rollout_facts(callback, model)
+    elif not issubclass(kind, SFTModule):
+        raise CVLightningError(f"model.class_path {config.model.class_path}: plan knows SFTModule and GRPOModule")
+    policy = _build(PolicyConfig, model.policy)
+    devices = num_devices(trainer.devices)
+    if not devices:
+        LOG.warning("trainer.devices %s: planned for one GPU; give the number with --trainer.devices", trainer.devices)
+    on_gpu = trainer.accelerator in ("gpu", "cuda")
     return RunFacts(
         shape=shape_of(empty_policy(policy), policy.adapter),
         policy=policy,
-        sharding=_sharding(trainer["strategy"], devices * nodes),
-        on_gpu=_on_gpu(trainer["accelerator"]),
-        gpus_per_node=devices,
-        tokens_per_row=given["max_tokens_per_row"],
-        sequences_per_step=sequences,
-        num_batches=batches,
+        sharding=_sharding(trainer.strategy, max(1, devices) * int(trainer.num_nodes or 1)),
+        on_gpu=torch.cuda.is_available() if trainer.accelerator == "auto" else on_gpu,
+        gpus_per_node=max(1, devices),
+        tokens_per_row=model.max_tokens_per_row,
+        sequences_per_step=data.tasks_per_iteration * callback.num_samples if callback else data.conversations_per_step,
+        num_batches=data.num_iterations if callback else data.num_steps,
         rollout=rollout,
     )
 
 
-def _rollout(rollout: dict[str, Any], given: dict[str, Any], policy: PolicyConfig) -> RolloutFacts:
-    spec = {"class_path": "cv_lightning.callbacks.rollout.RolloutCallback", "init_args": rollout}
-    callback = _build_class(RolloutCallback, spec, "rollout")
-    algorithm = _build(AlgorithmConfig, given.get("algorithm") or {})
-    kl = algorithm.kl
-    own = policy.lora is not None and kl.reference_path in (None, policy.path)
+def _rollout_facts(callback: RolloutCallback, model: jsonargparse.Namespace) -> RolloutFacts:
+    algorithm = _build(AlgorithmConfig, model.algorithm)
+    kl, policy = algorithm.kl, model.policy
+    is_own = policy.lora is not None and kl.reference_path in (None, policy.path)
     forwards = 1 / kl.every if kl.weight > 0 else 0.0
     forwards += algorithm.old_logprobs == "trainer" and algorithm.num_minibatches > 1
     return RolloutFacts(
         agent=callback.agent,
         engine=callback.engine_config,
-        num_samples=callback.num_samples,
-        has_reference=kl.weight > 0 and not own,
+        has_reference=kl.weight > 0 and not is_own,
         extra_forwards=forwards,
     )
 
 
-def _build(kind: type[Built], value: Any) -> Built:
-    """An object from the parsed form of its arguments."""
+def _build(kind: type[Built], arguments: jsonargparse.Namespace) -> Built:
+    """An object from its parsed arguments."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
-    built: Built = parser.instantiate(parser.parse_object({"value": value})).value
+    parser.add_class_arguments(kind, "built")
+    try:
+        built: Built = parser.instantiate(jsonargparse.Namespace(built=arguments)).built  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise CVLightningError(str(error)) from error
     return built
 
 
-def _build_class(kind: type[Built], spec: dict[str, Any], where: str) -> Built:
-    try:
-        return _build(kind, spec)
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        raise CVLightningError(f"{where}: {error}") from error
-
-
-def _class(path: str) -> type:
-    module, name = path.rsplit(".", 1)
-    found = getattr(importlib.import_module(module), name)
-    assert isinstance(found, type)
-    return found
-
-
-def _on_gpu(accelerator: str) -> bool:
-    """What `auto` means is this machine's to say."""
-    if accelerator != "auto":
-        return accelerator in ("gpu", "cuda")
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _num_devices(given: Any) -> int:
-    """GPUs of a node; one where the machine that runs it would say."""
-    count = num_devices(given)
-    if not count:
-        LOG.warning("trainer.devices %s: planned for one GPU; name the number with --trainer.devices", given)
-    return count or 1
-
-
 def _sharding(strategy: Any, ranks: int) -> Sharding:
-    """What a strategy shards; a plain one nothing."""
-    if not isinstance(strategy, dict) or not issubclass(_class(strategy["class_path"]), ZeroStrategy):
+    """Sharding of `ZeroStrategy` and its subclasses; other strategies shard nothing."""
+    kind = resolve_name(strategy.class_path) if isinstance(strategy, jsonargparse.Namespace) else object
+    if not issubclass(kind, ZeroStrategy):
         return Sharding(ranks=ranks)
-    given = strategy.get("init_args") or {}
-    names = {field.name for field in fields(Sharding)} - {"ranks", "zero_stage"}
-    known = {name: given[name] for name in names & given.keys()}
+    given = dict(strategy.get("init_args") or {})
+    known = {field.name: given[field.name] for field in fields(Sharding) if field.name in given}
     return Sharding(ranks=ranks, zero_stage=given.get("stage", 3), **known)

@@ -119,7 +119,7 @@ def judged(
     shape = shape_of(module.policy)
     held = states(shape, Sharding(), has_reference=False)
     image_tokens = sum(t.token_ids.count(module.encoder.image_pad_id) for t in made) * row_tokens // tokens
-    planned = held.weights + held.gradients + held.optimizer
+    planned = held["weights"] + held["gradients"] + held["optimizer"]
     planned += max(activation_bytes(shape, row_tokens, image_tokens, True), 2 * shape.trained * shape.trained_bytes)
     measured = found.get("gpu_update_peak_gb")
     if measured is None:

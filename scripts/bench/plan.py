@@ -45,9 +45,10 @@ import deepspeed, transformers
 from transformers import AutoProcessor, AutoModelForImageTextToText
 args = json.loads(sys.argv[2])
 if len(sys.argv) > 3:  # the plan alone
-    from cv_lightning.commands.plan import figures_of, make_plan
-    from cv_lightning.planner.budget import Assumptions
-    plan = make_plan(args, Assumptions(image_share=0.3))
+    from cv_lightning.commands.plan import figures_of
+    from cv_lightning.planner.budget import Assumptions, make_plan
+    from cv_lightning.planner.run import read_run
+    plan = make_plan(read_run(args), Assumptions(image_share=0.3))
     print("FIGURES", json.dumps(figures_of(plan)))
     sys.exit()
 before = psutil.Process().memory_info().rss

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from cv_lightning.commands.plan import main, make_plan
+from cv_lightning.commands.plan import main
 from cv_lightning.models.attention import NAME, use_attention
 from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import PackedBatch, TrainSequence, pack_sequences
 from cv_lightning.models.patches import use_linear_patches
-from cv_lightning.planner.budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Budget, budget, hints
+from cv_lightning.planner.budget import GRAPHS_GB, SECONDS_PER_PIXEL, Assumptions, Plan, make_plan
 from cv_lightning.planner.footprint import forward_flops, layer_bytes, shape_of, vision_block_bytes
 from cv_lightning.planner.run import RunFacts, read_run
 
@@ -79,11 +79,11 @@ def test_plan_says_that_recipes_fit_the_hardware_they_are_for(
 def test_plan_counts_the_types_in_which_gradients_are_summed_and_sent() -> None:
     recipe, setting = configs("sft/qwen3_vl_8b", "hardware/8gpu"), "--trainer.strategy.init_args.gradient_"
     usual, short, sent = (
-        make_plan([*recipe, *more], Assumptions()).budget.states
+        make_plan(read_run([*recipe, *more]), Assumptions()).lasting
         for more in ([], [f"{setting}accumulation=policy"], [f"{setting}communication=float32"])
     )
-    assert usual.gradients == 2 * short.gradients and usual.buffers == short.buffers
-    assert sent.gradients == usual.gradients and sent.buffers - usual.buffers == 4 * 200_000_000
+    assert usual["gradients"] == 2 * short["gradients"] and usual["buffers"] == short["buffers"]
+    assert sent["gradients"] == usual["gradients"] and sent["buffers"] - usual["buffers"] == 4 * 200_000_000
 
 
 # ---------------------------------------------------------------------------------------------- warnings
@@ -92,7 +92,7 @@ def test_plan_warns_of_a_run_that_cannot_fit_and_the_setting_it_names_helps(
 ) -> None:
     recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
     awake = "--rollout.engine.sleep=never"
-    assert main([*recipe, awake]) == 0, "a plan is no error unless --strict says so"
+    assert main([*recipe, awake]) == 0, "a plan that does not fit is an error only with --strict"
     assert main([*recipe, awake, "--strict"]) == 1
     text = capsys.readouterr().out
     assert "WARNING: does not fit: training takes" in text and "engine.sleep always" in text
@@ -108,11 +108,11 @@ def test_plan_warns_of_a_cache_without_room_for_one_sequence(capsys: pytest.Capt
 
 def test_plan_warns_of_a_cache_for_fewer_trajectories_than_are_decoded_at_once() -> None:
     run, given = recipe_run(), Assumptions()
-    (line,) = hints(run, budget(run, given), given)
+    (line,) = make_plan(run, given).hints
     assert "holds 19 trajectories of 8192 tokens at once, 64 are to run" in line and "max_num_seqs to about 19" in line
     assert run.rollout is not None
     fewer = replace(run, rollout=replace(run.rollout, engine=replace(run.rollout.engine, max_num_seqs=19)))
-    assert hints(fewer, budget(fewer, given), given) == []
+    assert make_plan(fewer, given).hints == []
 
 
 @cache
@@ -121,36 +121,45 @@ def recipe_run() -> RunFacts:
     return read_run(configs("grpo/qwen3_vl_8b", "hardware/8gpu"))
 
 
-def budget_with(**engine: object) -> Budget:
-    """Its budget with other settings of the engine."""
+def plan_with(**engine: object) -> Plan:
+    """Its plan with other settings of the engine."""
     run = recipe_run()
     assert run.rollout is not None
     changed = replace(run.rollout, engine=replace(run.rollout.engine, **engine))  # type: ignore[arg-type]
-    return budget(replace(run, rollout=changed), Assumptions())
+    return make_plan(replace(run, rollout=changed), Assumptions())
 
 
 def test_plan_counts_what_a_sleeping_engine_keeps_in_main_memory() -> None:
-    found = budget_with()
+    found = plan_with()
     assert found.engine is not None and found.engine.sleeps
-    level_2, eager = budget_with(sleep_level=2).host, budget_with(sleep_level=2, enforce_eager=True).host
+    level_2, eager = plan_with(sleep_level=2).host, plan_with(sleep_level=2, enforce_eager=True).host
     assert found.host - level_2 == pytest.approx(2 * 8 * found.engine.weights), "pinned copies, rounded up"
     assert level_2 - eager == pytest.approx(2 * 8 * GRAPHS_GB * 1e9)
     assert eager == pytest.approx(8 * 4e9), "processed images"
-    assert budget_with(sleep_level=2, processor_cache_gb=1.0).host == pytest.approx(level_2 - 8 * 3e9)
-    assert budget_with(sleep="never").host == pytest.approx(8 * 4e9)
+    assert plan_with(sleep_level=2, processor_cache_gb=1.0).host == pytest.approx(level_2 - 8 * 3e9)
+    assert plan_with(sleep="never").host == pytest.approx(8 * 4e9)
 
 
 def test_plan_counts_the_temporary_tensors_of_an_optimizer_step() -> None:
-    found, run = budget_with(), recipe_run()
+    found, run = plan_with(), recipe_run()
     assert found.step_work == 8e9
     offloaded = replace(run, sharding=replace(run.sharding, offload_optimizer=True))
-    assert budget(offloaded, Assumptions()).step_work == 0
-    assert found.training == found.lasting + max(found.activations, found.step_work)
-    assert replace(found, activations=1.0).training == found.lasting + found.step_work
+    assert make_plan(offloaded, Assumptions()).step_work == 0
+    lasting = sum(found.lasting.values())
+    assert found.training == lasting + max(found.activations, found.step_work)
+    assert replace(found, activations=1.0).training == lasting + found.step_work
+
+
+def test_plan_takes_the_size_of_image_tokens_from_the_family() -> None:
+    sides = {name: read_run(configs(name, "hardware/8gpu")).shape.pixels_per_token for name in SIDES}
+    assert sides == {name: side**2 for name, side in SIDES.items()}
+
+
+SIDES = {"grpo/qwen3_vl_8b": 32, "grpo/qwen2_5_vl_7b": 28}
 
 
 def test_plan_counts_image_processing_where_it_is_not_hidden() -> None:
-    shown, hidden = (budget_with(background_rendering=choice).seconds["rollout"] for choice in ("never", "auto"))
+    shown, hidden = (plan_with(background_rendering=choice).seconds["rollout"] for choice in ("never", "auto"))
     assert shown - hidden == pytest.approx(64 * 8192 * 0.5 * 32**2 * SECONDS_PER_PIXEL)
 
 
@@ -173,10 +182,11 @@ def test_plan_refuses_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) ->
 
 def test_plan_counts_every_trajectory_that_is_longer_than_a_row() -> None:
     recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
-    whole, short = (make_plan([*recipe, f"{ROW}={tokens}"], Assumptions()) for tokens in (32768, 4096))
-    assert short.budget.activations == whole.budget.activations
+    whole, short = (make_plan(read_run([*recipe, f"{ROW}={tokens}"]), Assumptions()) for tokens in (32768, 4096))
+    assert short.activations == whole.activations
     capped = [f"--rollout.agent.max_{part}_tokens=2048" for part in ("prompt", "response")]
-    assert make_plan([*recipe, f"{ROW}=4096", *capped], Assumptions()).budget.activations < whole.budget.activations / 5
+    shorter = make_plan(read_run([*recipe, f"{ROW}=4096", *capped]), Assumptions())
+    assert shorter.activations < whole.activations / 5
 
 
 # ---------------------------------------------------------------------------------------------- what PyTorch counts

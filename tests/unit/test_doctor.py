@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,51 +12,51 @@ from cv_lightning.commands import doctor
 from cv_lightning.commands.doctor import Check, Probe, can_train, check_judge, check_op, check_versions, import_probe
 
 
-def test_a_working_import_gives_its_answer() -> None:
+def test_working_import_shows_its_version() -> None:
     probe = Probe("json", "import json; print('noise'); found = json.__name__ + ' 1.0'", "pip install json")
     check = import_probe(probe, timeout_s=30)
     assert (check.status, check.detail, check.fix) == ("ok", "json 1.0", "")
 
 
-def test_an_absent_package_has_the_command_that_adds_it() -> None:
+def test_absent_package_shows_the_command_that_installs_it() -> None:
     probe = Probe("no_such_package", "import no_such_package; found = ''", "pip install it", required=True)
     check = import_probe(probe, timeout_s=30)
     assert (check.status, check.fix, check.required) == ("absent", "pip install it", True)
     assert "no_such_package" in check.detail
 
 
-def test_a_package_that_breaks_says_why() -> None:
-    probe = Probe("broken", "raise RuntimeError('operator torchvision::nms does not exist')", "mend it")
+def test_broken_package_shows_its_error() -> None:
+    probe = Probe("broken", "raise RuntimeError('operator torchvision::nms does not exist')", "repair it")
     check = import_probe(probe, timeout_s=30)
     assert check.status == "failed"
     assert "nms does not exist" in check.detail
 
 
-def test_a_crash_is_a_row() -> None:
-    check = import_probe(Probe("crash", "import os; os.abort()", "mend it"), timeout_s=30)
+def test_crashing_import_is_a_failed_row() -> None:
+    check = import_probe(Probe("crash", "import os; os.abort()", "repair it"), timeout_s=30)
     assert check.status == "failed"
     assert check.detail
 
 
-def test_a_hang_is_cut_off() -> None:
-    check = import_probe(Probe("hang", "import time; time.sleep(60)", "mend it"), timeout_s=1)
+def test_hanging_import_times_out() -> None:
+    check = import_probe(Probe("hang", "import time; time.sleep(60)", "repair it"), timeout_s=1)
     assert check.status == "failed"
     assert "1 s" in check.detail
 
 
-def test_only_required_parts_decide() -> None:
+def test_only_required_parts_decide_whether_training_works() -> None:
     fine = Check(name="torch", status="ok", detail="", required=True)
     extra = Check(name="vllm", status="failed", detail="")
     assert can_train([fine, extra])
-    assert not can_train([replace(fine, status="absent"), extra])
+    assert not can_train([fine._replace(status="absent"), extra])
 
 
-def test_versions_of_a_package_that_is_not_installed() -> None:
+def test_versions_of_an_uninstalled_package() -> None:
     check = check_versions("no-such-distribution")
     assert (check.status, check.fix) == ("absent", "bash scripts/install.sh --force")
 
 
-def test_versions_that_do_not_meet_the_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_that_violate_pins_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = tmp_path / "made_up-1.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     needs = ("pytest>=999", "pip", "no-such-distribution==1", "torch<0; extra == 'gpu'")
@@ -71,7 +70,7 @@ def test_versions_that_do_not_meet_the_pins(tmp_path: Path, monkeypatch: pytest.
     assert "pip " not in check.detail and "torch" not in check.detail
 
 
-def test_the_operator_is_found_where_it_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_operator_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert check_op(on_gpu=False).status == "absent"
     built = tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
@@ -80,15 +79,15 @@ def test_the_operator_is_found_where_it_was_built(tmp_path: Path, monkeypatch: p
     assert check_op(on_gpu=False).status == "ok"
 
 
-def test_a_judge_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_that_does_not_answer_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CVL_JUDGE_URL", raising=False)
     assert check_judge().status == "ok"
-    monkeypatch.setenv("CVL_JUDGE_URL", "http://127.0.0.1:9/v1")  # the discard port: nobody listens
+    monkeypatch.setenv("CVL_JUDGE_URL", "http://127.0.0.1:9/v1")  # the discard port, where nothing listens
     check = check_judge()
     assert (check.status, check.fix) == ("failed", "bash scripts/serve_judge.sh")
 
 
-def test_json_and_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_and_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The real checks with two light imports: the sandbox starts, and a required part that is absent gives code 1."""
     monkeypatch.setattr(doctor, "prepare_environment", lambda: None)
     light = Probe("sys", "import sys; found = sys.version.split()[0]", "none", required=True)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from report_samples import Size, resolved, write_run
 
 from cv_lightning.commands.report import main as report_main
-from cv_lightning.digits.ablation import needless_while_sampling
+from cv_lightning.digits.ablation import rotations_while_sampling
 from cv_lightning.digits.figures import write_summary
 from cv_lightning.digits.report import sections_of
 from cv_lightning.digits.summary import main as summary_main
@@ -74,7 +74,7 @@ def test_the_summary_fits_a_terminal_of_80(
     assert summary_main([str(run)]) == 0
     text = capsys.readouterr().out
     assert "…" not in text
-    assert "needless turns on upright tasks while sampling, without process reward" in text
+    assert "unnecessary rotations on upright images while sampling, without process reward" in text
 
 
 def column(path: Path, name: str) -> list[str]:
@@ -133,11 +133,11 @@ def test_curves_whose_columns_come_late_are_read(tmp_path: Path) -> None:
     assert [curve.steps for curve in read_curves(path) if curve.name == "policy/parity_max"] == [[1.0]]
 
 
-def test_needless_turns_are_the_mean_of_iterations_6_to_25(run: Path) -> None:
-    found = needless_while_sampling(run)
-    assert [entry.stage for entry in found] == ["rl", "rl_accuracy"]
-    for entry in found:
-        rows = column(run / entry.stage / "metrics.csv", "rollout/spurious")
+def test_unnecessary_rotations_are_the_mean_of_iterations_6_to_25(run: Path) -> None:
+    found = rotations_while_sampling(run)
+    assert [entry.label for entry in found] == ["with process reward", "without process reward"]
+    for stage, entry in zip(("rl", "rl_accuracy"), found, strict=True):
+        rows = column(run / stage / "metrics.csv", "rollout/spurious")
         assert len(rows) == 28
         assert entry.mean == pytest.approx(sum(map(float, rows[5:25])) / 20)
         assert entry.num_iterations == 20
@@ -185,7 +185,7 @@ def test_the_page_has_its_main_parts(run: Path) -> None:
     assert "clean single turns" in text
     assert "With and without process reward" in text
     assert "Before and after, with 95 % intervals" in text
-    for entry in needless_while_sampling(run):
+    for entry in rotations_while_sampling(run):
         assert f"<b>{100 * entry.mean:.1f} %</b>" in text
     assert page.stat().st_size < 15e6
     outside = [word for word in text.split('"') if word.startswith(("http://", "https://", "//"))]

@@ -81,6 +81,8 @@ class Architecture:
     """The vision blocks have RMS norms and a gated MLP, instead of layer norms and two matrices."""
     mergers: int
     """Number of projections from the vision tower into the language model."""
+    patch: int
+    """Side of a patch in pixels."""
     merge: int
     """Side of the square of patches that becomes one token."""
     active_fraction: float = 1.0
@@ -94,6 +96,8 @@ class ModelAdapter(ABC):
     the checkpoint's processor exist once `bind` was called; the rest works without.
     """
 
+    title: ClassVar[str] = ""
+    """Name of the family for people."""
     model_types: ClassVar[tuple[str, ...]] = ()
     """Values of `model_type` in config.json that select this family."""
     processor_class: ClassVar[str] = ""

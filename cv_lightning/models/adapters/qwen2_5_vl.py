@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Qwen25VLAdapter(QwenVLAdapter):
     """Most blocks of the vision tower attend within windows."""
 
+    title = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
     processor_class = "Qwen2_5_VLProcessor"
     liger_function = "apply_liger_kernel_to_qwen2_5_vl"

@@ -19,6 +19,7 @@ POSITION_TABLE = 16
 class Qwen3VLAdapter(QwenVLAdapter):
     """Features of some vision blocks are added to the first layers of the language model (deepstack)."""
 
+    title = "Qwen3-VL"
     model_types = ("qwen3_vl",)
     processor_class = "Qwen3VLProcessor"
     liger_function = "apply_liger_kernel_to_qwen3_vl"

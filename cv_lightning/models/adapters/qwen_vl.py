@@ -179,6 +179,7 @@ class QwenVLAdapter(ModelAdapter):
             vision_intermediate=vision.intermediate_size,
             vision_gated=False,
             mergers=1,
+            patch=vision.patch_size,
             merge=vision.spatial_merge_size,
         )
 
