@@ -92,7 +92,7 @@ class EndpointClient:
         options: Mapping[str, Any] | None = None,
         needed: Collection[str] = (),
     ) -> T:
-        """The same as `chat` for any path below the endpoint (or a whole address) and any body."""
+        """Post any body to a path below the endpoint or to a whole address; the rest is as in `chat`."""
         from cv_lightning.endpoint.paced import EndpointDownError
 
         slots, pacing = self._connect()

@@ -1,4 +1,4 @@
-"""The page of a comparison: differences, as numbers and drawn, and the flipped questions, both trajectories beside."""
+"""The page of a comparison: differences as numbers and intervals, and flipped questions with both trajectories."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ LOG = logging.getLogger(__name__)
 THUMBNAIL_PX = 224
 CALL = "<tool_call>"
 MAX_TEXT = 4000
-"""Characters of a turn that the page shows."""
+"""Characters of a turn on the page."""
 MARGIN = 0.03
-"""Of the width of a drawing, left free at both of its ends for the dots."""
+"""Free space at both ends of a drawing, as a fraction of its width."""
 
 
 class Span(NamedTuple):
-    """An interval as it is drawn: places in percent of the width."""
+    """An interval of a drawing, in percent of its width."""
 
     low: float
     value: float
     high: float
     zero: float
-    """Place of no difference."""
+    """Position of no difference."""
     tone: str
-    """`right` or `wrong` where the interval lies above or below zero, else empty."""
+    """`right` or `wrong` if the interval is above or below zero, else empty."""
 
 
 def render(found: Comparison, first: Mapping[str, Group], second: Mapping[str, Group], max_flips: int) -> str:
-    """The page as HTML, pictures inside, no script. Texts of models and data are escaped."""
+    """The page as HTML with embedded images and without script. Texts of models and data are escaped."""
     sections = []
     for title, names in (("Right in B only", found.gained), ("Right in A only", found.lost)):
         shown = flips(_spread(names, max_flips), found.matching, first, second)
@@ -63,7 +63,7 @@ def render(found: Comparison, first: Mapping[str, Group], second: Mapping[str, G
 
 
 def spans(found: Sequence[Difference]) -> list[Span | None]:
-    """Where intervals are drawn, all on one axis that has zero on it; None for one of no questions."""
+    """Intervals on one axis that includes zero; None for an interval without questions."""
     ends = [end for part in found if part.n for end in (part.low, part.high)]
     start = min(0.0, *ends) if ends else 0.0
     width = (max(0.0, *ends) - start if ends else 0.0) or 1.0
@@ -79,7 +79,7 @@ def spans(found: Sequence[Difference]) -> list[Span | None]:
 
 
 def _spread(names: Sequence[str], most: int) -> list[str]:
-    """At most so many, evenly spaced: ids stand by kind, and a page of one kind would mislead."""
+    """At most `most` names, evenly spaced: names are sorted by kind, and the page should show all kinds."""
     count = min(most, len(names))
     return [names[at * len(names) // count] for at in range(count)]
 
@@ -102,27 +102,27 @@ def _trajectory(trajectory: Trajectory) -> dict[str, Any]:
         "correct": reward.correct if reward else None,
         "answer": trajectory.answer,
         "end": trajectory.end_state.value,
-        "given": [_picture(image) for image in trajectory.images if image.parent is None],
+        "given": [_image(image) for image in trajectory.images if image.parent is None],
         "turns": [
             {
-                "text": _said(turn)[:MAX_TEXT],
+                "text": _text(turn)[:MAX_TEXT],
                 "code": highlight(turn.tool_call.text[:MAX_TEXT]) if turn.tool_call else [],
                 "status": turn.result.status.value if turn.result else "",
                 "error": turn.result.error[:MAX_TEXT] if turn.result else "",
                 "operations": ", ".join(op.name for op in turn.result.operations) if turn.result else "",
-                "picture": _picture(trajectory.images[turn.image_index]) if turn.image_index is not None else None,
+                "image": _image(trajectory.images[turn.image_index]) if turn.image_index is not None else None,
             }
             for turn in trajectory.turns
         ],
     }
 
 
-def _said(turn: Turn) -> str:
-    """The turn's text; without the call where it was understood, since its code is shown as code."""
+def _text(turn: Turn) -> str:
+    """The turn's text, without a parsed call, whose code is shown as code."""
     return turn.text.partition(CALL)[0].strip() if turn.tool_call else turn.text
 
 
-def _picture(image: TrajectoryImage) -> dict[str, Any]:
+def _image(image: TrajectoryImage) -> dict[str, Any]:
     try:
         data = thumbnail(pixels_of(image.original), THUMBNAIL_PX)
     except DataError as error:
@@ -141,11 +141,11 @@ def write_comparison(
     """Write `compare.json` and `compare.html` into a folder.
 
     Args:
-        found: of `compare`.
-        first: the groups that it was made of.
-        second: likewise.
-        out: the folder; made if missing.
-        max_flips: questions of each direction whose trajectories the page shows.
+        found: Result of `compare`.
+        first: Groups of the first evaluation, by question.
+        second: Groups of the second evaluation, by question.
+        out: The folder; made if it does not exist.
+        max_flips: Questions of each direction whose trajectories the page shows.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")

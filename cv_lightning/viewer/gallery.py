@@ -1,4 +1,4 @@
-"""Which trajectories the report embeds, and in what form: a stratified sample as JSON, pictures as data URIs."""
+"""The report's gallery: a stratified sample of trajectories as JSON values, with images as data URIs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from PIL import Image
 
 from cv_lightning.evaluation.outcome import Outcome, judge
 from cv_lightning.trajectory import path_of, pixels_of
-from cv_lightning.types import DataError, Group, Trajectory, TrajectoryImage, Turn
+from cv_lightning.types import DataError, Group, ToolResult, Trajectory, TrajectoryImage, Turn
 from cv_lightning.viewer.highlight import highlight
 
 LOG = logging.getLogger(__name__)
 MAX_TEXT = 20_000
-"""Characters of a turn, a snippet or a tool response that are embedded; the page says where it cut."""
+"""Characters of a turn, a snippet or a tool response that are embedded; the page marks the cut."""
 
 
 # ------------------------------------------------------------------------------------------------ sample
@@ -36,18 +36,18 @@ class _Candidate(NamedTuple):
 class GroupSampler:
     """A bounded, stratified and repeatable sample of a stream of groups.
 
-    One half is taken by kind and a hash of task and iteration, so that evaluations of the same tasks keep the same
-    ones; the other half from strata in turn, so that rare outcomes are seen: kind, outcome (all right, mixed, all
-    wrong, failed) and whether a tool was used. One run gives one page.
+    Half of it is taken by kind and a hash of task and iteration, so that evaluations of the same tasks keep the same
+    ones. The other half is taken from strata in turn, so that rare cases are included: kind, outcome (all right, mixed,
+    all wrong, failed) and whether a tool was used.
     """
 
     max_trajectories: int
     num_seen: int = 0
-    """Trajectories offered."""
+    """Trajectories of all groups so far."""
     _strata: dict[tuple[Any, ...], list[_Candidate]] = field(default_factory=dict)
 
     def watch(self, groups: Iterable[Group]) -> Iterator[Group]:
-        """Pass groups on, sampling them on the way."""
+        """Yield the groups, sampling them on the way."""
         for group in groups:
             self._offer(group)
             yield group
@@ -66,7 +66,7 @@ class GroupSampler:
             heapq.heappushpop(heap, entry)
 
     def chosen(self) -> list[Group]:
-        """The sample, in the order of the stream: whole groups, half of them by kind alone, then by stratum."""
+        """The sample of whole groups, in the order of the stream."""
         strata = sorted(self._strata.items(), key=lambda item: repr(item[0]))
         kinds: dict[str, list[_Candidate]] = {}
         for (kind, *_), heap in strata:
@@ -78,7 +78,7 @@ class GroupSampler:
 
 
 def _take_in_turn(pools: list[list[_Candidate]], found: dict[int, _Candidate], most: int) -> None:
-    """Take the candidate of the smallest hash from each pool in turn, up to `most` trajectories in all."""
+    """Move the candidate of the smallest hash from each pool in turn to `found`, up to `most` trajectories in all."""
     queues = [sorted(pool) for pool in pools]
     taken = sum(len(candidate.group.trajectories) for candidate in found.values())
     while taken < most and any(queues):
@@ -99,44 +99,37 @@ def _stratum(group: Group) -> tuple[Any, ...]:
 
 # ------------------------------------------------------------------------------------------------ JSON
 class Gallery:
-    """Collects what the page's script draws: stores, groups, trajectories, pictures."""
+    """Collects the data of the page's script: stores, groups, trajectories and images."""
 
     def __init__(self, thumbnail_px: int, max_image_bytes: int) -> None:
         self.thumbnail_px = thumbnail_px
         self.max_image_bytes = max_image_bytes
         self.num_image_bytes = 0
         self.left_out: set[str] = set()
-        """Files over the size limit: the page loads them from the run's folder."""
+        """Files over the size limit, which the page loads from the run's folder."""
         self.missing: set[str] = set()
-        """Files that a trajectory names but that are not there, or cannot be decoded."""
+        """Files of trajectories that do not exist or cannot be decoded."""
         self.images: dict[str, str] = {}
-        """Data URI by file name."""
+        """Data URIs by file name."""
         self.stores: list[dict[str, Any]] = []
         self.groups: list[dict[str, Any]] = []
         self.trajectories: list[dict[str, Any]] = []
         self.codes: list[list[tuple[str, str]]] = []
-        """Every different snippet once, in coloured pieces."""
+        """The different snippets, in coloured pieces."""
         self._code_numbers: dict[str, int] = {}
 
     def add_store(self, name: str, label: str, groups: list[Group], num_seen: int, folder: str | None) -> None:
         """Add the sampled groups of one store.
 
         Args:
-            name: path below the run.
-            label: for people.
-            groups: the sample.
-            num_seen: trajectories it was drawn from.
-            folder: relative URL of the store from the page, for links to whole pictures; None: no links.
+            name: Path of the store below the run's folder.
+            label: Name for people.
+            groups: The sample.
+            num_seen: Trajectories that the sample was drawn from.
+            folder: Relative URL of the store from the page, for links to image files; None for no links.
         """
-        self.stores.append(
-            {
-                "name": name,
-                "label": label,
-                "folder": folder,
-                "shown": sum(len(group.trajectories) for group in groups),
-                "total": num_seen,
-            }
-        )
+        shown = sum(len(group.trajectories) for group in groups)
+        self.stores.append({"name": name, "label": label, "folder": folder, "shown": shown, "total": num_seen})
         for group in groups:
             self._add_group(len(self.stores) - 1, group)
 
@@ -206,7 +199,7 @@ class Gallery:
             "toSource": image.to_source,
         }
         if 2 * model_size[0] <= size[0] and not missing:
-            # what cannot be read at the size that the model saw is what the crop was for
+            # The model's view shows what could not be read without the crop.
             data["seen"] = f"{path.name}@{model_size[0]}x{model_size[1]}"
             if path.name in self.images:
                 self._embed(data["seen"], image.model_image)
@@ -229,56 +222,49 @@ class Gallery:
         self.num_image_bytes += len(self.images[key])
 
     def _turn(self, turn: Turn) -> dict[str, Any]:
-        data = _turn(turn)
-        if turn.tool_call is not None:
-            data["call"]["code"] = self._code(turn.tool_call.text)
+        call = turn.tool_call
+        data: dict[str, Any] = {
+            "text": _cut(turn.text),
+            "tokens": turn.num_tokens,
+            "image": turn.image_index,
+            "response": _cut(turn.response_text),
+            "parseError": turn.parse_error,
+            "seconds": [turn.generate_s, turn.tool_s],
+        }
+        if call is not None:
+            shown = {"name": call.name, "image": call.image_index, "description": _cut(call.description)}
+            data["call"] = shown | {"code": self._code(call.text)}
+        if turn.result is not None:
+            data["result"] = _result(turn.result)
         return data
 
     def _code(self, code: str) -> int:
-        """Number of a snippet in `codes`."""
+        """Number of a snippet in `codes`; added on first use."""
         if code not in self._code_numbers:
             self._code_numbers[code] = len(self.codes)
             self.codes.append(highlight(_cut(code)))
         return self._code_numbers[code]
 
 
-def _turn(turn: Turn) -> dict[str, Any]:
-    call, result = turn.tool_call, turn.result
-    data: dict[str, Any] = {
-        "text": _cut(turn.text),
-        "tokens": turn.num_tokens,
-        "image": turn.image_index,
-        "response": _cut(turn.response_text),
-        "parseError": turn.parse_error,
-        "seconds": [turn.generate_s, turn.tool_s],
+def _result(result: ToolResult) -> dict[str, Any]:
+    return {
+        "status": result.status.value,
+        "error": _cut(result.error),
+        "kind": result.error_kind,
+        "tier": result.tier,
+        "seconds": result.elapsed_s,
+        "core": result.effect.core if result.effect else (),
+        "operations": [
+            {
+                "name": op.name,
+                "call": op.call,
+                "arguments": {name: _cut(_compact(value)) for name, value in op.arguments.items()},
+                "sizes": [op.input_size, op.output_size],
+                "used": op.used,
+            }
+            for op in result.operations
+        ],
     }
-    if call is not None:
-        data["call"] = {
-            "name": call.name,
-            "image": call.image_index,
-            "description": _cut(call.description),
-        }
-    if result is not None:
-        effect = result.effect
-        data["result"] = {
-            "status": result.status.value,
-            "error": _cut(result.error),
-            "kind": result.error_kind,
-            "tier": result.tier,
-            "seconds": result.elapsed_s,
-            "core": effect.core if effect else (),
-            "operations": [
-                {
-                    "name": op.name,
-                    "call": op.call,
-                    "arguments": {name: _cut(_compact(value)) for name, value in op.arguments.items()},
-                    "sizes": [op.input_size, op.output_size],
-                    "used": op.used,
-                }
-                for op in result.operations
-            ],
-        }
-    return data
 
 
 def _compact(value: object) -> str:
@@ -289,26 +275,22 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [... {len(text) - MAX_TEXT} more characters]"
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 def thumbnail(image: Image.Image, longest_px: int) -> str:
-    """Data URI of the picture, scaled down to `longest_px`; PNG where that is small, else lossy WebP."""
+    """Data URI of an image, scaled down to `longest_px`; PNG where that is small, else lossy WebP."""
     small = image.copy()
     small.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
     grey = small.convert("L")
-    same = grey.convert("RGB").tobytes() == small.convert("RGB").tobytes()
-    (grey if same else small).save(buffer, "PNG", optimize=True)
-    kind = "png"
+    is_grey = grey.convert("RGB").tobytes() == small.convert("RGB").tobytes()
+    kind, buffer = "png", io.BytesIO()
+    (grey if is_grey else small).save(buffer, "PNG", optimize=True)
     if buffer.tell() > 12_000:
-        buffer = io.BytesIO()
+        kind, buffer = "webp", io.BytesIO()
         small.save(buffer, "WEBP", quality=80, method=4)
-        kind = "webp"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def relative_folder(store: Path, page: Path) -> str | None:
-    """Where the page finds the store's pictures, as a relative URL; None where it stands outside the run."""
-    try:
-        return store.resolve().relative_to(page.resolve().parent).as_posix()
-    except ValueError:
-        return None
+    """Relative URL of a store from the page; None if the page is outside the run's folder."""
+    store, folder = store.resolve(), page.resolve().parent
+    return store.relative_to(folder).as_posix() if store.is_relative_to(folder) else None
