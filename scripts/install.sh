@@ -8,6 +8,7 @@
 # --cpu/--gpu  the stack to install; by default what the machine has
 # --no-doctor  leave out the closing table
 # PYTHON       the interpreter that makes .venv (3.11 or later)
+# CVL_INSTALLER=pip  install by pip; by default uv installs, and pip where uv fails
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +25,7 @@ for argument in "$@"; do
     --cpu) stack=cpu ;;
     --gpu) stack=gpu ;;
     --no-doctor) doctor=0 ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "install.sh: no option $argument (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -87,63 +88,83 @@ lock=()
 if [[ $(uname -sm) == "Linux x86_64" ]] && "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
   lock=(--constraint "scripts/locks/$stack.txt")
 fi
-# pip's whole output goes to the log; an error shows its last lines.
-try_pip() {
+# uv installs where it can be had, pip where uv is not there or fails. Their whole output goes to the log; an error shows its last lines.
+uv=
+try_install() {
+  if [[ -n $uv ]]; then
+    local options=(--python "$python" --no-progress --index-strategy unsafe-best-match) # indexes as pip reads them
+    [[ -z ${PIP_FIND_LINKS:-} ]] || options+=(--find-links "$PIP_FIND_LINKS")
+    [[ $stack != cpu ]] || options+=(--excludes "$environment/unloadable.txt") # where pip installs, they are removed below
+    "$uv" pip install "${options[@]}" "${lock[@]}" "$@" >>"$log" 2>&1 && return
+    echo "uv did not install $*: pip tries" >>"$log"
+  fi
   "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "${lock[@]}" "$@" >>"$log" 2>&1
 }
-pip_install() {
-  try_pip "$@" && return
+install_or_fail() {
+  try_install "$@" && return
   if [[ ${#lock[@]} -gt 0 ]]; then
     say "the locked versions do not fit here: installing what the pins of pyproject.toml allow (details in $log)"
     lock=()
-    try_pip "$@" && return
+    try_install "$@" && return
   fi
   grep -v 'is ignored: it is\|^Looking in\|already satisfied' "$log" | tail -n 25 >&2
-  fail "pip install $* failed; the whole output is in $log$(caps)"
+  fail "installing $* failed; the whole output is in $log$(caps)"
 }
+pip_setting() { "$python" -m pip config get "global.$1" 2>/dev/null | tr '\n' ' ' || true; } # uv does not read pip's settings
 caps() { # a cap that a machine puts on pip is the usual reason for a pin that cannot be met
   local found
   found=$("$python" -m pip config list 2>/dev/null | grep -i "constraint" || true)
   if [[ -n ${PIP_CONSTRAINT:-}$found ]]; then echo "; pip is capped on this machine: ${PIP_CONSTRAINT:-$found}"; fi
 }
 
-say "pip's tools for packages built here"
-pip_install "setuptools>=77.0.3,<81" wheel ninja "packaging>=24" py-cpuinfo
+if [[ ${CVL_INSTALLER:-uv} == uv ]] && try_install uv; then
+  uv=$environment/bin/uv
+  export UV_DEFAULT_INDEX=${PIP_INDEX_URL:-$(pip_setting index-url)}
+  export UV_INDEX="${PIP_EXTRA_INDEX_URL:-$(pip_setting extra-index-url)}"
+  [[ -n $UV_DEFAULT_INDEX ]] || unset UV_DEFAULT_INDEX
+fi
+printf 'torchaudio\ntorchcodec\n' >"$environment/unloadable.txt"
+installer=pip
+[[ -z $uv ]] || installer=uv
+say "tools for packages built here, by $installer"
+install_or_fail "setuptools>=77.0.3,<81" wheel ninja "packaging>=24" py-cpuinfo
 if [[ $stack == cpu ]]; then
   say "torch $TORCH_CPU, CPU build"
-  try_pip "torch==$TORCH_CPU+cpu" ||
-    try_pip "torch==$TORCH_CPU+cpu" --extra-index-url "$TORCH_CPU_INDEX" ||
-    pip_install "torch==$TORCH_CPU" # systems whose only build is a CPU build name it without +cpu
+  try_install "torch==$TORCH_CPU+cpu" ||
+    try_install "torch==$TORCH_CPU+cpu" --extra-index-url "$TORCH_CPU_INDEX" ||
+    install_or_fail "torch==$TORCH_CPU" # systems whose only build is a CPU build name it without +cpu
   core=cpu
 else
   say "torch $TORCH_GPU"
-  pip_install "torch==$TORCH_GPU"
+  install_or_fail "torch==$TORCH_GPU"
   core=gpu-core
 fi
 # Both builds look at the torch that is installed; DeepSpeed's operators are built below or when first used.
 say "DeepSpeed"
-DS_BUILD_OPS=0 pip_install --no-build-isolation "$(grep -o 'deepspeed==[0-9.]*' pyproject.toml)"
-say "everything else (about two minutes)"
-pip_install -e ".[$core,dev]"
+DS_BUILD_OPS=0 install_or_fail --no-build-isolation "$(grep -o 'deepspeed==[0-9.]*' pyproject.toml)"
+building=
+if [[ $stack == cpu ]]; then # compiles while the rest is downloaded
+  say "DeepSpeed's shared-memory operator, built in the background"
+  rm -rf "$TORCH_EXTENSIONS_DIR"
+  "$python" -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder; Builder().load(verbose=False)" \
+    >"$environment/build.log" 2>&1 &
+  building=$!
+fi
+say "everything else (about a minute)"
+install_or_fail -e ".[$core,dev]"
 
 # ---------------------------------------------------------------------------------------------------------- mending
 if [[ $stack == cpu ]]; then
-  say "removing torchaudio and torchcodec: CUDA builds that do not load beside a CPU torch; nothing here needs sound"
+  # torchaudio and torchcodec are CUDA builds that do not load beside a CPU torch; nothing here needs sound.
   "$python" -m pip uninstall --disable-pip-version-check -y torchaudio torchcodec >>"$log" 2>&1
   "$python" scripts/mend_torchvision.py
-  say "DeepSpeed's shared-memory operator, built ahead"
-  rm -rf "$TORCH_EXTENSIONS_DIR"
-  if ! "$python" - >>"$log" 2>&1 <<'BUILD'; then
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-ShareMemCommBuilder().load(verbose=False)
-BUILD
+  if ! wait "$building"; then
     rm -rf "$TORCH_EXTENSIONS_DIR"
-    say "it could not be built (is g++ installed? see $log); ZeRO on several CPU ranks falls back to gloo or builds it later"
+    say "the operator could not be built (is g++ installed? see $environment/build.log); ZeRO on several CPU ranks falls back to gloo or builds it later"
   fi
 else
   say "flash-attn, if a wheel fits"
-  if ! try_pip --no-build-isolation --only-binary flash-attn "flash-attn>=2.8.3"; then
+  if ! try_install --no-build-isolation --only-binary flash-attn "flash-attn>=2.8.3"; then
     say "no flash-attn wheel for this torch: PyTorch's own varlen_attn is used (doctor names the kernel)"
     say "(to compile flash-attn: pip install --no-build-isolation flash-attn; takes an hour and a CUDA toolkit)"
   fi
