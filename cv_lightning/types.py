@@ -1,9 +1,8 @@
-"""The data model: what flows from data to agent, reward, loss and disk.
+"""The data model: values that flow from data to agent, reward, loss and disk.
 
-Everything here is a plain value. Heavy libraries are not imported; images are Pillow images, which those read from a
-store decode when their pixels are needed. `trajectory/codec.py` writes these classes to a store and reads them.
-One question is a `Task`; everything that happened while one rollout answered it is a `Trajectory`;
-the trajectories of one task form a `Group`; one RL iteration's work is an `Iteration`.
+A question is a `Task`; everything that happened while one rollout answered it is a `Trajectory`; the trajectories of
+one task form a `Group`; the work of one RL iteration is an `Iteration`. `trajectory/codec.py` stores these classes and
+reads them. Images are Pillow images; one that was read from a store decodes its pixels when they are needed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 SCHEMA_VERSION = 2
-"""Version of the trajectory files; a reader refuses files of a newer one."""
+"""Version of the stored lines of trajectories; a reader refuses lines of a newer version."""
 
 Box = tuple[float, float, float, float]
 """(x1, y1, x2, y2) in pixels, half-open, x to the right and y down."""
@@ -26,15 +25,15 @@ Box = tuple[float, float, float, float]
 
 # ------------------------------------------------------------------------------------------------ errors
 class CVLightningError(Exception):
-    """Base of every error this project raises on purpose; the message says what to change."""
+    """Base of every error that the package raises on purpose; the message says what to change."""
 
 
 class DataError(CVLightningError):
-    """A row, file or column cannot be used; names the file, the row and the key."""
+    """A row, file or column cannot be used; the message names the file, the row and the key."""
 
 
 class ImageError(DataError):
-    """Bytes that are no image, or an image outside the limits."""
+    """Bytes cannot be decoded as an image, or the image is outside the limits."""
 
 
 class CheckpointError(CVLightningError):
@@ -46,7 +45,7 @@ class EngineError(CVLightningError):
 
 
 class SandboxError(CVLightningError):
-    """The sandbox itself failed (never: the model's code failed; that is a `ToolResult`)."""
+    """The sandbox itself failed. A failure of the model's code is a `ToolResult` instead."""
 
 
 class EndpointError(CVLightningError):
@@ -63,9 +62,9 @@ class ParityError(CVLightningError):
 
 # ------------------------------------------------------------------------------------------------ geometry
 class Affine(NamedTuple):
-    """A map of pixel coordinates: (x, y) -> (a x + b y + c, d x + e y + f).
+    """Affine map of pixel coordinates: (x, y) -> (a x + b y + c, d x + e y + f).
 
-    Coordinates are continuous: the left edge of the picture is 0 and the right edge its width.
+    Coordinates are continuous: the left edge of the image is 0 and the right edge its width.
     """
 
     a: float
@@ -101,15 +100,15 @@ class Task:
     """The images at their original resolution, RGB."""
     ground_truth: str
     data_source: str = "unknown"
-    """Data set (or kind of task) that metrics are split by."""
+    """Data set, or kind of task, by which metrics are split."""
     required_transforms: tuple[str, ...] = ()
     """What was done to the image (rotate_90, flip_vertical, ...), plus `crop` where a crop is needed."""
     box: Box | None = None
     """Ground-truth box in pixels of `images[0]` as given."""
     messages: tuple[Message, ...] = ()
-    """The prompt as the data set gives it; empty: the agent's own prompt around `question`."""
+    """Prompt of the data set; empty for the agent's own prompt around `question`."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """JSON values that are stored along. Training reads `accepted_answers` alone: texts of which any is right."""
+    """Further JSON values, stored with the task. Training reads only `accepted_answers`: alternative right answers."""
     recorded_digest: str = field(default="", compare=False)
     """The digest that a store recorded; empty for a task that was not read from one."""
 
@@ -125,7 +124,7 @@ class Task:
 
     @property
     def accepted(self) -> list[str]:
-        """The answers of which any is right, the ground truth first."""
+        """Answers of which any is right, the ground truth first."""
         return list(dict.fromkeys([self.ground_truth, *self.metadata.get("accepted_answers", ())]))
 
     @property
@@ -135,18 +134,18 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """What metrics are split by: `metadata["kind"]`, else the data source."""
+        """Kind of task, by which metrics are split: `metadata["kind"]`, else the data source."""
         return str(self.metadata.get("kind", self.data_source))
 
 
 # ------------------------------------------------------------------------------------------------ tool
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A tool call as the policy wrote it; its arguments fit the tool's schema."""
+    """A tool call of the policy, whose arguments fit the tool's schema."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    """By name, as JSON values; arguments that the policy left out have their default."""
+    """JSON values by name; arguments that the policy left out have their default."""
 
     @property
     def code(self) -> str:
@@ -155,29 +154,29 @@ class ToolCall:
 
     @property
     def image_index(self) -> int:
-        """Which of the trajectory's images the call works on: 0 is the task's first image."""
+        """Index of the trajectory's image that the call works on; 0 is the task's first image."""
         index = self.arguments.get("image_index", 0)
         return index if isinstance(index, int) else 0
 
     @property
     def description(self) -> str:
-        """What the policy says that the call is for; empty where it says nothing."""
+        """The policy's description of the call; empty without one."""
         return str(self.arguments.get("description", ""))
 
     @property
     def text(self) -> str:
-        """The call for people to read: its snippet, or for other tools the name and the arguments."""
+        """The call as text: its snippet, or for other tools the name and the arguments."""
         return self.code or f"{self.name}({json.dumps(self.arguments, ensure_ascii=False)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One image operation that really ran, with the arguments it really got."""
+    """One image operation that ran, with the arguments that it received."""
 
     name: str
-    """Label of the reward's vocabulary: rotate_90, flip_horizontal, crop, resize, contrast_up, ..."""
+    """Label from the reward's vocabulary: rotate_90, flip_horizontal, crop, resize, contrast_up, ..."""
     call: str
-    """What was called, for people: `PIL.Image.rotate`."""
+    """Function that was called, to be read: `PIL.Image.rotate`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Evaluated arguments as JSON values (arrays and images as their shape)."""
     input_size: tuple[int, int] | None = None
@@ -185,46 +184,46 @@ class Operation:
     output_size: tuple[int, int] | None = None
     """(width, height) after."""
     used: bool = True
-    """False: it ran, but its result did not reach the image that was returned."""
+    """False if its result did not reach the image that was returned."""
 
 
 ERASED = "trace_erased"
-"""Name of an operation that stands for those that model code removed from its trace."""
+"""Name of the operation that stands for operations which the model's code removed from its trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """The net geometric effect of a snippet: what the result is of the input, whatever the code said."""
+    """Net geometric transform from input to result, derived from pixels rather than from the code."""
 
     to_input: Affine | None
-    """Maps coordinates of the result to coordinates of the input; None: the pixels do not prove any such map."""
+    """Maps coordinates of the result to coordinates of the input; None if the pixels prove no such map."""
     core: tuple[str, ...] = ()
     """Core operations that describe the net effect, sorted: crop, rotate_*, flip_*."""
     crop_box: Box | None = None
-    """Part of the input that is visible in the result, in input pixels; None: the whole frame."""
+    """Part of the input that is visible in the result, in input pixels; None for the whole frame."""
     fidelity: float = 1.0
-    """How well strokes and edges survived, in [0, 1]: least correlation of a block with the honest view."""
+    """How well strokes and edges survived, in [0, 1]: lowest correlation of a block with the input's true view."""
     shown: Box | None = None
-    """Part of the result, in its own pixels, inside a plain border that hides a part of the input; None: all of it."""
+    """Part of the result, in its pixels, inside a plain border that hides a part of the input; None for all of it."""
     turned: tuple[str, ...] = ()
-    """Turns and flips that the pixels suggest where they prove no map: for blame, never for credit."""
+    """Turns and flips that the pixels suggest without proving a map; they count as unneeded turns, never as credit."""
 
 
 class ToolStatus(StrEnum):
     """How a tool call ended."""
 
     OK = "ok"
-    """The tool did what it was asked to; the code tool's snippet returned an image."""
+    """The call succeeded; the code tool's snippet returned an image."""
     ERROR = "error"
-    """The call failed by the policy's fault: its snippet raised, or returned something that is no usable image."""
+    """The call failed because of the policy: its snippet raised an error or returned no usable image."""
     TIMEOUT = "timeout"
-    """Killed at its deadline."""
+    """The call was killed at its deadline."""
     KILLED = "killed"
-    """Died by a signal, or broke a resource limit."""
+    """The call's process died of a signal or exceeded a resource limit."""
     REJECTED = "refused"
-    """Never ran: too long, not text, bad image index, unknown tool. Stored as `refused`."""
+    """The call did not run: too long, not text, bad image index, unknown tool. Stored as `refused`."""
     INFRASTRUCTURE_ERROR = "lost"
-    """The tool's host failed, not the call: the trajectory is masked, never scored. Stored as `lost`."""
+    """The tool's host failed, not the call; the trajectory is masked and not scored. Stored as `lost`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,37 +233,38 @@ class ToolImage:
     image: Image.Image
     """Full resolution, RGB."""
     parent: int
-    """Which of the trajectory's images it was made from."""
+    """Index of the trajectory's image that it was made from."""
     to_source: Affine | None
-    """Maps its coordinates to those of the source image; None: not known to be an affine image of it."""
+    """Maps its coordinates to those of the source image; None if it is not known to be an affine image of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What a tool call gave."""
+    """Result of a tool call."""
 
     status: ToolStatus = ToolStatus.OK
     text: str = ""
     """Text for the model, shown beside the images."""
     images: tuple[ToolImage, ...] = ()
-    """Images for the model; only where `status` is OK. The agent shows one per call."""
+    """Images for the model; only where `status` is OK. The agent shows one per call. They are stored as the
+    trajectory's images."""
     error: str = ""
     """Short text for the model: exception, line of the snippet, hint. Empty when OK."""
     error_kind: str = ""
     """Typed reason for metrics: `NameError`, `too_large`, `memory`, ... Empty when OK."""
     operations: tuple[Operation, ...] = ()
-    """What ran, in order."""
+    """Operations that ran, in order."""
     effect: Effect | None = None
-    """Net effect on the geometry; None when there is no image, or nothing is proven about it."""
+    """Net geometric effect; None without an image, or if nothing is proven about it."""
     tier: str = ""
-    """Of the code tool: `plan` (executed as checked operations), `process` (model code in a child) or `cache`."""
+    """How the code tool ran: `plan` (checked operations), `process` (model code in a child) or `cache`."""
     elapsed_s: float = 0.0
     """Running time in seconds, without queueing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxResult(ToolResult):
-    """What running one snippet on one image gave."""
+    """Result of one snippet run on one image."""
 
     image: Image.Image | None = None
     """RGB; set exactly when `status` is OK."""
@@ -284,46 +284,46 @@ class EndState(StrEnum):
     """More malformed tool calls than the agent forgives."""
     MAX_IMAGES = "max_images"
     TRUNCATED = "stopped"
-    """Cut by the rollout's deadline: no outcome, so never scored as a wrong answer. Stored as `stopped`."""
+    """The rollout's deadline ended it. It has no outcome and is not scored as a wrong answer. Stored as `stopped`."""
     ERROR_TASK = "error:task"
-    """The task's prompt cannot be built: image marks that differ from its images, an image that cannot be shown."""
+    """The prompt cannot be built: image marks and images differ in number, or an image cannot be shown."""
     ERROR_ENGINE = "error:engine"
     ERROR_SANDBOX = "error:sandbox"
     ERROR_JUDGE = "error:judge"
 
     @property
     def is_error(self) -> bool:
-        """True if there is no outcome: infrastructure failed, or the rollout was cut. Masked, never scored."""
+        """True without an outcome: infrastructure failed, or the rollout was truncated. Masked and not scored."""
         return self.value.startswith("error:") or self is EndState.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryImage:
-    """One image of a trajectory: as the sandbox has it and as the model saw it."""
+    """One image of a trajectory, as the sandbox uses it and as the model saw it."""
 
     original: Image.Image
-    """Full resolution, RGB; what the sandbox works on."""
+    """Full resolution, RGB; the sandbox works on it."""
     model_image: Image.Image
-    """Resized once for the model; engine and trainer both get this one and resize nothing."""
+    """Resized once for the model; engine and trainer use it as it is. A store keeps its size."""
     source: int = 0
-    """Which of the task's images it was derived from."""
+    """Index of the task's image that it was derived from."""
     parent: int | None = None
     """Index of the image it was made from; None for the task's own."""
     to_source: Affine | None = IDENTITY
-    """Maps its coordinates to those of the source image; None: not an affine image of it."""
+    """Maps its coordinates to those of the source image; None if it is not an affine image of it."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Turn:
-    """One assistant turn and what the tool answered."""
+    """One assistant turn and the tool's response."""
 
     text: str
     """Decoded completion, special tokens included, without `<|im_end|>`."""
     num_tokens: int
-    """Sampled tokens."""
+    """Number of sampled tokens."""
     tool_call: ToolCall | None = None
     parse_error: str | None = None
-    """Why a tool call could not be parsed; the model was told."""
+    """Why a tool call could not be parsed, as the model was told."""
     result: ToolResult | None = None
     image_index: int | None = None
     """Index in `Trajectory.images` of the image that this turn's call made."""
@@ -335,7 +335,7 @@ class Turn:
 
 @dataclass(slots=True, kw_only=True)
 class RewardBreakdown:
-    """Every reward component by name, and their weighted sum."""
+    """The reward's components by name and their weighted sum."""
 
     components: dict[str, float]
     """Unweighted components: accuracy, format, mandatory, necessity, exact, emerge, usage, spurious, ..."""
@@ -359,13 +359,13 @@ class LogprobSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSummary:
-    """What is known of a trajectory's tokens where these are not kept."""
+    """Counts and log-probabilities of a trajectory's tokens, which are stored where the tokens are not."""
 
     num_tokens: int
     """Whole sequence: prompt, images expanded, tool responses."""
     num_sampled_tokens: int
     logprob: LogprobSummary | None
-    """None where no log-probability is known."""
+    """None if no token was sampled or the engine gave no log-probabilities."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -386,19 +386,19 @@ class Trajectory:
     """The engine's log-probability of each sampled token; 0.0 where the mask is False."""
     num_prompt_tokens: int
     images: list[TrajectoryImage] = field(default_factory=list)
-    """In the order of their marks in `token_ids`."""
+    """Images in the order of their marks in `token_ids`."""
     turns: list[Turn] = field(default_factory=list)
     end_state: EndState = EndState.NO_ANSWER
     error: str = ""
-    """What failed, for the error end states."""
+    """The failure, for the error end states."""
     policy_version: int = 0
-    """Version of the policy weights that sampled it."""
+    """Version of the policy's weights that sampled it."""
     reward: RewardBreakdown | None = None
-    """None: unscored (masked out of its group)."""
+    """None if unscored; the trajectory is then masked out of its group."""
     advantage: float | None = None
     total_s: float = 0.0
     token_summary: TokenSummary | None = field(default=None, compare=False)
-    """What a store recorded; None for a trajectory that was not read from one. `tokens` is always there."""
+    """Summary that a store recorded; None for a trajectory that was not read from one. See `tokens`."""
 
     @property
     def tokens(self) -> TokenSummary:
@@ -420,12 +420,12 @@ class Trajectory:
 
     @property
     def response_text(self) -> str:
-        """All assistant turns joined; tool responses left out."""
+        """All assistant turns joined, without tool responses."""
         return "".join(turn.text for turn in self.turns)
 
     @property
     def num_tool_calls(self) -> int:
-        """Calls that were handed to a tool, failed ones too."""
+        """Number of calls that a tool received, failed ones included."""
         return sum(turn.result is not None for turn in self.turns)
 
     @property
@@ -435,7 +435,7 @@ class Trajectory:
 
     @property
     def last_image_seen(self) -> TrajectoryImage:
-        """The image on which the answer was given: the last that the model saw."""
+        """The last image that the model saw, on which it gave its answer."""
         return self.images[-1]
 
 
@@ -452,14 +452,14 @@ class Group:
 class Iteration:
     """One Lightning batch: the tasks of one RL iteration and, once rolled out, their groups.
 
-    A plain class on purpose: Lightning copies dataclasses, lists and mappings on their way to the device, and what a
+    It is a plain class because Lightning copies dataclasses, lists and mappings on their way to the device, and what a
     callback attaches to them would be lost (docs/decisions.md, "batches are plain objects").
 
     Args:
-        index: of the iteration, from 0.
-        tasks: of this rank.
-        num_groups: groups whose rewards differ that this rank is to train on, where `tasks` has some to spare (dynamic
-            sampling); None: roll out every task and train on whatever comes.
+        index: Number of the iteration, from 0.
+        tasks: The tasks of this rank.
+        num_groups: Number of groups with different rewards that this rank trains on, for dynamic sampling, where
+            `tasks` has more than that. None: roll out every task and train on all groups.
     """
 
     def __init__(self, index: int, tasks: list[Task], num_groups: int | None = None) -> None:

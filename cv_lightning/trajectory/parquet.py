@@ -1,4 +1,4 @@
-"""Trajectories as one Parquet file, a row each, pictures inside: what `datasets`, pandas and DuckDB read."""
+"""Trajectories as one Parquet file, one row each with its images, for `datasets`, pandas and DuckDB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS_AT_ONCE = 64
-"""Rows whose pictures are in memory together."""
+"""Rows whose images are in memory at the same time."""
 TOKENS = ("token_ids", "loss_mask", "logprobs")
 """Columns of stores that keep tokens."""
 
@@ -30,23 +30,22 @@ class Exported:
     num_rows: int = 0
     num_images: int = 0
     num_missing_images: int = 0
-    """Named in a line, but not in the store: their bytes are null."""
+    """Images that a line names but the store lacks: their bytes are null."""
     num_bad_lines: int = 0
 
 
 def write_parquet(stores: Mapping[str, Path], out: Path) -> Exported:
     """Write the trajectories of some stores.
 
-    Columns: `store`, and those of `to_dataframe`, but `turns` holds the turns themselves (structs) and `images` the
-    pictures (encoded files, the task's first); then the tokens, where a store kept them. Stores are read twice, never
-    held in memory.
+    Columns: `store`, and those of `to_dataframe`, except that `turns` holds the turns (structs) and `images` the image
+    files, the task's first; then the tokens, where a store kept them. Stores are read twice and never held in memory.
 
     Args:
-        stores: folders, by the name that the column `store` gives them.
-        out: the file; it appears whole or not at all.
+        stores: Folders, by the name that the column `store` gives them.
+        out: The file; it appears whole or not at all.
 
     Raises:
-        DataError: no store holds a trajectory, or one was written by a newer version.
+        DataError: No store holds a trajectory, or one was written by a newer version.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -54,7 +53,7 @@ def write_parquet(stores: Mapping[str, Path], out: Path) -> Exported:
     schema = _schema(group for path in stores.values() for group in read_groups(path))
     done = Exported()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # dictionaries of pictures would only be tried and given up
+    # the writer would try a dictionary of images and give it up
     plain = [field.name for field in schema if field.name != "images"]
     with (
         whole_file(out) as temporary,
@@ -143,7 +142,7 @@ def _schema(groups: Iterable[Group]) -> pa.Schema:
     columns += [("turns", pa.list_(turn)), ("images", pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})))]
     if has_tokens:
         columns += zip(TOKENS, (pa.list_(pa.int32()), pa.list_(pa.bool_()), pa.list_(pa.float32())), strict=True)
-    # `datasets` takes the other columns as Arrow types them; this is how it knows a picture
+    # `datasets` takes the other columns as Arrow types them; these features tell it which column holds images
     features = {"images": {"_type": "Sequence", "feature": {"_type": "Image"}}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pa.schema(dict(columns), metadata=metadata)

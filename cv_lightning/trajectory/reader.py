@@ -1,4 +1,4 @@
-"""Reading a trajectory store: the one typed reader that report, notebooks, tables and tests use."""
+"""The typed reader of trajectory stores, for reports, notebooks and tables."""
 
 from __future__ import annotations
 
@@ -18,62 +18,57 @@ LOG = logging.getLogger(__name__)
 
 
 class BadLine(NamedTuple):
-    """A line that is no group."""
+    """A line that is not a group."""
 
     file: Path
     line: int
-    """From 1."""
+    """Number of the line, from 1."""
     reason: str
 
 
 class GroupReader(Iterator[Group]):
     """Iterates over the groups of a store, files in order of name, lines in order of writing.
 
-    Lines that cannot be read (torn by a kill, or damaged) are skipped and listed in `bad_lines`.
+    Lines that cannot be read (cut off by a kill, or damaged) are skipped and listed in `bad_lines`.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
-        self.num_groups = 0
         self.bad_lines: list[BadLine] = []
         self._groups = self._read()
 
     def __next__(self) -> Group:
-        group = next(self._groups)
-        self.num_groups += 1
-        return group
+        return next(self._groups)
 
     def _read(self) -> Iterator[Group]:
         for path in self.files:
             before = len(self.bad_lines)
-            images = path.parent.parent / IMAGES
             with path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield from self._parse(path, number, line, images)
+                    if line.strip() and (group := self._decode(path, number, line)) is not None:
+                        yield group
             if bad := self.bad_lines[before:]:
                 lines = ", ".join(str(entry.line) for entry in bad[:5]) + (", ..." if len(bad) > 5 else "")
                 LOG.warning("%s: %d unreadable lines skipped (%s)", path, len(bad), lines)
 
-    def _parse(self, path: Path, number: int, line: bytes, images: Path) -> Iterator[Group]:
+    def _decode(self, path: Path, number: int, line: bytes) -> Group | None:
         try:
-            group = decode_group(line, images)
+            return decode_group(line, path.parent.parent / IMAGES)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             self.bad_lines.append(BadLine(path, number, f"{type(error).__name__}: {error}"))
-        else:
-            yield group
+            return None
 
 
 def find_files(path: str | Path) -> list[Path]:
     """The trajectory files of a store.
 
     Args:
-        path: a store (a folder with `trajectories/`), its `trajectories` folder, or one file.
+        path: A store (a folder with `trajectories/`), its `trajectories` folder, or one file.
 
     Raises:
-        DataError: nothing there; names the stores below it, if there are any.
+        DataError: There are none; the message names the stores below the folder, if any.
     """
     path = Path(path)
     if path.is_file():
@@ -92,13 +87,13 @@ def read_groups(path: str | Path) -> GroupReader:
     """Iterate over the groups of a store; pixels are read only when they are needed.
 
     Args:
-        path: a store (a folder with `trajectories/`), its `trajectories` folder, or one file.
+        path: A store (a folder with `trajectories/`), its `trajectories` folder, or one file.
 
     Returns:
-        An iterator of `Group`; its `bad_lines` lists what had to be skipped.
+        An iterator of `Group`; its `bad_lines` lists the lines that were skipped.
 
     Raises:
-        DataError: nothing there, or a line of a newer schema.
+        DataError: There are no files, or a line has a newer schema.
     """
     return GroupReader(find_files(path))
 
@@ -111,11 +106,11 @@ FLAT_COLUMNS: dict[str, type] = {
     "correct": bool,
     **dict.fromkeys(("reward", "advantage", "logprob_mean", "generate_s", "tool_s", "total_s"), float),
 }
-"""Columns of `to_dataframe` but the reward components, and what they hold; None where something is not known."""
+"""Columns of `to_dataframe` and their types, without the reward components; None stands for an unknown value."""
 
 
 def to_dataframe(groups: Iterable[Group]) -> pd.DataFrame:
-    """One row a trajectory: task, outcome, reward components (`reward/<name>`), lengths and tool use.
+    """One row per trajectory: task, outcome, reward components (`reward/<name>`), lengths and tool use.
 
     `turns`, `tool_calls` and `images` are counts, times are seconds; `required_transforms` is joined by `+`,
     `operations` by spaces.
@@ -127,7 +122,7 @@ def to_dataframe(groups: Iterable[Group]) -> pd.DataFrame:
 
 def flat_row(group: Group, trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as scalars: `FLAT_COLUMNS` and the reward components."""
-    task, reward = group.task, trajectory.reward
+    task, reward, tokens = group.task, trajectory.reward, trajectory.tokens
     row: dict[str, Any] = {
         "iteration": group.iteration,
         "task_id": task.id,
@@ -146,16 +141,14 @@ def flat_row(group: Group, trajectory: Trajectory) -> dict[str, Any]:
         "tool_calls": trajectory.num_tool_calls,
         "operations": " ".join(op.name for op in trajectory.operations),
         "images": len(trajectory.images),
-        "tokens": trajectory.tokens.num_tokens,
-        "sampled_tokens": trajectory.tokens.num_sampled_tokens,
-        "logprob_mean": trajectory.tokens.logprob.mean if trajectory.tokens.logprob else None,
+        "tokens": tokens.num_tokens,
+        "sampled_tokens": tokens.num_sampled_tokens,
+        "logprob_mean": tokens.logprob.mean if tokens.logprob else None,
         "policy_version": trajectory.policy_version,
         "generate_s": sum(turn.generate_s for turn in trajectory.turns),
         "tool_s": sum(turn.tool_s for turn in trajectory.turns),
         "total_s": trajectory.total_s,
-        "text": "".join(turn.text for turn in trajectory.turns),
+        "text": trajectory.response_text,
         "code": "\n".join(turn.tool_call.code for turn in trajectory.turns if turn.tool_call),
     }
-    for name, value in (reward.components if reward else {}).items():
-        row[f"reward/{name}"] = value
-    return row
+    return row | {f"reward/{name}": value for name, value in (reward.components if reward else {}).items()}

@@ -1,12 +1,12 @@
-"""The trajectory store: one group a line, every image once, append-only.
+"""The trajectory store: one group per line, every image once, append-only.
 
 Layout of a store (`RUN/rl`, `RUN/eval/<name>`, ...):
 
     trajectories/<name>.rank<r>.jsonl   one JSON line per group (see `codec.py`)
     images/<content hash>.png           original pixels, written once
 
-A line is written whole and flushed, images before the line that names them. A process may be killed at any
-byte: the torn line is ignored and counted by the reader, also when a new writer appends after it.
+A line is written whole and flushed, and images are written before the line that names them. A process may be killed at
+any byte: the reader skips and counts an unfinished line, also one that a later writer has appended to.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import mmap
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -38,9 +39,9 @@ LOG = logging.getLogger(__name__)
 LINES = "trajectories"
 IMAGES = "images"
 STALE_S = 3600.0
-"""Age of a temporary image from which on its writer counts as gone."""
+"""Age above which a temporary image of another rank is deleted: its writer is gone."""
 MAX_WAITING = 32
-"""Groups that may wait to be written in the background, with their images in memory."""
+"""Number of groups that may wait for the background thread, with their images in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,14 @@ class StoreConfig:
     """What is kept of a run's trajectories."""
 
     share: float = 1.0
-    """Share of groups that are stored, in [0, 1]; chosen by task and iteration, the same on every rank."""
+    """Fraction of groups that are stored, in [0, 1]; chosen by task and iteration, the same on every rank."""
     max_gb: float = 20.0
-    """A rank stops storing (and says so once) when the images and lines that it found, of a run that it goes on with,
-    and those that it wrote exceed this many GB. What other ranks write meanwhile is not in it."""
+    """Size in GB above which a rank stops storing and logs one warning. It counts the images and lines that the rank
+    found at the start and those that it wrote, not what other ranks write meanwhile."""
     image_format: Literal["png", "webp"] = "png"
     """Both are lossless; WebP is smaller and about ten times slower to write."""
     tokens: bool = False
-    """Store token ids, loss mask and log-probabilities too (about 12 bytes a token)."""
+    """Also store token ids, loss mask and log-probabilities (about 14 bytes per token)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
@@ -67,16 +68,16 @@ class StoreConfig:
 class TrajectoryWriter:
     """Appends groups to a store.
 
-    Several ranks (or several runs one after another) may write to one folder: each rank has its own file, and
-    an image that exists is not written again.
+    Several ranks, or several runs one after another, may write to one folder: each rank has its own file, and an image
+    that exists is not written again.
 
     Args:
-        folder: the store; made if missing.
-        config: what is kept.
-        rank: of this process.
-        name: stem of the file, to keep apart what one folder holds.
-        background: a thread encodes and writes, while the caller goes on and leaves the groups as they are. The last
-            ones may not be on disk before `flush` or `close`, which raise what is wrong if no call before them did.
+        folder: The store; created if missing.
+        config: What is kept.
+        rank: The rank of this process.
+        name: Start of the file's name.
+        background: Encode and write on a thread; the caller must not change the groups meanwhile. Call `flush` or
+            `close` to wait for the last groups and to get their errors.
     """
 
     def __init__(
@@ -94,58 +95,64 @@ class TrajectoryWriter:
         self.num_skipped = 0
         """Groups left out by `share` or `max_gb`."""
         self.num_bytes = 0
-        """Of the images that were here before, of this file, and of what was written since."""
+        """Bytes of the images found at the start, of this rank's file, and of what was written since."""
+        self.path = self.folder / LINES / f"{name}.rank{rank}.jsonl"
         self._images = self.folder / IMAGES
-        self._images.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LINES / f"{name}.rank{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        for parent in (self._images, self.path.parent):
+            parent.mkdir(parents=True, exist_ok=True)
         self._temporary = f".{os.getpid()}.{rank}.tmp"
-        self._unsynced: set[str] = set()
-        """Images that were written since the last `sync`."""
         self._stored: set[str] = set()
-        for entry in os.scandir(self._images):
-            if entry.name.endswith(".tmp") and _is_stale(entry, f".{rank}.tmp"):
-                Path(entry.path).unlink(missing_ok=True)
-                continue
-            self._stored.add(entry.name)
-            self.num_bytes += _size_of(entry)
-        self._file = path.open("ab")
+        """Names of the images in the store."""
+        self._unsynced: set[str] = set()
+        """Names of the images written since the last `sync`."""
+        self._scan_images(rank)
+        self._file = self.path.open("ab")
         self.num_bytes += self._file.tell()
-        if torn := _ends_torn(path):
-            # whatever the last writer left unfinished becomes a line of its own, which the reader counts as bad
-            self._file.write(b"\n")
-            LOG.warning("%s ends in %d bytes of an unfinished line (a killed run); appending after it", path, torn)
+        if torn := _unfinished_bytes(self.path):
+            self._file.write(b"\n")  # makes the unfinished line one of its own, which the reader counts as bad
+            LOG.warning("%s ends in %d bytes of an unfinished line (a killed run); appending after it", self.path, torn)
         self._thread = ThreadPoolExecutor(1, "store") if background else None
         self._waiting: deque[Future[None]] = deque()
         self._warn_if_full()
+
+    def _scan_images(self, rank: int) -> None:
+        """Note the images that are there, and delete the temporary ones that no writer will finish."""
+        for entry in os.scandir(self._images):
+            with suppress(FileNotFoundError):  # a temporary file that another rank has renamed by now
+                status = entry.stat()
+                own = entry.name.endswith(f".{rank}.tmp")
+                if own or (entry.name.endswith(".tmp") and time.time() - status.st_mtime > STALE_S):
+                    os.unlink(entry.path)
+                else:
+                    self._stored.add(entry.name)
+                    self.num_bytes += status.st_size
 
     def write_group(self, group: Group, iteration: int) -> None:
         """Store one group: its new images, then its line, flushed to the operating system.
 
         Args:
-            group: scored or not.
+            group: Scored or not.
             iteration: RL iteration; 0 in evaluations.
 
         Raises:
-            CVLightningError: this group, or in the background one before it, cannot be written.
+            CVLightningError: This group, or in the background an earlier one, cannot be written.
         """
-        if not self._wanted(group.task.id, iteration):
+        if self._is_full or not self._is_chosen(group.task.id, iteration):
             self.num_skipped += 1
             return
+        group = replace(group, iteration=iteration)
         if self._thread is None:
-            self._write(group, iteration)
+            self._write(group)
             return
-        self._waiting.append(self._thread.submit(self._write, group, iteration))
+        self._waiting.append(self._thread.submit(self._write, group))
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > MAX_WAITING):
             self._waiting.popleft().result()
 
-    def _write(self, group: Group, iteration: int) -> None:
+    def _write(self, group: Group) -> None:
         if self._is_full:
             self.num_skipped += 1
             return
         try:
-            group = replace(group, iteration=iteration)
             line = encode_group(group, name_image=self._store_image, tokens=self.config.tokens)
             self._file.write(line)
             self._file.flush()
@@ -165,7 +172,7 @@ class TrajectoryWriter:
         """Wait until everything is written.
 
         Raises:
-            CVLightningError: something that waited cannot be.
+            CVLightningError: A waiting group cannot be written.
         """
         while self._waiting:
             self._waiting.popleft().result()
@@ -174,7 +181,7 @@ class TrajectoryWriter:
         """Wait until everything is written and on disk: new images, their names, then the lines.
 
         Raises:
-            CVLightningError: something that waited cannot be written.
+            CVLightningError: A waiting group cannot be written.
         """
         self.flush()
         images, self._unsynced = self._unsynced, set()
@@ -190,10 +197,10 @@ class TrajectoryWriter:
             raise self._cannot_store(error) from error
 
     def close(self) -> None:
-        """Finish; closing twice is fine.
+        """Write what waits and close the file; a second call does nothing.
 
         Raises:
-            CVLightningError: as of `flush`.
+            CVLightningError: A waiting group cannot be written.
         """
         try:
             self.flush()
@@ -221,23 +228,15 @@ class TrajectoryWriter:
         if self._is_full:
             LOG.warning("%s: %.1f GB stored, store.max_gb reached; storing no more", self.path, self.num_bytes / 1e9)
 
-    def _wanted(self, task_id: str, iteration: int) -> bool:
-        if self._is_full:
-            return False
-        if self.config.share >= 1.0:
-            return True
+    def _is_chosen(self, task_id: str, iteration: int) -> bool:
         digest = hashlib.blake2b(f"{iteration}/{task_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) / 2**64 < self.config.share
+        return self.config.share >= 1.0 or int.from_bytes(digest) / 2**64 < self.config.share
 
     def _store_image(self, image: Image.Image) -> str:
-        """File name of the image, which is written unless it is there."""
+        """Write the image unless it is there, and return its file name."""
         name = f"{content_hash(image)}.{self.config.image_format}"
-        if name not in self._stored or not (self._images / name).exists():  # somebody may have removed it
-            self._write_image(image, name)
-            self._stored.add(name)
-        return name
-
-    def _write_image(self, image: Image.Image, name: str) -> None:
+        if name in self._stored and (self._images / name).exists():  # it may have been removed by hand
+            return name
         data = encode_image(image, self.config.image_format)
         temporary = self._images / (name + self._temporary)
         try:
@@ -246,90 +245,98 @@ class TrajectoryWriter:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+        self._stored.add(name)
         self._unsynced.add(name)
         self.num_bytes += len(data)
+        return name
+
+
+# ------------------------------------------------------------------------------------------------ ends of files
+class _Line(NamedTuple):
+    """A line of a file of groups."""
+
+    end: int
+    """Offset of the byte after it."""
+    iteration: int | None
+    """RL iteration of its group; None for a line that is not a group."""
+
+
+@contextmanager
+def _bytes_of(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """The content of a file, of which only what is looked at is read."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def _lines_from_end(data: mmap.mmap | bytes) -> Iterator[_Line]:
+    end = len(data)
+    while end > 0:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        try:
+            iteration = int(json.loads(data[start:end])["iteration"])
+        except (ValueError, KeyError, TypeError):
+            iteration = None
+        yield _Line(end, iteration)
+        end = start
+
+
+def _unfinished_bytes(path: Path) -> int:
+    """Number of bytes after the last newline."""
+    with _bytes_of(path) as data:
+        return len(data) - (data.rfind(b"\n") + 1)
 
 
 def drop_after(folder: str | Path, iteration: int) -> dict[Path, int]:
-    """Cut off the groups that a killed run stored after an iteration from which it now goes on.
+    """Delete the groups that a killed run stored after the iteration from which it now resumes.
 
-    Files are in the order of iterations, so what goes is their end; an unfinished line goes with it. Images stay: they
-    are stored by content, and the run that goes on finds them there.
+    Groups lie in the order of iterations, so each file is cut at its end, an unfinished line included. Images stay: the
+    resumed run finds them by their content.
 
     Args:
-        folder: the store.
-        iteration: the last one that stands.
+        folder: The store.
+        iteration: The last iteration that is kept.
 
     Returns:
-        Number of groups dropped by file, of files that lost any.
+        Number of deleted groups by file, for the files that lost any.
     """
     dropped = {}
     for path in sorted(Path(folder, LINES).glob("*.jsonl")):
-        groups = 0
-        with path.open("r+b") as file:
-            if not (end := file.seek(0, os.SEEK_END)):
-                continue
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                while end > 0:
-                    start = data.rfind(b"\n", 0, end - 1) + 1
-                    number = _iteration_of(data[start:end])
-                    if number is not None and number <= iteration:
-                        break
-                    groups += number is not None
-                    end = start
-            file.truncate(end)
+        groups, kept = 0, 0
+        with _bytes_of(path) as data:
+            for line in _lines_from_end(data):
+                if line.iteration is not None and line.iteration <= iteration:
+                    kept = line.end
+                    break
+                groups += line.iteration is not None
+        os.truncate(path, kept)
         if groups:
             dropped[path] = groups
     return dropped
 
 
 def last_groups(path: Path) -> tuple[int, int]:
-    """The last iteration in a file of groups, and how many groups it has there; (0, 0) without any.
+    """The last iteration in a file of groups, and its number of groups there; (0, 0) without any.
 
     Reads the end of the file only.
     """
     last = count = 0
-    with path.open("rb") as file:
-        if not (end := file.seek(0, os.SEEK_END)):
-            return 0, 0
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            while end > 0:
-                start = data.rfind(b"\n", 0, end - 1) + 1
-                number = _iteration_of(data[start:end])
-                if number is not None and count and number != last:
-                    break
-                if number is not None:
-                    last, count = number, count + 1
-                end = start
+    with _bytes_of(path) as data:
+        for line in _lines_from_end(data):
+            if line.iteration is None:
+                continue
+            if count and line.iteration != last:
+                break
+            last, count = line.iteration, count + 1
     return last, count
 
 
-def _is_stale(entry: os.DirEntry[str], own: str) -> bool:
-    """True for a temporary image that no writer will finish: an earlier one of this rank, or an old one."""
-    try:
-        return entry.name.endswith(own) or time.time() - entry.stat().st_mtime > STALE_S
-    except FileNotFoundError:
-        return False
-
-
-def _size_of(entry: os.DirEntry[str]) -> int:
-    """0 for a temporary file of another rank that is gone by now."""
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _iteration_of(line: bytes) -> int | None:
-    """None if the line is no group."""
-    try:
-        return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
+# ------------------------------------------------------------------------------------------------ image files
 def encode_image(image: Image.Image, image_format: Literal["png", "webp"] = "png") -> bytes:
-    """Lossless file of an image; grey RGB pictures are written with one channel, three times as fast."""
+    """Lossless file of an image; a grey RGB image is written with one channel, which is three times as fast."""
     buffer = io.BytesIO()
     compact = _grey(image) or image
     if image_format == "webp":
@@ -340,26 +347,11 @@ def encode_image(image: Image.Image, image_format: Literal["png", "webp"] = "png
 
 
 def _grey(image: Image.Image) -> Image.Image | None:
+    """The image in one channel; None if it has colours."""
     if image.mode != "RGB":
         return None
     pixels = np.asarray(image)
-    first = pixels[:: max(1, image.height // 8)]  # tells photographs in microseconds
-    for part in (first, pixels):
-        red = part[..., 0]
-        if not (np.array_equal(red, part[..., 1]) and np.array_equal(red, part[..., 2])):
+    for part in (pixels[:: max(1, image.height // 8)], pixels):  # a few rows rule out photographs in microseconds
+        if any(not np.array_equal(part[..., 0], part[..., channel]) for channel in (1, 2)):
             return None
     return image.getchannel(0)
-
-
-def _ends_torn(path: Path) -> int:
-    """Number of bytes after the last newline."""
-    with path.open("rb") as file:
-        size = position = file.seek(0, os.SEEK_END)
-        while position > 0:
-            start = max(0, position - 65536)
-            file.seek(start)
-            found = file.read(position - start).rfind(b"\n")
-            if found >= 0:
-                return size - (start + found + 1)
-            position = start
-    return size

@@ -272,7 +272,7 @@ def test_size_cap_stops_the_store_and_not_the_run(tmp_path: Path, caplog: pytest
     assert writer.num_written + writer.num_skipped == 40
     assert sum("max_gb" in message for message in caplog.messages) == 1
     caplog.clear()
-    with TrajectoryWriter(tmp_path, StoreConfig(max_gb=20e-6)) as again:  # a run that goes on
+    with TrajectoryWriter(tmp_path, StoreConfig(max_gb=20e-6)) as again:  # a run that is resumed
         again.write_group(sample_groups(41)[-1], 0)
     assert again.num_written == 0 and sum("max_gb" in message for message in caplog.messages) == 1
 
