@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,13 +9,12 @@ from typing import Any
 
 from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of
 from cv_lightning.evaluation.outcome import ANSWERED, Outcome
-from cv_lightning.evaluation.statistics import Rate, pass_at_k, rate, rate_of_columns
+from cv_lightning.evaluation.statistics import NONE, Rate, pass_at_k, rate, rate_of_columns
 from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import EndState
 
 TRANSFORMS = ("identity", *ORIENTATIONS)
 """Columns of a robustness table: Source and the five orientations."""
-NONE = Rate(math.nan, math.nan, math.nan, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

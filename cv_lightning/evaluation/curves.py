@@ -1,4 +1,4 @@
-"""Which curves the report draws together, and how they are thinned."""
+"""Grouping and thinning of the curves that the report draws."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from cv_lightning.evaluation.runs import Curve
 
 MAX_POINTS = 400
-"""Points of a curve on the page; longer ones are averaged in equal stretches."""
+"""Points of a curve on the page; longer curves are averaged over equal intervals."""
 MAX_SERIES = 8
-"""Lines of one chart that can still be told apart."""
+"""Lines of one chart that can still be distinguished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +23,16 @@ class ChartRule:
 
     title: str
     pattern: str
-    """Of their names; its group `series`, if it has one, is what the legend calls them."""
+    """Pattern of the metrics' names; its group `series`, if any, is the name in the legend."""
     shared: bool = False
-    """One chart with one axis; else one small chart a metric."""
+    """One chart with one axis; else one small chart per metric."""
     note: str = ""
     folded: bool = False
-    """Drawn when a reader opens it."""
+    """Drawn only when a reader opens it."""
 
 
 RULES = (
-    ChartRule("Loss", r"^sft/(?P<series>loss)$", shared=True, note="Mean over the tokens that are learnt."),
+    ChartRule("Loss", r"^sft/(?P<series>loss)$", shared=True, note="Mean over the trained tokens."),
     ChartRule(
         "Accuracy and tool use",
         r"^rollout/(?P<series>accuracy|accuracy_upright|tool_use_success|spurious|tool_used_frac)$",
@@ -59,11 +60,11 @@ RULES = (
     ChartRule("Further metrics", r"", folded=True),
 )
 COMPARED = ("rollout/tool_use_success", "rollout/accuracy", "rollout/spurious", "rollout/turns_mean")
-"""What runs are compared by while they sample."""
+"""Metrics by which runs are compared during training."""
 
 
 def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Sort curves under headings, thin them, and give them as JSON values for the page's script."""
+    """Curves under their headings, thinned, as JSON values for the page's script."""
     left = list(curves)
     num_rows = max((len(curve.values) for curve in curves), default=0)
     groups = []
@@ -76,8 +77,11 @@ def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
 
 
 def _group(rule: ChartRule, found: list[Curve], num_rows: int) -> dict[str, Any]:
-    """Charts of one heading; curves of all `num_rows` values that never move are told in its note instead."""
-    names = {curve.name: _series_name(rule, curve) for curve in found}
+    """Charts of one heading; constant curves of all `num_rows` values are listed in its note instead."""
+    matches = {curve.name: re.search(rule.pattern, curve.name) for curve in found}
+    names = {
+        name: match["series"] if match and "series" in match.groupdict() else name for name, match in matches.items()
+    }
     still = [curve for curve in found if 1 < len(curve.values) == num_rows and len(set(curve.values)) == 1]
     moving = [curve for curve in found if curve not in still]
     charts = []
@@ -90,13 +94,12 @@ def _group(rule: ChartRule, found: list[Curve], num_rows: int) -> dict[str, Any]
     return {"title": rule.title, "note": note, "charts": charts, "folded": rule.folded}
 
 
-def _series_name(rule: ChartRule, curve: Curve) -> str:
-    match = re.search(rule.pattern, curve.name)
-    return match["series"] if match and "series" in match.groupdict() else curve.name
-
-
 def compared_charts(curves: Mapping[str, Sequence[Curve]]) -> list[dict[str, Any]]:
-    """One chart for each of `COMPARED`, with a line for each training, by label, that logged it."""
+    """One chart for each of `COMPARED`, with a line for each training run that logged it.
+
+    Args:
+        curves: Curves by the label of the training run.
+    """
     charts = []
     for name in COMPARED:
         found = [(label, curve) for label, logged in curves.items() for curve in logged if curve.name == name]
@@ -106,16 +109,12 @@ def compared_charts(curves: Mapping[str, Sequence[Curve]]) -> list[dict[str, Any
 
 
 def _chart(title: str, curves: list[Curve], names: list[str], *, big: bool = False) -> dict[str, Any]:
-    return {
-        "title": title,
-        "big": big,
-        "series": [_series(curve, name) for curve, name in zip(curves, names, strict=True)],
-    }
-
-
-def _series(curve: Curve, name: str) -> dict[str, Any]:
-    steps, values = thin(curve.steps, curve.values, MAX_POINTS)
-    return {"name": name, "x": steps, "y": [_significant(value) for value in values], "n": len(curve.values)}
+    series = []
+    for curve, name in zip(curves, names, strict=True):
+        steps, values = thin(curve.steps, curve.values, MAX_POINTS)
+        y = [float(f"{value:.5g}") for value in values]
+        series.append({"name": name, "x": steps, "y": y, "n": len(curve.values)})
+    return {"title": title, "big": big, "series": series}
 
 
 def thin(steps: list[float], values: list[float], most: int) -> tuple[list[float], list[float]]:
@@ -123,16 +122,12 @@ def thin(steps: list[float], values: list[float], most: int) -> tuple[list[float
     if len(steps) <= most:
         return steps, values
     width = math.ceil(len(steps) / most)
-    stretches = [slice(start, start + width) for start in range(0, len(steps), width)]
-    return [_mean(steps[part]) for part in stretches], [_mean(values[part]) for part in stretches]
+    parts = [slice(start, start + width) for start in range(0, len(steps), width)]
+    return [fmean(steps[part]) for part in parts], [fmean(values[part]) for part in parts]
 
 
 def mean_between(curves: Sequence[Curve], name: str, first: float, last: float) -> tuple[float, int]:
-    """Mean of a metric over the iterations from `first` to `last`, both included, and how many logged it.
-
-    Returns:
-        (NaN, 0) where none did.
-    """
+    """Mean of a metric over iterations `first` to `last`, both included, and how many logged it; (NaN, 0) for none."""
     values = [
         value
         for curve in curves
@@ -140,12 +135,4 @@ def mean_between(curves: Sequence[Curve], name: str, first: float, last: float) 
         for step, value in zip(curve.steps, curve.values, strict=True)
         if first <= step <= last
     ]
-    return (_mean(values), len(values)) if values else (math.nan, 0)
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.5g}")
+    return (fmean(values), len(values)) if values else (math.nan, 0)

@@ -1,13 +1,15 @@
-"""The model card of an exported policy: what it began as, the run's resolved config, commit and figures."""
+"""The model card of an exported policy: its base model, the run's resolved config, commit and figures."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from cv_lightning.evaluation.runs import read_curves, read_figures
+from cv_lightning.evaluation.tables import Grid
 from cv_lightning.types import DataError
 
 TRAINING_FIGURES = (
@@ -18,7 +20,7 @@ TRAINING_FIGURES = (
     "policy/parity_max",
     "policy/kl",
 )
-"""Beginnings of the names of training metrics that a card shows."""
+"""Prefixes of the training metrics that a card shows."""
 LAST_ROWS = 10
 
 
@@ -26,10 +28,10 @@ def model_card(base: str, dtype: str, run: Path | None, state: str) -> str:
     """Text of README.md.
 
     Args:
-        base: folder or hub name of the model that training began with.
-        dtype: of the weights.
-        run: the run's folder, as far as it is known.
-        state: which of the run's states this is.
+        base: Folder or hub name of the model that training began with.
+        dtype: Data type of the weights.
+        run: The run's folder; None: unknown.
+        state: The checkpoint's description, as in `iteration 100`.
     """
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     header["tags"] = ["cv_lightning", "thinking-with-images"]
@@ -52,33 +54,26 @@ def _evaluations(run: Path) -> str:
     for path in sorted(run.glob("eval/*/metrics.json")):
         try:
             figures = read_figures(path)
-        except DataError:  # no reason to go without the export
+        except DataError:  # the export does not need them
             continue
         for name, figure in figures.items():
             if isinstance(figure, dict) and {"value", "low", "high", "n"} <= figure.keys() and figure["n"]:
                 interval = f"[{figure['low']:.3f}, {figure['high']:.3f}]"
                 rows.append([path.parent.name, name, f"{figure['value']:.3f}", interval, str(figure["n"])])
-    return _table("Evaluation", ["setting", "metric", "value", "95 % interval", "n"], rows)
+    headings = ["setting", "metric", "value", "95 % interval", "n"]
+    return Grid("Evaluation", headings, rows).markdown(2).strip() if rows else ""
 
 
 def _training(run: Path) -> str:
     """Means of the last rows of the training curves."""
     path = run / "metrics.csv"
-    curves = read_curves(path) if path.is_file() else []
-    rows = []
-    for curve in curves:
-        if curve.name.startswith(TRAINING_FIGURES):
-            last = curve.values[-LAST_ROWS:]
-            rows.append([curve.name, f"{sum(last) / len(last):.4g}"])
-    return _table(f"Training, mean of the last {LAST_ROWS} iterations", ["metric", "value"], rows)
-
-
-def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
-    """Markdown; empty where there are no rows."""
-    if not rows:
-        return ""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    rows = [
+        [curve.name, f"{fmean(curve.values[-LAST_ROWS:]):.4g}"]
+        for curve in (read_curves(path) if path.is_file() else [])
+        if curve.name.startswith(TRAINING_FIGURES)
+    ]
+    title = f"Training, mean of the last {LAST_ROWS} iterations"
+    return Grid(title, ["metric", "value"], rows).markdown(2).strip() if rows else ""
 
 
 def _record(run: Path) -> str:

@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions: paired differences, what was gained and what was lost."""
+"""Paired differences of two evaluations of the same questions: gain, harm, score, tool calls."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cv_lightning.evaluation.outcome import Outcome
 from cv_lightning.evaluation.statistics import Difference, Rate, paired_difference, rate
 
 FLIPPED_AT = 0.5
-"""Change of a question's share of right answers from which on it counts as flipped."""
-SHARES = (-1.0, 1.0)
-"""What differences of scores are between."""
+"""Change of a question's fraction of right answers from which on it counts as flipped."""
+EXTREMES = (-1.0, 1.0)
+"""Smallest and largest difference of scores."""
 
 
 class Pair(NamedTuple):
@@ -24,11 +24,11 @@ class Pair(NamedTuple):
     task_id: str
     """In the first."""
     cluster: str
-    """What is resampled together: see `Shown.cluster`."""
+    """The unit of resampling: see `Shown.cluster`."""
     group: str
-    """What `by` splits by."""
+    """The value that pairs are split by."""
     scored: bool
-    """False where a judge left an answer of either unscored; the next two are then without meaning."""
+    """False where a judge left an answer of either unscored; `right` and `score` have no meaning then."""
     right: tuple[float, float]
     score: tuple[float, float]
     calls: tuple[float, float]
@@ -40,16 +40,16 @@ class PairedSummary:
 
     num_pairs: int
     num_unscored: int
-    """Questions that both answered and a judge left unscored in one. What is left is not a fair sample: the judge is
-    asked only where the rule says no."""
+    """Questions that both answered but a judge left unscored in one. The rest is not a fair sample: the judge is asked
+    only where the rule says no."""
     score: Difference
-    """Of the mean score (the benchmark's own metric where it has one)."""
+    """Difference of the mean score (the benchmark's own metric where it has one)."""
     accuracy: Difference
-    """Of the share of right answers: see `Outcome.right`."""
+    """Difference of the fraction of right answers: see `Outcome.right`."""
     gain: Rate
-    """Share of questions that only the second gets right."""
+    """Fraction of questions that only the second gets right."""
     harm: Rate
-    """Share of questions that only the first gets right."""
+    """Fraction of questions that only the first gets right."""
     calls: Difference
     """Tool calls per trajectory."""
 
@@ -67,10 +67,10 @@ def pair_outcomes(
     """The questions that were answered in both, in order of their ids.
 
     Args:
-        first: one evaluation.
-        second: the other.
-        key: of an outcome's question, the same in both; None leaves it out.
-        by: what the pairs may be split by, taken from the first.
+        first: One evaluation.
+        second: The other.
+        key: Identifies an outcome's question in both; None leaves it out.
+        by: The value that pairs may be split by, taken from the first.
     """
     sides = [_by_question(side, key) for side in (first, second)]
     pairs = []
@@ -82,9 +82,9 @@ def pair_outcomes(
                 cluster=one[0].shown.cluster,
                 group=by(one[0]),
                 scored=all(outcome.right is not None for outcome in (*one, *other)),
-                right=(_mean(one, _right), _mean(other, _right)),
-                score=(_mean(one, _score), _mean(other, _score)),
-                calls=(_mean(one, _calls), _mean(other, _calls)),
+                right=_means(one, other, lambda outcome: bool(outcome.right)),
+                score=_means(one, other, lambda outcome: outcome.score or 0.0),
+                calls=_means(one, other, lambda outcome: outcome.num_calls),
             )
         )
     return pairs
@@ -99,20 +99,8 @@ def _by_question(side: Sequence[Outcome], key: Callable[[Outcome], str | None]) 
     return found
 
 
-def _mean(samples: Sequence[Outcome], value: Callable[[Outcome], float]) -> float:
-    return fmean(value(outcome) for outcome in samples)
-
-
-def _right(outcome: Outcome) -> float:
-    return float(bool(outcome.right))
-
-
-def _score(outcome: Outcome) -> float:
-    return outcome.score or 0.0
-
-
-def _calls(outcome: Outcome) -> float:
-    return float(outcome.num_calls)
+def _means(one: Sequence[Outcome], other: Sequence[Outcome], value: Callable[[Outcome], float]) -> tuple[float, float]:
+    return fmean(map(value, one)), fmean(map(value, other))
 
 
 def summarise_pairs(pairs: Sequence[Pair]) -> PairedSummary:
@@ -123,8 +111,8 @@ def summarise_pairs(pairs: Sequence[Pair]) -> PairedSummary:
     return PairedSummary(
         num_pairs=len(scored),
         num_unscored=len(pairs) - len(scored),
-        score=paired_difference([pair.score[1] - pair.score[0] for pair in scored], clusters, SHARES),
-        accuracy=paired_difference(changes, clusters, SHARES),
+        score=paired_difference([pair.score[1] - pair.score[0] for pair in scored], clusters, EXTREMES),
+        accuracy=paired_difference(changes, clusters, EXTREMES),
         gain=rate([float(change >= FLIPPED_AT) for change in changes], clusters),
         harm=rate([float(change <= -FLIPPED_AT) for change in changes], clusters),
         calls=paired_difference([pair.calls[1] - pair.calls[0] for pair in scored], clusters),
@@ -132,7 +120,7 @@ def summarise_pairs(pairs: Sequence[Pair]) -> PairedSummary:
 
 
 def split(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """Pairs by their group, in order of its name."""
+    """Pairs by their group, sorted by its name."""
     groups = defaultdict(list)
     for pair in pairs:
         groups[pair.group].append(pair)

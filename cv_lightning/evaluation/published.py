@@ -1,7 +1,7 @@
-"""Results that others have published, to stand beside a user's own. Package data: `published.json`.
+"""Published results, to be shown beside a user's own. Package data: `published.json`.
 
-Rows of different harnesses are not measurements of one instrument: the table names base model and harness of each.
-Means of the transformed columns are computed from the published columns; no work prints them.
+Different harnesses measure differently: the table names base model and harness of each row. Means of the transformed
+columns are computed from the published columns; no work prints them.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ class Published:
     """One published result."""
 
     benchmark: str
-    """As `data.reader.data_source` names it."""
+    """Name of the benchmark, as in `data.reader.data_source`."""
     work: str
     base: str
-    """Model that it was trained from, or that was measured."""
+    """Model that training began with, or that was measured."""
     source: str
     harness: str
-    """Whose evaluation code, and under which conditions, as far as the source tells."""
+    """Evaluation code and conditions, as far as the source gives them."""
     scores: dict[str, float]
     """In percent: `score`, or by column of the robustness table (`identity`, ..., `mean_of_six`)."""
 
 
 @lru_cache(maxsize=1)
 def published_results() -> tuple[Published, ...]:
-    """All of them."""
+    """All published results."""
     return tuple(Published(**entry) for entry in json.loads(FILE.read_text(encoding="utf-8")))
 
 
 def published_on(benchmark: str) -> list[Published]:
-    """The results on a benchmark, best last; its name is compared by letters and digits alone."""
+    """Results on a benchmark, best last; names are compared by letters and digits only."""
     found = [entry for entry in published_results() if plain_name(entry.benchmark) == plain_name(benchmark)]
     return sorted(found, key=lambda entry: entry.scores.get("mean_of_six", next(iter(entry.scores.values()))))
 

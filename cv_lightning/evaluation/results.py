@@ -1,10 +1,11 @@
-"""The files of a finished evaluation: one JSON with all that reproduces it, one Markdown page, one figure."""
+"""The files of a finished evaluation: JSON with everything that reproduces it, a Markdown page, a figure."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +27,32 @@ from cv_lightning.evaluation.tables import (
 from cv_lightning.files import write_text
 
 WHOLE_BYTES = 16 << 20
-"""Files up to this size are read whole for their fingerprint."""
+"""Files up to this size are read as a whole for their fingerprint."""
 NUM_PIECES, PIECE_BYTES = 512, 16 << 10
-"""Of larger files so many pieces of so many bytes are read, evenly spread: adapters on a few layers change neither the
-first nor the last weights of a file."""
+"""Number and size of the evenly spread pieces that are read of larger files: adapters on a few layers change neither
+the first nor the last weights of a file."""
 FINGERPRINTED = (".safetensors", ".json", ".jinja", ".pt", ".bin", ".ckpt")
-"""Files of a checkpoint's folder that make its numbers."""
+"""Files of a checkpoint's folder that its results depend on."""
 
 
 def evaluated(outcomes: Sequence[Outcome]) -> Evaluated:
-    """All figures; the same for the same outcomes in any order."""
+    """All figures of an evaluation; the order of the outcomes does not matter."""
     ordered = sorted(outcomes, key=lambda outcome: (outcome.task_id, outcome.sample))
     return Evaluated(summarise_outcomes(ordered), breakdown(ordered))
 
 
 def tool_pairs(outcomes: Mapping[str, Sequence[Outcome]], without: Mapping[str, str]) -> dict[str, PairedSummary]:
-    """What the tool brings, by the name of the evaluation with it.
+    """The same questions with and without the tool, by the name of the evaluation with it.
 
     Args:
-        outcomes: by name of the evaluation.
-        without: name of the evaluation without the tool, by that of the same with it.
+        outcomes: Outcomes by name of the evaluation.
+        without: Name of the evaluation without the tool, by that of the same with it.
     """
     return {name: summarise_pairs(pair_outcomes(outcomes[other], outcomes[name])) for name, other in without.items()}
 
 
 def tables(found: Mapping[str, Evaluated], pairs: Mapping[str, PairedSummary], note: str = "") -> list[Grid]:
-    """Every table that has something to say; the note goes under the first."""
+    """Every table that is not empty; the note goes under the first."""
     sources = list(dict.fromkeys(source for entry in found.values() for source in entry.breakdown.by_source))
     grids = [
         main_table(found, note),
@@ -70,18 +71,18 @@ def write_results(
     prefix: str,
     found: Mapping[str, Evaluated],
     pairs: Mapping[str, PairedSummary],
-    about: Mapping[str, Any],
+    config_fingerprint: Mapping[str, Any],
     note: str = "",
 ) -> list[Grid]:
     """Write `<prefix>results.json`, `.md` and `.png` into a folder.
 
     Args:
         folder: `<run>/eval`.
-        prefix: of the names.
-        found: figures by name of the evaluation.
-        pairs: what the tool brings.
-        about: model, data, settings, config and versions: what somebody needs to do it again.
-        note: what the page must say of the data.
+        prefix: Prefix of the names.
+        found: Figures by name of the evaluation.
+        pairs: Comparisons with and without the tool.
+        config_fingerprint: Model, data, settings, config and versions that reproduce the evaluation.
+        note: A note on the data for the page.
 
     Returns:
         The tables of the Markdown page.
@@ -91,12 +92,12 @@ def write_results(
     sources = dict.fromkeys(source for entry in found.values() for source in entry.breakdown.by_source)
     published = [entry for source in sources for entry in published_on(source)]
     value = {
-        "about": dict(about),
+        "about": dict(config_fingerprint),
         "evaluations": {
             name: entry.summary.to_json() | {"breakdown": entry.breakdown.to_json()} for name, entry in found.items()
         },
         "tool": {name: entry.to_json() for name, entry in pairs.items()},
-        "published": [{name: getattr(entry, name) for name in entry.__slots__} for entry in published],
+        "published": [asdict(entry) for entry in published],
     }
     grids = tables(found, pairs, note)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def write_results(
 
 
 def fingerprint(path: Path) -> dict[str, str]:
-    """Hash of a file, or of the weights and configs in a folder, by name; of large files by a sample of their bytes."""
+    """Hashes, by name, of a file, or of the weights and configs in a folder; of large files, a sample is hashed."""
     if path.is_file():
         return {path.name: _fingerprint_of_file(path)}
     files = sorted(file for file in path.rglob("*") if file.suffix in FINGERPRINTED and file.is_file())

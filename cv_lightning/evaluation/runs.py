@@ -1,8 +1,8 @@
-"""What lies in a run folder, from the run's own records: evaluations, trajectories of training, curves and configs.
+"""Contents of a run folder: evaluations, trajectories of training, curves and configs.
 
-A folder with `trajectories/` in it is a store; below `eval/` it is an evaluation, whose `evaluation.json` says how it
-was made. `metrics.csv` is what the logger wrote, `*config.yaml` a resolved config, `*run.json` command and versions.
-Every part may be missing.
+A folder with `trajectories/` in it is a store; below `eval/` it is an evaluation, with its settings in
+`evaluation.json`. The logger writes `metrics.csv`; `*config.yaml` is a resolved config, and `*run.json` has command and
+versions. Every part may be missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cv_lightning.renames import new_metric
 from cv_lightning.types import DataError
 
 EVALUATION_RECORD = "evaluation.json"
-"""In an evaluation's folder: its setting, the model and what else the numbers depend on."""
+"""File of an evaluation's folder with its config fingerprint: setting, model and everything else that matters."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,11 +31,11 @@ class Store:
     """Path below the run: `rl`, `eval/sft_greedy_tool`, ...; `.` for the run's own folder."""
     path: Path
     stage: str = ""
-    """Of an evaluation: its `eval_prefix`, which tells models apart; without a record the folder's name."""
+    """Prefix of an evaluation (`eval_prefix`), which distinguishes models; without a record the folder's name."""
     mode: str = ""
-    """Of an evaluation: `greedy` or `sampled`; empty without a record."""
+    """Decoding of an evaluation, `greedy` or `sampled`; empty without a record."""
     tool: bool = True
-    """Of an evaluation: the tool was offered."""
+    """False for an evaluation without the tool."""
 
     @property
     def is_evaluation(self) -> bool:
@@ -44,14 +44,18 @@ class Store:
 
     @property
     def label(self) -> str:
-        """Name for people: `sft, greedy, tool off`; `rl training`."""
+        """Name to display: `sft, greedy, tool off`; `rl training`."""
         return self.label_with({})
 
     def label_with(self, names: Mapping[str, str]) -> str:
-        """Name for people, with names of stages where there are any."""
+        """Name to display.
+
+        Args:
+            names: Names of stages to display, by stage.
+        """
         if not self.is_evaluation:
-            stage, _, rest = names.get(self.name, self.name.replace("_", " ")).partition(",")
-            return "training" if self.name == "." else f"{stage} training" + (f",{rest}" if rest else "")
+            stage, comma, rest = names.get(self.name, self.name.replace("_", " ")).partition(",")
+            return "training" if self.name == "." else f"{stage} training{comma}{rest}"
         stage = names.get(self.stage, self.stage.replace("_", " "))
         return ", ".join(part for part in (stage, self.mode, "" if self.tool else "tool off") if part)
 
@@ -81,7 +85,7 @@ class Run:
 
 
 def find_stores(folder: Path) -> list[Path]:
-    """Folders of the stores of a run: evaluations first, each part by name."""
+    """Folders of the stores of a run, sorted by name, evaluations first."""
     found = [path.parent for path in folder.glob("**/trajectories") if path.is_dir()]
     return sorted(found, key=lambda path: (not path.is_relative_to(folder / "eval"), str(path)))
 
@@ -90,7 +94,7 @@ def load_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     Raises:
-        DataError: the folder does not exist, or has neither trajectories nor metrics.
+        DataError: The folder does not exist, or has neither trajectories nor metrics.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -124,7 +128,11 @@ def _store(folder: Path, path: Path) -> Store:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object; DataError where it does not."""
+    """Read a file that holds a JSON object.
+
+    Raises:
+        DataError: It holds something else.
+    """
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
@@ -138,45 +146,42 @@ def read_figures(path: Path) -> dict[str, Any]:
     """Figures of an evaluation's `metrics.json`, under the names of today.
 
     Raises:
-        DataError: it is not a JSON object.
+        DataError: It is not a JSON object.
     """
     return {new_metric(name): value for name, value in read_json(path).items()}
 
 
 # ------------------------------------------------------------------------------------------------ metrics.csv
 def read_curves(path: Path) -> list[Curve]:
-    """Curves of a CSVLogger file, in order of its columns; a torn last row and unreadable cells are left out.
+    """Curves of a `metrics.csv`, in the order of its columns; a torn last row and unreadable cells are left out.
 
     The horizontal axis is the column `iteration` where a row has it, else `step`.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     # the last cell of a row without its newline may be half a number
-    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     curves: dict[str, Curve] = {}
     for number, row in enumerate(rows):
-        step = _cell(row.get("iteration"))
-        step = _cell(row.get("step")) if step is None else step
-        for name, cell in row.items():
-            if name in (None, "step", "epoch", "iteration"):
-                continue
-            value = _cell(cell)
-            if value is not None:
+        cells = {name: value for name, cell in row.items() if name and math.isfinite(value := _cell(cell))}
+        step = cells.get("iteration", cells.get("step", float(number)))
+        for name, value in cells.items():
+            if name not in ("step", "epoch", "iteration"):
                 name = new_metric(name)
                 curve = curves.setdefault(name, Curve(name=name, steps=[], values=[]))
-                curve.steps.append(float(number) if step is None else step)
+                curve.steps.append(step)
                 curve.values.append(value)
     return list(curves.values())
 
 
-def _cell(text: str | None) -> float | None:
+def _cell(text: object) -> float:
+    """Number in a cell; NaN for an empty or unreadable one."""
     try:
-        value = float(text or "")
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+        return float(str(text))
+    except ValueError:
+        return math.nan
 
 
 def parity_max(curves: list[Curve]) -> float | None:
-    """Largest engine-versus-trainer difference that any iteration logged; None where none did."""
+    """Largest train-inference mismatch that any iteration logged; None where none did."""
     values = [value for curve in curves if re.search(r"parity.*max$", curve.name) for value in curve.values]
     return max(values, default=None)

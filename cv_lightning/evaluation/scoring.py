@@ -1,7 +1,7 @@
-"""Scores as the benchmarks' own code gives them, of the answer that was extracted from a response.
+"""Scores of extracted answers by the benchmarks' own metrics.
 
-A task that came with a metric names it in `metadata["metric"]`, by name or by class; everything else is scored right or
-wrong by the reward module's rule, and by its judge where there is one. Sources: ANLS (Biten et al., 1905.13648), the
+A task with a metric names it in `metadata["metric"]`, by name or by class; every other task is scored right or wrong by
+the reward module's rule, and by its judge where there is one. Sources: ANLS (Biten et al., 1905.13648), the
 evaluation code of OCRBench (Yuliang-Liu/MultimodalOCR), ChartQAPro (vis-nlp/ChartQAPro) and TIR-Bench
 (agents-x-project/TIR-Bench).
 """
@@ -27,7 +27,7 @@ RELAXED_TOLERANCE = 0.05
 TIRBENCH_TOLERANCE = 5e-7
 """TIR-Bench's code compares numbers at six decimals."""
 MAX_DIGITS = 1000
-"""A longer row of digits is not read as a number, which Python would refuse."""
+"""A longer sequence of digits is not read as a number, since Python refuses to convert it."""
 
 
 Scorer = Callable[[str, Mapping[str, Any]], float]
@@ -38,19 +38,21 @@ def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | N
     """The benchmark's own score of an answer.
 
     Args:
-        answer: what was extracted; None scores 0.
-        metadata: of the task: `metric`, `accepted_answers` and what else the metric reads.
+        answer: The extracted answer; None scores 0.
+        metadata: The task's: `metric`, `accepted_answers` and whatever else the metric reads.
 
     Returns:
-        In [0, 1]; None where the task has no metric of ours.
+        In [0, 1]; None where the task names no known metric.
     """
     if metric_of(metadata) is None:
         return None
-    return _scorer(metadata["metric"])(answer, metadata) if answer else 0.0
+    metric = metadata["metric"]
+    score = METRICS[metric] if isinstance(metric, str) else _metric(json.dumps(metric, sort_keys=True)).score
+    return score(answer, metadata) if answer else 0.0
 
 
 def metric_of(metadata: Mapping[str, Any]) -> str | None:
-    """Name of the task's own metric, of a user's its class's; None where there is none, whatever else is called so."""
+    """Name of the task's own metric, or of its class; None where the task names no known metric."""
     metric = metadata.get("metric")
     if not isinstance(metadata.get("accepted_answers"), list):
         return None
@@ -59,16 +61,12 @@ def metric_of(metadata: Mapping[str, Any]) -> str | None:
     return metric if isinstance(metric, str) and metric in METRICS else None
 
 
-def _scorer(metric: str | Mapping[str, Any]) -> Scorer:
-    return METRICS[metric] if isinstance(metric, str) else _metric(json.dumps(metric, sort_keys=True)).score
-
-
 @lru_cache(maxsize=64)
 def _metric(spec: str) -> Metric:
     """A user's metric, as a task stores it.
 
     Raises:
-        DataError: its class cannot be imported, or does not take its arguments.
+        DataError: Its class cannot be imported, or does not take its arguments.
     """
     path, arguments = str(json.loads(spec)["class_path"]), json.loads(spec).get("init_args") or {}
     module, _, name = path.rpartition(".")
@@ -87,25 +85,25 @@ def _metric(spec: str) -> Metric:
 def anls(answer: str, truths: Sequence[str]) -> float:
     """1 minus the normalised edit distance to the nearest truth; 0 for a similarity below 0.5.
 
-    As the script of the Robust Reading Competition (DocVQA, InfographicVQA) computes it: case and the amount of white
-    space make no distance, but the length to divide by is that of the texts as they were given.
+    As in the script of the Robust Reading Competition (DocVQA, InfographicVQA), case and the amount of white space make
+    no distance, but the distance is divided by the length of the texts as they were given.
     """
     return max((_similarity(answer, truth, max(map(_length, (answer, truth)))) for truth in truths), default=0.0)
 
 
 def _similarity(said: str, truth: str, longest: int) -> float:
-    """Similarity of two texts whose longer one counts as so many characters; 0 below the threshold."""
+    """Similarity of two texts, normalised by the given length; 0 below the threshold."""
     said, truth = " ".join(said.lower().split()), " ".join(truth.lower().split())
     if longest == 0:
         return 1.0
     if abs(len(said) - len(truth)) > ANLS_THRESHOLD * longest:
-        return 0.0  # the difference in length alone is that far: no need to compare
+        return 0.0  # the lengths alone differ too much
     similarity = 1.0 - edit_distance(said, truth) / longest
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
 def _length(text: str) -> int:
-    """Characters in upper case, which the scripts count: a sharp s is two."""
+    """Characters in upper case, as the scripts count them: a sharp s is two."""
     return len(text.upper())
 
 
@@ -126,22 +124,21 @@ def _anls(answer: str, metadata: Mapping[str, Any]) -> float:
 # ------------------------------------------------------------------------------------------------ OCRBench
 def _ocrbench(answer: str, metadata: Mapping[str, Any]) -> float:
     """1 if any truth stands in the answer; formulas (HME100k) are compared without spaces and with their case."""
-    if metadata.get("dataset") == "HME100k":  # blanks and line breaks go, tabs stay: as the authors' code has it
-        said, *truths = (
-            text.strip().replace("\n", "").replace(" ", "") for text in (answer, *metadata["accepted_answers"])
-        )
-        return float(any(truth in said for truth in truths))
-    said = answer.lower().strip().replace("\n", " ")
-    return float(any(truth.lower().strip().replace("\n", " ") in said for truth in metadata["accepted_answers"]))
+    said, *truths = (text.strip() for text in (answer, *metadata["accepted_answers"]))
+    if metadata.get("dataset") == "HME100k":  # as in the authors' code, tabs stay
+        said, *truths = (text.replace("\n", "").replace(" ", "") for text in (said, *truths))
+    else:
+        said, *truths = (text.lower().replace("\n", " ") for text in (said, *truths))
+    return float(any(truth in said for truth in truths))
 
 
 # ------------------------------------------------------------------------------------------------ ChartQAPro
 def _chartqapro(answer: str, metadata: Mapping[str, Any]) -> float:
     """Relaxed correctness, mean over the items of a list.
 
-    As the released code computes the paper's table: years exactly, other numbers within 5 %, text by ANLS. Its exact
-    match for fact checking and multiple choice is computed there but never used. Of a list, the truth may lack quotes;
-    an answer that lacks them is one text.
+    As in the released code: years exactly, other numbers within 5 %, text by ANLS. (It also computes an exact match for
+    fact checking and multiple choice, but never uses it.) A truth that is a list may lack quotes; an answer that lacks
+    them is one text.
     """
     truth = str(metadata["accepted_answers"][-1]).strip(".").strip("\n")
     said = _items(answer.strip(".").strip("\n"))
@@ -157,12 +154,12 @@ def _chartqapro(answer: str, metadata: Mapping[str, Any]) -> float:
 
 
 def _quoted(truth: str) -> str:
-    """A list without quotes as a Python list, word by word, as the released code does it; else the text as it is."""
+    """A list without quotes with each word in quotes, as in the released code; else the text as it is."""
     match = re.fullmatch(r"\[(.*)\]", truth.strip())
     if match is None:
         return truth
-    mended = "[" + re.sub(r"(?<![\w'])\w[\w']*", lambda word: f"'{word[0]}'", match[1]) + "]"
-    return mended if _parsed_list(mended) is not None else truth
+    quoted = "[" + re.sub(r"(?<![\w'])\w[\w']*", lambda word: f"'{word[0]}'", match[1]) + "]"
+    return truth if _parsed_list(quoted) is None else quoted
 
 
 def _items(text: str) -> list[str]:
@@ -203,11 +200,11 @@ def _float(text: str) -> float | None:
 
 # ------------------------------------------------------------------------------------------------ TIR-Bench
 def _tirbench(answer: str, metadata: Mapping[str, Any]) -> float:
-    """Score by task, as the authors' code gives it for what a model of theirs extracted from the response.
+    """Score by task, as in the authors' code, which scores what another model extracted from the response.
 
-    Text within the answer (ocr), share of places that are right (jigsaw), overlap of sets (spot_difference), a pair of
-    numbers (word_search), several letters in any order; a bare number by value. An answer in words is read by the
-    project's rule instead, where theirs joins its digits or guesses the nearest letter.
+    Text within the answer (ocr), fraction of right places (jigsaw), overlap of sets (spot_difference), a pair of
+    numbers (word_search), several letters in any order; a bare number by value. The project's rule reads an answer in
+    words, where the authors' code joins its digits or guesses the nearest letter.
     """
     task, truth = metadata.get("category"), str(metadata["accepted_answers"][0]).strip()
     if task == "ocr":
@@ -247,7 +244,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _run_of_integers(text: str, count: int) -> list[int]:
-    """The first row of exactly so many numbers with nothing but blanks and commas between them; empty without one."""
+    """The first sequence of exactly `count` numbers separated only by blanks and commas; empty without one."""
     runs = (_integers(run) for run in re.findall(r"[\d\s,\uff0c]+", text))
     return next((run for run in runs if len(run) == count), [])
 

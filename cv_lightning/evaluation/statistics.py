@@ -1,8 +1,9 @@
-"""Intervals of rates and means: pure functions, no dependence on trajectories."""
+"""Intervals and tests of rates, means and paired differences. Pure functions of numbers."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 NUM_RESAMPLES = 2000
 SAME = 1e-9
-"""Means of clusters that differ by less are equal but for rounding."""
+"""Means of clusters that differ by less differ only by rounding."""
 
 
 class Rate(NamedTuple):
@@ -24,75 +25,70 @@ class Rate(NamedTuple):
     low: float
     high: float
     n: int
-    """Number of trajectories it is a mean of."""
+    """Number of trajectories."""
 
     def __str__(self) -> str:
-        if self.n == 0:
-            return "-"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n else "-"
+
+
+NONE = Rate(math.nan, math.nan, math.nan, 0)
+"""The rate of nothing."""
 
 
 def wilson(num_hits: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion of `n` independent trials; (nan, nan) where `n` is 0."""
     if n == 0:
         return math.nan, math.nan
-    share = num_hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    value = num_hits / n
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(
-    values: Sequence[float],
-    clusters: Sequence[Hashable],
-    seed: int = 0,
-    extremes: tuple[float, float] | None = None,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, resampling whole clusters (tasks).
+def _numbered(*columns: Sequence[Hashable]) -> tuple[list[npt.NDArray[np.int64]], int]:
+    """Clusters of each column as numbers from 0, the same number for the same cluster, and how many there are."""
+    index: dict[Hashable, int] = {}
+    return [np.array([index.setdefault(name, len(index)) for name in names]) for names in columns], len(index)
 
-    Where all clusters have the same mean, no resample differs, which says nothing of the clusters that were not drawn:
+
+def bootstrap(
+    values: Sequence[float], clusters: Sequence[Hashable], extremes: tuple[float, float] | None = None
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, resampling whole clusters (tasks); the same values give the same one.
+
+    Where all clusters have the same mean, no resample differs, which says nothing about clusters that were not drawn:
     the interval is then what the mean could be if as many others as Wilson's bound allows were at an extreme.
 
     Args:
-        values: one number per trajectory.
-        clusters: the task of each; trajectories of one task are not independent.
-        seed: of the resampling; the same values give the same interval.
-        extremes: least and largest value there can be; None: unbounded, where equal clusters give no width.
+        values: One number per trajectory.
+        clusters: The task of each; trajectories of one task are not independent.
+        extremes: Smallest and largest possible value; None: unbounded, where equal clusters give no width.
     """
     if not values:
         return math.nan, math.nan
-    index: dict[Hashable, int] = {}
-    ids = np.array([index.setdefault(cluster, len(index)) for cluster in clusters])
+    (ids,), size = _numbered(clusters)
     sums = np.bincount(ids, weights=np.asarray(values, float)).astype(float)
     counts = np.bincount(ids).astype(float)
     if extremes is not None and np.ptp(sums / counts) < SAME:
-        mean, unseen = math.fsum(values) / len(values), wilson(0, len(index))[1]
+        mean, unseen = math.fsum(values) / len(values), wilson(0, size)[1]
         return mean - unseen * (mean - extremes[0]), mean + unseen * (extremes[1] - mean)
-    rng = np.random.default_rng(seed)
-    # Clusters that look alike are drawn together: how often each look occurs in a resample is multinomial.
-    looks, times = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
-    if 4 * len(looks) <= len(index):
-        drawn = rng.multinomial(len(index), times / len(index), size=NUM_RESAMPLES) @ looks
+    rng = np.random.default_rng(0)
+    # equal clusters are drawn together: how often each kind occurs in a resample is multinomial
+    kinds, times = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
+    if 4 * len(kinds) <= size:
+        drawn = rng.multinomial(size, times / size, size=NUM_RESAMPLES) @ kinds
         means = drawn[:, 0] / drawn[:, 1]
     else:
-        means = np.concatenate([_resampled(sums, counts, rng, part) for part in _parts(len(index))])
+        draws = (rng.integers(0, size, size=(part, size)) for part in _parts(size))
+        means = np.concatenate([sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1) for drawn in draws])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def _parts(num_clusters: int) -> list[int]:
-    """Resamples in portions of about a million draws, so that memory stays small."""
+    """Numbers of resamples of about a million draws each, so that memory stays small."""
     size = max(1, min(NUM_RESAMPLES, 1_000_000 // num_clusters))
     return [min(size, NUM_RESAMPLES - start) for start in range(0, NUM_RESAMPLES, size)]
-
-
-def _resampled(
-    sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], rng: np.random.Generator, times: int
-) -> npt.NDArray[np.float64]:
-    """Means of so many resamples. Shape [times]."""
-    draws = rng.integers(0, len(sums), size=(times, len(sums)))
-    found: npt.NDArray[np.float64] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    return found
 
 
 def rate(values: Sequence[float], clusters: Sequence[Hashable]) -> Rate:
@@ -102,34 +98,31 @@ def rate(values: Sequence[float], clusters: Sequence[Hashable]) -> Rate:
     """
     n = len(values)
     if n == 0:
-        return Rate(math.nan, math.nan, math.nan, 0)
-    mean = math.fsum(values) / n
+        return NONE
     independent = len(set(clusters)) == n and all(value in (0, 1) for value in values)
     low, high = wilson(math.fsum(values), n) if independent else bootstrap(values, clusters, extremes=(0, 1))
-    return Rate(mean, low, high, n)
+    return Rate(math.fsum(values) / n, low, high, n)
 
 
 def rate_of_columns(columns: Sequence[Sequence[float]], clusters: Sequence[Sequence[Hashable]]) -> Rate:
     """Mean of the means of columns, each weighing the same; the clusters are resampled over all columns together.
 
     Args:
-        columns: values in [0, 1] of each column, none empty.
-        clusters: of each value; what is in several columns goes into a resample with all of them.
+        columns: Values in [0, 1] of each column, none empty.
+        clusters: The cluster of each value; one that is in several columns enters a resample with all of them.
 
     Returns:
         `n` is the number of clusters.
     """
-    index: dict[Hashable, int] = {}
-    ids = [np.array([index.setdefault(name, len(index)) for name in names]) for names in clusters]
-    size = len(index)
+    ids, size = _numbered(*clusters)
     sums = [np.bincount(at, weights=np.asarray(v, float), minlength=size) for at, v in zip(ids, columns, strict=True)]
     counts = [np.bincount(at, minlength=size) for at in ids]
     value = math.fsum(math.fsum(column) / len(column) for column in columns) / len(columns)
-    # [looks, 2 columns]; as in `bootstrap`, clusters that look alike are drawn together
-    looks, often = np.unique(np.stack([*sums, *counts], axis=1).astype(float), axis=0, return_counts=True)
+    # [kinds, 2 columns]; as in `bootstrap`, equal clusters are drawn together
+    kinds, often = np.unique(np.stack([*sums, *counts], axis=1).astype(float), axis=0, return_counts=True)
     rng, means = np.random.default_rng(0), []
-    for times in _parts(len(looks)):
-        totals = rng.multinomial(size, often / size, size=times) @ looks
+    for times in _parts(len(kinds)):
+        totals = rng.multinomial(size, often / size, size=times) @ kinds
         totals = totals[(totals[:, len(columns) :] > 0).all(axis=1)]  # a resample may miss a column
         means.append((totals[:, : len(columns)] / totals[:, len(columns) :]).mean(axis=1))
     found = np.concatenate(means)
@@ -153,12 +146,10 @@ class Difference(NamedTuple):
     test: str
     """`mcnemar` (exact) or `wilcoxon` (signed rank)."""
     n: int
-    """Differences."""
+    """Number of differences."""
 
     def __str__(self) -> str:
-        if self.n == 0:
-            return "-"
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p {self.p:.2g}"
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p {self.p:.2g}" if self.n else "-"
 
 
 def paired_difference(
@@ -166,15 +157,15 @@ def paired_difference(
 ) -> Difference:
     """Summarise differences: bootstrap interval of the mean, and a test of no difference.
 
-    Exact McNemar where there is one difference of -1, 0 or 1 a cluster, else Wilcoxon's signed rank of the clusters'
-    means.
+    The test is McNemar's (exact) where each cluster has one difference of -1, 0 or 1, else Wilcoxon's signed rank of
+    the clusters' means.
 
     Args:
-        differences: second minus first.
-        clusters: what each belongs to; the forms of one question are not independent.
-        extremes: as of `bootstrap`.
+        differences: Second minus first.
+        clusters: The cluster of each; the forms of one question are not independent.
+        extremes: As for `bootstrap`.
     """
-    from scipy import stats  # half a second, which training never needs
+    from scipy import stats  # takes half a second, and training does not need it
 
     n = len(differences)
     if n == 0:
@@ -194,10 +185,10 @@ def paired_difference(
 
 
 def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float]:
-    groups: dict[Hashable, list[float]] = {}
+    groups = defaultdict(list)
     for value, cluster in zip(values, clusters, strict=True):
-        groups.setdefault(cluster, []).append(value)
-    # a difference of thirds that cancel is not quite zero, and signed ranks would take it for one
+        groups[cluster].append(value)
+    # thirds that cancel leave a difference that is not exactly zero, which signed ranks would count
     return [round(math.fsum(group) / len(group), 9) for group in groups.values()]
 
 
@@ -206,9 +197,9 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Unbiased estimate of the chance that one of `k` tries is right (Chen et al., 2107.03374).
 
     Args:
-        num_samples: tries there were, at least `k`.
-        num_right: how many of them were right.
-        k: at least 1.
+        num_samples: Number of tries, at least `k`.
+        num_right: Number of right ones.
+        k: At least 1.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(f"pass@{k} cannot be estimated from {num_right} right of {num_samples} tries")
