@@ -1,13 +1,14 @@
-"""What an evaluation shows beyond its main figures: who scored, what the tool did, and by what the score differs."""
+"""Further figures of an evaluation: rule and judge, effects of the tool, and the score by kinds of questions."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
-from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of
+from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of, rate_of_events
 from cv_lightning.evaluation.outcome import ANSWERED, Outcome
 from cv_lightning.evaluation.statistics import NONE, Rate, pass_at_k, rate, rate_of_columns
 from cv_lightning.orientations import ORIENTATIONS
@@ -19,69 +20,68 @@ TRANSFORMS = ("identity", *ORIENTATIONS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Breakdown:
-    """Figures of one evaluation; failures of the infrastructure are left out but where a field says so."""
+    """Figures of one evaluation. Trajectories with an infrastructure error do not count, except a judge's."""
 
     score: Rate
-    """Mean score: by the benchmark's own metric where it has one, else accuracy. Over all tasks that were scored."""
+    """Mean score over all scored tasks: by the benchmark's own metric where it has one, else accuracy."""
     score_bounds: tuple[float, float] | None
-    """The score if all that the judge failed on were wrong, and if all were right; None where it failed on none. What
-    was scored is not a fair sample, since the judge is asked only where the rule says no."""
+    """The score if all answers on which the judge failed were wrong, and if all were right; None without any. The
+    scored ones are not a fair sample, since the judge is asked only where the rule says no."""
     metrics: tuple[str, ...]
-    """Names of the benchmarks' own metrics that `score` is made of; empty: accuracy."""
+    """Names of the benchmarks' own metrics in `score`; empty: accuracy."""
     accuracy_rule: Rate
-    """Right by rule alone, what the judge was asked about counted as wrong; over all tasks, those that the judge failed
-    on included."""
+    """Accuracy by rule alone over all tasks; answers that went to the judge count as wrong."""
     accuracy_judged: Rate
-    """Right by rule or by judge, over all tasks that were scored; n = 0 where no judge was asked."""
+    """Accuracy by rule or judge over all scored tasks; n = 0 where no judge was asked."""
     num_judged: int
     """Answers that the judge decided on."""
     num_unjudged: int
-    """Answers that the judge failed on: unscored, not wrong."""
+    """Answers on which the judge failed: unscored, not wrong."""
     orientation_fixed: Rate
-    """Share of the trajectories of turned tasks whose last image was upright."""
+    """Fraction of the trajectories of turned tasks whose last image was upright."""
     tool_on_upright: Rate
-    """Share of the trajectories of tasks that need no tool in which it was called."""
+    """Fraction of the trajectories of tasks that need no tool in which it was called."""
     operations_mean: float
-    """Operations that ran and were used, per answered trajectory."""
+    """Operations that contributed to a returned image, per answered trajectory."""
     length_mean: float
-    """Tokens of the whole sequence: prompt, images and tool responses included."""
+    """Tokens of the whole sequence, with prompt, images and tool responses."""
     crop_iou: Rate
-    """Best overlap of a crop with the ground-truth box, over the trajectories that made one."""
+    """Best overlap of a crop with the ground-truth box, over trajectories with crops."""
     crops_faithful: Rate
-    """Share of crops that contain the evidence: 90 % of the ground-truth box."""
+    """Fraction of crops that contain the evidence: 90 % of the ground-truth box."""
     crops_faithful_when_right: Rate
-    """The same over right answers: of what was seen before a right answer, how much could have told it."""
+    """Fraction of crops that contain the evidence, over trajectories with a right answer."""
     pass_at_k: dict[int, Rate]
-    """Chance that one of k tries is right, for k = 1, 2, 4, ..., over the tasks with as many; empty with one sample a
+    """Probability that one of k tries is right, for k = 1, 2, 4, ..., over tasks with as many; empty for one sample per
     task."""
     by_transform: dict[str, Rate]
-    """Score by orientation, Source as `identity`, of uncorrupted images; only those that occurred."""
+    """Score of uncorrupted images by orientation (Source is `identity`); only those that occurred."""
     mean_of_six: Rate
-    """Mean of Source and the five orientations, as the paper's table prints it; n = 0 where one is missing."""
+    """Mean of Source and the five orientations, as in the paper's table; n = 0 where one is missing."""
     mean_of_transformed: Rate
     """Mean of the five orientations without Source; n = 0 where one is missing."""
     by_corruption: dict[str, dict[int, Rate]]
-    """Score by corruption and severity, at 0 that of all uncorrupted images; empty where nothing was corrupted."""
+    """Score by corruption and severity; 0 is that of all uncorrupted images. Empty without corruptions."""
     by_source: dict[str, Rate]
     as_given: dict[str, Rate]
-    """Score by data source, of what `data.corruptions` left as it was: to stand beside published scores."""
+    """Score by data source of unchanged tasks, comparable with published scores."""
     by_category: dict[str, Rate]
-    """Score by category of the data set; empty where it has none."""
+    """Score by category of the data set; empty without categories."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a rate is {value, low, high, n}, NaN is null."""
-        values = {key: json_value(value) for key, value in asdict(self).items()}
-        return values | {"metrics": list(self.metrics)}
+        return {key: json_value(value) for key, value in asdict(self).items()} | {"metrics": list(self.metrics)}
 
 
 def breakdown(everything: Sequence[Outcome]) -> Breakdown:
-    """Compute every figure from what the trajectories contributed."""
+    """Compute every figure from the outcomes."""
     valid = [outcome for outcome in everything if outcome.counts]
     unjudged = [outcome for outcome in valid if outcome.end_state is EndState.ERROR_JUDGE]
     judged = [outcome for outcome in valid if outcome.scored_by == "judge"]
     answered = [outcome for outcome in valid if outcome.end_state in ANSWERED]
     scored = [outcome for outcome in valid if outcome.score is not None]
-    clean = [outcome for outcome in scored if not outcome.shown.severity]
+    clean = [outcome for outcome in scored if not outcome.variant.severity]
+    crop_counts = attrgetter("num_crops_showing"), attrgetter("num_crops")
     return Breakdown(
         score=rate_of(scored, lambda o: o.score),
         score_bounds=_bounds(valid),
@@ -95,15 +95,15 @@ def breakdown(everything: Sequence[Outcome]) -> Breakdown:
         operations_mean=mean_of(o.num_operations for o in answered),
         length_mean=mean_of(o.num_tokens for o in valid),
         crop_iou=rate_of(valid, lambda o: o.crop_iou),
-        crops_faithful=_crops_showing(valid),
-        crops_faithful_when_right=_crops_showing([o for o in valid if o.right]),
+        crops_faithful=rate_of_events(valid, *crop_counts),
+        crops_faithful_when_right=rate_of_events([o for o in valid if o.right], *crop_counts),
         pass_at_k=_pass_at(scored),
-        by_transform=_by(clean, lambda o: o.shown.orientation, TRANSFORMS),
+        by_transform=_by(clean, lambda o: o.variant.orientation, TRANSFORMS),
         mean_of_six=mean_of_columns(clean, TRANSFORMS),
         mean_of_transformed=mean_of_columns(clean, ORIENTATIONS),
         by_corruption=_by_corruption(scored, clean),
-        by_source=_by(scored, lambda o: o.shown.data_source),
-        as_given=_by([o for o in scored if o.shown.as_given], lambda o: o.shown.data_source),
+        by_source=_by(scored, lambda o: o.variant.data_source),
+        as_given=_by([o for o in scored if o.variant.as_given], lambda o: o.variant.data_source),
         by_category=_by([o for o in scored if o.category], lambda o: o.category),
     )
 
@@ -116,9 +116,9 @@ def _bounds(valid: Sequence[Outcome]) -> tuple[float, float] | None:
 
 
 def _by_corruption(scored: Sequence[Outcome], clean: Sequence[Outcome]) -> dict[str, dict[int, Rate]]:
-    corrupted = _groups([outcome for outcome in scored if outcome.shown.severity], lambda o: o.shown.corruption)
+    corrupted = _groups([outcome for outcome in scored if outcome.variant.severity], lambda o: o.variant.corruption)
     beside = {0: rate_of(clean, lambda o: o.score)} if clean else {}
-    return {name: beside | _by(found, lambda o: o.shown.severity) for name, found in corrupted.items()}
+    return {name: beside | _by(found, lambda o: o.variant.severity) for name, found in corrupted.items()}
 
 
 def _right_by_rule(outcome: Outcome) -> float | None:
@@ -135,42 +135,30 @@ def _groups(found: Sequence[Outcome], key: Callable[[Outcome], Any]) -> dict[Any
 
 
 def _by(found: Sequence[Outcome], key: Callable[[Outcome], Any], order: Sequence[Hashable] = ()) -> dict[Any, Rate]:
-    """Mean score by a key; in the given order, then by the key itself."""
+    """Mean score by a key; in the given order, then sorted by the key itself."""
     groups = _groups(found, key)
-    first = [name for name in order if name in groups]
-    return {name: rate_of(groups[name], lambda o: o.score) for name in [*first, *(n for n in groups if n not in first)]}
-
-
-def _crops_showing(found: Sequence[Outcome]) -> Rate:
-    crops = [
-        (float(index < outcome.num_crops_showing), outcome.shown.cluster)
-        for outcome in found
-        for index in range(outcome.num_crops)
-    ]
-    return rate([hit for hit, _ in crops], [task for _, task in crops])
+    names = dict.fromkeys([*(name for name in order if name in groups), *groups])
+    return {name: rate_of(groups[name], lambda o: o.score) for name in names}
 
 
 def mean_of_columns(found: Sequence[Outcome], columns: Sequence[str]) -> Rate:
-    """Mean of the columns of a robustness table, each weighing the same.
+    """Unweighted mean of the columns of a robustness table; `n` is the number of images, 0 where a column is empty.
 
-    A question that was shown in several columns is resampled with all of its forms. `n` is the number of images.
+    A question with variants in several columns is resampled with all of them.
 
     Args:
-        found: scored outcomes.
-        columns: orientations.
-
-    Returns:
-        n = 0 where a column is empty.
+        found: Scored outcomes.
+        columns: Orientations.
     """
-    shown = [[outcome for outcome in found if outcome.shown.orientation == name] for name in columns]
+    shown = [[outcome for outcome in found if outcome.variant.orientation == name] for name in columns]
     if not all(shown):
         return NONE
     scores = [[outcome.score or 0.0 for outcome in column] for column in shown]
-    return rate_of_columns(scores, [[outcome.shown.cluster for outcome in column] for column in shown])
+    return rate_of_columns(scores, [[outcome.variant.cluster for outcome in column] for column in shown])
 
 
 def _pass_at(scored: Sequence[Outcome]) -> dict[int, Rate]:
-    """By powers of two, over the tasks that have as many samples, which some lack where something had failed."""
+    """pass@k for powers of two, over the tasks that have as many scored samples."""
     tasks = _groups(scored, lambda o: o.task_id)
     most = max((len(samples) for samples in tasks.values()), default=0)
     if most < 2:
@@ -179,5 +167,5 @@ def _pass_at(scored: Sequence[Outcome]) -> dict[int, Rate]:
     for k in (2**power for power in range(most.bit_length())):
         enough = [samples for samples in tasks.values() if len(samples) >= k]
         chances = [pass_at_k(len(samples), sum(bool(o.right) for o in samples), k) for samples in enough]
-        found[k] = rate(chances, [samples[0].shown.cluster for samples in enough])
+        found[k] = rate(chances, [samples[0].variant.cluster for samples in enough])
     return found

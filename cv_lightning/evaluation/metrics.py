@@ -1,9 +1,9 @@
-"""What a set of trajectories shows: accuracy, and whether the tool was used as the task needs it."""
+"""Main figures of a set of trajectories: accuracy and tool use."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,48 +18,48 @@ class KindSummary:
     """The figures of one kind of task."""
 
     n: int
-    """Trajectories, failures of the infrastructure left out."""
+    """Trajectories without infrastructure errors."""
     accuracy: Rate
     tool_use_success: Rate
     spurious: Rate
-    """Share in which an orientation operation ran; only over tasks that need none."""
+    """Unnecessary orientation operations, as in `EvalSummary`."""
     turns: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSummary:
-    """The figures of one evaluation; rates are NaN with n = 0 where no trajectory counts."""
+    """The main figures of one evaluation; rates are NaN with n = 0 where no trajectory counts."""
 
     num_tasks: int
     num_trajectories: int
     num_errors: int
-    """Failures of engine or sandbox: left out of every rate below."""
+    """Trajectories with an infrastructure error: in no rate below."""
     num_unscored: int
-    """Not judged, or without a reward: left out of accuracy."""
+    """Trajectories without a verdict: not in accuracy."""
     accuracy: Rate
     """Over tasks that need the tool."""
     tool_use_success: Rate
     """Over tasks that need the tool."""
     spurious: Rate
-    """Share of trajectories of upright tasks in which an orientation operation ran."""
+    """Fraction of trajectories of upright tasks in which an orientation operation ran."""
     accuracy_upright: Rate
     """Over tasks that need no tool, shown upright."""
     accuracy_all: Rate
     by_kind: dict[str, KindSummary]
     tool_success: Rate
-    """Share of tool calls that returned an image."""
+    """Fraction of tool calls that returned an image."""
     tool_calls_mean: float
     turns_mean: float
     sampled_tokens_mean: float
     """Sampled tokens per trajectory."""
     end_states: dict[str, float]
-    """Share of trajectories by end state."""
+    """Fraction of trajectories by end state."""
 
     def scalars(self, *, kinds: bool = False) -> dict[str, float]:
-        """The figures as flat numbers for a logger; NaN where nothing counts, so that the keys never change.
+        """The figures as flat numbers for a logger; NaN where nothing counts, so the keys are always the same.
 
         Args:
-            kinds: add `<kind>/accuracy`, `<kind>/tool_use_success`, `<kind>/turns` for the kinds that occurred.
+            kinds: Add `<kind>/accuracy`, `<kind>/tool_use_success`, `<kind>/turns` for the kinds that occurred.
         """
         rates = ("accuracy", "tool_use_success", "spurious", "accuracy_upright", "accuracy_all", "tool_success")
         means = ("tool_calls_mean", "turns_mean", "sampled_tokens_mean")
@@ -87,23 +87,19 @@ def json_value(value: Any) -> Any:
 
 
 def summarise(groups: Iterable[Group]) -> EvalSummary:
-    """Compute every figure of an evaluation.
-
-    Args:
-        groups: live groups or records, scored; one task may have several trajectories.
-    """
+    """Compute the main figures of scored groups."""
     return summarise_outcomes(outcomes(groups))
 
 
 def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
-    """Compute every figure from what the trajectories contributed, whichever rank rolled them out."""
+    """Compute the main figures from the outcomes of all ranks."""
     valid = [outcome for outcome in everything if outcome.counts]
     needing = [outcome for outcome in valid if outcome.needs_tool]
     upright = [outcome for outcome in valid if outcome.is_upright]
-    kinds: dict[str, list[Outcome]] = {}
+    kinds = defaultdict(list)
     for outcome in valid:
         if outcome.kind:
-            kinds.setdefault(outcome.kind, []).append(outcome)
+            kinds[outcome.kind].append(outcome)
     states = Counter(outcome.end_state.value for outcome in everything)
     return EvalSummary(
         num_tasks=len({outcome.task_id for outcome in everything}),
@@ -116,7 +112,7 @@ def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
         accuracy_upright=rate_of(upright, lambda o: o.correct),
         accuracy_all=rate_of(valid, lambda o: o.correct),
         by_kind={kind: _kind_summary(found) for kind, found in kinds.items()},
-        tool_success=_tool_success(valid),
+        tool_success=rate_of_events(valid, lambda o: o.num_calls_ok, lambda o: o.num_calls),
         tool_calls_mean=mean_of(o.num_calls for o in valid),
         turns_mean=mean_of(o.num_turns for o in valid),
         sampled_tokens_mean=mean_of(o.num_sampled_tokens for o in valid),
@@ -135,21 +131,18 @@ def _kind_summary(found: list[Outcome]) -> KindSummary:
 
 
 def rate_of(found: Iterable[Outcome], value: Callable[[Outcome], float | None]) -> Rate:
-    """Mean of a value over trajectories; None leaves one out. What shares an image is one cluster."""
-    pairs = [(float(hit), outcome.shown.cluster) for outcome in found if (hit := value(outcome)) is not None]
+    """Mean of a value over trajectories, except those with None. All questions about an image are one cluster."""
+    pairs = [(float(hit), outcome.variant.cluster) for outcome in found if (hit := value(outcome)) is not None]
     return rate([hit for hit, _ in pairs], [task for _, task in pairs])
 
 
-def _tool_success(found: list[Outcome]) -> Rate:
-    calls = [
-        (float(index < outcome.num_calls_ok), outcome.shown.cluster)
-        for outcome in found
-        for index in range(outcome.num_calls)
-    ]
-    return rate([hit for hit, _ in calls], [task for _, task in calls])
+def rate_of_events(found: Iterable[Outcome], hits: Callable[[Outcome], int], total: Callable[[Outcome], int]) -> Rate:
+    """Fraction of events, of which a trajectory may have several or none, that are hits."""
+    events = [(float(at < hits(o)), o.variant.cluster) for o in found for at in range(total(o))]
+    return rate([hit for hit, _ in events], [cluster for _, cluster in events])
 
 
 def mean_of(values: Iterable[float]) -> float:
-    """Mean; NaN of nothing."""
+    """Mean; NaN of no values."""
     listed = list(values)
     return math.fsum(listed) / len(listed) if listed else math.nan

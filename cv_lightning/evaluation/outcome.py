@@ -20,24 +20,22 @@ from cv_lightning.types import Box, EndState, Group, Task, ToolStatus, Trajector
 ANSWERED = (EndState.ANSWERED, EndState.ERROR_JUDGE)
 """End states of trajectories that have an answer; the second's was not judged."""
 RIGHT_FROM = 0.5
-"""Score by a benchmark's own metric from which on an answer counts as right where only right and wrong count."""
+"""Score by a benchmark's own metric from which on an answer counts as right."""
 
 
 def turns_of(task: Task, source: int = 0) -> list[str]:
     """The right-angle turns and flips that were done to one of the task's images, in the order of application.
 
-    What a data set's transforms say is true of its first image; `data.corruptions` and the orientation probe, which
-    need no transform to be undone, turn all of them.
+    A data set's transforms apply to the first image; `data.corruptions` and the orientation probe, whose transforms
+    need not be undone, turn all images.
     """
-    names = orientations_of(task.required_transforms)
     form = task.metadata.get("orientation")
-    if form not in ORIENTATIONS:
-        return names if source == 0 else []
-    return names or [form] if source == 0 else [form]
+    everywhere = [form] if form in ORIENTATIONS else []
+    return (orientations_of(task.required_transforms) if source == 0 else []) or everywhere
 
 
 def answered_upright(task: Task, trajectory: Trajectory) -> bool:
-    """True if the last image that the model saw is upright: turned and mirrored by nothing, on balance."""
+    """True if the last image that the model saw is upright, whatever was done to it on the way."""
     if not trajectory.images:
         return False
     last = trajectory.images[-1]
@@ -47,8 +45,8 @@ def answered_upright(task: Task, trajectory: Trajectory) -> bool:
 def crop_fits(task: Task, trajectory: Trajectory) -> bool:
     """True if some crop that the model saw shows the ground-truth box and little else, in source pixels.
 
-    At least `geometry.MIN_COVERED` of the box, at most `MAX_AREA_RATIO` times its area, and less than the whole image.
-    A crop turned by no right angle is taken for its bounding box.
+    It shows at least `geometry.MIN_COVERED` of the box and has at most `MAX_AREA_RATIO` times its area. A crop turned
+    by another angle than a right one counts as its bounding box.
     """
     if task.box is None:
         return False
@@ -57,9 +55,9 @@ def crop_fits(task: Task, trajectory: Trajectory) -> bool:
 
 
 def crops(task: Task, trajectory: Trajectory) -> list[Box]:
-    """What the crops that the model saw show of the first image, in its pixels and in order.
+    """Parts of the first image that the model saw as crops, in its pixels and in order.
 
-    An image that shows the whole image, or just what its parent shows (a turned crop), is none.
+    An image that shows the whole image, or the same as its parent (a turned crop), is not a crop.
     """
     width, height = task.images[0].size
     found = []
@@ -73,7 +71,7 @@ def crops(task: Task, trajectory: Trajectory) -> list[Box]:
 
 
 def tool_use_success(task: Task, trajectory: Trajectory) -> bool:
-    """True if the trajectory answered, and did so on the image that the task needs."""
+    """True if the trajectory answered on the image that the task needs."""
     return (
         trajectory.end_state in ANSWERED
         and answered_upright(task, trajectory)
@@ -83,26 +81,21 @@ def tool_use_success(task: Task, trajectory: Trajectory) -> bool:
 
 def turned_image(trajectory: Trajectory) -> bool:
     """True if an orientation operation ran, by name or by its net effect (an array turned by slicing)."""
-    if any(_turns(op.name) for op in trajectory.operations):
-        return True
     effects = [turn.result.effect for turn in trajectory.turns if turn.result and turn.result.effect]
-    return any(_turns(name) for effect in effects for name in effect.core)
-
-
-def _turns(name: str) -> bool:
-    return name.startswith(("rotate", "flip", "transpose"))
+    names = [op.name for op in trajectory.operations] + [name for effect in effects for name in effect.core]
+    return any(name.startswith(("rotate", "flip", "transpose")) for name in names)
 
 
 # ------------------------------------------------------------------------------------------------ what was shown
-class Shown(NamedTuple):
-    """Which question it was, and in which form."""
+class ImageVariant(NamedTuple):
+    """The form in which a question was asked: as given, turned or corrupted."""
 
     base_id: str
-    """Id of the question, the same in all its forms."""
+    """Id of the question, the same for all variants."""
     cluster: str
-    """What is drawn together where intervals are resampled: all questions about an image, in all forms."""
+    """Unit of resampling, the same for all questions about an image, in all variants."""
     data_source: str
-    """Data set, the same in all forms."""
+    """Data set, the same for all variants."""
     orientation: str
     """`identity`, one of `ORIENTATIONS`, or `other`: several, or by another angle."""
     corruption: str
@@ -113,13 +106,13 @@ class Shown(NamedTuple):
     """False where `data.corruptions` turned or corrupted it."""
 
 
-def shown_as(task: Task) -> Shown:
-    """The form of a task: what `data.corruptions` made of it, else what its data set did to the image."""
+def variant_of(task: Task) -> ImageVariant:
+    """The variant of a task: from `data.corruptions`, else from the data set's own transforms."""
     metadata = task.metadata
     orientation, corruption = "identity", "none"
     severity, base, source = 0, task.id, task.data_source
     form, name, level = metadata.get("orientation"), metadata.get("corruption"), metadata.get("severity")
-    if form in ("identity", *ORIENTATIONS) and isinstance(name, str) and level in range(6):  # else words of another's
+    if form in ("identity", *ORIENTATIONS) and isinstance(name, str) and level in range(6):  # else another's metadata
         orientation, corruption, severity = str(form), name, int(level or 0)
         ending = f"/{orientation}/{corruption}" + (f"_{severity}" if severity else "")
         base, source = task.id.removesuffix(ending), task.data_source.removesuffix(ending)
@@ -128,69 +121,68 @@ def shown_as(task: Task) -> Shown:
     if turns not in ([], [orientation]):
         single = orientation == "identity" and len(turns) == 1 and turns[0] in ORIENTATIONS
         orientation = turns[0] if single else "other"
-    return Shown(base, str(metadata.get("picture") or base), source, orientation, corruption, severity, as_given)
+    return ImageVariant(base, str(metadata.get("picture") or base), source, orientation, corruption, severity, as_given)
 
 
 # ------------------------------------------------------------------------------------------------ outcome
 class Outcome(NamedTuple):
-    """What one trajectory contributes; no reference to it is kept, so millions can be summarised."""
+    """What one trajectory contributes to the figures, without a reference to it: millions can be summarised."""
 
     task_id: str
     sample: int
     kind: str
-    """Of the task; empty where `data.corruptions` made another of it than its data set did."""
-    shown: Shown
+    """The task's kind; empty for variants that `data.corruptions` made."""
+    variant: ImageVariant
     category: str
-    """Of the question within its data set; empty: the data set has none."""
+    """The question's category within its data set; empty without categories."""
     needs_tool: bool
     end_state: EndState
     correct: bool | None
-    """By rule, or by the judge where `scored_by` says so; None: unscored."""
+    """Verdict of the rule, or of the judge if `scored_by` is `judge`; None: unscored."""
     right: bool | None
-    """What gain, harm and pass@k count: by the benchmark's own metric `RIGHT_FROM`, else `correct`."""
+    """A score of `RIGHT_FROM` by the benchmark's own metric, else `correct`; counts for gain, harm and pass@k."""
     scored_by: str
     """`rule` or `judge`; empty: unscored."""
     score: float | None
-    """In [0, 1]: by the benchmark's own metric where it has one, for which no judge is needed, else 1 for correct;
-    None: unscored."""
+    """In [0, 1]: by the benchmark's own metric, which needs no judge, else 1 for correct; None: unscored."""
     metric: str
     """Name of the benchmark's own metric; empty: none."""
     tool_use_success: bool
     """False for tasks that need no tool."""
     fixed: bool | None
-    """The last image was upright; None for tasks that were shown upright, or turned by no right angle."""
+    """The last image was upright; None for tasks shown upright, or turned by another angle than a right one."""
     spurious: bool
-    """An orientation operation ran though none was needed."""
+    """An unnecessary orientation operation ran."""
     num_turns: int
     num_sampled_tokens: int
     num_tokens: int
-    """Whole sequence: prompt, images and tool responses included."""
+    """Length of the sequence with prompt, images and tool responses."""
     num_calls: int
     num_calls_ok: int
     """Calls that returned an image."""
     num_operations: int
-    """Operations that ran and reached the image that was returned."""
+    """Operations that contributed to a returned image."""
     num_crops: int
-    """Crops that the model saw, where there is a ground-truth box; else 0."""
+    """Crops that the model saw; 0 without a ground-truth box."""
     num_crops_showing: int
-    """Of those, the ones that contain the box."""
+    """Crops among these that contain the box."""
     crop_iou: float | None
     """Best overlap of a crop with the ground-truth box; None without a crop or without a box."""
 
     @property
     def counts(self) -> bool:
-        """False after a failure of the infrastructure, but for a judge's: what the model did counts without it, too."""
+        """False after an infrastructure error, except for a failed judge: the model's actions count without a score."""
         return not self.end_state.is_error or self.end_state is EndState.ERROR_JUDGE
 
     @property
     def is_upright(self) -> bool:
         """True for a task that needs no tool, shown upright."""
-        return not self.needs_tool and self.shown.orientation == "identity"
+        return not self.needs_tool and self.variant.orientation == "identity"
 
 
 def judge(task: Task, trajectory: Trajectory) -> Outcome:
-    """Judge one trajectory."""
-    shown, reward, tokens = shown_as(task), trajectory.reward, trajectory.tokens
+    """The outcome of one trajectory."""
+    variant, reward, tokens = variant_of(task), trajectory.reward, trajectory.tokens
     seen = crops(task, trajectory) if task.box is not None else []
     box = task.box or (0.0, 0.0, 0.0, 0.0)
     correct = reward.correct if reward else None
@@ -198,8 +190,8 @@ def judge(task: Task, trajectory: Trajectory) -> Outcome:
     return Outcome(
         task_id=task.id,
         sample=trajectory.sample,
-        kind=task.kind if shown.as_given else "",
-        shown=shown,
+        kind=task.kind if variant.as_given else "",
+        variant=variant,
         category=str(task.metadata.get("category") or ""),
         needs_tool=task.needs_tool,
         end_state=trajectory.end_state,
@@ -209,7 +201,7 @@ def judge(task: Task, trajectory: Trajectory) -> Outcome:
         score=official if official is not None or correct is None else float(correct),
         metric=metric_of(task.metadata) or "",
         tool_use_success=task.needs_tool and tool_use_success(task, trajectory),
-        fixed=answered_upright(task, trajectory) if shown.orientation in ORIENTATIONS or turns_of(task) else None,
+        fixed=answered_upright(task, trajectory) if variant.orientation in ORIENTATIONS or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),
         num_turns=len(trajectory.turns),
         num_sampled_tokens=tokens.num_sampled_tokens,
@@ -224,7 +216,7 @@ def judge(task: Task, trajectory: Trajectory) -> Outcome:
 
 
 def _official(metadata: dict[str, Any], trajectory: Trajectory) -> float | None:
-    """Score by the benchmark's own metric; None: it has none, or infrastructure failed."""
+    """Score by the benchmark's own metric; None without one, or after an infrastructure error."""
     if trajectory.reward is not None:
         return official_score(trajectory.reward.answer, metadata)
     if trajectory.end_state is EndState.ERROR_JUDGE and trajectory.turns:
@@ -233,5 +225,5 @@ def _official(metadata: dict[str, Any], trajectory: Trajectory) -> float | None:
 
 
 def outcomes(groups: Iterable[Group]) -> list[Outcome]:
-    """Judge every trajectory, live or stored."""
+    """The outcomes of all trajectories."""
     return [judge(group.task, trajectory) for group in groups for trajectory in group.trajectories]

@@ -22,16 +22,18 @@ class Pair(NamedTuple):
     """A question in both evaluations: the means over its samples."""
 
     task_id: str
-    """In the first."""
     cluster: str
-    """The unit of resampling: see `Shown.cluster`."""
-    group: str
-    """The value that pairs are split by."""
+    """The unit of resampling: see `ImageVariant.cluster`."""
     scored: bool
     """False where a judge left an answer of either unscored; `right` and `score` have no meaning then."""
     right: tuple[float, float]
     score: tuple[float, float]
     calls: tuple[float, float]
+
+    @property
+    def change(self) -> float:
+        """Change of the fraction of right answers."""
+        return self.right[1] - self.right[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,29 +60,16 @@ class PairedSummary:
         return {name: json_value(getattr(self, name)) for name in self.__slots__}
 
 
-def pair_outcomes(
-    first: Sequence[Outcome],
-    second: Sequence[Outcome],
-    key: Callable[[Outcome], str | None] = lambda outcome: outcome.task_id,
-    by: Callable[[Outcome], str] = lambda outcome: "",
-) -> list[Pair]:
-    """The questions that were answered in both, in order of their ids.
-
-    Args:
-        first: One evaluation.
-        second: The other.
-        key: Identifies an outcome's question in both; None leaves it out.
-        by: The value that pairs may be split by, taken from the first.
-    """
-    sides = [_by_question(side, key) for side in (first, second)]
+def pair_outcomes(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[Pair]:
+    """The questions that were answered in both evaluations, sorted by id."""
+    sides = [_by_question(side) for side in (first, second)]
     pairs = []
     for name in sorted(sides[0].keys() & sides[1].keys()):
         one, other = sides[0][name], sides[1][name]
         pairs.append(
             Pair(
-                task_id=one[0].task_id,
-                cluster=one[0].shown.cluster,
-                group=by(one[0]),
+                task_id=name,
+                cluster=one[0].variant.cluster,
                 scored=all(outcome.right is not None for outcome in (*one, *other)),
                 right=_means(one, other, lambda outcome: bool(outcome.right)),
                 score=_means(one, other, lambda outcome: outcome.score or 0.0),
@@ -90,12 +79,11 @@ def pair_outcomes(
     return pairs
 
 
-def _by_question(side: Sequence[Outcome], key: Callable[[Outcome], str | None]) -> dict[str, list[Outcome]]:
+def _by_question(side: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     found = defaultdict(list)
     for outcome in side:
-        name = key(outcome)
-        if name is not None and outcome.counts:
-            found[name].append(outcome)
+        if outcome.counts:
+            found[outcome.task_id].append(outcome)
     return found
 
 
@@ -107,7 +95,7 @@ def summarise_pairs(pairs: Sequence[Pair]) -> PairedSummary:
     """Differences with intervals and tests; gain and harm."""
     scored = [pair for pair in pairs if pair.scored]
     clusters = [pair.cluster for pair in scored]
-    changes = [pair.right[1] - pair.right[0] for pair in scored]
+    changes = [pair.change for pair in scored]
     return PairedSummary(
         num_pairs=len(scored),
         num_unscored=len(pairs) - len(scored),
@@ -117,11 +105,3 @@ def summarise_pairs(pairs: Sequence[Pair]) -> PairedSummary:
         harm=rate([float(change <= -FLIPPED_AT) for change in changes], clusters),
         calls=paired_difference([pair.calls[1] - pair.calls[0] for pair in scored], clusters),
     )
-
-
-def split(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """Pairs by their group, sorted by its name."""
-    groups = defaultdict(list)
-    for pair in pairs:
-        groups[pair.group].append(pair)
-    return dict(sorted(groups.items()))

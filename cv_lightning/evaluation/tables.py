@@ -210,7 +210,7 @@ def tool_table(pairs: Mapping[str, PairedSummary]) -> Grid | None:
     """Comparison of the same questions with and without the tool; None without any."""
     if not pairs:
         return None
-    rows = [[name, *pair_cells(found)[:4], found.score.test, p_value(found)] for name, found in pairs.items()]
+    rows = [[name, *pair_cells(found), found.score.test, p_value(found)] for name, found in pairs.items()]
     headings = ["with - without tool", "questions", "score", "gain", "harm", "test of the score", "p"]
     unscored = max(pairs.values(), key=lambda found: found.num_unscored)
     note = f"Gain, harm: right only with, only without the tool. {unscored_note(unscored)}".strip()

@@ -42,11 +42,11 @@ UNJUDGED = {"correct": None, "right": None, "score": None, "scored_by": "", "end
 
 def test_columns_of_a_robustness_table_and_both_means() -> None:
     found = forms(8, CorruptionConfig())
-    assert {o.shown.base_id for o in found} == {f"{digit_task(i, 'upright').id}" for i in range(8)}
+    assert {o.variant.base_id for o in found} == {f"{digit_task(i, 'upright').id}" for i in range(8)}
     # Source always right, quarter turns in half of the questions, the rest never
     found = [
         set_score(
-            o, o.shown.orientation == "identity" or (o.shown.orientation in ("rotate_90", "rotate_270") and at < 24)
+            o, o.variant.orientation == "identity" or (o.variant.orientation in ("rotate_90", "rotate_270") and at < 24)
         )
         for at, o in enumerate(found)
     ]
@@ -58,12 +58,12 @@ def test_columns_of_a_robustness_table_and_both_means() -> None:
     assert table.mean_of_six.value == pytest.approx(2 / 6)
     assert table.mean_of_transformed.value == pytest.approx(1 / 5)
     assert (table.mean_of_six.n, table.mean_of_six.low < 2 / 6 < table.mean_of_six.high) == (8, True)
-    assert breakdown([o for o in found if o.shown.orientation != "flip_vertical"]).mean_of_six.n == 0
+    assert breakdown([o for o in found if o.variant.orientation != "flip_vertical"]).mean_of_six.n == 0
 
 
 def test_one_form_a_question_has_a_mean_too() -> None:
     config = CorruptionConfig(mode="one")
-    table = breakdown([set_score(o, o.shown.orientation != "rotate_180") for o in forms(12, config)])
+    table = breakdown([set_score(o, o.variant.orientation != "rotate_180") for o in forms(12, config)])
     assert table.by_transform["rotate_180"].value == 0
     assert table.mean_of_six.value == pytest.approx(5 / 6)
     assert table.mean_of_six.low < 5 / 6 < table.mean_of_six.high
@@ -71,14 +71,14 @@ def test_one_form_a_question_has_a_mean_too() -> None:
 
 def test_severities() -> None:
     config = CorruptionConfig(orientations=("identity",), corruptions=("none", "fog"), severities=(1, 5))
-    found = [set_score(o, o.shown.severity < 5) for o in forms(4, config)]
+    found = [set_score(o, o.variant.severity < 5) for o in forms(4, config)]
     by = breakdown(found).by_corruption
     assert {level: rate.value for level, rate in by["fog"].items()} == {0: 1.0, 1: 1.0, 5: 0.0}
     assert set(by) == {"fog"}
     grid = corruption_table({"greedy": evaluated(found)})
     assert grid is not None and grid.headings[2:] == ["uncorrupted", "severity 1", "severity 5"]
     # what the suite changed is of no kind that the data set has
-    assert {o.shown.severity: o.kind for o in found} == {0: "upright", 1: "", 5: ""}
+    assert {o.variant.severity: o.kind for o in found} == {0: "upright", 1: "", 5: ""}
     kinds = summarise_outcomes(found).by_kind
     assert list(kinds) == ["upright"] and kinds["upright"].n == 4
 
@@ -142,7 +142,7 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
         replace(digit_task(at, "upright"), metadata={"picture": f"picture-{at // 4}"}) for at in range(80)
     ]  # four questions a picture
     found = [set_score(o, (at // 4) % 2 == 0) for at, o in enumerate(outcomes([group(t, 1, PERFECT) for t in tasks]))]
-    alone = [o._replace(shown=o.shown._replace(cluster=o.task_id)) for o in found]
+    alone = [o._replace(variant=o.variant._replace(cluster=o.task_id)) for o in found]
     together, apart = breakdown(found).score, breakdown(alone).score
     assert together.value == apart.value == 0.5
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
@@ -152,7 +152,7 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
 
 def test_corrupted_pictures_stand_in_no_column_of_orientations() -> None:
     config = CorruptionConfig(orientations=("identity", "rotate_90"), corruptions=("none", "fog"))
-    table = breakdown([set_score(o, o.shown.corruption == "none") for o in forms(4, config)])
+    table = breakdown([set_score(o, o.variant.corruption == "none") for o in forms(4, config)])
     assert {name: rate.value for name, rate in table.by_transform.items()} == {"identity": 1.0, "rotate_90": 1.0}
     assert (table.score.value, [rate.value for rate in table.as_given.values()]) == (0.5, [1.0])
 
@@ -188,9 +188,9 @@ def test_both_pictures_of_a_task_are_turned_by_the_suite() -> None:
 def test_how_a_picture_was_shown(transforms: tuple[str, ...], orientation: str, fixed: bool | None) -> None:
     task = replace(digit_task(0, "upright"), required_transforms=transforms)
     (found,) = outcomes([group(task, 1, replace(PERFECT, turn=0, crop=0))])
-    assert (found.shown.orientation, found.fixed) == (orientation, fixed)
+    assert (found.variant.orientation, found.fixed) == (orientation, fixed)
     (again,) = outcomes([group(apply_variant(task, Variant()), 1, replace(PERFECT, turn=0, crop=0))])
-    assert again.shown == found.shown, "the form that changes nothing is the task itself"
+    assert again.variant == found.variant, "the form that changes nothing is the task itself"
 
 
 def test_the_probe_is_neither_upright_nor_needlessly_turned() -> None:
@@ -203,7 +203,7 @@ def test_the_probe_is_neither_upright_nor_needlessly_turned() -> None:
 
     asked = ProbeRows(Rows(), ProbeConfig(num_images=10))
     found = outcomes([group(asked.row(at), 1, replace(PERFECT, needless=1)) for at in range(10)])
-    assert {o.shown.orientation for o in found} == set(ORIENTATIONS)
+    assert {o.variant.orientation for o in found} == set(ORIENTATIONS)
     summary, table = summarise_outcomes(found), breakdown(found)
     assert (summary.spurious.n, summary.accuracy_upright.n, table.tool_on_upright.n) == (0, 0, 0)
     assert summary.accuracy_all.n == 10 and table.orientation_fixed.n == 10
@@ -297,4 +297,4 @@ def test_no_difference_and_nothing_to_compare() -> None:
 def test_words_of_a_data_sets_own_mean_nothing_here() -> None:
     own = {"orientation": "landscape", "corruption": "low", "severity": "very", "metric": "accuracy"}
     (found,) = outcomes([group(replace(digit_task(0, "upright"), metadata=own), 1, PERFECT)])
-    assert (found.shown.orientation, found.shown.severity, found.metric) == ("identity", 0, "")
+    assert (found.variant.orientation, found.variant.severity, found.metric) == ("identity", 0, "")
