@@ -1,4 +1,4 @@
-"""The GPUs of a run: those that `trainer.devices` names, for the policy and its engine alike."""
+"""GPUs of a run: policy and engine both use those that `trainer.devices` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 APPLIED = "CVL_VISIBLE_DEVICES"
-"""Environment variable: the device list that CUDA_VISIBLE_DEVICES was set from, for ranks started by this process."""
+"""Environment variable with the device list that set CUDA_VISIBLE_DEVICES, for ranks started by this process."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -17,11 +17,11 @@ class Gpus:
 
     count: int
     in_use: bool
-    """CUDA is initialised, so another choice of visible GPUs would have no effect any more."""
+    """CUDA is initialised, so that changing the visible GPUs would have no effect."""
 
     @classmethod
     def here(cls) -> Gpus:
-        """Those of this machine; counting them does not initialise CUDA."""
+        """The GPUs of this machine; counting them does not initialise CUDA."""
         import torch
 
         return cls(torch.cuda.device_count(), torch.cuda.is_initialized())
@@ -35,8 +35,8 @@ def use_named_devices(
 ) -> int | list[int] | str:
     """Make the GPUs of a device list the only ones that this process sees.
 
-    Lightning would put the policy on the named GPUs, but vLLM takes the first visible one, or the one of the rank's
-    number on its node. Where only the named ones are visible, both mean the same GPU.
+    Lightning would put the policy on the named GPUs, but vLLM uses the first visible GPU or that of the local rank. If
+    only the named GPUs are visible, both are the same.
 
     Args:
         devices: `trainer.devices`.
@@ -45,10 +45,10 @@ def use_named_devices(
         environment: Environment of this process; `CUDA_VISIBLE_DEVICES` is set in it.
 
     Returns:
-        What `trainer.devices` has to be from now on: the number of named GPUs where a list was given.
+        The new value of `trainer.devices`: the number of named GPUs if a list was given.
 
     Raises:
-        ValueError: The list cannot work; says which flag to change.
+        ValueError: The list cannot work; the message names the flag to change.
     """
     named = _named(devices)
     where = f"--trainer.devices {devices}"
@@ -73,7 +73,7 @@ def use_named_devices(
     if len(set(named)) < len(named):
         raise ValueError(f"{where} names a GPU twice: every rank needs one of its own")
     if environment.get(APPLIED) == _applied(named, environment):
-        return len(named)  # the process that started this one has done it
+        return len(named)  # the parent process has done it
     wrong = [index for index in named if not 0 <= index < gpus.count]
     if wrong:
         seen = f"{gpus.count} GPU(s), numbered from 0"
@@ -97,10 +97,10 @@ def _applied(named: list[int], environment: MutableMapping[str, str]) -> str:
 
 
 def _named(devices: int | list[int] | str) -> list[int] | None:
-    """The GPUs of a device list; None for a number of devices and for `auto`.
+    """The GPU numbers of a device list; None for a number of devices or `auto`.
 
     Raises:
-        ValueError: It is a list of something else than numbers.
+        ValueError: The list has an entry that is not a number.
     """
     if isinstance(devices, int):
         return None
@@ -115,10 +115,10 @@ def _named(devices: int | list[int] | str) -> list[int] | None:
 
 
 def _count(devices: int | list[int] | str) -> int:
-    """Number of devices where one is given; 0 for `auto` and -1.
+    """Number of devices; 0 for `auto` and -1.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is not a number of devices or `auto`.
     """
     text = str(devices).strip()
     if text in ("auto", "-1"):

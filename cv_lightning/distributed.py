@@ -1,4 +1,4 @@
-"""What ranks tell each other: lists gathered from all of them, and whether they run the same."""
+"""Communication between ranks: gathering lists, and checking that all ranks run the same."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cv_lightning.types import CVLightningError
 
 T = TypeVar("T")
 SHOWN = 5
-"""Differences that a message names."""
+"""Most differences that a message names."""
 
 
 def gather_lists(items: list[T]) -> list[T]:
-    """The lists of all ranks, one after another."""
+    """The lists of all ranks, concatenated."""
     import torch
 
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -26,13 +26,13 @@ def gather_lists(items: list[T]) -> list[T]:
 
 
 def collective_timeout_s() -> float | None:
-    """Seconds after which a collective that not all ranks join is an error; None where the backend does not tell."""
+    """Seconds after which a collective that some rank does not join is an error; None if the backend does not tell."""
     import torch
 
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     device = torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    try:  # neither Lightning nor torch tells it in public
+    try:  # neither Lightning nor torch has a public function for it
         options = torch.distributed.group.WORLD._get_backend(device).options  # type: ignore[union-attr]
         return float(options._timeout.total_seconds())
     except (AttributeError, RuntimeError):  # only a warning depends on it
@@ -40,13 +40,13 @@ def collective_timeout_s() -> float | None:
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Refuse ranks with other versions, source or settings than the first. Call it on all ranks.
+    """Refuse ranks with other versions, source or settings than the first rank. Call it on all ranks.
 
     Args:
-        facts: of this rank; may be nested.
+        facts: Facts about this rank; may be nested.
 
     Raises:
-        CVLightningError: on every rank, names what differs where.
+        CVLightningError: On every rank; the message names the differences.
     """
     flat = {name: str(value) for name, value in flatten(facts).items()}
     gathered = gather_lists([(socket.gethostname(), flat)])
@@ -60,10 +60,10 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def differences(facts: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """What differs from the first rank, in words.
+    """Descriptions of the differences from the first rank.
 
     Args:
-        facts: host and facts of every rank.
+        facts: Host and facts of every rank.
     """
     (first_host, first), *others = facts
     found = []

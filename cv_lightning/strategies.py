@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO for a policy: on GPUs and, for tests and machines without one, on CPU ranks.
+"""DeepSpeed ZeRO for a policy, on GPUs and on CPU ranks.
 
-Set up for the modules' manual optimisation: a bare `DeepSpeedStrategy` would neither clip gradients nor keep the
-reference policy out of checkpoints, and its `zero.Init` leaves adapters without values.
+The strategies support the modules' manual optimisation. Lightning's `DeepSpeedStrategy` would neither clip gradients
+nor keep the reference policy out of checkpoints, and its `zero.Init` leaves adapters without values.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-true", "16-true"]] = {
     "bfloat16": "bf16-true",
     "float16": "16-true",
 }
-"""Lightning's word for each `policy.dtype`."""
+"""Lightning's name for each `policy.dtype`."""
 
 
 @contextmanager
 def unchanged_tensors() -> Iterator[None]:
-    """Let `deepspeed.zero.Init` shard parameters without changing what torch's constructors return.
+    """Context manager: `deepspeed.zero.Init` shards parameters without changing the results of torch's constructors.
 
-    By default it casts every floating-point tensor that is built under it to the parameters' type. transformers builds
-    parameters in that type anyway; what is left to cast are the tables that a model computes in float32, such as
-    rotary frequencies, and in 16 bits those give wrong positions. It also builds them on the GPU, whose powers differ
-    from the CPU's in the last bit.
+    By default it casts every floating-point tensor to the parameters' type and builds it on the GPU. This would round
+    the tables that a model computes in float32, such as rotary frequencies, and so give wrong positions.
     """
     import deepspeed
 
@@ -50,43 +48,43 @@ def unchanged_tensors() -> Iterator[None]:
 class AsLoaded(DeepSpeedPrecision):
     """Precision plugin that leaves the module as it was loaded.
 
-    Lightning's own plugin casts buffers, too: rotary frequencies in 16 bits give wrong positions in long sequences.
+    Lightning's plugin also casts buffers, and rotary frequencies in 16 bits give wrong positions in long sequences.
     """
 
     def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Nothing to convert."""
+        """Return the module unchanged."""
         return module
 
     def tensor_init_context(self) -> nullcontext[None]:
-        """Keep torch's default type."""
+        """Context manager that keeps torch's default type."""
         return nullcontext()
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """ZeRO on GPUs: optimizer states and gradients sharded (stage 2), and parameters too (stage 3).
+    """ZeRO on GPUs: optimizer states and gradients are sharded (stage 2), and also parameters (stage 3).
 
     The parameters' type is `policy.dtype`; in 16 bits DeepSpeed steps on float32 copies. Gradients are clipped to
     `optimizer.gradient_clip`. Hugging Face checkpoints are sharded while they are loaded.
 
     Args:
-        stage: what is sharded.
-        offload_optimizer: keep optimizer states and float32 copies in the host's memory, and step there.
-        offload_parameters: keep the shards of parameters there, too; stage 3 only.
-        bucket_elements: gradient elements that are reduced at once.
-        persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
-        gradient_accumulation: type in which the gradients of micro-batches are summed up: `float32`, or `policy`, the
-            parameters' own, which saves 2 bytes a trained parameter over the ranks where that has 16 bits, and after
-            48 micro-batches is off by about 1 %.
-        gradient_communication: type in which ranks average gradients: `policy`, the parameters' own, or `float32`,
-            which takes twice the bandwidth of 16 bits and avoids an error of about 0.1 %.
-        timeout_s: seconds after which a collective that not all ranks join is an error; ranks wait for the longest
-            rollout in one.
+        stage: What is sharded: 2 or 3.
+        offload_optimizer: Keep optimizer states and float32 copies in the host's memory, and step there.
+        offload_parameters: Also keep the shards of parameters there; stage 3 only.
+        bucket_elements: Number of gradient elements that are reduced at once.
+        persistent_below: Parameters with fewer elements are not sharded; stage 3 only.
+        gradient_accumulation: Type in which the gradients of micro-batches are added up: `float32`, or `policy` for the
+            parameters' type, which in 16 bits saves 2 bytes per trained parameter over the ranks and is off by about
+            1 % after 48 micro-batches.
+        gradient_communication: Type in which ranks average gradients: `policy` for the parameters' type, or `float32`,
+            which needs twice the bandwidth of 16 bits and avoids an error of about 0.1 %.
+        timeout_s: Seconds after which a collective that some rank does not join is an error. Ranks wait in a collective
+            for the longest rollout.
     """
 
     clips_manual_steps = True
-    """The modules' manual optimisation gets its gradients clipped and its micro-batches accumulated."""
+    """Manual optimisation gets its gradients clipped and its micro-batches accumulated."""
     overlaps_communication = True
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
 
     def __init__(
         self,
@@ -103,6 +101,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ValueError(f"--trainer.strategy.stage {stage}: 2 or 3; without sharding use trainer.strategy ddp")
         if offload_parameters and stage != 3:
             raise ValueError("--trainer.strategy.offload_parameters needs --trainer.strategy.stage 3")
+        self.offload_optimizer = offload_optimizer
+        self.gradient_accumulation = gradient_accumulation
+        self.gradient_communication = gradient_communication
         zero: dict[str, Any] = {
             "stage": stage,
             "contiguous_gradients": True,
@@ -111,36 +112,30 @@ class ZeroStrategy(DeepSpeedStrategy):
             "allgather_bucket_size": bucket_elements,
             "stage3_param_persistence_threshold": persistent_below,
         }
-        if offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        if offload_parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-        self.offload_optimizer = offload_optimizer
-        self.gradient_accumulation = gradient_accumulation
-        self.gradient_communication = gradient_communication
+        offloaded = {"offload_optimizer": offload_optimizer, "offload_param": offload_parameters}
+        zero |= {name: {"device": "cpu", "pin_memory": True} for name, on in offloaded.items() if on}
         config: dict[str, Any] = {
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on a CPU without a compiled extension
-            # Of no use here, but without it Lightning would build the loaders early to find one.
-            "train_micro_batch_size_per_gpu": 1,
+            "train_micro_batch_size_per_gpu": 1,  # not used, but otherwise Lightning would build the loaders early
         }
         super().__init__(config=config, timeout=timedelta(seconds=timeout_s))
 
     @property
     def policy_module(self) -> PolicyModule:
-        """The module that is trained."""
+        """The trained module."""
         module = self.lightning_module
         if not isinstance(module, PolicyModule):
             raise TypeError(f"{type(self).__name__} works with a PolicyModule, not with {type(module).__name__}")
         return module
 
     def _format_config(self) -> None:
-        """Complete DeepSpeed's config with what the module says."""
+        """Add the module's settings to DeepSpeed's config."""
         module = self.policy_module
         assert isinstance(self.config, dict)
         if module.optimizer_config.skip_norm_above is not None:
-            raise CVLightningError("model.optimizer.skip_norm_above cannot be had under DeepSpeed; leave it out")
+            raise CVLightningError("model.optimizer.skip_norm_above is not supported under DeepSpeed; leave it out")
         precision = PRECISIONS[module.policy_config.dtype]
         given = self.precision_plugin.precision
         if given not in ("32-true", precision):
@@ -149,7 +144,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             )
         self.precision_plugin = AsLoaded(precision)
         self.config["gradient_clipping"] = module.optimizer_config.gradient_clip
-        if precision == "bf16-true":  # by default a bfloat16 step with a gradient that is no number is taken
+        if precision == "bf16-true":  # by default DeepSpeed takes a bfloat16 step with a non-finite gradient
             self.config["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if self.gradient_accumulation == "float32":
             self.config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -160,10 +155,10 @@ class ZeroStrategy(DeepSpeedStrategy):
     # ------------------------------------------------------------------ loading
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Let transformers shard what it loads, no rank ever holding all of it.
+        """Context manager: transformers shards a model while loading it, so that no rank ever holds all of it.
 
-        DeepSpeed's own context would shard every other parameter at birth, before its values are there. This one ends
-        with the loading, because an engine that is built while it lasts would be sharded as well.
+        DeepSpeed's own context would shard all other parameters when they are created, before they have values. This
+        one ends after loading, because an engine that is built inside it would be sharded, too.
         """
         self._init_config_if_needed()
         if not self.zero_stage_3:
@@ -175,32 +170,31 @@ class ZeroStrategy(DeepSpeedStrategy):
         with unchanged_tensors():
             yield
         del alive
-        for buffer in self.policy_module.buffers():  # DeepSpeed moves no module that is sharded already
+        for buffer in self.policy_module.buffers():  # DeepSpeed does not move a sharded module
             if buffer.device.type != self.root_device.type:
                 buffer.data = buffer.data.to(self.root_device)
 
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Every rank writes its shard, without what the module keeps out of checkpoints."""
+        """Write each rank's shard, without the submodules that do not belong in a checkpoint."""
         with self.policy_module.checkpoint_view():
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads its shard."""
+        """Read each rank's shard."""
         with self.policy_module.checkpoint_view():
             return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 class CPUDeepSpeedStrategy(ZeroStrategy):
-    """The same on CPU ranks, which talk through gloo. Lightning's strategy refuses anything but CUDA.
+    """ZeRO on CPU ranks, which communicate through gloo. Lightning's strategy accepts CUDA only.
 
     Args:
-        stage: what is sharded.
-        persistent_below: parameters with fewer elements stay whole on every rank; stage 3 only.
-        gradient_accumulation: type in which the gradients of micro-batches are summed up, see `ZeroStrategy`.
-        gradient_communication: type in which ranks average gradients, see `ZeroStrategy`.
-        timeout_s: seconds after which a collective that not all ranks join is an error; ranks wait for the longest
-            rollout in one.
+        stage: What is sharded: 2 or 3.
+        persistent_below: Parameters with fewer elements are not sharded; stage 3 only.
+        gradient_accumulation: See `ZeroStrategy`.
+        gradient_communication: See `ZeroStrategy`.
+        timeout_s: See `ZeroStrategy`.
     """
 
     overlaps_communication = False
@@ -223,7 +217,7 @@ class CPUDeepSpeedStrategy(ZeroStrategy):
         )
 
     def setup_environment(self) -> None:
-        """As on a GPU, without looking for one."""
+        """Set up the ranks without requiring a GPU."""
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
@@ -234,5 +228,5 @@ class CPUDeepSpeedStrategy(ZeroStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The CPU; DeepSpeed wants an index."""
+        """The CPU, with the index that DeepSpeed requires."""
         return torch.device("cpu", 0)

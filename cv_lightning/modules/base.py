@@ -1,4 +1,4 @@
-"""What SFT and GRPO share: the policy, its processor, and one way to take an optimizer step over micro-batches."""
+"""Base of SFT and GRPO: the policy, its processor, packing, and an optimizer step over micro-batches."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "hold_linear"] = "constant"
-    """After the warm-up: `constant`; `cosine` to 0; `hold_linear`: hold for half of the steps, then straight to
-    `final_share`."""
+    """Schedule after the warm-up: `constant`; `cosine` to 0; `hold_linear`: constant for half of the steps, then linear
+    to `final_share`."""
     total_steps: int = 0
-    """Optimizer steps of the whole run, for the schedules that end. 0: what `trainer.max_steps` or the data say."""
+    """Optimizer steps of the whole run, for schedules that end. 0: from `trainer.max_steps` or the data."""
     final_share: float = 0.05
-    """Share of the peak that `hold_linear` ends at."""
+    """Fraction of the peak at the end of `hold_linear`."""
     gradient_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     skip_norm_above: float | None = None
-    """A step whose gradient norm, before clipping, is above this changes nothing and is counted (PaLM, 2204.02311,
-    skips the batches of its loss spikes). A norm that is no number is always skipped. Null: only that. Under
-    DeepSpeed, which clips by itself, it has to stay null."""
+    """Skip and count steps whose gradient norm before clipping is above this (PaLM, 2204.02311, skips the batches of
+    its loss spikes). Steps with a non-finite norm are always skipped; null disables the additional threshold, as
+    DeepSpeed requires."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.warmup_steps < 0 or self.gradient_clip < 0:
@@ -66,7 +66,7 @@ class OptimizerConfig:
             raise ValueError(f"model.optimizer.skip_norm_above must be above 0, not {self.skip_norm_above}")
 
     def multiplier(self, step: int, total: int) -> float:
-        """Learning rate at optimizer step `step` (from 0) over the peak."""
+        """Learning rate at an optimizer step, counted from 0, as a fraction of the peak."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         done = min(1.0, step / total) if total > 0 else 0.0
         if self.schedule == "cosine":
@@ -77,27 +77,29 @@ class OptimizerConfig:
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did."""
+    """Result of one optimizer step."""
 
     grad_norm: float
-    """Before clipping."""
+    """Norm before clipping."""
     skipped: bool
-    """True: the norm was no number or above `skip_norm_above`, and the weights stayed as they were."""
+    """True if the norm was not finite or above `skip_norm_above`, so that the weights did not change."""
 
 
 class PolicyModule(pl.LightningModule):
     """A policy under manual optimisation.
 
-    `validation_step` and `test_step` do nothing: evaluation is a rollout, which `RolloutCallback` makes.
+    `validation_step` and `test_step` do nothing, because `RolloutCallback` evaluates by rollouts.
 
     Args:
-        policy: which model, and how it is loaded.
+        policy: The policy model and how it is loaded.
         optimizer: AdamW and schedule.
-        max_tokens_per_row: token budget of one packed row, which is one micro-batch.
+        max_tokens_per_row: Token budget of one packed micro-batch.
     """
 
     trains_on_rollouts = False
     """True for a module whose training batches are rolled out."""
+    temperature = 1.0
+    """Sampling temperature of the sequences, by which log-probabilities divide the logits."""
 
     def __init__(
         self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384
@@ -110,97 +112,89 @@ class PolicyModule(pl.LightningModule):
         self.adapter = load_adapter(policy)
         self.encoder = DialogueEncoder(self.adapter)
         self.vision_cache = VisionCache(self.adapter)
-        """Of the iteration under way: each of its images is processed once, whatever reads it."""
+        """Processed images of the current iteration, shared by everything that reads them."""
         self.policy: PreTrainedModel | None = None
+        self.reference: PreTrainedModel | None = None
+        """Frozen reference policy, where the algorithm has one."""
         self.loads_policy = True
-        """False where a server samples from a model of its own, and only the processor is needed."""
+        """False if a server samples from its own model, so that only the processor is needed."""
         self._buffers_checked = False
         self.iteration = 0
         self._decays: list[float] = []
-        """Weight decay of each group of the optimizer."""
+        """Weight decay of each parameter group of the optimizer."""
         self.on_progress: Callable[[], None] = lambda: None
-        """Called after every forward and backward; a watchdog of the run sets it."""
+        """Called after every forward and backward pass; the watchdog sets it."""
         self.batch_metrics: dict[str, float] = {}
         """Metrics of the current training batch, by name."""
         self.steps_per_batch = 1
-        """Optimizer steps that one training batch takes."""
+        """Optimizer steps of one training batch."""
 
     # ------------------------------------------------------------------ building
     def configure_model(self) -> None:
-        """Load the policy; idempotent, as Lightning calls it for every stage."""
-        if self.policy is None and self.loads_policy:
-            if not sys.stderr.isatty():
-                transformers.utils.logging.disable_progress_bar()
-            self._check_strategy()
-            self.policy = load_policy(self.policy_config).train()
-
-    def _check_strategy(self) -> None:
-        """Refuse Lightning's own DeepSpeed strategy, which would silently not clip gradients.
+        """Load the policy, once: Lightning calls this for every stage.
 
         Raises:
-            CVLightningError: it is the strategy.
+            CVLightningError: The strategy is Lightning's own DeepSpeed strategy, which would not clip gradients.
         """
+        if self.policy is not None or not self.loads_policy:
+            return
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy) and not getattr(strategy, "clips_manual_steps", False):
             raise CVLightningError(
-                f"trainer.strategy {type(strategy).__name__} knows nothing of the modules' optimization: use "
+                f"trainer.strategy {type(strategy).__name__} does not support manual optimization: use "
                 "class_path: cv_lightning.strategies.ZeroStrategy (on CPU ranks CPUDeepSpeedStrategy)"
             )
+        self.policy = load_policy(self.policy_config).train()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW over the policy's trainable parameters; decay on matrices only."""
+        """AdamW over the policy's trainable parameters, with weight decay on matrices only."""
         assert self.policy is not None
-        config = self.optimizer_config
+        config, strategy = self.optimizer_config, self.trainer.strategy
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         matrices = [p for p in trainable if _num_dimensions(p) > 1]
         vectors = [p for p in trainable if _num_dimensions(p) <= 1]
         with_decay = [(matrices, config.weight_decay), (vectors, 0.0)]
         groups = [{"params": params, "weight_decay": decay} for params, decay in with_decay if params]
         self._decays = [decay for params, decay in with_decay if params]
-        deepspeed = isinstance(self.trainer.strategy, DeepSpeedStrategy)
-        if not deepspeed and any(p.dtype != torch.float32 for p in trainable):
+        if not isinstance(strategy, DeepSpeedStrategy) and any(p.dtype != torch.float32 for p in trainable):
             rank_zero_warn(
                 f"model.policy.dtype {self.policy_config.dtype}: most steps are smaller than a 16-bit weight's last "
                 "digit and are lost. trainer.strategy cv_lightning.strategies.ZeroStrategy steps on float32 copies, "
                 "on one GPU too; so does LoRA (model.policy.lora)"
             )
-        on_host = getattr(self.trainer.strategy, "offload_optimizer", False)
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True if on_host else None)
+        fused = True if getattr(strategy, "offload_optimizer", False) else None
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
         total = config.total_steps or self._planned_steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.multiplier(step, total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    @property
-    def loaded_models(self) -> dict[str, PreTrainedModel]:
-        """The models that this module holds, by what a message calls them."""
-        return {} if self.policy is None else {"policy": self.policy}
 
     def check_buffers(self) -> None:
         """Check once that loading, precision plugin and strategy have left the models' buffers in float32.
 
         Raises:
-            CVLightningError: they have not; the message names the buffers.
+            CVLightningError: A buffer has changed; the message names it.
         """
         if self._buffers_checked:
             return
-        for which, model in self.loaded_models.items():
-            check_buffers(model, which, computed_buffers(model.config))
+        for which, model in (("policy", self.policy), ("reference", self.reference)):
+            if model is not None:
+                check_buffers(model, which, computed_buffers(model.config))
         self._buffers_checked = True
 
     def on_validation_start(self) -> None:
-        """Check the buffers: an engine may sample with the policy itself."""
+        """Check the buffers, because an engine may sample with the policy itself."""
         self.check_buffers()
 
-    def on_test_start(self) -> None:
-        """Check the buffers: an engine may sample with the policy itself."""
-        self.check_buffers()
+    on_test_start = on_validation_start
 
     def on_train_start(self) -> None:
-        """Check the buffers, and apply the command line's hyper-parameters over those of a resumed checkpoint."""
+        """Check the buffers, and replace a resumed checkpoint's hyper-parameters by those of the config."""
         self.check_buffers()
         config, scheduler = self.optimizer_config, self.lr_schedulers()
         if not self._decays or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            return  # a subclass has an optimizer of its own
+            return  # a subclass has its own optimizer
         optimizer = self.single_optimizer
         for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
             group |= {"weight_decay": decay, "betas": tuple(config.betas), "initial_lr": config.lr}
@@ -210,10 +204,10 @@ class PolicyModule(pl.LightningModule):
     def _planned_steps(self) -> int:
         """Optimizer steps of the run.
 
-        Not `trainer.estimated_stepping_batches`: that builds the loaders too early and forgets a resumed one's place.
+        `trainer.estimated_stepping_batches` would build the loaders too early and lose a resumed loader's position.
 
         Raises:
-            ValueError: the schedule ends, but nothing says when.
+            ValueError: The schedule ends, but the number of steps is not known.
         """
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
@@ -221,7 +215,7 @@ class PolicyModule(pl.LightningModule):
         batches = per_epoch * (self.trainer.max_epochs or 1)
         if not batches and self.optimizer_config.schedule != "constant":
             raise ValueError(
-                f"model.optimizer.schedule {self.optimizer_config.schedule} needs to know where it ends: set "
+                f"model.optimizer.schedule {self.optimizer_config.schedule} needs a number of steps: set "
                 "model.optimizer.total_steps or trainer.max_steps"
             )
         return batches * self.steps_per_batch
@@ -289,20 +283,21 @@ class PolicyModule(pl.LightningModule):
         self,
         batch: PackedBatch,
         *,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         entropy: Entropy = "none",
         model: PreTrainedModel | None = None,
     ) -> LogProbs:
-        """Log-probabilities at the loss positions of a packed row, as the engine computes them.
+        """Log-probabilities at the loss positions of a packed batch, as the engine computes them.
 
         Args:
-            batch: a packed row.
-            temperature: of sampling; 1 in SFT.
-            entropy: of every distribution; see `packed_logprobs`.
-            model: another model than the policy (the reference).
+            batch: A packed batch.
+            temperature: Sampling temperature; None: the module's.
+            entropy: Whether entropies are computed, see `packed_logprobs`.
+            model: The reference; None: the policy.
         """
         model = self.policy if model is None else model
         assert model is not None
+        temperature = self.temperature if temperature is None else temperature
         found = packed_logprobs(
             model, batch.to(self.device), temperature=temperature, banned_ids=self.adapter.vision_ids, entropy=entropy
         )
@@ -310,10 +305,12 @@ class PolicyModule(pl.LightningModule):
         return found
 
     def accumulate_and_step(self, micro_batches: Sequence[T], loss: Callable[[T], torch.Tensor]) -> StepResult:
-        """Backward over every micro-batch, then one optimizer and one scheduler step.
+        """Run the backward pass of every micro-batch, then one optimizer and one scheduler step.
 
-        `loss` returns a micro-batch's share of the *global* loss: a sum over tokens divided by the token count of
-        all ranks. Ranks average gradients, so it is multiplied by the world size here.
+        Args:
+            micro_batches: Micro-batches of this rank; equally many on every rank.
+            loss: Gives a micro-batch's share of the *global* loss, such as a sum over its tokens divided by the token
+                count of all ranks. It is multiplied by the world size, because ranks average gradients.
         """
         for index, micro_batch in enumerate(micro_batches):
             _announce_backward(self.trainer, is_last=index == len(micro_batches) - 1)
@@ -326,16 +323,13 @@ class PolicyModule(pl.LightningModule):
         return result
 
     def _take_step(self) -> StepResult:
-        """Clip the gradients and step; gradients that would do harm change no weight.
-
-        The step is taken all the same, as every iteration has the same number of steps.
-        """
+        """Clip the gradients and step. A skipped step still counts, because every iteration has equally many."""
         optimizer = self.single_optimizer
         engine = _deepspeed_engine(self.trainer)
         if engine is None:
             result = self._clip_or_drop()
             optimizer.step()
-        else:  # which clips by itself, and leaves out a step whose norm is no number
+        else:  # DeepSpeed clips, and skips a step whose norm is not finite
             optimizer.step()
             result = StepResult(float(engine.get_global_grad_norm()), not engine.was_step_applied())
         optimizer.zero_grad()
@@ -353,47 +347,45 @@ class PolicyModule(pl.LightningModule):
 
     @property
     def single_optimizer(self) -> LightningOptimizer:
-        """The one optimizer, as Lightning counts its steps."""
+        """The optimizer, wrapped by Lightning to count its steps."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         return optimizer
 
     @property
     def learning_rate(self) -> float:
-        """Of the next optimizer step."""
+        """Learning rate of the next optimizer step."""
         return float(self.single_optimizer.param_groups[0]["lr"])
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks."""
-        if self.trainer.world_size == 1:
-            return list(values)
-        total = self.all_gather(torch.tensor(values, dtype=torch.float64, device=self.device))
-        assert isinstance(total, torch.Tensor)
-        return total.sum(0).tolist()
+        return list(values) if self.trainer.world_size == 1 else self._gathered(values).sum(0).tolist()
 
     def reduce_max(self, value: float) -> float:
         """Maximum over ranks."""
-        if self.trainer.world_size == 1:
-            return value
-        values = self.all_gather(torch.tensor(value, dtype=torch.float64, device=self.device))
-        assert isinstance(values, torch.Tensor)
-        return float(values.max())
+        return value if self.trainer.world_size == 1 else float(self._gathered([value]).max())
+
+    def _gathered(self, values: Sequence[float]) -> torch.Tensor:
+        """Values of all ranks, float64 [ranks, values]."""
+        gathered = self.all_gather(torch.tensor(values, dtype=torch.float64, device=self.device))
+        assert isinstance(gathered, torch.Tensor)
+        return gathered
 
     # ------------------------------------------------------------------ checkpoints
     @contextmanager
     def checkpoint_view(self) -> Iterator[None]:
-        """While it lasts, the module has the parts only that a checkpoint holds: here all of them."""
+        """Context manager that exposes only the submodules that belong in a checkpoint (all, by default)."""
         yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep our own iteration counter: `global_step` counts optimizer steps."""
+        """Save the iteration counter, because `global_step` counts optimizer steps."""
         checkpoint["iteration"] = self.iteration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the iteration counter, and refuse weights of another model before torch lists every one of them.
+        """Restore the iteration counter, and refuse weights of another model with one short message.
 
         Raises:
-            CheckpointError: they are, or there is no policy here that could take them.
+            CheckpointError: The weights do not fit, or this run has no policy to load them into.
         """
         self.iteration = checkpoint.get("iteration", 0)
         where = f"--ckpt_path {self.trainer.ckpt_path}"
@@ -401,12 +393,16 @@ class PolicyModule(pl.LightningModule):
             raise CheckpointError(
                 f"{where}: a server samples from a model of its own; leave it out, or `export` it and serve the folder"
             )
-        given = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
-        if self.policy is None or not given:  # DeepSpeed brings its tensors itself
-            return
         prefix = "policy."
+        given = {
+            name.removeprefix(prefix): tensor.shape
+            for name, tensor in checkpoint.get("state_dict", {}).items()
+            if name.startswith(prefix)
+        }
+        if self.policy is None or not checkpoint.get("state_dict"):  # DeepSpeed loads its tensors itself
+            return
         check_shapes(
-            {name.removeprefix(prefix): shape for name, shape in given.items() if name.startswith(prefix)},
+            given,
             {name: tensor.shape for name, tensor in self.policy.state_dict().items()},
             self.policy.config.model_type,
             where,
@@ -433,14 +429,14 @@ class PolicyModule(pl.LightningModule):
                 logger.save()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Rolled out and scored by `RolloutCallback`."""
+        """Does nothing: `RolloutCallback` evaluates by rollouts."""
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Rolled out and scored by `RolloutCallback`."""
+        """Does nothing: `RolloutCallback` evaluates by rollouts."""
 
 
 def _num_dimensions(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter, which under ZeRO-3 is flat and sharded."""
+    """Number of dimensions of the full parameter, which is flat and sharded under ZeRO-3."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -455,13 +451,13 @@ def _flatten(chunks: Sequence[Sequence[Sequence[T]]]) -> list[list[T]]:
 
 
 def _announce_backward(trainer: pl.Trainer, is_last: bool) -> None:
-    """Tell what averages gradients over ranks whether more micro-batches of the same step follow."""
+    """Tell DDP or DeepSpeed whether more micro-batches of the same step follow."""
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = is_last  # one all-reduce a step, not one a micro-batch
+        model.require_backward_grad_sync = is_last  # one all-reduce per step, not per micro-batch
     engine = _deepspeed_engine(trainer)
     if engine is not None:
-        # ZeRO-2 keeps the last micro-batch only without the first call, ZeRO-3 without the second.
+        # Without the first call ZeRO-2 would keep the last micro-batch only; without the second ZeRO-3 would.
         engine.set_gradient_accumulation_boundary(is_last)
         clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:

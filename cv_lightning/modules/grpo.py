@@ -1,4 +1,4 @@
-"""GRPO on trajectories that the rollout callback hung on the batch."""
+"""GRPO on trajectories that the rollout callback attached to the batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,37 +24,34 @@ from cv_lightning.rl.losses import TokenBatch
 from cv_lightning.rl.objective import total_loss
 from cv_lightning.types import Group, Iteration, Trajectory
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 REFERENCE = "reference."
-"""Prefix of the reference policy's parameters, which no checkpoint holds."""
+"""Prefix of the reference policy's parameters, which checkpoints leave out."""
 
 TOKENS, PACKED_TOKENS = "trained_tokens", "packed_tokens"
 LOSSES = ("loss", "pg_loss")
 PER_STEP = (*LOSSES, "grad_norm", "skipped_steps", "trajectories", "unpackable")
-"""Metrics that are sums or means over steps; all others are means over the tokens trained on."""
+"""Metrics that are sums or means over steps; all others are means over trained tokens."""
 
 NOT_COMPARED = -1.0
-"""A parity figure where no token was compared."""
+"""Train-inference mismatch if no token was compared."""
 NOT_FINITE = 1e9
-"""Stands for a parity figure that is not finite, so that it shows in curves and tables."""
+"""Stands for a mismatch that is not finite, so that curves and tables show it."""
 PROBED = 8
-"""Trajectories that are compared where none has a gradient."""
+"""Number of trajectories that are compared if none has a gradient."""
 
 
 class GRPOModule(PolicyModule):
     """Group-relative policy optimisation over packed trajectories.
 
-    One batch is one RL iteration. It takes `algorithm.num_minibatches` optimizer steps, always: each on an equal share
-    of the groups, normalised by the counts of all their scored trajectories over all ranks.
+    One batch is one RL iteration. It always takes `algorithm.num_minibatches` optimizer steps, each on an equal number
+    of groups and normalised by the counts of their scored trajectories over all ranks.
 
     Args:
-        policy: Which model, and how it is loaded.
+        policy: The policy model and how it is loaded.
         optimizer: AdamW and schedule.
-        max_tokens_per_row: Token budget of one packed row, which is one micro-batch.
+        max_tokens_per_row: Token budget of one packed micro-batch.
         algorithm: Advantages, masks, policy loss, KL, entropy, mini-batches and dynamic sampling.
-        temperature: Of the rollouts, for the log-probabilities; the same as `sampling.temperature`.
+        temperature: Sampling temperature of the rollouts, the same as `rollout.sampling.temperature`.
     """
 
     trains_on_rollouts = True
@@ -75,21 +72,15 @@ class GRPOModule(PolicyModule):
         self.temperature = temperature
         self.reference_path = self.algorithm.kl.reference_path or policy.path
         self._taken_off: list[float] = []
-        """What KL penalties took off the rewards of this iteration's trajectories."""
-        self.reference: PreTrainedModel | None = None
+        """KL penalties that were subtracted from the rewards of this iteration's trajectories."""
 
     def configure_model(self) -> None:
         """Load the policy and, for training with a KL penalty, the frozen reference."""
         super().configure_model()
-        wanted = self.algorithm.kl.weight > 0 and self.trainer.training and not self.is_own_reference
-        if wanted and self.reference is None:
+        needed = self.algorithm.kl.weight > 0 and self.trainer.training and not self.is_own_reference
+        if needed and self.reference is None:
             self.reference = load_policy(replace(self.policy_config, path=self.reference_path, lora=None))
             self.reference.requires_grad_(False)
-
-    @property
-    def loaded_models(self) -> dict[str, PreTrainedModel]:
-        """The policy and, where it is loaded, the reference."""
-        return super().loaded_models | ({} if self.reference is None else {"reference": self.reference})
 
     @property
     def is_own_reference(self) -> bool:
@@ -97,72 +88,69 @@ class GRPOModule(PolicyModule):
         return self.policy_config.lora is not None and self.reference_path == self.policy_config.path
 
     def training_step(self, batch: Iteration, batch_idx: int) -> None:
-        """All optimizer steps of one iteration."""
+        """Take all optimizer steps of one iteration."""
         start, learning_rate = time.perf_counter(), self.learning_rate
         totals: defaultdict[str, float] = defaultdict(float)
-        scored = self._share_out(batch.groups, totals)
-        contributing = [self._contributing(share) for share in scored]
-        minibatches = [self.pack_micro_batches(self.train_sequences(share)) for share in contributing]
+        scored = self._split_groups(batch.groups, totals)
+        contributing = [self._contributing(trajectories) for trajectories in scored]
+        minibatches = [self.pack_micro_batches(self.train_sequences(trajectories)) for trajectories in contributing]
         self._attach_fixed([micro_batch for micro_batches in minibatches for micro_batch in micro_batches])
-        parity = NOT_COMPARED if self.reduce_max(len(contributing[0])) else self._probe_parity(scored[0])
+        mismatch = NOT_COMPARED if self.reduce_max(len(contributing[0])) else self._probe_mismatch(scored[0])
         for number, micro_batches in enumerate(minibatches):
             gap = self._optimize(micro_batches, scored[number], totals)
-            if number == 0:  # later ones meet weights that the engine does not have
-                parity = max(parity, gap)
+            if number == 0:  # the engine does not have the weights of later ones
+                mismatch = max(mismatch, gap)
         self.vision_cache.clear()
         self.iteration += 1
-        self._log_update(totals, parity, learning_rate, time.perf_counter() - start)
+        self._log_update(totals, mismatch, learning_rate, time.perf_counter() - start)
 
-    def _share_out(self, groups: Sequence[Group], totals: defaultdict[str, float]) -> list[list[Trajectory]]:
-        """The scored trajectories of each mini-batch: as many groups each, those with an advantage spread first."""
+    def _split_groups(self, groups: Sequence[Group], totals: defaultdict[str, float]) -> list[list[Trajectory]]:
+        """Scored trajectories of each mini-batch: equally many groups, those with an advantage distributed first."""
         ordered = sorted(groups, key=has_advantage, reverse=True)
         count = self.algorithm.num_minibatches
-        shares = [ordered[first::count] for first in range(count)]
-        scored = [[t for group in share for t in group.trajectories if is_trainable(t)] for share in shares]
-        usable = [[t for t in share if self.can_pack(t)] for share in scored]
+        parts = [ordered[first::count] for first in range(count)]
+        scored = [[t for group in part for t in group.trajectories if is_trainable(t)] for part in parts]
+        usable = [[t for t in part if self.can_pack(t)] for part in scored]
         totals["unpackable"] += sum(map(len, scored)) - sum(map(len, usable))
         return usable
 
     def _contributing(self, scored: Sequence[Trajectory]) -> list[Trajectory]:
-        """Those with a gradient: an advantage of 0 has none, unless a KL penalty or an entropy bonus gives it one.
+        """Trajectories with a gradient: their advantage is not 0, or a KL penalty or entropy bonus applies.
 
-        The others are not computed but count in the normalisers, so that leaving them out changes nothing.
+        The others are not computed but count in the normalisers, so that the result is the same.
         """
         regularised = self.kl_weight > 0 or self.algorithm.entropy_weight > 0
         return [t for t in scored if t.advantage or regularised]
 
     @property
     def kl_weight(self) -> float:
-        """Weight of the KL penalty in the loss of the iteration under way."""
+        """Weight of the KL penalty in the loss of the current iteration."""
         return self.algorithm.kl.weight_at(self.iteration)
 
     # ------------------------------------------------------------------ advantages
     def assign_advantages(self, groups: Sequence[Group]) -> None:
-        """Set the advantages of all groups of an iteration. Call it once, on every rank.
-
-        Args:
-            groups: Scored ones, of this rank.
-        """
+        """Set the advantages of an iteration's scored groups of this rank. Call it once, on every rank."""
         estimator, mask = self.algorithm.advantage or GRPO(), self.algorithm.mask
         assign_advantages(groups, estimator, mask, self.reduce_sum, self.advantage_rewards)
 
     def has_reward_variance(self, group: Group) -> bool:
-        """True if rewards of the group differ and not all of its scored trajectories are masked."""
+        """True if the group's rewards differ and not all of its scored trajectories are masked."""
         return has_reward_variance(group, self.algorithm.mask)
 
     @torch.no_grad()
     def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        """The rewards that advantages are computed from, less the KL penalty where it is taken off them.
+        """Rewards that advantages are computed from, minus the KL penalty if it belongs in the reward.
 
         Args:
-            trajectories: Scored ones, of this rank.
+            trajectories: Scored trajectories of this rank.
         """
         totals = [t.reward.total for t in trajectories if t.reward is not None]
-        if not self.algorithm.kl.in_reward:
+        kl = self.algorithm.kl
+        if not kl.in_reward:
             return totals
         assert self.policy is not None
         rewards = list(totals)
-        # the update leaves the others out, too: nothing sampled, such as an over-long prompt, or images missing
+        # The update leaves the others out, too: no token was sampled (over-long prompt), or images are missing.
         counted = [n for n, t in enumerate(trajectories) if any(t.loss_mask) and self.can_pack(t)]
         sequences = self.train_sequences([trajectories[number] for number in counted])
         numbers = {id(sequence): number for sequence, number in zip(sequences, counted, strict=True)}
@@ -170,10 +158,9 @@ class GRPOModule(PolicyModule):
             packed = pack_sequences(chunk, self.policy.config, self.adapter)
             reference = self._reference_logprobs(packed).cpu()
             own = [rewards[numbers[id(member)]] if id(member) in numbers else 0.0 for member in chunk]
-            kl = self.algorithm.kl
             penalised = rewards_with_kl(own, packed.rollout_logprobs, reference, packed.sequence_index, kl)
             for member, reward in zip(chunk, penalised, strict=True):
-                if id(member) in numbers:
+                if id(member) in numbers:  # a dummy sequence is not
                     rewards[numbers[id(member)]] = float(reward)
         self._taken_off += [totals[number] - rewards[number] for number in counted]
         return rewards
@@ -181,41 +168,36 @@ class GRPOModule(PolicyModule):
     # ------------------------------------------------------------------ log-probabilities that stay fixed
     @torch.no_grad()
     def _attach_fixed(self, micro_batches: Sequence[PackedBatch]) -> None:
-        """Log-probabilities of the reference and, where asked for, of the policy before its first step."""
+        """Set the log-probabilities of the reference and of the policy before its first step, where they are read."""
         algorithm = self.algorithm
         for micro_batch in micro_batches:
             if self.kl_weight > 0:
                 micro_batch.reference_logprobs = self._reference_logprobs(micro_batch)
             if algorithm.old_logprobs == "trainer" and algorithm.num_minibatches > 1:
-                micro_batch.old_logprobs = self._logprobs(micro_batch).logprobs
+                micro_batch.old_logprobs = self.logprobs(micro_batch).logprobs
 
     def _reference_logprobs(self, micro_batch: PackedBatch) -> torch.Tensor:
-        if not self.is_own_reference:
-            assert self.reference is not None
-            return self._logprobs(micro_batch, model=self.reference).logprobs
         assert self.policy is not None
-        with adapters_off(self.policy):
-            return self._logprobs(micro_batch).logprobs
-
-    def _logprobs(
-        self, micro_batch: PackedBatch, *, entropy: Entropy = "none", model: PreTrainedModel | None = None
-    ) -> LogProbs:
-        return self.logprobs(micro_batch, temperature=self.temperature, entropy=entropy, model=model)
+        if self.is_own_reference:
+            with adapters_off(self.policy):
+                return self.logprobs(micro_batch).logprobs
+        assert self.reference is not None
+        return self.logprobs(micro_batch, model=self.reference).logprobs
 
     @torch.no_grad()
-    def _probe_parity(self, scored: Sequence[Trajectory]) -> float:
-        """Parity where no trajectory of the first step has a gradient on any rank, and so none would be compared."""
+    def _probe_mismatch(self, scored: Sequence[Trajectory]) -> float:
+        """Train-inference mismatch if no trajectory of the first step has a gradient on any rank."""
         micro_batches = self.pack_micro_batches(self.train_sequences(scored[:PROBED]))
-        return max(_largest_gap(self._logprobs(m).logprobs, m) for m in micro_batches)
+        return max(_largest_gap(self.logprobs(m).logprobs, m) for m in micro_batches)
 
     # ------------------------------------------------------------------ one mini-batch
     def _optimize(
         self, micro_batches: list[PackedBatch], scored: Sequence[Trajectory], totals: defaultdict[str, float]
     ) -> float:
-        """One optimizer step; adds its metrics to `totals`: losses as means over steps, the rest as sums over tokens.
+        """Take one optimizer step and add its metrics to `totals`: losses as means over steps, others as token sums.
 
         Returns:
-            Largest difference between engine and trainer log-probabilities that it met on this rank, or NOT_COMPARED.
+            Largest difference between log-probabilities of engine and trainer on this rank, or NOT_COMPARED.
         """
         counts = [float(sum(sum(t.loss_mask) for t in scored)), float(len(scored))]
         num_tokens, num_sequences = self.reduce_sum(counts)
@@ -224,7 +206,8 @@ class GRPOModule(PolicyModule):
         gaps, shares = [NOT_COMPARED], []
 
         def loss(micro_batch: PackedBatch) -> torch.Tensor:
-            computed = self._logprobs(micro_batch, entropy=entropy)
+            computed = self.logprobs(micro_batch, entropy=entropy)
+            micro_batch = micro_batch.to(self.device)
             tokens = self._tokens(micro_batch, computed, max(num_tokens, 1.0), max(num_sequences, 1.0))
             value, metrics = total_loss(tokens, self.algorithm, kl_weight)
             shares.append(metrics)
@@ -245,27 +228,24 @@ class GRPOModule(PolicyModule):
     def _tokens(
         self, micro_batch: PackedBatch, computed: LogProbs, num_tokens: float, num_sequences: float
     ) -> TokenBatch:
-        device, of_trainer = self.device, self.algorithm.old_logprobs == "trainer"
-        rollout = micro_batch.rollout_logprobs.to(device)
-        old = rollout
-        if of_trainer:
-            before = micro_batch.old_logprobs
-            old = computed.logprobs.detach() if before is None else before.to(device)
-        reference = micro_batch.reference_logprobs
+        old, rollout = micro_batch.rollout_logprobs, None
+        if self.algorithm.old_logprobs == "trainer":
+            before, rollout = micro_batch.old_logprobs, micro_batch.rollout_logprobs
+            old = computed.logprobs.detach() if before is None else before
         return TokenBatch(
             logprobs=computed.logprobs,
             old_logprobs=old,
-            advantages=micro_batch.advantages.to(device),
-            sequence_index=micro_batch.sequence_index.to(device),
+            advantages=micro_batch.advantages,
+            sequence_index=micro_batch.sequence_index,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
-            rollout_logprobs=rollout if of_trainer else None,
-            reference_logprobs=None if reference is None else reference.to(device),
+            rollout_logprobs=rollout,
+            reference_logprobs=micro_batch.reference_logprobs,
             entropy=computed.entropy,
         )
 
-    def _log_update(self, totals: dict[str, float], parity: float, learning_rate: float, seconds: float) -> None:
-        """Log one iteration's update; sums over ranks. The learning rate is that of its first step."""
+    def _log_update(self, totals: dict[str, float], mismatch: float, learning_rate: float, seconds: float) -> None:
+        """Log the metrics of one iteration over all ranks. The learning rate is that of its first step."""
         names = sorted(totals)
         sums = dict(zip(names, self.reduce_sum([totals[name] for name in names]), strict=True))
         tokens, packed_tokens = sums.pop(TOKENS), sums.pop(PACKED_TOKENS)
@@ -282,9 +262,9 @@ class GRPOModule(PolicyModule):
             "time/update_s": seconds,
             "iteration": float(self.iteration),
         }
-        parity = self.reduce_max(parity)
-        if parity != NOT_COMPARED:
-            metrics["policy/parity_max"] = parity
+        mismatch = self.reduce_max(mismatch)
+        if mismatch != NOT_COMPARED:
+            metrics["policy/parity_max"] = mismatch
         self.log_dict(metrics)
 
     # ------------------------------------------------------------------ checkpoints
@@ -298,13 +278,13 @@ class GRPOModule(PolicyModule):
             self.reference = reference
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference out, also where Lightning writes the checkpoint."""
+        """Leave the reference out of checkpoints that Lightning writes."""
         super().on_save_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(REFERENCE)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference that was loaded; DeepSpeed's checkpoints bring no state here."""
+        """Keep the loaded reference; DeepSpeed's checkpoints have no state here."""
         super().on_load_checkpoint(checkpoint)
         if "state_dict" in checkpoint:
             own = self.state_dict()
@@ -312,7 +292,7 @@ class GRPOModule(PolicyModule):
 
 
 def _largest_gap(logprobs: torch.Tensor, micro_batch: PackedBatch) -> float:
-    """Largest difference from the engine's log-probabilities; one that is not finite counts as NOT_FINITE."""
+    """Largest difference from the engine's log-probabilities; NOT_FINITE if it is not finite."""
     if not micro_batch.num_loss_tokens:
         return NOT_COMPARED
     gap = (logprobs - micro_batch.rollout_logprobs.to(logprobs.device)).abs()

@@ -19,14 +19,14 @@ from cv_lightning.tools.schema import check_tools
 
 
 class SFTModule(PolicyModule):
-    """Cross-entropy on the assistant's tokens; everything else is context.
+    """Cross-entropy on the assistant's tokens; all other tokens are context.
 
     Args:
-        policy: which model, and how it is loaded.
+        policy: The policy model and how it is loaded.
         optimizer: AdamW and schedule.
-        max_tokens_per_row: token budget of one packed row, which is one micro-batch.
-        prompt: texts of the prompt; the command line takes those of `rollout.agent`, under which RL continues.
-        tools: tools that the system prompt offers, those of `rollout.agent` too. None: the code tool.
+        max_tokens_per_row: Token budget of one packed micro-batch.
+        prompt: Texts of the prompt; the command line sets those of `rollout.agent`, with which RL continues.
+        tools: Tools that the system prompt offers, also those of `rollout.agent`. None: the code tool.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class SFTModule(PolicyModule):
         check_tools(self.tools)
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """One optimizer step on one batch of conversations; the loss is a mean over all ranks' tokens."""
+        """Take one optimizer step on a batch of conversations; the loss is a mean over the tokens of all ranks."""
         start = time.perf_counter()
-        rows = self.conversation_sequences(batch.conversations)
-        micro_batches = self.pack_micro_batches(rows)
-        counts = [float(sum(sum(row.loss_mask) for row in rows)), float(sum(len(row.token_ids) for row in rows))]
-        num_learned, num_tokens = self.reduce_sum(counts)
+        sequences = self.conversation_sequences(batch.conversations)
+        micro_batches = self.pack_micro_batches(sequences)
+        counts = [sum(sum(s.loss_mask) for s in sequences), sum(len(s.token_ids) for s in sequences)]
+        num_learned, num_tokens = self.reduce_sum([float(count) for count in counts])
         rate = self.learning_rate
         losses: list[torch.Tensor] = []
 
@@ -76,7 +76,7 @@ class SFTModule(PolicyModule):
         )
 
     def conversation_sequences(self, conversations: list[Conversation]) -> list[TrainSequence]:
-        """Conversations as training reads them."""
+        """Training sequences of conversations."""
         dialogues = [encode_conversation(self.encoder, each, self.prompt, self.tools) for each in conversations]
         cache = self.vision_cache
         cache.get([image for dialogue in dialogues for image in dialogue.images])
@@ -91,9 +91,9 @@ def encode_conversation(
     prompt: PromptConfig,
     tools: Sequence[Tool] = DEFAULT_TOOLS,
 ) -> Dialogue:
-    """Tokens and mask of a demonstration, with the same boundaries as the agent's own.
+    """Tokens and mask of a demonstration, with the same token boundaries as the agent's.
 
-    What the tool answered is told in the agent's words where the conversation brings none of its own.
+    Tool results without a text of their own get the agent's text.
     """
     task = conversation.task
     dialogue = encoder.start(task, [encoder.model_image(image) for image in task.images], prompt, tools)
