@@ -51,19 +51,16 @@ def _unit(image: Image.Image) -> float:
     return max(0.25, math.sqrt(image.width * image.height) / REFERENCE_SIDE)
 
 
-def _gaussian_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    sigma = (0.08, 0.12, 0.18, 0.26, 0.38)[level]
+def _gaussian_noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
     pixels = _pixels(image)
     return _image(pixels + sigma * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
-def _shot_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    photons = (60, 25, 12, 5, 3)[level]
+def _shot_noise(image: Image.Image, photons: float, rng: np.random.Generator) -> Image.Image:
     return _image(np.asarray(rng.poisson(_pixels(image) * photons) / photons, dtype=np.float32))
 
 
-def _impulse_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    fraction = (0.03, 0.06, 0.09, 0.17, 0.27)[level]
+def _impulse_noise(image: Image.Image, fraction: float, rng: np.random.Generator) -> Image.Image:
     pixels = np.asarray(image).copy()
     drawn = rng.random(pixels.shape, dtype=np.float32)
     pixels[drawn < fraction / 2] = 0
@@ -71,100 +68,97 @@ def _impulse_noise(image: Image.Image, level: int, rng: np.random.Generator) -> 
     return Image.fromarray(pixels)
 
 
-def _speckle_noise(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    sigma = (0.15, 0.2, 0.35, 0.45, 0.6)[level]
+def _speckle_noise(image: Image.Image, sigma: float, rng: np.random.Generator) -> Image.Image:
     pixels = _pixels(image)
     return _image(pixels + pixels * sigma * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
-def _gaussian_blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur((1, 2, 3, 4, 6)[level] * _unit(image)))
+def _gaussian_blur(image: Image.Image, radius: float, rng: np.random.Generator) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius * _unit(image)))
 
 
-def _defocus_blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    return _convolve(image, _disk((3, 4, 6, 8, 10)[level] * _unit(image)))
+def _defocus_blur(image: Image.Image, radius: float, rng: np.random.Generator) -> Image.Image:
+    """Convolution with a disk whose edge is smoothed over a pixel."""
+    radius *= _unit(image)
+    x, y = _grid(radius)
+    return _convolve(image, np.clip(radius + 0.5 - np.hypot(x, y), 0, 1))
 
 
-def _motion_blur(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    length = (7, 10, 14, 18, 24)[level] * _unit(image)
-    return _convolve(image, _stroke(length, rng.uniform(0, math.pi)))
+def _motion_blur(image: Image.Image, length: float, rng: np.random.Generator) -> Image.Image:
+    """Convolution with a line of a random direction."""
+    length, angle = length * _unit(image), rng.uniform(0, math.pi)
+    x, y = _grid(length / 2)
+    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    return _convolve(image, np.clip(1 - np.abs(across), 0, 1) * np.clip(length / 2 + 0.5 - np.abs(along), 0, 1))
 
 
-def _disk(radius: float) -> Pixels:
-    """Kernel of a defocused lens, its edge smoothed over a pixel. Shape [2 n + 1, 2 n + 1], sum 1."""
+def _grid(radius: float) -> tuple[Pixels, Pixels]:
+    """Coordinates (x, y) around the middle of a kernel. Shape [2 n + 1, 2 n + 1] each."""
     reach = math.ceil(radius)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
-    kernel = np.clip(radius + 0.5 - np.hypot(x, y), 0, 1)
-    return np.asarray(kernel / kernel.sum(), dtype=np.float32)
-
-
-def _stroke(length: float, angle: float) -> Pixels:
-    """Kernel of a straight movement: a line through the middle. Shape [2 n + 1, 2 n + 1], sum 1."""
-    reach = math.ceil(length / 2)
-    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
-    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    kernel = np.clip(1 - np.abs(across), 0, 1) * np.clip(length / 2 + 0.5 - np.abs(along), 0, 1)
-    return np.asarray(kernel / kernel.sum(), dtype=np.float32)
+    return x, y
 
 
 def _convolve(image: Image.Image, kernel: Pixels) -> Image.Image:
+    """The image convolved with a kernel, which is scaled to a sum of 1."""
+    kernel = np.asarray(kernel / kernel.sum(), dtype=np.float32)
     return Image.fromarray(cv2.filter2D(np.asarray(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101))
 
 
-def _fog(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+def _fog(image: Image.Image, density: float, rng: np.random.Generator) -> Image.Image:
     """White mist of many octaves: at every pixel a fraction of the image's light is replaced by white."""
     cloud: Pixels = np.zeros((image.height, image.width), np.float32)
     for octave in range(7):
         grid = rng.random((2**octave + 1, 2**octave + 1), dtype=np.float32)
         cloud = cloud + cv2.resize(grid, image.size, interpolation=cv2.INTER_LINEAR) / np.float32(1.7**octave)
     cloud = (cloud - cloud.min()) / max(1e-6, float(cloud.max() - cloud.min()))
-    fraction = (0.35, 0.5, 0.62, 0.74, 0.85)[level] * (0.5 + 0.5 * cloud[..., None])
     pixels = _pixels(image)
-    return _image(pixels + fraction * (1 - pixels))
+    return _image(pixels + density * (0.5 + 0.5 * cloud[..., None]) * (1 - pixels))
 
 
-def _brightness(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    return _image(_pixels(image) + (0.1, 0.2, 0.3, 0.4, 0.5)[level])
+def _brightness(image: Image.Image, offset: float, rng: np.random.Generator) -> Image.Image:
+    return _image(_pixels(image) + offset)
 
 
-def _darkness(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    return _image(_pixels(image) * (0.6, 0.45, 0.3, 0.2, 0.12)[level])
+def _darkness(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
+    return _image(_pixels(image) * factor)
 
 
-def _contrast(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+def _contrast(image: Image.Image, factor: float, rng: np.random.Generator) -> Image.Image:
     pixels = _pixels(image)
     mean = pixels.mean(axis=(0, 1), keepdims=True)
-    return _image((pixels - mean) * (0.4, 0.3, 0.2, 0.1, 0.05)[level] + mean)
+    return _image((pixels - mean) * factor + mean)
 
 
-def _jpeg(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
+def _jpeg(image: Image.Image, quality: float, rng: np.random.Generator) -> Image.Image:
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=(25, 18, 15, 10, 7)[level])
+    image.save(buffer, format="JPEG", quality=int(quality))
     return to_rgb(Image.open(buffer))
 
 
-def _pixelate(image: Image.Image, level: int, rng: np.random.Generator) -> Image.Image:
-    kept = (0.6, 0.5, 0.4, 0.3, 0.25)[level] / max(1.0, _unit(image))
-    small = (max(1, round(image.width * kept)), max(1, round(image.height * kept)))
+def _pixelate(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
+    scale /= max(1.0, _unit(image))
+    small = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
 
 
-CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], Image.Image]] = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "speckle_noise": _speckle_noise,
-    "gaussian_blur": _gaussian_blur,
-    "defocus_blur": _defocus_blur,
-    "motion_blur": _motion_blur,
-    "fog": _fog,
-    "brightness": _brightness,
-    "darkness": _darkness,
-    "contrast": _contrast,
-    "jpeg": _jpeg,
-    "pixelate": _pixelate,
+Corruption = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
+    "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": (_shot_noise, (60, 25, 12, 5, 3)),
+    "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "speckle_noise": (_speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6)),
+    "gaussian_blur": (_gaussian_blur, (1, 2, 3, 4, 6)),
+    "defocus_blur": (_defocus_blur, (3, 4, 6, 8, 10)),
+    "motion_blur": (_motion_blur, (7, 10, 14, 18, 24)),
+    "fog": (_fog, (0.35, 0.5, 0.62, 0.74, 0.85)),
+    "brightness": (_brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "darkness": (_darkness, (0.6, 0.45, 0.3, 0.2, 0.12)),
+    "contrast": (_contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "jpeg": (_jpeg, (25, 18, 15, 10, 7)),
+    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
 }
-"""Functions by name, called with image, level (severity - 1) and random generator."""
+"""Functions by name, each with its strength at severities 1 to 5."""
 
 
 def corrupt_image(image: Image.Image, corruption: str, severity: int, seed: int | str = 0) -> Image.Image:
@@ -187,7 +181,8 @@ def corrupt_image(image: Image.Image, corruption: str, severity: int, seed: int 
         raise ValueError(f"--severities {severity}: 1 to {SEVERITIES[-1]}")
     digest = hashlib.sha256(f"{seed}/{corruption}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    return CORRUPTIONS[corruption](to_rgb(image), severity - 1, rng)
+    corrupt, strengths = CORRUPTIONS[corruption]
+    return corrupt(to_rgb(image), strengths[severity - 1], rng)
 
 
 # ------------------------------------------------------------------------------------------------ tasks
