@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
+from cv_lightning.data.rows import RowFiles
+
 Item = TypeVar("Item")
 Row = TypeVar("Row", covariant=True)
 
@@ -43,20 +45,6 @@ class Rows(Protocol[Row]):
         """
 
 
-class EpochRows(Protocol[Row]):
-    """Rows of files for training."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows, unusable ones included."""
-
-    def order(self, rng: random.Random) -> list[int]:
-        """A shuffled order of all rows that is cheap to read."""
-
-    def take_many(self, places: Sequence[tuple[Sequence[int], int]]) -> Sequence[Row]:
-        """The rows at places of orders; an unusable one is replaced by a usable one near it."""
-
-
 class RowStream(Generic[Item]):
     """Rows of files, epoch after epoch, each newly shuffled.
 
@@ -65,7 +53,7 @@ class RowStream(Generic[Item]):
         seed: Seed of the order.
     """
 
-    def __init__(self, rows: EpochRows[Item], seed: int) -> None:
+    def __init__(self, rows: RowFiles[Item], seed: int) -> None:
         self.rows = rows
         self.seed = seed
         # Shuffling a million rows takes a second, so it is done once per epoch. A step may belong to two epochs.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from cv_lightning.data.rows import expand_files
-from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies
 from cv_lightning.factory.check_facts import CheckConfig, FileKind, RowFacts, inspect_rows, num_rows, token_counter
 from cv_lightning.factory.check_frames import judge_frame
+from cv_lightning.factory.near_images import SAME, VARIANTS, NearImages
 from cv_lightning.images import ImageLimits, ImageRule
 from cv_lightning.orientations import orientations_of
 from cv_lightning.types import DataError
@@ -309,6 +309,10 @@ class _CheckedImage:
     def digest(self) -> str:
         return self.row.digests[self.number]
 
+    @property
+    def thumbnail(self) -> bytes:
+        return self.row.thumbnails[self.number]
+
     def place(self) -> dict[str, Any]:
         return {**_place(self.file, self.row), "image": self.number}
 
@@ -329,39 +333,38 @@ def _copies(used: Used) -> dict[str, Any]:
     first: dict[bool, dict[str, int]] = {False: {}, True: {}}
     for at, image in enumerate(images):
         first[image.held_out].setdefault(image.digest, at)
-    thumbnails = as_thumbnails([image.row.thumbnails[image.number] for image in images])
-    train = list(first[False].values())
-    near = near_copies(thumbnails, train, train)
-    shared = {digest: at for digest, at in first[True].items() if digest in first[False]}
-    rest = [at for digest, at in first[True].items() if digest not in shared]
-    leaked = near_copies(thumbnails, rest, train, VARIANTS)
-    leaks = [(at, first[False][digest], "same", "exact") for digest, at in shared.items()]
-    leaks += [(copy.first, copy.second, copy.variant, "near") for copy in leaked]
+    known, train = NearImages(), list(first[False].values())
+    near: list[tuple[int, int]] = []
+    for at in train:
+        if found := known.find(images[at].thumbnail):
+            near.append((at, train[found[0]]))
+        known.add(images[at].thumbnail)
+    exact = [(at, first[False][digest], SAME) for digest, at in first[True].items() if digest in first[False]]
+    rest = [at for digest, at in first[True].items() if digest not in first[False]]
+    searched = [(at, known.find(images[at].thumbnail, VARIANTS)) for at in rest]
+    turned = [(at, train[found[0]], found[1]) for at, found in searched if found]
     return {
         "pictures": len(images),
         "different": len({*first[False], *first[True]}),
         "double_rows": _duplicate_rows(used),
         "near_copies": {
             "count": len(near),
-            "pairs": [
-                {"image": images[copy.first].place(), "like": images[copy.second].place()}
-                for copy in near[:LISTED_COPIES]
-            ],
+            "pairs": [{"image": images[a].place(), "like": images[b].place()} for a, b in near[:LISTED_COPIES]],
         },
         "leakage": {
             "held_out_by": "extra_info.split" if by_split else "--test" if first[True] else "",
             "held_out_pictures": len(first[True]),
-            "exact": len(shared),
-            "near": len(leaked),
+            "exact": len(exact),
+            "near": len(turned),
             "pairs": [
                 {
                     "held_out": images[a].place(),
                     "train": images[b].place(),
-                    "how": how,
+                    "how": "exact" if at < len(exact) else "near",
                     "variant": variant,
                     "same_question": images[a].row.question == images[b].row.question,
                 }
-                for a, b, variant, how in leaks[:LISTED_COPIES]
+                for at, (a, b, variant) in enumerate([*exact, *turned][:LISTED_COPIES])
             ],
         },
     }

@@ -25,9 +25,9 @@ from cv_lightning.data.readers import (
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
 from cv_lightning.data.tables import read_items
-from cv_lightning.factory.check_copies import thumbnail
 from cv_lightning.factory.check_frames import FrameEvidence, frame_evidence
 from cv_lightning.factory.check_tokens import TokenCounter
+from cv_lightning.factory.near_images import thumbnail
 from cv_lightning.images import ImageRule, area, content_hash
 from cv_lightning.orientations import orientations_of
 from cv_lightning.types import Task

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,23 +14,14 @@ from PIL import Image
 from cv_lightning.data.image_cells import image_source, load_image
 from cv_lightning.data.rows import RowError, expand_files
 from cv_lightning.data.tables import open_table
+from cv_lightning.factory.near_images import VARIANTS, NearImages, thumbnail
 from cv_lightning.factory.table import TableConfig
 from cv_lightning.images import content_hash, to_rgb
 from cv_lightning.types import DataError
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    Bits = npt.NDArray[np.uint8]
-    """[..., 32]: 256 bits."""
-
 IMAGE_COLUMNS = ("images", "image", "image_1", "image_2")
 """Columns that hold images in the files that this project reads."""
 Match = Literal["pixels", "near"]
-HASH_SIDE = 16
-"""Square root of the number of bits of a near hash."""
-MIN_RANGE = 12
-"""Range of reduced grey values (of 255) below which an image has no near hash: it would match every empty page."""
 
 
 def _orientations(image: Image.Image) -> Iterator[Image.Image]:
@@ -72,49 +63,29 @@ def _histogram_hash(image: Image.Image) -> bytes:
     return hashlib.blake2b(counts, digest_size=16).digest()
 
 
-def near_hash(image: Image.Image) -> Bits | None:
-    """Signs of the horizontal differences of a reduced grey image (dHash). Shape [32]; None for a uniform image.
-
-    Re-encoding, rescaling and mild changes of light flip few of its 256 bits.
-    """
-    size = (HASH_SIDE + 1, HASH_SIDE)
-    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), dtype=np.int16)
-    if np.ptp(grey) < MIN_RANGE:
-        return None
-    return np.packbits(grey[:, 1:] > grey[:, :-1])
-
-
 class KnownImages:
     """The images of a test set, which must be kept out of training.
 
     Args:
         match: `pixels` finds images with equal pixels in any orientation; `near` also re-encoded, rescaled and slightly
-            changed ones.
-        near_bits: Largest number of different bits, of 256, between near hashes of one image.
+            changed ones, by the rule of `data check`.
     """
 
-    def __init__(self, match: Match, near_bits: int) -> None:
-        self.match, self.near_bits = match, near_bits
+    def __init__(self, match: Match) -> None:
         self._images = OrientedImages()
-        self._near: list[Bits] = []
+        self._near = NearImages() if match == "near" else None
         self.count = 0
 
     def add(self, image: Image.Image) -> None:
         """Add an image to the set."""
         self.count += 1
         self._images.add(image)
-        if self.match == "near":
-            self._near += [found for found in map(near_hash, _orientations(image)) if found is not None]
+        if self._near is not None:
+            self._near.add(thumbnail(image))
 
     def __contains__(self, image: Image.Image) -> bool:
-        if self._images.find(image) is not None:
-            return True
-        found = near_hash(image) if self._near else None
-        if found is None:
-            return False
-        if len(self._near) > 1:
-            self._near = [np.vstack(self._near)]  # one array, until the next image is added
-        return bool(np.bitwise_count(self._near[0] ^ found).sum(axis=-1).min() <= self.near_bits)
+        is_same = self._images.find(image) is not None
+        return is_same or (self._near is not None and self._near.find(thumbnail(image), VARIANTS) is not None)
 
 
 def images_of(files: Sequence[str], table: TableConfig) -> Iterator[Image.Image]:

@@ -62,7 +62,7 @@ class ProgressFile:
 
     Args:
         path: The file; created if absent.
-        settings: JSON values on which the entries depend.
+        settings: JSON values on which the entries depend. Stored settings that no longer exist are ignored.
 
     Raises:
         DataError: The file was written with other settings, or is not a progress file.
@@ -88,8 +88,7 @@ class ProgressFile:
                 stored = json.loads(header)["settings"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{self.path}: not the progress of a build; give another --out") from error
-            if stored != settings:
-                names = sorted(name for name in {*stored, *settings} if stored.get(name) != settings.get(name))
+            if names := sorted(name for name, value in settings.items() if stored.get(name) != value):
                 raise DataError(
                     f"{self.path} was written with other settings ({', '.join(names)}); give the same ones to continue "
                     "it, or another --out to start from scratch"

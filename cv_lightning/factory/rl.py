@@ -65,9 +65,7 @@ class BuildRL:
     test_files: list[str] = field(default_factory=list)
     """RL files and tables whose images, in any orientation, are kept out of training."""
     leak_match: Match = "pixels"
-    """`pixels`: equal pixels; `near`: also re-encoded or rescaled images."""
-    near_bits: int = 10
-    """Largest number of different bits, of 256, in the hashes of near images."""
+    """`pixels`: equal pixels; `near`: also re-encoded or rescaled images, by the rule of `data check`."""
     pass_rates: Path | None = None
     """File of pass rates by task id (JSONL): tasks that were always or never right are dropped, as are those without a
     pass rate."""
@@ -79,8 +77,6 @@ class BuildRL:
             raise ValueError(f"--out {self.out}: an RL file ends in .parquet")
         if self.pass_rates is not None and self.difficulty is not None:
             raise ValueError("--pass_rates gives what --difficulty would measure; give one of them")
-        if not 0 <= self.near_bits < 128:
-            raise ValueError(f"--near_bits {self.near_bits}: 0 to 127 of 256; unrelated images differ in about 128")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +238,7 @@ class _Build:
         self.dropped = Rejections()
         self.known: KnownImages | None = None
         if config.test_files:
-            self.known = KnownImages(config.leak_match, config.near_bits)
+            self.known = KnownImages(config.leak_match)
             for image in images_of(config.test_files, config.table):
                 self.known.add(image)
 
@@ -278,7 +274,7 @@ class _Build:
         if config.difficulty is None:
             return None
         path = config.out.with_name(f"{config.out.stem}.pass_rates.jsonl")
-        names = ("files", "seed", "table", "plan", "duplicates", "test_files", "leak_match", "near_bits", "difficulty")
+        names = ("files", "seed", "table", "plan", "duplicates", "test_files", "leak_match", "difficulty")
         settings = {name: value for name, value in asdict(config).items() if name in names}
         with ProgressFile(path, settings) as progress:
             tasks = ((number, spec.task(self.table)) for number, spec in enumerate(specs))

@@ -275,7 +275,7 @@ def test_an_odd_cell_costs_its_row_at_most(cell: Any) -> None:
 
 
 def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
-    known = KnownImages("near", 10)
+    known = KnownImages("near")
     for seed in range(20):
         known.add(picture(seed))
     for seed in range(20):

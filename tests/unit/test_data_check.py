@@ -28,9 +28,9 @@ from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.digits.export import write_digits_parquet
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.factory.check import check_files
-from cv_lightning.factory.check_copies import VARIANTS, as_thumbnails, near_copies, thumbnail
 from cv_lightning.factory.check_facts import CheckConfig
 from cv_lightning.factory.check_frames import FrameEvidence, judge_frame
+from cv_lightning.factory.near_images import VARIANTS, NearImages, thumbnail
 from cv_lightning.types import DataError
 
 TRANSPOSE = {
@@ -276,9 +276,11 @@ def test_digit_scenes_of_the_same_layout_are_no_copies(tmp_path: Path) -> None:
     assert {frame["fits"] for frame in report["box_frame"]} == {"given"}
 
 
-def test_a_blank_picture_is_no_near_copy_of_anything() -> None:
-    data = [thumbnail(Image.new("RGB", (50, 50), colour)) for colour in ("white", "#fefefe")]
-    assert near_copies(as_thumbnails(data), [1], [0], VARIANTS) == []
+def test_a_blank_image_has_no_near_copy() -> None:
+    blank, other = (thumbnail(Image.new("RGB", (50, 50), colour)) for colour in ("white", "#fefefe"))
+    known = NearImages()
+    known.add(blank)
+    assert known.find(other, VARIANTS) is None
 
 
 # ------------------------------------------------------------------------------------------------ page and command
