@@ -31,7 +31,7 @@ def difficulty(checkpoint: Path, samples: int = 2) -> DifficultyConfig:
     )
 
 
-def test_the_pass_rate_of_a_checkpoint_decides(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_tasks_are_selected_by_measured_pass_rates(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Random weights answer nothing right: every task is all wrong, and that is what is said and kept for later."""
     config = BuildRL(files=[table(tmp_path, 4)], out=tmp_path / "rl.parquet", difficulty=difficulty(tiny_checkpoint))
     with pytest.raises(DataError, match=r"no task is left: \{'all wrong': 4\}"):
@@ -49,7 +49,7 @@ def test_the_pass_rate_of_a_checkpoint_decides(tiny_checkpoint: Path, tmp_path: 
     assert task.metadata["source_id"] == "vqa:1" and task.metadata["pass_rate"] == 0.5
 
 
-def test_the_commands_write_what_their_reports_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_write_files_that_match_their_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rl, robust = tmp_path / "rl.parquet", tmp_path / "robust.parquet"
     assert command([table(tmp_path, 12), "--out", str(rl), "--plan.turned_share", "1"]) == 0
     assert read(tmp_path / "rl.report.json")["kept"] == 12

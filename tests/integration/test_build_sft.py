@@ -60,7 +60,7 @@ def verified(path: Path, sandbox: Sandbox) -> Verification:
     return asyncio.run(verify_file(path, sandbox))
 
 
-def test_all_that_is_kept_verifies_and_trains(built: Path, sandbox: Sandbox) -> None:
+def test_every_kept_conversation_verifies_and_can_be_read(built: Path, sandbox: Sandbox) -> None:
     found = verified(built, sandbox)
     assert (found.verified, found.problems) == (40, {})
     files = ConversationFiles([str(built)], ReaderConfig())
@@ -69,7 +69,7 @@ def test_all_that_is_kept_verifies_and_trains(built: Path, sandbox: Sandbox) -> 
     assert {0, 1, 2, 3} <= set(calls)
 
 
-def test_faults_can_be_shown_without_being_learnt(tmp_path: Path) -> None:
+def test_deliberate_errors_can_be_shown_without_loss(tmp_path: Path) -> None:
     plan = PlanConfig(shares={"error_recovery": 1.0})
     build([table(tmp_path, 6)], tmp_path / "sft.json", plan=plan, learn_faults=False)
     items = read(tmp_path / "sft.json")
@@ -150,13 +150,15 @@ def _mended_error(item: dict[str, Any]) -> None:
         ("error_recovery", _mended_error, "call failed"),
     ],
 )
-def test_what_is_not_as_claimed_is_found(built: Path, sandbox: Sandbox, kind: str, change: Any, problem: str) -> None:
+def test_verification_finds_tampered_claims(
+    built: Path, sandbox: Sandbox, kind: str, change: Any, problem: str
+) -> None:
     found = verified(tampered(built, kind, change), sandbox)
     assert found.verified == 0
     assert problem in {each.kind for each in found.problems[0]}, found.problems
 
 
-def test_a_killed_build_goes_on(tmp_path: Path) -> None:
+def test_a_killed_build_resumes(tmp_path: Path) -> None:
     files, whole, cut = [table(tmp_path, 60)], tmp_path / "whole.json", tmp_path / "cut.json"
     build(files, whole)
     arguments = ["data", "build-sft", *files, "--out", str(cut), "--plan.shares", json.dumps(EQUAL.shares)]
@@ -186,7 +188,7 @@ def test_other_frames_of_coordinates_verify_too(tmp_path: Path, sandbox: Sandbox
     assert verified(out, sandbox).verified == report["kept"]
 
 
-def test_a_folder_of_pictures_with_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_images_with_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"coffee": "What drink is in the cup?", "chelsea": "What animal is it?", "page": "What is this a scan of?"}
     lines = []
     for name, question in names.items():
@@ -205,7 +207,7 @@ def test_a_folder_of_pictures_with_questions(tmp_path: Path, capsys: pytest.Capt
     assert "20 of 20" in capsys.readouterr().out
 
 
-def test_no_usable_row_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_without_usable_rows_names_the_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "vqa.jsonl"
     path.write_text(json.dumps({"image": "none.png", "question": "What?", "answer": "nothing"}))
     assert command([str(path), "--out", str(tmp_path / "sft.json")]) == 2
@@ -274,7 +276,7 @@ def test_a_refused_turn_is_asked_for_again_with_the_reason(tmp_path: Path) -> No
             build([table(tmp_path, 5)], tmp_path / "none.json", teacher=one)
 
 
-def test_the_judge_is_asked_where_the_rules_say_no(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_the_judge_decides_where_the_rules_refuse(tmp_path: Path, sandbox: Sandbox) -> None:
     (tmp_path / "a.png").write_bytes(encoded(picture(0)))
     path = tmp_path / "vqa.jsonl"
     rows = [{"image": "a.png", "question": f"What is it, {at}?", "answer": "a red door"} for at in range(4)]

@@ -1,4 +1,4 @@
-"""Tables to build from: pictures with a marked detail that questions ask for."""
+"""Tables to build from: images with a marked detail that the questions refer to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def picture(seed: int, size: tuple[int, int] = (240, 180), box: Box | None = None) -> Image.Image:
-    """A smooth picture of its own, in which no two pixels' surroundings are alike, with a black frame at the box."""
+    """A smooth random image with a black frame at the box."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(60, 250, (12, 16, 3), dtype=np.uint8))
     image = coarse.resize(size, Image.Resampling.BICUBIC)

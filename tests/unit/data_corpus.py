@@ -1,4 +1,4 @@
-"""Hostile files, made by code: each case names the problem (or the note) that its row must be counted under."""
+"""Hostile rows, generated: each case has the kind of problem (or note) under which its row must be counted."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ BAD_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "a box outside": ("box", row(extra_bbox=[1.0, 2.0, 60.0, 12.0])),
     "a box inverted": ("box", row(extra_bbox=[20.0, 20.0, 3.0, 3.0])),
     "a box of three numbers": ("box", row(extra_bbox=[1.0, 2.0, 3.0])),
-    "a box that is no number": ("box", row(extra_bbox=[float("nan"), 2.0, 30.0, 20.0])),
+    "a box with NaN": ("box", row(extra_bbox=[float("nan"), 2.0, 30.0, 20.0])),
     "no answer": ("no answer", row(reward_model={"ground_truth": None})),
     "a blank answer": ("no answer", row(reward_model={"ground_truth": "  "})),
     "no question": ("no question", row(prompt=None, extra_question=None)),
     "a mark too many": ("image marks", row(prompt=[{"role": "user", "content": "<image><image>What?"}])),
     "no mark": ("image marks", row(prompt=[{"role": "user", "content": "What?"}])),
     "an unknown transform": ("unknown transform", row(extra_transform=json.dumps(["spin"]))),
-    "a transform that is no JSON": ("transform", row(extra_transform="[rotate")),
+    "a transform that is not JSON": ("transform", row(extra_transform="[rotate")),
 }
 ODD_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "CMYK": ("CMYK image", row(encoded(picture().convert("CMYK"), "JPEG"))),
@@ -146,13 +146,18 @@ TURNS = item()["conversations"]
 BAD_ITEMS: dict[str, tuple[str, Any]] = {
     "fewer images than marks": ("image marks", item(images=["a.png"])),
     "more images than marks": ("image marks", item(images=["a.png", "b.png", "a.png"])),
-    "images that are no list": ("no image", item(images="a.png")),
+    "images that are not a list": ("no image", item(images="a.png")),
     "an image that is gone": ("unreadable image", item(images=["a.png", "gone.png"])),
     "HTML instead of an image": ("unreadable image", item(images=["a.png", "page.png"])),
     "turns out of order": ("conversations", item(conversations=TURNS[1:])),
     "turns without speakers": ("conversations", item(conversations=[{"speaker": "human"}])),
     "a text": ("conversations", "text"),
     "no turns": ("conversations", item(conversations=None)),
+    "turns without loss": (
+        "nothing to learn",
+        item(conversations=[TURNS[0], TURNS[1] | {"loss": False}], images=["a.png"]),
+    ),
+    "an unknown loss": ("loss mark", item(conversations=[TURNS[0], TURNS[1] | {"loss": "maybe"}], images=["a.png"])),
 }
 
 

@@ -140,7 +140,7 @@ def test_chartqapro_gives_the_conversation_and_asks_its_last_question(tmp_path: 
     assert task.images[0].size == (60, 40)
 
 
-def test_vstar_has_its_evidence_and_counts_a_missing_picture(tmp_path: Path) -> None:
+def test_vstar_has_its_evidence_and_counts_a_missing_image(tmp_path: Path) -> None:
     rows = task_files([vstar(tmp_path)], ReaderConfig(format="vstar"))
     assert len(rows) == 1
     task = rows.row(0)
@@ -156,7 +156,7 @@ def test_hrbench_rows_with_quotes_and_line_breaks(tmp_path: Path) -> None:
     assert one.metadata["picture"] == other.metadata["picture"], "rotations of a question's options are one cluster"
 
 
-def test_tirbench_has_one_or_two_pictures(tmp_path: Path) -> None:
+def test_tirbench_has_one_or_two_images(tmp_path: Path) -> None:
     jigsaw, spot = read(tirbench(tmp_path), format="tirbench")
     assert (len(jigsaw.images), len(spot.images)) == (1, 2)
     assert (spot.ground_truth, spot.metadata["category"]) == ("4", "spot_difference")
@@ -183,7 +183,7 @@ def test_docvqa(tmp_path: Path) -> None:
     assert rule_score("May 1", task.accepted).value == 1.0 and rule_score("May 2", task.accepted).value == 0.0
 
 
-def test_columns_under_names_of_their_own(tmp_path: Path) -> None:
+def test_columns_with_other_names(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(picture())
     path = tmp_path / "q.json"
     path.write_text(json.dumps({"data": [{"ask": "Which?", "said": "B", "file": "x.png", "choices": ["one", "two"]}]}))
@@ -207,7 +207,7 @@ def test_a_file_of_another_schema_names_what_is_missing(
         read(write(tmp_path), format=given)
 
 
-def test_a_file_of_no_known_kind(tmp_path: Path) -> None:
+def test_an_unknown_file_type_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("a,b\n")
     with pytest.raises(DataError, match=r"not from '\.txt'"):
@@ -256,7 +256,7 @@ class Upright:
         return digit_task(position, "upright")
 
 
-def test_the_probe_asks_each_way_equally_often_and_its_answer_is_what_was_done() -> None:
+def test_the_probe_is_balanced_and_its_answers_are_right() -> None:
     rows = ProbeRows(Upright(), ProbeConfig(num_images=20))
     tasks = [rows.row(position) for position in range(len(rows))]
     assert Counter(task.metadata["category"] for task in tasks) == dict.fromkeys(ORIENTATIONS, 4)

@@ -1,3 +1,5 @@
+"""Builders of data sets: tables, plans, the offline teacher, progress, RL tasks."""
+
 from __future__ import annotations
 
 import base64
@@ -28,7 +30,7 @@ from cv_lightning.types import DataError
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def test_the_same_rows_come_from_every_format(tmp_path: Path) -> None:
+def test_every_table_format_gives_the_same_rows(tmp_path: Path) -> None:
     parquet = VqaTable([table(tmp_path, 5)], TableConfig())
     (tmp_path / "a.png").write_bytes(encoded(picture(0, box=(20, 30, 42, 44))))
     row = {"image": "a.png", "question": "What is item 0?", "answer": 100, "bbox": [20, 30, 42, 44]}
@@ -65,7 +67,7 @@ def test_the_same_rows_come_from_every_format(tmp_path: Path) -> None:
         ({"bbox": [0, 0, 9999, 10]}, "box"),
     ],
 )
-def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, change: dict[str, object], kind: str) -> None:
+def test_unusable_rows_name_the_problem(tmp_path: Path, change: dict[str, object], kind: str) -> None:
     (tmp_path / "a.png").write_bytes(encoded(picture(0)))
     row = {"image": "a.png", "question": "What?", "answer": "1", **change}
     (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n{broken\n")
@@ -77,7 +79,7 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, change: dict[str, ob
         found.row(1)
 
 
-def test_a_missing_column_is_told_with_its_flag(tmp_path: Path) -> None:
+def test_a_missing_column_names_its_flag(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column picture; it has .*image.*--table.image"):
         VqaTable([table(tmp_path, 2)], TableConfig(image="picture"))
     (tmp_path / "t.txt").write_text("x")
@@ -85,7 +87,7 @@ def test_a_missing_column_is_told_with_its_flag(tmp_path: Path) -> None:
         VqaTable([str(tmp_path / "t.txt")], TableConfig())
 
 
-def test_of_several_answers_the_most_frequent_counts(tmp_path: Path) -> None:
+def test_the_most_frequent_of_several_answers_is_taken(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(picture(0)))
     row = {"image": "a.png", "question": "What?", "answer": ["two", "2", "2"]}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
@@ -95,7 +97,7 @@ def test_of_several_answers_the_most_frequent_counts(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ plans
 
 
-def test_shares_are_kept_as_far_as_the_rows_allow(tmp_path: Path) -> None:
+def test_frequencies_of_kinds_are_kept_as_far_as_the_rows_allow(tmp_path: Path) -> None:
     found = VqaTable([table(tmp_path, 40)], TableConfig())
     config = PlanConfig(shares={"single_tool": 1, "multi_tool": 1, "multi_crop": 1, "error_recovery": 1, "no_tool": 1})
     assigner = KindAssigner(config)
@@ -106,7 +108,7 @@ def test_shares_are_kept_as_far_as_the_rows_allow(tmp_path: Path) -> None:
     assert possible_kinds(found.row(1), PlanConfig(transforms=())) == ("no_tool",)
 
 
-def test_windows_are_nested_and_hold_the_box(tmp_path: Path) -> None:
+def test_crop_windows_are_nested_and_contain_the_box(tmp_path: Path) -> None:
     found = VqaTable([table(tmp_path, 20)], TableConfig())
     for at in range(0, 20, 2):
         row = found.row(at)
@@ -124,7 +126,7 @@ def test_windows_are_nested_and_hold_the_box(tmp_path: Path) -> None:
             assert x <= row.box[0] and y <= row.box[1] and x + width >= row.box[2] and y + height >= row.box[3]
 
 
-def test_an_error_shifts_the_images_behind_it(tmp_path: Path) -> None:
+def test_an_error_shifts_later_image_numbers(tmp_path: Path) -> None:
     row = VqaTable([table(tmp_path, 1)], TableConfig()).row(0)
     seen = set()
     for seed in range(60):
@@ -142,7 +144,7 @@ def test_an_error_shifts_the_images_behind_it(tmp_path: Path) -> None:
     assert seen == {"exception", "wrong_turn", "missed_crop"}
 
 
-def test_the_offline_teacher_varies_and_repeats_itself_with_its_seed(tmp_path: Path) -> None:
+def test_the_offline_teacher_depends_on_its_seed(tmp_path: Path) -> None:
     row = VqaTable([table(tmp_path, 1)], TableConfig()).row(0)
     plan = make_plan(row, "multi_tool", PlanConfig(), random.Random(0))
 
@@ -194,7 +196,7 @@ def test_progress_survives_a_cut_line_and_refuses_other_settings(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------ RL
 
 
-def test_rl_tasks_are_what_was_planned(tmp_path: Path) -> None:
+def test_rl_tasks_follow_their_plan(tmp_path: Path) -> None:
     out = tmp_path / "rl.parquet"
     report = build_rl(BuildRL(files=[table(tmp_path, 30)], out=out))
     tasks = TaskFiles([str(out)], ReaderConfig())
@@ -211,12 +213,12 @@ def test_rl_tasks_are_what_was_planned(tmp_path: Path) -> None:
     assert max(turned.values()) - min(turned.values()) <= 1 and 8 <= sum(turned.values()) <= 22
 
 
-def test_duplicates_and_test_pictures_are_dropped(tmp_path: Path) -> None:
+def test_duplicates_and_test_images_are_dropped(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     made = rows(10)
-    made[3] = dict(made[2])  # the same picture and question
+    made[3] = dict(made[2])  # the same image and question
     made[5] = {**made[4], "question": "Another question?"}
     path = tmp_path / "vqa.parquet"
     pq.write_table(pa.Table.from_pylist(made), path)
@@ -238,7 +240,7 @@ def test_duplicates_and_test_pictures_are_dropped(tmp_path: Path) -> None:
     "columns", [("image", "Question", "Answer"), ("image", "question", "answers"), ("image_1", "q", "a")]
 )
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_pictures_are_kept_out_whatever_the_test_file_is(tmp_path: Path, columns: tuple[str, ...], kind: str) -> None:
+def test_images_of_any_test_file_are_kept_out(tmp_path: Path, columns: tuple[str, ...], kind: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -258,7 +260,7 @@ def test_pictures_are_kept_out_whatever_the_test_file_is(tmp_path: Path, columns
     assert report["kept"] == 2 and report["dropped"]["in the test files"]["rows"] == [f"vqa:{at}" for at in range(4)]
 
 
-def test_a_test_file_without_a_picture_stops_the_build(tmp_path: Path) -> None:
+def test_a_test_file_without_an_image_stops_the_build(tmp_path: Path) -> None:
     test = tmp_path / "test.jsonl"
     test.write_text(json.dumps({"photo": "a.png"}) + "\n")
     with pytest.raises(DataError, match=r"test\.jsonl: no image in it could be read.*--table\.image"):
@@ -266,7 +268,7 @@ def test_a_test_file_without_a_picture_stops_the_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", [float("nan"), 7, {"x": 1}])
-def test_an_odd_cell_costs_its_row_at_most(cell: Any) -> None:
+def test_an_odd_box_cell_raises_a_row_error(cell: Any) -> None:
     if cell != cell:
         assert read_box(cell, (100, 80), "bbox") is None
     else:
@@ -274,7 +276,7 @@ def test_an_odd_cell_costs_its_row_at_most(cell: Any) -> None:
             read_box(cell, (100, 80), "bbox")
 
 
-def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
+def test_near_images_are_found_and_others_are_not(tmp_path: Path) -> None:
     known = KnownImages("near")
     for seed in range(20):
         known.add(picture(seed))
@@ -286,7 +288,7 @@ def test_near_pictures_are_found_and_others_are_not(tmp_path: Path) -> None:
     assert Image.new("RGB", (100, 80), "white") not in known
 
 
-def test_a_picture_is_known_in_every_orientation_and_no_other() -> None:
+def test_an_image_is_found_in_every_orientation() -> None:
     known = OrientedImages()
     own = known.add(picture(0))
     for turn in Image.Transpose:
@@ -298,7 +300,7 @@ def test_a_picture_is_known_in_every_orientation_and_no_other() -> None:
     assert known.add(halves) != own
 
 
-def test_all_right_and_all_wrong_are_dropped(tmp_path: Path) -> None:
+def test_tasks_always_or_never_right_are_dropped(tmp_path: Path) -> None:
     rates = tmp_path / "rates.jsonl"
     lines = [{"id": "vqa:0", "right": 0, "scored": 8}, {"id": "vqa:1", "right": 8, "scored": 8}]
     lines += [{"id": "vqa:2", "rate": 0.5}, {"id": "vqa:3", "rate": 1.0}, {"id": "vqa:4", "right": 3, "scored": 7}]
@@ -315,7 +317,7 @@ def test_all_right_and_all_wrong_are_dropped(tmp_path: Path) -> None:
         read_pass_rates(rates)
 
 
-def test_small_texts_are_asked_about_without_saying_where(tmp_path: Path) -> None:
+def test_region_questions_do_not_state_the_place(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(picture(0, (1000, 800))))
     regions = [
         {"text": "Exit only", "bbox": [10, 10, 40, 20]},

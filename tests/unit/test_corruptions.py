@@ -35,7 +35,7 @@ PAGE = Image.fromarray(skimage.data.page()).convert("RGB")
 
 
 def marked(box: Box = (20, 30, 60, 45), size: tuple[int, int] = (120, 80)) -> Task:
-    """A white picture with a red rectangle, which is its box."""
+    """A white image with a red rectangle, which is its box."""
     image = Image.new("RGB", size, "white")
     x1, y1, x2, y2 = map(int, box)
     ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill="red")
@@ -52,7 +52,7 @@ def red_box(image: Image.Image) -> Box:
 
 
 @pytest.mark.parametrize("orientation", ["identity", *ORIENTATIONS])
-def test_boxes_go_with_their_pixels(orientation: str) -> None:
+def test_boxes_follow_the_pixels(orientation: str) -> None:
     shown = apply_variant(marked(), Variant(orientation))
     assert shown.box == red_box(shown.images[0])
     assert (shown.images[0].size == (80, 120)) == (orientation in ("rotate_90", "rotate_270"))
@@ -71,8 +71,8 @@ def test_a_turned_task_can_be_turned_again(first: str) -> None:
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_corruptions_leave_things_where_they_are(corruption: str) -> None:
-    """Size stays, and the middle of the red rectangle stays nearest to red among the picture's halves."""
+def test_corruptions_do_not_move_content(corruption: str) -> None:
+    """The size does not change, and the middle of the red rectangle stays the reddest part of the image."""
     task = marked((20, 30, 60, 70), (160, 100))
     shown = apply_variant(task, Variant("rotate_90", corruption, 2))
     assert shown.images[0].size == (100, 160)
@@ -85,7 +85,7 @@ def test_corruptions_leave_things_where_they_are(corruption: str) -> None:
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_the_same_seed_gives_the_same_bytes(corruption: str) -> None:
+def test_equal_seeds_give_equal_pixels(corruption: str) -> None:
     one, two = (corrupt_image(PHOTOGRAPH, corruption, 3, seed=7) for _ in range(2))
     assert one.tobytes() == two.tobytes()
     assert one.tobytes() != PHOTOGRAPH.tobytes()
@@ -121,7 +121,7 @@ def test_an_unknown_name_is_refused_with_its_flag() -> None:
         CorruptionConfig(severities=(6,))
 
 
-def test_a_benchmark_is_written_in_all_its_forms(tmp_path: Path) -> None:
+def test_corrupt_writes_every_combination(tmp_path: Path) -> None:
     source = tmp_path / "bench.parquet"
     write_task_parquet(source, [marked(), marked((10, 10, 30, 20))], "test")
     out = tmp_path / "robust.parquet"
@@ -159,7 +159,7 @@ def test_a_public_benchmark_keeps_its_metric(tmp_path: Path) -> None:
     assert official_score("elsewhere", tasks.row(3).metadata) == 0.0
 
 
-def test_what_was_there_stays_until_all_is_written(tmp_path: Path) -> None:
+def test_an_existing_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     write_task_parquet(out, [marked()] * 600, "test")
     assert pq.ParquetFile(out).num_row_groups == 3 and len(TaskFiles([str(out)], ReaderConfig())) == 600

@@ -81,7 +81,7 @@ def test_the_check_and_training_skip_the_same_rows(tmp_path: Path) -> None:
     assert summary["usable"] == files.num_rows - len(files.problems.problems)
 
 
-def test_rows_in_the_middle_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_rows_in_the_middle_are_listed(tmp_path: Path) -> None:
     rows = [row(encoded(picture(seed=at))) for at in range(12)]
     path = write_tasks(tmp_path / "set.parquet", rows, row_group_size=4)
     damage_middle(Path(path), group=1)
@@ -89,9 +89,7 @@ def test_rows_in_the_middle_that_cannot_be_read(tmp_path: Path) -> None:
     assert rows_by_kind(report["problems"], path) == {"unreadable rows": [4, 5, 6, 7]}
 
 
-def test_a_file_that_cannot_be_used_is_told_and_fails_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unusable_file_is_reported_and_fails_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, cut, bad = (write_tasks(tmp_path / f"{name}.parquet", [row()]) for name in ("good", "cut", "bad"))
     Path(cut).write_bytes(Path(cut).read_bytes()[:-50])
     write_tasks(Path(bad), [row(b"<html>")])
@@ -105,13 +103,13 @@ def test_a_file_that_cannot_be_used_is_told_and_fails_the_command(
 
 
 @pytest.mark.parametrize("name", ["set.csv", "set"])
-def test_a_name_that_says_no_format(tmp_path: Path, name: str) -> None:
+def test_a_file_name_without_a_known_format_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a,b")
     with pytest.raises(DataError, match=r"must end in \.parquet"):
         check_files([str(tmp_path / name)], CheckConfig())
 
 
-def test_ids_that_came_before(tmp_path: Path) -> None:
+def test_repeated_ids_are_noted(tmp_path: Path) -> None:
     rows = [row(encoded(picture(seed=at)), extra_index=index) for at, index in enumerate([0, 1, 1, 2, 0])]
     path = write_tasks(tmp_path / "set.parquet", rows)
     report = check_files([path], CheckConfig())
@@ -119,7 +117,7 @@ def test_ids_that_came_before(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ limits
-def test_what_the_limits_change_is_named(tmp_path: Path) -> None:
+def test_effects_of_the_limits_are_listed(tmp_path: Path) -> None:
     rows = [
         row(encoded(picture(64, 64))),
         row(encoded(picture(256, 256))),
@@ -159,7 +157,7 @@ def test_processes_give_the_same_report(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ box frames
 def turned_rows(names: list[str], frame: str, size: tuple[int, int] = (90, 90)) -> list[dict[str, Any]]:
-    """Rows with a patch of noise on a plain picture, turned, and its box in one of the frames."""
+    """Rows with a patch of noise on a plain image, turned, and its box in one of the frames."""
     rows = []
     for at, name in enumerate(names):
         upright = Image.new("RGB", size, (200, 200, 200))
@@ -178,7 +176,7 @@ def turned_rows(names: list[str], frame: str, size: tuple[int, int] = (90, 90)) 
 
 @pytest.mark.parametrize("frame", ["given", "upright"])
 @pytest.mark.parametrize(("names", "reason"), [(list(TRANSPOSE) * 4, "edges"), (["flip_vertical"] * 12, "edges")])
-def test_the_frame_that_fits_is_found_by_what_is_in_the_boxes(
+def test_the_frame_is_found_by_the_content_of_the_boxes(
     tmp_path: Path, frame: str, names: list[str], reason: str
 ) -> None:
     path = write_tasks(tmp_path / "set.parquet", turned_rows(names, frame))
@@ -188,7 +186,7 @@ def test_the_frame_that_fits_is_found_by_what_is_in_the_boxes(
 
 
 @pytest.mark.parametrize("frame", ["given", "upright"])
-def test_the_frame_that_fits_is_found_by_the_bounds(tmp_path: Path, frame: str) -> None:
+def test_the_frame_is_found_by_the_bounds(tmp_path: Path, frame: str) -> None:
     rows = turned_rows(["rotate_90", "rotate_270"] * 4, frame, size=(200, 30))
     for made in rows:
         if frame == "upright":
@@ -201,7 +199,7 @@ def test_the_frame_that_fits_is_found_by_the_bounds(tmp_path: Path, frame: str) 
     assert "8 boxes lie inside" in verdict["reason"]
 
 
-def test_the_shape_of_boxes_tells_where_nothing_else_does() -> None:
+def test_the_frame_is_found_by_the_shape_of_boxes() -> None:
     def evidence(swapped: bool, log_ratio: float) -> FrameEvidence:
         return FrameEvidence(swapped, True, True, log_ratio)
 
@@ -212,7 +210,7 @@ def test_the_shape_of_boxes_tells_where_nothing_else_does() -> None:
     assert judge_frame([], 0).reason == "no row has a box"
 
 
-def test_a_frame_that_is_not_configured_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_frame_other_than_the_configured_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_tasks(tmp_path / "set.parquet", turned_rows(list(TRANSPOSE) * 4, "upright"))
     assert main(["check", path]) == 0
     assert "SET data.reader.bbox_frame TO upright" in capsys.readouterr().out
@@ -222,7 +220,7 @@ def test_a_frame_that_is_not_configured_is_said_aloud(tmp_path: Path, capsys: py
 
 # ------------------------------------------------------------------------------------------------ copies
 def soft(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
-    """A picture with large shapes, as photographs have."""
+    """An image with large shapes, like a photograph."""
     return picture(8, 6, seed).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -248,7 +246,7 @@ def test_leakage_is_found_exact_stored_again_and_turned(tmp_path: Path) -> None:
     assert (leakage["held_out_pictures"], leakage["exact"], leakage["near"]) == (5, 1, 3)
 
 
-def test_splits_within_a_file_serve_where_no_test_file_is_named(tmp_path: Path) -> None:
+def test_splits_within_a_file_replace_a_test_file(tmp_path: Path) -> None:
     rows = [row(encoded(soft(seed)), extra_split="train") for seed in range(5)]
     rows += [row(encoded(soft(3)), extra_split="test"), row(encoded(soft(50)), extra_split="test")]
     leakage = check_files([write_tasks(tmp_path / "set.parquet", rows)], CheckConfig())["copies"]["leakage"]
@@ -264,7 +262,7 @@ def test_double_rows_and_near_copies(tmp_path: Path) -> None:
     assert (copies["pictures"], copies["different"]) == (5, 3)
 
 
-def test_digit_scenes_of_the_same_layout_are_no_copies(tmp_path: Path) -> None:
+def test_digit_scenes_of_the_same_layout_are_not_copies(tmp_path: Path) -> None:
     for split in ("train", "held_out"):
         write_digits_parquet(tmp_path / f"{split}.parquet", DigitsConfig(), split, 80)
     report = check_files(
@@ -285,7 +283,7 @@ def test_a_blank_image_has_no_near_copy() -> None:
 
 # ------------------------------------------------------------------------------------------------ page and command
 class Loaded(HTMLParser):
-    """What a page would load."""
+    """Collects what a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +306,7 @@ def test_the_page_is_one_file_and_shows_the_report(tmp_path: Path, capsys: pytes
     text, said = page.read_text(encoding="utf-8"), json.loads(report.read_text(encoding="utf-8"))
     parser = Loaded()
     parser.feed(text)
-    assert len(parser.sources) == 2  # the two pictures of the leak
+    assert len(parser.sources) == 2  # the two images of the leak
     assert all(source.startswith("data:image/") for source in parser.sources)
     assert "<script>" not in text
     assert all(entry["kind"] in text for entry in said["problems"])
@@ -317,7 +315,7 @@ def test_the_page_is_one_file_and_shows_the_report(tmp_path: Path, capsys: pytes
     assert "1 x image too large" in out
 
 
-def test_the_sub_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_sub_verbs_are_refused_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "check" in capsys.readouterr().out
     assert main(["chek"]) == 2

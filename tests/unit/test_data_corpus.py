@@ -1,4 +1,4 @@
-"""Hostile files: every bad row is counted under its kind with its number, and training goes on with the rest."""
+"""Hostile files: every bad row is counted under its kind with its number, and training uses the rest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kinds(files: TaskFiles | ConversationFiles) -> dict[int, str]:
     return {problem.row: problem.kind for problem in files.problems.problems}
 
 
-def test_training_goes_on_past_every_kind_of_bad_row(tmp_path: Path) -> None:
+def test_training_skips_every_kind_of_bad_row(tmp_path: Path) -> None:
     good = [row(reward_model={"ground_truth": f"good {at}"}) for at in range(6)]
     rows = [*good[:3], *(bad for _, bad in BAD_TASKS.values()), *good[3:]]
     files = TaskFiles([write_tasks(tmp_path / "set.parquet", rows, row_group_size=5)], ReaderConfig())
@@ -47,7 +47,7 @@ def test_training_goes_on_past_every_kind_of_bad_row(tmp_path: Path) -> None:
     assert kinds(files) == {at: kind for at, (kind, _) in enumerate(BAD_TASKS.values(), start=3)}
 
 
-def test_a_bad_row_is_replaced_the_same_way_whenever_its_step_is_asked_for(tmp_path: Path) -> None:
+def test_the_replacement_of_a_bad_row_depends_on_the_step_only(tmp_path: Path) -> None:
     rows = [row(b"<html>") if at % 3 else row(reward_model={"ground_truth": str(at)}) for at in range(40)]
     path = write_tasks(tmp_path / "set.parquet", rows, row_group_size=7)
 
@@ -72,7 +72,7 @@ def test_odd_images_are_read(tmp_path: Path) -> None:
     assert (low, high) == (0, 255)
 
 
-def test_a_damaged_row_group_in_the_middle_costs_its_rows_only(tmp_path: Path) -> None:
+def test_a_damaged_row_group_excludes_only_its_rows(tmp_path: Path) -> None:
     rows = [row(encoded(picture(seed=at)), reward_model={"ground_truth": str(at)}) for at in range(12)]
     path = write_tasks(tmp_path / "set.parquet", rows, row_group_size=4)
     damage_middle(Path(path), group=1)
@@ -90,7 +90,7 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path) -> None:
         TaskFiles([good, cut], ReaderConfig())
 
 
-def test_one_file_without_a_usable_row_is_an_error_though_others_have_some(tmp_path: Path) -> None:
+def test_each_file_must_have_a_usable_row(tmp_path: Path) -> None:
     good = write_tasks(tmp_path / "good.parquet", [row()])
     bad = write_tasks(tmp_path / "bad.parquet", [row(b"<html>"), row(reward_model={"ground_truth": None})])
     with pytest.raises(DataError, match=r"(?s)bad\.parquet: no usable row.*1 x unreadable image.*1 x no answer"):
@@ -119,7 +119,7 @@ def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("system", "roles"), [("given", ["system", "user"]), ("own", ["user"])])
-def test_the_system_message_stays_or_makes_room_for_the_agents(tmp_path: Path, system: Any, roles: list[str]) -> None:
+def test_the_system_message_is_kept_or_replaced(tmp_path: Path, system: Any, roles: list[str]) -> None:
     prompt = [{"role": "system", "content": "Old."}, {"role": "user", "content": "<image>What?"}]
     path = write_tasks(tmp_path / "set.parquet", [row(prompt=prompt)])
     assert [m.role for m in TaskFiles([path], ReaderConfig(system=system)).row(0).messages] == roles
@@ -127,7 +127,7 @@ def test_the_system_message_stays_or_makes_room_for_the_agents(tmp_path: Path, s
     assert [m.role for m in ConversationFiles([sft], ReaderConfig(system=system)).row(0).task.messages] == roles
 
 
-def test_bad_conversations_are_skipped_and_the_others_trained_on(tmp_path: Path) -> None:
+def test_bad_conversations_are_listed_and_skipped(tmp_path: Path) -> None:
     path = write_items(tmp_path, [item(), *(bad for _, bad in BAD_ITEMS.values()), item()])
     files = ConversationFiles([path], ReaderConfig())
     source = RowStream(files, seed=1)
@@ -136,7 +136,7 @@ def test_bad_conversations_are_skipped_and_the_others_trained_on(tmp_path: Path)
     assert kinds(files) == {at: kind for at, (kind, _) in enumerate(BAD_ITEMS.values(), start=1)}
 
 
-def test_other_spellings_of_conversations(tmp_path: Path) -> None:
+def test_conversations_in_other_formats(tmp_path: Path) -> None:
     roles = {"human": "user", "gpt": "assistant", "tool": "tool"}
     chat = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in item()["conversations"]]
     made = {"messages": [{"role": "system", "content": "Be brief."}, *chat], "images": item()["images"]}
@@ -163,7 +163,7 @@ COLUMNS = st.sampled_from(["prompt", "images", "reward_model", "extra_info", "da
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(COLUMNS, JSON, min_size=1, max_size=3))
-def test_no_row_whatever_it_holds_stops_a_run(changes: dict[str, Any]) -> None:
+def test_any_row_is_read_or_raises_a_row_error(changes: dict[str, Any]) -> None:
     try:
         task_of_row({**row(), **changes}, Path("set.parquet"), 0, ReaderConfig())
     except RowError as error:
@@ -173,7 +173,7 @@ def test_no_row_whatever_it_holds_stops_a_run(changes: dict[str, Any]) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(JSON, st.dictionaries(st.sampled_from(["conversations", "images", "system"]), JSON)))
-def test_no_item_whatever_it_holds_stops_a_run(made: Any) -> None:
+def test_any_item_is_read_or_raises_a_row_error(made: Any) -> None:
     try:
         conversation_of_item(made, Path("sft.json"), 0, ReaderConfig())
     except RowError as error:
@@ -198,11 +198,11 @@ print(max(resident[1:]) - min(resident[1:]))
 
 
 def test_memory_stays_with_the_chunks(tmp_path: Path) -> None:
-    """Reading an epoch of one large row group leaves no more in memory than its parts."""
+    """Reading an epoch of one large row group keeps only its chunks in memory."""
     noise = [os.urandom(400_000) for _ in range(100)]
     rows = [row(images=[{"bytes": noise[at % 100], "path": None}]) for at in range(1000)]
     path = write_tasks(tmp_path / "large.parquet", rows, use_dictionary=False)
-    # A process of its own: what earlier tests left in this one comes and goes.
+    # A separate process, because memory that earlier tests left in this one is freed at any time.
     run = subprocess.run([sys.executable, "-c", READ_AN_EPOCH, str(path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < 100e6  # of 400 MB that were read

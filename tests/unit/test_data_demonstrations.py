@@ -50,7 +50,7 @@ def test_calls_put_the_number_upright_and_large(coordinates: str) -> None:
         assert shown.turns[-1].text == f"<think>read</think><answer>{task.ground_truth}</answer>"
 
 
-def test_a_call_is_written_as_it_is_meant() -> None:
+def test_a_call_is_written_in_the_protocol() -> None:
     for turn in conversation("turned_and_small", ALWAYS).turns[:-1]:
         assert turn.text.startswith("<think>")
         found = re.fullmatch(r"<think>\w+</think><tool_call>\n(.*)\n</tool_call>", turn.text)
@@ -60,7 +60,7 @@ def test_a_call_is_written_as_it_is_meant() -> None:
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("upright", 0), ("turned", 1), ("small", 1), ("turned_and_small", 2)])
-def test_only_what_the_task_needs_is_called(kind: str, calls: int) -> None:
+def test_demonstrations_call_only_what_the_task_needs(kind: str, calls: int) -> None:
     turns = conversation(kind, ALWAYS).turns
     assert sum(turn.call is not None for turn in turns) == calls
     assert len(turns) == calls + 1

@@ -1,4 +1,4 @@
-"""DataModules under a real Trainer: exact resume, batches that stay the objects they were, ranks, bad configs."""
+"""DataModules under a real Trainer: exact resume, batches passed through unchanged, ranks, invalid configs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cv_lightning.types import CVLightningError, Group, Iteration
 
 
 class Recorder(pl.LightningModule):
-    """Keeps the ids that it was given, and takes a step that changes nothing."""
+    """Records the ids of its batches; its steps change nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Recorder(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, Iteration):
             self.seen.append([task.id for task in batch.tasks])
-            assert batch.groups, "what the callback hung on the batch is gone"
+            assert batch.groups, "the groups that the callback added are missing"
         else:
             self.seen.append([conversation.task.id for conversation in batch.conversations])
         self.optimizers().step()
@@ -53,7 +53,7 @@ class Recorder(pl.LightningModule):
 
 
 class HangGroups(pl.Callback):
-    """Does what a rollout does to its batch."""
+    """Adds groups to a batch, like a rollout."""
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, Iteration):
@@ -74,7 +74,7 @@ def trainer(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
 
 
 def fit(folder: Path, data: pl.LightningDataModule, resume: Path | None = None) -> list[list[str]]:
-    """Batches that a run saw; it leaves a checkpoint after every step in `folder`."""
+    """Ids of the batches of a run, which writes a checkpoint into `folder` after every step."""
     module = Recorder()
     keep_all = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(folder, keep_all).fit(module, data, ckpt_path=resume, weights_only=False)
@@ -85,7 +85,7 @@ def task_data(**changes: Any) -> DigitTaskDataModule:
     return DigitTaskDataModule(**{"num_iterations": 6, "tasks_per_iteration": 8, **changes})
 
 
-def test_overfitting_brings_the_same_tasks_again_and_again() -> None:
+def test_overfitting_repeats_the_same_tasks() -> None:
     usual, data = task_data(), task_data(overfit_tasks=2)
     first = [[task.id for task in usual.train_dataloader().build(step).tasks] for step in range(2)]
     again = [[task.id for task in data.train_dataloader().build(step).tasks] for step in range(4)]
@@ -103,7 +103,7 @@ def sft_data(**changes: Any) -> DigitSFTDataModule:
 
 
 @pytest.mark.parametrize("make", [task_data, sft_data])
-def test_a_resumed_run_sees_what_an_unbroken_one_does(tmp_path: Path, make: Any) -> None:
+def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one(tmp_path: Path, make: Any) -> None:
     whole = fit(tmp_path / "whole", make())
     assert len(whole) == 6
     assert fit(tmp_path / "rest", make(), tmp_path / "whole" / "step=2.ckpt") == whole[2:]
@@ -148,7 +148,7 @@ def test_sft_from_a_file(tmp_path: Path) -> None:
     assert Counter(seen).keys() == {f"sft:{at}" for at in range(5)}
 
 
-def test_evaluations_have_the_asked_tasks_in_batches(tmp_path: Path) -> None:
+def test_evaluations_have_the_configured_tasks_in_batches(tmp_path: Path) -> None:
     module = Recorder()
     data = task_data(val_tasks={"turned": 3}, test_tasks={"upright": 5, "small": 2}, tasks_per_eval_batch=4)
     trainer(tmp_path).validate(module, data, verbose=False)
@@ -169,7 +169,7 @@ def test_ranks_share_every_batch_without_gap_or_overlap(loader: str) -> None:
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole]
 
 
-def test_tasks_that_ranks_cannot_share_name_the_flag() -> None:
+def test_tasks_that_ranks_cannot_divide_name_the_flag() -> None:
     data = task_data(tasks_per_iteration=5)
     data.trainer = SimpleNamespace(global_rank=0, world_size=2)
     with pytest.raises(CVLightningError, match=r"--data\.init_args\.tasks_per_iteration 5"):
@@ -188,7 +188,7 @@ def test_without_files_the_data_module_of_the_digits_is_named(kind: Any) -> None
         kind().train_dataloader()
 
 
-def test_a_loader_starts_anew_after_its_end() -> None:
+def test_a_loader_restarts_after_its_end() -> None:
     loader = StepLoader(lambda step: step, 3)
     assert list(loader) == list(loader) == [0, 1, 2]
     loader.load_state_dict({"next": 3})
@@ -208,7 +208,7 @@ def test_a_loader_starts_anew_after_its_end() -> None:
         (sft_data, {"num_steps": 0}, "--data.num_steps"),
     ],
 )
-def test_arguments_that_cannot_be_name_their_flag(make: Any, arguments: dict[str, Any], flag: str) -> None:
+def test_invalid_arguments_name_their_flag(make: Any, arguments: dict[str, Any], flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         make(**arguments)
 

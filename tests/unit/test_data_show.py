@@ -19,7 +19,7 @@ CALL = '<tool_call>\n{"name": "code_image_tool", "arguments": {"code": "result =
 
 @pytest.fixture
 def conversation(tmp_path: Path) -> Path:
-    """Two pictures; the first one is larger than the model sees it."""
+    """Two images; the model sees the first one reduced."""
     for name, size in (("a.png", (200, 90)), ("b.png", (64, 64))):
         Image.new("RGB", size, "red").save(tmp_path / name)
     turns = [("human", "<image>What is [it]?"), ("gpt", f"<think>turned</think>{CALL}")]
@@ -50,7 +50,7 @@ def test_exactly_the_trained_tokens_are_marked(conversation: Path, tiny_checkpoi
     assert pictures == [dialogue.encoder.num_image_tokens(image.size) for image in dialogue.images]
     plain = shown_as(config)
     assert all("{+" + text + "+}" in plain for text in trained) and plain.count("{+") == 2
-    assert "What is [it]?" in plain, "brackets of the data are no markup"
+    assert "What is [it]?" in plain, "brackets of the data are not markup"
     coloured = shown_as(config, force_terminal=True, color_system="standard")
     assert "{+" not in coloured and f"\x1b[1;32m{trained[1]}" in coloured
     seen = dialogue.images[0]
@@ -75,7 +75,7 @@ def test_a_task_shows_its_prompt(tmp_path: Path, tiny_checkpoint: Path, capsys: 
         (["data.csv"], "a .json, .jsonl or .parquet file is wanted"),
     ],
 )
-def test_what_cannot_be_shown_is_said(
+def test_unusable_arguments_of_show_are_refused(
     arguments: list[str], said: str, conversation: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [argument.format(file=conversation) for argument in arguments]

@@ -1,4 +1,4 @@
-"""Which task comes when: balanced, the same on every call, shared by ranks without gap or overlap."""
+"""Order of tasks: balanced, deterministic, divided among ranks without gap or overlap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_each_kind_is_within_one_of_its_share_and_exact_on_average(shares: dict[
         assert total[kind] / 600 == pytest.approx(count * shares.get(kind, 0) / sum(shares.values()), abs=0.08)
 
 
-def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
+def test_a_step_has_the_same_tasks_at_every_request() -> None:
     source = DigitTasks(DigitsConfig(seed=3))
     ids = [task.id for task in source.batch(7, 12)]
     source.batch(2, 12)
@@ -67,7 +67,7 @@ class Numbers:
         return [order[at] for order, at in places]
 
 
-def test_files_are_gone_through_whole_before_they_start_again() -> None:
+def test_every_epoch_has_every_row_once() -> None:
     rows = Numbers()
     source = RowStream(rows, seed=1)
     stream = [number for step in range(10) for number in source.batch(step, 4, 0, 1)]
@@ -92,6 +92,6 @@ def test_held_out_scenes_have_the_asked_number_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize("counts", [{"sideways": 3}, {"upright": -1}])
-def test_counts_that_cannot_be_name_the_flag(counts: dict[str, int]) -> None:
+def test_invalid_counts_name_their_flag(counts: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="test_tasks"):
         HeldOutScenes(DigitsConfig(), counts)

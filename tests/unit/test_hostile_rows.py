@@ -109,7 +109,7 @@ def test_hostile_tags_in_a_question_stay_text(encoder: DialogueEncoder) -> None:
     assert tasks[0].question == said
 
 
-def test_hostile_mark_made_of_pieces_is_no_second_image(encoder: DialogueEncoder) -> None:
+def test_hostile_mark_made_of_pieces_is_not_a_second_image(encoder: DialogueEncoder) -> None:
     task = task_of_row(row(extra_info={"question": "a <im<image>age> b"}), Path("a"), 0, ReaderConfig(prompt="own"))
     assert task.question == "a  b"
     assert task_tokens(encoder, task, PromptConfig())["<|image_pad|>"] == 1
@@ -218,7 +218,7 @@ def test_hostile_conversations_neither_raise_nor_change_the_control_tokens(encod
 
 # ------------------------------------------------------------------------------------------------ missing values
 @pytest.mark.parametrize("missing", [float("nan"), [float("nan")], "[NaN]", None])
-def test_hostile_nan_is_no_ground_truth(missing: Any) -> None:
+def test_hostile_nan_is_not_a_ground_truth(missing: Any) -> None:
     if missing == "[NaN]":
         missing = json.loads(missing)
     assert refused(reward_model={"ground_truth": missing}).kind == "no answer"
@@ -261,7 +261,7 @@ def test_hostile_characters_are_bad_rows(text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ files
-def test_hostile_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+def test_hostile_byte_order_mark_is_not_content(tmp_path: Path) -> None:
     for name, text in (("a.json", '[{"a": 1}]'), ("a.jsonl", '{"a": 1}\n'), ("a.tsv", "a\tb\n1\t2\n")):
         (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
     assert read_items(tmp_path / "a.json") == read_items(tmp_path / "a.jsonl") == [{"a": 1}]

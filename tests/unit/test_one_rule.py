@@ -1,4 +1,4 @@
-"""What several readers need is decided in one place: image cells, boxes, calls and answers of a turn."""
+"""Rules that all readers share: image cells, boxes, calls and answers of a turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODED = base64.b64encode(png()).decode()
 
 
 @pytest.mark.parametrize("cell", [CODED, f"data:image/png;base64,{CODED}", "a.png", "file://{}/a.png"])
-def test_the_same_image_cell_is_the_same_image_for_every_reader(tmp_path: Path, cell: str) -> None:
+def test_every_reader_decodes_an_image_cell_equally(tmp_path: Path, cell: str) -> None:
     sft_file(tmp_path, [])
     cell = cell.replace("{}", str(tmp_path))
     pq.write_table(pa.Table.from_pylist([row(images=[cell])]), tmp_path / "rl.parquet")
@@ -57,17 +57,17 @@ def test_long_text_that_is_neither_a_file_nor_base64_says_so(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "value", [[1, 2, 3, 4], [[1, 2, 3, 4]], "[1, 2, 3, 4]", "1, 2, 3, 4", "(1 2 3 4)", [1.0, "2", 3, 4]]
 )
-def test_a_box_in_every_form(value: object) -> None:
+def test_boxes_are_read_in_every_notation(value: object) -> None:
     assert parse_box(value, "bbox") == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), [], [None] * 4, "", "null"])
-def test_no_box_in_every_form(value: object) -> None:
+def test_missing_boxes_are_read_in_every_notation(value: object) -> None:
     assert parse_box(value, "bbox") is None
 
 
 @pytest.mark.parametrize("value", [[1, 2, 3], 5, "here", {"x": 1}, [1, 2, 3, float("inf")], [1, 2, 3, None]])
-def test_what_is_no_box_is_named(value: object) -> None:
+def test_invalid_boxes_name_their_key(value: object) -> None:
     with pytest.raises(RowError, match="bbox"):
         parse_box(value, "bbox")
 

@@ -1,4 +1,4 @@
-"""Readers: what users bring becomes tasks and conversations; rows that cannot be used are named and skipped."""
+"""Readers: files become tasks and conversations; unusable rows are listed and skipped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_corpus import item
 from PIL import Image
 
-from cv_lightning.agent.protocol import parse_turn
 from cv_lightning.data import chunks
-from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.readers import TaskFiles, parse_transforms
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
@@ -31,7 +30,7 @@ from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
 
 def execute(image: Image.Image, code: str) -> SandboxResult:
-    """Runs a demonstration's own snippet; nothing a model wrote comes here."""
+    """Run a demonstration's own snippet; code from a model never gets here."""
     scope = {"image": image, "Image": Image}
     exec(code, scope)
     return SandboxResult(status=ToolStatus.OK, image=scope["result"])
@@ -76,7 +75,7 @@ def test_a_row_becomes_a_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_digits_come_back_from_parquet_as_they_were(tmp_path: Path, split: str) -> None:
+def test_parquet_round_trip_of_digits(tmp_path: Path, split: str) -> None:
     digits = DigitsConfig(seed=5)
     write_digits_parquet(tmp_path / "digits.parquet", digits, split, 14)
     files = TaskFiles([str(tmp_path / "digits.parquet")], ReaderConfig(prompt="own"))
@@ -124,14 +123,6 @@ def test_bad_rows_are_counted_listed_and_skipped(tmp_path: Path, caplog: pytest.
         assert hint in files.problems.summary()
 
 
-def test_a_file_without_a_usable_row_is_an_error_that_says_why(tmp_path: Path) -> None:
-    bad = parquet(tmp_path / "bad.parquet", [BAD_ROWS["box"], BAD_ROWS["unknown transform"]])
-    with pytest.raises(
-        DataError, match=r"(?s)no usable row.*1 x box, rows 0.*1 x unknown transform, rows 1.*bad\.parquet"
-    ):
-        TaskFiles([bad], ReaderConfig())
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -155,7 +146,7 @@ def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
     assert (task.question, task.ground_truth, task.messages) == ("How many?", "3", ())
 
 
-def test_files_that_are_missing_or_no_parquet(tmp_path: Path) -> None:
+def test_missing_files_and_files_of_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file: .*nowhere\.parquet"):
         TaskFiles([str(tmp_path / "nowhere.parquet")], ReaderConfig())
     whole = Path(parquet(tmp_path / "cut.parquet", [row()])).read_bytes()
@@ -164,7 +155,7 @@ def test_files_that_are_missing_or_no_parquet(tmp_path: Path) -> None:
         TaskFiles([str(tmp_path / "cut.parquet")], ReaderConfig())
 
 
-def test_pixels_cut_off_behind_a_good_header_are_skipped_when_read(tmp_path: Path) -> None:
+def test_truncated_pixels_are_skipped_when_read(tmp_path: Path) -> None:
     cut = row(images=[{"bytes": png(200, 200)[:3000], "path": None}])
     rows = [cut, row(reward_model={"ground_truth": "7"}), cut]
     files = TaskFiles([parquet(tmp_path / "cut.parquet", rows)], ReaderConfig())
@@ -178,7 +169,7 @@ def test_pixels_cut_off_behind_a_good_header_are_skipped_when_read(tmp_path: Pat
 
 @pytest.mark.parametrize(("given", "read"), [("rotate_-90", ("rotate_270",)), ("rotate_450", ("rotate_90",)),
                                              ("rotate_0", ()), ("rotate_45", ("rotate_45",))])  # fmt: skip
-def test_every_turn_has_one_name(given: str, read: tuple[str, ...]) -> None:
+def test_rotations_are_normalised(given: str, read: tuple[str, ...]) -> None:
     assert parse_transforms([given]) == read
 
 
@@ -252,31 +243,17 @@ def test_a_large_row_group_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.
         (["rotate_45"], ("rotate_45",)),
     ],
 )
-def test_transforms_in_every_form(given: Any, names: tuple[str, ...]) -> None:
+def test_transforms_are_read_in_every_notation(given: Any, names: tuple[str, ...]) -> None:
     assert parse_transforms(given) == names
 
 
 @pytest.mark.parametrize("given", ["[not json", ["rotate_left"], "upside down"])
-def test_transforms_that_mean_nothing(given: Any) -> None:
+def test_invalid_transforms_name_their_key(given: Any) -> None:
     with pytest.raises(RowError, match=r"extra_info\.transform"):
         parse_transforms(given)
 
 
 # ------------------------------------------------------------------------------------------------ SFT files
-def item(**changes: Any) -> dict[str, Any]:
-    call = (
-        '<tool_call>{"name": "code_image_tool", "arguments": {"code": "result = image", "image_index": 0}}</tool_call>'
-    )
-    turns = [
-        ("human", "<image>What?"),
-        ("gpt", f"<think>a</think>{call}"),
-        ("tool", "<image>Here."),
-        ("gpt", "<answer>4</answer>"),
-    ]
-    made = {"conversations": [{"from": who, "value": text} for who, text in turns], "images": ["a.png", "b.png"]}
-    return made | changes
-
-
 def sft_file(folder: Path, items: Any) -> str:
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(png())
@@ -306,7 +283,7 @@ def test_a_turn_that_carries_no_loss(tmp_path: Path, mark: dict[str, Any]) -> No
     assert [turn.learn for turn in again.turns] == [False, True]
 
 
-def test_digits_come_back_from_sft_json_as_they_were(tmp_path: Path) -> None:
+def test_sft_json_round_trip_of_digits(tmp_path: Path) -> None:
     source = DigitDemonstrations(DigitsConfig(), DemonstrationConfig(tool_share=0.7), execute)
     write_digits_sft_json(tmp_path / "digits.json", source, 12)
     files = ConversationFiles([str(tmp_path / "digits.json")], ReaderConfig(prompt="own"))
@@ -320,46 +297,16 @@ def test_digits_come_back_from_sft_json_as_they_were(tmp_path: Path) -> None:
         assert read.task.images[0].tobytes() == made.task.images[0].tobytes()
 
 
-def test_bad_items_are_listed_and_skipped(tmp_path: Path) -> None:
-    turns = item()["conversations"]
-    items = [
-        item(),
-        item(images=["a.png"]),
-        item(images=["a.png", "gone.png"]),
-        item(conversations=turns[1:]),
-        item(conversations=[{"speaker": "human"}]),
-        "text",
-        item(conversations=[{"from": "human", "value": "What?"}, turns[3]], images=[]),
-        item(conversations=[turns[0], turns[1] | {"loss": False}], images=["a.png"]),
-        item(conversations=[turns[0], turns[1] | {"loss": "maybe"}], images=["a.png"]),
-    ]
-    files = ConversationFiles([sft_file(tmp_path, items)], ReaderConfig())
-    assert len(files) == 1
-    kinds = [(problem.row, problem.kind) for problem in files.problems.problems]
-    assert kinds == [
-        (1, "image marks"),
-        (2, "unreadable image"),
-        (3, "conversations"),
-        (4, "conversations"),
-        (5, "conversations"),
-        (6, "image marks"),
-        (7, "nothing to learn"),
-        (8, "loss mark"),
-    ]
-    with pytest.raises(DataError, match=r"(?s)no usable row.*sft\.json"):
-        ConversationFiles([sft_file(tmp_path, items[1:])], ReaderConfig())
-
-
 @pytest.mark.parametrize(
     ("text", "message"), [("{", "cannot be read as JSON"), ("{}", "a list of conversations is wanted")]
 )
-def test_a_file_that_is_no_list(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_without_a_list_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match=rf"x\.json.*{message}"):
         ConversationFiles([str(tmp_path / "x.json")], ReaderConfig())
 
 
-def test_a_call_that_is_no_json_stays_a_call(tmp_path: Path) -> None:
+def test_a_call_with_invalid_json_is_kept(tmp_path: Path) -> None:
     turns = item()["conversations"]
     broken = [
         turns[0],
@@ -381,7 +328,7 @@ def test_tasks_without_metadata_can_be_written(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ odd but plausible
-def test_texts_of_other_tools(tmp_path: Path) -> None:
+def test_turns_in_formats_of_other_tools(tmp_path: Path) -> None:
     call = {"name": "code_image_tool", "arguments": {"code": "result = image", "image_index": 0}}
     listed = item()
     listed["conversations"][1]["value"] = [{"type": "text", "text": listed["conversations"][1]["value"]}]
@@ -395,42 +342,12 @@ def test_texts_of_other_tools(tmp_path: Path) -> None:
     assert files.row(0).turns[0].text == item()["conversations"][1]["value"]
     assert files.row(1).turns[0].text == f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
     assert all(files.row(at).turns[0].call.code == "result = image" for at in range(2))
-    assert len(files) == 2, "nobody learns to say None, nor to call a tool without a call"
+    assert len(files) == 2, "turns without text or call are bad rows"
     assert [(p.row, p.kind) for p in files.problems.problems] == [(2, "no text"), (3, "no tool call")]
     assert "between <tool_call> tags" in files.problems.problems[0].message
 
 
-def spoken(folder: Path, first: str, last: str = "<answer>3</answer>") -> Conversation:
-    given = item()
-    given["conversations"][1]["value"], given["conversations"][3]["value"] = first, last
-    return ConversationFiles([sft_file(folder, [given])], ReaderConfig()).row(0)
-
-
-def call_of(code: str) -> str:
-    return f"<tool_call>{json.dumps({'name': 'code_image_tool', 'arguments': {'code': code}})}</tool_call>"
-
-
-def test_an_end_tag_inside_a_string_does_not_end_a_call(tmp_path: Path) -> None:
-    code = "print('</tool_call>'); result = image"
-    text = f"<think>a</think>{call_of(code)}"
-    (first, _) = spoken(tmp_path, text).turns
-    assert first.call.code == parse_turn(text).call.code == code
-
-
-def test_a_call_inside_a_thought_is_not_the_call(tmp_path: Path) -> None:
-    text = f"<think>Perhaps {call_of('result = image.rotate(90)')}?</think>{call_of('result = image')}"
-    (first, _) = spoken(tmp_path, text).turns
-    assert first.call.code == parse_turn(text).call.code == "result = image"
-    with pytest.raises(DataError, match="outside a thought"):
-        spoken(tmp_path, f"<think>Perhaps {call_of('result = image')}?</think>")
-
-
-def test_the_ground_truth_is_the_answer_that_the_agent_reads(tmp_path: Path) -> None:
-    text = "<answer>3</answer><think>Or is it <answer>9</answer>?</think>"
-    assert spoken(tmp_path, call_of("result = image"), text).task.ground_truth == parse_turn(text).answer == "3"
-
-
-def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+def test_unicode_line_separators_do_not_split_json_lines(tmp_path: Path) -> None:
     said = item()
     said["conversations"][0]["value"] = "<image>What\u2028is\u0085it?"
     path = Path(sft_file(tmp_path, []))
@@ -451,13 +368,13 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
         ([3, 4], None, ["[3, 4]"]),
     ],
 )
-def test_several_accepted_answers(tmp_path: Path, truth: Any, further: Any, accepted: list[str]) -> None:
+def test_several_accepted_answers_are_read(tmp_path: Path, truth: Any, further: Any, accepted: list[str]) -> None:
     extra = json.dumps({"question": "Which?", "accepted_answers": further})
     one = row(reward_model=json.dumps({"ground_truth": truth})) | {"extra_info": extra}
     assert TaskFiles([parquet(tmp_path / "set.parquet", [one])], ReaderConfig()).row(0).accepted == accepted
 
 
-def test_accepted_answers_that_are_none(tmp_path: Path) -> None:
+def test_invalid_accepted_answers_make_a_bad_row(tmp_path: Path) -> None:
     extra = json.dumps({"question": "Which?", "accepted_answers": [{"text": "12"}]})
     path = parquet(tmp_path / "set.parquet", [row() | {"extra_info": extra}, row() | {"extra_info": "{}"}])
     files = TaskFiles([path], ReaderConfig())
