@@ -286,12 +286,7 @@ def _stored_groups(run: Path) -> dict[str, list[int]]:
 
 
 def warn_of_lost_rows(files: Sequence[MetricsLogger], state: Mapping[str, Any]) -> None:
-    """Name the rows of metrics that are missing although a checkpoint counted them, as after a power cut.
-
-    Args:
-        files: The metrics files.
-        state: The checkpoint's state.
-    """
+    """Name the rows of metrics that are missing although a checkpoint's state counted them, as after a power cut."""
     for file, before in zip(files, state.get("rows", []), strict=False):
         found = file.steps(before=state["step"])
         if len(found) < before:
@@ -303,12 +298,7 @@ def warn_of_lost_rows(files: Sequence[MetricsLogger], state: Mapping[str, Any]) 
 
 
 def warn_of_lost_groups(run: Path, stored: Mapping[str, list[int]]) -> None:
-    """Name the iterations whose trajectories are missing although a checkpoint counted them.
-
-    Args:
-        run: The run's folder.
-        stored: `_stored_groups` at the time of the checkpoint.
-    """
+    """Name the iterations whose trajectories are missing although a checkpoint counted them."""
     for name, known in stored.items():
         path = run / LINES / name
         found = list(last_groups(path)) if path.is_file() else [0, 0]

@@ -54,13 +54,9 @@ class ExportCallback(pl.Callback):
 
 
 def export_policy(module: PolicyModule, folder: Path, write: bool, run: Path | None = None) -> None:
-    """Write a policy as a Hugging Face folder.
+    """Write a policy as a Hugging Face folder, which is replaced as a whole. `run` is named in the model card.
 
-    Args:
-        module: The policy's module. Its weights may be sharded, so call this on every rank.
-        folder: The folder, replaced as a whole.
-        write: True on the one rank that writes.
-        run: The run's folder, for the model card.
+    Call this on every rank, because weights may be sharded; `write` is True on the one rank that writes.
     """
     assert module.policy is not None
     tensors = gather_full_params(module.policy)
@@ -91,10 +87,7 @@ class CheckpointExport:
     shard_bytes: int = SHARD_BYTES
 
     def write(self, folder: Path) -> int:
-        """Write into an existing folder.
-
-        Returns:
-            Bytes of weights.
+        """Write into an existing folder; returns the bytes of the weights.
 
         Raises:
             CheckpointError: The checkpoint does not fit the model, or `separate` is set and it holds no adapters.
@@ -118,10 +111,7 @@ class CheckpointExport:
         return size
 
     def verify(self, folder: Path) -> float:
-        """Load a written folder and compare its logits with those of the checkpoint's own tensors.
-
-        Returns:
-            Largest difference over the largest logit.
+        """Largest difference over the largest logit between a written folder and the checkpoint's own tensors.
 
         Raises:
             CheckpointError: The difference is larger than rounding explains.

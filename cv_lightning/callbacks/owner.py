@@ -35,12 +35,7 @@ EXIT_CODE = 1
 
 
 class FolderOwner:
-    """This process's claim on a folder.
-
-    Args:
-        folder: The run's folder; made if it does not exist.
-        verb: `fit`, `validate` or `test`; each has an owner of its own.
-    """
+    """This process's claim on a folder, which is made if it does not exist; each verb has an owner of its own."""
 
     def __init__(self, folder: Path, verb: str) -> None:
         self.folder, self.verb = folder, verb
@@ -50,10 +45,7 @@ class FolderOwner:
         self._thread: threading.Thread | None = None
 
     def take(self, *, force: bool = False) -> None:
-        """Become the owner and start the heartbeat.
-
-        Args:
-            force: Take the folder from an owner that seems to be alive.
+        """Become the owner and start the heartbeat; `force` takes the folder from an owner that seems to be alive.
 
         Raises:
             CVLightningError: Another process owns the folder, or the folder cannot be written.
@@ -94,12 +86,7 @@ class FolderOwner:
         return True
 
     def _remove_other(self, force: bool) -> None:
-        """Remove another process's record if that process is gone or `force` is set.
-
-        Raises:
-            CVLightningError: The owner is alive.
-            FileNotFoundError: There is no record any more.
-        """
+        """Remove the record of a process that is gone, or of any with `force`; else raise CVLightningError."""
         found, age = read_record(self.path), self._age()
         process, host = found.get("pid", "?"), found.get("host", "?")
         if not force and not _is_gone(found, age):
@@ -187,11 +174,7 @@ class RunOwner(pl.Callback):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record; empty while it is being written, or if it is damaged.
-
-    Raises:
-        FileNotFoundError: There is no record.
-    """
+    """The record; empty while it is being written, or if it is damaged. FileNotFoundError without one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -230,12 +213,7 @@ def _is_gone(record: dict[str, Any], age: float) -> bool:
 
 
 def end_process(code: int, message: str = "") -> NoReturn:
-    """End this process and its children at once, without any clean-up.
-
-    Args:
-        code: The exit code.
-        message: Written to stderr first.
-    """
+    """End this process and its children at once, without any clean-up, after writing a message to stderr."""
     sys.stderr.write(message)
     sys.stderr.flush()
     for child in psutil.Process().children(recursive=True):

@@ -266,11 +266,7 @@ class RolloutCallback(pl.Callback):
             pl_module.log("time/store_s", time.perf_counter() - begun)
 
     def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
-        """Stop all ranks if too many trajectories failed.
-
-        Raises:
-            CVLightningError: Names the failures and the first error of this rank.
-        """
+        """Stop all ranks if too many trajectories failed; the error names this rank's first failure."""
         failed = {name: metrics[name] for name in sorted(map(end_state_metric, FAILURES)) if metrics.get(name)}
         if sum(failed.values()) <= self.max_failed_frac:
             return
@@ -284,11 +280,7 @@ class RolloutCallback(pl.Callback):
     def _collect(
         self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration, show: ShowProgress
     ) -> tuple[list[Group], dict[str, float]]:
-        """Roll out and put the groups to train on on the batch.
-
-        Returns:
-            Every group that was rolled out, and the metrics of dynamic sampling.
-        """
+        """Roll out and put the groups to train on on the batch; returns all groups and dynamic sampling's metrics."""
         if not isinstance(module, GRPOModule):
             raise TypeError(f"RolloutCallback trains a GRPOModule, not {type(module).__name__}; change --model")
         collector = self.collector(trainer, module, self.agent, training=True)
@@ -317,10 +309,7 @@ class RolloutCallback(pl.Callback):
     def sync(self, module: PolicyModule, version: int, spoiled: Collection[str] | None = None) -> None:
         """Give the policy's weights to the engine, if it samples from them; a collective under ZeRO-3.
 
-        Args:
-            module: The policy's module.
-            version: Version of the weights.
-            spoiled: If not None, the engine gets changed weights, of vision only these: see `with_other_weights`.
+        With `spoiled` the engine gets changed weights, of vision only these: see `with_other_weights`.
         """
         if self.engine_config.keeps_own_weights:
             return
@@ -411,13 +400,7 @@ class RolloutCallback(pl.Callback):
 
 
 def rolls_out(module: pl.LightningModule, data: object, stage: str) -> bool:
-    """True if a run trains on rollouts or evaluates by them.
-
-    Args:
-        module: The run's module.
-        data: The run's data module, if it has one.
-        stage: `fit`, `validate` or `test`.
-    """
+    """True if a run of a stage (`fit`, `validate`, `test`) trains on rollouts or evaluates by them."""
     if not isinstance(module, PolicyModule):
         return False
     validates = isinstance(data, EvaluationDataModule) and data.has_tasks("validate")

@@ -25,11 +25,7 @@ GRACE_S = 4.0
 
 
 class Stopped(SystemExit):
-    """A signal has stopped the run, and its state is saved.
-
-    Args:
-        number: The signal's number.
-    """
+    """A signal has stopped the run, and its state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -113,11 +109,7 @@ class StopOnSignal(pl.Callback):
 
     # ------------------------------------------------------------------ called by the run
     def check(self) -> None:
-        """Stop an evaluation here if a signal has asked for it.
-
-        Raises:
-            Stopped: A signal has asked for it.
-        """
+        """Raise `Stopped` in an evaluation if a signal has asked for it."""
         if self.asked is not None and self._trainer is not None and self._trainer.state.fn is not TrainerFn.FITTING:
             self._say("stopped; the same command continues with the unanswered questions")
             self.leave(self._trainer)
@@ -173,11 +165,7 @@ class StopOnSignal(pl.Callback):
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Handle the signals, except those that were ignored when this process started, as nohup does.
-
-    Returns:
-        The earlier handlers.
-    """
+    """Handle the signals, except those that this process was started to ignore; returns the earlier handlers."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: earlier for number, earlier in before.items() if earlier is not signal.SIG_IGN}
     for number in before:

@@ -54,11 +54,7 @@ class SFTStartCheck(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the first batch of the run.
-
-        Raises:
-            ParityError: The forwards differ by more than rounding explains.
-        """
+        """Check the first batch of the run; ParityError if the forwards differ by more than rounding explains."""
         if self.done or not self.tolerance or not isinstance(batch, DemonstrationBatch):
             return
         assert isinstance(pl_module, SFTModule)

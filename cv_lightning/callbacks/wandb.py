@@ -21,9 +21,6 @@ class WandbTrajectories(pl.Callback):
     """Logs trajectories and, on request, artifacts to W&B. The command line adds it where W&B is the logger.
 
     Tables of training show the first rank's groups, tables of evaluations those of all ranks.
-
-    Args:
-        logger: The run's W&B logger.
     """
 
     def __init__(self, logger: WandbRun) -> None:

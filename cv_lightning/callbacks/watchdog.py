@@ -96,15 +96,9 @@ class Watchdog(pl.Callback):
     @classmethod
     @contextmanager
     def at(cls, trainer: pl.Trainer, name: str, *, waits: bool) -> Iterator[Callable[[], None]]:
-        """Set this rank's place while the block runs.
+        """Set this rank's place while the block runs; yields a function to call on progress.
 
-        Args:
-            trainer: The trainer, with or without a watchdog.
-            name: Name for people.
-            waits: True if the block is a collective.
-
-        Yields:
-            A function to call on progress.
+        `waits` is True if the block is a collective. Does nothing if the trainer has no watchdog.
         """
         found = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)  # type: ignore[attr-defined]
         if found is None:
@@ -241,13 +235,7 @@ class Watchdog(pl.Callback):
 
 
 def diagnose(reports: list[RankReport], timeout_s: float, silence_s: float) -> str:
-    """Message on dead or stuck ranks; empty if there are none.
-
-    Args:
-        reports: Reports of the ranks that have not ended.
-        timeout_s: Longest accepted time without progress.
-        silence_s: Longest accepted time without a report.
-    """
+    """Message on dead or stuck ranks among those that have not ended; empty if there are none."""
     for report in reports:
         if report.silent_s > silence_s:
             return (

@@ -36,13 +36,7 @@ MAX_BODY_BYTES = 1 << 24
 
 
 class EndpointClient:
-    """Posts requests to one endpoint.
-
-    Args:
-        config: Endpoint and limits.
-        wanted: What an answer is called in errors: a verdict, a turn.
-        max_body_bytes: Largest answer that is read.
-    """
+    """Posts requests to one endpoint. `wanted` is the name of an answer in errors: a verdict, a turn."""
 
     def __init__(self, config: EndpointConfig, wanted: str = "answer", max_body_bytes: int = MAX_BODY_BYTES) -> None:
         import openai  # noqa: F401  # the import takes a second, too long for the event loop
@@ -180,11 +174,7 @@ class EndpointClient:
         return known
 
     def _can_do_without(self, options: dict[str, Any], needed: Collection[str], body: bytes) -> bool:
-        """Note which of a request's options an error names as unknown; False if it names none.
-
-        Raises:
-            EndpointError: One of them is needed.
-        """
+        """Note which of a request's options an error names as unknown; False if none, EndpointError if needed."""
         unknown = {name for name in options if name.encode() in body}
         if not unknown or "max_completion_tokens" in unknown:
             return False

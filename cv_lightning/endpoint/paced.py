@@ -32,11 +32,6 @@ class Pacing:
     After `breaker_failures` failures in a row the circuit is open: nothing is sent for `breaker_pause_s`, then one
     request probes the server. Requests that wait fail together once the server has been down for `give_up_s`, so that
     a long queue does not run into one time-out after another.
-
-    Args:
-        config: Limits of the endpoint.
-        spent: Where requests are counted.
-        max_body_bytes: Largest answer that is read.
     """
 
     def __init__(self, config: EndpointConfig, spent: Spent, max_body_bytes: int) -> None:
@@ -54,11 +49,7 @@ class Pacing:
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
-        """Wait until a request may be sent; call `succeeded` or `failed` inside.
-
-        Raises:
-            EndpointDownError: The server has answered no request for `give_up_s`.
-        """
+        """Wait until a request may be sent; call `succeeded` or `failed` inside. Raises EndpointDownError."""
         if self.limiter is not None:
             await self.limiter.acquire()
         probes = await self._is_probe()
@@ -104,10 +95,6 @@ class PacedClient(httpx2.AsyncClient):
 
     HTTP 429 is not a failure: the server asks for a slower pace, and the request is repeated for as long as its caller
     waits.
-
-    Args:
-        pacing: What the requests share.
-        options: Options of `httpx2.AsyncClient`.
     """
 
     def __init__(self, pacing: Pacing, **options: Any) -> None:

@@ -23,10 +23,6 @@ class MetricsLogger(Logger):
 
     Lightning's `CSVLogger` deletes the file of an earlier start, and empties it to add a column. Here the first row
     replaces a file of an earlier start unless `rewind` was called. The methods that read are for the first rank.
-
-    Args:
-        folder: The run's folder.
-        file: Name of the file there.
     """
 
     def __init__(self, folder: str | Path, file: str = "metrics.csv") -> None:
@@ -51,12 +47,7 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write one row.
-
-        Args:
-            metrics: Numbers by name.
-            step: Batches trained on before this row.
-        """
+        """Write one row; `step` is the number of batches trained on before it."""
         row = {name: float(value) for name, value in metrics.items()} | {STEP: step or 0}
         if not row.keys() <= set(self.columns):
             self._replace([*(self._rows() if self.columns else []), row])
@@ -69,12 +60,7 @@ class MetricsLogger(Logger):
         """Write nothing: `RunRecord` stores the config."""
 
     def rewind(self, step: int, row: Mapping[str, float]) -> None:
-        """Keep the rows up to a checkpoint's step and continue after them.
-
-        Args:
-            step: The checkpoint's step.
-            row: The checkpoint's own copy of the row of its step, written if a kill came before that row.
-        """
+        """Keep the rows up to a checkpoint's step; add the checkpoint's own row if a kill came before it."""
         rows = [kept for kept in self._rows() if float(kept[STEP]) <= step]
         if row and not any(float(kept[STEP]) == step for kept in rows):
             rows.append({new_metric(name): value for name, value in row.items()} | {STEP: step})

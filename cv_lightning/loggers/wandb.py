@@ -111,12 +111,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log one row under the iteration that it names; a row without one, like an evaluation's, under the last.
-
-        Args:
-            metrics: Numbers by name.
-            step: Lightning's own count of batches, which W&B does not get.
-        """
+        """Log a row under its iteration, or under the last one if it names none; W&B does not get Lightning's step."""
         run = self.experiment
         is_training = X_AXIS in metrics
         if is_training:
@@ -159,13 +154,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_folder(self, path: Path, name: str, kind: str) -> None:
-        """Upload a file or a folder as an artifact.
-
-        Args:
-            path: The file or folder.
-            name: Follows the run's id in the artifact's name; W&B versions artifacts by name.
-            kind: W&B's type of the artifact.
-        """
+        """Upload a file or a folder as an artifact of a W&B type; its name follows the run's id, W&B versions it."""
         import wandb
 
         artifact = wandb.Artifact(f"{self.experiment.id}-{name}", kind, metadata={X_AXIS: self.iteration})

@@ -17,10 +17,6 @@ from cv_lightning.types import CVLightningError, Group, Task
 class EngineGroup:
     """A group of `size` consecutive ranks that share an engine. Build it on every rank of the run.
 
-    Args:
-        size: `engine.tensor_parallel_size`.
-        trainer: Knows this rank's number and the ranks of a node.
-
     Raises:
         CVLightningError: The size does not divide the ranks of a node.
     """
@@ -60,16 +56,9 @@ class EngineGroup:
         run: Callable[[Engine, Sequence[Task]], list[Group]],
         note_progress: Callable[[], None],
     ) -> list[Group]:
-        """Roll out the tasks of all ranks of the group on its leader; a collective.
+        """Roll out the tasks of all ranks of the group with `run` on its leader; returns those of this rank's tasks.
 
-        Args:
-            engine: This rank's part of the engine.
-            tasks: This rank's tasks.
-            run: Rolls tasks out; called on the leader.
-            note_progress: Called on the other ranks whenever the leader makes progress.
-
-        Returns:
-            The groups of this rank's tasks.
+        This is a collective. The other ranks follow the engine's commands and call `note_progress` at each.
         """
         by_rank = self.gather(list(tasks))
         groups: list[Group] = []
@@ -87,11 +76,7 @@ class EngineGroup:
 
 
 def check_engine_device(trainer: pl.Trainer) -> None:
-    """Check that the policy is on the GPU that vLLM uses in the same process.
-
-    Raises:
-        CVLightningError: It is on another one.
-    """
+    """Check that the policy is on the GPU that vLLM uses in the same process; else raise CVLightningError."""
     device = trainer.strategy.root_device
     index = engine_device_index(trainer.world_size)
     if device.type == "cuda" and device.index not in (None, index):

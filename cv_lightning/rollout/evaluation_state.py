@@ -47,11 +47,7 @@ class Answered:
 
 
 def holds(folder: Path, fingerprint: dict[str, Any]) -> Literal["new", "interrupted", "finished", "another"]:
-    """Content of a folder, seen from an evaluation. Reads only.
-
-    Args:
-        folder: The evaluation's folder.
-        fingerprint: Everything that the results depend on: model, settings, limits, reward.
+    """Content of a folder, seen from the evaluation of a fingerprint. Reads only.
 
     Returns:
         `new` without trajectories, `another` with trajectories of another evaluation; else whether the same evaluation
@@ -90,15 +86,12 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 
 def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> int:
-    """Remove stale groups: questions no longer in the data set, or answered again in this run.
+    """Remove stale groups: questions no longer in the data set, or answered again in this run; returns their number.
 
     Args:
         folder: The evaluation's folder, to which nothing writes now.
         sizes: Sizes of the files when this test started, by name; later groups are kept.
         kept: Ids of the questions whose earlier answer is kept.
-
-    Returns:
-        Number of removed groups.
     """
     dropped = 0
     for path in sorted((folder / LINES).glob("*.jsonl")):

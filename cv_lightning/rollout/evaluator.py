@@ -80,12 +80,7 @@ ShowProgress = Callable[[str], AbstractContextManager[Callable[[RolloutProgress]
 class Evaluator:
     """Runs the settings of an evaluation and summarises them.
 
-    Args:
-        settings: Settings to run over each task.
-        prefix: Prefix of the folders' names.
-        store: How trajectories are stored; all of them are, also if training stores a fraction.
-        seed: Seed of sampling.
-        fingerprint: `rollout_fingerprint`.
+    All trajectories are stored, also if training stores a fraction. `prefix` precedes the folders' names.
 
     Raises:
         ValueError: Two settings have one name.
@@ -138,10 +133,9 @@ class Evaluator:
         self._answered = {name: read_answered(folder) for name, folder in folders.items()}
 
     def _prepare(self, folders: Mapping[str, Path], doing: TrainerFn | None) -> str:
-        """Prepare the folders of all settings, by name; none is changed if one of them holds another evaluation.
+        """Prepare the settings' folders, by name; returns the reason to refuse the evaluation, empty without one.
 
-        Returns:
-            Reason to refuse the evaluation; empty without one.
+        No folder is changed if one of them holds another evaluation.
         """
         fingerprints = {setting.name: self._fingerprint_of(setting) for setting in self.settings}
         testing = doing is TrainerFn.TESTING
@@ -194,15 +188,7 @@ class Evaluator:
         collector_of: Callable[[EvaluationConfig], Collector],
         show_progress: ShowProgress,
     ) -> None:
-        """Run every setting over the batch's tasks that are not answered yet.
-
-        Args:
-            trainer: The trainer.
-            module: The policy's module.
-            batch: The tasks.
-            collector_of: Makes the collector that rolls tasks out under a setting.
-            show_progress: Shows one rollout while it runs.
-        """
+        """Run every setting over the tasks of a batch that are not answered yet."""
         for setting in self.settings:
             folder = self._folder(trainer, module, setting)
             tasks = self._unanswered(setting, batch.tasks)

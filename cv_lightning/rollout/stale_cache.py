@@ -27,12 +27,7 @@ NUM_PAIRS = 2
 
 
 def stale_images_message(kind: str, seen: str) -> str:
-    """Message about an engine that agrees with the trainer on new images only.
-
-    Args:
-        kind: `engine_kind`.
-        seen: Result of the comparison on repeated images.
-    """
+    """Message about an engine that agrees with the trainer on new images only; `seen` is the error on repeated ones."""
     advice = ADVICE.get(kind, "the engine has to drop every cache of images in update_weights")
     return (
         "the engine answers images that it has seen before a weight update from a cache of the old weights; on images "
@@ -68,12 +63,7 @@ def with_other_weights(
 
 @contextmanager
 def other_vision_in_place(policy: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Context manager that rolls the policy's own parameters, for an engine that generates with the policy itself.
-
-    Args:
-        policy: The policy, with unsharded tensors.
-        names: `trained_vision` of the policy.
-    """
+    """Context manager that rolls parameters of the policy itself, which an engine generates with; not under ZeRO-3."""
     parameters = [parameter for name, parameter in policy.named_parameters() if name in names]
     _roll(parameters, 1)
     try:

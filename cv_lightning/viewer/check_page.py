@@ -22,13 +22,7 @@ CHART_WIDTH, CHART_HEIGHT = 400, 90
 def write_check_page(
     path: Path, report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: The file to write.
-        report: Result of `check_files`.
-        images_of: Returns the images of a row, by file and number.
-    """
+    """Write the page of a report of `check_files`; `images_of` returns a row's images, by file and number."""
     templates = environment().overlay(undefined=jinja2.Undefined)  # parts of the report may be missing
     templates.filters |= {"bars": _bars, "name": lambda p: Path(p).name, "place": _place, "whole": _whole}
     names = [Path(file["path"]).name for file in report["files"]]

@@ -138,14 +138,9 @@ def write_comparison(
     out: Path,
     max_flips: int = 30,
 ) -> None:
-    """Write `compare.json` and `compare.html` into a folder.
+    """Write `compare.json` and `compare.html` into a folder, which is made if it does not exist.
 
-    Args:
-        found: Result of `compare`.
-        first: Groups of the first evaluation, by question.
-        second: Groups of the second evaluation, by question.
-        out: The folder; made if it does not exist.
-        max_flips: Questions of each direction whose trajectories the page shows.
+    The page shows the trajectories of at most `max_flips` questions of each direction, from the groups by question.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")

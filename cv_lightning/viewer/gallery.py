@@ -119,14 +119,9 @@ class Gallery:
         self._code_numbers: dict[str, int] = {}
 
     def add_store(self, name: str, label: str, groups: list[Group], num_seen: int, folder: str | None) -> None:
-        """Add the sampled groups of one store.
+        """Add the sample of a store, which was drawn from `num_seen` trajectories.
 
-        Args:
-            name: Path of the store below the run's folder.
-            label: Name for people.
-            groups: The sample.
-            num_seen: Trajectories that the sample was drawn from.
-            folder: Relative URL of the store from the page, for links to image files; None for no links.
+        `name` is the store's path below the run, `folder` its relative URL from the page; None gives no links to files.
         """
         shown = sum(len(group.trajectories) for group in groups)
         self.stores.append({"name": name, "label": label, "folder": folder, "shown": shown, "total": num_seen})

@@ -52,13 +52,7 @@ class RenderedReport(NamedTuple):
 
 
 class LiveReport:
-    """A run's report, built again whenever its files have changed.
-
-    Args:
-        folder: The run's folder; it may still be empty.
-        config: Limits on what the page shows; images are served, not embedded.
-        sections_of: Makes an application's additions.
-    """
+    """A run's report, built again whenever its files have changed; the run's folder may still be empty."""
 
     def __init__(
         self, folder: Path, config: ReportConfig, sections_of: Callable[[Run], RunSections] = RunSections
@@ -72,11 +66,7 @@ class LiveReport:
         self._rest_until = 0.0
 
     def page(self) -> RenderedReport:
-        """The page, built at most as often as `IDLE_PER_BUILD` allows.
-
-        Raises:
-            DataError: The folder holds no run yet.
-        """
+        """The page, built at most as often as `IDLE_PER_BUILD` allows; DataError while there is no run."""
         with self._lock:
             begun = time.monotonic()
             if self._page is None or begun > self._rest_until:
@@ -103,17 +93,10 @@ class LiveReport:
         )
 
     def image(self, path: str, size: str | None) -> tuple[bytes, str]:
-        """An image of one of the run's stores.
-
-        Args:
-            path: Unquoted path of the URL.
-            size: `WIDTHxHEIGHT` to scale the image down to.
-
-        Returns:
-            The file's bytes and its media type.
+        """An image of one of the run's stores: its bytes and media type, scaled down to `WIDTHxHEIGHT` if given.
 
         Raises:
-            FileNotFoundError: The path is not that of an image.
+            FileNotFoundError: The unquoted URL path is not that of an image.
             DataError: The file is damaged.
         """
         match = IMAGE_PATH.fullmatch(path.removeprefix("/"))
@@ -183,15 +166,7 @@ def _waiting(error: CVLightningError) -> bytes:
 
 
 class ReportServer(ThreadingHTTPServer):
-    """The server of one run, on the loopback address.
-
-    Args:
-        report: The report.
-        port: The port; 0 for any free one.
-
-    Raises:
-        OSError: The port is in use.
-    """
+    """Server of one run on the loopback address; OSError if the port is in use, port 0 takes any free one."""
 
     daemon_threads = True
 
@@ -206,11 +181,7 @@ class ReportServer(ThreadingHTTPServer):
 
 
 def open_server(report: LiveReport, port: int) -> ReportServer:
-    """Open a server on a port or on the next free one.
-
-    Raises:
-        DataError: None of the ports is free.
-    """
+    """Open a server on a port or on one of the next ones; DataError if none is free."""
     for number in range(port, min(port + TRIED_PORTS, 65536)):
         try:
             return ReportServer(report, number)
@@ -221,16 +192,7 @@ def open_server(report: LiveReport, port: int) -> ReportServer:
 
 
 def serve_report(report: LiveReport, port: int, open_browser: Callable[[str], object] | None = None) -> None:
-    """Serve a run until Ctrl-C.
-
-    Args:
-        report: The report.
-        port: The port, or the next free one if it is in use; 0 for any.
-        open_browser: Called with the address.
-
-    Raises:
-        DataError: None of the ports is free.
-    """
+    """Serve a run until Ctrl-C on a port or on the next free one; `open_browser` gets the address."""
     server = open_server(report, port)
     address = f"http://127.0.0.1:{server.server_port}/"
     if port not in (0, server.server_port):

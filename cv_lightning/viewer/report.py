@@ -69,16 +69,9 @@ def write_report(
     out: str | Path | None = None,
     sections_of: Callable[[Run], RunSections] = RunSections,
 ) -> Path:
-    """Write the report of a run.
+    """Write the report of a run, by default to `report.html` in its folder; returns the page's path.
 
-    Args:
-        folder: The run's folder.
-        config: Limits on what is embedded.
-        out: The page; by default `report.html` in the run's folder.
-        sections_of: Makes an application's additions.
-
-    Returns:
-        The page's path.
+    `sections_of` makes an application's additions.
 
     Raises:
         DataError: The folder holds no run, or one of a newer schema.
@@ -142,13 +135,8 @@ def _read_store(store: Store, most: int) -> StoreContent:
 class Report:
     """The page of a run, as HTML and as the data that its script draws.
 
-    Args:
-        run: The run.
-        config: Limits on what is embedded.
-        page: Path of the page, from which images that are not embedded are linked.
-        app: An application's additions.
-        cache: Content that was read before.
-        is_live: The page asks its server for new data.
+    `page` is its path, from which images that are not embedded are linked; `cache` holds content that was read before.
+    A live page asks its server for new data.
     """
 
     def __init__(
@@ -294,13 +282,7 @@ def _rate(value: Rate | None) -> Markup:
 
 
 def _policy(style: str, script: str, more: str) -> str:
-    """Content security policy: allows this style, this script, images of page and run, and nothing else.
-
-    Args:
-        style: The page's style sheet.
-        script: The page's script.
-        more: Further directives.
-    """
+    """Content security policy: allows this style, this script, images of page and run, and nothing else."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; img-src data: 'self' file:; style-src 'sha256-{hashes[0]}'; "

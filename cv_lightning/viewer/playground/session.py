@@ -81,12 +81,9 @@ Watch = Callable[[Exchange], None]
 
 
 class Playground:
-    """A model, its sandbox, and the store of saved trajectories. Answers one question at a time.
+    """A model with its sandbox, and the store of saved trajectories. Answers one question at a time.
 
-    Args:
-        rollout: The agent loop with engine and sandbox; it is not changed.
-        model: The model's name, stored with the trajectories.
-        out: Folder of the store; made when something is saved.
+    `model` is the name that is stored with the trajectories; the folder `out` is made when something is saved.
     """
 
     def __init__(self, rollout: Rollout, model: str, out: Path) -> None:
@@ -95,11 +92,7 @@ class Playground:
         self._count = 0
 
     def ask(self, image: Image.Image, question: str, sampling: SamplingConfig, watch: Watch) -> Exchange:
-        """Answer a question about an image; returns when it is answered or was stopped.
-
-        Raises:
-            CVLightningError: Another question is being answered, or the engine failed.
-        """
+        """Answer a question about an image; returns when it is answered or was stopped. Raises as `try_code`."""
         self._count += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._count}"
         metadata = {"kind": DATA_SOURCE, "model": self.model}
@@ -109,16 +102,10 @@ class Playground:
         return self._run(Exchange(task=task, sampling=sampling), watch)
 
     def try_code(self, exchange: Exchange, index: int, code: str, watch: Watch) -> Exchange:
-        """Run edited code in place of a turn's own, and let the model continue from its result.
-
-        Args:
-            exchange: An exchange that has ended.
-            index: Number of a turn with a call.
-            code: The new snippet.
-            watch: See `Watch`.
+        """Run edited code in place of that of turn `index`, and let the model continue from its result.
 
         Raises:
-            CVLightningError: The same as of `ask`, or the turn has no call.
+            CVLightningError: The turn has no call, another question is being answered, or the engine failed.
         """
         call = exchange.turns[index].parsed.call
         if call is None:
@@ -164,11 +151,7 @@ class Playground:
         watch(exchange)
 
     def save(self, exchange: Exchange) -> Path:
-        """Append the trajectory to the store; returns the store's file.
-
-        Raises:
-            CVLightningError: The exchange has not ended yet.
-        """
+        """Append the trajectory to the store and return the store's file; an error while it is still running."""
         if exchange.trajectory is None:
             raise CVLightningError("this question is still being answered; save it afterwards")
         with TrajectoryWriter(self.out, StoreConfig(tokens=True), name="chat") as writer:
@@ -208,14 +191,7 @@ def _mask_edited(trajectory: Trajectory, exchange: Exchange) -> None:
 def open_playground(
     policy: PolicyConfig, agent: AgentConfig, engine_config: EngineConfig, sandbox_config: SandboxConfig, out: Path
 ) -> Iterator[Playground]:
-    """Load the model and start the sandbox; both are closed afterwards.
-
-    Args:
-        policy: The model; its processor sets the size at which it sees images.
-        agent: Limits and prompts of the agent.
-        engine_config: The engine.
-        sandbox_config: Limits of the sandbox.
-        out: Folder of saved trajectories and images.
+    """Load the model and start the sandbox; both are closed afterwards. Saved trajectories go to the folder `out`.
 
     Raises:
         CVLightningError: Model, engine or sandbox is not available.

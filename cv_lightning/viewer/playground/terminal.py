@@ -68,11 +68,7 @@ def blocks(image: Image.Image, width: int = BLOCKS) -> Text:
 class Terminal:
     """Reads questions and commands from a keyboard, and prints the answers.
 
-    Args:
-        playground: Answers the questions.
-        sampling: Sampling settings of every question.
-        inline: Also draw images in blocks, if the terminal has 24-bit colour.
-        console: By default the process's terminal.
+    `inline` also draws images in blocks, if the terminal has 24-bit colour.
     """
 
     def __init__(
@@ -88,20 +84,12 @@ class Terminal:
         """Parts of the current exchange that are printed: number of the turn, and the part."""
 
     def open_image(self, path: Path) -> None:
-        """Make a file the current image.
-
-        Raises:
-            ImageError: The file is not an image.
-        """
+        """Make a file the current image; ImageError if it is not one."""
         self.image = decode_image(path)
         self.console.print(Text(f"{path}: {self.image.width}x{self.image.height} pixels", style="dim"))
 
     def ask(self, question: str) -> Exchange:
-        """Ask about the current image, and print the answer.
-
-        Raises:
-            CVLightningError: There is no image, or the engine failed.
-        """
+        """Ask about the current image, and print the answer; CVLightningError without an image."""
         if self.image is None:
             raise CVLightningError("there is no image yet; :image FILE opens one (or --image FILE at the start)")
         image = self.image
@@ -207,11 +195,7 @@ class Terminal:
 
 
 def edit_text(text: str) -> str:
-    """Open a text in $EDITOR (by default vi) and return the edited text.
-
-    Raises:
-        CVLightningError: The editor cannot be run.
-    """
+    """Open a text in $EDITOR (by default vi) and return the edited text; CVLightningError if it cannot be run."""
     editor = shlex.split(os.environ.get("EDITOR", "vi"))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "snippet.py")

@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 class WatchedEngine:
     """Engine of one trajectory: returns given turns first, then those of the real engine. It can be stopped.
 
-    Args:
-        engine: The real engine.
-        given: Turns that are not sampled again.
-        on_turn: Called with each finished turn, on the thread that steps.
+    `on_turn` is called with each finished turn, on the thread that steps.
     """
 
     def __init__(self, engine: Engine, given: Sequence[Completion], on_turn: Callable[[Completion], None]) -> None:
@@ -43,11 +40,7 @@ class WatchedEngine:
         self.current = ""
 
     def add_request(self, request: Request) -> None:
-        """Answer with the next given turn, or ask the real engine.
-
-        Raises:
-            EngineError: The exchange was stopped, or the real engine failed.
-        """
+        """Answer with the next given turn, or ask the real engine; EngineError once stopped."""
         if self.stopped.is_set():
             raise EngineError("stopped")
         self.current = request.id
@@ -89,11 +82,9 @@ class WatchedEngine:
 
 
 class WatchedSandbox:
-    """Sandbox that reports when code starts, and its result.
+    """Sandbox that reports its snippets: `on_result` is called with None when one starts, then with its result.
 
-    Args:
-        sandbox: The real sandbox.
-        on_result: Called with None when code starts, then with its result, on the background thread.
+    The calls come from the background thread.
     """
 
     def __init__(self, sandbox: CodeRunner, on_result: Callable[[SandboxResult | None], None]) -> None:
@@ -108,13 +99,7 @@ class WatchedSandbox:
 
 
 def with_code(text: str, code: str, image_index: int) -> str:
-    """Replace the snippet in the call of an assistant turn; the thought before it is kept.
-
-    Args:
-        text: Text of the turn.
-        code: The new snippet.
-        image_index: Index of the image that the snippet gets.
-    """
+    """Replace the snippet in the call of an assistant turn; the thought before it is kept."""
     thought, close, rest = text.rpartition(THINK_CLOSE)
     arguments = {"code": code, "image_index": image_index}
     return f"{thought}{close}{rest.partition(CALL_OPEN)[0]}{call_markup(CodeTool.name, arguments)}"
@@ -123,14 +108,7 @@ def with_code(text: str, code: str, image_index: int) -> str:
 def edited_turns(
     turns: Sequence[Completion], index: int, text: str, encode: Callable[[str], Sequence[int]]
 ) -> list[Completion]:
-    """The turns before `index`, and that turn with another text.
-
-    Args:
-        turns: Turns of the trajectory that is tried again.
-        index: Number of the edited turn.
-        text: New text of that turn.
-        encode: Returns the ids of an assistant turn, end of turn included.
-    """
+    """The turns before `index`, and that turn with another text; `encode` returns the ids of an assistant turn."""
     ids = list(encode(text))
     edited = Completion(id="", token_ids=ids, logprobs=[0.0] * len(ids), stopped=True, prompt_ids=None)
     return [*turns[:index], edited]

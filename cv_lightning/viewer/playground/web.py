@@ -42,14 +42,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 class ChatPage:
-    """The page of one browser tab.
-
-    Args:
-        playground: Answers the questions.
-        sampling: Sampling settings; the page can change the temperature.
-        engine: The one thread that steps the engine.
-        image: First image, if any.
-    """
+    """The page of one browser tab; `engine` is the one thread that steps the engine, `image` the first image."""
 
     def __init__(
         self, playground: Playground, sampling: SamplingConfig, engine: ThreadPoolExecutor, image: Image.Image | None
@@ -189,11 +182,7 @@ class ChatPage:
 
 # ------------------------------------------------------------------------------------------------ server
 def check_port(port: int) -> None:
-    """Check that a port is free, before a model is loaded.
-
-    Raises:
-        CVLightningError: The port is in use.
-    """
+    """Check that a port is free, before a model is loaded; CVLightningError if it is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -205,17 +194,7 @@ def check_port(port: int) -> None:
 
 
 def serve(playground: Playground, sampling: SamplingConfig, port: int, image: Path | None = None) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        playground: Answers the questions.
-        sampling: Sampling settings; the page can change the temperature.
-        port: Port on 127.0.0.1.
-        image: First image, if any.
-
-    Raises:
-        ImageError: The file is not an image.
-    """
+    """Serve the page on a port of 127.0.0.1 until Ctrl-C, with a first image if one is given."""
     first = decode_image(image) if image is not None else None
     logging.getLogger("nicegui").setLevel(logging.WARNING)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # against DNS rebinding
