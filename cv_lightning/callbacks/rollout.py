@@ -40,10 +40,9 @@ from cv_lightning.rewards.metrics import added, means, reward_sums
 from cv_lightning.rollout.collector import Collector, end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups
 from cv_lightning.rollout.engine_group import EngineGroup, check_engine_device
+from cv_lightning.rollout.evaluation_state import rollout_fingerprint
 from cv_lightning.rollout.evaluator import EvaluationConfig, Evaluator
-from cv_lightning.rollout.fingerprint import rollout_fingerprint
-from cv_lightning.rollout.self_test import SelfTest
-from cv_lightning.rollout.stale_cache import with_other_weights
+from cv_lightning.rollout.self_test import SelfTest, with_other_weights
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
 from cv_lightning.types import CVLightningError, EndState, Group, Iteration, Task

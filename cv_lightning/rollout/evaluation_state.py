@@ -1,19 +1,27 @@
-"""State of an evaluation's folder: is it the same evaluation, and which of its questions are answered?"""
+"""Fingerprint of an evaluation, and the state of its folder: is it the same, and which questions are answered?
+
+A fingerprint holds the settings that the results depend on. An interrupted evaluation continues only if it is equal.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cv_lightning.agent.config import AgentConfig
+from cv_lightning.engines import EngineConfig
 from cv_lightning.evaluation.outcome import Outcome, outcomes
 from cv_lightning.evaluation.runs import EVALUATION_RECORD
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.images import content_hash
 from cv_lightning.renames import new_key
+from cv_lightning.rewards import RewardConfig
+from cv_lightning.rewards.judge.prompts import load_prompt
+from cv_lightning.sandbox import SandboxConfig
 from cv_lightning.settings import changed, flatten
 from cv_lightning.trajectory import read_groups
 from cv_lightning.trajectory.store import LINES
@@ -25,6 +33,43 @@ ROLLOUT = "rollout."
 """Prefix of a rollout's settings in a config, under which `renames.json` lists earlier names."""
 RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
 """End states of trajectories that a resumed evaluation repeats, because something around the model failed."""
+OF_ENGINE = ("kind", "max_model_len", "max_images")
+"""Settings of the engine that change what it samples; the others change its speed."""
+OF_SANDBOX = (
+    "timeout_s",
+    "cpu_s",
+    "memory_mb",
+    "max_code_chars",
+    "max_result_pixels",
+    "max_error_chars",
+    "reference_results",
+)
+"""Settings of the sandbox that change a snippet's result."""
+
+
+def rollout_fingerprint(
+    agent: AgentConfig, reward: RewardConfig, engine: EngineConfig, sandbox: SandboxConfig
+) -> dict[str, Any]:
+    """Fingerprint of rollouts and rewards as JSON values, with the text of the prompts.
+
+    Raises:
+        ValueError: A prompt of the judge is missing.
+    """
+    server, judge = engine.server, reward.judge
+    types = {judge.default_task_type, *judge.task_types.values()} if judge else ()
+    return {
+        "agent": asdict(agent),
+        "system": {
+            "tool": agent.prompt.system_text(replace(agent, tool=True).offered),
+            "no_tool": agent.prompt.system_text(()),
+        },
+        # Evaluations were stored with these names while each formula was a setting.
+        "reward": asdict(reward) | reward.recipe._asdict() | {"evidence": "trace"},
+        "judge_prompts": {name: load_prompt(name, judge.prompt_folder).version for name in sorted(types) if judge},
+        "engine": {name: getattr(engine, name) for name in OF_ENGINE},
+        "server": None if server is None else {"base_url": server.base_url, "model": server.model, "api": server.api},
+        "sandbox": {name: getattr(sandbox, name) for name in OF_SANDBOX},
+    }
 
 
 @dataclass(frozen=True, slots=True)
