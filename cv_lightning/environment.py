@@ -76,12 +76,12 @@ def take_verbosity(arguments: list[str]) -> list[str]:
 
 
 def is_quiet() -> bool:
-    """True if only warnings, errors and results are to be printed."""
+    """True if only warnings, errors and results are printed."""
     return os.environ.get(VERBOSITY) == "quiet"
 
 
 def is_verbose() -> bool:
-    """True if the messages of libraries are to be printed as well."""
+    """True if the messages of libraries are printed as well."""
     return os.environ.get(VERBOSITY) == "verbose"
 
 

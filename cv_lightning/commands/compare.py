@@ -12,10 +12,10 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
     """Compare two evaluations of the same questions.
 
     Args:
-        a: folder of one evaluation, RUN/eval/NAME.
-        b: folder of the other.
-        out: folder of compare.html and compare.json; by default beside B.
-        max_flips: flipped questions of each direction whose trajectories the page shows.
+        a: Folder of one evaluation, RUN/eval/NAME.
+        b: Folder of the other.
+        out: Folder of compare.html and compare.json; by default beside B.
+        max_flips: Most questions that change from wrong to correct, or back, whose trajectories the page shows.
     """
     from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation
     from cv_lightning.evaluation.tables import print_grids

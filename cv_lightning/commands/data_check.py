@@ -1,4 +1,4 @@
-"""`python -m cv_lightning data check FILES`: what a data set holds and whether it will train."""
+"""`python -m cv_lightning data check FILES`: contents of a data set, and whether it will train."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def check(
     """Check RL Parquet and SFT JSON files. Exit code 0: every file has usable rows; 1: one has none; 2: wrong usage.
 
     Args:
-        files: .parquet (RL, benchmarks), .json or .jsonl (SFT).
-        test: held-out files, for leakage.
-        processor: model folder: count its tokens, use its pixel limits.
-        bbox_frame: as in data.reader.
-        image_folder: where relative image paths start; by default the file's folder.
-        factor: patch factor without --processor: 28 or 32.
-        min_pixels: of an image for the model.
-        max_pixels: of an image for the model.
-        max_tokens: of a prompt (16,384) or a conversation (32,768).
-        headers_only: decode no image: fast, finds no copies.
-        max_rows: rows of each file, evenly spread; 0: all.
-        workers: processes; 0: as it pays.
-        json: write the report here.
-        page: write a self-contained HTML page here.
+        files: Files: .parquet (RL, benchmarks), .json or .jsonl (SFT).
+        test: Held-out files, to search for leakage.
+        processor: Model folder, whose tokens are counted and whose pixel limits apply.
+        bbox_frame: Frame of the boxes, as in data.reader.
+        image_folder: Folder of relative image paths; by default the file's folder.
+        factor: Side in pixels of an image token without --processor: 28 or 32.
+        min_pixels: Smallest image that the model sees, in pixels.
+        max_pixels: Largest image that the model sees, in pixels.
+        max_tokens: Most tokens of a prompt (16,384) or a conversation (32,768).
+        headers_only: Decode no image: fast, but copies are not found.
+        max_rows: Rows of each file, evenly spread; 0: all.
+        workers: Processes; 0: chosen by the number of rows.
+        json: File for the report.
+        page: File for a self-contained HTML page.
     """
     from cv_lightning.factory.check import check_files
     from cv_lightning.factory.check_facts import CheckConfig

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning data export OUT`: the embedded digits in the formats that users bring."""
+"""`python -m cv_lightning data export OUT`: the embedded digits in the formats of users' data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def export_digits(
     """Write scenes to a .parquet file (RL), or demonstrations on scenes to a .json file (SFT).
 
     Args:
-        out: file to write: .parquet (RL) or .json (SFT).
-        count: rows.
-        split: which digits (.parquet only).
-        seed: of the scenes.
-        tool_share: fraction of the tasks with a use for the tool that show it (.json only).
+        out: File to write: .parquet (RL) or .json (SFT).
+        count: Number of rows.
+        split: Training or held-out digits (.parquet only).
+        seed: Seed of the scenes.
+        tool_share: Fraction of the tasks that need the tool in which it is shown (.json only).
     """
     digits = DigitsConfig(seed=seed)
     if out.suffix == ".parquet":

@@ -26,37 +26,37 @@ if TYPE_CHECKING:
     from cv_lightning.data.conversations import Conversation
 
 DIGITS = "digits"
-TRAINED, CONTEXT, PICTURE = "bold green", "default", "magenta"
+TRAINED, CONTEXT, IMAGE = "bold green", "default", "magenta"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowData:
     """Print one conversation with its tokens, loss mask and images.
 
-    Tokens that are trained on are green, and stand between `{+` and `+}` where there are no colours. Of RL rows there
-    is the prompt only: what is trained on is sampled. Exit code 0: shown; 2: it cannot be.
+    Tokens that are trained on are green, or between `{+` and `+}` where there are no colours. RL rows have only a
+    prompt. Exit code 0: shown; 2: error.
     """
 
     file: str
     """.json or .jsonl of conversations (SFT), .parquet of tasks (RL), or `digits` for an embedded demonstration."""
     processor: str
-    """Model folder, whose tokenizer and image sizes count."""
+    """Model folder with tokenizer and image processor."""
     row: int = 0
-    """Which row of the file or scene of the digits, from 0."""
+    """Index of the row or scene, from 0."""
     tokens: bool = False
     """List the tokens one by one: position, id, text, whether it is trained on."""
     tool: bool = True
-    """Of RL rows: the prompt with the tool, or the one without."""
+    """Show the prompt of RL rows with the tool, or the one without."""
     min_pixels: int | None = None
-    """Smallest image that the model sees, as in policy.min_pixels; null: the processor's own."""
+    """Smallest image that the model sees, as in policy.min_pixels; null: as the processor says."""
     max_pixels: int | None = None
-    """Largest image that the model sees, as in policy.max_pixels; null: the processor's own."""
+    """Largest image that the model sees, as in policy.max_pixels; null: as the processor says."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Texts of the prompt, as in rollout.agent.prompt."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
-    """How files are read, as in data.reader."""
+    """Settings for reading files, as in data.reader."""
     digits: DigitsConfig = field(default_factory=DigitsConfig)
-    """The scenes."""
+    """Settings of the scenes."""
 
     def __post_init__(self) -> None:
         if self.row < 0:
@@ -64,31 +64,31 @@ class ShowData:
 
 
 class TokenSpan(NamedTuple):
-    """A stretch of tokens that is shown as one."""
+    """Consecutive tokens that are shown together."""
 
     text: str
-    """Of a picture: what stands for it."""
+    """Text; a placeholder for an image."""
     num_tokens: int
     trained: bool
-    is_picture: bool
+    is_image: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownDialogue:
-    """What there is to see."""
+    """A tokenised row."""
 
     title: str
     dialogue: Dialogue
     originals: Sequence[Image.Image]
-    """The images at their own size, in order."""
+    """The images at their original size, in order."""
 
 
 def load(config: ShowData) -> ShownDialogue:
     """Read and tokenise the row.
 
     Raises:
-        DataError: no such file or row, or it cannot be used.
-        CheckpointError: no such model folder.
+        DataError: The file or row does not exist, or cannot be used.
+        CheckpointError: The model folder does not exist.
     """
     from cv_lightning.agent.dialogue import DialogueEncoder
     from cv_lightning.data.readers import TaskFiles
@@ -142,20 +142,16 @@ def _conversation(conversation: Conversation, encoder: DialogueEncoder, config: 
 
 
 def pieces(dialogue: Dialogue) -> Iterator[TokenSpan]:
-    """A dialogue in stretches of the same mask; each picture is one of its own.
-
-    Args:
-        dialogue: its `token_ids` hold as many pads in a row as a picture has features.
-    """
+    """Split a dialogue into spans of the same mask; each image is a span of its own."""
     encoder = dialogue.encoder
     pad, number = encoder.image_pad_id, 0
 
     def kind(at: int) -> tuple[bool, bool]:
         return dialogue.token_ids[at] == pad, dialogue.loss_mask[at]
 
-    for (is_picture, trained), run in groupby(range(len(dialogue.token_ids)), key=kind):
+    for (is_image, trained), run in groupby(range(len(dialogue.token_ids)), key=kind):
         ids = [dialogue.token_ids[at] for at in run]
-        if not is_picture:
+        if not is_image:
             text = str(encoder.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
             yield TokenSpan(text, len(ids), trained, False)
             continue
@@ -164,7 +160,7 @@ def pieces(dialogue: Dialogue) -> Iterator[TokenSpan]:
 
 
 def print_shown(shown: ShownDialogue, console: Console) -> None:
-    """Title, images and the whole text."""
+    """Print title, images and the whole text."""
     dialogue = shown.dialogue
     console.print(shown.title, style="bold", highlight=False)
     length, trained = len(dialogue.token_ids), sum(dialogue.loss_mask)
@@ -177,19 +173,19 @@ def print_shown(shown: ShownDialogue, console: Console) -> None:
     console.print()
     text = Text()
     for piece in pieces(dialogue):
-        style = PICTURE if piece.is_picture else TRAINED if piece.trained else CONTEXT
+        style = IMAGE if piece.is_image else TRAINED if piece.trained else CONTEXT
         marked = piece.trained and not console.color_system
         text.append("{+" + piece.text + "+}" if marked else piece.text, style=style)
     console.print(text, soft_wrap=True)
 
 
 def print_tokens(dialogue: Dialogue, console: Console) -> None:
-    """One line a token; the pads of a picture are one line."""
+    """Print one line per token; the tokens of an image are one line."""
     table = Table("position", "id", "text", "trained")
     position = 0
     for piece in pieces(dialogue):
         ids = dialogue.token_ids[position : position + piece.num_tokens]
-        if piece.is_picture:
+        if piece.is_image:
             table.add_row(f"{position}-{position + len(ids) - 1}", str(ids[0]), piece.text, "")
         else:
             for offset, token in enumerate(ids):

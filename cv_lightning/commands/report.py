@@ -15,11 +15,11 @@ def report(
     """Write a page that shows what a run did: results, curves, and trajectories with their images.
 
     Args:
-        run: the run's folder.
-        out: the page; by default report.html in the run.
-        max_trajectories: embedded at most, a stratified sample beyond; the page says how many of how many.
-        max_image_mb: pictures embedded at most; the page loads the others from the run's folder.
-        thumbnail_px: longest side of an embedded picture.
+        run: The run's folder.
+        out: The page; by default report.html in the run.
+        max_trajectories: Most trajectories of the page; of more it shows a stratified sample and their number.
+        max_image_mb: Most megabytes of embedded images; the page loads the others from the run's folder.
+        thumbnail_px: Longest side of an embedded image.
     """
     config = ReportConfig(max_trajectories=max_trajectories, max_image_mb=max_image_mb, thumbnail_px=thumbnail_px)
     page = write_report(run, config, out, sections_of)

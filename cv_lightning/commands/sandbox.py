@@ -28,14 +28,14 @@ def sandbox(
     Exit code 0: contained, or ran; 1: a case was not contained, or the snippet failed; 2: it cannot start.
 
     Args:
-        self_test: run the packaged cases, or those of --corpus.
+        self_test: Run the packaged cases, or those of --corpus.
         run: CODE.py IMAGE: run one snippet on an image and print its trace.
-        corpus: cases to run.
-        json: print JSON.
-        output: where --run writes the result; also -o.
-        timeout_s: limit of a snippet in seconds.
-        no_private_root: as on a host that allows no private root.
-        allow_unsafe: start although a required layer is missing.
+        corpus: Cases to run.
+        json: Print JSON.
+        output: File for the result of --run; also -o.
+        timeout_s: Limit of a snippet in seconds.
+        no_private_root: Run without a private root, as hosts that do not allow one.
+        allow_unsafe: Start although a required layer is missing.
     """
     if self_test == (run is not None) or (run is not None and len(run) != 2):
         raise DataError("give --self-test, or --run CODE.py IMAGE")

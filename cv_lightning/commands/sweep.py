@@ -35,7 +35,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     """Read a sweep file; its `parameters` become `searched` (Optuna's distributions) and `constants`, both by flag.
 
     Raises:
-        DataError: it asks for what only `wandb sweep` does; names the key.
+        DataError: It has a key that only `wandb sweep` supports; names the key.
     """
     sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(sweep, dict) or not all(map(sweep.get, NEEDED)) or "${args}" not in sweep["command"]:
@@ -172,9 +172,9 @@ def sweep(file: Path, count: int | None = None, out: Path | None = None, set: li
     """Run a W&B sweep file without an account. The same command resumes a sweep that was stopped.
 
     Args:
-        file: in the form that `wandb sweep` takes: configs/sweeps/*.yaml.
-        count: trials in all, earlier ones included; by default the file's run_cap.
-        out: by default runs/sweeps/NAME-OF-FILE.
+        file: Sweep file of `wandb sweep`: configs/sweeps/*.yaml.
+        count: Number of trials, earlier ones included; by default the file's run_cap.
+        out: Folder; by default runs/sweeps/NAME-OF-FILE.
         set: NAME=VALUE, a flag of every trial; may be repeated.
     """
     given, extra = read_sweep(file), dict(flag.split("=", 1) for flag in set or ())

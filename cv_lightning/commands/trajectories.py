@@ -1,4 +1,4 @@
-"""`python -m cv_lightning trajectories export RUN --out FILE`: stored trajectories in the form of other tools."""
+"""`python -m cv_lightning trajectories export RUN --out FILE`: stored trajectories as Parquet, for other tools."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cv_lightning.types import DataError
 
 
 def export(run: Path, out: Path | None = None, stores: list[str] | None = None) -> None:
-    """Write trajectories as one Parquet file, a row each, pictures inside.
+    """Write trajectories and their images as one Parquet file, a row each.
 
     Args:
-        run: a run's folder, or one of its stores.
-        out: the file; by default trajectories.parquet in the run.
-        stores: only these, by their path below the run, e.g. '[rl, eval/rl_greedy_tool]'; by default all.
+        run: A run's folder, or one of its stores.
+        out: The file; by default trajectories.parquet in the run.
+        stores: Stores by their path below the run, e.g. '[rl, eval/rl_greedy_tool]'; by default all.
     """
     found = {path.relative_to(run).as_posix(): path for path in find_stores(run)}
     if not found:
@@ -26,7 +26,7 @@ def export(run: Path, out: Path | None = None, stores: list[str] | None = None) 
         raise DataError(f"--stores {', '.join(unknown)}: not in {run}, which has {', '.join(found)}")
     out = out or run / "trajectories.parquet"
     if out.suffix != ".parquet":
-        raise DataError(f"--out {out}: a Parquet file is what is written; end its name in .parquet")
+        raise DataError(f"--out {out}: the file is Parquet; end its name in .parquet")
     done = write_parquet({name: path for name, path in found.items() if not stores or name in stores}, out)
     missing = f" ({done.num_missing_images} missing)" if done.num_missing_images else ""
     print(f"{out}: {done.num_rows} trajectories, {done.num_images} images{missing}")

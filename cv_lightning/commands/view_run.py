@@ -14,10 +14,10 @@ def view(run: Path, port: int = 8765, no_browser: bool = False, max_trajectories
     """Show a run in the browser, also one that is still training; only this machine can reach the page.
 
     Args:
-        run: the run's folder.
-        port: of the page; the next free one if it is taken, 0: any.
-        no_browser: do not open a browser.
-        max_trajectories: on the page, a stratified sample beyond.
+        run: The run's folder.
+        port: Port of the page; the next free one if it is taken; 0: any.
+        no_browser: Do not open a browser.
+        max_trajectories: Most trajectories of the page; of more it shows a stratified sample.
     """
     from cv_lightning.digits.report import sections_of
     from cv_lightning.viewer.live import LiveReport, serve_report

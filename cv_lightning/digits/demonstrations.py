@@ -1,7 +1,7 @@
-"""What SFT learns from: conversations that show the tool on some of the digits tasks that need it.
+"""Conversations for SFT, which show the tool on some of the digits tasks that need it.
 
-Only a share of those tasks demonstrates the tool; the rest is answered at once with what a reader would say who
-never turns or zooms, so that reinforcement learning has something to find. Tool results are really computed.
+Only a fraction of those tasks demonstrates the tool; the others are answered at once, as by a reader who never rotates
+or crops, so that reinforcement learning can still improve the policy. Tool results come from the sandbox.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ UNDO = {
     "flip_horizontal": "transpose(Image.FLIP_LEFT_RIGHT)",
     "flip_vertical": "transpose(Image.FLIP_TOP_BOTTOM)",
 }
-"""Image method that undoes what was done to a turned picture."""
+"""Image method that undoes each orientation change."""
 THOUGHT_TURN, THOUGHT_CROP, THOUGHT_READ = "turned", "small", "read"
-"""What is thought before turning, cropping and answering: a token each once the tokenizer has merged them."""
+"""Thoughts before rotating, cropping and answering; the tokenizer merges each into one token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationConfig:
-    """Which tasks show the tool, and what the others answer."""
+    """Fraction of tasks that show the tool, and the answers of the others."""
 
     tool_share: float = 0.4
-    """Share of the tasks that need the tool in which it is used; the others are answered at once."""
+    """Fraction of the tasks that need the tool in which it is used; the others are answered at once."""
     direct_turned: Literal["right", "random"] = "right"
-    """What is said of a turned number without turning it: the right number, or a random one."""
+    """Answer to a rotated number without rotating it: the correct number, or a random one."""
     direct_small: Literal["right", "random"] = "random"
-    """What is said of a small number without a crop (turned ones too)."""
+    """Answer to a small number without a crop (rotated ones too)."""
     needless_share: float = 0.0
-    """Share of the upright tasks in which the picture is turned for no reason first."""
+    """Fraction of the upright tasks in which the image is rotated first without need."""
     warm_up_shares: dict[str, float] = field(default_factory=lambda: {"upright": 3.0, "turned": 1.0, "small": 2.0})
-    """Relative frequency of the kinds in the warm-up of single turns: upright ones are answered, of the others only
+    """Relative frequency of the kinds in the warm-up of single turns: upright tasks are answered, of the others only
     the first call is shown."""
 
     def __post_init__(self) -> None:
         for name in ("tool_share", "needless_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} is a share: between 0 and 1")
+                raise ValueError(f"--{name} {getattr(self, name)} must be between 0 and 1")
         check_kind_shares("warm_up_shares", self.warm_up_shares)
 
 
@@ -72,7 +72,7 @@ def call_text(call: ToolCall, thought: str) -> str:
 
 
 def undo_code(transform: str) -> str:
-    """Snippet that puts upright a picture to which `transform` was applied."""
+    """Snippet that restores an image to which `transform` was applied."""
     return f"result = image.{UNDO[transform]}"
 
 
@@ -80,8 +80,8 @@ def crop_code(cell: tuple[int, int, int, int], config: DigitsConfig) -> str:
     """Snippet that crops a cell, with its numbers in the frame of coordinates of the config.
 
     Args:
-        cell: left, top, right, bottom in pixels of the upright original.
-        config: names the frame and the sides of the original and of the model's view.
+        cell: Left, top, right, bottom in pixels of the upright original.
+        config: Frame, and sides of the original and of the model's view.
     """
     if config.coordinates == "original_px":
         return f"result = image.crop(({', '.join(str(edge) for edge in cell)}))"
@@ -104,15 +104,15 @@ def demonstrate(
     """A conversation about a digits task.
 
     Args:
-        task: made by `digit_task`; its metadata say what has to be done.
-        config: whether to use the tool.
-        digits: the frame of coordinates.
-        rng: draws whether the tool is used and what a reader without it says.
-        execute: runs the snippets.
-        warm_up: one turn only: the answer if no tool is needed, else the first call without its result.
+        task: Made by `digit_task`; its metadata name the necessary operations.
+        config: How often the tool is used.
+        digits: Frame of coordinates.
+        rng: Draws whether the tool is used, and the answer without it.
+        execute: Runs the snippets.
+        warm_up: One turn only: the answer if no tool is needed, else the first call without its result.
 
     Raises:
-        SandboxError: a snippet failed; its error is in the message.
+        SandboxError: A snippet failed; its error is in the message.
     """
     kind = task.metadata["kind"]
     steps = _tool_steps(task, digits)
@@ -143,7 +143,7 @@ def _tool_steps(task: Task, digits: DigitsConfig) -> list[tuple[str, str]]:
 
 
 def _run_steps(task: Task, steps: list[tuple[str, str]], execute: Execute) -> list[DemoTurn]:
-    """Turns that make the calls one after another, each on the result of the one before."""
+    """Turns that make the calls one after another, each on the result of the previous one."""
     turns = []
     image = task.images[0]
     for index, (thought, code) in enumerate(steps):
@@ -161,8 +161,8 @@ def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
     """Texts from which a tokenizer learns to write and read the conversations in few tokens.
 
     Args:
-        digits: question, frame of coordinates and grid.
-        prompt: the agent's words around question and tool results.
+        digits: Question, frame of coordinates and grid.
+        prompt: The agent's texts around question and tool results.
     """
     turns = [undo_code(transform) for transform in ORIENTATIONS]
     crops = [crop_code(cell, digits) for cell in _cells(digits)]
@@ -179,6 +179,6 @@ def tokenizer_corpus(digits: DigitsConfig, prompt: PromptConfig) -> list[str]:
 
 
 def _cells(digits: DigitsConfig) -> Iterator[tuple[int, int, int, int]]:
-    """The crop of every cell of a large original, those on the cue too."""
+    """The crop of every cell of a large original, those on the bar too."""
     columns = digits.original_side // digits.cell
     return (digits.crop_box(column, row) for column in range(columns) for row in range(columns))

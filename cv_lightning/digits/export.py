@@ -1,4 +1,4 @@
-"""The embedded digits in the file formats that users bring: RL Parquet and SFT JSON."""
+"""Files of the embedded digits in the formats of users' data: RL Parquet and SFT JSON."""
 
 from __future__ import annotations
 
@@ -10,30 +10,23 @@ from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks, HeldOut
 
 
 def write_digits_parquet(path: str | Path, digits: DigitsConfig, split: Split, count: int) -> None:
-    """Write scenes to an RL file, kinds balanced by the config's shares (equally in the held-out split).
+    """Write scenes to an RL file, kinds in the config's shares (equal ones in the held-out split).
 
     Args:
-        path: file to write.
-        digits: looks, shares and seed.
-        split: which digits the scenes are made of.
-        count: number of rows.
+        path: File to write.
+        digits: Look, shares and seed.
+        split: Digits that the scenes are made of.
+        count: Number of rows.
     """
     if split == "train":
         tasks = DigitTasks(digits).batch(0, count)
     else:
         kinds = list(digits.kind_shares)
-        counts = {kind: count // len(kinds) + (at < count % len(kinds)) for at, kind in enumerate(kinds)}
-        scenes = HeldOutScenes(digits, counts)
+        scenes = HeldOutScenes(digits, {kind: len(range(at, count, len(kinds))) for at, kind in enumerate(kinds)})
         tasks = [scenes.row(position) for position in range(len(scenes))]
     write_task_parquet(path, tasks, split)
 
 
 def write_digits_sft_json(path: str | Path, source: DigitDemonstrations, count: int) -> None:
-    """Write demonstrations on training scenes to an SFT file, images into a folder beside it.
-
-    Args:
-        path: file to write; the folder has its stem and `_images`.
-        source: scenes and what is shown on them.
-        count: number of conversations.
-    """
+    """Write `count` demonstrations on training scenes to an SFT file, and their images to a folder beside it."""
     write_sft_json(path, source.batch(0, count))

@@ -1,11 +1,10 @@
-"""The quickstart's result in one file: what SFT and RL reach, with the tool and without, by kind.
+"""The quickstart's results in one file: accuracy and tool use after SFT and RL, with the tool and without, by kind.
 
-Everything is recomputed from the stored trajectories of `RUN/eval/<stage>_<greedy|sampled>_<tool|notool>/`.
+All figures are computed from the stored trajectories of `RUN/eval/<stage>_<greedy|sampled>_<tool|notool>/`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from cv_lightning.digits.stages import EVALUATION_NAME, kind_order, read_timing, stage_order, training_minutes
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
 from cv_lightning.evaluation.runs import parity_max, read_curves
-from cv_lightning.files import write_text
+from cv_lightning.files import write_json
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import DataError
 
@@ -26,10 +25,10 @@ Evaluations = dict[tuple[str, str, str], EvalSummary]
 
 
 def evaluations(run: Path) -> Evaluations:
-    """Figures of every evaluation that `RUN/eval` holds.
+    """Figures of every evaluation in `RUN/eval`.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     found: Evaluations = {}
     for folder in sorted((run / "eval").glob("*")):
@@ -48,19 +47,20 @@ def summary(run: Path, found: Evaluations, seed: int | None = None) -> dict[str,
     """The content of `summary.json`.
 
     Args:
-        run: the run's folder, for timings and training metrics.
-        found: its evaluations.
-        seed: of the run; by default the one in `timing.json`, else the number in a folder name like `...-seed3`.
+        run: The run's folder, for timings and training metrics.
+        found: Its evaluations.
+        seed: Seed of the run; by default that of `timing.json`, else the number in a folder name like `...-seed3`.
 
     Returns:
         seed, minutes (SFT, RL and their evaluations; None unless each was timed), parity_max, then `<stage>_sampled`
-        and `<stage>` (greedy) for SFT, RL and any further stage that was evaluated; a figure that was not measured is
-        None.
+        and `<stage>` (greedy) for SFT, RL and any other evaluated stage; figures that were not measured are None.
     """
     timing = read_timing(run)
     curves = read_curves(path) if (path := run / "rl" / "metrics.csv").is_file() else []
+    named = re.search(r"seed(\d+)", run.resolve().name)
+    known = [seed, timing.get("seed"), named and named[1]]
     result: dict[str, Any] = {
-        "seed": _seed(run, timing, seed),
+        "seed": next((int(value) for value in known if value is not None), None),
         "minutes": training_minutes(timing),
         "parity_max": parity_max(curves),
     }
@@ -76,52 +76,37 @@ def stage_figures(found: Evaluations, stage: str, mode: str) -> dict[str, Any] |
     with_tool, without = found.get((stage, mode, "tool")), found.get((stage, mode, "notool"))
     if with_tool is None:
         return None
+    off = without.by_kind if without else {}
     by_kind = {
         kind: {
-            "n": kind_found.n,
-            "accuracy": _number(kind_found.accuracy.value),
-            "tool_use_success": _number(kind_found.tool_use_success.value),
-            "turns": _number(kind_found.turns),
-            "accuracy_tool_off": _number(without.by_kind[kind].accuracy.value)
-            if without and kind in without.by_kind
-            else None,
+            "n": figures.n,
+            "accuracy": _number(figures.accuracy.value),
+            "tool_use_success": _number(figures.tool_use_success.value),
+            "turns": _number(figures.turns),
+            "accuracy_tool_off": _number(off[kind].accuracy.value) if kind in off else None,
         }
-        for kind, kind_found in sorted(with_tool.by_kind.items(), key=lambda item: kind_order(item[0]))
+        for kind, figures in sorted(with_tool.by_kind.items(), key=lambda item: kind_order(item[0]))
     }
-    return {
-        "accuracy": _number(with_tool.accuracy.value),
-        "tool_use_success": _number(with_tool.tool_use_success.value),
-        "spurious": _number(with_tool.spurious.value),
-        "accuracy_upright": _number(with_tool.accuracy_upright.value),
-        "accuracy_tool_off": _number(without.accuracy.value) if without else None,
-        "by_kind": by_kind,
-    }
+    rates = ("accuracy", "tool_use_success", "spurious", "accuracy_upright")
+    figures = {name: _number(getattr(with_tool, name).value) for name in rates}
+    return figures | {"accuracy_tool_off": _number(without.accuracy.value) if without else None, "by_kind": by_kind}
 
 
 def write_summary(run: str | Path, seed: int | None = None) -> tuple[dict[str, Any], Evaluations]:
     """Compute `RUN/summary.json` and write it, atomically.
 
     Returns:
-        What was written, and the evaluations with their intervals.
+        The content of the file, and the evaluations with their intervals.
 
     Raises:
-        DataError: the run has no evaluations.
+        DataError: The run has no evaluations.
     """
     run = Path(run)
     found = evaluations(run)
     result = summary(run, found, seed)
-    write_text(run / "summary.json", json.dumps(result, indent=2) + "\n")
+    write_json(run / "summary.json", result)
     return result, found
 
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
-
-
-def _seed(run: Path, timing: dict[str, float], seed: int | None) -> int | None:
-    if seed is not None:
-        return seed
-    if "seed" in timing:
-        return int(timing["seed"])
-    match = re.search(r"seed(\d+)", run.resolve().name)
-    return int(match[1]) if match else None

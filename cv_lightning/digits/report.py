@@ -1,4 +1,4 @@
-"""What the report says about a run of the quickstart beyond what it says about any run."""
+"""Sections that the report adds for a run of the quickstart."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cv_lightning.viewer.content import EvaluatedStore, RunSections, Section, st
 
 
 def sections_of(run: Run) -> RunSections:
-    """The sections of a run: the quickstart's, which left a `timing.json`, or those of any run."""
+    """Sections of a run: the quickstart's if there is a `timing.json`, else those of any run."""
     return QuickstartSections(run) if (run.folder / "timing.json").is_file() else RunSections(run)
 
 
 class QuickstartSections(RunSections):
-    """How SFT and RL were trained, and the same RL without process reward beside it."""
+    """Training of SFT and RL, and the same RL without process reward for comparison."""
 
     stages = STAGES
     kinds = KINDS

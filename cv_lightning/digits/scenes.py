@@ -1,9 +1,9 @@
-"""The embedded task: read a two-digit number of real handwritten digits that may be turned, tiny, or both.
+"""The embedded task: read a two-digit number of real handwritten digits that may be rotated, tiny, or both.
 
-The digits are scikit-learn's `load_digits` (1797 real 8x8 scans). They are split into training and held-out digits
-before anything is composed. A scene is a framed card with two digits and, at the bottom, a bar and a block that
-tell which way is up. For the small kinds the card lies in one cell of a large picture; of what the model sees of that,
-a digit is a few pixels wide (five by default, half of that with `card_share` 0.5), so it has to crop the original.
+The digits are scikit-learn's `load_digits` (1797 real 8x8 scans), split into training and held-out digits before any
+scene is composed. A scene is a framed card with two digits, and a bar and a block at the bottom that show which way is
+up. For the small kinds the card lies in one cell of a large image; in the model's view of it a digit is a few pixels
+wide (five by default, half of that with `card_share` 0.5), so that the model has to crop the original.
 
 Glyphs and crop cells are aligned with the model's vision tokens up to a jitter of a pixel; without that a model
 of two million parameters does not learn to read within minutes.
@@ -36,15 +36,15 @@ Split = Literal["train", "held_out"]
 KINDS: tuple[Kind, ...] = ("upright", "turned", "small", "turned_and_small")
 NUM_DIGITS = 1797
 LAYOUT = 96
-"""Side of the layout that the coordinates below are given in."""
+"""Side of the layout, in which the coordinates below are given."""
 CARD = (1, 29, 66, 67)
-"""Frame around the two digits: left, top, right, bottom in layout pixels, all drawn."""
+"""Frame around the two digits: left, top, right, bottom in layout pixels, inclusive."""
 GLYPHS = ((4, 34), (35, 34))
-"""Top left corners of the digits: each lies within one 32-pixel vision token."""
+"""Top left corners of the digits; each digit lies within one 32-pixel vision token."""
 GLYPH_SIDE = 28
 BAR = (6, 88, 90, 93)
 BLOCK = (4, 74, 15, 85)
-"""Bar along the bottom and block at its left: no two of the eight orientations of a scene look the same."""
+"""Bar along the bottom and block at its left, which make the eight orientations of a scene distinct."""
 
 
 def _equal_shares() -> dict[str, float]:
@@ -53,36 +53,36 @@ def _equal_shares() -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsConfig:
-    """What the scenes look like and how often each kind comes."""
+    """Look of the scenes, and frequency of each kind."""
 
     seed: int = 0
-    """Seed of the scenes; a scene depends on it, the split, the kind and the index alone."""
+    """Seed of the scenes; a scene depends only on it, the split, the kind and the index."""
     model_side: int = 96
-    """Side in pixels of scenes that are not small, and of what the model sees of the others."""
+    """Side in pixels of scenes that are not small, and of the model's view of the others."""
     original_side: int = 384
     """Side in pixels of the large original of the small kinds."""
     cell: int = 64
     """Grid step of the cards on a large original."""
     card_share: float = 1.0
-    """Share of its cell's side that a card with its margin takes up, in the middle; a crop of that part shows exactly
-    the card. At 1 a reader who were taught to could guess at the digits without a crop, at 0.5 hardly."""
+    """Fraction of its cell's side that a card with its margin takes up, in the middle; a crop of that part shows
+    exactly the card. At 1 a trained reader could guess the digits without a crop, at 0.5 hardly."""
     jitter_px: int = 1
-    """A card is moved by at most so many pixels each way."""
+    """Most pixels by which a card is moved in each direction."""
     augment: bool = True
-    """Training scans are turned, sheared, scaled and moved a little at random, so that handwriting never seen is read
-    better. Held-out scans are shown as they are."""
+    """Rotate, shear, scale and move training scans a little at random, so that new handwriting is read better. Held-out
+    scans are not changed."""
     train_digits: int = 1400
-    """The first so many of the 1797 digits make up training scenes, the others held-out ones."""
+    """Number of digits for training scenes, the first of the 1797; the others are held out."""
     kind_shares: dict[str, float] = field(default_factory=_equal_shares)
-    """Relative frequency of upright, turned, small and turned_and_small; a kind that is not named never comes."""
+    """Relative frequency of upright, turned, small and turned_and_small; a kind that is not named never occurs."""
     coordinates: Coordinates = "original_px"
-    """The frame in which demonstrations speak of crop coordinates; the code converts them where it must."""
+    """Frame of the crop coordinates in demonstrations; their code converts them where necessary."""
     question: str = "What number is written?"
     """The question of every scene."""
 
     def __post_init__(self) -> None:
         if not 0 < self.train_digits < NUM_DIGITS:
-            raise ValueError(f"--train_digits {self.train_digits} must leave held-out ones: 1 to {NUM_DIGITS - 1}")
+            raise ValueError(f"--train_digits {self.train_digits} must leave held-out digits: 1 to {NUM_DIGITS - 1}")
         if self.original_side % self.cell or self.original_side < 2 * self.model_side:
             raise ValueError(
                 f"--original_side {self.original_side} must be a multiple of --cell {self.cell} and at least twice "
@@ -94,7 +94,7 @@ class DigitsConfig:
                 f"at most 1, of --cell {self.cell} at least {LAYOUT // 3} pixels, or the digits lose their strokes"
             )
         if self.cell > BLOCK[1] * self.original_side // LAYOUT:
-            raise ValueError(f"--cell {self.cell} leaves no room above the cue of an original of {self.original_side}")
+            raise ValueError(f"--cell {self.cell} leaves no room above the bar of an original of {self.original_side}")
         room = self.crop_side // LAYOUT + 1
         if not 0 <= self.jitter_px <= room:
             raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {room}: a card fills its cell")
@@ -113,15 +113,15 @@ class DigitsConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(columns, rows) of cells on a large original that keep clear of the cue."""
+        """(columns, rows) of cells on a large original that do not overlap the bar and block."""
         return self.original_side // self.cell, BLOCK[1] * self.original_side // LAYOUT // self.cell
 
 
 def check_kind_shares(name: str, shares: Mapping[str, float]) -> None:
-    """Refuse shares that cannot be drawn from.
+    """Refuse shares from which no kind can be drawn.
 
     Raises:
-        ValueError: a kind that does not exist, a negative share, or nothing above 0; names the flag.
+        ValueError: A kind that does not exist, a negative share, or none above 0; names the flag.
     """
     if set(shares) - set(KINDS) or min(shares.values(), default=0) < 0 or sum(shares.values()) <= 0:
         raise ValueError(f"--{name} {dict(shares)}: not negative, not all 0, and only of {', '.join(KINDS)}")
@@ -131,9 +131,9 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
     """The scene with the given index, always the same for the same arguments.
 
     Args:
-        config: look and frequencies.
-        split: which digits it is composed of.
-        index: any number from 0; there is no last one.
+        config: Look and frequencies.
+        split: Digits that it is composed of.
+        index: Any number from 0.
         kind: None draws one by `kind_shares`.
 
     Returns:
@@ -184,7 +184,7 @@ def is_small(kind: str) -> bool:
 
 
 def is_turned(kind: str) -> bool:
-    """True if scenes of this kind have to be put upright."""
+    """True if scenes of this kind have to be rotated or flipped upright."""
     return kind in ("turned", "turned_and_small")
 
 
@@ -218,7 +218,7 @@ def _compose(
 
 @lru_cache(maxsize=4)
 def _background(side: int) -> Pixels:
-    """White square with the cue that tells which way is up."""
+    """White square with the bar and block that show which way is up."""
     pixels = np.full((side, side), 255, np.uint8)
     for x1, y1, x2, y2 in (BAR, BLOCK):
         scale = side / LAYOUT
@@ -233,7 +233,7 @@ def _glyph(digit: int, side: int) -> Pixels:
 
 
 def _distorted(glyph: Pixels, rng: random.Random) -> Pixels:
-    """The glyph turned by up to 10 degrees, sheared and scaled by up to 12 %, and moved by up to 6 % of its side."""
+    """The glyph rotated by up to 10 degrees, sheared and scaled by up to 12 %, and moved by up to 6 % of its side."""
     side = glyph.shape[0]
     angle, shear = math.radians(rng.uniform(-10, 10)), rng.uniform(-0.12, 0.12)
     across, down = rng.uniform(0.9, 1.12), rng.uniform(0.9, 1.12)
@@ -250,7 +250,7 @@ def _distorted(glyph: Pixels, rng: random.Random) -> Pixels:
 
 @lru_cache(maxsize=1)
 def _scans() -> tuple[Pixels, list[int]]:
-    """The scans [1797, 8, 8], dark on white, and what each one is."""
+    """The scans [1797, 8, 8], dark on white, and their labels."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()

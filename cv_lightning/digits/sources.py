@@ -16,7 +16,7 @@ from cv_lightning.digits.scenes import KINDS, DigitsConfig, Kind, digit_task
 from cv_lightning.types import Task
 
 DEMONSTRATIONS_FROM = 1_000_000_000
-"""First scene index of SFT (twice that in its warm-up): its scenes differ from those of RL under the same seed."""
+"""First scene index of SFT (twice that in its warm-up), so that its scenes differ from those of RL."""
 
 
 def balanced_kinds(shares: Mapping[str, float], count: int, rng: random.Random) -> list[Kind]:

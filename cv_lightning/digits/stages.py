@@ -1,8 +1,9 @@
-"""The stages of a quickstart run: what they are called, in which order they come, and how long they took."""
+"""The stages of a quickstart run: names, order and time."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cv_lightning.digits.scenes import KINDS
@@ -13,7 +14,7 @@ FULL, REDUCED = "rl", "rl_accuracy"
 STAGES = {"base": "before training", "sft": "SFT", FULL: "RL", REDUCED: "RL, accuracy reward only"}
 """Names for people, in order."""
 EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>tool|notool)")
-"""Of the folders in which the quickstart's tests are."""
+"""Names of the folders of the quickstart's tests."""
 TIMED = ("sft", "sft_eval", FULL, "rl_eval")
 """Keys of `timing.json` that add up to the minutes of training."""
 NOT_SECONDS = ("seed", "ranks", "iterations", "per_kind")
@@ -26,15 +27,17 @@ def stage_label(stage: str) -> str:
 
 
 def stage_order(stage: str) -> tuple[int, str]:
-    """Sort key of stages: the known ones as they follow each other, then the others by name."""
-    known = list(STAGES)
-    return (known.index(stage) if stage in known else len(known), stage)
+    """Sort key of stages: the known ones in their order, then the others by name."""
+    return _order(stage, list(STAGES))
 
 
 def kind_order(kind: str) -> tuple[int, str]:
     """Sort key of kinds of tasks."""
-    known: list[str] = list(KINDS)
-    return (known.index(kind) if kind in known else len(known), kind)
+    return _order(kind, list(KINDS))
+
+
+def _order(name: str, known: Sequence[str]) -> tuple[int, str]:
+    return (known.index(name) if name in known else len(known), name)
 
 
 def read_timing(run: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Tiny random-weight checkpoints of the real architectures, with their real processors.
 
-Small enough to train from scratch on two CPU cores, yet loaded by the same code as the released models: everything
-that reads a checkpoint folder (transformers, vLLM, the trainer) sees nothing special about it.
+They are small enough to train from scratch on two CPU cores; transformers, vLLM and the trainer load them with the code
+that loads the released models.
 """
 
 from __future__ import annotations
@@ -17,23 +17,16 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-MARKUP_TOKENS = (
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
+MARKUP_TOKENS = tuple(
+    f"<{end}{name}>" for name in ("tool_call", "tool_response", "think", "answer") for end in ("", "/")
 )
-"""Single tokens that belong to the text, so that decoding keeps them."""
+"""Tokens that belong to the text, so that decoding keeps them."""
 
 SINGLE_DIGITS = r"\d"
 QWEN_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen's tokenizers cut text before they merge (published in their tokenizer.json)."""
+"""Regular expression by which Qwen's tokenizers split text before merging (from their tokenizer.json)."""
 
 
 def write_tiny_checkpoint(folder: str | Path, config: TinyModelConfig, *, corpus: Iterable[str]) -> int:
@@ -86,7 +79,7 @@ def train_byte_pairs(config: TinyModelConfig, corpus: Iterable[str]) -> Tokenize
 
 
 def _without_markup(corpus: Iterable[str], adapter: ModelAdapter) -> Iterable[str]:
-    """The stretches of text between special tokens: merges never cross those."""
+    """The parts of the texts between special tokens, which merges never cross."""
     import re
 
     special = (adapter.end_of_turn, adapter.padding, *adapter.control_tokens, *MARKUP_TOKENS)

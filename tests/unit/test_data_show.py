@@ -46,7 +46,7 @@ def test_exactly_the_trained_tokens_are_marked(conversation: Path, tiny_checkpoi
     assert sum(piece.num_tokens for piece in found) == len(dialogue.token_ids)
     trained = [piece.text for piece in found if piece.trained]
     assert trained == [f"<think>turned</think>{CALL}<|im_end|>", "<answer>74</answer><|im_end|>"]
-    pictures = [piece.num_tokens for piece in found if piece.is_picture]
+    pictures = [piece.num_tokens for piece in found if piece.is_image]
     assert pictures == [dialogue.encoder.num_image_tokens(image.size) for image in dialogue.images]
     plain = shown_as(config)
     assert all("{+" + text + "+}" in plain for text in trained) and plain.count("{+") == 2
