@@ -72,7 +72,7 @@ def test_an_unknown_key_is_named(
         ("--model.init_args.optimizer.lr", "-1", "lr"),
     ],
 )
-def test_a_value_that_cannot_be_is_named_with_its_flag(
+def test_invalid_value_is_named_with_its_flag(
     flag: str, value: str, said: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert said in refused(grpo(tiny_checkpoint, tmp_path, flag, value), capsys)
@@ -187,14 +187,14 @@ def test_temperature_of_the_loss_is_that_of_sampling(tiny_checkpoint: Path, tmp_
     assert module is None or module.temperature == 0.7
 
 
-def test_an_evaluation_of_nothing_says_what_is_missing(
+def test_evaluation_without_tasks_names_the_missing_setting(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = grpo(tiny_checkpoint, tmp_path)
     assert "--data.init_args.val_tasks" in refused(["validate", *command[1:]], capsys)
 
 
-def test_validations_beyond_the_run_come_at_its_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_validation_interval_beyond_the_run_validates_at_its_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = ["--trainer.val_check_interval", "20", "--data.init_args.num_iterations", "3"]
     assert built(grpo(tiny_checkpoint, tmp_path, *flags)).val_check_interval == 3
 
@@ -203,7 +203,7 @@ def test_validations_beyond_the_run_come_at_its_end(tiny_checkpoint: Path, tmp_p
     ("path", "said"),
     [("out/sft/model", "no such folder"), ("mine", "no such folder here, and as a name on the hub")],
 )
-def test_a_mistyped_folder_is_no_name_on_the_hub(
+def test_mistyped_folder_is_not_looked_up_on_the_hub(
     path: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def from_pretrained(*_: object, **__: object) -> None:
@@ -318,7 +318,7 @@ def test_bad_rows_are_skipped_counted_and_listed(
 @pytest.mark.parametrize(
     "arguments", [["fit", "--help"], ["fit", "--config", "grpo.yaml", "--print_config"]], ids=" ".join
 )
-def test_looking_at_options_loads_no_engine(arguments: list[str]) -> None:
+def test_help_loads_no_engine(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom cv_lightning.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_is_accepted(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_command_is_accepted(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     arguments = words(command)
     accept([*arguments, "--help"] if arguments[0] == "data" and len(arguments) == 2 else arguments)  # a mere mention
@@ -50,7 +50,7 @@ def test_the_command_is_accepted(command: str, folder: Path, monkeypatch: pytest
         accept(["fit", *given[:at], *given[at + 2 :]])
 
 
-def test_no_command_has_gone_unnoticed() -> None:
+def test_recorded_commands_are_still_documented() -> None:
     recorded = [renames().text(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
     gone = sorted(set(recorded) - set(COMMANDS))
     assert not gone, f"no longer in README.md or docs: {gone}; see tests/fixtures/README.md"
@@ -68,7 +68,7 @@ def test_no_command_has_gone_unnoticed() -> None:
         "fite --config configs/quickstart/grpo.yaml",
     ],
 )
-def test_a_wrong_command_would_be_refused(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_command_is_refused(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above could not fail."""
     monkeypatch.chdir(folder)
     with pytest.raises(AssertionError, match="exit code"):

@@ -69,7 +69,7 @@ def test_plan_of_the_8b_recipe_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
         (("grpo/qwen3_vl_8b", "grpo/lora", "hardware/1gpu_lora"), ["--gpu=h100"]),
     ],
 )
-def test_plan_says_that_recipes_fit_the_hardware_they_are_for(
+def test_recipes_fit_their_hardware(
     names: tuple[str, ...], more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = main([*configs(*names), *more, "--strict"])
@@ -164,7 +164,7 @@ def test_plan_counts_image_processing_where_it_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("wrong", [["--config", "nowhere.yaml"], ["--trainer.bogus", "3"], ["--gpu", "bogus"]])
-def test_errors_of_plan_name_plan(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_verb_plan(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*configs("grpo/qwen3_vl_8b"), *wrong])
     said = capsys.readouterr().err

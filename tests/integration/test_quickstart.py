@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_stage_left_its_result(run: Path) -> None:
+def test_every_stage_writes_its_result(run: Path) -> None:
     timing = json.loads((run / "timing.json").read_text())
     stages = {"tiny", "sft", "sft_eval", "rl", "rl_eval", "rl_accuracy", "rl_accuracy_eval", "summary", "report"}
     assert set(timing) == stages | {"seed", "ranks"} and (timing["seed"], timing["ranks"]) == (3, 1)
@@ -69,7 +69,7 @@ def test_evaluations_store_every_trajectory(run: Path) -> None:
                 assert json.loads((folder / "metrics.json").read_text())["num_trajectories"] == 8
 
 
-def test_training_logged_its_metrics(run: Path) -> None:
+def test_training_logs_its_metrics(run: Path) -> None:
     rows = list(csv.DictReader((run / "rl" / "metrics.csv").open()))
     assert [float(row["iteration"]) for row in rows] == [1.0, 2.0]
     for name in (
@@ -86,12 +86,12 @@ def test_training_logged_its_metrics(run: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ recorded values
-def test_a_recorded_run_is_what_the_command_gives(run: Path) -> None:
+def test_run_equals_the_recorded_values(run: Path) -> None:
     """Metrics, evaluations, trajectories and weights, as tests/fixtures/smoke.json.gz has them."""
     assert_recorded(smoke_digest(run))
 
 
-def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: str, *flags: str) -> None:
+def assert_engine_and_trainer_agree(policy: Path, out: Path, family: str, *flags: str) -> None:
     """GRPO of a policy too young to earn anything: regularised, all its trajectories count, and its weights change."""
     command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
     command += ["--trainer.default_root_dir", str(out), "--model.init_args.policy.path", str(policy)]
@@ -109,13 +109,13 @@ def assert_parity_wherever_it_can_show(policy: Path, out: Path, family: str, *fl
         assert float(row["policy/kl_to_reference"]) > 1e-6  # the weights do change, and parity is that of new ones
 
 
-def test_parity_at_every_iteration(run: Path, tmp_path: Path) -> None:
-    assert_parity_wherever_it_can_show(run / "sft" / "model", tmp_path / "run", "qwen3_vl", *KEEP_ALL)
+def test_engine_and_trainer_agree_at_every_iteration(run: Path, tmp_path: Path) -> None:
+    assert_engine_and_trainer_agree(run / "sft" / "model", tmp_path / "run", "qwen3_vl", *KEEP_ALL)
     assert_recorded({"parity": run_digest(tmp_path / "run")})  # token by token
 
 
 @pytest.mark.slow
-def test_qwen25_goes_the_same_way(tmp_path: Path) -> None:
+def test_qwen25_runs_every_stage(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = quickstart(folder, "--model", "qwen2_5_vl")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -131,10 +131,10 @@ def test_qwen25_goes_the_same_way(tmp_path: Path) -> None:
         shown = [Image.open(path).size for path in (folder / "eval" / f"{stage}_greedy_tool").rglob("*.png")]
         assert {(84, 84), (336, 336)} <= set(shown)
     assert (folder / "report.html").is_file()
-    assert_parity_wherever_it_can_show(folder / "sft" / "model", tmp_path / "parity", "qwen2_5_vl")
+    assert_engine_and_trainer_agree(folder / "sft" / "model", tmp_path / "parity", "qwen2_5_vl")
 
 
-def test_the_report_stands_alone(run: Path) -> None:
+def test_report_loads_nothing_from_elsewhere(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert "<html" in page and len(page) > 20_000
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page

@@ -120,7 +120,7 @@ def test_every_config_of_the_recipes_and_the_rest_is_built(
 
 
 @pytest.mark.parametrize("name", of_kind(*PARTS))
-def test_every_part_that_recipes_name_is_what_its_file_says(name: str) -> None:
+def test_parts_of_recipes_equal_their_files(name: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--part", type=PARTS[kind_of(name)])
     built = parser.instantiate(parser.parse_args(["--part", str(CONFIGS / name)])).part
@@ -159,7 +159,7 @@ def test_recipes_of_the_real_models_have_their_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 @pytest.mark.parametrize("model", list(PARAMETERS))
-def test_recipes_with_adapters_train_them_alone(stage: str, model: str) -> None:
+def test_lora_recipes_train_only_adapters(stage: str, model: str) -> None:
     given = read(f"{stage}/{model}.yaml", f"{stage}/lora.yaml", "hardware/1gpu_lora.yaml")["model"]["init_args"]
     lora = LoraConfig(**given["policy"].pop("lora"))
     empty = empty_policy(PolicyConfig(**given["policy"], lora=lora))
@@ -174,7 +174,7 @@ def test_recipes_with_adapters_train_them_alone(stage: str, model: str) -> None:
 
 @pytest.mark.parametrize("hardware", HARDWARE)
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "qwen3" in name])
-def test_recipes_stand_under_every_hardware_file(recipe: str, hardware: str) -> None:
+def test_recipes_work_with_every_hardware_file(recipe: str, hardware: str) -> None:
     alone, both, given = load(recipe), read(recipe, hardware), load(hardware)["trainer"]
     assert both["trainer"]["devices"] == given["devices"] and both["trainer"]["accelerator"] == given["accelerator"]
     assert both["export"] == alone["export"]
@@ -188,7 +188,7 @@ def test_recipes_stand_under_every_hardware_file(recipe: str, hardware: str) -> 
         assert isinstance(strategy, ZeroStrategy) and both["trainer"]["strategy"]["init_args"]["stage"] == 3
 
 
-def test_recipes_of_grpo_train_as_many_tokens_as_the_agent_may_make() -> None:
+def test_grpo_recipes_train_as_many_tokens_as_the_agent_may_sample() -> None:
     for name in RECIPES[2:]:
         config = load(name)
         given, rollout = config["model"]["init_args"], config["rollout"]
@@ -216,9 +216,7 @@ def test_a_recipe_model_is_found_by_its_name_and_an_unknown_one_is_refused(tmp_p
 
 
 # ---------------------------------------------------------------------------------------------- Thinking models
-def test_recipes_on_a_thinking_model_leave_the_thought_to_be_opened_by_the_model(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_prompts_of_thinking_models_do_not_open_the_thought(tiny_checkpoint: Path, tmp_path: Path) -> None:
     processor = load_processor(str(tiny_checkpoint))
     processor.chat_template = processor.tokenizer.chat_template = THINKING
     processor.save_pretrained(tmp_path)
@@ -234,7 +232,7 @@ def test_recipes_on_a_thinking_model_leave_the_thought_to_be_opened_by_the_model
     assert encoder.adapter.chat_template() != THINKING
 
 
-def test_recipes_with_adapters_keep_them_in_float32_beside_16_bit_weights(tiny_checkpoint: Path) -> None:
+def test_lora_recipes_keep_adapters_in_float32(tiny_checkpoint: Path) -> None:
     model = load_policy(PolicyConfig(path=str(tiny_checkpoint), dtype="bfloat16", lora=LoraConfig(rank=2)))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

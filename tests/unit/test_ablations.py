@@ -19,7 +19,7 @@ def reward(path: str) -> RewardConfig:
     return RewardConfig(**yaml.safe_load((ROOT / path).read_text()))
 
 
-def test_an_arm_changes_only_what_it_is_named_after() -> None:
+def test_arm_changes_only_the_named_weights() -> None:
     rewards = {name: reward(arm.reward or "configs/quickstart/reward.yaml") for name, arm in ARMS.items()}
     full = rewards["full"].weights
 
@@ -31,7 +31,7 @@ def test_an_arm_changes_only_what_it_is_named_after() -> None:
     assert changed("no_penalty") == changed("needless_no_penalty") == {"usage", "spurious"} and not changed("needless")
 
 
-def test_the_stages_of_a_seed() -> None:
+def test_stages_of_a_seed() -> None:
     found = {s.name: s.arguments for s in stages(Path("r"), seed=3, arms=["full", "no_sft"], iterations=7, per_kind=5)}
     assert list(found) == ["tiny", "sft", "sft_eval", "full", "full_eval", "no_sft", "no_sft_eval"]
     assert "r/tiny" in found["no_sft"] and "r/sft/model" in found["full"]
@@ -43,7 +43,7 @@ def test_the_stages_of_a_seed() -> None:
     assert [stage.name for stage in trained] == ["tiny", "sft", "paper"]
 
 
-def test_the_table(tmp_path: Path) -> None:
+def test_table_shows_mean_and_range_over_seeds(tmp_path: Path) -> None:
     for seed, (found_at, calls) in enumerate(((2, 1.0), (None, 3.0))):
         folder = tmp_path / f"seed{seed}"
         (folder / "full/model").mkdir(parents=True)

@@ -23,7 +23,7 @@ def upright(image: Image.Image, applied: str | None) -> Image.Image:
     return eval(f"image.{UNDO[applied]}", {"image": image, "Image": Image}) if applied else image
 
 
-def test_a_scene_depends_on_its_arguments_alone() -> None:
+def test_scene_depends_only_on_its_arguments() -> None:
     first = [digit_task(CONFIG, "train", index) for index in range(8)]
     digit_task(CONFIG, "held_out", 99)
     again = [digit_task(DigitsConfig(), "train", index) for index in range(8)]
@@ -46,7 +46,7 @@ def test_train_and_held_out_scenes_share_no_digit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_metadata_describe_the_pixels(kind: str) -> None:
+def test_metadata_describe_the_image(kind: str) -> None:
     seen = set()
     for index in range(40):
         task = digit_task(CONFIG, "held_out", index, kind)
@@ -80,7 +80,7 @@ def test_the_cell_is_a_good_crop_of_the_number() -> None:
         assert all(edge % CONFIG.cell == 0 for edge in cell)
 
 
-def test_no_two_orientations_look_alike() -> None:
+def test_orientations_of_a_scene_are_distinct() -> None:
     image = digit_task(CONFIG, "train", 0, "upright").images[0]
     views = [image] + [image.transpose(method) for method in Image.Transpose]
     assert len(views) == 8
@@ -88,14 +88,14 @@ def test_no_two_orientations_look_alike() -> None:
         assert np.mean(np.asarray(a) != np.asarray(b)) > 0.05
 
 
-def test_what_the_model_sees_of_a_small_number_is_a_few_pixels() -> None:
+def test_small_digit_is_a_few_pixels_in_the_model_view() -> None:
     task = digit_task(CONFIG, "train", 0, "small")
     scale = CONFIG.model_side / task.images[0].width
     assert (task.box[2] - task.box[0]) * scale < 12
     assert (task.box[3] - task.box[1]) * scale < 8
 
 
-def test_kinds_come_by_their_shares() -> None:
+def test_kinds_occur_by_their_frequencies() -> None:
     config = DigitsConfig(kind_shares={"upright": 3.0, "small": 1.0})
     kinds = Counter(digit_task(config, "train", index).metadata["kind"] for index in range(2000))
     assert set(kinds) == {"upright", "small"}
@@ -123,6 +123,6 @@ def test_other_sizes_keep_the_layout() -> None:
         ({"cell": 384, "original_side": 384}, "--cell"),
     ],
 )
-def test_a_config_that_cannot_be_names_its_flag(arguments: dict, flag: str) -> None:
+def test_invalid_digits_config_names_its_flag(arguments: dict, flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         DigitsConfig(**arguments)

@@ -29,7 +29,7 @@ print("MODULES" + json.dumps([code, sorted(set(sys.modules))]))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["fitt"], ["doctor", "--help"]], ids=" ".join)
-def test_light_answers_import_nothing_heavy(arguments: list[str]) -> None:
+def test_help_and_errors_import_no_heavy_package(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True)
     code, modules = json.loads(done.stdout.rpartition("MODULES")[2])
     assert code == (2 if arguments == ["fitt"] else 0)
@@ -38,7 +38,7 @@ def test_light_answers_import_nothing_heavy(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fitt"], ["doctor", "--help"]], ids=" ".join)
-def test_light_answers_are_fast(arguments: list[str]) -> None:
+def test_help_and_errors_are_fast(arguments: list[str]) -> None:
     def seconds() -> float:
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-m", "cv_lightning", *arguments], capture_output=True, check=False)
@@ -47,18 +47,18 @@ def test_light_answers_are_fast(arguments: list[str]) -> None:
     assert min(seconds() for _ in range(3)) < LIMIT_S  # the least of three: neighbours share these cores
 
 
-def test_a_wrong_verb_names_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_verb_suggests_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["docter"]) == 2
     assert "did you mean 'doctor'?" in capsys.readouterr().err
 
 
-def test_a_verb_unlike_any_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_verb_without_a_close_match_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zzz"]) == 2
     said = capsys.readouterr().err
     assert all(name in said for name in VERBS)
 
 
-def test_no_verb_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_verb_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "doctor" in capsys.readouterr().out
 
@@ -99,13 +99,13 @@ def old_lock(folder: Path, age_s: float = 60.0) -> Path:
     return lock
 
 
-def test_the_lock_of_a_killed_build_is_removed(tmp_path: Path) -> None:
+def test_stale_build_lock_is_removed(tmp_path: Path) -> None:
     lock = old_lock(tmp_path)
     assert remove_stale_locks(tmp_path) == [lock]
     assert not lock.exists()
 
 
-def test_the_lock_of_a_living_build_stays(tmp_path: Path) -> None:
+def test_lock_of_a_running_build_is_kept(tmp_path: Path) -> None:
     lock = old_lock(tmp_path)
     holder = f"import os, sys; os.open({str(lock)!r}, os.O_RDONLY); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -119,12 +119,12 @@ def test_the_lock_of_a_living_build_stays(tmp_path: Path) -> None:
     assert remove_stale_locks(tmp_path) == [lock]
 
 
-def test_a_young_lock_stays(tmp_path: Path) -> None:
+def test_recent_lock_is_kept(tmp_path: Path) -> None:
     old_lock(tmp_path, age_s=0.0)
     assert remove_stale_locks(tmp_path) == []
 
 
-def test_preparing_is_repeatable() -> None:
+def test_prepare_environment_is_idempotent() -> None:
     before = dict(os.environ)
     try:
         prepare_environment()
@@ -136,7 +136,7 @@ def test_preparing_is_repeatable() -> None:
         os.environ.update(before)
 
 
-def test_lightning_gets_one_command_line() -> None:
+def test_lightning_reads_one_command_line() -> None:
     arguments = [sys.executable, "-m", "cv_lightning", "fit", "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert "--trainer.max_epochs" in done.stdout

@@ -49,7 +49,7 @@ def install(project: Path, *arguments: str, active: bool = True) -> subprocess.C
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_an_unknown_option_is_refused(project: Path) -> None:
+def test_unknown_option_is_refused(project: Path) -> None:
     done = install(project, "--fast")
     assert done.returncode == 2
     assert "--fast" in done.stderr
@@ -67,7 +67,7 @@ def test_the_environment_is_dot_venv_by_default(project: Path) -> None:
     [({}, ".venv"), ({"CONDA_PREFIX": "/conda", "CONDA_DEFAULT_ENV": "base"}, ".venv"),
      ({"VIRTUAL_ENV": "/gone"}, ".venv")],
 )  # fmt: skip
-def test_every_script_runs_what_was_installed_into(project: Path, active: dict[str, str], expected: str) -> None:
+def test_scripts_use_the_installed_environment(project: Path, active: dict[str, str], expected: str) -> None:
     command = ["bash", "-c", "source scripts/environment.sh; echo $environment"]
     done = subprocess.run(
         command, cwd=project, env={"PATH": os.environ["PATH"]} | active, capture_output=True, text=True

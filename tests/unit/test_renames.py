@@ -144,7 +144,7 @@ def algorithm_of(config: dict[str, Any]) -> tuple[dict[str, Any], AlgorithmConfi
     return block, parser.instantiate(parser.parse_object({"value": block})).value
 
 
-def test_a_resolved_config_of_defaults_is_the_default_algorithm() -> None:
+def test_resolved_defaults_become_the_default_algorithm() -> None:
     rollout = {"advantage": {"method": "grpo", "epsilon": 1e-6}, "mask": None}
     more = {"num_minibatches": 2, "old_logprobs": "engine", "reference_path": None, "reference_every": 1}
     block, built = algorithm_of(with_algorithm(DEFAULTS, rollout, **more))
@@ -156,7 +156,7 @@ def test_a_resolved_config_of_defaults_is_the_default_algorithm() -> None:
 
 
 @pytest.mark.parametrize("part", [None, {}])
-def test_nothing_is_left_of_a_loss_that_said_nothing(part: Any) -> None:
+def test_empty_loss_block_is_removed(part: Any) -> None:
     new, _ = migrate_config(with_algorithm(part, {"advantage": None}))
     assert "loss" not in new["model"]["init_args"] and "advantage" not in new["rollout"]
     assert new["model"]["init_args"]["algorithm"] == {"dynamic_sampling": {"max_oversample": 1.0}}
@@ -178,7 +178,7 @@ def test_a_config_of_sft_gets_no_algorithm() -> None:
     assert "algorithm" not in new["model"]["init_args"]
 
 
-def test_an_overlay_does_not_choose_the_loss() -> None:
+def test_overlay_does_not_select_the_loss() -> None:
     new, changes = migrate_config({"model": {"init_args": {"loss": {"clip_low": 0.1}}}})
     assert new["model"]["init_args"] == {"algorithm": {"loss": {"init_args": {"clip_low": 0.1}}}}
     assert migrate_config(new) == (new, {}) and len(changes) == 1
@@ -195,7 +195,7 @@ def test_settings_of_a_checkpoint_are_those_of_its_config(policy: str) -> None:
     assert {name for name in found if ".algorithm.loss" in name} == {n for n in algorithm if ".algorithm.loss" in n}
 
 
-def test_every_new_class_path_is_there() -> None:
+def test_every_new_class_path_exists() -> None:
     for old, new in table("class_paths").items():
         module, _, name = new.rpartition(".")
         assert old != new and hasattr(importlib.import_module(module), name), new

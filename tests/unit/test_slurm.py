@@ -40,7 +40,7 @@ def calls(cluster: Path, script: str, **environment: str) -> list[str]:
     return (cluster / "calls").read_text().splitlines()
 
 
-def test_sft_uses_every_node(cluster: Path) -> None:
+def test_sft_job_uses_every_node(cluster: Path) -> None:
     python = cluster / "env/bin/python"
     python.parent.mkdir(parents=True)
     python.touch(mode=0o755)
@@ -53,7 +53,7 @@ def test_sft_uses_every_node(cluster: Path) -> None:
     )
 
 
-def test_grpo_leaves_the_last_node_to_the_judge(cluster: Path) -> None:
+def test_grpo_job_runs_the_judge_on_the_last_node(cluster: Path) -> None:
     judge, training = calls(cluster, "grpo.sbatch", CVL_JUDGE_MODEL="some/judge")
     assert "--nodelist node2 " in judge and "--model 'some/judge' --tp 8 --host 0.0.0.0" in judge
     assert "--nodelist node0,node1 " in training and "--nnodes 2" in training
@@ -77,9 +77,7 @@ def runs(pid: str) -> bool:
 
 
 @pytest.mark.parametrize(("of_step", "code"), [(0, 0), (1, 143), (143, 143), (75, 75)])
-def test_a_job_that_gets_a_signal_lets_the_training_save_and_the_judge_answer(
-    cluster: Path, of_step: int, code: int
-) -> None:
+def test_signalled_job_saves_a_checkpoint_before_the_judge_stops(cluster: Path, of_step: int, code: int) -> None:
     """srun hands SIGTERM on to its tasks; here it is the task, which takes a second to save its checkpoint."""
     (cluster / "bin/srun").write_text(
         """#!/bin/bash
@@ -110,6 +108,6 @@ while :; do sleep 0.1; done
         assert "#SBATCH --signal=B:TERM@300\n" in (ROOT / "scripts/slurm" / script).read_text()
 
 
-def test_grpo_without_a_judge_of_its_own(cluster: Path) -> None:
+def test_grpo_job_without_its_own_judge(cluster: Path) -> None:
     (training,) = calls(cluster, "grpo.sbatch", CVL_JUDGE_NODES="0")
     assert "--nnodes 3" in training and "reward.judge" not in training

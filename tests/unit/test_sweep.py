@@ -106,7 +106,7 @@ def test_signal_stops_sweep_and_trial_which_is_run_again(tmp_path: Path, number:
     assert (before["state"], after["state"]) == ("FAIL", "COMPLETE") and before["params_x"] == after["params_x"]
 
 
-def test_hopeless_trial_is_stopped_early(tmp_path: Path) -> None:
+def test_trial_that_falls_behind_is_stopped_early(tmp_path: Path) -> None:
     job = JOB.replace("range(1, 5):\n", "range(1, 5):\n    time.sleep(0.3)\n").replace("(x - 0.3) ** 2", "x")
     stop = {"type": "hyperband", "min_iter": 1, "eta": 2}
     path, out = sweep_file(tmp_path, job, early_terminate=stop), tmp_path / "out"
@@ -127,22 +127,20 @@ def test_hopeless_trial_is_stopped_early(tmp_path: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_the_runner_does_not_implement_is_refused_by_name(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
+def test_unsupported_sweep_key_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     path = sweep_file(tmp_path, **changes)
     with pytest.raises(DataError) as refused:
         read_sweep(path)
     assert f"`{said}` is not supported" in str(refused.value) and f"`wandb sweep {path}`" in str(refused.value)
 
 
-def test_an_old_metric_is_refused_with_its_new_name(tmp_path: Path) -> None:
+def test_old_metric_is_refused_with_its_new_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="greedy/must_use is called greedy/tool_use_success now"):
         read_sweep(sweep_file(tmp_path, metric={"name": "greedy/must_use"}))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_our_files_give_the_command_that_wandb_gives(path: Path) -> None:
+def test_sweep_commands_equal_those_of_wandb(path: Path) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
     config = load_sweep_config(str(path))
@@ -158,7 +156,7 @@ def test_our_files_give_the_command_that_wandb_gives(path: Path) -> None:
     assert expected[1:4] == ["-m", "cv_lightning", "fit"]
 
 
-def test_argument_of_wandbs_agent_is_left_out() -> None:
+def test_argument_of_wandb_agent_is_removed() -> None:
     agent = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1"}
     given = ["fit", "--config", "a.yaml", "--_wandb={'x': 1}", "--model.lr=1"]
     kept = ["fit", "--config", "a.yaml", "--model.lr=1"]
@@ -167,7 +165,7 @@ def test_argument_of_wandbs_agent_is_left_out() -> None:
     assert agent_arguments(own, agent) == own
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_heavy_package() -> None:
     code = "import sys; from cv_lightning.commands.sweep import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'matplotlib', 'wandb', 'pandas'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -78,7 +78,7 @@ def test_the_real_architecture_has_about_two_and_a_half_million_parameters(famil
     assert model.generation_config.eos_token_id == [AutoTokenizer.from_pretrained(folder).eos_token_id]
 
 
-def test_the_processor_is_the_familys_own(family: str, processor: ProcessorMixin) -> None:
+def test_processor_class_is_that_of_the_family(family: str, processor: ProcessorMixin) -> None:
     names = {"qwen3_vl": "Qwen3VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
     assert type(processor).__name__ == names[family]
     assert processor.chat_template == adapter_for(family).chat_template()
@@ -86,7 +86,7 @@ def test_the_processor_is_the_familys_own(family: str, processor: ProcessorMixin
 
 
 @torch.no_grad()
-def test_qwen25_sees_beyond_a_window_through_its_full_attention_blocks_alone(tmp_path: Path) -> None:
+def test_qwen25_mixes_windows_only_in_full_attention_blocks(tmp_path: Path) -> None:
     write(TinyCheckpoint(out=tmp_path, model=TinyModelConfig(family="qwen2_5_vl")))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     patches = torch.randn(2, 36, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
@@ -142,7 +142,7 @@ def test_few_images_need_a_second_resize(family: str, processor: ProcessorMixin)
 
 
 @pytest.mark.parametrize("factor", [28, 32])
-def test_every_view_is_of_a_shape_that_the_processor_takes(factor: int) -> None:
+def test_every_resized_image_is_accepted_by_the_processor(factor: int) -> None:
     """Strips with the aspect ratio just below the limit, and any other size: refused at once or never again."""
     limits = ImageLimits(factor=factor, min_pixels=3136, max_pixels=1_003_520)
     rng, num_refused = random.Random(factor), 0
@@ -161,7 +161,7 @@ def test_every_view_is_of_a_shape_that_the_processor_takes(factor: int) -> None:
         limits.model_size(7680, 40)  # 192 to 1 before it is rounded to patches
 
 
-def test_calls_take_few_tokens_and_digits_stand_alone(processor: ProcessorMixin) -> None:
+def test_calls_take_few_tokens_and_digits_are_single_tokens(processor: ProcessorMixin) -> None:
     tokenizer = processor.tokenizer
     for text, most in ((ROTATE, 13), (CROP, 24)):
         pieces = [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
@@ -179,7 +179,7 @@ def test_markup_is_single_tokens_that_decoding_keeps(family: str, processor: Pro
 
 
 @given(st.text(max_size=60))
-def test_every_text_survives_the_tokenizer(text: str) -> None:
+def test_every_text_round_trips_through_the_tokenizer(text: str) -> None:
     tokenizer = _byte_pairs()
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
@@ -198,7 +198,7 @@ def test_word_merges_take_more_tokens() -> None:
     assert words.decode(words.encode(inner).ids) == inner
 
 
-def test_weights_depend_on_the_seed_and_leave_the_callers_alone(tmp_path: Path) -> None:
+def test_weights_depend_on_the_seed_and_keep_the_callers_random_state(tmp_path: Path) -> None:
     small = {"hidden_size": 32, "head_dim": 16, "num_key_value_heads": 2, "num_layers": 2, "vision_depth": 2}
     small |= {"deepstack_layers": (0,)}
     weights = []
@@ -212,7 +212,7 @@ def test_weights_depend_on_the_seed_and_leave_the_callers_alone(tmp_path: Path) 
     assert same == [True, False]
 
 
-def test_the_command_writes_a_checkpoint(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_command_writes_a_checkpoint(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--model.hidden_size=32", "--model.num_key_value_heads=1", "--model.num_layers=2"]
     assert main(["--out", str(tmp_path / "made"), "--family", family, "--seed", "3", *sizes]) == 0
     assert AutoConfig.from_pretrained(tmp_path / "made").model_type == family
@@ -224,7 +224,7 @@ def test_the_command_writes_a_checkpoint(family: str, tmp_path: Path, capsys: py
     assert AutoProcessor.from_pretrained(tmp_path / "made").chat_template == adapter_for(family).chat_template()
 
 
-def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_command_names_an_invalid_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path / "none"), "--digits.cell=70"]) == 2
     assert "--cell 70" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
@@ -247,6 +247,6 @@ def test_the_command_names_a_flag_that_cannot_be(tmp_path: Path, capsys: pytest.
         ({"family": "no_such_vl"}, "--family no_such_vl is not known; there are qwen2_5_vl, qwen3_vl"),
     ],
 )
-def test_sizes_that_cannot_be_name_their_flag(arguments: dict, flag: str) -> None:
+def test_invalid_sizes_name_their_flag(arguments: dict, flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         TinyModelConfig(**arguments)
