@@ -1,4 +1,4 @@
-"""One asyncio thread beside the engine's: sandbox calls and judge requests run here."""
+"""An asyncio thread for sandbox calls and judge requests, beside the engine's thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 10.0
-"""Seconds that cancelled work has to end."""
+"""Seconds in which cancelled work has to end."""
 
 
 class Background:
@@ -30,16 +30,16 @@ class Background:
         self.loop.run_forever()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine on the thread; the future tells how it went."""
+        """Run a coroutine on the thread; returns the future of its result."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def close(self) -> None:
-        """Cancel what is still running and end the thread; safe to call twice."""
+        """Cancel running work and end the thread; may be called twice."""
         if not self._thread.is_alive():
             return
         try:
             self.submit(_cancel_all()).result(timeout=CLOSE_S)
-        except TimeoutError:  # whoever closes has more to close; the thread is a daemon
+        except TimeoutError:  # the caller has more to close; the thread is a daemon
             logger.warning("work on the background thread did not end within %g s of being cancelled", CLOSE_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=CLOSE_S)

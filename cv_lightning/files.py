@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever stops the process that writes them."""
+"""Files that are written completely or not at all, even if the writing process is killed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG))
-"""What the system says where nothing (more) can be written: a matter of the machine, not a defect of the program."""
+"""Errors of the system where nothing (more) can be written: a problem of the machine, not of the program."""
 
 
 def describe_disk_error(error: BaseException) -> str:
-    """One line for people; empty for any other error."""
+    """One line about an error of the disk; empty for any other error."""
     if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
         return ""
     place = error.filename2 or error.filename
@@ -25,11 +25,11 @@ def describe_disk_error(error: BaseException) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place once the context ends without an error.
+    """A temporary file beside `path`, which replaces it when the context ends without an error.
 
     Args:
-        path: the file; its folder exists. Two processes must not write the same one at a time. A link, device or pipe
-            (`/dev/stdout`) is written itself: nothing could take its place.
+        path: The file; its folder exists. Only one process may write it at a time. A link, device or pipe
+            (`/dev/stdout`) is written directly.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         yield path
@@ -37,10 +37,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        sync_file(temporary)  # else a power cut may leave the new name with nothing behind it
+        sync_file(temporary)  # otherwise a power cut may leave an empty file under the new name
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # on a disk that became read-only; what went wrong before is the news
+        with suppress(OSError):  # the disk became read-only; the earlier error is raised
             temporary.unlink(missing_ok=True)
 
 
@@ -60,18 +60,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write text as UTF-8, whole or not at all.
+    """Write text as UTF-8, completely or not at all.
 
     Args:
-        path: the file; its folder exists.
-        text: what it will hold.
-        errors: as of `str.encode`, for characters that UTF-8 cannot hold.
+        path: The file; its folder exists.
+        text: Its content.
+        errors: As in `str.encode`, for characters that UTF-8 cannot encode.
     """
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all; its folder is made if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=1))

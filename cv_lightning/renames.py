@@ -1,4 +1,4 @@
-"""Old names of config keys, class paths and metrics, and what they are called now.
+"""Old names of config keys, class paths and metrics, and their names today.
 
 The table is `renames.json`. Files that a run has stored (configs, checkpoints, evaluations) are read through it
 silently. A flag or a user's YAML file with an old name is refused with the new one; `config migrate` rewrites the file.
@@ -24,16 +24,16 @@ PUBLISHED_CLIPS: dict[Any, dict[str, float]] = {
     "cispo": {"clip_low": 1.0, "clip_high": 4.0},
     "dppo": {"clip_low": 0.15, "clip_high": 0.15, "ratio_cap": 20.0},
 }
-"""What null stood for when the loss was a setting."""
+"""Values that null stood for when the loss was a setting."""
 NULL_IS_DEFAULT = (f"{MODULE}.prompt", f"{MODULE}.tools")
 """Old keys whose null stood for the default that the new key has."""
 STORED = ("fit_config.yaml", "validate_config.yaml", "test_config.yaml")
-"""Names of the files in which a run keeps its resolved config."""
+"""Files of a run that hold its resolved config."""
 
 
 @cache
 def table(section: str) -> dict[str, Any]:
-    """Old names to new ones.
+    """A section of the table: new names by old ones.
 
     Args:
         section: `class_paths`, `split_class_paths`, `config_keys`, `metrics` or `implied`.
@@ -72,12 +72,11 @@ def new_metric(name: str) -> str:
 
 
 def new_class_path(path: str, arguments: Collection[str] = ()) -> str:
-    """Where a class is today.
+    """The class path of a class today.
 
     Args:
-        path: Class path of then, or the name alone.
-        arguments: Names of the arguments given to it. Those that a class no longer takes tell which of the classes
-            it has become is meant.
+        path: Old class path, or the name alone.
+        arguments: Names of its arguments. Where a class has become several, they determine which one is meant.
     """
     for old, became in table("split_class_paths").items():
         if path in (old, old.rpartition(".")[2]) and not set(became["arguments"]).isdisjoint(arguments):
@@ -95,10 +94,10 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     """A config under the names of today.
 
     Args:
-        config: One verb's, as its YAML file holds it. It stays as it is.
+        config: Config of one verb, as loaded from YAML; it is not changed.
 
     Returns:
-        The config, of the same class where that is a kind of dict, and the old names that it had with the new ones.
+        The config, of the same class if that is a kind of dict, and its old names with the new ones.
     """
     migrated: dict[str, Any] = deepcopy(config) if isinstance(config, dict) else dict(config)
     changes = _migrate_class_paths(migrated)
@@ -118,10 +117,10 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def _drop_implied(value: Any) -> dict[str, str]:
-    """Remove settings that follow from another one of their group today, where they say what follows from it.
+    """Remove settings that another setting of their group implies today, where they have the implied value.
 
-    `implied` of the table names group and setting, the other setting, and what follows from each of its values, its
-    default first. A setting that says something else stays, and is refused by whoever reads the config.
+    `implied` of the table names group and setting, the other setting, and the value that each of its values implies, its
+    default first. A setting with another value stays, and is refused when the config is parsed.
     """
     changes: dict[str, str] = {}
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -137,10 +136,10 @@ def _drop_implied(value: Any) -> dict[str, str]:
 
 
 def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a checkpoint has stored, under the names of today.
+    """Stored settings of a checkpoint under the names of today.
 
     Args:
-        settings: Values by dotted name, as `settings_of` tells them.
+        settings: Values by dotted name, as `settings_of` returns them.
     """
     found = {new_key(name): value for name, value in settings.items()}
     for key, rule in table("implied").items():

@@ -1,4 +1,4 @@
-"""Nested settings as flat ones by dotted name, and in which of them two differ."""
+"""Nested settings as flat ones by dotted name, and the names in which two differ."""
 
 from __future__ import annotations
 

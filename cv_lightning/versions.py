@@ -1,4 +1,4 @@
-"""Command, commit, versions and machine of a run, as its record and its results state them."""
+"""Command, commit, versions and machine of a run, for its record and its results."""
 
 from __future__ import annotations
 

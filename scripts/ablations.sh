@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Which part of reward and recipe does what, on handwritten digits: 11 arms x 3 seeds, hours on a CPU.
+# The effect of parts of reward and recipe, on handwritten digits: 11 arms x 3 seeds, hours on a CPU.
 #
 #   bash scripts/ablations.sh [--seeds 0 1 2] [--arms full no_process ...] [--iterations N] [--per-kind N] [--out FOLDER]
 #       [--no-tests] [--smoke] [--table]
 #
-# --iterations N  of RL (default 100, as in the quickstart)
+# --iterations N  iterations of RL (default 100, as in the quickstart)
 # --per-kind N    held-out scenes of each kind (default the quickstart's 602 in all)
 # --no-tests      train only: the table then has the figures of the last training iterations
-# --table         only write the table of what is finished
+# --table         only write the table of the finished arms
 #
-# Finished stages are kept and the rest goes on; seeds may run side by side in processes of their own.
+# Finished stages are kept and the others run; seeds may run side by side in separate processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for argument in "$@"; do

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: which environment is installed into and run from, $environment. The active one (of conda
-# any but base, into which nobody wants 5 GB), else .venv.
+# Sourced by the other scripts; sets $environment, the environment to install into and run from: the active one (of conda
+# any but base, to which 5 GB should not be added), else .venv.
 if [[ -n ${VIRTUAL_ENV:-} && -x $VIRTUAL_ENV/bin/python ]]; then
   environment=$VIRTUAL_ENV
 elif [[ -n ${CONDA_PREFIX:-} && -x $CONDA_PREFIX/bin/python && ${CONDA_DEFAULT_ENV:-base} != base ]]; then

@@ -67,7 +67,7 @@ export PATH=$environment/bin:$PATH
 
 # ------------------------------------------------------------------------------------------------ nothing to do?
 stamp=$environment/.cv_lightning_installed
-wanted="$stack $PWD $("$python" --version) $(cat pyproject.toml scripts/install.sh scripts/mend_torchvision.py "scripts/locks/$stack.txt" | sha256sum | cut -c1-64)"
+wanted="$stack $PWD $("$python" --version) $(cat pyproject.toml scripts/install.sh scripts/fix_torchvision.py "scripts/locks/$stack.txt" | sha256sum | cut -c1-64)"
 if [[ $force == 0 && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
   say "$environment is up to date (--force installs again)"
   exit 0
@@ -153,11 +153,11 @@ fi
 say "everything else (about a minute)"
 install_or_fail -e ".[$core,dev]"
 
-# ---------------------------------------------------------------------------------------------------------- mending
+# ---------------------------------------------------------------------------------------------------------- fixes
 if [[ $stack == cpu ]]; then
   # torchaudio and torchcodec are CUDA builds that do not load beside a CPU torch; nothing here needs sound.
   "$python" -m pip uninstall --disable-pip-version-check -y torchaudio torchcodec >>"$log" 2>&1
-  "$python" scripts/mend_torchvision.py
+  "$python" scripts/fix_torchvision.py
   if ! wait "$building"; then
     rm -rf "$TORCH_EXTENSIONS_DIR"
     say "the operator could not be built (is g++ installed? see $environment/build.log); ZeRO on several CPU ranks falls back to gloo or builds it later"

@@ -9,7 +9,7 @@
 # --model M     qwen3_vl (default) or qwen2_5_vl
 # --ranks N     N processes under ZeRO-3, an engine in each (default 1)
 # --out FOLDER  default runs/quickstart-seedN, with --smoke runs/quickstart-smoke
-# --force       start anew; without it finished stages are kept and the rest goes on
+# --force       start from scratch; without it finished stages are kept and the others run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for argument in "$@"; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve a judge with vLLM and return once it answers. The server goes on in the background; its log and process id are
+# Serve a judge with vLLM and return once it answers. The server continues in the background; its log and process id are
 # in --log and --log.pid. Stop it with: kill "$(cat judge.log.pid)"
 #
 #   scripts/serve_judge.sh --model Qwen/Qwen3-30B-A3B-Instruct-2507 --tp 2 --port 8000

@@ -28,7 +28,7 @@ trap 'rm -rf "$results"' EXIT
 export CVL_SMOKE_RUN=$results/run # the notebooks read what the smoke stage left
 
 stages=0 failed_stages=()
-stage() { # stage NAME COMMAND...: run, time, remember; later stages run all the same
+stage() { # stage NAME COMMAND...: run, time, remember; later stages run anyway
   local name=$1 begun=$SECONDS code=0
   shift
   printf '\n== %s\n' "$name"

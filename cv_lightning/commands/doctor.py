@@ -64,7 +64,7 @@ PROBES = (
         "torchvision",
         "import torchvision; from transformers.video_processing_utils import BaseVideoProcessor; import transformers;"
         "found = f'{torchvision.__version__}, with the processors of transformers {transformers.__version__}'",
-        "python scripts/mend_torchvision.py",
+        "python scripts/fix_torchvision.py",
         required=True,
     ),
     Probe(

@@ -29,7 +29,7 @@ BAR = 50.0
 
 
 def write_table(path: Path, count: int, side: int) -> None:
-    """Upright scenes of the digits as a table of VQA; small ones carry their box.
+    """Upright scenes of the digits as a table of VQA; small ones have their box.
 
     Args:
         path: Parquet file.
@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--check", action="store_true", help="exit code 1 below the bar")
     parser.add_argument("--rows", type=int, default=1000, help="conversations")
-    parser.add_argument("--side", type=int, default=384, help="side of the large pictures in pixels")
+    parser.add_argument("--side", type=int, default=384, help="side of the large images in pixels")
     options = parser.parse_args()
     found = measure(options.rows, options.side)
     speed, share = found["build_sft_per_s"], found["verified_share"]

@@ -61,7 +61,7 @@ _images: list[bytes] = []
 
 # ------------------------------------------------------------------------------------------------ the files
 def jpegs(count: int, size: tuple[int, int]) -> list[bytes]:
-    """Different pictures with edges and noise, as JPEG."""
+    """Different images with edges and noise, as JPEG."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):

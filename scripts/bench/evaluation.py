@@ -63,12 +63,12 @@ class RecordingEngine:
 
     @property
     def policy_version(self) -> int:
-        """Of the engine."""
+        """Version of the engine's weights."""
         return self.engine.policy_version
 
     @property
     def max_model_len(self) -> int:
-        """Of the engine."""
+        """Most tokens of a sequence."""
         return self.engine.max_model_len
 
     def add_request(self, request: Request) -> None:
@@ -77,15 +77,15 @@ class RecordingEngine:
         self.engine.add_request(request)
 
     def step(self) -> list[Completion]:
-        """Of the engine."""
+        """Advance the engine."""
         return self.engine.step()
 
     def has_unfinished(self) -> bool:
-        """Of the engine."""
+        """True if the engine has requests."""
         return self.engine.has_unfinished()
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Of the engine."""
+        """Drop requests."""
         self.engine.abort(ids)
 
 

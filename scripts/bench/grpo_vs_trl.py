@@ -129,7 +129,7 @@ class IdsReward(RewardTerm):
     """`reward_of` the sampled ids."""
 
     def value(self, trajectory: Trajectory, score: float) -> float:
-        """Of one trajectory."""
+        """Reward of one trajectory."""
         return reward_of([i for i, learned in zip(trajectory.token_ids, trajectory.loss_mask, strict=True) if learned])
 
 

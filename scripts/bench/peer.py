@@ -25,7 +25,7 @@ SOCKET = "BENCH_SOCKET"
 
 
 class WorkerFailed(RuntimeError):
-    """A trainer's process ended by itself; the message is the end of its output."""
+    """A trainer's process ended early; the message is the end of its output."""
 
 
 def trl_python() -> Path:

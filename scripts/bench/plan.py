@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 BAR = 0.15
 NEEDED_GB = {"sft": 10.5, "grpo": 16.5}
-"""In float32."""
+"""Main memory that a run in float32 needs."""
 SIZES = {"hidden_size": 1280, "head_dim": 64, "num_key_value_heads": 4}
 LAYERS = 28
 ROLLOUT = "--rollout"

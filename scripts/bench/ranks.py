@@ -84,7 +84,7 @@ class Turns:
         self.process.stdin.flush()
 
     def close(self) -> None:
-        """Let the run end by itself: its last turn is over."""
+        """Wait for the end of the run after its last turn."""
         self.go()
         self.process.communicate(timeout=120)
 

@@ -4,7 +4,7 @@
 
 32 trajectories of 2 to 6 tool calls on the tiny Qwen3-VL. Turns are 4 to 32 tokens long, log-uniform, by a plan that
 all loops share, so that they decode exactly the same number of tokens; every second call of the rollout sleeps 0.2 s.
-Both lockstep loops wait for every turn before any tool runs, and for every tool before any turn goes on: one runs a
+Both lockstep loops wait for every turn before any tool runs, and for every tool before any turn continues: one runs a
 round's tools at once, the other, as most trainers do, one after the other. The loops take turns; medians.
 """
 
@@ -67,12 +67,12 @@ class PlannedEngine:
 
     @property
     def policy_version(self) -> int:
-        """Of the engine."""
+        """Version of the engine's weights."""
         return self.engine.policy_version
 
     @property
     def max_model_len(self) -> int:
-        """Of the engine."""
+        """Most tokens of a sequence."""
         return self.engine.max_model_len
 
     def add_request(self, request: Request) -> None:
@@ -93,7 +93,7 @@ class PlannedEngine:
         )
 
     def has_unfinished(self) -> bool:
-        """Of the engine."""
+        """True if the engine has requests."""
         return self.engine.has_unfinished()
 
     def abort(self, ids: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def seconds(command: list[str]) -> float:
 
 
 def first_batch() -> None:
-    """In a process of its own: run `fit` up to its first batch; print the seconds until then, and those of loading."""
+    """Run `fit` up to its first batch; print the seconds until then, and those of loading. Needs its own process."""
     import psutil
 
     spent = 0.0

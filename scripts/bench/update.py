@@ -54,7 +54,7 @@ from cv_lightning.types import Group, Iteration, Task, Trajectory, TrajectoryIma
 LENGTHS = Path(__file__).parent / "lengths.json"
 VARIANTS = ("packed", "single", "padded", "bare")
 ROW_TOKENS, PADDED_ROWS = 1024, 8
-"""Of a packed row: what still fits a CPU's cache; on a GPU longer rows are faster."""
+"""Tokens of a packed row that fit a CPU's cache (on a GPU longer rows are faster), and sequences of a padded batch."""
 STEPS_TO_AGREE = 20
 VOCABULARY, LOSS_TOKENS = 151_936, 8192
 BARS = {"update_packed_over_single": 1.3, "update_packed_over_padded": 1.5, "update_over_floor": 0.85}
@@ -159,7 +159,7 @@ class TakeTurns(pl.Callback):
         self.losses: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Whose turn it is."""
+        """Select the variant of this step."""
         module.variant = self.variants[batch_idx % len(self.variants)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

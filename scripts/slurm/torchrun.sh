@@ -10,7 +10,7 @@ run_on() { # run_on "NODES" VERB ARGUMENTS...: the ranks of these nodes run one 
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take from the job since Slurm 22.05
   fi
-  # torchrun ends all ranks when one ends, and starts them again; `--ckpt_path auto` then goes on from the last checkpoint.
+  # torchrun ends all ranks when one ends, and starts them again; `--ckpt_path auto` then resumes from the last checkpoint.
   # On SIGTERM it would kill them after 30 s, in which no iteration ends and no checkpoint is written.
   srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 --nodelist "$(IFS=,; echo "${nodes[*]}")" \
     --kill-on-bad-exit=1 "$environment/bin/python" -m torch.distributed.run \

@@ -20,7 +20,7 @@ FILES = (
     "pyproject.toml",
     "scripts/install.sh",
     "scripts/environment.sh",
-    "scripts/mend_torchvision.py",
+    "scripts/fix_torchvision.py",
     "scripts/locks/cpu.txt",
     "scripts/locks/gpu.txt",
 )
@@ -125,9 +125,9 @@ def test_a_failing_pip_ends_the_install_with_its_log(project: Path) -> None:
     assert not (project.parent / "environment/.cv_lightning_installed").exists()
 
 
-def mend(packages: Path) -> subprocess.CompletedProcess[str]:
+def run_fix(packages: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, str(ROOT / "scripts/mend_torchvision.py")]
+    command = [sys.executable, str(ROOT / "scripts/fix_torchvision.py")]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -141,23 +141,23 @@ def made_up_torchvision(packages: Path, init: str) -> Path:
 
 def test_the_fix_declares_the_missing_operators_once(tmp_path: Path) -> None:
     extension = made_up_torchvision(tmp_path, FAILING_INIT)
-    first = mend(tmp_path)
+    first = run_fix(tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "mended" in first.stdout
-    mended = extension.read_text()
-    second = mend(tmp_path)
-    assert (second.returncode, second.stdout, extension.read_text()) == (0, "", mended)
+    assert "fixed" in first.stdout
+    fixed = extension.read_text()
+    second = run_fix(tmp_path)
+    assert (second.returncode, second.stdout, extension.read_text()) == (0, "", fixed)
 
 
 def test_a_torchvision_that_imports_is_left_unchanged(tmp_path: Path) -> None:
     extension = made_up_torchvision(tmp_path, "")
     before = extension.read_text()
-    assert mend(tmp_path).returncode == 0
+    assert run_fix(tmp_path).returncode == 0
     assert extension.read_text() == before
 
 
 def test_another_failure_is_reported(tmp_path: Path) -> None:
     made_up_torchvision(tmp_path, "raise ImportError('something else')")
-    done = mend(tmp_path)
+    done = run_fix(tmp_path)
     assert done.returncode == 1
     assert "still cannot be imported" in done.stderr

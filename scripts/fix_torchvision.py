@@ -1,9 +1,9 @@
-"""Make `import torchvision` work beside a torch its compiled operators were not built for.
+"""Make `import torchvision` work with a torch for which its compiled operators were not built.
 
-vLLM's CPU build pulls a torchvision whose compiled part does not load next to the CPU torch. Its image
-transforms are plain torch and work; the import fails only because two operator *schemas* are missing.
-This declares them in the installed `torchvision/extension.py`, only when the import fails, and says so.
-It has to live in the installed file: vLLM inspects model classes in a subprocess of its own.
+vLLM's CPU build installs a torchvision whose compiled part does not load with the CPU torch. Its image transforms are
+plain torch and work; the import fails only because two operator schemas are missing. If the import fails, this script
+declares them in the installed `torchvision/extension.py` and prints a line. The declaration has to be in the installed
+file, because vLLM inspects model classes in a subprocess.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def imports() -> bool:
 
 
 def main() -> int:
-    """Mend if needed; exit code 1 if the import still fails."""
+    """Fix the import if needed; exit code 1 if it still fails."""
     if imports():
         return 0
     spec = importlib.util.find_spec("torchvision")
@@ -41,7 +41,7 @@ def main() -> int:
     text = path.read_text()
     if MARK not in text:
         path.write_text(text + PATCH)
-        print(f"mended {path}: declared the schemas of torchvision's nms and qnms (its compiled part does not load)")
+        print(f"fixed {path}: declared the schemas of torchvision's nms and qnms (its compiled part does not load)")
     if not imports():
         print("torchvision still cannot be imported; reinstall it for the installed torch", file=sys.stderr)
         return 1
