@@ -119,8 +119,8 @@ def migrate_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def _drop_implied(value: Any) -> dict[str, str]:
     """Remove settings that another setting of their group implies today, where they have the implied value.
 
-    `implied` of the table names group and setting, the other setting, and the value that each of its values implies, its
-    default first. A setting with another value stays, and is refused when the config is parsed.
+    `implied` of the table names group and setting, the other setting, and the value that each of its values implies,
+    its default first. A setting with another value stays, and is refused when the config is parsed.
     """
     changes: dict[str, str] = {}
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -29,12 +29,12 @@ BAR = 50.0
 
 
 def write_table(path: Path, count: int, side: int) -> None:
-    """Upright scenes of the digits as a table of VQA; small ones have their box.
+    """Upright scenes of the digits as a table of VQA; small ones have a box.
 
     Args:
         path: Parquet file.
         count: rows.
-        side: of the large pictures, in pixels.
+        side: of the large images, in pixels.
     """
     config, rows = DigitsConfig(original_side=side), []
     for index in range(count):
