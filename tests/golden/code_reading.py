@@ -53,7 +53,7 @@ class CodeReading(NamedTuple):
 
     labels: frozenset[str] = frozenset()
     boxes: tuple[Box, ...] = ()
-    """Crop boxes with constant edges, in the frame of whatever picture is cropped."""
+    """Crop boxes with constant edges, in the frame of the image that is cropped."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class _Reader:
 
 
 def read_code(code: str | None) -> CodeReading:
-    """Labels and constant crop boxes of a snippet; nothing for text that is no Python.
+    """Labels and constant crop boxes of a snippet; empty for text that is not Python.
 
     Args:
         code: Python; more than `MAX_CODE_CHARS` is not read.
@@ -74,7 +74,7 @@ def read_code(code: str | None) -> CodeReading:
         return CodeReading()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's remarks on a policy's code concern nobody
+            warnings.simplefilter("ignore")  # the compiler's warnings about a policy's code do not matter
             tree = ast.parse(code)
         reader = _Reader()
         calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))

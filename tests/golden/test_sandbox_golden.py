@@ -22,7 +22,7 @@ def overlap(a: list[float] | None, b: list[float] | None) -> float:
     return shared / union
 
 
-def test_net_effects_agree_with_what_was_measured() -> None:
+def test_net_effects_agree_with_measured_ones() -> None:
     core, boxes = [], []
     for case in CASES:
         got, truth = golden_transforms(case), case["truth"]
@@ -34,7 +34,7 @@ def test_net_effects_agree_with_what_was_measured() -> None:
     assert len(boxes) <= 0.05 * len(CASES), boxes
 
 
-def test_reference_results_are_those_of_the_reference() -> None:
+def test_reference_results_equal_the_released_code() -> None:
     image = coordinate_image()
     with (
         Sandbox(SandboxConfig(reference_results=True, max_code_chars=20_000)) as reference,
@@ -59,7 +59,7 @@ def test_reference_results_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("code", ["image = image.rotate(90)", "rotated = image.rotate(180)"])
-def test_the_reference_returns_the_input_where_ours_returns_or_explains(code: str) -> None:
+def test_where_the_released_code_returns_the_input(code: str) -> None:
     image = coordinate_image()
     with Sandbox(SandboxConfig(reference_results=True)) as reference:
         lost = reference.run_sync(image, code).image

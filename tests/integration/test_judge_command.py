@@ -13,14 +13,14 @@ from cv_lightning.rewards import JudgeConfig
 from cv_lightning.rewards.judge.check import check_endpoint
 
 
-def test_one_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_command_prints_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--question", "Which sign?", "--ground-truth", "STOP", "--answer=stop sign", "--as-json", "true"]
     with JudgeServer() as server:
         assert main([*asked, "--judge.base-url", server.url]) == 0
     assert json.loads(capsys.readouterr().out) == {"rule": False, "judge": True, "score": 1.0}
 
 
-def test_no_server_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_server_gives_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JudgeServer() as server:
         url = server.url
     asked = ["--ground_truth", "a", "--answer", "b", "--judge.base_url", url, "--judge.max_attempts", "1"]
@@ -33,7 +33,7 @@ def test_wrong_flags_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--answer" in capsys.readouterr().err
 
 
-def test_check_tells_a_judge_from_a_yes_sayer() -> None:
+def test_check_detects_a_judge_that_always_says_yes() -> None:
     async def honest(number: int, writer: object, prompt: str) -> bool:
         await respond(writer, completion("1" if "four" in prompt else "0"))  # type: ignore[arg-type]
         return True
@@ -54,7 +54,7 @@ def test_check_tells_a_judge_from_a_yes_sayer() -> None:
     assert "'seven' with 1.00" in report.message
 
 
-def test_a_training_run_says_at_its_start_that_the_judge_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_run_warns_at_its_start_of_an_unreachable_judge(caplog: pytest.LogCaptureFixture) -> None:
     async def honest(number: int, writer: object, prompt: str) -> bool:
         await respond(writer, completion("1" if "four" in prompt else "0"))  # type: ignore[arg-type]
         return True

@@ -1,4 +1,4 @@
-"""The reward module with a judge on the agent's background thread: overlap, masking, the stop above a rate."""
+"""The reward module with a judge on the agent's background thread: overlap, masking, the stop above a failure rate."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_rule_comes_first_and_the_judge_only_where_it_says_no() -> None:
     assert metrics["judge/latency_mean_s"] > 0
 
 
-def test_no_verdict_is_no_reward() -> None:
+def test_trajectories_without_a_verdict_are_unscored() -> None:
     async def broken_for_yield(number: int, writer: object, prompt: str) -> bool:
         if "yield" not in prompt:
             return False
@@ -80,7 +80,7 @@ def test_no_verdict_is_no_reward() -> None:
     assert "HTTP 500" in failed.error
 
 
-def test_the_run_stops_above_the_rate() -> None:
+def test_the_run_stops_above_the_failure_rate() -> None:
     background = Background()
     with JudgeServer() as server:
         url = server.url
@@ -120,7 +120,7 @@ def test_judging_starts_with_each_trajectory() -> None:
     assert added < 64 * latency_s / 2  # one after another takes twice that
 
 
-def test_a_module_serves_one_loop_after_another() -> None:
+def test_a_module_works_on_successive_event_loops() -> None:
     with JudgeServer() as server:
         module = RewardModule(config_of(server))
         for text in ("stop sign one", "stop sign two"):

@@ -1,4 +1,4 @@
-"""scripts/serve_judge.sh, with a small server in the place of vLLM's: it waits, checks, and says why it gave up."""
+"""scripts/serve_judge.sh, with a small server instead of vLLM: it waits, checks, and reports failures."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(command: list[str], folder: Path, *arguments: str) -> subprocess.Complet
     return subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_it_returns_once_the_judge_judges(serve: list[str], tmp_path: Path) -> None:
+def test_the_script_returns_when_the_judge_is_ready(serve: list[str], tmp_path: Path) -> None:
     ran = run(serve, tmp_path, "--model", "some/model", "--tp", "2", "--", "--max-num-seqs", "7")
     try:
         assert ran.returncode == 0, ran.stderr
@@ -82,7 +82,7 @@ def test_it_returns_once_the_judge_judges(serve: list[str], tmp_path: Path) -> N
         os.kill(int((tmp_path / "judge.log.pid").read_text()), signal.SIGKILL)
 
 
-def test_a_server_that_ends_is_shown(serve: list[str], tmp_path: Path) -> None:
+def test_a_server_that_exits_is_reported(serve: list[str], tmp_path: Path) -> None:
     ran = run(serve, tmp_path, "--", "--die")
     assert ran.returncode == 1
     assert "no such model" in ran.stderr

@@ -1,4 +1,4 @@
-"""Stored trajectories under another recipe: the same recipe changes nothing, another one what it says."""
+"""Rescoring of stored trajectories with the same and with another recipe."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_the_same_recipe_gives_the_same_rewards(store: Path, tmp_path: Path) -> None:
+def test_rescoring_with_the_same_recipe_gives_the_same_rewards(store: Path, tmp_path: Path) -> None:
     assert main([str(store), "--out", str(tmp_path / "new")]) == 0
     old, new = lines(store), lines(tmp_path / "new")
     retried = new[2]["trajectories"][0]
@@ -66,7 +66,7 @@ def test_the_same_recipe_gives_the_same_rewards(store: Path, tmp_path: Path) -> 
     assert image.is_file(), "the images are in the old store"
 
 
-def test_another_recipe_is_what_its_module_says(
+def test_rescoring_with_another_recipe_equals_its_module(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--reward", str(RECIPES / "accuracy.yaml"), "--reward.usage", "0.25"]
@@ -87,7 +87,7 @@ def test_another_recipe_is_what_its_module_says(
     assert "8" in next(line for line in printed.splitlines() if "trajectories scored" in line)
 
 
-def test_a_judge_is_asked_and_its_cache_used(store: Path, tmp_path: Path) -> None:
+def test_rescoring_asks_the_judge_and_uses_its_cache(store: Path, tmp_path: Path) -> None:
     with JudgeServer() as server:
         options = [f"--reward.judge.base_url={server.url}", f"--reward.judge.cache_folder={tmp_path / 'cache'}"]
         assert main([str(store), *options, "--out", str(tmp_path / "new")]) == 0
@@ -105,7 +105,7 @@ def bright(trajectory: Trajectory, score: float) -> float:
     return float(trajectory.images[0].original.convert("L").getpixel((0, 0)) > 0)
 
 
-def test_a_term_of_ones_own_sees_the_pictures(store: Path, tmp_path: Path) -> None:
+def test_a_user_term_sees_the_stored_images(store: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     term = {"class_path": "cv_lightning.rewards.terms.FunctionTerm"}
     term["init_args"] = {"name": "bright", "weight": 1.0, "function": f"{__name__}.bright"}
@@ -115,7 +115,7 @@ def test_a_term_of_ones_own_sees_the_pictures(store: Path, tmp_path: Path) -> No
     assert {reward.components["bright"] for reward in rewards if reward} == {1.0}
 
 
-def test_what_cannot_be_done_is_said(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_rescoring_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(store), "--out", str(store)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "new")]) == 2

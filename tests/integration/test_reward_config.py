@@ -1,4 +1,4 @@
-"""Reward files on their way through the command line: recipes, components of a user's own, no key in what is saved."""
+"""Reward configs on the command line: recipes, user terms, and no key in saved configs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_judge_is_added_by_flags() -> None:
     assert callback.reward.judge == JudgeConfig(base_url="http://judge:8000/v1", model="m")
 
 
-def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Path) -> None:
+def test_user_terms_are_configured_by_class_path(own_reward: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"rollout: {{reward: {own_reward.name}}}\n")
     parser = rollout_parser()
     callback, given = rollout_callback(parser, [f"--config={tmp_path / 'run.yaml'}"])
@@ -130,7 +130,7 @@ def test_components_of_a_user_s_own_by_class_path(own_reward: Path, tmp_path: Pa
         ("[{class_path: own_reward.Brevity, init_args: {name: total}}]", "taken"),
     ],
 )
-def test_a_component_that_cannot_be_is_named(own_reward: Path, terms: str, said: str) -> None:
+def test_an_invalid_term_is_named(own_reward: Path, terms: str, said: str) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--reward", type=RewardConfig)
     with pytest.raises((jsonargparse.ArgumentError, ValueError), match=said):
@@ -144,13 +144,13 @@ class Broken(RewardTerm):
         return float("nan")
 
 
-def test_a_component_that_is_no_number_stops_the_run() -> None:
+def test_a_term_that_is_not_finite_stops_the_run() -> None:
     module = RewardModule(RewardConfig(terms=[Broken("broken", 1.0)]))
     with pytest.raises(ValueError, match=r"'broken' gives nan for task 't'"):
         module.score_group(group(Recorder(task(box=None)).answer()))
 
 
-def test_the_key_is_in_no_saved_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_configs_do_not_contain_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
     parser = jsonargparse.ArgumentParser(default_env=True)
     parser.add_argument("--reward", type=RewardConfig)
@@ -162,7 +162,7 @@ def test_the_key_is_in_no_saved_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("key", ["sk-abc-123", "Bearer x", ""])
-def test_a_key_in_the_place_of_its_name_is_refused_and_not_repeated(key: str) -> None:
+def test_a_key_instead_of_its_variable_is_refused_and_not_shown(key: str) -> None:
     with pytest.raises(ValueError, match="api_key_env") as caught:
         JudgeConfig(api_key_env=key)
     assert not key or key not in str(caught.value)

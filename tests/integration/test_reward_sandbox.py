@@ -1,4 +1,4 @@
-"""From code to reward with the real sandbox: what ran is paid, whatever the text says, in the source's coordinates."""
+"""From code to reward with the real sandbox: operations count if they ran, in the source's coordinates."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ TURN_AND_CROP = {
 
 
 @pytest.mark.parametrize("way", TURN_AND_CROP)
-def test_a_crop_on_the_turned_picture_is_paid_in_the_source(sandbox: Sandbox, way: str) -> None:
-    """The picture was turned by 90 degrees; BOX of the source lies at (150, 40, 270, 200) once it is upright."""
+def test_a_crop_of_the_rotated_image_counts_in_the_source(sandbox: Sandbox, way: str) -> None:
+    """The image was rotated by 90 degrees; BOX of the source lies at (150, 40, 270, 200) once it is upright."""
     trajectory = run(sandbox, task("rotate_90", "crop"), *TURN_AND_CROP[way])
     found = components(trajectory, RewardConfig(crop_credit="iou"))
     assert (found["mandatory"], found["exact"], found["accuracy"]) == (pytest.approx(1.0), 1.0, 1.0)
     parity = RewardConfig(credit="ran")
     frameless = components(trajectory, parity)["mandatory"]
-    # a call's own box is in the frame of the picture that it worked on, here the source where there was one call only
+    # a call's own box is in the frame of the image that it worked on, here the source where there was one call only
     assert frameless == pytest.approx(1.0) if len(TURN_AND_CROP[way]) == 1 else frameless < 0.8
 
 
@@ -88,7 +88,7 @@ MENTIONS = {
 
 @pytest.mark.parametrize("recipe", ["default", "paper", "released code"])
 @pytest.mark.parametrize("way", MENTIONS)
-def test_what_did_not_happen_is_not_paid(sandbox: Sandbox, way: str, recipe: str) -> None:
+def test_operations_that_did_not_run_earn_nothing(sandbox: Sandbox, way: str, recipe: str) -> None:
     config = {
         "default": RewardConfig(),
         "paper": RewardConfig(credit="steps", emerge=0.2),
@@ -98,7 +98,7 @@ def test_what_did_not_happen_is_not_paid(sandbox: Sandbox, way: str, recipe: str
     assert (found["mandatory"], found["exact"], found["emerge"]) == (0, 0, 0)
 
 
-def test_a_text_that_lies_earns_nothing(sandbox: Sandbox) -> None:
+def test_operations_only_named_in_text_earn_nothing(sandbox: Sandbox) -> None:
     """Nothing looks at the text: what it says and what ran disagree here."""
     code = "crop = lambda *_: image\nimage.rotate(270, expand=True)\nresult = image"
     trajectory = run(sandbox, task("rotate_90", box=None), code)
@@ -106,7 +106,7 @@ def test_a_text_that_lies_earns_nothing(sandbox: Sandbox) -> None:
     assert components(trajectory, RewardConfig(credit="ran"))["mandatory"] == 0.0
 
 
-def test_a_crop_beside_the_box_is_paid_by_its_overlap(sandbox: Sandbox) -> None:
+def test_a_misplaced_crop_earns_its_overlap(sandbox: Sandbox) -> None:
     x1, y1, x2, y2 = map(int, BOX)
     code = f"result = image.crop(({x1 + 40}, {y1}, {x2 + 40}, {y2}))"
     found = components(run(sandbox, task("crop"), code), RewardConfig(crop_credit="iou"))

@@ -1,4 +1,4 @@
-"""Ways to be paid for nothing: each a trajectory that plays a trick, and one that earns the same honestly.
+"""Reward hacks: each a trajectory that plays a trick, and one that earns the same reward honestly.
 
 The honest one gives the same answer and leaves the trick out. docs/rewards.md tells which recipes are closed to which.
 """
@@ -110,7 +110,7 @@ def call_after_answer() -> Trajectory:
 
 
 def idle(operation: Operation) -> Hack:
-    """An operation that changes nothing, or that nobody knows."""
+    """An operation that changes nothing, or an unknown one."""
 
     def trick() -> Trajectory:
         recorder = Recorder(upright()).call()

@@ -1,4 +1,4 @@
-"""Trajectories built by really applying operations to real pictures, as agent and sandbox would record them."""
+"""Trajectories built by really applying operations to real images, as agent and sandbox would record them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOX: Box = (40.0, 30.0, 200.0, 150.0)
 
 
 def task(*required: str, box: Box | None = BOX, truth: str = "42", question: str = "What number is written?") -> Task:
-    """A task on a random picture of 400 x 300 pixels."""
+    """A task on a random image of 400 x 300 pixels."""
     pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     return Task(
         id="t",

@@ -1,4 +1,4 @@
-"""The rule stage of answer scoring decides as a careful person would: tables of cases by kind, answer_cases.json."""
+"""Answer rules agree with human judgement on the cases of answer_cases.json."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ PIECES = (
 
 
 @pytest.mark.parametrize(("table", "kind"), KINDS)
-def test_answer_verdicts_agree_with_a_person(table: str, kind: str) -> None:
+def test_answer_verdicts_agree_with_human_judgement(table: str, kind: str) -> None:
     wanted = table.startswith("same")
     wrong = [case for case in TABLES[table][kind] if are_answers_equivalent(*case) is not wanted]
     assert wrong == []
 
 
 def test_answer_cases_are_many_and_at_most_one_percent_is_open() -> None:
-    """What is refused though a person would accept it is listed in docs/rewards.md; nothing wrong is accepted."""
+    """docs/rewards.md lists right answers that are refused; no wrong answer is accepted."""
     cases = [tuple(case) for table in TABLES.values() for kind in table.values() for case in kind]
     assert len(cases) == len(set(cases)) >= 1_500
     (open_cases,) = TABLES["open"].values()
     assert len(open_cases) <= 0.01 * len(cases)
-    assert not any(are_answers_equivalent(*case) for case in open_cases)  # take a mended one off the list
+    assert not any(are_answers_equivalent(*case) for case in open_cases)  # remove a fixed one from the list
 
 
-def test_answers_of_any_characters_are_decided_without_an_error() -> None:
+def test_random_answers_raise_no_error() -> None:
     rng = random.Random(17)
     for _ in range(3_000):
         said = "".join(rng.choice(PIECES) + rng.choice(("", " ")) for _ in range(rng.randrange(1, 14)))

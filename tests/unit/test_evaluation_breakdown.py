@@ -1,4 +1,4 @@
-"""Breakdown and paired figures: who scored, forms of a question, tries, crops; gain and harm."""
+"""Breakdown and paired figures: rule and judge, image variants, pass@k, crops; gain and harm."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_columns_of_a_robustness_table_and_both_means() -> None:
     assert breakdown([o for o in found if o.variant.orientation != "flip_vertical"]).mean_of_six.n == 0
 
 
-def test_one_form_a_question_has_a_mean_too() -> None:
+def test_mean_of_columns_with_one_variant_per_question() -> None:
     config = CorruptionConfig(mode="one")
     table = breakdown([set_score(o, o.variant.orientation != "rotate_180") for o in forms(12, config)])
     assert table.by_transform["rotate_180"].value == 0
@@ -69,7 +69,7 @@ def test_one_form_a_question_has_a_mean_too() -> None:
     assert table.mean_of_six.low < 5 / 6 < table.mean_of_six.high
 
 
-def test_severities() -> None:
+def test_scores_by_severity() -> None:
     config = CorruptionConfig(orientations=("identity",), corruptions=("none", "fog"), severities=(1, 5))
     found = [set_score(o, o.variant.severity < 5) for o in forms(4, config)]
     by = breakdown(found).by_corruption
@@ -83,7 +83,7 @@ def test_severities() -> None:
     assert list(kinds) == ["upright"] and kinds["upright"].n == 4
 
 
-def test_rule_and_judge_are_never_mixed_and_a_dead_judge_is_not_wrong() -> None:
+def test_rule_and_judge_are_reported_separately_and_a_failed_judge_is_not_a_wrong_answer() -> None:
     base = outcomes([group(digit_task(index, "upright"), 1, PERFECT) for index in range(10)])
     found = [
         *base[:4],  # right by rule
@@ -95,14 +95,16 @@ def test_rule_and_judge_are_never_mixed_and_a_dead_judge_is_not_wrong() -> None:
     assert (table.accuracy_rule.value, table.accuracy_rule.n) == (0.4, 10)
     assert (table.accuracy_judged.value, table.accuracy_judged.n) == (0.75, 8)
     assert (table.num_judged, table.num_unjudged) == (4, 2)
-    assert table.score_bounds == pytest.approx((0.6, 0.8)), "what was scored is no fair sample: 0.75 is not the score"
+    assert table.score_bounds == pytest.approx((0.6, 0.8)), (
+        "the scored answers are not a fair sample: 0.75 is not the score"
+    )
     assert any(row[:2] == ["... with the unjudged wrong - right", "60.0 - 80.0"] for row in main_table(
         {"greedy": evaluated(found)}
     ).rows)  # fmt: skip
     assert (breakdown(base).accuracy_judged.n, breakdown(base).score_bounds) == (0, None)
 
 
-def test_what_a_model_did_counts_although_the_judge_was_down() -> None:
+def test_tool_use_counts_although_the_judge_failed() -> None:
     base = outcomes([group(digit_task(index, "turned"), 1, PERFECT) for index in range(4)])
     summary = summarise_outcomes([*base[:2], *(o._replace(**UNJUDGED) for o in base[2:])])
     assert (summary.tool_use_success.value, summary.tool_use_success.n, summary.num_errors, summary.num_unscored) == (
@@ -137,10 +139,10 @@ def judge_free_pairs(first: list[Outcome], second: list[Outcome]) -> tuple[float
     return found.harm.value, found.score.value
 
 
-def test_questions_about_one_picture_are_resampled_together() -> None:
+def test_questions_about_one_image_are_resampled_together() -> None:
     tasks = [
         replace(digit_task(at, "upright"), metadata={"picture": f"picture-{at // 4}"}) for at in range(80)
-    ]  # four questions a picture
+    ]  # four questions per image
     found = [set_score(o, (at // 4) % 2 == 0) for at, o in enumerate(outcomes([group(t, 1, PERFECT) for t in tasks]))]
     alone = [o._replace(variant=o.variant._replace(cluster=o.task_id)) for o in found]
     together, apart = breakdown(found).score, breakdown(alone).score
@@ -150,14 +152,14 @@ def test_questions_about_one_picture_are_resampled_together() -> None:
     assert gains[0].high - gains[0].low > 1.5 * (gains[1].high - gains[1].low)
 
 
-def test_corrupted_pictures_stand_in_no_column_of_orientations() -> None:
+def test_corrupted_images_are_in_no_orientation_column() -> None:
     config = CorruptionConfig(orientations=("identity", "rotate_90"), corruptions=("none", "fog"))
     table = breakdown([set_score(o, o.variant.corruption == "none") for o in forms(4, config)])
     assert {name: rate.value for name, rate in table.by_transform.items()} == {"identity": 1.0, "rotate_90": 1.0}
     assert (table.score.value, [rate.value for rate in table.as_given.values()]) == (0.5, [1.0])
 
 
-def test_a_failed_try_takes_a_question_out_of_no_more_than_it_must() -> None:
+def test_a_failed_sample_excludes_its_question_only_where_needed() -> None:
     found = outcomes([group(digit_task(index, "upright"), 4, PERFECT) for index in range(6)])
     lost = [o._replace(end_state=EndState.ERROR_ENGINE) if at in (1, 2, 3) else o for at, o in enumerate(found)]
     assert {k: rate.n for k, rate in breakdown(lost).pass_at_k.items()} == {1: 6, 2: 5, 4: 5}
@@ -169,7 +171,7 @@ def test_a_failed_try_takes_a_question_out_of_no_more_than_it_must() -> None:
     assert partly.mean_of_six.value == pytest.approx(np.mean([r.value for r in partly.by_transform.values()]))
 
 
-def test_both_pictures_of_a_task_are_turned_by_the_suite() -> None:
+def test_the_suite_rotates_all_images_of_a_task() -> None:
     upright = digit_task(0, "upright")
     task = replace(upright, images=(upright.images[0], digit_task(1, "upright").images[0]))
     turned = apply_variant(task, Variant("rotate_90"))
@@ -185,7 +187,7 @@ def test_both_pictures_of_a_task_are_turned_by_the_suite() -> None:
     [((), "identity", None), (("rotate_90",), "rotate_90", False), (("rotate_45",), "other", None),
      (("rotate_90", "flip_vertical"), "other", False)],
 )  # fmt: skip
-def test_how_a_picture_was_shown(transforms: tuple[str, ...], orientation: str, fixed: bool | None) -> None:
+def test_orientation_of_a_variant(transforms: tuple[str, ...], orientation: str, fixed: bool | None) -> None:
     task = replace(digit_task(0, "upright"), required_transforms=transforms)
     (found,) = outcomes([group(task, 1, replace(PERFECT, turn=0, crop=0))])
     assert (found.variant.orientation, found.fixed) == (orientation, fixed)
@@ -193,7 +195,7 @@ def test_how_a_picture_was_shown(transforms: tuple[str, ...], orientation: str, 
     assert again.variant == found.variant, "the form that changes nothing is the task itself"
 
 
-def test_the_probe_is_neither_upright_nor_needlessly_turned() -> None:
+def test_probe_tasks_are_neither_upright_nor_unnecessarily_rotated() -> None:
     class Rows:
         def __len__(self) -> int:
             return 10
@@ -241,7 +243,7 @@ def test_pass_at_k_of_an_evaluation() -> None:
     assert {k: rate.value for k, rate in table.items()} == {1: 0.125, 2: 0.25, 4: 0.5}
 
 
-def test_the_bootstrap_by_looks_agrees_with_the_plain_one() -> None:
+def test_multinomial_bootstrap_agrees_with_the_plain_one() -> None:
     rng = np.random.default_rng(5)
     values = rng.integers(0, 2, 400).astype(float)
     fast = bootstrap(values.tolist(), range(400))  # two looks
@@ -249,7 +251,7 @@ def test_the_bootstrap_by_looks_agrees_with_the_plain_one() -> None:
     assert fast == pytest.approx(plain.tolist(), abs=0.01)
 
 
-def test_gain_harm_and_an_exact_test() -> None:
+def test_gain_harm_and_exact_mcnemar() -> None:
     base = outcomes([group(digit_task(index, "turned"), 1, PERFECT) for index in range(40)])
     first = [set_score(o, at < 10) for at, o in enumerate(base)]
     second = [set_score(o, 4 <= at < 30) for at, o in enumerate(base)]
@@ -261,7 +263,7 @@ def test_gain_harm_and_an_exact_test() -> None:
     assert found.accuracy.low < 0.4 < found.accuracy.high
 
 
-def test_pairs_leave_out_what_either_side_could_not_score() -> None:
+def test_pairs_exclude_questions_unscored_on_either_side() -> None:
     base = outcomes([group(digit_task(index, "turned"), 1, PERFECT) for index in range(3)])
     broken = [base[0]._replace(end_state=EndState.ERROR_ENGINE), base[1]._replace(**UNJUDGED), base[2]]
     pairs = pair_outcomes(base, broken)
@@ -272,7 +274,7 @@ def test_pairs_leave_out_what_either_side_could_not_score() -> None:
     assert p_value(summarise_pairs(pair_outcomes(base, base))) == "1"
 
 
-def test_equal_clusters_tell_no_more_than_their_number() -> None:
+def test_equal_clusters_give_the_interval_of_their_number() -> None:
     several = [f"question-{at // 4}" for at in range(80)]
     assert rate([1.0] * 80, several).low == pytest.approx(wilson(20, 20)[0])
     assert rate([0.0] * 80, several).high == pytest.approx(wilson(0, 20)[1])
@@ -283,18 +285,18 @@ def test_equal_clusters_tell_no_more_than_their_number() -> None:
     assert paired_difference([1.0, 1.0], range(2), (-1, 1)).low < 0
 
 
-def test_rounding_is_no_difference() -> None:
+def test_rounding_errors_are_not_a_difference() -> None:
     changes = [2 / 3 - 1, 1 / 3 - 0] * 20
     assert paired_difference(changes, [at // 2 for at in range(40)]).p == 1.0
 
 
-def test_no_difference_and_nothing_to_compare() -> None:
+def test_paired_difference_of_equal_and_of_no_values() -> None:
     assert paired_difference([0.0] * 5, range(5)).p == 1.0
     assert math.isnan(paired_difference([], []).value)
     assert paired_difference([0.5, 0.25, 1.0, 0.75, 0.5, 1.0], range(6)).test == "wilcoxon"
 
 
-def test_words_of_a_data_sets_own_mean_nothing_here() -> None:
+def test_unrelated_metadata_is_not_a_variant() -> None:
     own = {"orientation": "landscape", "corruption": "low", "severity": "very", "metric": "accuracy"}
     (found,) = outcomes([group(replace(digit_task(0, "upright"), metadata=own), 1, PERFECT)])
     assert (found.variant.orientation, found.variant.severity, found.metric) == ("identity", 0, "")

@@ -1,4 +1,4 @@
-"""compare: which questions are the same, what flipped, and the page."""
+"""compare: equal questions, flipped questions, and the page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store(folder: Path, tasks: list[Task], policy: Policy, samples: int = 1) -> 
     return folder
 
 
-def test_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_of_the_same_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = [digit_task(index, "turned") for index in range(6)] + [digit_task(index, "upright") for index in range(3)]
     tasks[0] = replace(tasks[0], question="<script>alert(1)</script> what number?")
     a, b = store(tmp_path / "a", tasks, BLIND), store(tmp_path / "b", tasks, GOOD)
@@ -57,7 +57,7 @@ def test_intervals_are_drawn_on_one_axis_with_zero_on_it() -> None:
     assert spans([]) == []
 
 
-def test_orientations_stand_as_in_every_other_table(tmp_path: Path) -> None:
+def test_orientations_are_in_table_order(tmp_path: Path) -> None:
     tasks = [digit_task(index, "turned") for index in range(12)] + [digit_task(0, "upright")]
     side = load_evaluation(store(tmp_path / "a", tasks, GOOD))
     found = compare(side, side)
@@ -67,7 +67,7 @@ def test_orientations_stand_as_in_every_other_table(tmp_path: Path) -> None:
     assert grid.rows[0][0] == "Source"
 
 
-def test_different_sets_are_said_and_paired_as_far_as_they_go(tmp_path: Path) -> None:
+def test_different_question_sets_are_reported_and_paired_where_equal(tmp_path: Path) -> None:
     tasks = [digit_task(index, "turned") for index in range(6)]
     renamed = replace(tasks[3], id="other-name")
     changed = replace(tasks[4], question="Another question?")
@@ -83,7 +83,7 @@ def test_different_sets_are_said_and_paired_as_far_as_they_go(tmp_path: Path) ->
     assert found.overall.gain.value == 1 and set(found.gained) == {task.id for task in tasks[:4]}
 
 
-def test_nothing_in_common(tmp_path: Path) -> None:
+def test_evaluations_without_a_common_question_are_refused(tmp_path: Path) -> None:
     first = load_evaluation(store(tmp_path / "a", [digit_task(0, "turned")], GOOD))
     second = load_evaluation(store(tmp_path / "b", [digit_task(1, "turned")], GOOD))
     with pytest.raises(DataError, match="no question in common"):
@@ -99,7 +99,7 @@ def test_several_samples_flip_by_their_mean(tmp_path: Path) -> None:
     assert found.overall.accuracy.test == "mcnemar", "every question flipped whole: there are no shares to rank"
 
 
-def test_a_folder_that_is_no_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "run/eval/a", [digit_task(0, "turned")], GOOD)
     assert main([str(tmp_path / "run"), str(tmp_path / "run")]) == 1
     assert "it holds the stores eval/a" in capsys.readouterr().err

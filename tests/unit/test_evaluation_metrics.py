@@ -1,4 +1,4 @@
-"""Metrics: tool-use success by the letter of its definition, rates with their intervals."""
+"""Metrics: tool-use success follows its definition, rates have intervals."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def holds(found: Group) -> bool:
 
 
 @pytest.mark.parametrize("applied", sorted(TURNS))
-def test_exactly_the_inverse_makes_it_upright(applied: str) -> None:
+def test_only_the_inverse_makes_an_image_upright(applied: str) -> None:
     for done in (*sorted(TURNS), "nothing"):
         steps: list[str | tuple[int, int, int, int]] = [] if done == "nothing" else [done]
         assert holds(record((applied,), steps)) == (done == INVERSE.get(applied, applied)), (applied, done)
 
 
-def test_net_effect_counts_not_the_steps() -> None:
+def test_net_effect_counts_instead_of_steps() -> None:
     assert holds(record(("rotate_180",), ["flip_horizontal", "flip_vertical"]))
     assert holds(record(("rotate_90",), ["rotate_90", "rotate_90", "rotate_90"]))
     assert not holds(record(("rotate_90",), ["rotate_270", "rotate_180"]))
@@ -114,31 +114,31 @@ BOX = (100, 40, 160, 70)  # 60 x 30 = 1800 square pixels: a crop may have 10,800
         ((200, 100, 260, 130), False),  # elsewhere
     ],
 )
-def test_crop_bounds(crop: tuple[int, int, int, int], fits: bool) -> None:
+def test_crop_must_show_the_box_and_little_else(crop: tuple[int, int, int, int], fits: bool) -> None:
     assert holds(record(("crop",), [crop], BOX)) == fits
 
 
 def test_crop_is_measured_in_source_pixels_after_a_turn() -> None:
-    # the upright picture is 200x300; after rotate_270 of the given one, the box lies elsewhere
+    # the upright image is 200x300; after rotate_270 of the given one, the box lies elsewhere
     assert holds(record(("rotate_90", "crop"), ["rotate_270", (125, 95, 165, 165)], BOX))
     assert not holds(record(("rotate_90", "crop"), ["rotate_270", BOX], BOX))
     assert holds(record(("rotate_90", "crop"), [BOX, "rotate_270"], BOX))
     assert not holds(record(("rotate_90", "crop"), [BOX], BOX))  # cropped, still turned
 
 
-def test_the_whole_image_is_no_crop() -> None:
+def test_the_whole_image_is_not_a_crop() -> None:
     big = (0, 0, 290, 190)
     turned = record(("rotate_180", "crop"), ["rotate_180"], big)
     assert not crop_fits(turned.task, turned.trajectories[0])
     assert holds(record(("rotate_180", "crop"), ["rotate_180", (5, 5, 300, 200)], big))
 
 
-def test_a_good_crop_seen_before_a_better_look_counts() -> None:
+def test_a_good_crop_counts_although_others_follow() -> None:
     found = record(("crop",), [BOX, (0, 0, 10, 10)], BOX)
     assert holds(found)  # some crop that the model saw
 
 
-def test_no_answer_or_no_affine_image_is_no_use() -> None:
+def test_tool_use_success_needs_an_answer_and_a_known_map() -> None:
     found = record(("rotate_90",), ["rotate_270"])
     found.trajectories[0].end_state = EndState.MAX_TURNS
     assert not holds(found)
@@ -186,7 +186,7 @@ def test_summary_of_known_outcomes() -> None:
     assert math.isnan(lazy.tool_success.value)
 
 
-def test_scalars_have_the_same_keys_whatever_happened() -> None:
+def test_scalars_always_have_the_same_keys() -> None:
     groups = [group(digit_task(index, "turned"), 2) for index in range(3)]
     assert set(summarise(groups).scalars()) == set(summarise([]).scalars())
     assert "turned/tool_use_success" in summarise(groups).scalars(kinds=True)
@@ -213,7 +213,7 @@ def test_infrastructure_failures_are_left_out_not_scored_wrong() -> None:
     assert len(outcomes(groups)) == 6
 
 
-def test_nothing_at_all_has_no_figures() -> None:
+def test_an_empty_evaluation_has_nan_figures() -> None:
     summary = summarise([])
     assert math.isnan(summary.accuracy.value)
     assert summary.to_json()["accuracy"] == {"value": None, "low": None, "high": None, "n": 0}

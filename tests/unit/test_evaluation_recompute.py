@@ -1,4 +1,4 @@
-"""The table from the stored lines alone: real loop, sandbox, writer; recomputed by code that shares nothing with it."""
+"""The table of a real run equals a recomputation from its stored lines by independent code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SLICED = "result = Image.fromarray(np.array(image)[:, ::-1])"
 
 # ------------------------------------------------------------------------------------------------ what the policy says
 def scripts(task: Task) -> dict[str, list[str]]:
-    """Turns by behaviour: what helps, what helps by halves, what does not, and what is no trajectory at all."""
+    """Scripted turns by behaviour: helpful, partly helpful, useless, and invalid ones."""
     meta = task.metadata
     turn = [undo_code(meta["applied"])] if meta["applied"] else []
     crop = [crop_code(tuple(meta["cell"]), DIGITS)] if meta["cell"] else []
@@ -150,7 +150,7 @@ def right(line: dict[str, Any]) -> bool:
     return line["trajectories"][0]["reward"]["answer"] == line["task"]["ground_truth"]
 
 
-def test_the_table_follows_from_the_lines(run: Path) -> None:
+def test_the_table_follows_from_the_stored_lines(run: Path) -> None:
     lines = stored(run)
     needing = [line for line in lines if line["task"]["required_transforms"]]
     upright = [line for line in lines if not line["task"]["required_transforms"]]
@@ -170,7 +170,7 @@ def test_the_table_follows_from_the_lines(run: Path) -> None:
     assert 0 < figures["spurious"] < 0.5
 
 
-def test_each_behaviour_is_judged_as_it_should_be(run: Path) -> None:
+def test_each_behaviour_gets_its_outcome(run: Path) -> None:
     found: dict[str, Counter[str]] = {}
     for number, line in enumerate(stored(run)):
         kind = line["task"]["metadata"]["kind"]
@@ -198,8 +198,8 @@ UNDO_PIXELS = {
 }
 
 
-def test_boxes_in_source_pixels_show_what_the_pictures_show(run: Path) -> None:
-    """The part of the source that a line names, put upright, is the picture that the answer was given on."""
+def test_boxes_in_source_pixels_match_the_images(run: Path) -> None:
+    """The part of the source that a line names, put upright, is the image that the answer was given on."""
     folder = run / "eval" / "sft_greedy_tool" / "images"
 
     def pixels(file: str) -> np.ndarray:
@@ -220,7 +220,7 @@ def test_boxes_in_source_pixels_show_what_the_pictures_show(run: Path) -> None:
     assert checked > 8
 
 
-def test_a_line_holds_what_the_table_needs(run: Path) -> None:
+def test_a_stored_line_has_what_the_table_needs(run: Path) -> None:
     lines = stored(run)
     assert len(lines) == 14 * len(KINDS)  # one line a trajectory
     cropped = [line for line in lines if any(op["name"] == "crop" for op in _operations(line))]

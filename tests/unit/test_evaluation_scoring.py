@@ -1,4 +1,4 @@
-"""The benchmarks' own scores, against independent computations and worked cases."""
+"""The benchmarks' own scores equal independent computations and worked examples."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_anls_is_the_best_truth_above_the_threshold() -> None:
         ("12%", {"metric": "chartqapro", "accepted_answers": ["12"], "year": ["NO"]}, 1.0),
         ("['Spain', '10']", {"metric": "chartqapro", "accepted_answers": ["['Spain', '20']"], "year": ["NO"]}, 0.5),
         ("Spain", {"metric": "chartqapro", "accepted_answers": ["[Spain, Italy]"], "year": ["NO"]}, 0.5),
-        # as the released code has it: a truth's list is mended, word by word; an answer's is not
+        # as the released code has it: a truth's list gets quotes, word by word; an answer's does not
         ("[Spain, Italy]", {"metric": "chartqapro", "accepted_answers": ["[Spain, Italy]"], "year": ["NO"]}, 0.0),
         ("['Spain', 'Italy']", {"metric": "chartqapro", "accepted_answers": ["[Spain, Italy]"], "year": ["NO"]}, 1.0),
         ("['NewYork']", {"metric": "chartqapro", "accepted_answers": ["[New York]"], "year": ["NO"]}, 1.0),
@@ -86,7 +86,7 @@ def test_anls_is_the_best_truth_above_the_threshold() -> None:
         ("anything", {}, None),
     ],
 )
-def test_worked_cases(answer: str | None, metadata: dict[str, Any], score: float | None) -> None:
+def test_official_scores_of_worked_examples(answer: str | None, metadata: dict[str, Any], score: float | None) -> None:
     assert official_score(answer, metadata) == (score if score is None else pytest.approx(score))
 
 
@@ -94,7 +94,7 @@ SCORES = json.loads(Path(__file__).with_name("benchmark_scores.json").read_text(
 
 
 @pytest.mark.parametrize("metric", ["anls", "ocrbench", "chartqapro", "tirbench"])
-def test_scores_are_those_of_the_authors_code(metric: str) -> None:
+def test_official_scores_equal_the_authors_code(metric: str) -> None:
     """Fabricated rows with the score that the benchmark's published script gave them."""
     rows = [row for row in SCORES if row[1]["metric"] == metric]
     assert len(rows) >= 60
@@ -102,5 +102,5 @@ def test_scores_are_those_of_the_authors_code(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metadata", [{"metric": "bleu"}, {"metric": "anls"}, {"metric": 3, "accepted_answers": ["x"]}])
-def test_what_a_data_set_calls_metric_is_none_of_ours(metadata: dict[str, Any]) -> None:
+def test_an_unknown_metric_name_of_a_data_set_is_ignored(metadata: dict[str, Any]) -> None:
     assert official_score("x", metadata) is None

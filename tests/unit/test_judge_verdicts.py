@@ -24,7 +24,7 @@ def body(token: str, text: str | None = None, **top: float) -> dict[str, object]
     return {"choices": [{"message": {"content": token if text is None else text}, "logprobs": {"content": content}}]}
 
 
-def test_probabilities() -> None:
+def test_verdict_probability_comes_from_the_first_token() -> None:
     found = read_verdict(body("1", _1=0.6, _0=0.2))
     assert found is not None
     assert found == pytest.approx(0.75)
@@ -49,11 +49,11 @@ def test_verdict_probabilities_count_only_for_a_reply_of_one_digit() -> None:
     "value",
     [None, [], {}, {"choices": {}}, {"choices": [None]}, {"choices": [{"message": {"content": ["1"]}}]}, "1", 1],
 )
-def test_bodies_of_any_shape(value: object) -> None:
+def test_malformed_bodies_give_no_verdict(value: object) -> None:
     assert read_verdict(value) is None
 
 
-def test_retry_after() -> None:
+def test_retry_after_header_is_parsed() -> None:
     assert retry_after("7") == 7.0
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     assert retry_after("soon") is None
@@ -69,7 +69,7 @@ def test_shipped_prompts_hold_every_field_once(name: str) -> None:
     assert "the-answer {question}" in prompt
 
 
-def test_fields_can_neither_close_their_tag_nor_fill_the_context() -> None:
+def test_fields_cannot_close_their_tag_or_fill_the_context() -> None:
     prompt = load_prompt("general", None)
     assert prompt.fill("q", "t", "</given_answer>").count("</given_answer>") == 1
     assert len(prompt.fill("q", "t", "x" * 10**6)) < len(prompt.template) + MAX_FIELD_CHARS + 100

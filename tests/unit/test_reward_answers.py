@@ -1,4 +1,4 @@
-"""The rule stage on answers that the golden cases leave out."""
+"""Answer rules on cases that the golden files do not have."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from cv_lightning.rewards.answer import are_answers_equivalent, normalise, rule_
         ("$5", "5"),
     ],
 )
-def test_the_same(answer: str, truth: str) -> None:
+def test_equivalent_answers_are_accepted(answer: str, truth: str) -> None:
     assert are_answers_equivalent(answer, truth)
 
 
@@ -80,16 +80,16 @@ def test_the_same(answer: str, truth: str) -> None:
         ("41 cats or maybe 42 dogs", "42"),
     ],
 )
-def test_not_the_same(answer: str, truth: str) -> None:
+def test_different_answers_are_refused(answer: str, truth: str) -> None:
     assert not are_answers_equivalent(answer, truth)
 
 
 @pytest.mark.parametrize("text", ["5\u00b2 is $x$", "**\\boxed{42}**", " 1\u00bd. ", "\uff15\uff0e", "$\\frac{1}{2}$"])
-def test_normalising_twice_changes_nothing_more(text: str) -> None:
+def test_normalisation_is_idempotent(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
 
 
-def test_symbolic_comes_last_and_gets_what_was_said() -> None:
+def test_symbolic_comparison_comes_last_with_normalised_texts() -> None:
     asked: list[tuple[str, str]] = []
 
     def symbolic(answer: str, truth: str) -> bool:

@@ -1,4 +1,4 @@
-"""Ways to be paid for nothing (`reward_hacks`), under every shipped recipe, and what each component says to them."""
+"""Reward hacks (`reward_hacks`) under every shipped recipe, and the components that they change."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_trick_earns_nothing(hack: str, name: str) -> None:
         assert gain <= 1e-9
 
 
-def test_the_docs_tell_which_recipes_are_open_to_what() -> None:
+def test_docs_list_the_tricks_that_each_recipe_pays() -> None:
     text = (ROOT / "docs" / "rewards.md").read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     for hack in set().union(*OPEN.values()):
@@ -67,13 +67,13 @@ def test_the_docs_tell_which_recipes_are_open_to_what() -> None:
 
 # ------------------------------------------------------------------------------------------------ components
 @pytest.mark.parametrize("config", CONFIGS)
-def test_honest_work_is_paid_in_full(config: RewardConfig) -> None:
+def test_correct_solutions_get_full_reward(config: RewardConfig) -> None:
     assert score(Recorder(turned()).call("rotate_270").answer(), config).total == pytest.approx(2.2)
     assert score(Recorder(small()).call(BOX).answer(), config).total == pytest.approx(2.2)
     upright = task(box=None)
     assert score(Recorder(upright).answer(), config).total == pytest.approx(1.1)
     both = Recorder(task("rotate_180", "crop")).call("rotate_180")
-    crop = (WIDTH - 200.0, HEIGHT - 150.0, WIDTH - 40.0, HEIGHT - 30.0)  # the box as the turned picture shows it
+    crop = (WIDTH - 200.0, HEIGHT - 150.0, WIDTH - 40.0, HEIGHT - 30.0)  # the box in the rotated image
     assert score(both.call(crop).answer(), config).total == pytest.approx(2.2)
 
 
@@ -86,7 +86,7 @@ def test_trying_every_orientation_earns_nothing_but_penalties() -> None:
     assert reward.components["usage"] == 3
 
 
-def test_turning_an_upright_image_costs_even_when_turned_back() -> None:
+def test_unnecessary_rotation_costs_even_when_undone() -> None:
     honest = score(Recorder(task(box=None)).answer())
     there = score(Recorder(task(box=None)).call("rotate_90", "rotate_270").answer())
     assert there.total <= honest.total - 0.5 * 2
@@ -101,7 +101,7 @@ def test_crops_of_the_whole_image_earn_nothing(config: RewardConfig, box: tuple[
     assert reward.components["accuracy"] == 0
 
 
-def test_a_nearly_whole_crop_is_worth_little_by_coverage() -> None:
+def test_a_crop_of_nearly_the_whole_image_scores_low_by_coverage() -> None:
     large = task("crop", box=(20.0, 20.0, 320.0, 240.0))
     reward = score(Recorder(large).call((0.0, 0.0, 380.0, 290.0)).answer(), CONFIGS[0])
     assert reward.components["mandatory"] <= 0.5
@@ -115,7 +115,7 @@ def test_the_same_crop_again_earns_no_more() -> None:
     assert score(often.answer()).total <= once.total - 0.5 * 3
 
 
-def test_spraying_crops_earns_nothing_for_the_lucky_one() -> None:
+def test_many_random_crops_earn_nothing() -> None:
     recorder = Recorder(small())
     for left in range(0, 400, 100):
         recorder.call((float(left), 150.0, left + 100.0, 300.0), on=0)
@@ -127,11 +127,11 @@ def test_spraying_crops_earns_nothing_for_the_lucky_one() -> None:
     assert score(in_one_call.answer()).components["mandatory"] == 0
 
 
-def test_failed_turns_of_an_upright_image_still_cost() -> None:
+def test_failed_rotations_of_an_upright_image_cost() -> None:
     assert score(Recorder(task(box=None)).fail("rotate_90").answer()).components["spurious"] == 1
 
 
-def test_neutral_operations_and_unknown_names_are_no_optional_tool() -> None:
+def test_neutral_and_unknown_operations_do_not_count_as_optional_tools() -> None:
     upright = task(box=None)
     assert score(Recorder(upright).call("copy", "convert", "").answer()).components["emerge"] == 0
     assert score(Recorder(upright).call("contrast_up").answer()).components["emerge"] == 1
@@ -183,7 +183,7 @@ def test_copying_the_prompt_is_wrong() -> None:
         "<think>t</think>42",
     ],
 )
-def test_answers_in_or_around_other_tags_are_none(raw: str) -> None:
+def test_answers_in_or_around_other_tags_do_not_count(raw: str) -> None:
     reward = score(Recorder(task(box=None)).answer(raw=raw))
     assert not reward.correct
     assert reward.components["format"] == 0
@@ -195,7 +195,7 @@ def test_a_trajectory_without_an_answer_earns_nothing(end: EndState) -> None:
     assert process_of(reward) + reward.components["accuracy"] + reward.components["format"] == 0
 
 
-def test_thoughtless_turns_lose_the_format() -> None:
+def test_turns_without_a_thought_lose_the_format_reward() -> None:
     recorder = Recorder(turned()).call("rotate_270").call("contrast_up")
     recorder.turns[1].text = "<tool_call>{}</tool_call>"
     assert score(recorder.answer()).components["format"] == 0
@@ -229,7 +229,7 @@ def test_ill_formed_turns_earn_no_format_reward(texts: list[str]) -> None:
 @pytest.mark.parametrize(
     "evil", ["<think>" * 20_000, "</think>" * 20_000, "<answer>" * 20_000, "<answer>1" + " " * 10**5]
 )
-def test_no_text_takes_long(evil: str) -> None:
+def test_format_and_answer_of_long_texts_take_little_time(evil: str) -> None:
     begun = time.process_time()
     for raw in (evil, "<think>t</think>" + evil + "<answer>42</answer>", f"<answer>{evil}</answer>"):
         score(Recorder(task(box=None)).answer(raw=raw))

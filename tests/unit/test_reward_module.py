@@ -1,4 +1,4 @@
-"""The reward module: composition, provenance, what stays unscored, numbers, recipes."""
+"""The reward module: components, provenance, unscored trajectories, metrics, recipes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def total(trajectory: Trajectory, config: RewardConfig | None = None) -> float:
     return trajectory.reward.total
 
 
-def in_picture(name: str, box: Box) -> Box:
-    """A box of the picture as given, as the picture turned by `name` shows it."""
+def in_image(name: str, box: Box) -> Box:
+    """A box of the given image, in pixels of the image after operation `name`."""
     inverse = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}.get(name, name)
     size = (HEIGHT, WIDTH) if name in ("rotate_90", "rotate_270") else (WIDTH, HEIGHT)
     return map_box(dihedral_affine(inverse, *size), box)
@@ -45,19 +45,19 @@ def in_picture(name: str, box: Box) -> Box:
 
 # ------------------------------------------------------------------------------------------------ geometry
 @pytest.mark.parametrize("name", sorted(ORIENTATION))
-def test_a_crop_on_the_turned_picture_gets_the_iou_it_deserves(name: str) -> None:
+def test_a_crop_of_the_rotated_image_is_scored_in_source_pixels(name: str) -> None:
     wanted = task({"rotate_90": "rotate_270", "rotate_270": "rotate_90"}.get(name, name), "crop")
-    right = Recorder(wanted).call(name).call(in_picture(name, BOX)).answer()
+    right = Recorder(wanted).call(name).call(in_image(name, BOX)).answer()
     assert total(right) == pytest.approx(2.2)
     assert right.reward is not None
     assert right.reward.components["mandatory"] == pytest.approx(1.0)
-    one_call = Recorder(wanted).call(name, in_picture(name, BOX)).answer()
+    one_call = Recorder(wanted).call(name, in_image(name, BOX)).answer()
     assert total(one_call) == pytest.approx(2.2)
 
 
-def test_without_provenance_the_same_crop_would_lose() -> None:
+def test_crops_in_the_frame_of_the_call_lose_credit_after_a_rotation() -> None:
     wanted = task("rotate_180", "crop")
-    trajectory = Recorder(wanted).call("rotate_180").call(in_picture("rotate_180", BOX)).answer()
+    trajectory = Recorder(wanted).call("rotate_180").call(in_image("rotate_180", BOX)).answer()
     total(trajectory, RewardConfig(credit="ran"))
     assert trajectory.reward is not None
     assert trajectory.reward.components["mandatory"] == pytest.approx(0.5)  # the turn alone
@@ -65,7 +65,7 @@ def test_without_provenance_the_same_crop_would_lose() -> None:
     assert trajectory.reward.components["mandatory"] == pytest.approx(1.0)
 
 
-def test_crops_of_crops_and_loose_crops() -> None:
+def test_nested_crops_and_loose_crops_by_iou_and_coverage() -> None:
     twice = Recorder(task("crop")).call((20.0, 10.0, 300.0, 250.0)).call((20.0, 20.0, 180.0, 140.0)).answer()
     assert total(twice) == pytest.approx(2.2)
     half = Recorder(task("crop")).call((40.0, 30.0, 360.0, 150.0)).answer()
@@ -76,7 +76,7 @@ def test_crops_of_crops_and_loose_crops() -> None:
     assert half.reward.components["mandatory"] == 1.0
 
 
-def test_a_grid_cell_is_worth_its_coverage() -> None:
+def test_a_grid_cell_scores_by_coverage() -> None:
     small = task("crop", box=(64.0, 64.0, 96.0, 96.0))
     trajectory = Recorder(small).call((60.0, 60.0, 124.0, 124.0)).answer()
     total(trajectory, RewardConfig(crop_credit="iou"))
@@ -86,7 +86,7 @@ def test_a_grid_cell_is_worth_its_coverage() -> None:
     assert trajectory.reward.components["mandatory"] == 1.0
 
 
-def test_two_flips_undo_a_half_turn_and_the_reverse() -> None:
+def test_two_flips_equal_a_half_turn() -> None:
     assert total(
         Recorder(task("rotate_180", box=None)).call("flip_horizontal", "flip_vertical").answer()
     ) == pytest.approx(2.2)
@@ -100,14 +100,14 @@ def test_two_flips_undo_a_half_turn_and_the_reverse() -> None:
 
 @pytest.mark.parametrize("required", [("rotate_90", "flip_vertical"), ("flip_vertical", "rotate_90")])
 def test_the_order_of_transforms_matters(required: tuple[str, ...]) -> None:
-    """Undone in the right order a picture is upright; in the wrong one it is turned by a half."""
+    """Undone in the right order, the image is upright; in the wrong one, it is upside down."""
     undo = {"rotate_90": "rotate_270", "flip_vertical": "flip_vertical"}
     right = [undo[name] for name in reversed(required)]
     assert total(Recorder(task(*required, box=None)).call(*right).answer()) == pytest.approx(2.2)
     assert total(Recorder(task(*required, box=None)).call(*reversed(right)).answer()) < 1.7
 
 
-def test_to_upright_puts_the_pixels_back() -> None:
+def test_to_upright_maps_pixels_back() -> None:
     upright = Image.new("RGB", (7, 5))
     upright.putpixel((1, 2), (255, 0, 0))
     given = upright.transpose(Image.Transpose.ROTATE_90).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
@@ -116,19 +116,19 @@ def test_to_upright_puts_the_pixels_back() -> None:
     assert map_box(back, (x, y, x + 1, y + 1)) == (1, 2, 2, 3)
 
 
-def test_a_wanted_crop_without_a_box_is_not_wanted() -> None:
+def test_a_crop_without_a_ground_truth_box_is_not_required() -> None:
     trajectory = Recorder(task("crop", box=None)).answer()
     assert total(trajectory) == pytest.approx(1.1)
 
 
-def test_expected_operations() -> None:
+def test_expected_operations_are_inverses() -> None:
     assert expected_operations(["rotate_90", "crop", "flip_vertical"]) == {"rotate_270", "crop", "flip_vertical"}
     assert expected_operations(["rotate_45", "rotate_left", "rotate_360"]) == frozenset()
 
 
 # ------------------------------------------------------------------------------------------------ scoring
 @pytest.mark.parametrize("end", [state for state in EndState if state.is_error])
-def test_failures_of_the_infrastructure_stay_unscored(end: EndState) -> None:
+def test_infrastructure_errors_stay_unscored(end: EndState) -> None:
     lost, good = Recorder(task(box=None)).answer(end=end), Recorder(task(box=None)).answer()
     RewardModule().score_group(group(lost, good))
     assert lost.reward is None
@@ -169,7 +169,7 @@ def test_metrics_are_means_by_source_and_transform() -> None:
     assert sorted(found) == sorted(f"{prefix}/{name}" for prefix in prefixes for name in names)
 
 
-def test_ranks_add_up_to_the_means_of_one() -> None:
+def test_sums_of_ranks_give_the_means_of_one_rank() -> None:
     module, turned = RewardModule(), task("rotate_90", "crop")
     groups = [
         group(Recorder(turned).call("rotate_270").answer(), Recorder(turned).answer(), Recorder(turned).answer("7")),
@@ -194,7 +194,7 @@ class Brevity(RewardTerm):
         return float(len(trajectory.turns) == 1)
 
 
-def test_further_terms_are_paid_and_logged() -> None:
+def test_user_terms_count_in_the_total() -> None:
     terms = [Brevity("brief", 0.5), FunctionTerm("turns", -0.1, f"{__name__}.num_turns")]
     trajectory = Recorder(task(box=None)).answer()
     assert total(trajectory, RewardConfig(terms=terms)) == pytest.approx(1.1 + 0.5 - 0.1)
@@ -211,7 +211,7 @@ def test_further_terms_are_paid_and_logged() -> None:
         ({"terms": [FunctionTerm("accuracy", 1.0, "math.hypot")]}, "taken"),
     ],
 )
-def test_configs_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+def test_inconsistent_reward_configs_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewardConfig(**changes)  # type: ignore[arg-type]
 
@@ -224,13 +224,13 @@ def test_configs_that_cannot_be_are_refused(changes: dict[str, object], message:
         ({"timeout_s": 0}, "above 0"),
     ],
 )
-def test_judge_configs_that_cannot_be_are_refused(changes: dict[str, object], message: str) -> None:
+def test_invalid_judge_configs_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         JudgeConfig(**changes)  # type: ignore[arg-type]
     assert "secret" not in str(caught.value)
 
 
-def test_a_function_that_is_not_there_is_named() -> None:
+def test_a_missing_function_is_named() -> None:
     with pytest.raises(ValueError, match=r"no_such.*'x'"):
         FunctionTerm("x", 1.0, "math.no_such")
 
@@ -238,7 +238,7 @@ def test_a_function_that_is_not_there_is_named() -> None:
 # ------------------------------------------------------------------------------------------------ recipes
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_recipes_load_and_score(name: str) -> None:
-    crop = in_picture("rotate_270", BOX)
+    crop = in_image("rotate_270", BOX)
     trajectory = Recorder(task("rotate_90", "crop")).call("rotate_270").call(crop).answer()
     frameless = iou(crop, BOX)
     # the released code compares the crop without a frame: it misses, half of the wanted operations are paid
@@ -247,27 +247,27 @@ def test_recipes_load_and_score(name: str) -> None:
     assert total(trajectory, recipe(name)) == pytest.approx(expected[name])
 
 
-def test_the_default_is_written_down_and_is_the_quickstart_s() -> None:
+def test_the_default_recipe_file_equals_the_default_and_the_quickstart_recipe() -> None:
     for name in ("default", "../quickstart/reward"):
         found = recipe(name)
         assert (found.weights, found.credit, found.recipe) == (RewardConfig().weights, "net", RewardConfig().recipe)
 
 
-def test_accuracy_pays_the_outcome_only() -> None:
+def test_the_accuracy_recipe_rewards_only_the_outcome() -> None:
     config = recipe("accuracy")
     assert total(Recorder(task("crop")).answer(), config) == 1.0
     assert total(Recorder(task("crop")).call(BOX).answer("7"), config) == 0.0
 
 
-def test_reference_pays_labels_the_default_does_not() -> None:
+def test_the_reference_recipe_rewards_labels_that_the_default_does_not() -> None:
     there_and_back = Recorder(task("rotate_90", box=None)).call("rotate_270").call("rotate_90").answer()
     assert total(there_and_back, recipe("reference")) == pytest.approx(2.1)
     assert total(there_and_back) == pytest.approx(1.1)
 
 
-def test_paper_pays_order_and_binary_penalties() -> None:
+def test_the_paper_recipe_rewards_order_with_binary_penalties() -> None:
     config, wanted = recipe("paper"), task("rotate_90", "crop")
-    crop = in_picture("rotate_270", BOX)
+    crop = in_image("rotate_270", BOX)
     wrong_order = Recorder(wanted).call(BOX).call("rotate_270").answer()
     failed_once = Recorder(wanted).call("rotate_270").call(crop)
     failed_once.fail()
@@ -285,7 +285,7 @@ def test_paper_pays_order_and_binary_penalties() -> None:
     assert twice.reward.components["mandatory"] == pytest.approx(1.0)  # the improvements add up to the best IoU
 
 
-def test_importing_rewards_is_light() -> None:
+def test_importing_rewards_loads_no_heavy_package() -> None:
     heavy = "{'torch', 'lightning', 'vllm', 'httpx2', 'openai', 'transformers', 'sympy'}"
     code = f"import sys, cv_lightning.rewards; print(sorted({heavy} & set(sys.modules)))"
     ran = subprocess.run(
@@ -295,7 +295,7 @@ def test_importing_rewards_is_light() -> None:
 
 
 @pytest.mark.parametrize(("side", "factor"), [(42, 32), (46, 32), (36, 28), (40, 28)])
-def test_a_crop_of_a_patch_or_two_is_not_coarse_because_its_sides_are_rounded(side: int, factor: int) -> None:
+def test_rounding_to_patches_does_not_make_a_small_crop_coarse(side: int, factor: int) -> None:
     box: Box = (100.0, 100.0, 100.0 + side, 100.0 + side)
     wanted = task("crop", box=box)
     for seen, credited in ((round(side / factor) * factor, True), (factor // 2, False)):
@@ -316,7 +316,7 @@ def test_a_crop_of_a_patch_or_two_is_not_coarse_because_its_sides_are_rounded(si
     assert "crop" in net_credit(enlarged.answer(), frozenset({"crop"})).labels
 
 
-def test_swapped_colours_turn_nothing() -> None:
+def test_swapped_colour_channels_are_not_a_flip() -> None:
     made = Recorder(task()).call("grayscale")
     for axis, turned in ((-1, False), (2, False), ([2], False), (0, True), (None, True)):
         flip = Operation(name="reverse", call="numpy.flip", arguments={"axis": axis})
@@ -368,7 +368,7 @@ def test_a_term_compares_the_trajectories_of_a_group() -> None:
 
 
 @pytest.mark.parametrize(("term", "left"), [(Unanswered("u", 1.0), 1), (Down("d", 1.0), 0)])
-def test_what_the_judge_did_not_reply_about_is_unscored_and_counted(term: RewardTerm, left: int) -> None:
+def test_trajectories_without_a_reply_of_the_judge_are_unscored_and_counted(term: RewardTerm, left: int) -> None:
     found = scored_with(term, group(*(Recorder(task(box=None)).answer() for _ in range(3))))
     states = [trajectory.end_state for trajectory in found.trajectories]
     assert states == [EndState.ANSWERED] * left + [EndState.ERROR_JUDGE] * (3 - left)
@@ -376,7 +376,7 @@ def test_what_the_judge_did_not_reply_about_is_unscored_and_counted(term: Reward
     assert term.name in (found.trajectories[-1].error or "")
 
 
-def test_a_term_of_a_group_is_not_passed_over() -> None:
+def test_a_group_term_without_its_values_is_an_error() -> None:
     module, members = RewardModule(RewardConfig(terms=[Rank("rank", 0.5)])), group(Recorder(task(box=None)).answer())
     with pytest.raises(ValueError, match="await ask_terms"):
         module.score_group(members)
@@ -384,7 +384,7 @@ def test_a_term_of_a_group_is_not_passed_over() -> None:
         asyncio.run(RewardModule(RewardConfig(terms=[RewardTerm("empty", 1.0)])).ask_terms(members))
 
 
-def test_a_term_that_asks_without_a_judge_says_what_to_set() -> None:
+def test_a_term_that_asks_without_a_judge_names_the_key() -> None:
     class Asks(RewardTerm):
         async def values(self, group: AnsweredGroup) -> list[str | None]:
             return await group.ask_each(["?"])

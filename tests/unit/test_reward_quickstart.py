@@ -1,4 +1,4 @@
-"""The quickstart's reward on its own tasks: honest work is paid in full, guesses and needless turns are not."""
+"""The quickstart's reward on its own tasks: full for solutions, less for guesses and unnecessary rotations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def total(trajectory: Trajectory, name: str = "reward") -> float:
 
 @pytest.mark.parametrize("card_share", [1.0, 0.5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_solving_is_paid_in_full(kind: str, card_share: float) -> None:
+def test_a_full_solution_gets_the_full_reward(kind: str, card_share: float) -> None:
     for index in range(20):
         subject = digit_task(DigitsConfig(card_share=card_share), "train", index, kind)  # type: ignore[arg-type]
         honest = solve(subject).answer(subject.ground_truth)
@@ -50,14 +50,14 @@ def test_solving_is_paid_in_full(kind: str, card_share: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answering_at_once(kind: str) -> None:
+def test_answering_without_the_tool_earns_the_outcome_only(kind: str) -> None:
     subject = digit_task(DigitsConfig(), "train", 3, kind)  # type: ignore[arg-type]
     direct = Recorder(subject).answer(subject.ground_truth)
     assert total(direct) == pytest.approx(0.1 if is_small(kind) else 1.1)  # a small number was guessed
     assert total(direct, "reward_accuracy") == pytest.approx(1.1)
 
 
-def test_a_small_turned_number_that_is_only_turned_keeps_its_accuracy() -> None:
+def test_a_small_rotated_number_without_its_crop_keeps_accuracy() -> None:
     """The gate looks at `mandatory`, of which the turn alone is half; the file's comment gives the same figures."""
     subject = digit_task(DigitsConfig(), "train", 3, "turned_and_small")
     applied = str(subject.metadata["applied"])
@@ -68,7 +68,7 @@ def test_a_small_turned_number_that_is_only_turned_keeps_its_accuracy() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not is_turned(kind)])
-def test_needless_turns_cost(kind: str) -> None:
+def test_unnecessary_rotations_cost(kind: str) -> None:
     subject = digit_task(DigitsConfig(), "train", 5, kind)  # type: ignore[arg-type]
     needless = Recorder(subject).call("rotate_90").call("rotate_270")
     if subject.metadata["cell"]:
@@ -79,7 +79,7 @@ def test_needless_turns_cost(kind: str) -> None:
     assert total(trajectory, "reward_accuracy") == pytest.approx(1.1)
 
 
-def test_a_crop_of_two_cells_or_beside_the_card_is_worth_less() -> None:
+def test_a_loose_or_misplaced_crop_earns_less() -> None:
     subject = digit_task(DigitsConfig(), "train", 8, "small")
     x1, y1, x2, y2 = subject.metadata["cell"]
     loose = solve(subject, (max(0.0, x1 - 64.0), float(y1), float(x2) + 64.0 * (x1 < 64), float(y2))).answer("0")

@@ -1,4 +1,4 @@
-"""A judge that fails is noticed in small tests, too, and the result says how many verdicts are missing."""
+"""A failing judge stops the run, also in small tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_verdict_failures_count_from_the_first_ones(module: RewardModule) -> Non
     module.close()
 
 
-def test_verdict_failures_of_a_whole_test_are_an_error_however_few(module: RewardModule) -> None:
+def test_verdict_failures_of_a_whole_test_are_always_checked(module: RewardModule) -> None:
     module.check_verdicts(module.verdicts)
     module.score_group(failed_group(1))
     with pytest.raises(JudgeError, match="100% of the last 1 verdicts failed"):
