@@ -1,4 +1,4 @@
-"""What happens inside a fresh child: it loads the image, runs the snippet and writes the result."""
+"""What a fresh child does: it seals itself, waits for a job, runs the snippet on the image and writes the result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import random
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ import PIL
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from cv_lightning import images
-from cv_lightning.sandbox import guard, tracer, wire
+from cv_lightning.sandbox import guard, layers, tracer, wire
 from cv_lightning.sandbox.config import SandboxConfig
+from cv_lightning.sandbox.syscalls import SeccompFilter
 from cv_lightning.sandbox.wire import HEADER, JOB, PIXEL, Trace
 
 FILE = "<code>"
 INPUT_FD, OUTPUT_FD, CONTROL_FD = 3, 4, 5
+NOT_SEALED = 97
+"""Exit status of a child that failed before it got a job."""
 MAX_RECURSION = 20_000
 PIECE = 1 << 16
 """Bytes that Pillow hands to the kernel at once; small, because the buffer's pages are touched for the first time."""
@@ -328,3 +332,53 @@ def wait_for_job(control: socket.socket, config: SandboxConfig) -> ChildJob:
     num_pixels = PIXEL * width * height
     code = os.pread(INPUT_FD, os.fstat(INPUT_FD).st_size - num_pixels, num_pixels).decode("utf-8", "replace")
     return ChildJob(code, width, height, seed, config)
+
+
+# ------------------------------------------------------------------------------------------------ after the fork
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a child needs of its fork server to seal itself."""
+
+    server_pid: int
+    config: SandboxConfig
+    library_bytes: int
+    """Address space that the libraries take up."""
+    filter: SeccompFilter | None
+
+
+class ChildStartError(BaseException):
+    """Raised in a fresh child: it unwinds the fork server's frames, so that model code finds none of them.
+
+    It is a `BaseException` so that no `except Exception` on the way stops it.
+    """
+
+    def __init__(self, control: int) -> None:
+        super().__init__()
+        self.control = control
+
+
+def run_child(seal: Seal, control: int) -> None:
+    """Everything a child does, from closing what it inherited to its last byte. Never returns."""
+    try:
+        jobs = socket.socket(fileno=keep_only(control))
+        _limit(seal)
+        rehearse()
+        if seal.filter is not None and not seal.filter.install():
+            os._exit(NOT_SEALED)
+        run_job(wait_for_job(jobs, seal.config))
+    finally:
+        os._exit(NOT_SEALED)
+
+
+def _limit(seal: Seal) -> None:
+    config = seal.config
+    if "rlimits" not in config.disabled_layers:
+        layers.limit_resources(
+            memory_bytes=config.memory_mb << 20,
+            library_bytes=seal.library_bytes,
+            cpu_s=config.cpu_s,
+            file_bytes=HEADER.size + PIXEL * config.max_result_pixels + wire.MAX_TRACE + wire.MAX_TEXT,
+        )
+    layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != seal.server_pid:
+        os._exit(1)

@@ -37,17 +37,6 @@ class FairQueue(Generic[Item]):
         self._length -= 1
         return item
 
-    def remove(self, owner: str, item: Item) -> bool:
-        """Take out one item; False if it is not there."""
-        queue = self._queues.get(owner)
-        if queue is None or item not in queue:
-            return False
-        queue.remove(item)
-        if not queue:
-            del self._queues[owner]
-        self._length -= 1
-        return True
-
     def clear(self) -> list[Item]:
         """Empty the queue; returns what was in it."""
         items = [item for queue in self._queues.values() for item in queue]

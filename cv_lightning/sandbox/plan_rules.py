@@ -126,12 +126,9 @@ def _is_size(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(type(v) is int and v > 0 for v in value)
 
 
-def _is_resampling(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 5)
-
-
-def _is_turn(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 6
+def _is_choice(value: object, high: int) -> bool:
+    """True for a constant of Pillow, or its number."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= high
 
 
 def make_filter(name: str, arguments: dict[str, Any]) -> ImageFilter.Filter:
@@ -147,8 +144,8 @@ def make_filter(name: str, arguments: dict[str, Any]) -> ImageFilter.Filter:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "angle": lambda v: _is_number(v, -MAX_NUMBER, MAX_NUMBER),
-    "resample": _is_resampling,
-    "method": _is_resampling,
+    "resample": lambda v: v is None or _is_choice(v, 5),
+    "method": lambda v: v is None or _is_choice(v, 5),
     "expand": lambda v: isinstance(v, bool) or _is_number(v, 0, 1),
     "center": lambda v: v is None,
     "translate": lambda v: v is None,
@@ -177,8 +174,7 @@ def output_size(call: str, size: Size, arguments: Mapping[str, Any]) -> Size:
         NotPlannable: An argument is missing, of the wrong kind or too large, or the result exceeds `MAX_PIXELS`.
     """
     for key, value in arguments.items():
-        check = _is_turn if call == "Image.transpose" else _CHECKS[key]
-        if not check(value):
+        if not (_is_choice(value, 6) if call == "Image.transpose" else _CHECKS[key](value)):
             raise NotPlannable(key)
     if call not in OPTIONAL and not set(OPERATIONS[call][:1]) <= set(arguments):
         raise NotPlannable("a missing argument")

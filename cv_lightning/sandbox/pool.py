@@ -258,7 +258,7 @@ class Pool:
         self.counts["cancelled"] += 1
         if job.server is not None and job.id in self._in_flight:
             job.server.send(JOB.pack(CANCEL, job.id, 0, 0, bytes(16)), [])
-        elif self._waiting[job.science].remove(job.owner, job):
+        else:  # it is skipped when its turn comes
             self._release(job)
 
     def _dispatch(self, science: bool) -> None:

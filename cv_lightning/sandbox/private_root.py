@@ -17,7 +17,6 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_CAP_SYS_ADMIN = 21
 _STAGES = ("/mnt", "/media", "/srv", "/tmp", "/run", "/opt", "/home", "/var")
 """Folders over which the new root may be mounted while it is built, visible to this process only."""
 
@@ -65,10 +64,8 @@ def _check(what: str, status: int) -> None:
 
 def _own_mounts() -> str:
     """Enter a private mount namespace, in a user namespace if this process is not privileged; returns which."""
-    if _is_privileged():
-        _check("unshare", _libc.unshare(_CLONE_NEWNS))
-        how = "mount namespace"
-    else:
+    how = "mount namespace"
+    if _libc.unshare(_CLONE_NEWNS) != 0:
         user, group = os.geteuid(), os.getegid()
         _check("unshare", _libc.unshare(_CLONE_NEWNS | _CLONE_NEWUSER))
         Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
@@ -77,12 +74,6 @@ def _own_mounts() -> str:
         how = "user and mount namespace"
     _check("make mounts private", _libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
     return how
-
-
-def _is_privileged() -> bool:
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    effective = next((line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), "0")
-    return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)
 
 
 def _stage(paths: Sequence[str]) -> str:

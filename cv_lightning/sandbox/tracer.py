@@ -35,10 +35,10 @@ from cv_lightning.types import ERASED, IDENTITY, Affine, Operation
 
 ORIGIN = "_cvl_origin"
 PIL_METHODS = (
-    "rotate transpose crop resize transform filter convert reduce point quantize paste alpha_composite "
+    "rotate transpose crop resize transform filter convert thumbnail reduce point quantize paste alpha_composite "
     "putalpha copy effect_spread"
 ).split()
-IN_PLACE = {"Image.paste", "Image.alpha_composite", "Image.putalpha"}
+IN_PLACE = {"Image.thumbnail", "Image.paste", "Image.alpha_composite", "Image.putalpha"}
 """Calls that change their image and return nothing; drawing calls of OpenCV are treated in the same way."""
 CV2_NAMES = {
     "rotate": ("src", "code"),
@@ -134,9 +134,17 @@ class Tracer:
         return last._replace(direct=False)
 
     # -------------------------------------------------------------------------------------------- recording
-    def record(self, call: str, arguments: dict[str, Any], source: Any, result: Any) -> None:
-        """Record a call that ran, and derive the origin of `result` from that of `source`."""
-        size, output = size_of(source), size_of(result)
+    def record(self, call: str, arguments: dict[str, Any], source: Any, result: Any, size: Size | None = None) -> None:
+        """Record a call that ran, and derive the origin of `result` from that of `source`.
+
+        Args:
+            call: Name of the function.
+            arguments: Its arguments, by name.
+            source: The image or array that it was applied to.
+            result: The image or array that it made, or changed.
+            size: Size of `source` before the call, if the call may have changed it.
+        """
+        size, output = size or size_of(source), size_of(result)
         if size is None or output is None:
             return
         before = self.origin_of(source) or self.guess()
@@ -250,8 +258,8 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ wrapping
-Note = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-"""Records a call, given its result and arguments."""
+Note = Callable[[Any, tuple[Any, ...], dict[str, Any], Size | None], None]
+"""Records a call, given its result, its arguments, and the size of its first argument before the call."""
 
 
 def _wrap(function: Callable[..., Any], note: Note) -> Callable[..., Any]:
@@ -262,9 +270,10 @@ def _wrap(function: Callable[..., Any], note: Note) -> Callable[..., Any]:
         if not TRACER.active or TRACER.depth:
             return function(*args, **kwargs)
         TRACER.depth += 1
+        size = size_of(args[0]) if args else None
         try:
             result = function(*args, **kwargs)
-            note(result, args, kwargs)
+            note(result, args, kwargs, size)
             return result
         finally:
             TRACER.depth -= 1
@@ -282,34 +291,16 @@ def _wrap_pil_method(name: str) -> None:
     original = getattr(Image.Image, name)
     signature, call = inspect.signature(original), f"Image.{name}"
 
-    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
         arguments = _bound(signature, args, kwargs)
         source = arguments.pop("self")
         if name == "filter":
             arguments = filter_arguments(arguments["filter"])
-        TRACER.record(call, arguments, source, source if call in IN_PLACE else result)
+        elif name == "thumbnail":
+            arguments = {"size": source.size}
+        TRACER.record(call, arguments, source, source if call in IN_PLACE else result, size)
 
     setattr(Image.Image, name, _wrap(original, note))
-
-
-def _thumbnail(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`thumbnail` changes its image, so the size before is noted first."""
-
-    @functools.wraps(original)
-    def traced(self: Image.Image, *args: Any, **kwargs: Any) -> None:
-        if not TRACER.active or TRACER.depth:
-            original(self, *args, **kwargs)
-            return
-        before = Image.new("1", self.size)
-        before.__dict__[ORIGIN] = TRACER.origin_of(self) or TRACER.guess()
-        TRACER.depth += 1
-        try:
-            original(self, *args, **kwargs)
-            TRACER.record("Image.thumbnail", {"size": self.size}, before, self)
-        finally:
-            TRACER.depth -= 1
-
-    return traced
 
 
 def _wrap_function(call: str) -> None:
@@ -322,7 +313,7 @@ def _wrap_function(call: str) -> None:
     is_cv2 = folder == "cv2"
     signature = None if is_cv2 else inspect.signature(original)
 
-    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
         if signature is not None:
             arguments = _bound(signature, args, kwargs)
             source = arguments.pop(next(iter(arguments)))
@@ -349,19 +340,19 @@ def _wrap_enhancer(name: str) -> None:
     kind = getattr(ImageEnhance, name)
     original = kind.enhance
 
-    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
         factor = args[1] if len(args) > 1 else kwargs.get("factor")
         TRACER.record(f"ImageEnhance.{name}", {"factor": factor}, args[0].image, result)
 
     kind.enhance = _wrap(original, note)
     # Making an enhancer converts and filters the image internally; these are not operations of the snippet.
-    kind.__init__ = _wrap(kind.__init__, lambda result, args, kwargs: None)
+    kind.__init__ = _wrap(kind.__init__, lambda *_: None)
 
 
 def _wrap_conversions() -> None:
     """Pass origins on where images become arrays and arrays become images; nothing is reported."""
 
-    def to_array(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def to_array(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
         source = args[0] if args else kwargs.get("object", kwargs.get("a"))
         origin = TRACER.origin_of(source)
         if isinstance(result, np.ndarray) and origin is not None and size_of(result) == size_of(source):
@@ -370,14 +361,14 @@ def _wrap_conversions() -> None:
     for name in ("array", "asarray", "ascontiguousarray", "copy", "clip"):
         setattr(np, name, _wrap(getattr(np, name), to_array))
 
-    def to_image(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def to_image(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
         source = args[0] if args else kwargs.get("obj")
         origin = TRACER.origin_of(source)
         TRACER.set_origin(result, origin if origin is not None else TRACER.guess())
 
     Image.fromarray = _wrap(Image.fromarray, to_image)
 
-    def drawing(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def drawing(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
         source = args[0] if args else kwargs.get("im")
         TRACER.record("ImageDraw.Draw", {}, source, source)
 
@@ -388,7 +379,6 @@ def install() -> None:
     """Wrap the libraries of this process. Once, in the fork server, before any snippet."""
     for name in PIL_METHODS:
         _wrap_pil_method(name)
-    Image.Image.thumbnail = _thumbnail(Image.Image.thumbnail)  # type: ignore[method-assign]
     for name in ENHANCERS:
         _wrap_enhancer(name)
     _wrap_conversions()

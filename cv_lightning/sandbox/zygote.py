@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from cv_lightning.sandbox import heap, layers, private_root, sealing, syscalls
+from cv_lightning.sandbox import guard, heap, layers, private_root, scratch, syscalls, tracer
+from cv_lightning.sandbox.child import NOT_SEALED, ChildStartError, Seal, cap_recursion, rehearse, run_child
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.wire import CANCEL, JOB, REPLY
 
@@ -110,7 +111,7 @@ class ForkServer:
     def __init__(self, control: socket.socket, settings: Settings) -> None:
         self.control, self.settings, self.config = control, settings, settings.config
         self.report: dict[str, str] = {"clean_exec": "active"}
-        self.seal: sealing.Seal | None = None
+        self.seal: Seal | None = None
         self.children: dict[int, _Child] = {}
         """Children by their pidfd."""
         self.by_job: dict[int, _Child] = {}
@@ -121,15 +122,13 @@ class ForkServer:
     def prepare(self) -> None:
         """Load, wrap and seal, in the order in which each step is still possible."""
         load_libraries(science=self.settings.science)
-        from cv_lightning.sandbox import child, guard, scratch, tracer
-
         guard.install()
         scratch.install()
         tracer.install()
-        child.cap_recursion()
-        child.rehearse()
+        cap_recursion()
+        rehearse()
         library_bytes = layers.virtual_bytes() + heap.RESERVED
-        self.seal = sealing.Seal(os.getpid(), self.config, library_bytes, filter=self._isolate())
+        self.seal = Seal(os.getpid(), self.config, library_bytes, filter=self._isolate())
         gc.collect()
         gc.freeze()
         # Children turn it on again: a collection here would only make pages that they have to copy.
@@ -240,7 +239,7 @@ class ForkServer:
             late = child.timed_out or self._broke_cpu_limit(status, cpu)
             del self.by_job[child.job]
             self.control.send(REPLY.pack(child.job, late, status, elapsed, usage.ru_maxrss << 10))
-        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == sealing.NOT_SEALED:
+        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == NOT_SEALED:
             # The status means this only before a job: model code may exit as it likes. The parent sees this exit.
             sys.exit("a child could not be sealed")
 
@@ -256,7 +255,7 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
-            raise sealing.ChildStartError(theirs.detach())
+            raise ChildStartError(theirs.detach())
         theirs.close()
         child = _Child(pid, os.pidfd_open(pid), ours)
         self.children[child.pidfd] = child
@@ -282,11 +281,11 @@ def main(arguments: list[str]) -> None:
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         server.serve()
-    except sealing.ChildStartError as start:
+    except ChildStartError as start:
         seal, control = server.seal, start.control
     else:
         return
     vars(server).clear()
     del server
     if seal is not None:
-        sealing.run_child(seal, control)
+        run_child(seal, control)
