@@ -61,7 +61,7 @@ NEXT_JOB = "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)
 """Runs after every case: the state must be clean."""
 _FAILED = (ToolStatus.ERROR, ToolStatus.KILLED)
 _JUDGED_ALWAYS = ("no_leak", "no_attach", "parent_alive", "bounded_stdout", "victim_alive")
-"""Expectations that are judged for every case (`_Before.faults`, `_run_case`)."""
+"""Expectations that `_run_case` judges for every case."""
 _OTHERWISE: dict[str, ToolStatus | None] = {
     "error": None,
     "killed_or_error": None,
@@ -187,15 +187,13 @@ def surroundings() -> Iterator[Surroundings]:
     """Provide the targets of the cases: a secret in the environment, an image file, a listener, a victim."""
     before = os.environ.get(SECRET_NAME)
     os.environ[SECRET_NAME] = SECRET
-    with contextlib.suppress(OSError):  # another user's file serves as well
+    with contextlib.suppress(OSError):  # a file of another user serves as well
         Image.new("RGB", (8, 8), (200, 10, 10)).save(CANARY)
         os.chmod(CANARY, 0o644)
-    around = Surroundings(Listener(), Victim())
     try:
-        yield around
+        with contextlib.closing(Listener()) as listener, contextlib.closing(Victim()) as victim:
+            yield Surroundings(listener, victim)
     finally:
-        around.listener.close()
-        around.victim.close()
         os.environ.pop(SECRET_NAME) if before is None else os.environ.update({SECRET_NAME: before})
         with contextlib.suppress(OSError):
             os.unlink(CANARY)
@@ -205,32 +203,6 @@ def run_cases(sandbox: Sandboxed, cases: Iterable[Case]) -> list[CaseResult]:
     """Run cases one after the other, with a harmless job after each."""
     with surroundings() as around:
         return [_run_case(sandbox, case, around) for case in cases]
-
-
-@dataclass(frozen=True, slots=True)
-class _Before:
-    """State of the surroundings before a case."""
-
-    reached: int
-    restarts: float
-    tracer: str
-    peak_kb: int
-
-    @classmethod
-    def take(cls, sandbox: Sandboxed, around: Surroundings) -> _Before:
-        return cls(around.listener.reached, sandbox.stats.get("restarts", 0), _tracer(), _peak_kb())
-
-    def faults(self, sandbox: Sandboxed, result: SandboxResult) -> list[str]:
-        """Effects that no case may have, whatever it expects."""
-        found = {
-            "a fork server died": sandbox.stats.get("restarts", 0) > self.restarts,
-            "the secret is in the text": SECRET in result.error or SECRET in repr(result.operations),
-            "the secret is in the image": result.image is not None and SECRET.encode() in result.image.tobytes(),
-            "this process is traced": _tracer() != self.tracer,
-            "memory of this process has grown": _peak_kb() > self.peak_kb + MAX_GROWTH_KB,
-            "a process of it lives on": bool(strays(sandbox)),
-        }
-        return [fault for fault, holds in found.items() if holds]
 
 
 def _tracer() -> str:
@@ -325,28 +297,34 @@ class _Run:
 
 def _run_case(sandbox: Sandboxed, case: Case, around: Surroundings) -> CaseResult:
     image, expected = test_image(), case.expect.split(";")
-    before = image.tobytes()
     for part in expected:
         if part.startswith("no_side_effect:"):
             with contextlib.suppress(OSError):
                 os.unlink(part.split(":", 1)[1])
     case = replace(case, code=around.victim.code_for(case))
-    state, begun = _Before.take(sandbox, around), time.monotonic()
+    pixels, reached, restarts = image.tobytes(), around.listener.reached, sandbox.stats.get("restarts", 0)
+    tracer, peak_kb, begun = _tracer(), _peak_kb(), time.monotonic()
     result = sandbox.run_sync(image, case.code, owner="self-test")
-    run = _Run(sandbox, case, result, time.monotonic() - begun, around.listener.reached - state.reached)
-    unmet, harm = list(filter(None, map(run.fault, expected))), state.faults(sandbox, result)
-    if image.tobytes() != before:
-        harm.append("the caller's image has changed")
+    run = _Run(sandbox, case, result, time.monotonic() - begun, around.listener.reached - reached)
+    unmet = list(filter(None, map(run.fault, expected)))
+    harm = {
+        "a fork server died": sandbox.stats.get("restarts", 0) > restarts,
+        "the secret is in the text": SECRET in result.error or SECRET in repr(result.operations),
+        "the secret is in the image": result.image is not None and SECRET.encode() in result.image.tobytes(),
+        "this process is traced": _tracer() != tracer,
+        "memory of this process has grown": _peak_kb() > peak_kb + MAX_GROWTH_KB,
+        "a process of it still runs": bool(strays(sandbox)),
+        "the caller's image has changed": image.tobytes() != pixels,
+    }
     after = sandbox.run_sync(image, NEXT_JOB)
-    if after.image is None or after.image.tobytes() != image.rotate(90).tobytes():
-        harm.append(f"the next job failed: {after.status} {after.error[:80]}")
-    if "victim_alive" in expected and not around.victim.is_alive():
-        harm.append("a signal reached the victim")
+    is_clean = after.image is not None and after.image.tobytes() == image.rotate(90).tobytes()
+    harm[f"the next job failed: {after.status} {after.error[:80]}"] = not is_clean
+    harm["a signal reached the victim"] = "victim_alive" in expected and not around.victim.is_alive()
     got = f"{result.status} {result.error_kind} {result.error[:160]}".strip()
     if len(unmet) == 1 and run.hit_another_limit():
         # Contained as well: which of the limits strikes first depends on the machine.
         unmet, got = [], f"(another limit struck first; expected {case.expect}) {got}"
-    faults = [*harm, *unmet]
+    faults = [*(name for name, holds in harm.items() if holds), *unmet]
     return CaseResult(name=case.name, ok=not faults, got="; ".join([*faults, got]))
 
 
