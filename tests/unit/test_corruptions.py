@@ -151,7 +151,7 @@ def test_a_public_benchmark_keeps_its_metric(tmp_path: Path) -> None:
     reader = ReaderConfig(format="ocrbench", data_source="ocrbench")
     write_corrupted(
         Corrupt(files=[str(source)], out=tmp_path / "turned.parquet", suite=suite, reader=reader),
-        lambda done, count: shown.append((done, count)),
+        lambda done, count, note: shown.append((done, count)),
     )
     tasks = TaskFiles([str(tmp_path / "turned.parquet")], ReaderConfig())
     assert len(tasks) == 6 and shown == [(1, 1)]
