@@ -75,15 +75,9 @@ class BuildSFT:
         if self.out.suffix != ".json":
             raise ValueError(f"--out {self.out}: an SFT file ends in .json")
 
-    @property
-    def image_folder(self) -> Path:
-        """Folder of the images."""
-        return self.out.with_name(f"{self.out.stem}_images")
 
-    def settings(self) -> dict[str, Any]:
-        """Settings that determine the conversations; a resumed build must have the same."""
-        names = ("files", "seed", "table", "plan", "frame", "teacher", "judge", "system", "learn_faults")
-        return {name: value for name, value in asdict(self).items() if name in names}
+DETERMINING = ("files", "seed", "table", "plan", "frame", "teacher", "judge", "system", "learn_faults")
+"""Settings that determine the conversations; a resumed build must have the same."""
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -106,9 +100,10 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
     judge = Judge(config.judge) if config.judge is not None else None
     table = VqaTable(config.files, config.table)
     progress_path = config.out.with_name(f"{config.out.stem}.progress.jsonl")
+    settings = {name: value for name, value in asdict(config).items() if name in DETERMINING}
     begun = time.perf_counter()
     try:
-        with Sandbox(config.sandbox) as sandbox, ProgressFile(progress_path, config.settings()) as progress:
+        with Sandbox(config.sandbox) as sandbox, ProgressFile(progress_path, settings) as progress:
             composer = Composer(
                 teacher=teacher,
                 sandbox=sandbox,
@@ -142,6 +137,7 @@ class _Build:
     ) -> None:
         self.config, self.table, self.composer, self.progress, self.show = config, table, composer, progress, show
         self.total = config.count or len(table)
+        self.image_folder = config.out.with_name(f"{config.out.stem}_images")
         self.unfit: list[str] = []
         """Ids of rows for which no kind is possible."""
         self.kinds = KindAssigner(config.plan)
@@ -153,7 +149,7 @@ class _Build:
         """Try all candidates that the progress file does not hold."""
         kept_before = self._forget_temporary_problems()
         slots = asyncio.Semaphore(self.config.max_parallel)
-        self.config.image_folder.mkdir(parents=True, exist_ok=True)
+        self.image_folder.mkdir(parents=True, exist_ok=True)
         try:
             async with asyncio.TaskGroup() as group:
                 for number in range(self.total):
@@ -195,7 +191,7 @@ class _Build:
             outcome = await self.composer.compose(candidate)
             item = None
             if outcome.problem is None:
-                names = await asyncio.to_thread(_save_images, outcome, self.config.image_folder)
+                names = await asyncio.to_thread(_save_images, outcome, self.image_folder)
                 system = PromptConfig().system_text() if self.config.system else None
                 item = item_of(outcome, names, system, self.config.learn_faults)
             self.progress.add(_entry(outcome, item))
