@@ -50,7 +50,7 @@ def use_named_devices(
     Raises:
         ValueError: The list cannot work; the message names the flag to change.
     """
-    named = _named(devices)
+    named = _parsed(devices)
     where = f"--trainer.devices {devices}"
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus.count > 0)
     if on_gpu and not gpus.count:
@@ -58,9 +58,8 @@ def use_named_devices(
             f"--trainer.accelerator {accelerator} with {where}: this process sees no GPU ({VISIBLE} and the installed "
             "torch decide that; `doctor` shows torch). Set --trainer.accelerator cpu, or take auto"
         )
-    if named is None:
-        count = _count(devices)
-        if on_gpu and count > gpus.count:
+    if isinstance(named, int):
+        if on_gpu and named > gpus.count:
             raise ValueError(f"{where}: this process sees {gpus.count} GPU(s); name at most that many")
         return devices
     if not on_gpu:
@@ -96,33 +95,21 @@ def _applied(named: list[int], environment: MutableMapping[str, str]) -> str:
     return f"{','.join(map(str, named))} as {environment.get(VISIBLE, '')}"
 
 
-def _named(devices: int | list[int] | str) -> list[int] | None:
-    """The GPU numbers of a device list; None for a number of devices or `auto`.
+def _parsed(devices: int | list[int] | str) -> list[int] | int:
+    """The GPU numbers of a device list, or a number of devices, which is 0 for `auto` and -1.
 
     Raises:
-        ValueError: The list has an entry that is not a number.
+        ValueError: It is neither.
     """
-    if isinstance(devices, int):
-        return None
-    text = devices.strip("[] ") if isinstance(devices, str) else ""
-    if isinstance(devices, str) and "," not in devices and not devices.lstrip().startswith("["):
-        return None
-    parts = [part.strip() for part in text.split(",") if part.strip()] if isinstance(devices, str) else devices
+    text = ",".join(map(str, devices)) if isinstance(devices, list) else str(devices).strip()
     try:
-        return [int(part) for part in parts]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--trainer.devices {devices}: give numbers of GPUs, such as '[0,1]', or how many") from error
-
-
-def _count(devices: int | list[int] | str) -> int:
-    """Number of devices; 0 for `auto` and -1.
-
-    Raises:
-        ValueError: It is not a number of devices or `auto`.
-    """
-    text = str(devices).strip()
-    if text in ("auto", "-1"):
-        return 0
-    if not text.isdigit() or int(text) == 0:
-        raise ValueError(f"--trainer.devices {devices}: give a number of devices, a list such as '[0,1]', or auto")
-    return int(text)
+        if isinstance(devices, list) or "," in text or text.startswith("["):
+            return [int(part) for part in text.strip("[] ").split(",") if part.strip()]
+        count = 0 if text in ("auto", "-1") else int(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--trainer.devices {devices}: give numbers of GPUs, such as '[0,1]', how many GPUs, or auto"
+        ) from error
+    if count < 0 or text == "0":
+        raise ValueError(f"--trainer.devices {devices}: give at least one device, a list such as '[0,1]', or auto")
+    return count

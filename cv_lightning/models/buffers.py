@@ -20,22 +20,28 @@ SHOWN = 4
 """Most buffers that a message names."""
 
 
+def weightless_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose parameters are on the meta device and whose buffers are computed on the CPU."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    return model
+
+
 def computed_buffers(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Floating-point buffers of a plain float32 build of a model, by name, on the CPU, without allocating its weights.
 
     Persistent buffers are left out, because only a checkpoint has their values.
     """
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForImageTextToText
 
     architecture = deepcopy(config)
     architecture._attn_implementation = "eager"  # a loaded model's config may name our implementation
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(architecture, dtype=torch.float32)
     return {
         f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
+        for path, module in weightless_model(architecture, torch.float32).named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and buffer.is_floating_point() and name in module._non_persistent_buffers_set
     }

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def batched_by_size(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Consecutive items in batches of at most `limit` in total, or of one item that is larger by itself."""
+    """Consecutive items in batches of at most `limit` in total, or of one larger item."""
     batch: list[T] = []
     total = 0
     for item in items:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cv_lightning.images import to_model_image
 from cv_lightning.models.adapters import ModelAdapter
+from cv_lightning.models.buffers import weightless_model
 from cv_lightning.models.export import ADAPTER_CONFIG
 from cv_lightning.models.loading import PolicyConfig, load_adapter
 from cv_lightning.types import CheckpointError
@@ -35,19 +36,12 @@ def reference_logits(
         dtype: Type of its parameters.
         inputs: Inputs from `probe`.
     """
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForImageTextToText
-
-    with init_empty_weights(include_buffers=False):  # a checkpoint has no buffers, the model computes them
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model = weightless_model(config, dtype)
     model.load_state_dict(dict(tensors), strict=False, assign=True)
     model.tie_weights()
     if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise CheckpointError(f"no weights for {len(left)} parameters, the first {left[0]}")
-    with torch.no_grad():
-        logits: torch.Tensor = model.eval()(**inputs).logits
-    return logits
+    return _logits(model, inputs)
 
 
 def probe(folder: Path, given: ModelAdapter | None = None) -> BatchFeature:
@@ -77,6 +71,12 @@ def folder_logits(folder: Path, dtype: str, base: str, inputs: BatchFeature) -> 
         import peft
 
         model = peft.PeftModel.from_pretrained(model, str(folder))
+    return _logits(model, inputs)
+
+
+def _logits(model: PreTrainedModel, inputs: BatchFeature) -> torch.Tensor:
+    import torch
+
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(**inputs).logits
     return logits

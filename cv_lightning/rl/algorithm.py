@@ -36,7 +36,7 @@ class AlgorithmConfig:
     """Advantage estimator, by `class_path`: `GRPO` (null), `DrGRPO`, `RLOO`, `ReinforcePlusPlusBaseline`, or a class
     of your own."""
     mask: MaskConfig = field(default_factory=MaskConfig)
-    """Which trajectories have a reward but are not learned from."""
+    """Selects trajectories that have a reward but are not learned from."""
     loss: PolicyLoss | None = None
     """The policy loss, by `class_path`: `PPOClip` (null), `GSPO`, `CISPO`, `DPPO`, or a class of your own."""
     aggregation: Aggregation = "token_mean"

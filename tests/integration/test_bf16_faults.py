@@ -1,4 +1,4 @@
-"""Planted faults exceed what rounding to bfloat16 explains: each is caught at the start of a run."""
+"""The start-up check detects planted faults whose differences are larger than rounding to bfloat16 explains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FAMILIES: tuple[str, ...] = ("qwen3_vl", "qwen2_5_vl")
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights large enough that every part shows in the log-probabilities, as it does in a trained model."""
+    """Checkpoint with weights so large that every part affects the log-probabilities, as in a trained model."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     write(TinyCheckpoint(out=folder, model=TinyModelConfig(family=request.param, initializer_range=0.2)))
     return folder
@@ -43,7 +43,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def conversations() -> list[Conversation]:
-    """Half of them have two images."""
+    """Conversations, of which half have two images."""
     data = DigitSFTDataModule(num_steps=1, conversations_per_step=12, warm_up_share=0.0)
     made = data.train_dataloader().build(0).conversations
     assert any(turn.result_image is not None for conversation in made for turn in conversation.turns)
@@ -107,14 +107,14 @@ def test_bf16_sft_with_a_planted_fault_does_not_start(
 def test_bf16_attention_across_sequences_does_not_start(
     checkpoint: Path, conversations: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = packing._pack_row
+    pack = packing._sequence_arrays
 
     def joined(*args: Any, offset: int, **kwargs: Any) -> Any:
         made = pack(*args, offset=offset, **kwargs)
-        made.positions[0] += offset  # the text positions go on: one long sequence
+        made["positions"][0] += offset  # text positions continue, as in one long sequence
         return made
 
-    monkeypatch.setattr(packing, "_pack_row", joined)
+    monkeypatch.setattr(packing, "_sequence_arrays", joined)
     with pytest.raises(ParityError, match="itself alone"):
         start(module_of(checkpoint), conversations)
 

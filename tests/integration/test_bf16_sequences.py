@@ -1,4 +1,4 @@
-"""Long, packed and shared-prefix sequences in bfloat16 against transformers' own forward of each alone."""
+"""Long, packed and shared-prefix sequences in bfloat16 compared with transformers' own forward of each sequence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LENGTH = 4_200
 def policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PreTrainedModel, ModelAdapter]:
-    """A model for long sequences, whose every part shows in its log-probabilities."""
+    """A model for long sequences in which every part affects the log-probabilities."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     sizes = TinyModelConfig(family=request.param, num_layers=2, max_positions=8192, initializer_range=0.2)
     write(TinyCheckpoint(out=folder, model=sizes))
@@ -37,7 +37,7 @@ def policy(
 
 
 def images_of(adapter: ModelAdapter, count: int) -> list[Image.Image]:
-    """Different noise, at model size."""
+    """Images of different noise, at model size."""
     noise = [Image.effect_noise((96, 96), 30 + 20 * number).convert("RGB") for number in range(count)]
     return [to_model_image(image, adapter.image_rule) for image in noise]
 
@@ -64,7 +64,7 @@ def sequence_of(
 def gap(
     policy: tuple[PreTrainedModel, ModelAdapter], sequences: list[TrainSequence], images: list[list[Image.Image]]
 ) -> torch.Tensor:
-    """Packed, minus transformers' own forward of each sequence alone. Shape [learned tokens]."""
+    """Packed log-probabilities minus those of transformers' own forward of each sequence, [learned tokens]."""
     model, adapter = policy
     packed = pack_sequences(sequences, model.config, adapter)
     ours = packed_logprobs(model, packed).logprobs
@@ -77,7 +77,7 @@ def gap(
 
 @torch.no_grad()
 def rounded_rotary(policy: tuple[PreTrainedModel, ModelAdapter], sequence: TrainSequence) -> torch.Tensor:
-    """Log-probabilities with rotary frequencies rounded to bfloat16, minus the right ones. Shape [learned tokens]."""
+    """Log-probabilities with rotary frequencies rounded to bfloat16 minus the correct ones, [learned tokens]."""
     model, packed = policy[0], pack_sequences([sequence], policy[0].config, policy[1])
     exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
     right = packed_logprobs(model, packed).logprobs
@@ -91,7 +91,7 @@ def rounded_rotary(policy: tuple[PreTrainedModel, ModelAdapter], sequence: Train
 
 
 def siblings(first: TrainSequence, count: int, seed: int) -> list[TrainSequence]:
-    """Sequences of the same prompt, with learned tokens of their own."""
+    """Sequences with the same prompt and different learned tokens."""
     rng, prompt = random.Random(seed), first.prompt_len
     return [
         TrainSequence(
@@ -103,7 +103,7 @@ def siblings(first: TrainSequence, count: int, seed: int) -> list[TrainSequence]
     ]
 
 
-def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_model(
+def test_bf16_sequence_of_4200_tokens_with_four_images_equals_the_plain_model(
     policy: tuple[PreTrainedModel, ModelAdapter],
 ) -> None:
     images, cache = images_of(policy[1], 4), VisionCache(policy[1])
@@ -114,13 +114,13 @@ def test_bf16_a_sequence_of_4200_tokens_with_four_images_is_that_of_the_plain_mo
     assert exceeds(fault, "bfloat16", 0.0, FORWARD_MEAN), "rounded rotary frequencies would show at this length"
 
 
-def test_bf16_packed_and_shared_prefixes_are_those_of_the_plain_model(
+def test_bf16_packed_sequences_with_shared_prefixes_equal_the_plain_model(
     policy: tuple[PreTrainedModel, ModelAdapter],
 ) -> None:
     images, cache = images_of(policy[1], 4), VisionCache(policy[1])
     first = sequence_of(policy, images[:2], cache, 300, seed=1)
     group = [first, *siblings(first, 3, seed=5)]
     other = sequence_of(policy, images[2:], cache, 200, seed=2)
-    assert packed_length(group) == 300 + 3 * 75, "the prompt stands once"
+    assert packed_length(group) == 300 + 3 * 75, "the prompt is packed once"
     found = gap(policy, [*group, other], [images[:2]] * 4 + [images[2:]])
     assert len(found) == 4 * 75 + 50 and not exceeds(found, "bfloat16", 0.0, FORWARD_MEAN), float(found.abs().mean())

@@ -1,4 +1,4 @@
-"""Checkpoints become folders that transformers, peft and vLLM load, and that compute what the run's policy computed."""
+"""Exported checkpoints load in transformers, peft and vLLM and compute the same as the run's policy."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_export_of_a_run_holds_the_weights_that_training_ended_with(
 
 
 @pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")
-def test_bf16_export_holds_the_trainers_own_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_bf16_export_has_the_bits_of_the_trained_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = fit_in_process(tiny_checkpoint, tmp_path / "run", BF16)
     out = exported(run, tmp_path / "out")
     assert_same_weights(out, run / "model")
@@ -79,7 +79,7 @@ def test_bf16_export_holds_the_trainers_own_bits(tiny_checkpoint: Path, tmp_path
     assert any(not torch.equal(tensor, start[name]) for name, tensor in found.items()), "training has moved them"
 
 
-def test_an_exported_folder_brings_processor_template_generation_config_and_card(run: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_has_processor_template_generation_config_and_card(run: Path, tmp_path: Path) -> None:
     (run / "eval" / "greedy").mkdir(parents=True, exist_ok=True)
     figure = {"value": 0.25, "low": 0.125, "high": 0.5, "n": 8}
     (run / "eval" / "greedy" / "metrics.json").write_text(json.dumps({"num_tasks": 8, "accuracy": figure}))
@@ -101,14 +101,14 @@ def test_a_large_export_is_cut_into_shards_that_transformers_joins(run: Path, tm
     assert_same_weights(out, run / "model")
 
 
-def test_an_exported_dtype_is_that_of_every_weight(run: Path, tmp_path: Path) -> None:
+def test_every_exported_weight_has_the_requested_dtype(run: Path, tmp_path: Path) -> None:
     out = exported(run, tmp_path / "out", "--dtype", "bfloat16")
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.skipif(not vllm_imports(), reason="needs vLLM")
-def test_an_exported_model_samples_in_vllm_as_transformers_computes(run: Path, tmp_path: Path) -> None:
+def test_an_exported_model_has_the_same_logprobs_in_vllm_and_transformers(run: Path, tmp_path: Path) -> None:
     out = exported(run, tmp_path / "out")
     policy = Policy.load(out)
     config = EngineConfig(kind="vllm", max_model_len=512, max_num_seqs=4, max_images=4)
@@ -126,7 +126,7 @@ def test_an_exported_model_samples_in_vllm_as_transformers_computes(run: Path, t
         engine.close()
 
 
-def test_an_export_of_the_other_family_has_published_names_and_ties_its_head(
+def test_an_export_of_qwen2_5_vl_has_published_names_and_a_tied_head(
     tiny_qwen25: Path, run: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForImageTextToText.from_pretrained(tiny_qwen25, dtype=torch.float32)
@@ -171,7 +171,7 @@ def test_export_joins_the_shards_of_a_deepspeed_folder(tiny_checkpoint: Path, tm
 
 
 # ---------------------------------------------------------------------------------------------- refused
-def test_an_export_that_fails_its_check_leaves_nothing_behind(
+def test_an_export_that_fails_its_check_leaves_no_folder(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = exporting.folder_logits
@@ -192,7 +192,7 @@ def test_an_export_replaces_a_folder_only_as_a_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
-def test_export_says_what_is_not_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_what_is_not_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out")]
     (tmp_path / "text.ckpt").write_text("no zip")
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
@@ -206,7 +206,7 @@ def test_export_says_what_is_not_a_checkpoint(run: Path, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-def test_export_names_the_flag_that_gives_what_is_missing(
+def test_export_names_the_flag_for_a_missing_input(
     run: Path, tiny_qwen25: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone, out = tmp_path / "a" / "b" / "c" / "alone.ckpt", ["--out", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""LoRA on the tiny model: merged weights for the real engine and the export, the bare policy as reference."""
+"""LoRA on the tiny model: the engine and the export get merged weights, and the base model is the reference."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def with_lora(path: Path, lora: LoraConfig | None = LORA) -> PolicyConfig:
 
 
 def logprobs(module: PolicyModule, model: torch.nn.Module) -> torch.Tensor:
-    rows = module.train_sequences([t for group in groups(module, 1) for t in group.trajectories])
-    (packed,) = module.pack_micro_batches(rows)
+    sequences = module.train_sequences([t for group in groups(module, 1) for t in group.trajectories])
+    (packed,) = module.pack_micro_batches(sequences)
     with torch.no_grad():
         return module.logprobs(packed, model=model).logprobs  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["vllm", "transformers"])
-def test_the_engine_gets_the_adapter_and_so_does_the_export(
+def test_engine_and_export_get_merged_weights(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def score(self: RewardModule, group: Group) -> None:
@@ -86,7 +86,7 @@ def test_the_engine_gets_the_adapter_and_so_does_the_export(
     torch.testing.assert_close(logprobs(module, module.policy), now)
 
 
-def test_only_adapters_learn_and_they_start_as_nothing(tiny_checkpoint: Path) -> None:
+def test_only_adapters_are_trained_and_their_update_starts_at_zero(tiny_checkpoint: Path) -> None:
     model, plain = load_policy(with_lora(tiny_checkpoint)), load_policy(with_lora(tiny_checkpoint, None))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained and all(".language_model." in name and any(mark in name for mark in FACTORS) for name in trained)
@@ -100,7 +100,7 @@ def test_only_adapters_learn_and_they_start_as_nothing(tiny_checkpoint: Path) ->
         LoraConfig(rank=0)
 
 
-def test_sft_with_lora_lowers_its_loss_and_leaves_the_weights(tiny_checkpoint: Path) -> None:
+def test_sft_with_lora_lowers_its_loss_and_keeps_the_base_weights(tiny_checkpoint: Path) -> None:
     module = SFTModule(with_lora(tiny_checkpoint), OptimizerConfig(lr=2e-2, weight_decay=0.0), prompt=PROMPT)
     data = DigitSFTDataModule(digits=DigitsConfig(), num_steps=1, conversations_per_step=4, warm_up_share=0.0)
     batch = data.train_dataloader().build(0)

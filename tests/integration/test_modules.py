@@ -1,4 +1,4 @@
-"""SFT and GRPO steps on fixed data, run by a real Trainer on the tiny model; no engine."""
+"""SFT and GRPO steps on fixed data by a real Trainer with the tiny model, without an engine."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_many_micro_batches_take_the_step_of_one(tiny_checkpoint: Path) -> None:
     loose = AlgorithmConfig(loss=PPOClip(clip_low=0.99, clip_high=1e6, dual_clip=1e6), num_minibatches=1)
     whole, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100_000, algorithm=loose)
     split, _ = grpo_after_one_iteration(tiny_checkpoint, max_tokens_per_row=100, algorithm=loose)
-    rows = split.train_sequences([t for g in groups(split, 3) for t in g.trajectories])
-    assert len(split.pack_micro_batches(rows)) > 3
-    assert len(whole.pack_micro_batches(rows)) == 1
+    sequences = split.train_sequences([t for g in groups(split, 3) for t in g.trajectories])
+    assert len(split.pack_micro_batches(sequences)) > 3
+    assert len(whole.pack_micro_batches(sequences)) == 1
     start = GRPOModule(policy(tiny_checkpoint))
     start.trainer = whole.trainer
     start.configure_model()
@@ -60,7 +60,7 @@ def test_many_micro_batches_take_the_step_of_one(tiny_checkpoint: Path) -> None:
     assert moved.mean() < 1e-7 and (moved > 1e-5).float().mean() < 1e-3
 
 
-def test_groups_without_signal_change_nothing_but_the_counters(tiny_checkpoint: Path) -> None:
+def test_groups_of_equal_rewards_change_only_the_counters(tiny_checkpoint: Path) -> None:
     module = GRPOModule(policy(tiny_checkpoint))
     still = [
         replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories])
@@ -82,9 +82,8 @@ def test_ratio_against_the_trainers_own_logprobs_starts_at_one(tiny_checkpoint: 
         optimizer=OptimizerConfig(lr=1e-12, weight_decay=0.0),
     )
     assert float(trainer.callback_metrics["policy/ratio_mean"]) == pytest.approx(1.0, abs=1e-5)
-    assert (
-        float(trainer.callback_metrics["policy/parity_max"]) > 0.1
-    )  # the made-up engine log-probabilities are no match
+    # The engine's log-probabilities are made up.
+    assert float(trainer.callback_metrics["policy/parity_max"]) > 0.1
 
 
 def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: 
     assert torch.equal(parameters(resumed), parameters(module)) and resumed.iteration == 2
 
 
-def test_sft_lowers_its_loss_and_masks_what_it_must(tiny_checkpoint: Path) -> None:
+def test_sft_lowers_its_loss_and_learns_assistant_tokens_only(tiny_checkpoint: Path) -> None:
     module = SFTModule(policy(tiny_checkpoint), OptimizerConfig(lr=1e-3, weight_decay=0.0), prompt=PROMPT)
     data = DigitSFTDataModule(digits=DigitsConfig(), num_steps=1, conversations_per_step=8, warm_up_share=0.0)
     batch = data.train_dataloader().build(0)
@@ -134,7 +133,7 @@ def test_sft_lowers_its_loss_and_masks_what_it_must(tiny_checkpoint: Path) -> No
     assert learned == wanted
 
 
-def test_the_schedule_holds_then_falls() -> None:
+def test_hold_linear_schedule() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=10, schedule="hold_linear", final_share=0.05)
     values = [config.multiplier(step, 100) for step in range(100)]
     assert values[0] == pytest.approx(0.1) and values[9] == values[50] == 1.0
@@ -157,9 +156,9 @@ def test_the_entropy_bonus_raises_the_entropy(tiny_checkpoint: Path) -> None:
     assert entropy_after(10.0) > entropy_after(0.0) + 1e-3
 
 
-# ------------------------------------------------------------------ bad input and broken steps
+# ------------------------------------------------------------------ invalid trajectories and skipped steps
 @pytest.mark.parametrize("broken", ["bound", "infinite"])
-def test_a_step_with_a_broken_gradient_changes_nothing_and_is_counted(tiny_checkpoint: Path, broken: str) -> None:
+def test_a_step_with_a_nonfinite_gradient_is_skipped_and_counted(tiny_checkpoint: Path, broken: str) -> None:
     optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.1, skip_norm_above=1e-9 if broken == "bound" else None)
     made = groups(GRPOModule(policy(tiny_checkpoint)), 1)
     if broken == "infinite":
@@ -172,7 +171,7 @@ def test_a_step_with_a_broken_gradient_changes_nothing_and_is_counted(tiny_check
         OptimizerConfig(skip_norm_above=0.0)
 
 
-def test_trajectories_that_cannot_be_packed_are_counted_and_left_out(tiny_checkpoint: Path) -> None:
+def test_trajectories_that_cannot_be_packed_are_skipped_and_counted(tiny_checkpoint: Path) -> None:
     made = groups(GRPOModule(policy(tiny_checkpoint)), 2)
     short, many, unknown = made[0].trajectories[1:]
     short.loss_mask = short.loss_mask[:-1]
@@ -187,29 +186,30 @@ def test_trajectories_that_cannot_be_packed_are_counted_and_left_out(tiny_checkp
     assert moved.isfinite().all() and moved.abs().max() > 1e-5
 
 
-def test_no_groups_at_all_is_an_iteration_like_any_other(tiny_checkpoint: Path) -> None:
+def test_an_iteration_without_groups_takes_its_steps(tiny_checkpoint: Path) -> None:
     trained, trainer = grpo_after_one_iteration(tiny_checkpoint, [Group(task=None, trajectories=[])])  # type: ignore[arg-type]
     assert trainer.global_step == 1 and trained.iteration == 1
     assert float(trainer.callback_metrics["policy/loss"]) == 0
 
 
-def test_a_watchdog_hears_of_every_forward_and_backward(tiny_checkpoint: Path) -> None:
-    """An update of many long rows may take longer than the watchdog waits for a sign of progress."""
+def test_every_forward_and_backward_reports_progress_to_the_watchdog(tiny_checkpoint: Path) -> None:
+    """An update of many long sequences may take longer than the watchdog's time-out."""
     module = GRPOModule(policy(tiny_checkpoint), SGD_LIKE, max_tokens_per_row=100, algorithm=ONE_STEP)
     heard: list[int] = []
     module.on_progress = lambda: heard.append(1)
     batch = Iteration(0, [])
     batch.groups = groups(module, 2)
     fit(module, lambda step: batch, 1)
-    num_rows = len(module.pack_micro_batches(module.train_sequences([t for g in batch.groups for t in g.trajectories])))
-    assert num_rows > 1 and len(heard) >= num_rows, "a forward and a backward for every row that has a gradient"
+    sequences = module.train_sequences([t for g in batch.groups for t in g.trajectories])
+    num_batches = len(module.pack_micro_batches(sequences))
+    assert num_batches > 1 and len(heard) >= num_batches, "one forward and backward per micro-batch with a gradient"
     watchdog = Watchdog()
     watchdog.setup(pl.Trainer(accelerator="cpu", logger=False), module, "fit")
     module.on_progress()
     assert time.monotonic() - watchdog.place.since < 1.0 and module.on_progress == watchdog.progress
 
 
-# ------------------------------------------------------------------ reference and images, no more often than needed
+# ------------------------------------------------------------------ reference policy and images
 def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path, tmp_path: Path) -> None:
     write(TinyCheckpoint(out=tmp_path, model=TinyModelConfig(seed=1)))
     kl = KLConfig(weight=0.05, estimator="k1", place="reward", reference_path=str(tmp_path))
@@ -266,7 +266,7 @@ def test_each_image_is_processed_once_an_iteration(tiny_checkpoint: Path, monkey
         module.train_sequences(trajectories)
     assert sorted(processed) == sorted({id(image.model_image) for t in trajectories for image in t.images})
     trained, _ = grpo_after_one_iteration(tiny_checkpoint, groups(module, 1))
-    assert not trained.vision_cache._known, "the next iteration has images of its own"
+    assert not trained.vision_cache._known, "the next iteration has other images"
 
 
 def start(path: Path) -> GRPOModule:
@@ -276,16 +276,15 @@ def start(path: Path) -> GRPOModule:
     return module
 
 
-def test_parity_is_measured_where_nothing_is_learned(tiny_checkpoint: Path) -> None:
+def test_mismatch_is_measured_if_no_trajectory_has_a_gradient(tiny_checkpoint: Path) -> None:
     module = GRPOModule(policy(tiny_checkpoint))
     still = [
         replace(group, trajectories=[replace(t, advantage=0.0) for t in group.trajectories])
         for group in groups(module, 2)
     ]
     _, trainer = grpo_after_one_iteration(tiny_checkpoint, still, algorithm=AlgorithmConfig())
-    assert (
-        float(trainer.callback_metrics["policy/parity_max"]) > 0.1
-    )  # the made-up engine log-probabilities are no match
+    # The engine's log-probabilities are made up.
+    assert float(trainer.callback_metrics["policy/parity_max"]) > 0.1
     broken = [
         replace(g, trajectories=[replace(t, logprobs=[float("nan")] * len(t.logprobs)) for t in g.trajectories])
         for g in still

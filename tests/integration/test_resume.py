@@ -1,4 +1,4 @@
-"""A run that was killed and resumed is the run that was not: trajectories, losses and weights, bit for bit."""
+"""A run that is killed and resumed equals an uninterrupted one bit for bit in trajectories, losses and weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def grpo(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def straight(grpo: Path) -> Path:
-    """Folder of a GRPO run that nothing has disturbed."""
+    """Folder of an uninterrupted GRPO run."""
     folder = grpo.with_name("straight")
     Run(grpo, folder).finish()
     return folder
@@ -62,11 +62,11 @@ def test_the_run_learns_and_uses_dynamic_sampling(straight: Path) -> None:
     assert not any(name.startswith("reference") for name in kept["state_dict"])
     assert "hyper_parameters" not in kept, "Lightning would let them override flags"
     names = sorted(path.name for path in (straight / "checkpoints").iterdir())
-    assert names == ["iteration000004.ckpt", "iteration000005.ckpt"], "the newest two, and nothing besides"
+    assert names == ["iteration000004.ckpt", "iteration000005.ckpt"], "only the newest two"
 
 
 def test_the_run_has_the_recorded_values(straight: Path) -> None:
-    """Of a run whose rewards differ, so that surrogate loss, KL and entropy all move the weights."""
+    """The run's rewards differ, so that policy loss, KL and entropy all move the weights."""
     assert_recorded({"resume": run_digest(straight, state(straight)["state_dict"])})
 
 
@@ -100,7 +100,7 @@ def test_the_folder_of_another_run_is_left_unchanged(grpo: Path, straight: Path,
     mine = tmp_path / "used/checkpoints/iteration000009.ckpt"
     mine.write_bytes(other.read_bytes())
     said = Run(grpo, tmp_path / "used", "--ckpt_path", str(other)).finish(expect=1)
-    assert "iteration 9" in said and mine.is_file(), "another run's checkpoint does not allow to clear this one's"
+    assert "iteration 9" in said and mine.is_file(), "another run's checkpoint does not permit clearing this folder"
     said = Run(grpo, tmp_path / "new", "--ckpt_path", "last").finish(expect=1)
     assert f"no checkpoint in {tmp_path / 'new' / 'checkpoints'}" in said and "Traceback" not in said
 
@@ -127,7 +127,7 @@ def test_sft_resumes_after_a_kill_while_saving(tiny_checkpoint: Path, tmp_path: 
         time.sleep(0.001)
     run.kill()
     assert unfinished.exists() and not unfinished.with_name("iteration000004.ckpt").exists()
-    assert state(folder)["iteration"] == EVERY, "the one before stands"
+    assert state(folder)["iteration"] == EVERY, "the earlier checkpoint is unchanged"
     said = Run(config, folder, "--ckpt_path", "last").finish()
     assert "iteration000002.ckpt" in said and not unfinished.exists()
     assert_same_run(straight, folder)

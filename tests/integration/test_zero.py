@@ -1,4 +1,4 @@
-"""ZeRO-3, ZeRO-2 and plain DDP on two gloo ranks learn what one process learns, however unequal the ranks' shares."""
+"""ZeRO-3, ZeRO-2 and DDP on two unequally loaded gloo ranks equal one process that takes each step in one batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SCRIPT = Path(__file__).parent / "rank_runs.py"
 BAR = 1e-4
 """Largest difference of a curve, relative to its largest value where that is above 1."""
 LIMIT_S = 1200.0
-"""A dead-lock fails the tests instead of holding them up."""
+"""Time limit, so that a dead-lock fails the tests instead of blocking them."""
 
 
 def launch(folder: Path, runs: dict[str, Run]) -> dict[str, Outcome]:
-    """Perform runs on two ranks."""
+    """Train runs on two ranks."""
     (folder / "runs.json").write_text(json.dumps({name: asdict(run) for name, run in runs.items()}))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -47,7 +47,7 @@ def launch(folder: Path, runs: dict[str, Run]) -> dict[str, Outcome]:
 
 
 def alone(run: Run, folder: Path) -> Outcome:
-    """The same run in this process, in one go, with one micro-batch a step."""
+    """The same run in this process, with one micro-batch per step."""
     return perform(replace(run, strategy="auto", recompute=False, resume_at=0), folder)
 
 
@@ -75,7 +75,7 @@ STRATEGIES = ("zero3", "zero2", "ddp")
 def made(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
-    """Every ordinary run on two ranks, and those in one process that they are compared with."""
+    """The runs on two ranks, and the runs in one process that they are compared with."""
     folder = tmp_path_factory.mktemp("ranks")
     sft = Run(checkpoint=str(tiny_checkpoint), module="sft", steps=20, freeze_vision=True)
     grpo = Run(checkpoint=str(tiny_checkpoint), steps=10)
@@ -98,10 +98,10 @@ def test_grpo_on_two_ranks_follows_the_curve_of_one(made: tuple, strategy: str) 
     assert_same_run(ranks[f"grpo_{strategy}"], one["grpo"], GRPO_CURVES)
 
 
-def test_the_curves_are_those_of_real_training(made: tuple) -> None:
+def test_the_compared_runs_learn(made: tuple) -> None:
     sft, grpo = made[1]["sft"], made[1]["grpo"]
     assert sft.metrics["sft/loss"][-1] < sft.metrics["sft/loss"][0] - 0.5
-    assert max(sft.metrics["sft/grad_norm"]) > 2 * 0.5, "clipping has something to clip"
+    assert max(sft.metrics["sft/grad_norm"]) > 2 * 0.5, "gradients are clipped"
     assert max(grpo.metrics["policy/kl_to_reference"]) > 10 * BAR
     moved = {name for name, weight in sft.weights.items() if not torch.equal(weight, sft.loaded[name])}
     assert moved and not any(".visual." in name for name in moved), "vision tower and projector are frozen"
@@ -110,7 +110,7 @@ def test_the_curves_are_those_of_real_training(made: tuple) -> None:
 
 def test_a_checkpoint_is_sharded_while_it_is_loaded(made: tuple, tiny_checkpoint: Path) -> None:
     zero3 = made[0]["grpo_zero3"]
-    assert set(zero3.shapes) == {(0,)}, "policy and reference alike"
+    assert set(zero3.shapes) == {(0,)}, "both policy and reference are sharded"
     on_disk = load_file(tiny_checkpoint / "model.safetensors")
     assert on_disk.keys() == zero3.loaded.keys()
     assert all(torch.equal(on_disk[name], tensor) for name, tensor in zero3.loaded.items())
@@ -165,7 +165,7 @@ def test_zero_on_a_gpu_follows_a_plain_run(tiny_checkpoint: Path, tmp_path: Path
     assert_same_run(perform(replace(plain, strategy=strategy), tmp_path), perform(plain, tmp_path), GRPO_CURVES)
 
 
-# ------------------------------------------------------------------ bad settings
+# ------------------------------------------------------------------ invalid settings
 def test_settings_that_contradict_each_other_are_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"strategy\.stage 1"):
         ZeroStrategy(stage=1)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""The policy loss once more, in numpy float64 and row by row: the yardstick of the loss tests.
+"""Independent numpy implementation of the policy losses in float64, trajectory by trajectory, for the tests.
 
-Written from the papers' formulas with loops over trajectories; shares nothing with `cv_lightning.rl`.
+It follows the papers' formulas with loops over trajectories and shares no code with `cv_lightning.rl`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Array = NDArray[np.float64]
 
 
 @dataclass
-class Row:
-    """One trajectory; every array [tokens]."""
+class Sample:
+    """One trajectory; every array is [tokens]."""
 
     logprobs: Array
     old: Array
@@ -25,20 +25,20 @@ class Row:
     reference: Array
     entropy: Array
 
-    def moved(self, token: int, step: float) -> Row:
-        """The same with one log-probability changed."""
+    def moved(self, token: int, step: float) -> Sample:
+        """A copy with one log-probability changed."""
         logprobs = self.logprobs.copy()
         logprobs[token] += step
-        return Row(logprobs, self.old, self.advantages, self.engine, self.reference, self.entropy)
+        return Sample(logprobs, self.old, self.advantages, self.engine, self.reference, self.entropy)
 
 
-def make_rows(rng: np.random.Generator, lengths: list[int], spread: float = 0.5) -> list[Row]:
+def make_samples(rng: np.random.Generator, lengths: list[int], spread: float = 0.5) -> list[Sample]:
     """Random trajectories with one advantage each, as in training."""
-    rows = []
+    samples = []
     for length in lengths:
         old = -rng.exponential(1.0, length) - 0.01
-        rows.append(
-            Row(
+        samples.append(
+            Sample(
                 logprobs=np.minimum(old + spread * rng.normal(size=length), -0.001),
                 old=old,
                 advantages=np.full(length, rng.normal()),
@@ -47,23 +47,25 @@ def make_rows(rng: np.random.Generator, lengths: list[int], spread: float = 0.5)
                 entropy=rng.uniform(0.1, 2.0, length),
             )
         )
-    return rows
+    return samples
 
 
-def surrogate(row: Row, base: Row, policy: str, low: float, high: float, cap: float) -> Array:
-    """Loss per token; `base` is the point where stopped gradients are taken.
+def token_losses(sample: Sample, base: Sample, policy: str, low: float, high: float, cap: float) -> Array:
+    """Loss per token; stopped gradients are taken at `base`.
 
-    `gspo` is the token form of the paper's section 4.3, `gspo_sequence` the plain one of section 4.1.
+    `gspo` is the token form of the paper's section 4.3, `gspo_sequence` the sequence form of section 4.1.
     """
-    out = np.zeros(len(row.old))
-    sequence, fixed_sequence = (float(np.exp(np.mean(r.logprobs - r.old))) if len(r.old) else 1.0 for r in (row, base))
-    for t, advantage in enumerate(row.advantages):
-        ratio = float(np.exp(row.logprobs[t] - row.old[t]))
+    out = np.zeros(len(sample.old))
+    geometric, fixed_geometric = (
+        float(np.exp(np.mean(r.logprobs - r.old))) if len(r.old) else 1.0 for r in (sample, base)
+    )
+    for t, advantage in enumerate(sample.advantages):
+        ratio = float(np.exp(sample.logprobs[t] - sample.old[t]))
         fixed = float(np.exp(base.logprobs[t] - base.old[t]))
-        score = 1.0 + row.logprobs[t] - base.logprobs[t]
+        score = 1.0 + sample.logprobs[t] - base.logprobs[t]
         if policy in ("ppo_clip", "gspo", "gspo_sequence"):
-            own = fixed_sequence * float(np.exp(row.logprobs[t] - base.logprobs[t]))
-            r = {"ppo_clip": ratio, "gspo": own, "gspo_sequence": sequence}[policy]
+            own = fixed_geometric * float(np.exp(sample.logprobs[t] - base.logprobs[t]))
+            r = {"ppo_clip": ratio, "gspo": own, "gspo_sequence": geometric}[policy]
             gain = min(r * advantage, min(max(r, 1 - low), 1 + high) * advantage)
             out[t] = -(max(gain, cap * advantage) if advantage < 0 else gain)
         elif policy == "cispo":
@@ -75,15 +77,15 @@ def surrogate(row: Row, base: Row, policy: str, low: float, high: float, cap: fl
     return out
 
 
-def importance(row: Row, cap: float | None, band: tuple[float, float] | None) -> Array:
-    """Weight of each token for the engine's mismatch."""
-    weight = np.ones(len(row.old))
+def importance(sample: Sample, cap: float | None, band: tuple[float, float] | None) -> Array:
+    """Importance weight of each token."""
+    weight = np.ones(len(sample.old))
     if cap is not None:
-        weight = np.minimum(np.exp(row.old - row.engine), cap)
-    if band is not None and len(row.old):
-        geometric = float(np.prod(np.exp(row.old - row.engine)) ** (1 / len(row.old)))
+        weight = np.minimum(np.exp(sample.old - sample.engine), cap)
+    if band is not None and len(sample.old):
+        geometric = float(np.prod(np.exp(sample.old - sample.engine)) ** (1 / len(sample.old)))
         if not band[0] <= geometric <= band[1]:
-            weight = np.zeros(len(row.old))
+            weight = np.zeros(len(sample.old))
     return weight
 
 
@@ -99,7 +101,7 @@ def kl(p: Array, r: Array, estimator: str) -> Array:
 
 
 def aggregate(values: list[Array], aggregation: str, constant: int | None) -> float:
-    """One number out of the token losses of all trajectories; those without a token do not count."""
+    """Aggregate of the token losses of all trajectories; those without a token do not count."""
     values = [v for v in values if len(v)]
     if aggregation == "token_mean":
         return float(np.concatenate(values).mean())
@@ -109,26 +111,26 @@ def aggregate(values: list[Array], aggregation: str, constant: int | None) -> fl
     return sums if aggregation == "seq_mean_token_sum" else sums / float(constant or 1)
 
 
-def objective(rows: list[Row], bases: list[Row], options: dict[str, Any]) -> float:
-    """The whole loss of a mini-batch."""
+def objective(samples: list[Sample], bases: list[Sample], options: dict[str, Any]) -> float:
+    """Loss of a mini-batch."""
     terms = []
-    for row, base in zip(rows, bases, strict=True):
-        loss = surrogate(row, base, options["policy"], options["low"], options["high"], options["cap"])
+    for sample, base in zip(samples, bases, strict=True):
+        loss = token_losses(sample, base, options["policy"], options["low"], options["high"], options["cap"])
         if options["corrected"]:
-            loss = loss * importance(row, options["importance_cap"], options["importance_band"])
-        penalty = kl(row.logprobs, row.reference, options["kl"])
+            loss = loss * importance(sample, options["tis_clip"], options["sequence_mask"])
+        penalty = kl(sample.logprobs, sample.reference, options["kl"])
         if options["kl_importance"]:
-            penalty = penalty * np.exp(row.logprobs - row.old)
-        terms.append(loss + options["kl_weight"] * penalty - options["entropy_weight"] * row.entropy)
+            penalty = penalty * np.exp(sample.logprobs - sample.old)
+        terms.append(loss + options["kl_weight"] * penalty - options["entropy_weight"] * sample.entropy)
     return aggregate(terms, options["aggregation"], options["constant_length"])
 
 
-def numeric_gradient(rows: list[Row], options: dict[str, Any], step: float = 1e-6) -> Array:
-    """Central differences of the objective with respect to every log-probability, rows joined."""
+def numeric_gradient(samples: list[Sample], options: dict[str, Any], step: float = 1e-6) -> Array:
+    """Central differences of the objective with respect to every log-probability of all samples."""
     gradient = []
-    for i, row in enumerate(rows):
-        for t in range(len(row.old)):
-            up = [*rows[:i], row.moved(t, step), *rows[i + 1 :]]
-            down = [*rows[:i], row.moved(t, -step), *rows[i + 1 :]]
-            gradient.append((objective(up, rows, options) - objective(down, rows, options)) / (2 * step))
+    for i, sample in enumerate(samples):
+        for t in range(len(sample.old)):
+            up = [*samples[:i], sample.moved(t, step), *samples[i + 1 :]]
+            down = [*samples[:i], sample.moved(t, -step), *samples[i + 1 :]]
+            gradient.append((objective(up, samples, options) - objective(down, samples, options)) / (2 * step))
     return np.array(gradient)

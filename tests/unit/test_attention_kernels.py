@@ -1,4 +1,4 @@
-"""Which attention kernel runs on packed rows, that it is called as documented, and that a wrong one is noticed."""
+"""Choice of the attention kernel for packed batches, its documented arguments, and detection of a wrong kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reference(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *_: int,
     causal: bool, top_left: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Plain attention by sequence; the causal mask ends at the last key, with `top_left` at the diagonal."""
+    """Plain attention per sequence; the causal mask ends at the last key, or with `top_left` at the diagonal."""
     out = []
     for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
         groups = query.shape[1] // key.shape[1]
@@ -39,7 +39,7 @@ def stand_in(
     query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
     scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """What `varlen_attn` documents, on a CPU: grouped queries only where they are asked for."""
+    """CPU version of `varlen_attn` by its documentation; it allows grouped queries only with `enable_gqa`."""
     assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size in ((-1, 0), (-1, -1))
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert max_q == max(b - a for a, b in pairwise(cu_seq_q.tolist()))
@@ -54,7 +54,7 @@ def fresh() -> Iterator[None]:
     variable_length_kernel.cache_clear()
 
 
-def test_torch_has_the_arguments_that_are_given_to_it() -> None:
+def test_torch_varlen_attn_has_the_expected_signature() -> None:
     parameters = inspect.signature(varlen.varlen_attn).parameters
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
@@ -62,14 +62,14 @@ def test_torch_has_the_arguments_that_are_given_to_it() -> None:
     assert defaults == {"scale": None, "window_size": (-1, -1), "enable_gqa": False}
 
 
-def test_torchs_kernel_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_varlen_attn_is_called_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     assert kernel_error(torch_varlen, torch.device("cpu"), torch.float32) < 1e-5
     assert kernel_error(torch_varlen, torch.device("cpu")) < attention.PROBE_TOLERANCE
 
 
-def test_a_causal_mask_that_ends_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A query of a shared prompt's continuation would not see the prompt's end."""
+def test_a_causal_mask_that_ends_at_the_diagonal_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it, a query after a shared prompt would not attend to the end of the prompt."""
 
     def other(*tensors: Any, window_size: tuple[int, int] = (-1, -1), **_: Any) -> Any:
         return reference(*tensors, causal=window_size == (-1, 0), top_left=True)
@@ -94,7 +94,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *installed: str, capability: tu
     ("error", "capability", "expected"),
     [(0.004, (9, 0), "varlen_attn"), (0.5, (9, 0), "SDPA"), (float("nan"), (9, 0), "SDPA"), (0.004, (7, 5), "SDPA")],
 )
-def test_torchs_kernel_is_used_where_it_agrees_with_sdpa(
+def test_torch_varlen_attn_is_used_if_it_agrees_with_sdpa(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: float, capability: tuple[int, int],
     expected: str,
 ) -> None:  # fmt: skip
@@ -105,7 +105,7 @@ def test_torchs_kernel_is_used_where_it_agrees_with_sdpa(
     assert ("differs from SDPA" in caplog.text) == (expected == "SDPA" and capability >= attention.MIN_CAPABILITY)
 
 
-def test_a_kernel_that_does_not_run_is_replaced_and_named(
+def test_a_kernel_that_does_not_run_is_replaced_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any) -> float:
@@ -118,8 +118,8 @@ def test_a_kernel_that_does_not_run_is_replaced_and_named(
     assert "_flash_attention_forward" in caplog.text
 
 
-def test_packed_rows_reach_the_kernel_with_their_own_key_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU: with keys and values as they are, not repeated for every query head."""
+def test_the_gpu_kernel_gets_keys_that_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel supports grouped queries, so keys and values are not repeated for every query head."""
     seen: list[tuple[int, ...]] = []
 
     class OnGpu(torch.Tensor):
@@ -151,7 +151,7 @@ def test_doctor_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------------------------ on a GPU
 @pytest.mark.gpu
-def test_torchs_kernel_equals_sdpa_on_this_gpu() -> None:
+def test_torch_varlen_attn_equals_sdpa_on_this_gpu() -> None:
     """Outputs and gradients, with shared prefixes, grouped queries and the head widths of the released models."""
     assert kernel_error(torch_varlen, torch.device("cuda")) <= attention.PROBE_TOLERANCE
 

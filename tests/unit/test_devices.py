@@ -1,4 +1,4 @@
-"""Device lists on a faked table of GPUs: policy and engine use the same ones; lists that cannot work are refused."""
+"""Device lists on a fake machine: policy and engine use the same GPUs, and lists that cannot work are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_named_gpus_become_the_only_visible_ones(
     assert environment.get(VISIBLE) == then_visible
 
 
-def test_ranks_started_by_a_rank_do_not_choose_again() -> None:
+def test_ranks_started_by_a_rank_keep_its_gpus() -> None:
     """Lightning starts the other ranks with the same command line and this process's environment."""
     environment = {VISIBLE: "4,5,6,7"}
     assert use_named_devices([2, 3], "gpu", FOUR, environment) == 2
@@ -74,8 +74,8 @@ def test_another_list_in_a_started_process_chooses_among_what_it_sees() -> None:
         (1, "cuda", Gpus(0, False), r"accelerator cuda .*sees no GPU"),
         ("auto", "gpu", Gpus(0, False), r"accelerator gpu .*sees no GPU"),
         (8, "gpu", FOUR, r"--trainer\.devices 8: this process sees 4"),
-        (0, "gpu", FOUR, "give a number of devices"),
-        ("two", "gpu", FOUR, "give a number of devices"),
+        (0, "gpu", FOUR, "at least one device"),
+        ("two", "gpu", FOUR, "how many GPUs"),
         ([3], "gpu", Gpus(4, True), r"CUDA_VISIBLE_DEVICES=3 before Python starts"),
     ],
 )

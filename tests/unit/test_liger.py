@@ -1,4 +1,4 @@
-"""Every part that liger-kernel is asked to replace is the code that runs, and its arguments give the same result."""
+"""Every part that liger-kernel replaces runs in the model and gives the same result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytest.importorskip("liger_kernel")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Liger's kernels, which need a GPU, replaced by the same arithmetic in torch that counts; and a GPU pretended."""
+    """Replaces liger's kernels by torch functions that count their calls, and pretends that there is a GPU."""
     from liger_kernel.transformers import rms_norm, rope, swiglu
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
     from transformers.models.qwen3_vl import modeling_qwen3_vl
@@ -78,7 +78,7 @@ def logprobs(model: PreTrainedModel, path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_qwen25"])
-def test_every_part_that_liger_replaces_is_the_code_that_runs(
+def test_every_part_that_liger_replaces_runs(
     request: pytest.FixtureRequest, checkpoint: str, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path: Path = request.getfixturevalue(checkpoint)

@@ -1,4 +1,4 @@
-"""The policy loss agrees with independent numerics, value and gradient, for every combination of its options."""
+"""Values and gradients of the policy losses equal an independent implementation's for every combination of options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from losses_numpy import Row, make_rows, numeric_gradient, objective
+from losses_numpy import Sample, make_samples, numeric_gradient, objective
 
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.rl.kl import KLConfig
@@ -17,7 +17,7 @@ from cv_lightning.rl.losses import CISPO, DPPO, GSPO, PolicyLoss, PPOClip, Token
 from cv_lightning.rl.objective import total_loss
 
 LENGTHS = [5, 1, 0, 8, 3]
-"""Tokens of each trajectory; one has none."""
+"""Number of tokens of each trajectory; one has none."""
 POLICIES = {
     "ppo_clip": (0.2, 0.28, 3.0),
     "gspo": (0.05, 0.08, 1.3),
@@ -29,34 +29,34 @@ CAP_NAMES = {"ppo_clip": "dual_clip", "gspo": "dual_clip", "dppo": "ratio_cap"}
 AGGREGATIONS = {"token_mean": None, "seq_mean_token_mean": None, "seq_mean_token_sum": None, "constant_length": 7}
 
 
-def flat(rows: list[Row], name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.tensor(np.concatenate([getattr(row, name) for row in rows]), dtype=dtype)
+def flat(samples: list[Sample], name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor(np.concatenate([getattr(sample, name) for sample in samples]), dtype=dtype)
 
 
 def inputs_of(
-    rows: list[Row],
+    samples: list[Sample],
     *,
     corrected: bool = False,
     dtype: torch.dtype = torch.float64,
-    whole: list[Row] | None = None,
+    whole: list[Sample] | None = None,
     **changes: torch.Tensor,
 ) -> TokenBatch:
-    """Tokens of a micro-batch of some rows of a mini-batch `whole`; `changes` replaces tensors."""
-    whole = whole or rows
+    """Tokens of a micro-batch with some samples of a mini-batch `whole`; `changes` replaces tensors."""
+    whole = whole or samples
     tensors = {
-        "logprobs": flat(rows, "logprobs", dtype).requires_grad_(),
-        "old_logprobs": flat(rows, "old", dtype),
-        "advantages": flat(rows, "advantages", dtype),
-        "sequence_index": torch.tensor([i for i, row in enumerate(rows) for _ in row.old], dtype=torch.int64),
-        "reference_logprobs": flat(rows, "reference", dtype),
-        "entropy": flat(rows, "entropy", dtype).requires_grad_(),
+        "logprobs": flat(samples, "logprobs", dtype).requires_grad_(),
+        "old_logprobs": flat(samples, "old", dtype),
+        "advantages": flat(samples, "advantages", dtype),
+        "sequence_index": torch.tensor([i for i, sample in enumerate(samples) for _ in sample.old], dtype=torch.int64),
+        "reference_logprobs": flat(samples, "reference", dtype),
+        "entropy": flat(samples, "entropy", dtype).requires_grad_(),
     }
     if corrected:
-        tensors["rollout_logprobs"] = flat(rows, "engine", dtype)
+        tensors["rollout_logprobs"] = flat(samples, "engine", dtype)
     return TokenBatch(
         **(tensors | changes),
-        num_tokens=float(sum(len(row.old) for row in whole)),
-        num_sequences=float(sum(len(row.old) > 0 for row in whole)),
+        num_tokens=float(sum(len(sample.old) for sample in whole)),
+        num_sequences=float(sum(len(sample.old) > 0 for sample in whole)),
     )
 
 
@@ -69,8 +69,8 @@ def config_of(options: dict[str, Any]) -> AlgorithmConfig:
         loss=KINDS[policy](**bounds),
         kl=KLConfig(weight=options["kl_weight"], estimator=options["kl"], importance=options["kl_importance"]),
         old_logprobs="trainer",
-        tis_clip=options["importance_cap"],
-        sequence_mask=options["importance_band"],
+        tis_clip=options["tis_clip"],
+        sequence_mask=options["sequence_mask"],
         **{name: options[name] for name in ("aggregation", "constant_length", "entropy_weight")},
     )
 
@@ -89,41 +89,41 @@ def options_of(policy: str = "ppo_clip", aggregation: str = "token_mean", **chan
         "kl_importance": False,
         "entropy_weight": 0.0,
         "corrected": False,
-        "importance_cap": None,
-        "importance_band": None,
+        "tis_clip": None,
+        "sequence_mask": None,
         **changes,
     }
 
 
-def check(rows: list[Row], options: dict[str, Any]) -> None:
-    """Value, gradient of the log-probabilities and of the entropy."""
-    inputs = inputs_of(rows, corrected=options["corrected"])
+def check(samples: list[Sample], options: dict[str, Any]) -> None:
+    """Compare value and gradient with those of the numpy implementation."""
+    inputs = inputs_of(samples, corrected=options["corrected"])
     loss, metrics = total_loss(inputs, config_of(options))
     loss.backward()
-    assert loss.item() == pytest.approx(objective(rows, rows, options), rel=1e-12, abs=1e-13)
+    assert loss.item() == pytest.approx(objective(samples, samples, options), rel=1e-12, abs=1e-13)
     assert metrics["loss"].item() == loss.item()
     assert inputs.logprobs.grad is not None
-    assert np.abs(numeric_gradient(rows, options)).max() > 1e-3
-    np.testing.assert_allclose(inputs.logprobs.grad.numpy(), numeric_gradient(rows, options), rtol=1e-6, atol=1e-8)
+    assert np.abs(numeric_gradient(samples, options)).max() > 1e-3
+    np.testing.assert_allclose(inputs.logprobs.grad.numpy(), numeric_gradient(samples, options), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("policy", "aggregation"), list(itertools.product(POLICIES, AGGREGATIONS)))
 @pytest.mark.parametrize("corrected", [False, True])
 def test_value_and_gradient_agree_with_numpy(policy: str, aggregation: str, corrected: bool) -> None:
     for seed in range(4):
-        rows = make_rows(np.random.default_rng(seed), LENGTHS)
-        check(rows, options_of(policy, aggregation, corrected=corrected, importance_cap=1.2 if corrected else None))
+        samples = make_samples(np.random.default_rng(seed), LENGTHS)
+        check(samples, options_of(policy, aggregation, corrected=corrected, tis_clip=1.2 if corrected else None))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_gspo_has_the_gradient_of_the_sequence_ratio(aggregation: str) -> None:
-    """One advantage a row: the token form's gradient is that of the sequence's loss itself."""
-    rows = make_rows(np.random.default_rng(6), LENGTHS, spread=0.05)
+    """With one advantage per sequence, the token form has the gradient of the sequence form."""
+    samples = make_samples(np.random.default_rng(6), LENGTHS, spread=0.05)
     options = options_of("gspo", aggregation)
-    inputs = inputs_of(rows)
+    inputs = inputs_of(samples)
     total_loss(inputs, config_of(options))[0].backward()
     assert inputs.logprobs.grad is not None
-    desired = numeric_gradient(rows, {**options, "policy": "gspo_sequence"})
+    desired = numeric_gradient(samples, {**options, "policy": "gspo_sequence"})
     np.testing.assert_allclose(inputs.logprobs.grad.numpy(), desired, rtol=1e-6, atol=1e-9)
 
 
@@ -131,46 +131,48 @@ def test_gspo_has_the_gradient_of_the_sequence_ratio(aggregation: str) -> None:
 @pytest.mark.parametrize("kl_importance", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_kl_and_entropy_agree_with_numpy(policy: str, kl: str, kl_importance: bool) -> None:
-    rows = make_rows(np.random.default_rng(7), LENGTHS)
+    samples = make_samples(np.random.default_rng(7), LENGTHS)
     options = options_of(
         policy, "seq_mean_token_mean", kl=kl, kl_weight=0.3, kl_importance=kl_importance, entropy_weight=0.05
     )
-    check(rows, options)
+    check(samples, options)
 
 
 def test_entropy_bonus_raises_entropy() -> None:
-    rows = make_rows(np.random.default_rng(1), LENGTHS)
-    inputs = inputs_of(rows)
+    samples = make_samples(np.random.default_rng(1), LENGTHS)
+    inputs = inputs_of(samples)
     loss, metrics = total_loss(inputs, config_of(options_of(entropy_weight=0.5)))
     loss.backward()
     assert inputs.entropy is not None and inputs.entropy.grad is not None
     np.testing.assert_allclose(inputs.entropy.grad.numpy(), -0.5 / sum(LENGTHS))
-    assert metrics["entropy"].item() == pytest.approx(np.concatenate([r.entropy for r in rows]).mean())
+    assert metrics["entropy"].item() == pytest.approx(np.concatenate([r.entropy for r in samples]).mean())
 
 
 @pytest.mark.parametrize("cap", [None, 1.1])
 @pytest.mark.parametrize("band", [(0.99, 1.01), (0.8, 1.2), (0.0, 100.0)])
 def test_sequence_mask_and_cap_combine(cap: float | None, band: tuple[float, float]) -> None:
-    rows = make_rows(np.random.default_rng(3), [4, 6, 2, 9, 0, 5, 30])
-    options = options_of(corrected=True, importance_cap=cap, importance_band=band)
-    inputs = inputs_of(rows, corrected=True)
+    samples = make_samples(np.random.default_rng(3), [4, 6, 2, 9, 0, 5, 30])
+    options = options_of(corrected=True, tis_clip=cap, sequence_mask=band)
+    inputs = inputs_of(samples, corrected=True)
     loss, metrics = total_loss(inputs, config_of(options))
-    assert loss.item() == pytest.approx(objective(rows, rows, options), rel=1e-12, abs=1e-14)
-    masked = [len(r.old) for r in rows if len(r.old) and not band[0] <= math.exp(np.mean(r.old - r.engine)) <= band[1]]
+    assert loss.item() == pytest.approx(objective(samples, samples, options), rel=1e-12, abs=1e-14)
+    masked = [
+        len(r.old) for r in samples if len(r.old) and not band[0] <= math.exp(np.mean(r.old - r.engine)) <= band[1]
+    ]
     assert metrics["sequence_mask_frac"].item() == pytest.approx(sum(masked) / inputs.num_tokens)
-    # Raw, before the cap and the mask: what a run is judged by.
-    raw = np.concatenate([np.exp(r.old - r.engine) for r in rows])
+    # The metric is the raw weight, before truncation and mask.
+    raw = np.concatenate([np.exp(r.old - r.engine) for r in samples])
     assert metrics["importance_weight_mean"].item() == pytest.approx(raw.mean())
     assert metrics["tis_clip_frac"].item() == pytest.approx((raw > cap).mean() if cap else 0.0)
 
 
 def test_metrics_are_means_over_tokens() -> None:
-    rows = make_rows(np.random.default_rng(8), LENGTHS)
-    options = options_of("ppo_clip", "seq_mean_token_sum", corrected=True, importance_cap=1.5, kl_weight=0.2)
-    _, metrics = total_loss(inputs_of(rows, corrected=True), config_of(options))
-    p, o, e, f = (np.concatenate([getattr(r, n) for r in rows]) for n in ("logprobs", "old", "engine", "reference"))
+    samples = make_samples(np.random.default_rng(8), LENGTHS)
+    options = options_of("ppo_clip", "seq_mean_token_sum", corrected=True, tis_clip=1.5, kl_weight=0.2)
+    _, metrics = total_loss(inputs_of(samples, corrected=True), config_of(options))
+    p, o, e, f = (np.concatenate([getattr(r, n) for r in samples]) for n in ("logprobs", "old", "engine", "reference"))
     expected = {
-        "pg_loss": objective(rows, rows, {**options, "kl_weight": 0.0}),
+        "pg_loss": objective(samples, samples, {**options, "kl_weight": 0.0}),
         "ratio_mean": np.exp(p - o).mean(),
         "approx_kl": (o - p).mean(),
         "engine_gap_mean": np.abs(o - e).mean(),
@@ -182,10 +184,10 @@ def test_metrics_are_means_over_tokens() -> None:
 
 
 def test_no_correction_where_old_is_the_engine() -> None:
-    rows = make_rows(np.random.default_rng(5), LENGTHS)
+    samples = make_samples(np.random.default_rng(5), LENGTHS)
     corrected = AlgorithmConfig(old_logprobs="trainer", tis_clip=1.01, sequence_mask=(0.999, 1.001))
-    with_cap = total_loss(inputs_of(rows), corrected)
-    without = total_loss(inputs_of(rows), AlgorithmConfig(tis_clip=None))
+    with_cap = total_loss(inputs_of(samples), corrected)
+    without = total_loss(inputs_of(samples), AlgorithmConfig(tis_clip=None))
     assert with_cap[0].item() == without[0].item()
     assert not {"importance_weight_mean", "tis_clip_frac", "sequence_mask_frac"} & with_cap[1].keys()
 
@@ -193,23 +195,29 @@ def test_no_correction_where_old_is_the_engine() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_add_up_to_one(policy: str, aggregation: str) -> None:
-    rows = make_rows(np.random.default_rng(11), [5, 1, 0, 8, 3, 2])
+    samples = make_samples(np.random.default_rng(11), [5, 1, 0, 8, 3, 2])
     options = options_of(
         policy,
         aggregation,
         corrected=True,
-        importance_cap=2.0,
-        importance_band=(0.7, 1.4),
+        tis_clip=2.0,
+        sequence_mask=(0.7, 1.4),
         kl_weight=0.1,
         entropy_weight=0.01,
     )
     config = config_of(options)
-    whole = inputs_of(rows, corrected=True)
+    whole = inputs_of(samples, corrected=True)
     loss, metrics = total_loss(whole, config)
     loss.backward()
     losses, gradients, shares = [], [], []
-    for part in (rows[:1], rows[1:3], rows[3:5], [], rows[5:]):  # one has no token, as on a rank that is done early
-        inputs = inputs_of(part, corrected=True, whole=rows) if part else empty_inputs(rows)
+    for part in (
+        samples[:1],
+        samples[1:3],
+        samples[3:5],
+        [],
+        samples[5:],
+    ):  # one has no token, as on a rank that has finished early
+        inputs = inputs_of(part, corrected=True, whole=samples) if part else empty_inputs(samples)
         share, marks = total_loss(inputs, config)
         share.backward()
         losses.append(share.item())
@@ -222,7 +230,7 @@ def test_micro_batches_add_up_to_one(policy: str, aggregation: str) -> None:
         assert sum(float(s[name]) for s in shares) == pytest.approx(value.item(), rel=1e-12, abs=1e-15), name
 
 
-def empty_inputs(whole: list[Row] | None = None) -> TokenBatch:
+def empty_inputs(whole: list[Sample] | None = None) -> TokenBatch:
     def empty() -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
 
@@ -241,14 +249,14 @@ def empty_inputs(whole: list[Row] | None = None) -> TokenBatch:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_no_tokens_anywhere_is_a_zero_with_a_graph(policy: str, aggregation: str) -> None:
-    config = config_of(options_of(policy, aggregation, kl_weight=0.1, entropy_weight=0.1, importance_band=(0.9, 1.1)))
+def test_loss_without_tokens_is_zero_and_has_a_graph(policy: str, aggregation: str) -> None:
+    config = config_of(options_of(policy, aggregation, kl_weight=0.1, entropy_weight=0.1, sequence_mask=(0.9, 1.1)))
     inputs = empty_inputs()
     loss, metrics = total_loss(inputs, config)
     assert loss.item() == 0.0 and loss.requires_grad
     loss.backward()
     assert inputs.logprobs.grad is not None
-    full = total_loss(inputs_of(make_rows(np.random.default_rng(0), LENGTHS), corrected=True), config)[1]
+    full = total_loss(inputs_of(make_samples(np.random.default_rng(0), LENGTHS), corrected=True), config)[1]
     assert metrics.keys() == full.keys()  # every rank reduces the same names
     assert all(value.item() == 0.0 and value.shape == () for value in metrics.values())
 
@@ -256,33 +264,33 @@ def test_no_tokens_anywhere_is_a_zero_with_a_graph(policy: str, aggregation: str
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["old_logprobs", "rollout_logprobs"])
-def test_unusable_engine_logprobs_are_left_out_and_counted(policy: str, bad: float, where: str) -> None:
-    rows = make_rows(np.random.default_rng(2), [4, 3, 1])
-    broken = flat(rows, {"old_logprobs": "old", "rollout_logprobs": "engine"}[where])
-    broken[[1, 5, 7]] = bad  # the last is all that its row has
-    inputs = inputs_of(rows, corrected=True, **{where: broken})
-    config = config_of(options_of(policy, importance_cap=2.0, importance_band=(0.1, 10.0), kl_weight=0.1))
+def test_nonfinite_old_and_rollout_logprobs_are_masked_and_counted(policy: str, bad: float, where: str) -> None:
+    samples = make_samples(np.random.default_rng(2), [4, 3, 1])
+    broken = flat(samples, {"old_logprobs": "old", "rollout_logprobs": "engine"}[where])
+    broken[[1, 5, 7]] = bad  # the last is the only token of its trajectory
+    inputs = inputs_of(samples, corrected=True, **{where: broken})
+    config = config_of(options_of(policy, tis_clip=2.0, sequence_mask=(0.1, 10.0), kl_weight=0.1))
     loss, metrics = total_loss(inputs, config)
     loss.backward()
     assert metrics["nonfinite_frac"].item() == pytest.approx(3 / 8)
     assert all(math.isfinite(value) for value in metrics.values())
     assert inputs.logprobs.grad is not None and inputs.logprobs.grad.isfinite().all()
     assert (inputs.logprobs.grad[[1, 5, 7]] == 0).all()
-    # The others weigh as before: a mini-batch without those tokens, but with its counts.
+    # The others keep their weights: the expected mini-batch lacks those tokens but has the same counts.
     keep = [np.array([True, False, True, True]), np.array([True, False, True]), np.array([False])]
     rest = [
-        Row(*(getattr(row, name)[mask] for name in Row.__dataclass_fields__))
-        for row, mask in zip(rows, keep, strict=True)
+        Sample(*(getattr(sample, name)[mask] for name in Sample.__dataclass_fields__))
+        for sample, mask in zip(samples, keep, strict=True)
     ]
-    expected, _ = total_loss(inputs_of(rest, corrected=True, whole=rows), config)
+    expected, _ = total_loss(inputs_of(rest, corrected=True, whole=samples), config)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_a_nan_of_the_policy_is_not_hidden() -> None:
-    rows = make_rows(np.random.default_rng(2), [4, 3])
-    broken = flat(rows, "logprobs")
+    samples = make_samples(np.random.default_rng(2), [4, 3])
+    broken = flat(samples, "logprobs")
     broken[2] = math.nan
-    assert math.isnan(total_loss(inputs_of(rows, logprobs=broken), AlgorithmConfig())[0].item())
+    assert math.isnan(total_loss(inputs_of(samples, logprobs=broken), AlgorithmConfig())[0].item())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -304,14 +312,15 @@ def test_extreme_ratios_stay_finite(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_half_precision_inputs_are_computed_in_float32(policy: str) -> None:
-    rows = make_rows(np.random.default_rng(4), LENGTHS)
-    logprobs = flat(rows, "logprobs", torch.bfloat16).requires_grad_()
-    half = inputs_of(rows, corrected=True, dtype=torch.bfloat16, logprobs=logprobs)
+    samples = make_samples(np.random.default_rng(4), LENGTHS)
+    logprobs = flat(samples, "logprobs", torch.bfloat16).requires_grad_()
+    half = inputs_of(samples, corrected=True, dtype=torch.bfloat16, logprobs=logprobs)
     config = AlgorithmConfig(loss=KINDS[policy](), old_logprobs="trainer")
     loss, metrics = total_loss(half, config)
     assert loss.dtype == torch.float32 and metrics["ratio_mean"].dtype == torch.float32
     rounded = [
-        Row(*(flat([row], name, torch.bfloat16).double().numpy() for name in Row.__dataclass_fields__)) for row in rows
+        Sample(*(flat([sample], name, torch.bfloat16).double().numpy() for name in Sample.__dataclass_fields__))
+        for sample in samples
     ]
     single = inputs_of(rounded, corrected=True, dtype=torch.float32)
     assert loss.item() == pytest.approx(total_loss(single, config)[0].item(), rel=1e-6)

@@ -1,4 +1,4 @@
-"""What each option means, in small cases worked out by hand, and what is refused."""
+"""Each option of the losses in small cases calculated by hand, and the refusal of invalid options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokens(
     ratios: list[float],
     advantages: list[float],
     old: float = -3.0,
-    rows: list[int] | None = None,
+    sequences: list[int] | None = None,
     **more: torch.Tensor,
 ) -> TokenBatch:
     """Tokens with the given ratios of policy to old."""
@@ -29,15 +29,15 @@ def tokens(
         logprobs=(torch.tensor(ratios, dtype=torch.float64).log() + old).requires_grad_(),
         old_logprobs=torch.full((size,), old, dtype=torch.float64),
         advantages=torch.tensor(advantages, dtype=torch.float64),
-        sequence_index=torch.tensor(rows or list(range(size))),
+        sequence_index=torch.tensor(sequences or list(range(size))),
         num_tokens=size,
-        num_sequences=len(set(rows or range(size))),
+        num_sequences=len(set(sequences or range(size))),
         **more,
     )
 
 
 def gradient(inputs: TokenBatch, loss_of: PolicyLoss | AlgorithmConfig) -> list[float]:
-    """Gradient of the loss times the count: what each token gets."""
+    """Gradient of the loss for each token, multiplied by the number of tokens."""
     algorithm = loss_of if isinstance(loss_of, AlgorithmConfig) else AlgorithmConfig(loss=loss_of)
     loss, _ = total_loss(inputs, algorithm)
     (grad,) = torch.autograd.grad(loss, inputs.logprobs)
@@ -58,8 +58,8 @@ def test_clip_higher_and_dual_clip() -> None:
 
 def test_gspo_clips_a_sequence_as_a_whole() -> None:
     config = AlgorithmConfig(loss=GSPO(clip_low=0.1, clip_high=0.1), aggregation="seq_mean_token_mean")
-    # Row 0: 2 and 0.5 cancel, the ratio is 1. Row 1: geometric mean of 1.21 and 1.44 is 1.32, outside.
-    inputs = tokens([2.0, 0.5, 1.21, 1.44], [1, 1, 1, 1], rows=[0, 0, 1, 1])
+    # Sequence 0: 2 and 0.5 cancel, the ratio is 1. Sequence 1: geometric mean of 1.21 and 1.44 is 1.32, outside.
+    inputs = tokens([2.0, 0.5, 1.21, 1.44], [1, 1, 1, 1], sequences=[0, 0, 1, 1])
     assert gradient(inputs, config) == [-1.0, -1.0, 0.0, 0.0]
     _, metrics = total_loss(inputs, config)
     assert metrics["clip_frac"].item() == 0.5
@@ -68,20 +68,20 @@ def test_gspo_clips_a_sequence_as_a_whole() -> None:
 
 @pytest.mark.parametrize(("kind", "log_ratio"), [(GSPO, 11.0), (PPOClip, 21.0)])
 def test_tokens_that_only_the_clamp_bounds_are_counted(kind: Any, log_ratio: float) -> None:
-    """With A < 0 and without a dual clip no clip bounds them, and yet they have no gradient."""
+    """With A < 0 and without a dual clip no clip bounds them, but the clamp removes their gradient."""
     inputs = tokens([math.exp(log_ratio), 1.0], [-1.0, -1.0])
     config = kind(dual_clip=math.inf)
     assert gradient(inputs, config)[0] == 0.0
     metrics = total_loss(inputs, AlgorithmConfig(loss=config))[1]
     assert metrics["ratio_saturated_frac"].item() == pytest.approx(1 / 2)
     assert metrics["clip_frac"].item() == metrics["dual_clip_frac"].item() == 0.0
-    risen = kind()(tokens([math.exp(log_ratio)], [1.0]))[1]  # with A > 0 the clip bounds it, and says so
+    risen = kind()(tokens([math.exp(log_ratio)], [1.0]))[1]  # with A > 0 the clip bounds it and is counted
     assert (risen["ratio_saturated_frac"].item(), risen["clip_frac"].item()) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_unusable_reference_logprobs_have_no_penalty_and_are_counted(estimator: Any, bad: float) -> None:
+def test_nonfinite_reference_logprobs_have_no_penalty_and_are_counted(estimator: Any, bad: float) -> None:
     reference = torch.tensor([-2.0, bad, -3.5], dtype=torch.float64)
     inputs = tokens([1.0, 1.0, 1.0], [1.0, -1.0, 0.5], reference_logprobs=reference)
     loss, metrics = total_loss(inputs, AlgorithmConfig(kl=KLConfig(weight=0.3, estimator=estimator)))
@@ -131,8 +131,8 @@ def test_on_policy_every_loss_is_the_policy_gradient(kind: Any) -> None:
     assert gradient(inputs, kind()) == [-0.5, 1.0, -2.0, 0.0, 0.25]
 
 
-def test_aggregations_of_the_recipe_differ_as_said() -> None:
-    """Rows of 1 and 3 tokens: the long row has three quarters of the token mean, half of the sequence mean."""
+def test_weights_of_the_aggregations() -> None:
+    """Of sequences of 1 and 3 tokens, the long one has 3/4 of the token mean and 1/2 of the sequence mean."""
     sequence_index = torch.tensor([0, 1, 1, 1])
 
     def weights(**options: Any) -> list[float]:
@@ -145,13 +145,13 @@ def test_aggregations_of_the_recipe_differ_as_said() -> None:
 
 
 def test_micro_batch_of_one_with_token_mean_is_a_sequence_mean() -> None:
-    """Why both are named: the released recipe averages per-micro-batch token means, one sequence each (item 35)."""
-    rows = [tokens([1.1, 0.9, 1.2], [1, 1, 1]), tokens([1.05], [-1])]
+    """The released recipe averages token means of micro-batches with one sequence each."""
+    sequences = [tokens([1.1, 0.9, 1.2], [1, 1, 1]), tokens([1.05], [-1])]
     config = AlgorithmConfig(aggregation="token_mean")
-    recipe = np.mean([total_loss(row, config)[0].item() for row in rows])
-    both = tokens([1.1, 0.9, 1.2, 1.05], [1, 1, 1, -1], rows=[0, 0, 0, 1])
-    sequence = total_loss(both, AlgorithmConfig(aggregation="seq_mean_token_mean"))[0].item()
-    assert recipe == pytest.approx(sequence)
+    recipe = np.mean([total_loss(sequence, config)[0].item() for sequence in sequences])
+    both = tokens([1.1, 0.9, 1.2, 1.05], [1, 1, 1, -1], sequences=[0, 0, 0, 1])
+    per_sequence = total_loss(both, AlgorithmConfig(aggregation="seq_mean_token_mean"))[0].item()
+    assert recipe == pytest.approx(per_sequence)
     assert recipe != pytest.approx(total_loss(both, config)[0].item())
 
 
@@ -194,7 +194,7 @@ def test_k3_of_policies_worlds_apart_is_finite() -> None:
 
 def test_sequence_means_leave_out_masked_tokens() -> None:
     values = torch.tensor([1.0, 3.0, math.nan, 8.0, math.inf])
-    inputs = tokens([1.0] * 5, [0.0] * 5, rows=[0, 0, 0, 2, 3])
+    inputs = tokens([1.0] * 5, [0.0] * 5, sequences=[0, 0, 0, 2, 3])
     inputs.mask = torch.tensor([True, True, False, True, False])
     assert inputs.sequence_means(values).tolist() == [2.0, 2.0, 2.0, 8.0, 0.0]
 
@@ -258,13 +258,13 @@ def test_refused_with_the_key_to_change(kind: Any, options: dict[str, Any], key:
         kind(**options)
 
 
-def test_options_that_another_loss_reads_are_no_arguments() -> None:
+def test_options_of_another_loss_are_refused() -> None:
     for kind, name in ((CISPO, "dual_clip"), (DPPO, "dual_clip"), (PPOClip, "ratio_cap")):
         with pytest.raises(TypeError, match=name):
             kind(**{name: 10.0})
 
 
-def test_gspo_warns_of_a_clip_range_that_was_meant_for_tokens(caplog: pytest.LogCaptureFixture) -> None:
+def test_gspo_warns_of_a_clip_range_for_token_ratios(caplog: pytest.LogCaptureFixture) -> None:
     GSPO()
     assert not caplog.records
     GSPO(clip_low=0.2, clip_high=0.28)
@@ -280,7 +280,7 @@ def test_missing_inputs_are_refused() -> None:
         total_loss(inputs, bonus)
     with pytest.raises(ValueError, match="no gradient"):
         total_loss(tokens([1.0, 1.1], [1, -1], entropy=torch.ones(2)), bonus)
-    with torch.no_grad():  # in evaluation nothing carries one
+    with torch.no_grad():  # in evaluation no tensor has a gradient
         inputs = tokens([1.0, 1.1], [1, -1], entropy=torch.ones(2))
         inputs.logprobs = inputs.logprobs.detach()
         total_loss(inputs, bonus)
@@ -302,7 +302,7 @@ def test_defaults_are_the_published_bounds() -> None:
     assert vars(DPPO()) == {"clip_low": 0.15, "clip_high": 0.15, "ratio_cap": 20.0}
 
 
-def test_the_kl_penalty_is_due_every_so_many_iterations_at_as_many_times_the_weight() -> None:
+def test_kl_every_scales_the_weight_by_the_interval() -> None:
     kl = KLConfig(weight=0.1, every=2)
     assert [kl.weight_at(iteration) for iteration in range(3)] == [0.2, 0.0, 0.2]
     assert KLConfig(weight=0.1, place="reward").weight_at(0) == 0.0

@@ -1,4 +1,4 @@
-"""Packed sequences give what one-by-one gives: positions, logits, loss and gradients."""
+"""Packed sequences have the positions, log-probabilities, loss and gradients of single sequences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cv_lightning.types import CheckpointError, DataError
 
 @pytest.fixture(scope="module", params=["tiny_checkpoint", "tiny_qwen25"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
-    """Qwen3-VL, then Qwen2.5-VL."""
+    """Checkpoints of Qwen3-VL and Qwen2.5-VL."""
     return request.getfixturevalue(request.param)
 
 
@@ -36,7 +36,7 @@ def model(checkpoint: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def stock(checkpoint: Path) -> PreTrainedModel:
-    """The same weights as transformers loads and runs them, without anything of ours."""
+    """The same weights in transformers' own model."""
     return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32", attn_implementation="sdpa")
 
 
@@ -46,7 +46,7 @@ def adapter(checkpoint: Path) -> ModelAdapter:
 
 
 def random_sequences(model: PreTrainedModel, adapter: ModelAdapter, seed: int, count: int = 6) -> list[TrainSequence]:
-    """Rows with 0 to 3 images of several sizes, some of them shared."""
+    """Sequences with 0 to 3 images of several sizes, some of them shared."""
     rng = random.Random(seed)
     limits, cache = adapter.image_rule, VisionCache(adapter)
     sizes = [(96, 96), (64, 128), (384, 384), (50, 40)]
@@ -67,7 +67,7 @@ def random_sequences(model: PreTrainedModel, adapter: ModelAdapter, seed: int, c
 
 
 def one_by_one(model: PreTrainedModel, sequence: TrainSequence, banned: list[int]) -> torch.Tensor:
-    """Independent computation: transformers' own forward of one unpacked sequence with its own positions and SDPA."""
+    """Log-probabilities by transformers' own forward of one sequence, with its own positions and SDPA."""
     ids = torch.tensor([sequence.token_ids])
     logits = model(
         input_ids=ids,
@@ -111,7 +111,7 @@ def test_packed_equals_one_by_one(
 
 
 def grouped_sequences(model: PreTrainedModel, adapter: ModelAdapter, seed: int) -> list[TrainSequence]:
-    """Groups of trajectories about one prompt each, with tool images of their own, and a sequence without a group."""
+    """Groups of trajectories with one prompt each and their own tool images, and a sequence without a group."""
     rng = random.Random(seed)
     sequences = []
     for prompt in random_sequences(model, adapter, seed, count=3):
@@ -152,8 +152,8 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(
             )
 
 
-def test_prompts_that_only_look_the_same_are_not_shared(model: PreTrainedModel, adapter: ModelAdapter) -> None:
-    """Same tokens, another image; and attention that knows no shared beginnings."""
+def test_prompts_with_different_images_are_not_shared(model: PreTrainedModel, adapter: ModelAdapter) -> None:
+    """Prompts share a prefix only if their images are the same objects, and never under SDPA."""
     limits, pad = adapter.image_rule, model.config.image_token_id
     views = [to_model_image(Image.new("RGB", (64, 64), colour), limits) for colour in ("red", "blue", "red")]
     first, other, _ = VisionCache(adapter).get(views)
@@ -193,7 +193,7 @@ def test_a_shared_image_is_encoded_once(model: PreTrainedModel, adapter: ModelAd
     assert len(batch.images) == len(set(shown)) < len(shown) == batch.image_index.numel()
 
 
-def test_processing_a_model_image_resizes_nothing(adapter: ModelAdapter) -> None:
+def test_processing_does_not_resize_a_model_image(adapter: ModelAdapter) -> None:
     limits = adapter.image_rule
     for size in ((96, 96), (384, 384), (30, 900), (999, 50), (1, 1), (64, 64)):
         image = to_model_image(Image.effect_noise(size, 50).convert("RGB"), limits)
@@ -203,7 +203,7 @@ def test_processing_a_model_image_resizes_nothing(adapter: ModelAdapter) -> None
         assert to_model_image(image, limits).size == image.size
 
 
-def test_sequences_of_text_only_and_of_nothing_to_learn(
+def test_sequences_without_images_or_learned_tokens(
     model: PreTrainedModel, stock: PreTrainedModel, adapter: ModelAdapter
 ) -> None:
     text = TrainSequence(token_ids=[5, 6, 7, 8], loss_mask=[True, True, False, True])
@@ -216,10 +216,7 @@ def test_sequences_of_text_only_and_of_nothing_to_learn(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive, and their largest sum.
-
-    Views of `given` tensors are none of them.
-    """
+    """Current and peak bytes of the tensors that operations have made; views of `given` tensors do not count."""
 
     def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
@@ -240,10 +237,10 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.known.pop(key, 0)
 
 
-def test_the_loss_never_holds_the_logits_of_all_tokens(
+def test_logits_of_all_tokens_are_never_in_memory_at_once(
     model: PreTrainedModel, adapter: ModelAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the released models' vocabulary; what full logits would take is counted in the same way."""
+    """Peak memory with the released models' vocabulary, compared with that of full logits."""
     vocabulary, tokens, width = 151_936, 128, model.config.text_config.hidden_size
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(
         False
@@ -263,7 +260,7 @@ def test_the_loss_never_holds_the_logits_of_all_tokens(
     assert ours.peak <= 0.2 * full.peak
 
 
-def test_the_patch_projection_is_the_convolution(model: PreTrainedModel, stock: PreTrainedModel) -> None:
+def test_patch_projection_equals_the_convolution(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     ours, theirs = model.model.visual.patch_embed.proj, stock.model.visual.patch_embed.proj
     assert type(theirs) is torch.nn.Conv3d and type(ours) is not torch.nn.Conv3d
     patches = torch.randn(10, 3, *ours.kernel_size, dtype=torch.float64)
@@ -287,7 +284,7 @@ def test_images_that_do_not_fit_the_tokens_are_refused(model: PreTrainedModel, a
         pack_sequences([TrainSequence(token_ids=[1, pad, 2], loss_mask=[False, False, True])], model.config, adapter)
 
 
-def test_a_folder_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no processor"):
         load_processor(str(tmp_path))
@@ -295,7 +292,7 @@ def test_a_folder_without_a_processor_says_what_to_do(tmp_path: Path) -> None:
         load_processor(str(tmp_path / "nowhere"))
 
 
-def test_kernels_that_this_machine_lacks_are_refused_by_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_need_a_gpu_are_refused_without_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CheckpointError, match=r"policy\.kernels liger: there is no GPU"):
         load_policy(PolicyConfig(path=str(checkpoint), dtype="float32", kernels="liger"))
