@@ -21,7 +21,7 @@ import torch
 from cv_lightning.checkpoints.damage import damage
 from cv_lightning.checkpoints.folder import FOLDER, last_checkpoint
 from cv_lightning.models.gather import batched_by_size
-from cv_lightning.models.lora import ADAPTER, BASE, FACTORS, LoraConfig
+from cv_lightning.models.lora import ADAPTER, BASE, FACTORS, LoraConfig, is_factor
 from cv_lightning.types import CheckpointError
 
 PREFIX = "policy."
@@ -95,16 +95,16 @@ class CheckpointReader:
     @property
     def has_adapters(self) -> bool:
         """True if the policy was trained with LoRA."""
-        return any(mark in name for name in self.shapes for mark in FACTORS)
+        return any(map(is_factor, self.shapes))
 
     @property
     def merged_shapes(self) -> dict[str, torch.Size]:
         """Shape of every parameter by name after merging the adapters, as in a model without LoRA."""
-        return {name.replace(BASE, "."): shape for name, shape in self.shapes.items() if not _is_factor(name)}
+        return {name.replace(BASE, "."): shape for name, shape in self.shapes.items() if not is_factor(name)}
 
     def factors(self) -> dict[str, torch.Tensor]:
         """The adapters' own parameters by name."""
-        return {name: value.contiguous() for name, value in self._open().items() if _is_factor(name)}
+        return {name: value.contiguous() for name, value in self._open().items() if is_factor(name)}
 
     def tensors(
         self, dtype: torch.dtype, lora: LoraConfig | None, skip: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ class CheckpointReader:
             lora: Config that the adapters were trained with; None without adapters.
             skip: Names to leave out.
         """
-        names = [name for name in self.shapes if not _is_factor(name) and name not in skip]
+        names = [name for name in self.shapes if not is_factor(name) and name not in skip]
         for bucket in batched_by_size(names, lambda name: self.shapes[name].numel() * dtype.itemsize, BUCKET_BYTES):
             state = self._open()
             for name in bucket:
@@ -128,10 +128,6 @@ class CheckpointReader:
                     )
                     tensor = tensor + (up @ down * (lora.alpha / lora.rank)).to(dtype)
                 yield name.replace(BASE, "."), tensor
-
-
-def _is_factor(name: str) -> bool:
-    return any(mark in name for mark in FACTORS)
 
 
 def _open_file(path: Path) -> dict[str, Any]:

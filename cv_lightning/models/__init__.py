@@ -1,1 +1,1 @@
-"""Models: adapters of families, loading, packing, attention on packed rows, log-probabilities, export."""
+"""Models: adapters of families, loading, packing, attention, log-probabilities, export."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from cv_lightning.models.lora import ADAPTER, BASE, FACTORS, adapter_layers
+from cv_lightning.models.lora import ADAPTER, BASE, adapter_layers, is_factor
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def _weights(model: torch.nn.Module) -> list[Weight]:
     layers = adapter_layers(model)
     weights = []
     for name, parameter in model.named_parameters():
-        if any(mark in name for mark in FACTORS) and name.split(FACTORS[0])[0].split(FACTORS[1])[0] in layers:
+        if is_factor(name):
             continue
         layer = layers.get(name.removesuffix(f"{BASE}weight"))
         factors: tuple[torch.nn.Parameter, ...] = ()

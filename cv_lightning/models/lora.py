@@ -65,9 +65,14 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, adapter: ModelAdapt
     except ValueError as error:
         raise CheckpointError(f"model.policy.lora.targets {list(_targets(config, adapter))}: {error}") from error
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(mark in name for mark in FACTORS))
+        parameter.requires_grad_(is_factor(name))
         if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # ZeRO-3 keeps float32 copies
             parameter.data = parameter.data.float()  # most steps are smaller than a 16-bit number's last digit
+
+
+def is_factor(name: str) -> bool:
+    """True for the name of a parameter that belongs to a low-rank factor."""
+    return any(mark in name for mark in FACTORS)
 
 
 def target_pattern(config: LoraConfig, adapter: ModelAdapter) -> str:
