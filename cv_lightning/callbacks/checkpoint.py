@@ -281,12 +281,12 @@ def _metrics_files(trainer: pl.Trainer) -> list[MetricsLogger]:
 
 
 def _stored_groups(run: Path) -> dict[str, list[int]]:
-    """Last iteration and its number of groups in each file of trajectories; all ranks must have written theirs."""
+    """Last iteration and its number of groups in each file of trajectories; all ranks have written theirs."""
     return {path.name: list(last_groups(path)) for path in sorted((run / LINES).glob("*.jsonl"))}
 
 
 def warn_of_lost_rows(files: Sequence[MetricsLogger], state: Mapping[str, Any]) -> None:
-    """Name the rows of metrics that are missing although a checkpoint's state counted them, as after a power cut."""
+    """Name the rows of metrics that a checkpoint's state counted and that are missing, as after a power cut."""
     for file, before in zip(files, state.get("rows", []), strict=False):
         found = file.steps(before=state["step"])
         if len(found) < before:
@@ -298,7 +298,7 @@ def warn_of_lost_rows(files: Sequence[MetricsLogger], state: Mapping[str, Any]) 
 
 
 def warn_of_lost_groups(run: Path, stored: Mapping[str, list[int]]) -> None:
-    """Name the iterations whose trajectories are missing although a checkpoint counted them."""
+    """Name the iterations whose trajectories a checkpoint counted and that are missing."""
     for name, known in stored.items():
         path = run / LINES / name
         found = list(last_groups(path)) if path.is_file() else [0, 0]

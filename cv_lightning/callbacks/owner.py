@@ -35,7 +35,7 @@ EXIT_CODE = 1
 
 
 class FolderOwner:
-    """This process's claim on a folder, which is made if it does not exist; each verb has an owner of its own."""
+    """This process's claim on a folder, which is made if missing; each verb has an owner of its own."""
 
     def __init__(self, folder: Path, verb: str) -> None:
         self.folder, self.verb = folder, verb
@@ -45,7 +45,7 @@ class FolderOwner:
         self._thread: threading.Thread | None = None
 
     def take(self, *, force: bool = False) -> None:
-        """Become the owner and start the heartbeat; `force` takes the folder from an owner that seems to be alive.
+        """Become the owner and start the heartbeat; `force` also replaces an owner that seems to be alive.
 
         Raises:
             CVLightningError: Another process owns the folder, or the folder cannot be written.
@@ -130,7 +130,7 @@ class FolderOwner:
 
 
 class RunOwner(pl.Callback):
-    """Holds the folder of a run while `fit`, `validate` or `test` writes into it; the first rank does so for all.
+    """Owns the folder of a run, on the first rank, while `fit`, `validate` or `test` writes into it.
 
     Args:
         take_over: Take the folder from a run that seems to be alive.

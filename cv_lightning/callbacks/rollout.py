@@ -1,4 +1,4 @@
-"""The rollout callback: before every training batch it syncs the engine, runs the agent and scores the trajectories.
+"""The rollout callback: before every training batch it syncs the engine, runs the agent and scores.
 
 It owns the engine, the sandbox, the reward module and the background thread; the module only computes losses.
 Evaluations are run by its `Evaluator`.
@@ -169,7 +169,7 @@ class RolloutCallback(pl.Callback):
         trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks
 
     def _check_deadline(self, trainer: pl.Trainer) -> None:
-        """Warn if the process group would time out while a rank waits for the longest possible rollout of another."""
+        """Warn if a rank that waits for the longest possible rollout of another would time out."""
         timeout_s = collective_timeout_s() if trainer.world_size > 1 else None
         if timeout_s is not None and timeout_s <= self.agent.deadline_s:
             logger.warning(
@@ -258,7 +258,7 @@ class RolloutCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Wait until the trajectories that were written during the update are on disk; a checkpoint may follow."""
+        """Wait until the trajectories are on disk, which are written during the update."""
         if self.parts is not None and self.parts.writer is not None:
             begun = time.perf_counter()
             self.parts.writer.flush()
@@ -279,7 +279,7 @@ class RolloutCallback(pl.Callback):
     def _collect(
         self, trainer: pl.Trainer, module: PolicyModule, batch: Iteration, show: ShowProgress
     ) -> tuple[list[Group], dict[str, float]]:
-        """Roll out and put the groups to train on on the batch; returns all groups and dynamic sampling's metrics."""
+        """Put the groups to train on on the batch; returns all groups and the metrics of dynamic sampling."""
         if not isinstance(module, GRPOModule):
             raise TypeError(f"RolloutCallback trains a GRPOModule, not {type(module).__name__}; change --model")
         collector = self.collector(trainer, module, self.agent, training=True)
@@ -407,7 +407,7 @@ def rolls_out(module: pl.LightningModule, data: object, stage: str) -> bool:
 
 
 def _repeatable(engine: EngineConfig, agent: AgentConfig) -> EngineConfig:
-    """The engine's config; in a deterministic run without the rendering thread, whose speed changes the batches.
+    """The engine's config; a deterministic run has no rendering thread, whose speed changes the batches.
 
     Raises:
         ValueError: The config asks for both.
@@ -429,7 +429,7 @@ def _policy_module(module: pl.LightningModule) -> PolicyModule:
 
 
 def warn_of_judge(config: JudgeConfig) -> None:
-    """Warn about a judge that does not answer now, rather than after the first rollout; it may still be loading."""
+    """Warn about a judge that does not answer at the start of the run; it may still be loading."""
     found = check_endpoint(config)
     if not found.ok:
         logger.warning("reward.judge: %s. Answers that it does not judge stay unscored", found.message)

@@ -1,4 +1,4 @@
-"""Handling of SIGINT, SIGHUP and SIGTERM: training ends after its iteration with a checkpoint, an evaluation at once.
+"""SIGINT, SIGHUP and SIGTERM: training ends after its iteration with a checkpoint, an evaluation at once.
 
 The exit code is 128 plus the signal's number: 130, 129 or 143. A second signal ends the process at once.
 """
@@ -37,7 +37,7 @@ class Stopped(SystemExit):
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Context manager in which a signal that no run handles ends the process with 128 plus the signal's number."""
+    """Context manager in which an unhandled signal ends the process with 128 plus its number."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -94,7 +94,7 @@ class StopOnSignal(pl.Callback):
         self.is_agreed = self.asked is not None
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Handle signals from here on: answered questions are on disk. A validation within `fit` did so before."""
+        """Handle signals from here on, because answered questions are on disk; in `fit` this is done already."""
         self._take(trainer)
 
     on_validation_start = on_test_start
@@ -165,7 +165,7 @@ class StopOnSignal(pl.Callback):
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
-    """Handle the signals, except those that this process was started to ignore; returns the earlier handlers."""
+    """Handle the signals, except those ignored from the start; returns the earlier handlers."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: earlier for number, earlier in before.items() if earlier is not signal.SIG_IGN}
     for number in before:

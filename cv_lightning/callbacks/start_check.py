@@ -25,7 +25,7 @@ from cv_lightning.types import ParityError
 
 logger = logging.getLogger(__name__)
 FORWARD_MEAN = 0.06
-"""Largest accepted mean |difference| in 16 bits; engine and trainer may differ more, because their kernels do."""
+"""Largest accepted mean |difference| in 16 bits; engine and trainer, with other kernels, may differ more."""
 NUM_CHECKED = 2
 """Conversations of each rank that are compared."""
 
@@ -40,7 +40,7 @@ class StartReport(NamedTuple):
 
 
 class SFTStartCheck(pl.Callback):
-    """Compares log-probabilities of the first batch's conversations: packed, alone, and by transformers' own forward.
+    """Compares log-probabilities of the first batch: packed, alone, and by transformers' own forward.
 
     Args:
         tolerance: Largest accepted difference in float32; 0 turns the check off. In 16 bits `mismatch.exceeds` uses
@@ -54,7 +54,7 @@ class SFTStartCheck(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the first batch of the run; ParityError if the forwards differ by more than rounding explains."""
+        """Check the first batch; ParityError if the forwards differ by more than rounding explains."""
         if self.done or not self.tolerance or not isinstance(batch, DemonstrationBatch):
             return
         assert isinstance(pl_module, SFTModule)

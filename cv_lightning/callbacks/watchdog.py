@@ -193,7 +193,7 @@ class Watchdog(pl.Callback):
             self._report(store, over=True)
 
     def _reason_to_stop(self, store: TCPStore) -> str:
-        """Reason to end the run; empty without one. The first rank watches all ranks, the others only the first."""
+        """Reason to end the run, or empty. The first rank watches all ranks, the others only the first."""
         watched, timeout_s = (range(self.world_size), self.timeout_s) if self.rank == 0 else ((0,), float("inf"))
         try:
             self._report(store)

@@ -118,7 +118,7 @@ class EndpointClient:
         needed: Collection[str],
         read: Callable[[Any], T | None],
     ) -> T:
-        """One answer. The library repeats failed requests; answers that cannot be read are asked for again here."""
+        """One answer. The library repeats failed requests, this loop those with an unreadable answer."""
         import httpx2
         import openai
 
@@ -174,7 +174,7 @@ class EndpointClient:
         return known
 
     def _can_do_without(self, options: dict[str, Any], needed: Collection[str], body: bytes) -> bool:
-        """Note which of a request's options an error names as unknown; False if none, EndpointError if needed."""
+        """Note the options that an error names as unknown; False if none, EndpointError for a needed one."""
         unknown = {name for name in options if name.encode() in body}
         if not unknown or "max_completion_tokens" in unknown:
             return False

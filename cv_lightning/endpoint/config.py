@@ -39,7 +39,7 @@ class EndpointConfig:
     breaker_pause_s: float = 10.0
     """Seconds for which the circuit stays open before one request probes the server."""
     extra_fields: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each chat, such as `chat_template_kwargs: {enable_thinking: false}`. Keep API keys out."""
+    """Further fields of each chat, such as `chat_template_kwargs: {enable_thinking: false}`; no API keys."""
 
     price_per_million_prompt_tokens: float = 0.0
     """Price for the reported cost, in any currency."""

@@ -1,4 +1,4 @@
-"""The HTTP client below the `openai` library, which repeats requests: rate limit, circuit breaker and size limits."""
+"""The HTTP client below the `openai` library: rate limit, circuit breaker and size limits."""
 
 from __future__ import annotations
 

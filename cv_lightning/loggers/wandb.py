@@ -111,7 +111,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log a row under its iteration, or under the last one if it names none; W&B does not get Lightning's step."""
+        """Log a row under its iteration, or under the last one if it names none; `step` is not logged."""
         run = self.experiment
         is_training = X_AXIS in metrics
         if is_training:
@@ -154,7 +154,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_folder(self, path: Path, name: str, kind: str) -> None:
-        """Upload a file or a folder as an artifact of a W&B type; its name follows the run's id, W&B versions it."""
+        """Upload a file or a folder as an artifact of a W&B type, named after the run's id and `name`."""
         import wandb
 
         artifact = wandb.Artifact(f"{self.experiment.id}-{name}", kind, metadata={X_AXIS: self.iteration})

@@ -44,7 +44,7 @@ class TaskQueue:
         return [task for _, _, task in taken]
 
     def close_iteration(self, limit: int) -> int:
-        """Drop all but the oldest `limit` tasks and return the number of dropped ones; call this on all ranks."""
+        """Drop all but the oldest `limit` tasks and return how many; call this on all ranks."""
         dropped = max(0, len(self.waiting) - limit)
         self.waiting = self.waiting[:limit]
         self.places = gather_lists([[(index, position) for index, position, _ in self.waiting]])

@@ -56,7 +56,7 @@ class EngineGroup:
         run: Callable[[Engine, Sequence[Task]], list[Group]],
         note_progress: Callable[[], None],
     ) -> list[Group]:
-        """Roll out the tasks of all ranks of the group with `run` on its leader; returns those of this rank's tasks.
+        """Roll out the tasks of all ranks of the group on its leader; returns the groups of this rank's tasks.
 
         This is a collective. The other ranks follow the engine's commands and call `note_progress` at each.
         """

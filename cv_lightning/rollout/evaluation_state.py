@@ -131,7 +131,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
 
 
 def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> int:
-    """Remove stale groups: questions no longer in the data set, or answered again in this run; returns their number.
+    """Remove stale groups: questions no longer in the data set, or answered again in this run.
 
     Args:
         folder: The evaluation's folder, to which nothing writes now.

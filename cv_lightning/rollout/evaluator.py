@@ -1,4 +1,4 @@
-"""Evaluation by rollouts: runs every setting over the same tasks, stores all trajectories and summarises all ranks.
+"""Evaluation by rollouts: every setting over the same tasks, with all trajectories stored.
 
 Every question is on disk as soon as its trajectories are judged. An interrupted `test` continues with the missing
 questions if model, settings and questions are the same; see `evaluation_state`.
@@ -74,7 +74,7 @@ class EvaluationConfig:
 
 
 ShowProgress = Callable[[str], AbstractContextManager[Callable[[RolloutProgress], None] | None]]
-"""Makes a context manager around one rollout from its title; it yields the function that the agent loop reports to."""
+"""Makes a context manager around one rollout from its title; it yields the agent loop's progress function."""
 
 
 class Evaluator:
@@ -133,7 +133,7 @@ class Evaluator:
         self._answered = {name: read_answered(folder) for name, folder in folders.items()}
 
     def _prepare(self, folders: Mapping[str, Path], doing: TrainerFn | None) -> str:
-        """Prepare the settings' folders, by name; returns the reason to refuse the evaluation, empty without one.
+        """Prepare the settings' folders, by name; returns a reason to refuse the evaluation, or empty.
 
         No folder is changed if one of them holds another evaluation.
         """
@@ -275,7 +275,7 @@ class Evaluator:
         return {name: other for name, other in pairs.items() if other is not None}
 
     def _folder(self, trainer: pl.Trainer, module: PolicyModule, setting: EvaluationConfig) -> Path:
-        """`eval/<prefix><name>`; the name of a validation contains `validation_` or, in training, the iteration."""
+        """`eval/<prefix><name>`; a validation's name contains `validation_` or, in training, the iteration."""
         when = {
             TrainerFn.FITTING: f"iteration{module.iteration:06d}_",
             TrainerFn.VALIDATING: "validation_",

@@ -111,7 +111,7 @@ class SelfTest:
             return error, slept
 
     def _explained(self, error: ParityError) -> ParityError:
-        """The error, or a more precise one if engine and trainer agree after a second sync or on other images."""
+        """The error, or a more precise one if a second sync or other images make engine and trainer agree."""
         assert self.module.policy is not None
         self.rollout.sync(self.module, version=self.module.iteration)  # it wakes the engine
         report, _ = self._compare(self.tasks)
@@ -135,7 +135,7 @@ class SelfTest:
 
 # ------------------------------------------------------------------------------------------------ other weights
 def stale_images_message(kind: str, seen: str) -> str:
-    """Message about an engine that agrees with the trainer on new images only; `seen` is the error on repeated ones."""
+    """Message about an engine that agrees with the trainer on new images only; `seen` is the error on others."""
     advice = ADVICE.get(kind, "the engine has to drop every cache of images in update_weights")
     return (
         "the engine answers images that it has seen before a weight update from a cache of the old weights; on images "
@@ -171,7 +171,7 @@ def with_other_weights(
 
 @contextmanager
 def other_vision_in_place(policy: torch.nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Context manager that rolls parameters of the policy itself, which an engine generates with; not under ZeRO-3."""
+    """Context manager that rolls the policy's own parameters, for an engine that generates with the policy."""
     parameters = [parameter for name, parameter in policy.named_parameters() if name in names]
     _roll(parameters, 1)
     try:

@@ -1,4 +1,4 @@
-"""The page of a comparison: differences as numbers and intervals, and flipped questions with both trajectories."""
+"""The page of a comparison: differences with intervals, and flipped questions with both trajectories."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def stage_table(evaluated: Sequence[EvaluatedStore], stages: Sequence[str], app:
 
 
 def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dict[str, Any]]:
-    """Figures before and after: greedy (else sampled) figures of the last two stages in the application's order."""
+    """Figures before and after: greedy (else sampled) ones of the application's last two stages."""
     by_key = figures_of(evaluated)
     stages = [stage for stage in app.main_stages(evaluated) if stage in app.stages][-2:]
     modes = [mode for mode in MODES if all((stage, mode, True) in by_key for stage in stages)]

@@ -78,7 +78,7 @@ class GroupSampler:
 
 
 def _take_in_turn(pools: list[list[_Candidate]], found: dict[int, _Candidate], most: int) -> None:
-    """Move the candidate of the smallest hash from each pool in turn to `found`, up to `most` trajectories in all."""
+    """Move the smallest hash of each pool in turn to `found`, up to `most` trajectories in all."""
     queues = [sorted(pool) for pool in pools]
     taken = sum(len(candidate.group.trajectories) for candidate in found.values())
     while taken < most and any(queues):
@@ -139,14 +139,12 @@ class Gallery:
             {
                 "store": store,
                 "iteration": group.iteration,
-                "version": group.trajectories[0].policy_version if group.trajectories else 0,
                 "members": list(range(first, first + len(group.trajectories))),
                 "task": {
                     "id": task.id,
                     "question": task.question[:MAX_TEXT],
                     "truth": task.ground_truth,
                     "kind": task.kind,
-                    "source": task.data_source,
                     "transforms": task.required_transforms,
                     "box": task.box,
                     "images": [self._image(image) for image in given],
@@ -227,7 +225,7 @@ class Gallery:
             "seconds": [turn.generate_s, turn.tool_s],
         }
         if call is not None:
-            shown = {"name": call.name, "image": call.image_index, "description": _cut(call.description)}
+            shown = {"image": call.image_index, "description": _cut(call.description)}
             data["call"] = shown | {"code": self._code(call.text)}
         if turn.result is not None:
             data["result"] = _result(turn.result)
@@ -245,7 +243,6 @@ def _result(result: ToolResult) -> dict[str, Any]:
     return {
         "status": result.status.value,
         "error": _cut(result.error),
-        "kind": result.error_kind,
         "tier": result.tier,
         "seconds": result.elapsed_s,
         "core": result.effect.core if result.effect else (),

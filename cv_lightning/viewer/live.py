@@ -93,7 +93,7 @@ class LiveReport:
         )
 
     def image(self, path: str, size: str | None) -> tuple[bytes, str]:
-        """An image of one of the run's stores: its bytes and media type, scaled down to `WIDTHxHEIGHT` if given.
+        """Bytes and media type of an image of the run's stores, scaled down to `WIDTHxHEIGHT` if given.
 
         Raises:
             FileNotFoundError: The unquoted URL path is not that of an image.

@@ -49,7 +49,7 @@ class ReportConfig:
     """Limits on what the page embeds."""
 
     max_trajectories: int = 5000
-    """Trajectories in the gallery over all stores; a stratified sample if there are more, as the page then says."""
+    """Trajectories in the gallery over all stores; a stratified sample if there are more."""
     max_image_mb: float = 8.0
     """Embedded images in MB; the page loads the others from the run's folder when they are shown."""
     thumbnail_px: int = 384
@@ -99,7 +99,7 @@ class StoreContent:
 
 @dataclass(slots=True)
 class StoreCache:
-    """Content of stores by the state of their files, so that the page of a growing run reads only changed stores."""
+    """Content of stores by the state of their files, so that a live page reads only changed stores."""
 
     _known: dict[Path, tuple[object, StoreContent]] = field(default_factory=dict)
 
@@ -256,7 +256,7 @@ def _why(line: BadLine) -> str:
 
 
 def _read_stores(stores: Sequence[Store], most: int, cache: StoreCache) -> dict[Path, StoreContent]:
-    """Contents by path. Training gets at most half of the sample if there are evaluations, which get the rest."""
+    """Contents by path. If there are evaluations, training gets at most half of the sample."""
     training = [store for store in stores if not store.is_evaluation]
     evaluations = [store for store in stores if store.is_evaluation]
     half = most // 2 if evaluations else most

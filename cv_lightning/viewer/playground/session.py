@@ -92,7 +92,7 @@ class Playground:
         self._count = 0
 
     def ask(self, image: Image.Image, question: str, sampling: SamplingConfig, watch: Watch) -> Exchange:
-        """Answer a question about an image; returns when it is answered or was stopped. Raises as `try_code`."""
+        """Answer a question about an image; returns when it is answered or stopped. Raises as `try_code`."""
         self._count += 1
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{self._count}"
         metadata = {"kind": DATA_SOURCE, "model": self.model}
@@ -151,7 +151,7 @@ class Playground:
         watch(exchange)
 
     def save(self, exchange: Exchange) -> Path:
-        """Append the trajectory to the store and return the store's file; an error while it is still running."""
+        """Append the trajectory to the store and return the store's file; an error while it runs."""
         if exchange.trajectory is None:
             raise CVLightningError("this question is still being answered; save it afterwards")
         with TrajectoryWriter(self.out, StoreConfig(tokens=True), name="chat") as writer:
@@ -191,7 +191,7 @@ def _mask_edited(trajectory: Trajectory, exchange: Exchange) -> None:
 def open_playground(
     policy: PolicyConfig, agent: AgentConfig, engine_config: EngineConfig, sandbox_config: SandboxConfig, out: Path
 ) -> Iterator[Playground]:
-    """Load the model and start the sandbox; both are closed afterwards. Saved trajectories go to the folder `out`.
+    """Load the model and start the sandbox; both are closed afterwards. `out` is for saved trajectories.
 
     Raises:
         CVLightningError: Model, engine or sandbox is not available.

@@ -1,4 +1,4 @@
-"""The playground in a terminal: prints turns as they happen, and saves and names images or draws them in blocks."""
+"""The playground in a terminal: prints turns as they happen, and saves images or draws them in blocks."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Terminal:
 
 
 def edit_text(text: str) -> str:
-    """Open a text in $EDITOR (by default vi) and return the edited text; CVLightningError if it cannot be run."""
+    """Edit a text in $EDITOR (by default vi); CVLightningError if that cannot be run."""
     editor = shlex.split(os.environ.get("EDITOR", "vi"))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "snippet.py")

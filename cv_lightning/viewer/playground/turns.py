@@ -108,7 +108,7 @@ def with_code(text: str, code: str, image_index: int) -> str:
 def edited_turns(
     turns: Sequence[Completion], index: int, text: str, encode: Callable[[str], Sequence[int]]
 ) -> list[Completion]:
-    """The turns before `index`, and that turn with another text; `encode` returns the ids of an assistant turn."""
+    """The turns before `index`, and that turn with another text, which `encode` turns into ids."""
     ids = list(encode(text))
     edited = Completion(id="", token_ids=ids, logprobs=[0.0] * len(ids), stopped=True, prompt_ids=None)
     return [*turns[:index], edited]

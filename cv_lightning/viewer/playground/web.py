@@ -42,7 +42,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 class ChatPage:
-    """The page of one browser tab; `engine` is the one thread that steps the engine, `image` the first image."""
+    """The page of one browser tab. `engine` is the one thread that steps the engine."""
 
     def __init__(
         self, playground: Playground, sampling: SamplingConfig, engine: ThreadPoolExecutor, image: Image.Image | None
