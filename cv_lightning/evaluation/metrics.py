@@ -55,22 +55,11 @@ class EvalSummary:
     end_states: dict[str, float]
     """Fraction of trajectories by end state."""
 
-    def scalars(self, *, kinds: bool = False) -> dict[str, float]:
-        """The figures as flat numbers for a logger; NaN where nothing counts, so the keys are always the same.
-
-        Args:
-            kinds: Add `<kind>/accuracy`, `<kind>/tool_use_success`, `<kind>/turns` for the kinds that occurred.
-        """
+    def scalars(self) -> dict[str, float]:
+        """The figures as flat numbers for a logger; NaN where nothing counts, so the keys are always the same."""
         rates = ("accuracy", "tool_use_success", "spurious", "accuracy_upright", "accuracy_all", "tool_success")
         means = ("tool_calls_mean", "turns_mean", "sampled_tokens_mean")
-        values = {name: getattr(self, name).value for name in rates} | {name: getattr(self, name) for name in means}
-        for kind, found in self.by_kind.items() if kinds else ():
-            values |= {
-                f"{kind}/accuracy": found.accuracy.value,
-                f"{kind}/tool_use_success": found.tool_use_success.value,
-                f"{kind}/turns": found.turns,
-            }
-        return values
+        return {name: getattr(self, name).value for name in rates} | {name: getattr(self, name) for name in means}
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a rate is {value, low, high, n}, NaN is null."""

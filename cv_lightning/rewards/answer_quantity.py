@@ -23,6 +23,7 @@ from cv_lightning.rewards.answer_numerals import (
     sign_and_money,
 )
 from cv_lightning.rewards.answer_text import CACHED, any_case, claims, plain, without_frame
+from cv_lightning.rewards.answer_time import MONTHS
 from cv_lightning.rewards.answer_units import digits_for_words, ordinal, singular
 
 TOLERANCE = Fraction(1, 10_000)
@@ -238,10 +239,7 @@ def _joins_options(between: str) -> bool:
     return bool(joined) or "\\boxed" in between
 
 
-_MONTH = (
-    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
-    r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b\.?"
-)
+_MONTH = f"(?:{'|'.join(name.capitalize() for name in MONTHS)})" + r"\b\.?"
 _MONTH_DAY = re.compile(
     rf"\b{_MONTH} \d{{1,2}}(?:st|nd|rd|th)?(?!\d),?|(?<!\d)\d{{1,2}}(?:st|nd|rd|th)?(?: of)? {_MONTH},?"
 )

@@ -144,13 +144,12 @@ _NOT_BUT = any_case(
     r"\A.*?(?:\bnot|n't|\bnever)\b(?! only)[^,;.]*(?:[,;]?\s+but(?: rather| instead)?\s+"
     r"|[,;]\s+(?:it's|it is|rather|instead)\s+)"
 )
+_NOT = r"not\b(?! (?:only|included|counted|present|possible|right|correct)\b)"
 _VERBS = "is are was were be am do does did can could would will may might must should has have had".split()
 _REJECTED_TAIL = any_case(
-    r"(?:[,;(]\s*(?:and |but )?(?:it's |it is |certainly |definitely )?not\b(?! (?:only|included|counted"
-    r"|present|possible|right|correct)\b)|\s(?:and|but) not\b(?! (?:only|included|counted|present|possible"
-    r"|right|correct)\b)|"
+    rf"(?:[,;(]\s*(?:and |but )?(?:it's |it is |certainly |definitely )?{_NOT}|\s(?:and|but) {_NOT}|"
     + "".join(rf"(?<!\b{verb})" for verb in _VERBS)
-    + r"\snot\b(?! (?:only|included|counted|present|possible|right|correct)\b)"
+    + rf"\s{_NOT}"
     r"|[,;(]?\s*\b(?:rather than|instead of|as opposed to|unlike)\b)(?P<rejected>.*)\Z"
 )
 _HEDGE_BEHIND = any_case(

@@ -7,16 +7,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from cv_lightning.rewards.answer_text import CACHED, any_case
+from cv_lightning.rewards.answer_units import numbered
 
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_NAMES = {
-    name: number
-    for number, name in enumerate(
-        "january february march april may june july august september october november december".split(), start=1
-    )
-}
-_NAMES |= {name[:3]: number for name, number in _NAMES.items()} | {"sept": 9}
-_NAME = rf"(?P<month>{'|'.join(sorted(_NAMES, key=len, reverse=True))})\b\.?"
+MONTHS = numbered("january february march april may june july august september october november december", 1)
+MONTHS |= {name[:3]: number for name, number in MONTHS.items()} | {"sept": 9}
+_NAME = rf"(?P<month>{'|'.join(sorted(MONTHS, key=len, reverse=True))})\b\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?(?![\d:.%]\d?)"
 _YEAR = r"(?P<year>\d{4})(?!\d)"
 _DATES = tuple(
@@ -84,7 +79,7 @@ def _date(match: re.Match[str]) -> Date | None:
     day = int(parts["day"]) if parts.get("day") else None
     if day is not None and not 1 <= day <= 31:
         return None
-    return Date(year, _NAMES[parts["month"].casefold()], day)
+    return Date(year, MONTHS[parts["month"].casefold()], day)
 
 
 @lru_cache(maxsize=CACHED)
@@ -110,7 +105,7 @@ def says_date(said: str, truth: Date) -> bool:
     if len(found) != 1:
         return False
     (date,) = found
-    if _REJECTED.search(re.split(r"\d|" + "|".join(_MONTHS), said, maxsplit=1, flags=re.IGNORECASE)[0]):
+    if _REJECTED.search(re.split(r"\d|" + "|".join(MONTHS), said, maxsplit=1, flags=re.IGNORECASE)[0]):
         return False
     readings = [date]
     if date.is_numeric and not truth.is_numeric and date.day is not None and date.day <= 12:

@@ -93,18 +93,19 @@ ratio: 1 times
 
 CURRENCY_SIGNS = "$\u20ac\u00a3\u00a5\u20b9\u20a9"
 SCALES = {
-    word: Fraction(10**power)
-    for power, words in {
-        2: "hundred",
-        3: "thousand thousands",
-        5: "lakh lakhs",
-        6: "million millions mn mio",
-        7: "crore crores",
-        9: "billion billions bn",
-        12: "trillion trillions tn",
+    word: Fraction(value)
+    for value, words in {
+        10**2: "hundred",
+        10**3: "thousand thousands",
+        10**5: "lakh lakhs",
+        10**6: "million millions mn mio",
+        10**7: "crore crores",
+        10**9: "billion billions bn",
+        10**12: "trillion trillions tn",
+        12: "dozen dozens",
     }.items()
     for word in words.split()
-} | {"dozen": Fraction(12), "dozens": Fraction(12)}
+}
 LETTER_SCALES = {"k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
 """Powers of ten of letters attached to a number; after a currency sign `m` and `b` count, too."""
 
@@ -127,31 +128,27 @@ def singular(word: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ number words
-_ONES = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-        "sixteen seventeen eighteen nineteen".split()
-    )
-}
-_TENS = {
-    word: 10 * value
-    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
-} | {"fourty": 40}
+def numbered(words: str, start: int = 0, step: int = 1) -> dict[str, int]:
+    """Numbers by word, for words in ascending order."""
+    return {word: step * number for number, word in enumerate(words.split(), start)}
+
+
+_ONES = numbered(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = numbered("twenty thirty forty fifty sixty seventy eighty ninety", 2, 10) | {"fourty": 40}
 _MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = {
     "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
     "ninth": 9, "tenth": 10,
 }  # fmt: skip
 _PARTS |= {f"{word}s": value for word, value in _PARTS.items() if word != "halves"}
-_ORDINALS = {
-    word: value
-    for value, word in enumerate(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-        "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth".split(),
-        start=1,
-    )
-}
+_ORDINALS = numbered(
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
+    "sixteenth seventeenth eighteenth nineteenth twentieth",
+    1,
+)
 _WORD = "|".join(sorted([*_ONES, *_TENS, "hundred", *_MULTIPLES], key=len, reverse=True))
 _NUMBER_WORDS = any_case(rf"\b(?:a )?(?:{_WORD})\b(?:(?:[ -]+|,? and )(?:{_WORD})\b)*")
 _PART_WORDS = any_case(

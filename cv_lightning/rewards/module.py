@@ -185,7 +185,13 @@ class RewardModule:
 
     def _tool_use(self, trajectory: Trajectory, expected: frozenset[str]) -> ToolUse:
         """What a finished trajectory did, without the score of its answer."""
-        use = self._credit(trajectory, expected)
+        match self.config.credit:
+            case "net":
+                use = net_credit(trajectory, expected)
+            case "steps":
+                use = step_credit(trajectory, expected)
+            case "ran":
+                use = ran_credit(trajectory, in_source=False)
         texts = [turn.text for turn in trajectory.turns]
         check = check_turns(texts) if self.config.recipe.format_by == "turn" else check_format("".join(texts))
         answered = trajectory.end_state is EndState.ANSWERED
@@ -214,15 +220,6 @@ class RewardModule:
                     f"reward.terms: {name!r} gives {value} for task {trajectory.task.id!r}; it must be finite"
                 )
         return found
-
-    def _credit(self, trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
-        match self.config.credit:
-            case "net":
-                return net_credit(trajectory, expected)
-            case "ran":
-                return ran_credit(trajectory, in_source=self.config.recipe.crop_frame == "source")
-            case "steps":
-                return step_credit(trajectory, expected)
 
     def _crop_score(self, task: Task, credit: ToolCredit) -> float:
         truth = task.box

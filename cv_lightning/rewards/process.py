@@ -36,15 +36,13 @@ class Recipe(NamedTuple):
     """Who used the tool: all who called it, or who used an operation outside the core."""
     format_by: Literal["turn", "response"]
     """Every turn must be well-formed, or only the response as a whole."""
-    crop_frame: Literal["source", "call"]
-    """Where crops are compared with the box: in the source image, or in the image that each call worked on."""
 
 
 Credit = Literal["net", "ran", "steps"]
 RECIPES: dict[Credit, Recipe] = {
-    "net": Recipe("coverage", True, "linear", "any_tool", "turn", "source"),
-    "steps": Recipe("iou", False, "binary", "optional_tool", "turn", "source"),
-    "ran": Recipe("iou", True, "linear", "any_tool", "response", "call"),
+    "net": Recipe("coverage", True, "linear", "any_tool", "turn"),
+    "steps": Recipe("iou", False, "binary", "optional_tool", "turn"),
+    "ran": Recipe("iou", True, "linear", "any_tool", "response"),
 }
 """The project's own recipe, the paper's, and the released code's."""
 

@@ -47,11 +47,14 @@ class AnsweredGroup:
         Raises:
             ValueError: No judge is configured.
         """
-        replies = await gather(*(self.ask(prompt, max_tokens) for prompt in prompts), return_exceptions=True)
-        for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, JudgeError):
-                raise reply
-        return [reply if isinstance(reply, str) else None for reply in replies]
+
+        async def ask(prompt: str) -> str | None:
+            try:
+                return await self.ask(prompt, max_tokens)
+            except JudgeError:
+                return None
+
+        return list(await gather(*map(ask, prompts)))
 
 
 class RewardTerm:

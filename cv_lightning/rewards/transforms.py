@@ -70,19 +70,15 @@ def _inverse(name: str) -> str:
 
 
 def orientation_label(affine: Affine) -> str:
-    """Name of what a map does to the orientation: `identity`, a core operation, or `TURNED` for anything else."""
-    for name in ("identity", *sorted(ORIENTATION)):
-        like = dihedral_affine(name, 1, 1)
-        if _sign_pattern(affine) == _sign_pattern(like):
-            return name
-    return TURNED
+    """The change of orientation by a map: `identity`, a core operation, or `TURNED` for any other."""
+    signs = {_signs(dihedral_affine(name, 1, 1)): name for name in ("identity", *ORIENTATIONS)}
+    return signs.get(_signs(affine), TURNED)
 
 
-def _sign_pattern(affine: Affine) -> tuple[int, ...]:
-    scale = max(abs(affine.a), abs(affine.b), abs(affine.d), abs(affine.e))
-    return tuple(
-        0 if abs(v) <= 1e-6 * scale else (1 if v > 0 else -1) for v in (affine.a, affine.b, affine.d, affine.e)
-    )
+def _signs(affine: Affine) -> tuple[float, ...]:
+    linear = affine.a, affine.b, affine.d, affine.e
+    smallest = 1e-6 * max(map(abs, linear))
+    return tuple(0.0 if abs(value) <= smallest else math.copysign(1.0, value) for value in linear)
 
 
 # ------------------------------------------------------------------------------------------------ what was used
@@ -180,9 +176,8 @@ def step_credit(trajectory: Trajectory, expected: frozenset[str]) -> ToolCredit:
     for _, result in _successes(trajectory):
         core = sorted(result.effect.core if result.effect else (), key=lambda label: label == "crop")
         steps += core or [TURNED]
-    inverses = [expected_operations([name]) for name in reversed(trajectory.task.required_transforms) if name != "crop"]
-    order = [next(iter(labels)) for labels in inverses if labels]
-    order += ["crop"] if "crop" in expected else []
+    undone = [name for name in reversed(trajectory.task.required_transforms) if name != "crop"]
+    order = [label for name in undone for label in expected_operations([name])] + ["crop"] * ("crop" in expected)
     failed = any(turn.result is not None and turn.result.status is not ToolStatus.OK for turn in trajectory.turns)
     return replace(use, ordered=bool(order) and steps == order and not failed)
 

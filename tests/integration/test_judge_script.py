@@ -96,10 +96,3 @@ def test_a_server_that_never_answers_is_stopped(serve: list[str], tmp_path: Path
         for _ in range(100):
             os.kill(int((tmp_path / "judge.log.pid").read_text()), 0)
             subprocess.run(["sleep", "0.05"], check=True)
-
-
-def test_unknown_arguments_and_help(serve: list[str], tmp_path: Path) -> None:
-    assert run(serve, tmp_path, "--modell", "x").returncode == 2
-    shown = run(serve, tmp_path, "--help")
-    assert shown.returncode == 0
-    assert "--tp N" in shown.stdout

@@ -14,7 +14,6 @@ from PIL import Image
 from reward_samples import BOX, HEIGHT, WIDTH, Recorder, group, task
 
 from cv_lightning.images import dihedral_affine, iou, map_box
-from cv_lightning.orientations import to_upright
 from cv_lightning.rewards import AnsweredGroup, FunctionTerm, JudgeConfig, RewardConfig, RewardModule, RewardTerm
 from cv_lightning.rewards.config import COMPONENTS
 from cv_lightning.rewards.metrics import added, means, reward_sums
@@ -105,15 +104,6 @@ def test_the_order_of_transforms_matters(required: tuple[str, ...]) -> None:
     right = [undo[name] for name in reversed(required)]
     assert total(Recorder(task(*required, box=None)).call(*right).answer()) == pytest.approx(2.2)
     assert total(Recorder(task(*required, box=None)).call(*reversed(right)).answer()) < 1.7
-
-
-def test_to_upright_maps_pixels_back() -> None:
-    upright = Image.new("RGB", (7, 5))
-    upright.putpixel((1, 2), (255, 0, 0))
-    given = upright.transpose(Image.Transpose.ROTATE_90).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    x, y = next((x, y) for x in range(5) for y in range(7) if given.getpixel((x, y)) == (255, 0, 0))
-    back = to_upright(["rotate_90", "flip_vertical"], given.size)
-    assert map_box(back, (x, y, x + 1, y + 1)) == (1, 2, 2, 3)
 
 
 def test_a_crop_without_a_ground_truth_box_is_not_required() -> None:
