@@ -91,7 +91,7 @@ class BenchmarkFiles(RowFiles[Task]):
             check_text(answer, "an answer")
         if not images or not text or not question.answers:
             raise RowError("incomplete", "no image, no question or no answer")
-        # The question can be asked without an annotation that lies outside its image.
+        # An annotation outside its image is dropped; the question remains valid.
         box = question.box if question.box is not None and is_inside(question.box, images[0].size) else None
         metadata = dict(question.metadata)
         metadata["picture"] = cells_digest(question.images, folder)
@@ -163,7 +163,9 @@ class ChartQAPro(Benchmark):
         questions, answers, kind = _texts(row["Question"]), _texts(row["Answer"]), str(row["Question Type"])
         parts = [str(row.get("Paragraph") or "").strip()]
         if kind == "Conversational":
-            parts += [f"Q: {asked}\nA: {said}" for asked, said in zip(questions[:-1], answers[:-1], strict=True)]
+            parts += [
+                f"Q: {question}\nA: {answer}" for question, answer in zip(questions[:-1], answers[:-1], strict=True)
+            ]
         return Question(
             text="\n\n".join([*(part for part in parts if part), questions[-1]]),
             images=[row["image"]],

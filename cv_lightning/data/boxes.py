@@ -57,6 +57,23 @@ def is_inside(box: Box, size: tuple[int, int]) -> bool:
     return inside and left < right and top < bottom
 
 
+def fit_box(box: Box, size: tuple[int, int], given: str, hint: str = "") -> Box:
+    """The part of a box that lies inside its image.
+
+    Args:
+        box: A box in pixels of the image.
+        size: (width, height) of the image.
+        given: Key and value, for the message.
+        hint: Advice at the end of the message.
+
+    Raises:
+        RowError: The box is inverted, or outside the image by more than `BOX_SLACK_PX`.
+    """
+    if not is_inside(box, size):
+        raise RowError("box", f"{given} is inverted or outside its {size[0]}x{size[1]} image{hint}")
+    return clip_box(box, size)
+
+
 def clip_box(box: Box, size: tuple[int, int]) -> Box:
     """The part of a box that lies inside an image of this size (width, height)."""
     return max(0.0, box[0]), max(0.0, box[1]), min(float(size[0]), box[2]), min(float(size[1]), box[3])

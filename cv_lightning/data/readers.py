@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cv_lightning.data.benchmark import scored_by
-from cv_lightning.data.boxes import clip_box, is_fraction, is_inside, parse_box
+from cv_lightning.data.boxes import fit_box, is_fraction, parse_box
 from cv_lightning.data.chunks import ParquetRows
 from cv_lightning.data.image_cells import load_images
 from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing
@@ -232,30 +232,24 @@ def _ground_truth(reward_model: Any, extra: Mapping[str, Any]) -> tuple[str, lis
     truth = next((value for value in found if not is_missing(value)), None)
     if truth is None or truth == [] or (isinstance(truth, str) and not truth.strip()):
         raise RowError("no answer", "neither reward_model.ground_truth nor extra_info.answer holds an answer")
-    several = [text.strip() for text in truth] if isinstance(truth, list) and all(map(_is_said, truth)) else []
+    is_list_of_texts = isinstance(truth, list) and all(isinstance(text, str) and text.strip() for text in truth)
+    several = [text.strip() for text in truth] if is_list_of_texts else []
     text = truth if isinstance(truth, str) else json.dumps(truth, ensure_ascii=False, default=str)
     further = _parsed(extra.get("accepted_answers"), "extra_info.accepted_answers")
     further = [answer for answer in (further if isinstance(further, list) else [further]) if not is_missing(answer)]
     if not all(isinstance(answer, str | int | float) for answer in further):
         raise RowError("accepted answers", f"extra_info.accepted_answers {further} is not a list of answers")
-    accepted = [
-        *(several if len(several) > 1 else []),
-        *map(str, further),
-    ]  # unchanged: the metric normalises them
+    accepted = [*(several if len(several) > 1 else []), *map(str, further)]  # unchanged: the metric normalises them
     for answer in (text, *accepted):
         check_text(answer, "an accepted answer")
     return several[0] if several else text, accepted
 
 
 def _without_missing(value: Any) -> Any:
-    """A list loses what is missing in it, and is missing itself where nothing else was in it."""
+    """A list without its missing entries, None if no other is left; any other value unchanged."""
     if isinstance(value, list) and value:
         return [answer for answer in value if not is_missing(answer)] or None
     return value
-
-
-def _is_said(answer: Any) -> bool:
-    return isinstance(answer, str) and bool(answer.strip())
 
 
 def parse_transforms(value: Any) -> tuple[str, ...]:
@@ -291,7 +285,7 @@ def raw_box(extra: Mapping[str, Any]) -> Box | None:
     Raises:
         RowError: It is not four finite numbers.
     """
-    key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
+    key = _box_key(extra)
     return parse_box(extra.get(key), f"extra_info.{key}")
 
 
@@ -308,14 +302,11 @@ def _box(
             f"a box of {list(given)} lies within 0..1: fractions of its {size[0]}x{size[1]} image? Boxes are pixels; "
             "multiply by width and height",
         )
-    box = given
-    if config.bbox_frame == "upright":
-        box = turn_box(given, transforms, turned_size(size, transforms))
-    if not is_inside(box, size):
-        key = "bbox" if extra.get("bbox") is not None else "bbox_2d"
-        raise RowError(
-            "box",
-            f"extra_info.{key} {list(given)} is inverted or outside its {size[0]}x{size[1]} image; boxes are pixels, "
-            f"and bbox_frame is {config.bbox_frame!r}",
-        )
-    return clip_box(box, size)
+    upright = config.bbox_frame == "upright"
+    box = turn_box(given, transforms, turned_size(size, transforms)) if upright else given
+    hint = f"; boxes are pixels, and bbox_frame is {config.bbox_frame!r}"
+    return fit_box(box, size, f"extra_info.{_box_key(extra)} {list(given)}", hint)
+
+
+def _box_key(extra: Mapping[str, Any]) -> str:
+    return "bbox" if extra.get("bbox") is not None else "bbox_2d"

@@ -77,7 +77,7 @@ def conversation_of_item(
         RowError: The item cannot be used.
     """
     system, speakers = _speakers(item)
-    marks = sum(said.text.count(IMAGE_MARK) for said in speakers)
+    marks = sum(entry.text.count(IMAGE_MARK) for entry in speakers)
     if IMAGE_MARK in system:
         raise RowError("image marks", f"the system message holds an {IMAGE_MARK} mark; only human and tool turns may")
     names = item.get("images") or []
@@ -135,11 +135,11 @@ def _speakers(item: Any) -> tuple[str, list[_Entry]]:
         system = system or speakers[0].text
         speakers = speakers[1:]
     expected = ["human"] + ["gpt", "tool"] * (len(speakers) // 2)
-    given = [said.speaker for said in speakers]
+    given = [entry.speaker for entry in speakers]
     if len(speakers) < 2 or given != expected[: len(speakers)]:
         order = ", ".join(given)[:300]
         raise RowError("conversations", f"turns must be human, then gpt and tool in turn; they are: {order}")
-    if not any(said.learn for said in speakers[1::2]):
+    if not any(entry.learn for entry in speakers[1::2]):
         raise RowError("nothing to learn", "every gpt turn says loss: false or weight: 0")
     return system, speakers
 

@@ -66,7 +66,7 @@ class DigitDemonstrations:
         digits: Look, kinds and seed of the scenes.
         config: In which scenes the tool is used.
         execute: Runs the snippets of the demonstrations.
-        warm_up_steps: Steps, at the start, whose conversations have one turn each.
+        warm_up_steps: Number of steps, at the start, with conversations of one turn.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class DigitDemonstrations:
 
 
 class HeldOutScenes:
-    """So many scenes of each kind made of held-out digits, kinds in turn so that every stretch has all of them.
+    """Scenes of held-out digits, a given number of each kind; the kinds alternate.
 
     Args:
-        config: looks and seed.
-        counts: number of scenes of each kind.
+        config: Look and seed of the scenes.
+        counts: Number of scenes of each kind.
 
     Raises:
-        ValueError: a kind that does not exist, or a negative number.
+        ValueError: A kind does not exist, or a number is negative.
     """
 
     def __init__(self, config: DigitsConfig, counts: Mapping[str, int]) -> None:

@@ -12,11 +12,10 @@ from PIL import Image
 
 from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
 from cv_lightning.data.rows import RowError
-from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, problems_of, within
+from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, answer_problems, problems_of, within
 from cv_lightning.factory.plans import ConversationPlan, Kind, PlanConfig, PlannedTurn, given_image, make_plan
 from cv_lightning.factory.table import VqaRow
 from cv_lightning.factory.teacher import CropFrame, EarlierMessage, Teacher, TurnRequest
-from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations
@@ -57,6 +56,8 @@ class Composition:
     completion_tokens: int = 0
     retries: int = 0
     """Turns that were written again."""
+    judged: bool = False
+    """The judge accepted a final answer that the rules refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Composer:
                 outcome.problem = Problem(f"turn refused: {step.action}", refusal)
                 return
             messages += _messages(player.turns[-1], player.images)
-        facts = await self._judged(facts, player.turns[-1])
+        facts = replace(facts, judged=outcome.judged)
         found = problems_of(facts, player.turns, player.images)
         outcome.problem = found[0] if found else None
         outcome.facts, outcome.turns, outcome.steps = facts, player.turns, tuple(plan.steps)
@@ -123,25 +124,20 @@ class Composer:
                 raise SandboxError(turn.result.error)
             refusal = refusal_of(request.step, turn, image, facts, player)
             if not refusal and request.step.action == "answer":
-                refusal = await self._answer_refusal(facts, turn)
+                refusal = await self._answer_refusal(facts, turn.parsed.answer or "", outcome)
             if not refusal:
                 player.keep(turn, image)
                 return ""
         return refusal
 
-    async def _answer_refusal(self, facts: Facts, turn: Played) -> str:
-        judged = await self._judged(facts, turn)
-        if judged.judged or _is_right_by_rule(facts, turn):
+    async def _answer_refusal(self, facts: Facts, answer: str, outcome: Composition) -> str:
+        """The reason why an answer is refused, by the rules and then by the judge; empty if it is right."""
+        if not answer_problems(facts, answer):
             return ""
-        return f"the answer {turn.parsed.answer!r} is not right; it is {facts.answer!r}"
-
-    async def _judged(self, facts: Facts, turn: Played) -> Facts:
-        """The facts, marked as judged if the judge accepts an answer that the rules refuse."""
-        answer = turn.parsed.answer
-        if self.verdict is None or not answer or _is_right_by_rule(facts, turn):
-            return facts
-        value = await self.verdict(facts.question, facts.answer, answer, facts.data_source)
-        return replace(facts, judged=value > CORRECT_ABOVE)
+        if self.verdict is not None and answer:
+            value = await self.verdict(facts.question, facts.answer, answer, facts.data_source)
+            outcome.judged = value > CORRECT_ABOVE
+        return "" if outcome.judged else f"the answer {answer!r} is not right; it is {facts.answer!r}"
 
 
 def facts_of(candidate: Candidate, plan: ConversationPlan) -> Facts:
@@ -168,10 +164,6 @@ def _messages(turn: Played, images: list[TrajectoryImage]) -> list[EarlierMessag
     elif turn.result is not None:
         messages.append(EarlierMessage(role="tool", text=TOOL_ERROR.format(error=turn.result.error)))
     return messages
-
-
-def _is_right_by_rule(facts: Facts, turn: Played) -> bool:
-    return rule_score(turn.parsed.answer, facts.answer, facts.question).value > CORRECT_ABOVE
 
 
 # ------------------------------------------------------------------------------------------------ one step

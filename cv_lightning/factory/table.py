@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from cv_lightning.data.boxes import clip_box, is_inside, parse_box
+from cv_lightning.data.boxes import fit_box, parse_box
 from cv_lightning.data.image_cells import image_source, load_image
 from cv_lightning.data.rows import RowError, RowIndex, RowProblems, expand_files, is_missing
 from cv_lightning.data.tables import open_table
@@ -177,11 +177,7 @@ def read_box(value: Any, size: tuple[int, int], name: str) -> Box | None:
         RowError: It is not a box, inverted, or outside the image.
     """
     box = parse_box(value, f"column {name!r}:")
-    if box is None:
-        return None
-    if not is_inside(box, size):
-        raise RowError("box", f"column {name!r}: {value} is inverted or outside its {size[0]}x{size[1]} image")
-    return clip_box(box, size)
+    return None if box is None else fit_box(box, size, f"column {name!r}: {value}")
 
 
 def _regions(value: Any, size: tuple[int, int], name: str) -> tuple[Region, ...]:
