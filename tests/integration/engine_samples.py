@@ -1,4 +1,4 @@
-"""Requests with images for a real engine, and what the trainer says of what came back."""
+"""Requests with images for a real engine, and the trainer's log-probabilities of its tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = [[(96, 96)], [(64, 96), (128, 64)], [(96, 96), (96, 64), (64, 160)], [(
 
 @dataclass
 class Policy:
-    """A trainer's side: model, adapter, encoder."""
+    """The parts of a trainer: model, adapter, encoder."""
 
     path: Path
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class Policy:
 
     @torch.no_grad()
     def perturb(self, seed: int, scale: float = 0.05) -> None:
-        """Change every parameter, so that every path of a sync shows."""
+        """Change every parameter, so that a missed one shows after a sync."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.model.parameters():
             parameter += scale * torch.randn(parameter.shape, generator=generator)

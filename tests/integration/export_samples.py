@@ -1,4 +1,4 @@
-"""What tests of exports share: finished runs of a tiny model with their checkpoints, and comparisons of folders."""
+"""Shared by tests of exports: finished runs of a tiny model with checkpoints, and comparisons of folders."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fit_in_process(model: Path, run: Path, *more: str) -> Path:
 
 
 def fit_two_ranks(model: Path, run: Path, *more: str) -> Path:
-    """Under ZeRO-3, which leaves a process group behind: in processes of their own."""
+    """A run under ZeRO-3, in separate processes because it leaves a process group behind."""
     command = [sys.executable, "-m", "cv_lightning", *fit_arguments(model, run, *ZERO, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -43,7 +43,7 @@ class Refused(Exception):
 
 
 class Broken(Exception):
-    """What ends the scheduler of a real server; answered with HTTP 500."""
+    """Parameters that end the scheduler of a real server; answered with HTTP 500."""
 
 
 class ModelServer:
@@ -314,6 +314,6 @@ def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     return Handler

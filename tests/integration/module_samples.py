@@ -1,4 +1,4 @@
-"""What tests of the modules share: a short fit, groups made of demonstrations, settings."""
+"""Shared by tests of the modules: a short fit, groups made of demonstrations, settings."""
 
 from __future__ import annotations
 

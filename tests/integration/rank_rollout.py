@@ -41,7 +41,7 @@ AGENT = AgentConfig(max_turns=3, max_turn_tokens=12, max_images=3, prompt=Prompt
 
 
 class CallingFirst:
-    """A real engine whose first turns end with a tool call, whatever the policy says."""
+    """A real engine whose first turns end with a tool call, independent of the policy."""
 
     def __init__(self, engine: Engine, call_ids: tuple[int, ...]) -> None:
         self.engine, self.call_ids = engine, call_ids
@@ -62,7 +62,7 @@ class CallingFirst:
 
 
 class Watching(pl.Callback):
-    """Keeps what was rolled out, and makes rank 0's engine call the tool in validations."""
+    """Keeps the rolled out groups, and makes rank 0's engine call the tool in validations."""
 
     def __init__(self, rollout: RolloutCallback) -> None:
         self.rollout = rollout
@@ -77,7 +77,7 @@ class Watching(pl.Callback):
         self.seen.append({"metrics": metrics, "groups": groups})
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The tool is called on rank 0."""
+        """Make rank 0 call the tool."""
         assert isinstance(module, GRPOModule) and self.rollout.parts is not None
         if trainer.global_rank == 0:
             ids = module.encoder.assistant_ids(CALL)
@@ -94,13 +94,13 @@ def _summary(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def score(self: RewardModule, group: Group) -> None:
-    """A random policy earns nothing; here every group has something to learn from."""
+    """A reward that differs within every group, unlike that of a random policy."""
     for trajectory in group.trajectories:
         trajectory.reward = RewardBreakdown(components={}, total=float(trajectory.sample))
 
 
 def run(checkpoint: Path, folder: Path, ranks: int, tensor_parallel: int, rank: int) -> None:
-    """Train, validate, write."""
+    """Train, validate and write the results of one rank."""
     RewardModule.score_group = score  # type: ignore[method-assign]
     agent = AGENT if rank or ranks == 1 or tensor_parallel > 1 else replace(AGENT, max_turn_tokens=40)
     sizes = EngineConfig(

@@ -62,7 +62,7 @@ EXACT: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run."""
+    """Settings of one training run."""
 
     checkpoint: str
     module: Literal["sft", "grpo"] = "grpo"
@@ -78,13 +78,13 @@ class Run:
     seed: int = 0
     """Seed of the data."""
     micro_batches: int = 0
-    """As many conversations on each rank, each a micro-batch of its own, and the gradients that they add up to."""
+    """Train on so many conversations on each rank, one per micro-batch, and keep the sum of their gradients."""
     accumulation: Literal["float32", "policy"] = "float32"
     communication: Literal["policy", "float32"] = "policy"
     start_check: bool = False
-    """Of supervised fine-tuning, on a batch of which the first rank has nothing."""
+    """Make the start-up check of SFT, on a batch of which the first rank has nothing."""
     fault: Literal["", "dropped_micro_batch", "rotary", "shifted_position"] = ""
-    """Planted: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift the
+    """Planted fault: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift the
     positions behind the first image."""
     resume_at: int = 0
     """Stop after this many batches and resume in a new module from the checkpoint; 0 for an uninterrupted run."""
@@ -92,23 +92,23 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came out of it."""
+    """Result of a run."""
 
     metrics: dict[str, list[float]]
-    """Of every batch, by name."""
+    """Metrics of every batch, by name."""
     weights: dict[str, torch.Tensor]
     shapes: list[tuple[int, ...]]
-    """Of this rank's parameters before the first step, policy and reference."""
+    """Shapes of this rank's parameters before the first step, policy and reference."""
     loaded: dict[str, torch.Tensor]
-    """The whole tensors before the first step."""
+    """Unsharded tensors before the first step."""
     buffers: dict[str, torch.Tensor]
-    """Of policy and reference, before the first step."""
+    """Buffers of policy and reference before the first step."""
     gradients: dict[str, torch.Tensor]
-    """What the last step was taken on, where `micro_batches` asks for it."""
+    """Gradients of the last step, if `micro_batches` is set."""
     exact_gradients: dict[str, torch.Tensor]
     """The same micro-batches through a plain copy of the policy, their gradients summed in float64."""
     error: str
-    """What a start-up check refused the run with; empty where none did."""
+    """Error of a failed start-up check, or empty."""
 
 
 class Watch(pl.Callback):
@@ -205,7 +205,7 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
 
 
 class OffloadingRanks(CPUDeepSpeedStrategy):
-    """What only GPUs have a use for, for its bookkeeping."""
+    """A stand-in for a GPU tool that only keeps books."""
 
     def __init__(self, stage: Literal[2, 3]) -> None:
         super().__init__(stage)
@@ -345,7 +345,7 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Perform runs one after the other."""
+    """Make runs one after the other."""
     base.packed_logprobs = partial(packed_logprobs, chunk_tokens=CHUNK)  # type: ignore[attr-defined]
     runs = json.loads((folder / "runs.json").read_text())
     for name in names:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from cv_lightning.callbacks.watchdog import Watchdog
 
 NEVER_S = 600
-"""Longer than the test waits."""
+"""Seconds that are longer than the test waits."""
 
 
 class Trouble(pl.LightningModule):
@@ -43,7 +43,7 @@ class Trouble(pl.LightningModule):
         self.layer = torch.nn.Linear(1, 1)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        """A loss, or trouble."""
+        """Return a loss, or make trouble."""
         troubled = self.global_rank == (0 if self.mode == "first_killed" else 1)
         if batch_idx == 1 and troubled:
             subprocess.Popen(["sleep", str(NEVER_S)])  # has to go with the rank
@@ -66,7 +66,7 @@ class Trouble(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Any."""
+        """Any optimizer."""
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 

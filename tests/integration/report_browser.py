@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by just enough of the DevTools protocol."""
+"""A headless Chromium, driven by the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """Just enough of the DevTools protocol."""
+    """A Chromium process and its DevTools connection."""
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 900) -> None:
         assert CHROMIUM is not None
         self.problems: list[str] = []
-        """What the console complained of."""
+        """Warnings and errors of the console."""
         self.requests: list[str] = []
-        """Everything that was asked for, but data URIs."""
+        """URLs of all requests, without data URIs."""
         self.process = subprocess.Popen(
             [
                 CHROMIUM,

@@ -1,4 +1,4 @@
-"""What tests of resuming share: small runs in processes of their own that can be killed, and what a run leaves."""
+"""Shared by tests of resuming: small runs in separate processes that can be killed, and readers of their files."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ EVERY = 2
 
 
 def variety(trajectory: Trajectory, score: float) -> float:
-    """A reward that a random policy earns: differs within most groups, not in all."""
+    """A reward for a random policy that differs within most groups, not in all."""
     return float(sum(trajectory.token_ids) % 4)
 
 
 def write_grpo(path: Path, policy: Path, *, iterations: int, engine: str = "transformers") -> Path:
-    """A run with all that has a state: optimizer, schedule, reference, leftover tasks; and with a validation."""
+    """A GRPO run with every part that has a state (optimizer, schedule, reference, waiting tasks) and a validation."""
     rollout = {
         "num_samples": 2,
         "agent": AGENT,
@@ -148,11 +148,11 @@ class Run:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """Exit code; None while the run continues."""
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def finish(self, expect: int = 0) -> str:
-        """Wait for the end; returns what it printed."""
+        """Wait for the end of the run; returns its output."""
         deadline = time.monotonic() + 600
         while self.exit_code is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -163,7 +163,7 @@ class Run:
         return output
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until something holds, while it runs."""
+        """Wait until a condition holds, while the run continues."""
         begun = time.monotonic()
         while not condition():
             assert self.exit_code is None and time.monotonic() - begun < 600, self.log.read_text()[-4000:]
@@ -175,7 +175,7 @@ class Run:
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL to every rank, as from a machine that goes down."""
+        """Send SIGKILL to every rank, as if the machine went down."""
         assert self.process.pid is not None
         if isinstance(self.process, subprocess.Popen):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -199,7 +199,7 @@ class Run:
 
 
 def random_moment(iterations: int) -> float:
-    """Of a kill; printed, so that a failure can be repeated."""
+    """Seed of a kill; printed, so that a failure can be repeated."""
     moment = random.SystemRandom().uniform(1, iterations - 0.5)
     print(f"killed at iteration {moment:.3f}")
     return moment
@@ -213,20 +213,20 @@ def durations(folder: Path) -> float:
 
 # ---------------------------------------------------------------------------------------------- what a run leaves
 def rows(folder: Path) -> list[dict[str, str]]:
-    """Of `metrics.csv`."""
+    """The rows of `metrics.csv`."""
     path = folder / "metrics.csv"
     return list(csv.DictReader(path.open())) if path.is_file() else []
 
 
 def figures(folder: Path) -> list[dict[str, str]]:
-    """The rows without what measures time."""
+    """The rows without metrics of time."""
     return [
         {k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith("_per_s")} for row in rows(folder)
     ]
 
 
 def trajectories(folder: Path) -> dict[str, list[Any]]:
-    """The stored groups by file, without what measures time."""
+    """The stored groups by file, without measured times."""
     return {
         path.name: [_timeless(json.loads(line)) for line in path.open()]
         for path in sorted((folder / "trajectories").glob("*.jsonl"))
@@ -240,7 +240,7 @@ def _timeless(value: Any) -> Any:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """The run's last checkpoint; of DeepSpeed's every file."""
+    """The run's last checkpoint; every file of a DeepSpeed folder."""
     path = last_checkpoint(folder)
     assert path is not None
     if path.is_dir():
@@ -251,7 +251,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def assert_same_state(left: Any, right: Any, where: str = "checkpoint") -> None:
-    """Bit for bit; times in the logged row aside."""
+    """Assert that two states are equal bit for bit, except for times in the logged row."""
     if left is right:
         return
     assert type(left) is type(right), where
@@ -273,7 +273,7 @@ def assert_same_state(left: Any, right: Any, where: str = "checkpoint") -> None:
 
 
 def assert_same_run(left: Path, right: Path) -> None:
-    """The same metrics, trajectories, weights, optimizer, loaders, queues and generators, bit for bit."""
+    """Assert equal metrics, trajectories, weights, optimizer, loaders, queues and generators, bit for bit."""
     assert figures(left) == figures(right)
     assert trajectories(left) == trajectories(right)
     assert_same_state(state(left), state(right))

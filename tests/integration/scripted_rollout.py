@@ -1,4 +1,4 @@
-"""Fixed answers of a pretended policy through the real loop, sandbox, rewards, collector and store."""
+"""Fixed answers of a scripted policy through the real loop, sandbox, rewards, collector and store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cv_lightning.types import Task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ("quickstart/reward", "quickstart/reward_accuracy", "reward/default", "reward/paper", "reward/reference")
-"""What the same trajectories are scored by; the first is the collector's, the others see them afterwards."""
+"""Reward recipes that score the trajectories; the collector uses the first one, the others score afterwards."""
 UNDO = {"rotate_90": "ROTATE_270", "rotate_270": "ROTATE_90", "rotate_180": "ROTATE_180"}
 UNDO |= {"flip_horizontal": "FLIP_LEFT_RIGHT", "flip_vertical": "FLIP_TOP_BOTTOM"}
 CROP = "result = image.crop(({0}, {1}, {2}, {3}))"
@@ -49,7 +49,7 @@ def answer(text: str) -> str:
 
 
 def solution(task: Task) -> list[str]:
-    """Calls that turn the scene upright and crop the number, where it is turned or small."""
+    """Calls that rotate a turned scene upright and crop a small number."""
     calls = []
     if applied := task.metadata["applied"]:
         calls.append(call(f"result = image.transpose(Image.{UNDO[applied]})"))
@@ -59,7 +59,7 @@ def solution(task: Task) -> list[str]:
 
 
 def scripts(task: Task) -> list[list[str]]:
-    """What the samples of a task say, turn by turn; the last turn is said again for as long as it is asked."""
+    """Turns of the samples of a task; the last turn is repeated for as long as it is requested."""
     right, wrong = answer(task.ground_truth), answer("999")
     width, height = task.images[0].size
     half = CROP.format(0, 0, width // 2, height)
@@ -126,7 +126,7 @@ def rolled_out(encoder: DialogueEncoder, folder: Path) -> dict[str, Any]:
 
 
 def recipe(name: str) -> RewardConfig:
-    """A reward recipe of `configs`, its judge left out."""
+    """A reward recipe of `configs`, without its judge."""
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--reward", type=RewardConfig)
     found: Callable[..., Any] = parser.instantiate

@@ -1,4 +1,4 @@
-"""A stand-in for what vLLM's GPU worker loses while it sleeps; the CPU build takes the calls and keeps everything."""
+"""Simulates the memory that vLLM's GPU worker loses while it sleeps; the CPU build keeps everything."""
 
 from __future__ import annotations
 

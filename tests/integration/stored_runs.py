@@ -1,4 +1,4 @@
-"""What tests of stored runs share: copies of tests/fixtures that commands may write into, and what files hold."""
+"""Shared by tests of stored runs: copies of tests/fixtures that commands may write into, and readers of files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def copied(folder: Path) -> Path:
 
 
 def command(folder: Path, *arguments: str) -> str:
-    """Run a command of the package in a folder; returns what it printed.
+    """Run a command of the package in a folder; returns its output.
 
     Raises:
         AssertionError: it failed.
@@ -57,7 +57,7 @@ def resumed(folder: Path, name: str) -> dict[str, Any]:
 
 
 def rows_of(file: str) -> list[Any]:
-    """What a data file says, row by row, as JSON values; images by their sizes."""
+    """The rows of a data file as JSON values, with images replaced by their sizes."""
     path = str(FIXTURES / "data" / file)
     if file in CONVERSATIONS:
         read = ConversationFiles([path], ReaderConfig())
@@ -111,5 +111,5 @@ def _settings(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_yaml(path: Path) -> Any:
-    """A config as it stands in its file."""
+    """The config in a file, unchanged."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))

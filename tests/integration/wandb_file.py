@@ -1,4 +1,4 @@
-"""What an offline W&B run wrote, in W&B's own records (its file is LevelDB's log format)."""
+"""Reads the records of an offline W&B run, whose file has LevelDB's log format."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """What was logged, a row each."""
+    """The logged rows."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in records(path)
