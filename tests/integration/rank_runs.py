@@ -84,8 +84,8 @@ class Run:
     start_check: bool = False
     """Make the start-up check of SFT, on a batch of which the first rank has nothing."""
     fault: Literal["", "dropped_micro_batch", "rotary", "shifted_position"] = ""
-    """Planted fault: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift the
-    positions behind the first image."""
+    """Planted fault: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift
+    the positions behind the first image."""
     resume_at: int = 0
     """Stop after this many batches and resume in a new module from the checkpoint; 0 for an uninterrupted run."""
 
@@ -205,7 +205,7 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
 
 
 class OffloadingRanks(CPUDeepSpeedStrategy):
-    """A stand-in for a GPU tool that only keeps books."""
+    """ZeRO that offloads the optimizer to the CPU. Only GPUs benefit; here its bookkeeping is tested."""
 
     def __init__(self, stage: Literal[2, 3]) -> None:
         super().__init__(stage)
