@@ -53,7 +53,7 @@ def drop_privileges(enabled: bool) -> str:
         return f"active (uid {os.geteuid()}, not root)"
     if not enabled:
         return "off"
-    usable = all(_usable_by(SANDBOX_UID, path) for path in (os.__file__, *_packages()))
+    usable = all(_usable_by(SANDBOX_UID, path) for path in (os.__file__, *packages()))
     if usable and _become(SANDBOX_UID):
         return f"active (uid {SANDBOX_UID})"
     if not _drop_capabilities():
@@ -90,7 +90,8 @@ def enter_namespaces(enabled: bool) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ file system
-def _packages() -> list[str]:
+def packages() -> list[str]:
+    """Folders of installed packages on `sys.path`."""
     return [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
 
 
@@ -102,7 +103,7 @@ def library_paths() -> list[str]:
     shared = glob.glob(os.path.join(glob.escape(sys.base_prefix), "lib", "*.so*"))
     zipped = [path for path in sys.path if path == os.path.join(sys.base_prefix, "lib", os.path.basename(path))]
     system = ["/usr/lib", "/lib", "/lib64", "/usr/share/fonts", "/usr/share/zoneinfo"]
-    paths = [sysconfig.get_path("stdlib"), *_packages(), *(path for path in zipped if path.endswith(".zip"))]
+    paths = [sysconfig.get_path("stdlib"), *packages(), *(path for path in zipped if path.endswith(".zip"))]
     return [path for path in (*paths, *shared, *system) if os.path.exists(path)]
 
 

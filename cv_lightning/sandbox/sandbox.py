@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import CancelledError
@@ -31,6 +32,8 @@ F_ADD_SEALS, SEAL, SHRINK, GROW, FUTURE_WRITE = 1033, 1, 2, 4, 16
 """F_SEAL_WRITE is not used: it may fail with EBUSY while the kernel holds a page. FUTURE_WRITE is as good for a new
 file, which no process has mapped."""
 
+INVALID_CHARACTERS = re.compile("[\0\ud800-\udfff]")
+"""Null characters and lone surrogates."""
 SCIENCE_NAMES = ("skimage", "scipy", "matplotlib")
 """Code that names one of these runs on a server that has them loaded."""
 
@@ -253,7 +256,7 @@ def _rejection(image: Image.Image, code: str, max_code_chars: int) -> SandboxRes
     elif len(code) > max_code_chars:
         kind = "too_long"
         text = f"the code has {len(code)} characters, at most {max_code_chars}; send a shorter snippet"
-    elif "\0" in code or not _is_unicode(code):
+    elif INVALID_CHARACTERS.search(code):
         kind, text = "not_text", "the code holds null characters or broken Unicode; send plain Python source"
     elif not isinstance(image, Image.Image):
         kind = "no_image"
@@ -264,14 +267,6 @@ def _rejection(image: Image.Image, code: str, max_code_chars: int) -> SandboxRes
     else:
         return None
     return SandboxResult(status=ToolStatus.REJECTED, error=text, error_kind=kind)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates
-        return False
-    return True
 
 
 def _abandon(job: Job) -> None:

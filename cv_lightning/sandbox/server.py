@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
 from cv_lightning.sandbox.heap import TUNABLES
+from cv_lightning.sandbox.layers import packages
 from cv_lightning.sandbox.private_root import is_within
 
 log = logging.getLogger(__name__)
@@ -136,18 +137,14 @@ class Server:
 
 def _search_path() -> str:
     """Folders of the project and the packages of this process; -I drops PYTHONPATH, which may name them."""
-    return ":".join([*filter(_holds_packages, sys.path), _ROOT])
-
-
-def _holds_packages(path: str) -> bool:
-    return os.path.basename(path) in ("site-packages", "dist-packages")
+    return ":".join([*packages(), _ROOT])
 
 
 def private_folders() -> list[str]:
     """Folders of this process that no snippet may read: the repository, the working folder, projects on `sys.path`."""
-    libraries = [sysconfig.get_path("stdlib"), *filter(_holds_packages, sys.path)]
+    libraries = [sysconfig.get_path("stdlib"), *packages()]
     projects = [path for path in sys.path if not any(is_within(path, folder) for folder in libraries)]
     with contextlib.suppress(OSError):  # the working folder was deleted
         projects.append(os.getcwd())
-    found = {os.path.realpath(path) for path in (_ROOT, *projects) if os.path.isdir(path) and not _holds_packages(path)}
-    return sorted(found)
+    found = (path for path in (_ROOT, *projects) if os.path.isdir(path) and path not in libraries)
+    return sorted(set(map(os.path.realpath, found)))

@@ -34,12 +34,16 @@ from cv_lightning.sandbox.wire import MAX_ARGUMENTS, MAX_CLAIMS, MAX_OPERATIONS,
 from cv_lightning.types import ERASED, IDENTITY, Affine, Operation
 
 ORIGIN = "_cvl_origin"
-PIL_METHODS = (
-    "rotate transpose crop resize transform filter convert thumbnail reduce point quantize paste alpha_composite "
-    "putalpha copy effect_spread"
+METHODS = (
+    "Image.transpose Image.filter Image.convert Image.point Image.quantize Image.paste Image.alpha_composite "
+    "Image.putalpha Image.copy Image.effect_spread"
 ).split()
-IN_PLACE = {"Image.thumbnail", "Image.paste", "Image.alpha_composite", "Image.putalpha"}
-"""Calls that change their image and return nothing; drawing calls of OpenCV are treated in the same way."""
+"""Methods of images that are traced besides those of the tables in `geometry`."""
+IN_PLACE = {
+    *("Image.thumbnail", "Image.paste", "Image.alpha_composite", "Image.putalpha"),
+    *(call for call, name in PLAIN.items() if name == "draw"),
+}
+"""Calls that change their image."""
 CV2_NAMES = {
     "rotate": ("src", "code"),
     "flip": ("src", "code"),
@@ -287,53 +291,39 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
     return {**arguments, **extra} if isinstance(extra, dict) else arguments
 
 
-def _wrap_pil_method(name: str) -> None:
-    original = getattr(Image.Image, name)
-    signature, call = inspect.signature(original), f"Image.{name}"
-
-    def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
-        arguments = _bound(signature, args, kwargs)
-        source = arguments.pop("self")
-        if name == "filter":
-            arguments = filter_arguments(arguments["filter"])
-        elif name == "thumbnail":
-            arguments = {"size": source.size}
-        TRACER.record(call, arguments, source, source if call in IN_PLACE else result, size)
-
-    setattr(Image.Image, name, _wrap(original, note))
-
-
-def _wrap_function(call: str) -> None:
-    """Wrap a function of a loaded library, named as `ImageOps.mirror`, `cv2.flip` or `skimage.util.invert`."""
+def _wrap_call(call: str) -> None:
+    """Wrap a method of images (`Image.rotate`) or a function of a loaded library (`ImageOps.mirror`, `cv2.flip`)."""
     folder, _, name = call.rpartition(".")
-    module = ImageOps if folder == "ImageOps" else sys.modules.get(folder)
-    original = getattr(module, name, None)
+    owner: Any = {"Image": Image.Image, "ImageOps": ImageOps}.get(folder) or sys.modules.get(folder)
+    original = getattr(owner, name, None)
     if original is None:
         return
-    is_cv2 = folder == "cv2"
-    signature = None if is_cv2 else inspect.signature(original)
+    signature = None if folder == "cv2" else inspect.signature(original)
 
     def note(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: Size | None) -> None:
-        if signature is not None:
+        if signature is None:
+            source: Any = args[0] if args else kwargs.get("src")
+            arguments = _cv2_arguments(name, args, kwargs)
+        else:
             arguments = _bound(signature, args, kwargs)
             source = arguments.pop(next(iter(arguments)))
-        else:
-            arguments = _cv2_arguments(CV2_NAMES.get(name, ("src",)), args, kwargs)
-            source = args[0] if args else kwargs.get("src")
-            arguments.pop("src", None)
-            arguments.pop("dst", None)
+        if call == "Image.filter":
+            arguments = filter_arguments(arguments["filter"])
+        elif call == "Image.thumbnail":
+            arguments = {"size": source.size}
         out = result[1] if isinstance(result, tuple) and len(result) == 2 else result
-        TRACER.record(call, arguments, source, source if is_cv2 and PLAIN.get(call) == "draw" else out)
+        TRACER.record(call, arguments, source, source if call in IN_PLACE else out, size)
 
-    setattr(module, name, _wrap(original, note))
+    setattr(owner, name, _wrap(original, note))
 
 
-def _cv2_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _cv2_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = CV2_NAMES.get(name, ("src",))
     arguments = dict(zip([*names, *(f"arg{i}" for i in range(len(names), 8))], args, strict=False))
     arguments.update({CV2_KEYWORDS.get(key, key): value for key, value in kwargs.items()})
     if "matrix" in arguments:
         arguments["matrix"] = tuple(float(v) for v in np.asarray(arguments["matrix"]).ravel()[:6])
-    return arguments
+    return {key: value for key, value in arguments.items() if key not in ("src", "dst")}
 
 
 def _wrap_enhancer(name: str) -> None:
@@ -377,14 +367,11 @@ def _wrap_conversions() -> None:
 
 def install() -> None:
     """Wrap the libraries of this process. Once, in the fork server, before any snippet."""
-    for name in PIL_METHODS:
-        _wrap_pil_method(name)
+    for call in (*METHODS, *TURNS, *GEOMETRIC, *RESIZES, *PLAIN):
+        _wrap_call(call)
     for name in ENHANCERS:
         _wrap_enhancer(name)
     _wrap_conversions()
-    for call in (*TURNS, *GEOMETRIC, *RESIZES, *PLAIN):
-        if not call.startswith("Image."):
-            _wrap_function(call)
 
 
 def begin(image: Image.Image) -> None:
