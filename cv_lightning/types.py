@@ -256,7 +256,7 @@ class ToolResult:
     """Operations that ran, in order."""
     effect: Effect | None = None
     """Net geometric effect; None without an image, or if nothing is proven about it."""
-    tier: str = ""
+    executor: str = ""
     """How the code tool ran: `plan` (checked operations), `process` (model code in a child) or `cache`."""
     elapsed_s: float = 0.0
     """Running time in seconds, without queueing."""

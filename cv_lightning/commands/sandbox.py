@@ -79,7 +79,7 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json
     shown = {
         "status": str(result.status),
         "error": result.error,
-        "tier": result.tier,
+        "executor": result.executor,
         "elapsed_ms": round(1000 * result.elapsed_s, 2),
         "operations": [
             {

@@ -391,6 +391,6 @@ def run(image: Image.Image, code: str, config: SandboxConfig) -> SandboxResult |
         image=result.copy() if result is image else result,
         operations=checked_operations(trace.operations, found),
         effect=found.effect,
-        tier="plan",
+        executor="plan",
         elapsed_s=time.perf_counter() - started,
     )

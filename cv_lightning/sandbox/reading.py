@@ -28,7 +28,7 @@ def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig
     """
     if outcome.output_fd < 0:
         text = f"the sandbox could not run the snippet: {outcome.lost or 'it was closed'}"
-        return SandboxResult(status=ToolStatus.INFRASTRUCTURE_ERROR, error=text, error_kind="lost", tier="process")
+        return SandboxResult(status=ToolStatus.INFRASTRUCTURE_ERROR, error=text, error_kind="lost", executor="process")
     try:
         result = _without_output(outcome, config) or _read(image, outcome.output_fd, config)
     except WireError as error:
@@ -36,7 +36,7 @@ def read_outcome(image: Image.Image, outcome: ChildResult, config: SandboxConfig
         result = SandboxResult(status=ToolStatus.KILLED, error=text, error_kind="invalid_output")
     finally:
         outcome.close()
-    return replace(result, tier="process", elapsed_s=outcome.elapsed_s)
+    return replace(result, executor="process", elapsed_s=outcome.elapsed_s)
 
 
 def _without_output(outcome: ChildResult, config: SandboxConfig) -> SandboxResult | None:

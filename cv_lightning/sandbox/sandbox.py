@@ -64,7 +64,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[str, str], SandboxResult] = OrderedDict()
         self._cached_bytes = 0
-        self._counts = {"plan_tier": 0, "process_tier": 0, "cache": 0, "refused": 0}
+        self._counts = {"plan": 0, "process": 0, "cache": 0, "refused": 0}
 
     # ---------------------------------------------------------------------------------------- start and end
     def start(self) -> None:
@@ -200,7 +200,7 @@ class Sandbox:
         if self.config.plan_tier and not self.config.reference_results:
             planned = plan.run(rgb, code, self.config)
             if planned is not None:
-                self._count("plan_tier")
+                self._count("plan")
                 return self._remember(request.key, planned)
         return request
 
@@ -218,7 +218,7 @@ class Sandbox:
 
     def _finish(self, request: _Request, outcome: ChildResult) -> SandboxResult:
         result = read_outcome(request.image, outcome, self.config)
-        self._count("process_tier")
+        self._count("process")
         return self._remember(request.key, result)
 
     # ---------------------------------------------------------------------------------------- counters and cache
@@ -234,7 +234,7 @@ class Sandbox:
             if found is None:
                 return None
             self._cache.move_to_end(key)
-        return _own_copy(replace(found, tier="cache"))
+        return _own_copy(replace(found, executor="cache"))
 
     def _remember(self, key: tuple[str, str] | None, result: SandboxResult) -> SandboxResult:
         if key is None or result.status not in (ToolStatus.OK, ToolStatus.ERROR) or result.error_kind == "memory":

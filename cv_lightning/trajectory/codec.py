@@ -171,6 +171,8 @@ def _upgrade(data: dict[str, Any]) -> None:
         for image in trajectory["images"]:
             image["original"] = {"file": image.pop("file"), "size": image.pop("size")}
         for turn in trajectory["turns"]:
+            if turn["result"]:
+                turn["result"]["executor"] = turn["result"].pop("tier")
             call = turn["tool_call"]
             if call and "arguments" not in call:
                 arguments = {name: call[name] for name in call if name != "name"}

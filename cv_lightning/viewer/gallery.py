@@ -243,7 +243,7 @@ def _result(result: ToolResult) -> dict[str, Any]:
     return {
         "status": result.status.value,
         "error": _cut(result.error),
-        "tier": result.tier,
+        "executor": result.executor,
         "seconds": result.elapsed_s,
         "core": result.effect.core if result.effect else (),
         "operations": [

@@ -251,9 +251,9 @@ def test_redteam_no_call_is_lost_or_doubled_when_servers_and_children_are_killed
         def kill_one() -> None:
             nonlocal goal
             # One kill for one or two finished calls, so that the load of the machine decides nothing.
-            if sandbox.stats["process_tier"] < goal:
+            if sandbox.stats["process"] < goal:
                 return
-            goal = sandbox.stats["process_tier"] + rng.choice([1, 2])
+            goal = sandbox.stats["process"] + rng.choice([1, 2])
             servers = sandbox.server_pids()
             # Servers that have not finished starting are targets, too.
             what, pids = ("server", servers) if rng.random() < 0.05 else ("child", sandbox.child_pids())

@@ -152,18 +152,18 @@ def test_cheap_plans_run_in_the_caller_and_other_code_in_a_child() -> None:
     cheap, dear = "result = image.crop((1, 2, 30, 40))", "result = image.rotate(33, expand=True)"
     with Sandbox(SandboxConfig()) as sandbox:
         before = sandbox.stats
-        assert sandbox.run_sync(large, cheap).tier == "plan"
+        assert sandbox.run_sync(large, cheap).executor == "plan"
         for code in (dear, "import re\n" + cheap):
-            assert sandbox.run_sync(large, code).tier == "process"
+            assert sandbox.run_sync(large, code).executor == "process"
         after = sandbox.stats
-    assert [after[name] - before[name] for name in ("plan_tier", "process_tier")] == [1, 2]
+    assert [after[name] - before[name] for name in ("plan", "process")] == [1, 2]
 
 
 def test_a_plan_that_fails_runs_in_a_child_that_explains() -> None:
     code = "result = image.rotate(33, expand=True, fillcolor='no such colour')"
     with Sandbox(SandboxConfig(plan_budget_ms=1e6)) as sandbox:
         result = sandbox.run_sync(NOISE, code)
-    assert result.error_kind == "ValueError" and result.tier == "process" and "no such colour" in result.error
+    assert result.error_kind == "ValueError" and result.executor == "process" and "no such colour" in result.error
 
 
 def test_the_cache_is_bounded_and_its_results_are_copies() -> None:
@@ -172,12 +172,12 @@ def test_the_cache_is_bounded_and_its_results_are_copies() -> None:
     with Sandbox(config) as sandbox:
         first = sandbox.run_sync(NOISE, codes[0])
         again = sandbox.run_sync(NOISE, codes[0])
-        assert again.tier == "cache" and first.image is not None and again.image is not None
+        assert again.executor == "cache" and first.image is not None and again.image is not None
         again.image.putpixel((0, 0), (9, 9, 9))
         assert sandbox.run_sync(NOISE, codes[0]).image.tobytes() == first.image.tobytes()  # type: ignore[union-attr]
         sandbox.run_sync(NOISE, codes[1])
         sandbox.run_sync(NOISE, codes[2])
-        assert sandbox.run_sync(NOISE, codes[0]).tier == "process"
+        assert sandbox.run_sync(NOISE, codes[0]).executor == "process"
 
 
 # ------------------------------------------------------------------------------------------------ start and layers

@@ -108,7 +108,7 @@ def populated_group() -> Group:
         error_kind="timeout",
         operations=(operation,),
         effect=effect,
-        tier="process",
+        executor="process",
         elapsed_s=0.125,
     )
     turn = Turn(

@@ -169,7 +169,7 @@ def _derive(
     to_source = trajectory.images[parent].to_source
     assert to_source is not None
     result = SandboxResult(
-        status=ToolStatus.OK, image=after, operations=(op,), effect=effect, tier="plan", elapsed_s=0.003
+        status=ToolStatus.OK, image=after, operations=(op,), effect=effect, executor="plan", elapsed_s=0.003
     )
     trajectory.images.append(_image(after, parent, compose(to_source, back)))
     trajectory.turns.append(_turn(code, parent, result, len(trajectory.images) - 1, rng))

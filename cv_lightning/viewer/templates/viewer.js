@@ -32,7 +32,7 @@ function operationLine(operation) {
 function resultPart(result, brief) {
   const tone = result.status === "ok" ? "good" : "bad";
   const effect = result.core.length ? ` net effect: ${result.core.map(words).join(", ")}.` : "";
-  const how = result.tier ? `, ${result.tier}` : "";
+  const how = result.executor ? `, ${result.executor}` : "";
   return [
     put("p", "label", "What really ran"),
     result.operations.length
