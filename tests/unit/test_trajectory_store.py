@@ -18,7 +18,7 @@ from PIL import Image
 from trajectory_samples import KINDS, Policy, digit_task, group
 
 from cv_lightning.commands.trajectories import main as export_main
-from cv_lightning.images import decode_image
+from cv_lightning.images import content_hash, decode_image
 from cv_lightning.trajectory import (
     StoreConfig,
     TrajectoryWriter,
@@ -169,6 +169,22 @@ def test_every_field_of_every_type_comes_back(tmp_path: Path) -> None:
     assert replace(trajectory, images=live.images) == live
     assert replace(found, trajectories=given.trajectories) == given
     assert (found.task.digest, trajectory.tokens) == (given.task.digest, live.tokens)
+
+
+def test_a_stored_image_is_known_without_its_pixels(tmp_path: Path) -> None:
+    given = populated_group()
+    write(tmp_path, [given])
+    image = next(read_groups(tmp_path)).trajectories[0].images[0].original
+    assert content_hash(image) == content_hash(given.task.images[0])
+    changed = given.task.images[0].copy()
+    changed.putpixel((0, 0), (1, 2, 3))
+    assert content_hash(changed) != content_hash(image), "a copy has a hash of its own"
+    path = path_of(image)
+    assert path is not None
+    path.unlink()
+    assert image.size == (40, 30) and image == given.task.images[0] and image != changed
+    with pytest.raises(DataError, match="missing"):
+        image.getpixel((0, 0))
 
 
 def test_tokens_that_are_not_kept_leave_their_summary(tmp_path: Path) -> None:
