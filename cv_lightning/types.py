@@ -56,7 +56,7 @@ class JudgeError(CVLightningError):
     """The judge could not give a verdict."""
 
 
-class ParityError(CVLightningError):
+class MismatchError(CVLightningError):
     """Engine and trainer disagree about the log-probabilities of the same tokens."""
 
 

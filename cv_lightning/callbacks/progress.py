@@ -34,7 +34,7 @@ HEADLINE = {
     "reward/accuracy": "accuracy",
     "rollout/tool_use_success": "tool-use success",
     "rollout/turns_mean": "turns",
-    "policy/parity_max": "parity",
+    "policy/mismatch_max": "mismatch",
     "time/rollout_s": "rollout s",
     "time/update_s": "update s",
 }

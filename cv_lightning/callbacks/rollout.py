@@ -92,7 +92,7 @@ class RolloutCallback(pl.Callback):
         store: Selection of the trajectories that are kept on disk.
         num_samples: Trajectories per task in training.
         evaluations: Settings that `validate` and `test` run; by default one greedy pass with the tool.
-        parity_tolerance: Largest difference between engine and trainer log-probabilities that the start-up
+        mismatch_tolerance: Largest difference between engine and trainer log-probabilities that the start-up
             self-test accepts in float32; 0 turns the test off.
         max_failed_frac: Fraction of an iteration's trajectories, over all ranks, that engine, sandbox or judge may
             fail; the run stops above it.
@@ -109,7 +109,7 @@ class RolloutCallback(pl.Callback):
         store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
         num_samples: int = 8,
         evaluations: list[EvaluationConfig] | None = None,
-        parity_tolerance: float = 1e-4,
+        mismatch_tolerance: float = 1e-4,
         max_failed_frac: float = 0.25,
         eval_prefix: str = "",
     ) -> None:
@@ -123,7 +123,7 @@ class RolloutCallback(pl.Callback):
         settings = evaluations or [EvaluationConfig()]
         fingerprint = rollout_fingerprint(self.agent, self.reward, self.engine_config, self.sandbox_config)
         self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, fingerprint)
-        self.parity_tolerance = parity_tolerance
+        self.mismatch_tolerance = mismatch_tolerance
         if not 0 <= max_failed_frac <= 1:
             raise ValueError(f"rollout.max_failed_frac {max_failed_frac} must be a fraction between 0 and 1")
         self.max_failed_frac = max_failed_frac
@@ -216,7 +216,7 @@ class RolloutCallback(pl.Callback):
             return
         module = _policy_module(pl_module)
         parts, engine = self._ready(module)
-        is_due = bool(self.parity_tolerance) and not self.is_tested
+        is_due = bool(self.mismatch_tolerance) and not self.is_tested
         test = SelfTest(self, engine, trainer, module, batch.tasks) if is_due else None
         if test is not None:
             with isolate_rng():  # a resumed run makes the test again, an uninterrupted one does not

@@ -21,7 +21,7 @@ from cv_lightning.models.packing import TrainSequence, pack_sequences
 from cv_lightning.models.plain import plain_logprobs
 from cv_lightning.modules.sft import SFTModule
 from cv_lightning.rollout.mismatch import exceeds
-from cv_lightning.types import ParityError
+from cv_lightning.types import MismatchError
 
 logger = logging.getLogger(__name__)
 FORWARD_MEAN = 0.06
@@ -54,7 +54,7 @@ class SFTStartCheck(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the first batch; ParityError if the forwards differ by more than rounding explains."""
+        """Check the first batch; MismatchError if the forwards differ by more than rounding explains."""
         if self.done or not self.tolerance or not isinstance(batch, DemonstrationBatch):
             return
         assert isinstance(pl_module, SFTModule)
@@ -79,7 +79,7 @@ def check_start(module: SFTModule, conversations: Sequence[Conversation], tolera
         The same on all ranks, which must all call this; None where no rank has a conversation with an image.
 
     Raises:
-        ParityError: A difference is larger than rounding explains.
+        MismatchError: A difference is larger than rounding explains.
     """
     chosen = _choose(module, conversations)
     parts = gather_lists([_differences(module, chosen)])
@@ -90,7 +90,7 @@ def check_start(module: SFTModule, conversations: Sequence[Conversation], tolera
     for differences, what in ((report.from_plain, "transformers' own forward"), (report.from_alone, "itself alone")):
         if exceeds(differences, module.policy_config.dtype, tolerance, FORWARD_MEAN):
             size = differences.abs()
-            raise ParityError(
+            raise MismatchError(
                 f"a packed conversation has other log-probabilities than {what}: |difference| max "
                 f"{float(size.max()):.2e}, mean {float(size.mean()):.2e} over {len(size)} tokens (tolerance "
                 f"{tolerance:.0e} in float32). Positions, the order of images or attention are wrong: is this the "

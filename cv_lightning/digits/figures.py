@@ -12,7 +12,7 @@ from typing import Any
 
 from cv_lightning.digits.stages import EVALUATION_NAME, kind_order, read_timing, stage_order, training_minutes
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
-from cv_lightning.evaluation.runs import parity_max, read_curves
+from cv_lightning.evaluation.runs import mismatch_max, read_curves
 from cv_lightning.files import write_json
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import DataError
@@ -52,7 +52,7 @@ def summary(run: Path, found: Evaluations, seed: int | None = None) -> dict[str,
         seed: Seed of the run; by default that of `timing.json`, else the number in a folder name like `...-seed3`.
 
     Returns:
-        seed, minutes (SFT, RL and their evaluations; None unless each was timed), parity_max, then `<stage>_sampled`
+        seed, minutes (SFT, RL and their evaluations; None unless each was timed), mismatch_max, then `<stage>_sampled`
         and `<stage>` (greedy) for SFT, RL and any other evaluated stage; figures that were not measured are None.
     """
     timing = read_timing(run)
@@ -62,7 +62,7 @@ def summary(run: Path, found: Evaluations, seed: int | None = None) -> dict[str,
     result: dict[str, Any] = {
         "seed": next((int(value) for value in known if value is not None), None),
         "minutes": training_minutes(timing),
-        "parity_max": parity_max(curves),
+        "mismatch_max": mismatch_max(curves),
     }
     others = sorted({stage for stage, _, _ in found} - set(STAGES), key=stage_order)
     for stage in (*STAGES, *others):

@@ -46,9 +46,9 @@ def quickstart_summary(run: Path, seed: int | None = None) -> None:
     for entry in rotations_while_sampling(run):
         rotations = f"unnecessary rotations on upright images while sampling, {entry.label}: {100 * entry.mean:.1f} %"
         console.print(f"{rotations} ({entry.note})", highlight=False)
-    parity = "not logged" if result["parity_max"] is None else f"{result['parity_max']:.1e}"
+    mismatch = "not logged" if result["mismatch_max"] is None else f"{result['mismatch_max']:.1e}"
     minutes = "time unknown" if result["minutes"] is None else f"{result['minutes']:.1f} minutes"
-    console.print(f"seed {result['seed']}, {minutes}, largest engine-versus-trainer difference {parity}")
+    console.print(f"seed {result['seed']}, {minutes}, largest engine-versus-trainer difference {mismatch}")
     console.print(f"written to {run / 'summary.json'}")
 
 

@@ -17,7 +17,7 @@ TRAINING_FIGURES = (
     "reward/",
     "rollout/tool_use_success",
     "rollout/accuracy",
-    "policy/parity_max",
+    "policy/mismatch_max",
     "policy/kl",
 )
 """Prefixes of the training metrics that a card shows."""

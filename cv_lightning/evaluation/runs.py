@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +180,7 @@ def _cell(text: object) -> float:
         return math.nan
 
 
-def parity_max(curves: list[Curve]) -> float | None:
+def mismatch_max(curves: list[Curve]) -> float | None:
     """Largest train-inference mismatch that any iteration logged; None where none did."""
-    values = [value for curve in curves if re.search(r"parity.*max$", curve.name) for value in curve.values]
+    values = [value for curve in curves if curve.name.endswith("mismatch_max") for value in curve.values]
     return max(values, default=None)

@@ -264,7 +264,7 @@ class GRPOModule(PolicyModule):
         }
         mismatch = self.reduce_max(mismatch)
         if mismatch != NOT_COMPARED:
-            metrics["policy/parity_max"] = mismatch
+            metrics["policy/mismatch_max"] = mismatch
         self.log_dict(metrics)
 
     # ------------------------------------------------------------------ checkpoints

@@ -13,7 +13,7 @@ import torch
 
 from cv_lightning.distributed import gather_lists
 from cv_lightning.modules.base import PolicyModule
-from cv_lightning.types import ParityError, Trajectory
+from cv_lightning.types import MismatchError, Trajectory
 
 ENGINE_MEAN, P99 = 0.08, 1.0
 """Largest accepted mean and 99th percentile of |difference| between engine and trainer in 16 bits; docs/benchmarks.md
@@ -42,7 +42,7 @@ def check_mismatch(
         The same on all ranks, which must all call this.
 
     Raises:
-        ParityError: They differ on some rank, or no rank had anything to compare.
+        MismatchError: They differ on some rank, or no rank had anything to compare.
     """
     usable = [t for t in trajectories if any(t.loss_mask) and not t.end_state.is_error]
     several = [[t for t in usable if (len(t.images) > 1) == many] for many in (False, True)]
@@ -53,7 +53,7 @@ def check_mismatch(
     if not len(differences):
         states = sorted(set(gather_lists([t.end_state.value for t in trajectories])))
         errors = gather_lists([t.error for t in trajectories if t.error])
-        raise ParityError(
+        raise MismatchError(
             f"self-test: no trajectory could be compared; they ended as {', '.join(states)}"
             + (f" ({errors[0]})" if errors else "")
         )
@@ -65,11 +65,11 @@ def check_mismatch(
             continue
         maxima = ", ".join(f"{float(part.max()):.2e}" for part in by_rank if len(part))
         where = f" (by rank: {maxima})" if len(by_rank) > 1 else ""
-        raise ParityError(
+        raise MismatchError(
             f"engine and trainer disagree: |difference| of log-probabilities max {worst:.2e}{where}, mean "
             f"{float(judged.mean()):.2e} over {len(judged)} tokens{which} (tolerance {tolerance:.0e} in float32). "
             "Weights not in sync, images resized twice, or another vLLM/transformers version than this project pins. "
-            "rollout.parity_tolerance 0 switches the test off; training would be off-policy."
+            "rollout.mismatch_tolerance 0 switches the test off; training would be off-policy."
         )
     return MismatchReport(worst, len(differences))
 

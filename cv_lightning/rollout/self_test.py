@@ -24,7 +24,7 @@ from cv_lightning.models.adapters.base import ModelAdapter
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.rollout.mismatch import MismatchReport, check_mismatch
-from cv_lightning.types import ParityError, Task, Trajectory
+from cv_lightning.types import MismatchError, Task, Trajectory
 
 logger = logging.getLogger(__name__)
 NUM_TASKS, NUM_SAMPLES = 4, 2
@@ -46,7 +46,7 @@ class Rollouts(Protocol):
     agent: AgentConfig
     engine_config: EngineConfig
     sampling: SamplingConfig
-    parity_tolerance: float
+    mismatch_tolerance: float
 
     def sync(self, module: PolicyModule, version: int, spoiled: Collection[str] | None = None) -> None:
         """Give the policy's weights to the engine."""
@@ -86,11 +86,11 @@ class SelfTest:
         """Compare after the first sync and, if the engine can sleep, again after sleeping and waking.
 
         Raises:
-            ParityError: Engine and trainer disagree, or nothing could be compared.
+            MismatchError: Engine and trainer disagree, or nothing could be compared.
         """
         for after in ("the first sync", "sleeping and waking"):
             report, slept = self._compare(self.tasks)
-            if isinstance(report, ParityError):
+            if isinstance(report, MismatchError):
                 raise self._explained(report)
             if self.trainer.is_global_zero:
                 message = "engine and trainer agree after %s: max |difference| of log-probabilities %.1e over %d tokens"
@@ -100,32 +100,32 @@ class SelfTest:
             if not slept:
                 break
 
-    def _compare(self, tasks: Sequence[Task]) -> tuple[MismatchReport | ParityError, bool]:
+    def _compare(self, tasks: Sequence[Task]) -> tuple[MismatchReport | MismatchError, bool]:
         """Result of the comparison, and whether the engine sleeps now."""
         trajectories = self._roll_out(tasks, NUM_SAMPLES, self.rollout.agent)
         slept = self.engine.sleep()  # the trainer's forward pass may need the memory
-        settings = self.rollout.sampling.temperature, self.rollout.parity_tolerance
+        settings = self.rollout.sampling.temperature, self.rollout.mismatch_tolerance
         try:
             return check_mismatch(self.module, trajectories, *settings), slept
-        except ParityError as error:
+        except MismatchError as error:
             return error, slept
 
-    def _explained(self, error: ParityError) -> ParityError:
+    def _explained(self, error: MismatchError) -> MismatchError:
         """The error, or a more precise one if a second sync or other images make engine and trainer agree."""
         assert self.module.policy is not None
         self.rollout.sync(self.module, version=self.module.iteration)  # it wakes the engine
         report, _ = self._compare(self.tasks)
-        if not isinstance(report, ParityError):
-            return ParityError(
+        if not isinstance(report, MismatchError):
+            return MismatchError(
                 f"the engine has some weights only after a second sync of the same ones. Before: {error}"
             )
         if not trained_vision(self.module.policy, self.module.adapter):
             return error
         self.rollout.sync(self.module, version=self.module.iteration)
         report, _ = self._compare(unseen(self.tasks))
-        if isinstance(report, ParityError):
+        if isinstance(report, MismatchError):
             return error
-        return ParityError(stale_images_message(engine_kind(self.rollout.engine_config), str(error)))
+        return MismatchError(stale_images_message(engine_kind(self.rollout.engine_config), str(error)))
 
     def _roll_out(self, tasks: Sequence[Task], num_samples: int, agent: AgentConfig) -> list[Trajectory]:
         collector = self.rollout.collector(self.trainer, self.module, agent)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 
 from cv_lightning.evaluation.metrics import EvalSummary
-from cv_lightning.evaluation.runs import Run, Store, parity_max
+from cv_lightning.evaluation.runs import Run, Store, mismatch_max
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.viewer.gallery import Gallery
 
@@ -247,7 +247,7 @@ def facts(run: Run, app: RunSections) -> list[tuple[str, str]]:
     """Facts about the run: name and value."""
     found = app.facts()
     for stage, curves in run.curves.items():
-        if (mismatch := parity_max(curves)) is not None:
+        if (mismatch := mismatch_max(curves)) is not None:
             found.append((f"{app.label(stage)}: engine versus trainer", f"log-probabilities within {mismatch:.1e}"))
     record = next(iter(run.records.values()), {})
     for name in ("commit", "started", "python", "devices"):

@@ -175,7 +175,7 @@ def train_ours(folder: str, tool: bool) -> None:
         engine=EngineConfig(kind="vllm", max_model_len=512, max_num_seqs=TASKS * SAMPLES),
         reward=RewardConfig(terms=[IdsReward("ids", 1.0)], **nothing),
         num_samples=SAMPLES,
-        parity_tolerance=0.0,
+        mismatch_tolerance=0.0,
     )
     with tempfile.TemporaryDirectory() as out:
         trainer = pl.Trainer(

@@ -80,7 +80,7 @@ def _rollout(config: Path) -> dict[str, Any]:
         "agent": agent | {"prompt": str(config / "prompt.yaml"), "max_images": 2},
         "engine": {"kind": "vllm", "max_model_len": 256, "max_num_seqs": 16, "max_images": 2},
         "reward": str(config / "reward.yaml"),
-        "parity_tolerance": 1e-2,
+        "mismatch_tolerance": 1e-2,
         "store": {"share": 0.0},
     }
 

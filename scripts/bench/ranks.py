@@ -127,7 +127,7 @@ def measure(policy: Path, hardware: Path, repeats: int) -> dict[str, float]:
         figures[f"iteration_s_{key}"] = median(key, "seconds")
         for part in PARTS:
             figures[f"{part.split('/')[1]}_{key}"] = median(key, part)
-        figures[f"parity_max_{key}"] = max(turn["policy/parity_max"] for turn in measured[key])
+        figures[f"mismatch_max_{key}"] = max(turn["policy/mismatch_max"] for turn in measured[key])
     return figures
 
 

@@ -26,7 +26,7 @@ from cv_lightning.models.vision import VisionCache
 from cv_lightning.modules import base
 from cv_lightning.modules.sft import SFTModule
 from cv_lightning.rollout.mismatch import exceeds
-from cv_lightning.types import CVLightningError, ParityError
+from cv_lightning.types import CVLightningError, MismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore:model.policy.dtype bfloat16")  # steps on 16-bit weights: one is enough
 FAULTS = ("rotary", "swapped_image", "shifted_position")
@@ -115,7 +115,7 @@ def test_bf16_attention_across_sequences_does_not_start(
         return made
 
     monkeypatch.setattr(packing, "_sequence_arrays", joined)
-    with pytest.raises(ParityError, match="itself alone"):
+    with pytest.raises(MismatchError, match="itself alone"):
         start(module_of(checkpoint), conversations)
 
 
@@ -125,7 +125,7 @@ def test_bf16_a_patch_projection_that_is_not_the_convolution_does_not_start(
 ) -> None:
     project = PatchProjection.forward
     monkeypatch.setattr(PatchProjection, "forward", lambda self, patches: project(self, patches.flip(-1)))
-    with pytest.raises(ParityError, match="transformers' own"):
+    with pytest.raises(MismatchError, match="transformers' own"):
         start(module_of(checkpoint, dtype), conversations)
 
 

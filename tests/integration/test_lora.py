@@ -72,7 +72,7 @@ def test_engine_and_export_get_merged_weights(
         float(layer.get_delta_weight("default").abs().max()) for layer in adapter_layers(module.policy).values()
     )
     assert moved > 1e-2
-    assert first["policy/parity_max"] < 1e-4 and second["policy/parity_max"] < 1e-4
+    assert first["policy/mismatch_max"] < 1e-4 and second["policy/mismatch_max"] < 1e-4
     assert second["policy/kl_to_reference"] > 1e-4
 
     export_policy(module, tmp_path / "model", write=True)

@@ -83,7 +83,7 @@ def test_ratio_against_the_trainers_own_logprobs_starts_at_one(tiny_checkpoint: 
     )
     assert float(trainer.callback_metrics["policy/ratio_mean"]) == pytest.approx(1.0, abs=1e-5)
     # The engine's log-probabilities are made up.
-    assert float(trainer.callback_metrics["policy/parity_max"]) > 0.1
+    assert float(trainer.callback_metrics["policy/mismatch_max"]) > 0.1
 
 
 def test_the_reference_pulls_back_and_stays_out_of_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -284,10 +284,10 @@ def test_mismatch_is_measured_if_no_trajectory_has_a_gradient(tiny_checkpoint: P
     ]
     _, trainer = grpo_after_one_iteration(tiny_checkpoint, still, algorithm=AlgorithmConfig())
     # The engine's log-probabilities are made up.
-    assert float(trainer.callback_metrics["policy/parity_max"]) > 0.1
+    assert float(trainer.callback_metrics["policy/mismatch_max"]) > 0.1
     broken = [
         replace(g, trajectories=[replace(t, logprobs=[float("nan")] * len(t.logprobs)) for t in g.trajectories])
         for g in still
     ]
     _, trainer = grpo_after_one_iteration(tiny_checkpoint, broken, algorithm=AlgorithmConfig())
-    assert float(trainer.callback_metrics["policy/parity_max"]) == 1e9
+    assert float(trainer.callback_metrics["policy/mismatch_max"]) == 1e9

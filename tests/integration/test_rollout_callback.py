@@ -143,8 +143,8 @@ def test_too_many_failed_trajectories_end_the_run(
     with pytest.raises(
         CVLightningError, match=r"50% .* max_failed_frac 25%: rollout/end_error_engine_frac 0\.50; refused"
     ):
-        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0)
-    run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0, max_failed_frac=0.5)
+        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, mismatch_tolerance=0.0)
+    run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, mismatch_tolerance=0.0, max_failed_frac=0.5)
 
 
 def test_a_full_disk_ends_the_run_with_its_path(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_full_disk_ends_the_run_with_its_path(tiny_checkpoint: Path, tmp_path:
     lines.parent.mkdir()
     lines.symlink_to("/dev/full")
     with pytest.raises(CVLightningError, match=rf"{tmp_path}: No space left on device.*store\.max_gb"):
-        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, parity_tolerance=0.0)
+        run(tiny_checkpoint, tmp_path, AlgorithmConfig(), ONE, mismatch_tolerance=0.0)
 
 
 def test_a_sandbox_that_cannot_start_ends_the_run_before_it_begins(

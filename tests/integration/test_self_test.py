@@ -22,7 +22,7 @@ from cv_lightning.engines.hf import TransformersEngine
 from cv_lightning.models.loading import PolicyConfig, load_policy
 from cv_lightning.modules.base import OptimizerConfig
 from cv_lightning.modules.grpo import GRPOModule
-from cv_lightning.types import ParityError
+from cv_lightning.types import MismatchError
 
 AGENT = AgentConfig(max_turns=2, max_turn_tokens=12, max_images=2, prompt=PromptConfig(system="none", state_size=False))
 
@@ -77,7 +77,7 @@ def test_an_engine_with_stale_image_embeddings_is_refused(
     fault: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     fault(monkeypatch)
-    with pytest.raises(ParityError, match=r"seen before a weight update .* freeze vision tower and projector"):
+    with pytest.raises(MismatchError, match=r"seen before a weight update .* freeze vision tower and projector"):
         fit(tiny_checkpoint, tmp_path, engine_config(kind, tmp_path))
 
 
@@ -86,7 +86,7 @@ def test_a_server_with_a_live_embedding_cache_is_refused_with_the_setting(
 ) -> None:
     with (
         ModelServer(tiny_checkpoint, keeps_embeddings=True) as server,
-        pytest.raises(ParityError, match=r"SGLANG_VLM_CACHE_SIZE_MB=0"),
+        pytest.raises(MismatchError, match=r"SGLANG_VLM_CACHE_SIZE_MB=0"),
     ):
         fit(tiny_checkpoint, tmp_path, engine_config("sglang", tmp_path, server.root))
 

@@ -292,6 +292,6 @@ def test_grpo_trains_through_the_server(tiny_checkpoint: Path, tmp_path: Path) -
         trainer.fit(module, datamodule=DigitTaskDataModule(tasks_per_iteration=2, num_iterations=2))
         assert server.weight_version == "1"
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert 0 <= metrics["policy/parity_max"] <= TOLERANCE
+    assert 0 <= metrics["policy/mismatch_max"] <= TOLERANCE
     assert metrics["rollout/trajectories"] == 4
     assert not any(value for name, value in metrics.items() if name.startswith("rollout/end_error"))

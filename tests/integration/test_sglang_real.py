@@ -25,7 +25,7 @@ from test_sglang_engine import TOLERANCE, config_of, connect
 
 from cv_lightning.engines.sglang import SGLangEngine
 from cv_lightning.models.loading import PolicyConfig, load_adapter
-from cv_lightning.types import EngineError, ParityError
+from cv_lightning.types import EngineError, MismatchError
 
 pytestmark = pytest.mark.slow
 PARTS = (".visual.blocks.", "merger", "language_model")
@@ -207,7 +207,7 @@ def test_a_server_with_other_pixel_limits_is_refused(url: str, policy: Policy, t
 def test_a_server_with_a_live_embedding_cache_is_refused(
     caching_url: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ParityError, match="SGLANG_VLM_CACHE_SIZE_MB=0"):
+    with pytest.raises(MismatchError, match="SGLANG_VLM_CACHE_SIZE_MB=0"):
         fit(tiny_checkpoint, tmp_path, engine_config("sglang", tmp_path, caching_url))
 
 
@@ -249,8 +249,8 @@ def test_grpo_trains_from_the_command_line(url: str, tiny_checkpoint: Path, tmp_
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     with next((tmp_path / "run").rglob("metrics.csv")).open() as table:
-        rows = [row for row in csv.DictReader(table) if row.get("policy/parity_max")]
-    gaps = [float(row["policy/parity_max"]) for row in rows]
+        rows = [row for row in csv.DictReader(table) if row.get("policy/mismatch_max")]
+    gaps = [float(row["policy/mismatch_max"]) for row in rows]
     print(f"largest gap of {len(gaps)} iterations: {max(gaps):.1e}")
     assert len(gaps) == 3 and max(gaps) <= TOLERANCE
     assert all(float(row["rollout/trajectories"]) == 16 for row in rows)

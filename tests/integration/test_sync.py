@@ -75,7 +75,7 @@ def test_both_engines_sample_from_the_weights_of_the_iteration(two: list[list[di
     for rank in two:
         for number, iteration in enumerate(rank):
             assert {t["version"] for group in iteration["groups"] for t in group} == {number}
-            assert iteration["metrics"]["policy/parity_max"] <= TOLERANCE, "the largest of both ranks"
+            assert iteration["metrics"]["policy/mismatch_max"] <= TOLERANCE, "the largest of both ranks"
 
 
 def test_metrics_cover_all_ranks_and_are_equal_on_each(two: list[list[dict[str, Any]]]) -> None:
@@ -121,7 +121,7 @@ def test_an_engine_shared_by_two_ranks_gives_the_same_samples(
     assert together == trajectories(one[0])
     for rank in shared:
         assert len(trajectories(rank[0])) == 6, "each rank trains on its own tasks"
-        assert all(iteration["metrics"]["policy/parity_max"] <= TOLERANCE for iteration in rank)
+        assert all(iteration["metrics"]["policy/mismatch_max"] <= TOLERANCE for iteration in rank)
 
 
 # ------------------------------------------------------------------------------------------------ trouble

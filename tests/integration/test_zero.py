@@ -65,7 +65,7 @@ SFT_CURVES = ("sft/loss", "sft/grad_norm", "sft/skipped_steps", "sft/lr", "sft/t
 GRPO_CURVES = tuple(
     f"policy/{name}"
     for name in (
-        "loss pg_loss grad_norm kl_to_reference entropy ratio_mean parity_max trajectories skipped_steps lr"
+        "loss pg_loss grad_norm kl_to_reference entropy ratio_mean mismatch_max trajectories skipped_steps lr"
     ).split()
 )
 STRATEGIES = ("zero3", "zero2", "ddp")

@@ -28,7 +28,7 @@ def test_engine_and_trainer_use_the_image_rule_of_a_plugin(tiny_checkpoint: Path
     folder = run("fit", CONFIG, tiny_checkpoint, tmp_path)
     with (folder / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert float(row["policy/parity_max"]) <= 1e-4
+    assert float(row["policy/mismatch_max"]) <= 1e-4
     trajectories = [trajectory for group in stored_groups(folder) for trajectory in group["trajectories"]]
     sizes = {tuple(image["model_size"]) for trajectory in trajectories for image in trajectory["images"]}
     assert sizes == {(64, 64)}, "the processor's own rule gives 96x96"

@@ -96,7 +96,7 @@ def _rl(folder: Path, size: Size, recipe: str, needless: float) -> None:
                 writer.write_group(item, iteration)
             values = rollout_metrics(groups, 2.0) | means(reward_sums(groups))
             values |= {f"rollout/{name}": value for name, value in summarise(groups).scalars().items()}
-            values |= {"policy/parity_max": 1e-5 * (1 + rng.random()), "policy/entropy": 0.9 * 0.97**iteration}
+            values |= {"policy/mismatch_max": 1e-5 * (1 + rng.random()), "policy/entropy": 0.9 * 0.97**iteration}
             values |= {"policy/clipped_frac": rng.random() / 50, "policy/grad_norm": fmean([rng.random()] * 3)}
             values |= {"time/sync_s": 0.1, "time/rollout_s": 2.0, "time/update_s": 1.5}
             logger.log_metrics(values | {"iteration": iteration + 1.0, "epoch": 0}, iteration)

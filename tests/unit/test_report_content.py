@@ -21,7 +21,7 @@ from cv_lightning.digits.report import sections_of
 from cv_lightning.digits.summary import main as summary_main
 from cv_lightning.digits.training import reward_formula, training_story
 from cv_lightning.evaluation.curves import chart_groups, mean_between, thin
-from cv_lightning.evaluation.runs import Curve, parity_max, read_curves
+from cv_lightning.evaluation.runs import Curve, mismatch_max, read_curves
 from cv_lightning.types import DataError
 from cv_lightning.viewer.highlight import highlight
 from cv_lightning.viewer.report import TEMPLATES, ReportConfig, write_report
@@ -50,20 +50,20 @@ def test_the_summary_has_the_main_figures(run: Path) -> None:
     stored = json.loads((run / "summary.json").read_text())
     assert stored == written
     stages = {"sft_sampled", "sft", "rl_sampled", "rl"}
-    assert {"seed", "minutes", "parity_max"} | stages <= stored.keys()
-    assert stored.keys() - {"seed", "minutes", "parity_max"} - stages == {"rl_accuracy", "rl_accuracy_sampled"}
+    assert {"seed", "minutes", "mismatch_max"} | stages <= stored.keys()
+    assert stored.keys() - {"seed", "minutes", "mismatch_max"} - stages == {"rl_accuracy", "rl_accuracy_sampled"}
     assert all(stored[stage].keys() == FIGURES for stage in stages)
     assert stored["seed"] == 0
     assert stored["minutes"] == round((250.0 + 61.5 + 400.0 + 68.5) / 60, 2)  # without install, tiny and the ablation
-    parities = [float(row) for row in column(run / "rl" / "metrics.csv", "policy/parity_max")]
-    assert stored["parity_max"] == max(parities)
+    mismatches = [float(row) for row in column(run / "rl" / "metrics.csv", "policy/mismatch_max")]
+    assert stored["mismatch_max"] == max(mismatches)
 
 
 def test_a_stage_without_timing_has_no_minutes(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "eval" / "sft_greedy_tool", tmp_path / "eval" / "sft_greedy_tool")
     (tmp_path / "timing.json").write_text('{"sft": 10.0, "rl": 20.0, "sft_eval": 1.0}')
     written, _ = write_summary(tmp_path, seed=4)
-    assert (written["seed"], written["minutes"], written["parity_max"], written["rl"]) == (4, None, None, None)
+    assert (written["seed"], written["minutes"], written["mismatch_max"], written["rl"]) == (4, None, None, None)
     assert written["sft"]["accuracy_tool_off"] is None
 
 
@@ -96,17 +96,17 @@ def test_the_reward_is_described_by_its_formula() -> None:
 # ------------------------------------------------------------------------------------------------ curves
 def test_curves_whose_columns_come_late_are_read(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    logger.log_metrics({"iteration": 1.0, "rollout/spurious": math.nan, "policy/parity_max": 2e-5}, 0)
+    logger.log_metrics({"iteration": 1.0, "rollout/spurious": math.nan, "policy/mismatch_max": 2e-5}, 0)
     logger.save()
-    logger.log_metrics({"iteration": 2.0, "rollout/spurious": 0.5, "policy/parity_max": 1e-5, "new": 1.0}, 3)
+    logger.log_metrics({"iteration": 2.0, "rollout/spurious": 0.5, "policy/mismatch_max": 1e-5, "new": 1.0}, 3)
     logger.save()
     path = tmp_path / "metrics.csv"
     curves = {curve.name: curve for curve in read_curves(path)}
     assert (curves["rollout/spurious"].steps, curves["rollout/spurious"].values) == ([2.0], [0.5])
     assert curves["new"].steps == [2.0]
-    assert parity_max(list(curves.values())) == 2e-5
+    assert mismatch_max(list(curves.values())) == 2e-5
     path.write_text(path.read_text().rstrip("\n")[:-1])  # a kill within the last row
-    assert [curve.steps for curve in read_curves(path) if curve.name == "policy/parity_max"] == [[1.0]]
+    assert [curve.steps for curve in read_curves(path) if curve.name == "policy/mismatch_max"] == [[1.0]]
 
 
 def test_unnecessary_rotations_are_the_mean_of_iterations_6_to_25(run: Path) -> None:
