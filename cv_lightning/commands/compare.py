@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.command_line import run_verb
@@ -35,6 +36,4 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
     )
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(compare_evaluations, args, prog="cv_lightning compare", failed=1)
+main = partial(run_verb, compare_evaluations, prog="cv_lightning compare", failed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.command_line import run_verb
@@ -45,6 +46,4 @@ def migrate(file: Path) -> None:
         print(f"{file}: {old} is now {new}")
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb({"migrate": migrate}, args, prog="cv_lightning config", failed=1)
+main = partial(run_verb, {"migrate": migrate}, prog="cv_lightning config", failed=1)

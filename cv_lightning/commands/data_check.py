@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,11 +72,6 @@ def check(
         _write_page(page, report, config.reader)
         print(f"page: {page.resolve().as_uri()}")
     return 0 if report["ok"] else 1
-
-
-def main(argv: list[str]) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(check, argv, prog="cv_lightning data check", leading="files")
 
 
 def _write_page(path: Path, report: dict[str, Any], reader: ReaderConfig) -> None:
@@ -161,3 +157,6 @@ def _copy_lines(copies: dict[str, Any] | None) -> list[str]:
     else:
         lines.append("leakage: name held-out files with --test")
     return lines
+
+
+main = partial(run_verb, check, prog="cv_lightning data check", leading="files")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -39,14 +40,12 @@ def export_digits(
     sys.stdout.write(f"{count} rows in {out}\n")
 
 
-def main(argv: list[str]) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(export_digits, argv, prog="cv_lightning data export")
-
-
 def _write_demonstrations(path: Path, digits: DigitsConfig, tool_share: float, count: int) -> None:
     from cv_lightning.sandbox import Sandbox, SandboxConfig
 
     with Sandbox(SandboxConfig()) as sandbox:
         source = DigitDemonstrations(digits, DemonstrationConfig(tool_share=tool_share), sandbox.run_sync)
         write_digits_sft_json(path, source, count)
+
+
+main = partial(run_verb, export_digits, prog="cv_lightning data export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -198,14 +199,12 @@ def print_tokens(dialogue: Dialogue, console: Console) -> None:
     console.print(table)
 
 
-def main(args: list[str]) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(ShowData, args, "cv_lightning data show", show, leading="file")
-
-
 def show(config: ShowData) -> None:
     """Print a row."""
     shown, console = load(config), Console()
     print_shown(shown, console)
     if config.tokens:
         print_tokens(shown.dialogue, console)
+
+
+main = partial(run_verb, ShowData, prog="cv_lightning data show", run=show, leading="file")

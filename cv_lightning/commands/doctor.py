@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -234,11 +235,6 @@ def doctor(json: bool = False, timeout_s: float = 120.0) -> int:
     return 0 if can_train(checks) else 1
 
 
-def main(argv: list[str]) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(doctor, argv, prog="cv_lightning doctor")
-
-
 def show_json(checks: list[Check]) -> None:
     """Print the checks for programs."""
     report = {"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}
@@ -261,3 +257,6 @@ def show(checks: list[Check]) -> None:
         if check.fix and check.status != "ok":
             console.print(Text(f"{check.name.strip()}: {check.fix}"))
     console.print("training works here" if can_train(checks) else "training cannot work here yet", style="bold")
+
+
+main = partial(run_verb, doctor, prog="cv_lightning doctor")

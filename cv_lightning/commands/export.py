@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,11 +49,6 @@ class ExportRequest:
             raise ValueError(f"--max_shard_gb {self.max_shard_gb} must be above 0")
         if self.out.exists() and not self.overwrite and any(self.out.iterdir() if self.out.is_dir() else [1]):
             raise ValueError(f"--out {self.out} exists; give another folder, or --overwrite true")
-
-
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(ExportRequest, args, "cv_lightning export", _export)
 
 
 def _export(request: ExportRequest) -> None:
@@ -149,3 +145,6 @@ def read_policy(file: Path, request: ExportRequest) -> PolicyConfig:
             "model with --base"
         )
     return policy
+
+
+main = partial(run_verb, ExportRequest, prog="cv_lightning export", run=_export)

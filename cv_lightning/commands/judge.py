@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 from cv_lightning.command_line import run_verb
 from cv_lightning.rewards.answer import rule_score
@@ -38,11 +39,6 @@ class JudgeQuestion:
             raise ValueError("--ground-truth and --answer are needed, or --check")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(JudgeQuestion, argv, "cv_lightning judge", ask)
-
-
 def ask(asked: JudgeQuestion) -> int:
     """Print the verdicts of rule and judge, or the state of the endpoint; returns the exit code."""
     if asked.check:
@@ -60,3 +56,6 @@ def ask(asked: JudgeQuestion) -> int:
     words = ", ".join(f"{name}: {'correct' if is_correct else 'wrong'}" for name, is_correct in correct.items())
     print(json.dumps(correct | {"score": value}) if asked.as_json else f"{words} ({value:.3f})")
     return 0
+
+
+main = partial(run_verb, JudgeQuestion, prog="cv_lightning judge", run=ask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.command_line import run_verb
@@ -26,6 +27,4 @@ def report(
     print(f"{page.resolve().as_uri()}  ({page.stat().st_size / 1e6:.1f} MB)")
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(report, args, prog="cv_lightning report", failed=1)
+main = partial(run_verb, report, prog="cv_lightning report", failed=1)

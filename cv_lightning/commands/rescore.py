@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, islice
 from math import nan
 from pathlib import Path
@@ -151,11 +152,6 @@ def print_comparison(found: Rescored, out: Path) -> None:
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(Rescore, args, "cv_lightning rescore", _rescore, leading="run")
-
-
 def _rescore(config: Rescore) -> int:
     try:
         found = rescore(config)
@@ -164,3 +160,6 @@ def _rescore(config: Rescore) -> int:
         return 1
     print_comparison(found, config.out)
     return 0
+
+
+main = partial(run_verb, Rescore, prog="cv_lightning rescore", run=_rescore, leading="run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.command_line import run_verb
@@ -49,11 +50,6 @@ def sandbox(
         if run is None:
             return _self_test(started, corpus, json)
         return _run(started, run[0], run[1], output, json)
-
-
-def main(argv: list[str]) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(sandbox, argv, "cv_lightning sandbox", aliases={"-o": "--output"})
 
 
 def _self_test(sandbox: Sandbox, corpus: Path, as_json: bool) -> int:
@@ -103,3 +99,6 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json
         except ValueError as error:
             raise DataError(f"--output {output}: {error}; end it in .png, .jpg or .webp") from error
     return int(result.image is None)
+
+
+main = partial(run_verb, sandbox, prog="cv_lightning sandbox", aliases={"-o": "--output"})

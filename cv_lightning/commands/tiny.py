@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.agent.prompt import PromptConfig
@@ -33,11 +34,14 @@ def write(checkpoint: TinyCheckpoint) -> int:
     return write_tiny_checkpoint(checkpoint.out, checkpoint.model, corpus=corpus)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    short = {"--family": "--model.family", "--seed": "--model.seed"}
-    return run_verb(TinyCheckpoint, args, "cv_lightning tiny", _write, aliases=short)
-
-
 def _write(checkpoint: TinyCheckpoint) -> None:
     print(f"{write(checkpoint) / 1e6:.2f} M parameters in {checkpoint.out}")
+
+
+main = partial(
+    run_verb,
+    TinyCheckpoint,
+    prog="cv_lightning tiny",
+    run=_write,
+    aliases={"--family": "--model.family", "--seed": "--model.seed"},
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.command_line import run_verb
@@ -34,6 +35,4 @@ def export(run: Path, out: Path | None = None, stores: list[str] | None = None) 
         print(f"{done.num_bad_lines} unreadable lines skipped", file=sys.stderr)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb({"export": export}, args, prog="cv_lightning trajectories", failed=1)
+main = partial(run_verb, {"export": export}, prog="cv_lightning trajectories", failed=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import webbrowser
+from functools import partial
 from pathlib import Path
 
 from cv_lightning.command_line import run_verb
@@ -32,6 +33,4 @@ def view(run: Path, port: int = 8765, no_browser: bool = False, max_trajectories
     serve_report(LiveReport(run, config, sections_of), port, webbrowser.open if can_open else None)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(view, args, prog="cv_lightning view")
+main = partial(run_verb, view, prog="cv_lightning view")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -178,6 +179,4 @@ def ablations(
     return 0
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(ablations, args, prog="cv_lightning ablations", failed=1)
+main = partial(run_verb, ablations, prog="cv_lightning ablations", failed=1)

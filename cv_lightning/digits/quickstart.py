@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -236,6 +237,4 @@ def quickstart(
     return code
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(quickstart, args, prog="cv_lightning quickstart")
+main = partial(run_verb, quickstart, prog="cv_lightning quickstart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from math import nan
 from pathlib import Path
 
@@ -108,6 +109,4 @@ def _kinds(found: Evaluations, columns: list[tuple[str, str]]) -> Table:
     return table
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    return run_verb(quickstart_summary, args, prog="cv_lightning quickstart-summary", failed=1)
+main = partial(run_verb, quickstart_summary, prog="cv_lightning quickstart-summary", failed=1)
