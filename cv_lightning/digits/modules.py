@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from cv_lightning.data.conversations import Conversation
@@ -83,16 +84,13 @@ def curriculum_shares(points: Sequence[CurriculumPoint], progress: float) -> dic
         points: At least one, in order.
         progress: Fraction of the run's iterations that have passed.
     """
-    after = next((i for i, point in enumerate(points) if point.at > progress), len(points))
-    first, last = points[max(after - 1, 0)], points[min(after, len(points) - 1)]
-    weight = (progress - first.at) / (last.at - first.at) if last.at > first.at else 0.0
-    weight = min(1.0, max(0.0, weight))
+    at = [point.at for point in points]
+    kinds = dict.fromkeys(kind for point in points for kind in point.kind_shares)
 
-    def frequency(point: CurriculumPoint, kind: str) -> float:
-        return point.kind_shares.get(kind, 0.0) / sum(point.kind_shares.values())
+    def fractions(kind: str) -> list[float]:
+        return [point.kind_shares.get(kind, 0.0) / sum(point.kind_shares.values()) for point in points]
 
-    kinds = dict.fromkeys([*first.kind_shares, *last.kind_shares])
-    return {kind: (1 - weight) * frequency(first, kind) + weight * frequency(last, kind) for kind in kinds}
+    return {kind: float(np.interp(progress, at, fractions(kind))) for kind in kinds}
 
 
 class DigitTaskDataModule(DigitEvaluationDataModule, TaskDataModule):

@@ -154,7 +154,7 @@ def test_finished_stages_are_not_run_again(run: Path) -> None:
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 @pytest.fixture
 def training(run: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A GRPO run that is in the midst of its rollouts."""
+    """A GRPO run during its rollouts."""
     log = tmp_path / "log"
     command = [sys.executable, "-m", "cv_lightning", "fit", "--config", "configs/quickstart/grpo.yaml"]
     command += [

@@ -1,24 +1,28 @@
-"""The report reads how a run was trained from configs as LightningCLI really writes them."""
+"""The report reads how a run was trained from configs as LightningCLI stores them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cv_lightning.cli import ConfigOnly, main
 from cv_lightning.digits.training import training_story
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
 def resolved(*arguments: str) -> str:
-    command = [sys.executable, "-m", "cv_lightning", "fit", *arguments, "--print_config"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return yaml.safe_dump(main(["fit", *arguments], ConfigOnly).as_dict())
 
 
-def test_the_report_describes_sft_as_the_command_line_set_it() -> None:
+def test_story_of_sft_has_the_values_of_the_command_line() -> None:
     share = ["--data.init_args.demonstrations.tool_share", "0.25", "--data.init_args.warm_up_share", "0.5"]
     text = resolved("--config", "configs/quickstart/sft.yaml", *share, "--data.init_args.num_steps", "60")
     ((_, sentences),) = training_story({"sft/fit_config.yaml": text})
@@ -28,7 +32,7 @@ def test_the_report_describes_sft_as_the_command_line_set_it() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "formula"), [("reward", "mandatory"), ("reward_accuracy", None)])
-def test_the_report_describes_the_reward(recipe: str, formula: str | None) -> None:
+def test_story_of_rl_has_the_formula_of_the_reward(recipe: str, formula: str | None) -> None:
     reward = ["--rollout.reward", f"configs/quickstart/{recipe}.yaml"]
     text = resolved("--config", "configs/quickstart/grpo.yaml", *reward)
     ((_, sentences),) = training_story({"rl/fit_config.yaml": text})

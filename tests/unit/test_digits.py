@@ -19,7 +19,7 @@ CONFIG = DigitsConfig()
 
 
 def upright(image: Image.Image, applied: str | None) -> Image.Image:
-    """The picture with its transform undone, by the code that demonstrations use."""
+    """The image with its transform undone, by the code that demonstrations use."""
     return eval(f"image.{UNDO[applied]}", {"image": image, "Image": Image}) if applied else image
 
 
