@@ -130,6 +130,8 @@ def run_verb(
     if leading and words and not words[0].startswith("-"):
         words = [f"--{leading}", *words]
     words = spelled_out(words, component, aliases or {})
+    if isinstance(component, type):
+        options["return_instance"] = True  # otherwise its public methods would be subcommands
     if leading or isinstance(component, type):
         options["as_positional"] = False
     try:

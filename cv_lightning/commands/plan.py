@@ -34,6 +34,8 @@ TITLES = {
     "engine_cache": "key-value cache",
     "engine_work": "engine's own work",
     "overhead": "CUDA, NCCL, fragments",
+    "training_peak": "peak in training",
+    "rollout_peak": "peak in rollouts",
 }
 """Memory on a GPU: name in the JSON file, and in the table."""
 
@@ -96,49 +98,43 @@ def figures_of(plan: Plan) -> dict[str, Any]:
 
 def text_of(plan: Plan, run: RunFacts, given: Assumptions) -> str:
     """The plan for people."""
-    shape, ranks, stage = run.shape, run.sharding.ranks, run.sharding.zero_stage
-    figures, engine = figures_of(plan), plan.engine
-    lines = [
-        f"{'GRPO' if run.rollout else 'SFT'} of {run.policy.path}: {shape.parameters / 1e9:.2f} B parameters, "
-        f"{shape.trained / 1e9:.2f} B trained"
-        + (f", LoRA of rank {run.policy.lora.rank}" if run.policy.lora else "")
-        + f", {run.policy.dtype}; {f'{ranks} x {given.gpu}' if run.on_gpu else 'CPU'}"
-        + (f", ZeRO-{stage}" if stage else ""),
-        "",
-        f"GB on each {'GPU' if run.on_gpu else 'machine'} of {plan.memory / GB:.0f}",
-        *(f"  {title:22} {figures[name] / GB:7.1f}" for name, title in TITLES.items() if figures.get(name)),
-        f"  {'peak in training':22} {plan.training / GB:7.1f}"
-        + ("  (the engine sleeps meanwhile)" if engine and engine.sleeps else ""),
-    ]
-    if engine:
-        lines.append(f"  {'peak in rollouts':22} {plan.sampling / GB:7.1f}")
+    shape, stage, engine, rollout = run.shape, run.sharding.zero_stage, plan.engine, run.rollout
+    adapted = f", LoRA of rank {run.policy.lora.rank}" if run.policy.lora else ""
+    where = f"{run.sharding.ranks} x {given.gpu}" if run.on_gpu else "CPU"
+    head = f"{'GRPO' if rollout else 'SFT'} of {run.policy.path}: {shape.parameters / 1e9:.2f} B parameters, "
+    head += f"{shape.trained / 1e9:.2f} B trained{adapted}, {run.policy.dtype}; {where}"
+    head += f", ZeRO-{stage}" if stage else ""
+    figures = figures_of(plan)
+    memory = [f"GB on each {'GPU' if run.on_gpu else 'machine'} of {plan.memory / GB:.0f}"]
+    memory += [f"  {title:22} {figures[name] / GB:7.1f}" for name, title in TITLES.items() if figures.get(name)]
+    if engine and engine.sleeps:
+        memory[-2] += "  (the engine sleeps meanwhile)"
     if plan.host:
         engines = engine.host * run.gpus_per_node / GB if engine else 0.0
-        lines.append(
-            f"  {'main memory of a node':22} {plan.host / GB:7.1f}  at most, for what is kept off the GPUs"
-            + (f"; {engines:.1f} of them the engines'" if engines else "")
+        memory.append(f"  {'main memory of a node':22} {plan.host / GB:7.1f}  at most, for what is kept off the GPUs")
+        memory[-1] += f"; {engines:.1f} of them the engines'" if engines else ""
+    parts = [head, "\n".join(memory)]
+    if rollout and engine:
+        mean, longest = plan.mean_length, rollout.longest
+        parts.append(
+            f"trajectories at once on each engine: {engine.fits(mean)} of {mean} tokens, {engine.fits(longest)} of the "
+            f"longest allowed ({longest}); {min(run.sequences_per_rank, rollout.engine.max_num_seqs)} are to run "
+            f"({engine.token_bytes / 1024:.0f} KiB a token)"
         )
-    if run.rollout and engine:
-        mean, longest = plan.mean_length, run.rollout.longest
-        at_once = min(run.sequences_per_rank, run.rollout.engine.max_num_seqs)
-        lines += ["", f"trajectories at once on each engine: {engine.fits(mean)} of {mean} tokens, "]
-        lines[-1] += f"{engine.fits(longest)} of the longest allowed ({longest}); {at_once} are to run "
-        lines[-1] += f"({engine.token_bytes / 1024:.0f} KiB a token)"
     if plan.seconds:
-        lines += ["", *_time_lines(plan, run, given)]
-    found = [f"WARNING: {line}" for line in plan.problems] + [f"warning: {line}" for line in plan.hints]
-    return "\n".join(lines + [line for text in found for line in ("", text)])
+        parts.append(_time_text(plan, run, given))
+    parts += [f"WARNING: {line}" for line in plan.problems] + [f"warning: {line}" for line in plan.hints]
+    return "\n\n".join(parts)
 
 
-def _time_lines(plan: Plan, run: RunFacts, given: Assumptions) -> list[str]:
-    total = sum(plan.seconds.values())
+def _time_text(plan: Plan, run: RunFacts, given: Assumptions) -> str:
+    total, rate = sum(plan.seconds.values()), given.decode_tokens_per_s
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in plan.seconds.items())
-    rate = given.decode_tokens_per_s
     decoding = f"{rate:.0f} tokens/s" if rate else "decoding bound by bandwidth"
     sampled = f", {given.sampled_tokens} of them sampled, {decoding}, tools hidden" if run.rollout else ""
-    return [
+    return (
         f"{'an iteration' if run.rollout else 'a step'} takes about {total:.0f} s ({parts}); "
-        f"{run.num_batches} of them {total * run.num_batches / 3600:.1f} h",
+        f"{run.num_batches} of them {total * run.num_batches / 3600:.1f} h\n"
         f"  assumed: {run.sequences_per_step} sequences of {plan.mean_length} tokens{sampled}; MFU {given.mfu:.0%}; "
-        "no validation, no start-up",
-    ]
+        "no validation, no start-up"
+    )

@@ -204,20 +204,16 @@ def _seconds(run: RunFacts, given: Assumptions, engine: Engine | None, length: i
         return {"update": update / peak}
     found = {"update": (update + forward * rollout.extra_forwards) / peak}
     if engine is not None:
-        rate = given.decode_tokens_per_s or _decode_rate(run, rollout, engine, gpu, length)
+        # A step of decoding reads the weights once, and every trajectory's cache.
+        at_once = max(1, min(engine.fits(length), rollout.engine.max_num_seqs, run.sequences_per_rank))
+        step_s = (engine.weights + at_once * length * engine.token_bytes) / (gpu.bandwidth * 1e12 * DECODE_EFFICIENCY)
+        rate = given.decode_tokens_per_s or at_once / step_s
         sampling = run.sequences_per_rank * given.sampled_tokens / rate + forward / peak
         images = tokens * given.image_share * run.shape.pixels_per_token * SECONDS_PER_PIXEL
         is_hidden = rollout.engine.renders_in_background(on_gpu=True) and not rollout.agent.deterministic
         found["rollout"] = max(sampling, images) if is_hidden else sampling + images
         found["sync"] = engine.weights / SYNC_BYTES_PER_S
     return found
-
-
-def _decode_rate(run: RunFacts, rollout: RolloutFacts, engine: Engine, gpu: Gpu, length: int) -> float:
-    """Tokens that one GPU samples a second: a step reads the weights once, and every trajectory's cache."""
-    at_once = max(1, min(engine.fits(length), rollout.engine.max_num_seqs, run.sequences_per_rank))
-    bytes_per_step = engine.weights + at_once * length * engine.token_bytes
-    return at_once / (bytes_per_step / (gpu.bandwidth * 1e12 * DECODE_EFFICIENCY))
 
 
 # ------------------------------------------------------------------------------------------------ what to change
@@ -271,25 +267,27 @@ def _hints(run: RunFacts, found: Plan) -> list[str]:
 
 
 def _remedy(run: RunFacts, found: Plan) -> str:
-    """The settings that help most at the peak."""
-    engine, sharding, trains = found.engine, run.sharding, found.training >= found.sampling
-    if not run.policy.gradient_checkpointing:
-        fewer_activations = "model.policy.gradient_checkpointing true"
-    elif run.rollout is not None and run.longest >= run.tokens_per_row:
-        fewer_activations = "shorter trajectories: agent.max_response_tokens, agent.max_prompt_tokens"
-    else:
-        fewer_activations = "a smaller model.max_tokens_per_row"
-    if sharding.ranks > 1 and sharding.zero_stage < 3:
-        fewer_states = "trainer.strategy ZeroStrategy with stage 3"
-    elif run.policy.lora is None and sharding.ranks == 1:
-        fewer_states = "model.policy.lora"
-    elif sharding.zero_stage and not sharding.offload_optimizer:
-        fewer_states = "more ranks, or trainer.strategy.offload_optimizer true"
-    else:
-        fewer_states = "more ranks, or a smaller model"
-    options = [(found.activations * trains, fewer_activations), (sum(found.lasting.values()), fewer_states)]
-    if engine is not None and not (trains and engine.sleeps):
-        sleep = "engine.sleep always, or " if trains else ""
-        options.append((found.engine_bytes, f"{sleep}a lower engine.gpu_memory_utilization"))
+    """The settings that reduce what is largest at the peak, without those that are set."""
+    trains, sharding, policy = found.training >= found.sampling, run.sharding, run.policy
+    is_asleep = trains and (found.engine is None or found.engine.sleeps)
+    longest = "agent.max_response_tokens" if run.rollout and run.longest >= run.tokens_per_row else "max_tokens_per_row"
+    states = {
+        "ZeroStrategy with stage 3": sharding.zero_stage == 3 or sharding.ranks == 1,
+        "trainer.strategy.offload_optimizer true": sharding.offload_optimizer or not sharding.zero_stage,
+        "policy.lora": policy.lora is not None,
+        "more ranks": False,
+    }
+    activations = {"policy.gradient_checkpointing true": policy.gradient_checkpointing, f"a smaller {longest}": False}
+    engine = {"engine.sleep always": not trains, "a lower engine.gpu_memory_utilization": False}
+    options = [
+        (sum(found.lasting.values()), states),
+        (found.activations * trains, activations),
+        (0.0 if is_asleep else found.engine_bytes, engine),
+    ]
     options.sort(key=lambda option: -option[0])
-    return "Change, largest first: " + "; ".join(f"{text} ({size / GB:.1f} GB)" for size, text in options if size > 0)
+    texts = [
+        f"{' or '.join(name for name, is_set in settings.items() if not is_set)} ({size / GB:.1f} GB)"
+        for size, settings in options
+        if size > 0
+    ]
+    return f"Change, largest first: {'; '.join(texts)}"
