@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from cv_lightning.evaluation.metrics import json_value, mean_of, rate_of, rate_of_events
-from cv_lightning.evaluation.outcome import ANSWERED, Outcome
+from cv_lightning.evaluation.metrics import Figures, mean_of, rate_of, rate_of_events
+from cv_lightning.evaluation.outcome import ANSWERED, Outcome, grouped
 from cv_lightning.evaluation.statistics import NONE, Rate, pass_at_k, rate, rate_of_columns
 from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import EndState
@@ -19,7 +18,7 @@ TRANSFORMS = ("identity", *ORIENTATIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Breakdown:
+class Breakdown(Figures):
     """Figures of one evaluation. Trajectories with an infrastructure error do not count, except a judge's."""
 
     score: Rate
@@ -68,10 +67,6 @@ class Breakdown:
     by_category: dict[str, Rate]
     """Score by category of the data set; empty without categories."""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values; a rate is {value, low, high, n}, NaN is null."""
-        return {key: json_value(value) for key, value in asdict(self).items()} | {"metrics": list(self.metrics)}
-
 
 def breakdown(everything: Sequence[Outcome]) -> Breakdown:
     """Compute every figure from the outcomes."""
@@ -116,7 +111,7 @@ def _bounds(valid: Sequence[Outcome]) -> tuple[float, float] | None:
 
 
 def _by_corruption(scored: Sequence[Outcome], clean: Sequence[Outcome]) -> dict[str, dict[int, Rate]]:
-    corrupted = _groups([outcome for outcome in scored if outcome.variant.severity], lambda o: o.variant.corruption)
+    corrupted = grouped([outcome for outcome in scored if outcome.variant.severity], lambda o: o.variant.corruption)
     beside = {0: rate_of(clean, lambda o: o.score)} if clean else {}
     return {name: beside | _by(found, lambda o: o.variant.severity) for name, found in corrupted.items()}
 
@@ -127,16 +122,9 @@ def _right_by_rule(outcome: Outcome) -> float | None:
     return None if outcome.correct is None else float(outcome.correct and outcome.scored_by == "rule")
 
 
-def _groups(found: Sequence[Outcome], key: Callable[[Outcome], Any]) -> dict[Any, list[Outcome]]:
-    groups = defaultdict(list)
-    for outcome in found:
-        groups[key(outcome)].append(outcome)
-    return dict(sorted(groups.items()))
-
-
 def _by(found: Sequence[Outcome], key: Callable[[Outcome], Any], order: Sequence[Hashable] = ()) -> dict[Any, Rate]:
     """Mean score by a key; in the given order, then sorted by the key itself."""
-    groups = _groups(found, key)
+    groups = grouped(found, key)
     names = dict.fromkeys([*(name for name in order if name in groups), *groups])
     return {name: rate_of(groups[name], lambda o: o.score) for name in names}
 
@@ -159,7 +147,7 @@ def mean_of_columns(found: Sequence[Outcome], columns: Sequence[str]) -> Rate:
 
 def _pass_at(scored: Sequence[Outcome]) -> dict[int, Rate]:
     """pass@k for powers of two, over the tasks that have as many scored samples."""
-    tasks = _groups(scored, lambda o: o.task_id)
+    tasks = grouped(scored, lambda o: o.task_id)
     most = max((len(samples) for samples in tasks.values()), default=0)
     if most < 2:
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cv_lightning.evaluation.breakdown import TRANSFORMS
-from cv_lightning.evaluation.outcome import Outcome, outcomes
-from cv_lightning.evaluation.paired import FLIPPED_AT, PairedSummary, pair_outcomes, summarise_pairs
+from cv_lightning.evaluation.outcome import Outcome, grouped, outcomes
+from cv_lightning.evaluation.paired import FLIPPED_AT, Pair, PairedSummary, pair_outcomes, summarise_pairs
 from cv_lightning.evaluation.results import evaluated
 from cv_lightning.evaluation.tables import (
     COLUMN_NAMES,
@@ -154,23 +154,26 @@ def compare(first: Mapping[str, Group], second: Mapping[str, Group], names: tupl
         if outcome.task_id in matching.names
     ]
     pairs = pair_outcomes(one, renamed)
-    splits = {}
-    for by, key in SPLITS.items():
-        values, parts = {outcome.task_id: key(outcome) for outcome in one}, defaultdict(list)
-        for pair in pairs:
-            parts[values[pair.task_id]].append(pair)
-        if len(parts) > 1:
-            order = [value for value in TRANSFORMS if value in parts]
-            splits[by] = {value: summarise_pairs(parts[value]) for value in dict.fromkeys([*order, *sorted(parts)])}
+    splits = {by: _split(pairs, {outcome.task_id: key(outcome) for outcome in one}) for by, key in SPLITS.items()}
     return Comparison(
         names=names,
         matching=matching,
         sides=(evaluated(one), evaluated(other)),
         overall=summarise_pairs(pairs),
-        splits=splits,
+        splits={
+            by: {value: summarise_pairs(part) for value, part in parts.items()}
+            for by, parts in splits.items()
+            if len(parts) > 1
+        },
         gained=[pair.task_id for pair in pairs if pair.scored and pair.change >= FLIPPED_AT],
         lost=[pair.task_id for pair in pairs if pair.scored and pair.change <= -FLIPPED_AT],
     )
+
+
+def _split(pairs: Sequence[Pair], values: Mapping[str, str]) -> dict[str, list[Pair]]:
+    """Pairs by the value of their question, orientations in the order of a robustness table."""
+    parts = grouped(pairs, lambda pair: values[pair.task_id])
+    return {value: parts[value] for value in dict.fromkeys([*TRANSFORMS, *parts]) if value in parts}
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from cv_lightning.evaluation.outcome import Outcome, outcomes
-from cv_lightning.evaluation.statistics import Rate, rate
+from cv_lightning.evaluation.outcome import Outcome, grouped, outcomes
+from cv_lightning.evaluation.statistics import Difference, Rate, rate
 from cv_lightning.types import Group
 
 
+class Figures:
+    """Base of dataclasses that hold figures."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; a rate is {value, low, high, n}, NaN is null."""
+        return {field.name: _json(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def _json(value: Any) -> Any:
+    match value:
+        case Figures():
+            return value.to_json()
+        case Rate() | Difference():
+            return _json(value._asdict())
+        case dict():
+            return {key: _json(item) for key, item in value.items()}
+    return None if value != value else value  # NaN is not equal to itself
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KindSummary:
+class KindSummary(Figures):
     """The figures of one kind of task."""
 
     n: int
@@ -27,7 +48,7 @@ class KindSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalSummary:
+class EvalSummary(Figures):
     """The main figures of one evaluation; rates are NaN with n = 0 where no trajectory counts."""
 
     num_tasks: int
@@ -61,19 +82,6 @@ class EvalSummary:
         means = ("tool_calls_mean", "turns_mean", "sampled_tokens_mean")
         return {name: getattr(self, name).value for name in rates} | {name: getattr(self, name) for name in means}
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values; a rate is {value, low, high, n}, NaN is null."""
-        return {key: json_value(value) for key, value in asdict(self).items()}
-
-
-def json_value(value: Any) -> Any:
-    """A figure as JSON values: named tuples become objects, NaN becomes null."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: json_value(item) for name, item in value._asdict().items()}
-    if isinstance(value, dict):
-        return {key: json_value(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
 
 def summarise(groups: Iterable[Group]) -> EvalSummary:
     """Compute the main figures of scored groups."""
@@ -85,10 +93,7 @@ def summarise_outcomes(everything: Sequence[Outcome]) -> EvalSummary:
     valid = [outcome for outcome in everything if outcome.counts]
     needing = [outcome for outcome in valid if outcome.needs_tool]
     upright = [outcome for outcome in valid if outcome.is_upright]
-    kinds = defaultdict(list)
-    for outcome in valid:
-        if outcome.kind:
-            kinds[outcome.kind].append(outcome)
+    kinds = grouped([outcome for outcome in valid if outcome.kind], lambda o: o.kind)
     states = Counter(outcome.end_state.value for outcome in everything)
     return EvalSummary(
         num_tasks=len({outcome.task_id for outcome in everything}),

@@ -7,8 +7,9 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from cv_lightning.evaluation.scoring import metric_of, official_score
 from cv_lightning.images import area, iou, is_upright, source_box
@@ -16,6 +17,8 @@ from cv_lightning.orientations import ORIENTATIONS, orientations_of, to_upright
 from cv_lightning.rewards.geometry import MAX_AREA_RATIO, shows
 from cv_lightning.rewards.markup import final_answer
 from cv_lightning.types import Box, EndState, Group, Task, ToolStatus, Trajectory
+
+T = TypeVar("T")
 
 ANSWERED = (EndState.ANSWERED, EndState.ERROR_JUDGE)
 """End states of trajectories that have an answer; the second's was not judged."""
@@ -222,6 +225,14 @@ def _official(metadata: dict[str, Any], trajectory: Trajectory) -> float | None:
     if trajectory.end_state is EndState.ERROR_JUDGE and trajectory.turns:
         return official_score(final_answer(trajectory.turns[-1].text), metadata)
     return None
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Items by key, sorted by key."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(sorted(groups.items()))
 
 
 def outcomes(groups: Iterable[Group]) -> list[Outcome]:

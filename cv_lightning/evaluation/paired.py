@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cv_lightning.evaluation.metrics import json_value
-from cv_lightning.evaluation.outcome import Outcome
+from cv_lightning.evaluation.metrics import Figures
+from cv_lightning.evaluation.outcome import Outcome, grouped
 from cv_lightning.evaluation.statistics import Difference, Rate, paired_difference, rate
 
 FLIPPED_AT = 0.5
@@ -37,7 +36,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairedSummary:
+class PairedSummary(Figures):
     """Second minus first, over the questions that were scored in both."""
 
     num_pairs: int
@@ -55,17 +54,14 @@ class PairedSummary:
     calls: Difference
     """Tool calls per trajectory."""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values; NaN is null."""
-        return {name: json_value(getattr(self, name)) for name in self.__slots__}
-
 
 def pair_outcomes(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[Pair]:
     """The questions that were answered in both evaluations, sorted by id."""
-    sides = [_by_question(side) for side in (first, second)]
+    sides = [grouped([o for o in side if o.counts], lambda o: o.task_id) for side in (first, second)]
     pairs = []
-    for name in sorted(sides[0].keys() & sides[1].keys()):
-        one, other = sides[0][name], sides[1][name]
+    for name, one in sides[0].items():
+        if (other := sides[1].get(name)) is None:
+            continue
         pairs.append(
             Pair(
                 task_id=name,
@@ -77,14 +73,6 @@ def pair_outcomes(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[P
             )
         )
     return pairs
-
-
-def _by_question(side: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    found = defaultdict(list)
-    for outcome in side:
-        if outcome.counts:
-            found[outcome.task_id].append(outcome)
-    return found
 
 
 def _means(one: Sequence[Outcome], other: Sequence[Outcome], value: Callable[[Outcome], float]) -> tuple[float, float]:

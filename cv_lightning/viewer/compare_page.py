@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cv_lightning.evaluation.compare import Comparison, comparison_tables, differences, flips
-from cv_lightning.evaluation.metrics import json_value
 from cv_lightning.evaluation.statistics import Difference
 from cv_lightning.files import write_text
 from cv_lightning.trajectory import pixels_of
@@ -143,5 +142,5 @@ def write_comparison(
     The page shows the trajectories of at most `max_flips` questions of each direction, from the groups by question.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "compare.json", json.dumps(json_value(found.to_json()), indent=1) + "\n")
+    write_text(out / "compare.json", json.dumps(found.to_json(), indent=1) + "\n")
     write_text(out / "compare.html", render(found, first, second, max_flips))
