@@ -1,10 +1,10 @@
-"""Training runs on fixed data, each under one strategy, of which the ranks have unequal shares.
+"""Training runs on fixed data, each with one strategy, in which the ranks have unequal numbers of samples.
 
-`test_zero.py` runs them in its own process, which sees everything, and on several ranks:
+`test_zero.py` runs them in its own process, which has all samples, and on several ranks:
 
     torchrun --nproc-per-node 2 rank_runs.py FOLDER NAME...
 
-FOLDER/runs.json holds the runs by name. The first rank writes what came out to FOLDER/NAME.pt.
+FOLDER/runs.json holds the runs by name. The first rank writes the outcome to FOLDER/NAME.pt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -50,14 +50,14 @@ from cv_lightning.strategies import CPUDeepSpeedStrategy, ZeroStrategy  # noqa: 
 from cv_lightning.types import CVLightningError, Group, Iteration  # noqa: E402
 
 SHARES = ((4, 5), (0, 9), (7, 2), (9, 0))
-"""Conversations or trajectories of each rank, one after the other; a rank may have none."""
+"""Numbers of conversations or trajectories of each rank, for successive batches; a rank may have none."""
 OPTIMIZER = OptimizerConfig(lr=3e-4, weight_decay=0.01, gradient_clip=0.5, warmup_steps=3)
 BUDGET = {1: 100_000, 2: 220}
-"""Tokens of a micro-batch by world size: one process takes everything at once, ranks two or three rows."""
+"""Tokens of a micro-batch by world size: one process takes all sequences at once, ranks two or three."""
 CHUNK = 16
-"""Loss positions whose logits ranks hold at once, so that they differ in how many chunks they have."""
+"""Loss positions per chunk of logits; so small that ranks have different numbers of chunks."""
 EXACT: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
-"""Exact gradients by run; runs that differ in the strategy alone share them."""
+"""Exact gradients by run; runs that differ only in the strategy share them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,69 +78,64 @@ class Run:
     seed: int = 0
     """Seed of the data."""
     micro_batches: int = 0
-    """Train on so many conversations on each rank, one per micro-batch, and keep the sum of their gradients."""
+    """Number of conversations per rank, one per micro-batch; their summed gradients are recorded. 0: see `SHARES`."""
     accumulation: Literal["float32", "policy"] = "float32"
     communication: Literal["policy", "float32"] = "policy"
     start_check: bool = False
-    """Make the start-up check of SFT, on a batch of which the first rank has nothing."""
+    """Run the start-up check of SFT on a batch of which the first rank has no conversation."""
     fault: Literal["", "dropped_micro_batch", "rotary", "shifted_position"] = ""
-    """Planted fault: leave out the first of a step's micro-batches, let `zero.Init` round rotary frequencies, or shift
-    the positions behind the first image."""
+    """Planted fault: leave out the first micro-batch of a step, let `zero.Init` round rotary frequencies, or shift the
+    positions behind the first image."""
     resume_at: int = 0
-    """Stop after this many batches and resume in a new module from the checkpoint; 0 for an uninterrupted run."""
+    """Stop after this many batches and resume from the checkpoint in a new module; 0: uninterrupted run."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Outcome:
-    """Result of a run."""
+    """Recorded values of a run."""
 
-    metrics: dict[str, list[float]]
-    """Metrics of every batch, by name."""
-    weights: dict[str, torch.Tensor]
-    shapes: list[tuple[int, ...]]
-    """Shapes of this rank's parameters before the first step, policy and reference."""
-    loaded: dict[str, torch.Tensor]
-    """Unsharded tensors before the first step."""
-    buffers: dict[str, torch.Tensor]
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Values of every batch by name."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Full parameters after the last step."""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Shapes of this rank's parameters of policy and reference before the first step."""
+    loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Full parameters before the first step."""
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     """Buffers of policy and reference before the first step."""
-    gradients: dict[str, torch.Tensor]
-    """Gradients of the last step, if `micro_batches` is set."""
-    exact_gradients: dict[str, torch.Tensor]
-    """The same micro-batches through a plain copy of the policy, their gradients summed in float64."""
-    error: str
-    """Error of a failed start-up check, or empty."""
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Gradients of the last step; only with `micro_batches`."""
+    exact_gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Gradients of the same micro-batches through a plain copy of the policy, summed in float64."""
+    error: str = ""
+    """Message with which a start-up check refused the run; empty if it passed."""
 
 
 class Watch(pl.Callback):
-    """Keeps metrics of every batch, shapes and whole weights; saves and stops after `save_after` batches."""
+    """Records the outcome; saves a checkpoint and stops after `save_after` batches."""
 
     def __init__(self, save_after: int, folder: Path) -> None:
         self.save_after = save_after
         self.folder = folder
-        self.metrics: dict[str, list[float]] = {}
-        self.shapes: list[tuple[int, ...]] = []
-        self.loaded: dict[str, torch.Tensor] = {}
-        self.weights: dict[str, torch.Tensor] = {}
-        self.buffers: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.exact_gradients: dict[str, torch.Tensor] = {}
+        self.outcome = Outcome()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.shapes = [tuple(p.shape) for p in pl_module.parameters()]
-        self.loaded = self._whole(pl_module)
-        self.buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
+        self.outcome.shapes = [tuple(p.shape) for p in pl_module.parameters()]
+        self.outcome.loaded = self._whole(pl_module)
+        self.outcome.buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         for name, value in trainer.callback_metrics.items():
-            self.metrics.setdefault(name, []).append(float(value))
+            self.outcome.metrics.setdefault(name, []).append(float(value))
         if batch_idx + 1 == self.save_after:
             trainer.save_checkpoint(self.folder)
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.weights = self._whole(pl_module)
+        self.outcome.weights = self._whole(pl_module)
 
     @staticmethod
     def _whole(module: Any) -> dict[str, torch.Tensor]:
@@ -148,9 +143,8 @@ class Watch(pl.Callback):
 
 
 def perform(run: Run, folder: Path) -> Outcome:
-    """Train, on all ranks."""
+    """Train on all ranks."""
     watch = Watch(run.resume_at, folder / "saved")
-    error = ""
     with pytest.MonkeyPatch.context() as patch:
         if run.fault == "rotary":
             patch.setattr(strategies, "unchanged_tensors", nullcontext)
@@ -161,23 +155,14 @@ def perform(run: Run, folder: Path) -> Outcome:
             if run.resume_at:
                 fit(run, watch, folder / "saved")
         except CVLightningError as refused:
-            error = str(refused)
-    return Outcome(
-        metrics=watch.metrics,
-        weights=watch.weights,
-        shapes=watch.shapes,
-        loaded=watch.loaded,
-        buffers=watch.buffers,
-        gradients=watch.gradients,
-        exact_gradients=watch.exact_gradients,
-        error=error,
-    )
+            watch.outcome.error = str(refused)
+    return watch.outcome
 
 
 def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
     """Train from the start or from a checkpoint."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    torch.manual_seed(0)  # adapters start from random numbers
+    torch.manual_seed(0)  # adapters have random initial values
     module = build_module(run, 1 if run.micro_batches else BUDGET[world_size])
     if run.float32_copies:
         use_float32_copies(module)
@@ -205,7 +190,7 @@ def fit(run: Run, watch: Watch, resume: Path | None = None) -> None:
 
 
 class OffloadingRanks(CPUDeepSpeedStrategy):
-    """ZeRO that offloads the optimizer to the CPU. Only GPUs benefit; here its bookkeeping is tested."""
+    """ZeRO on CPU ranks with DeepSpeed's bookkeeping for optimizer states that are offloaded from a GPU."""
 
     def __init__(self, stage: Literal[2, 3]) -> None:
         super().__init__(stage)
@@ -275,7 +260,7 @@ def use_float32_copies(module: PolicyModule) -> None:
 
 
 def watch_gradients(module: PolicyModule, watch: Watch, work: tuple[object, ...]) -> None:
-    """Keep the gradients of a step under DeepSpeed, and those of a plain copy of the policy over all ranks."""
+    """Record the gradients of a step under DeepSpeed, and those of a plain copy of the policy over all ranks."""
     from deepspeed.utils import safe_get_full_grad
 
     take, accumulate = module._take_step, module.accumulate_and_step
@@ -298,20 +283,20 @@ def watch_gradients(module: PolicyModule, watch: Watch, work: tuple[object, ...]
     def exactly(micro_batches: Sequence[Any], loss: Callable[[Any], torch.Tensor]) -> StepResult:
         if work not in EXACT:
             EXACT[work] = exact(micro_batches, loss)
-        watch.exact_gradients = EXACT[work]
+        watch.outcome.exact_gradients = EXACT[work]
         return accumulate(micro_batches, loss)
 
     def take_step() -> StepResult:
         assert module.policy is not None
         found = {name: safe_get_full_grad(parameter) for name, parameter in module.policy.named_parameters()}
-        watch.gradients = {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+        watch.outcome.gradients = {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
         return take()
 
     module.accumulate_and_step, module._take_step = exactly, take_step  # type: ignore[method-assign]
 
 
 def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable[[int], object]:
-    """This rank's share of a batch by its number: nine conversations or trajectories in all, or `micro_batches`."""
+    """This rank's part of a batch by batch number; all ranks have nine samples, or `micro_batches` per rank."""
     total = run.micro_batches * trainer.world_size or 9
 
     def own(step: int) -> range:
@@ -332,11 +317,11 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
     made = groups(module, -(-total // 4), run.seed)
     trajectories = [t for group in made for t in group.trajectories][:total]
     for trajectory in trajectories:
-        trajectory.advantage = trajectory.advantage or 0.5  # a group without signal would change its mini-batch
+        trajectory.advantage = trajectory.advantage or 0.5  # a group of equal rewards would change its mini-batch
 
     def iteration(step: int) -> Iteration:
         batch = Iteration(step, [])
-        # Which mini-batch a trajectory belongs to must not depend on the shares.
+        # The mini-batch of a trajectory must not depend on the numbers per rank.
         halves = [[trajectories[n] for n in own(step) if n % 2 == half] for half in range(2)]
         batch.groups = [Group(task=trajectories[0].task, trajectories=half) for half in halves]
         return batch
@@ -345,7 +330,7 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Make runs one after the other."""
+    """Train runs one after the other."""
     base.packed_logprobs = partial(packed_logprobs, chunk_tokens=CHUNK)  # type: ignore[attr-defined]
     runs = json.loads((folder / "runs.json").read_text())
     for name in names:
