@@ -28,11 +28,8 @@ def total_loss(
         kl_weight: Weight of the KL penalty in this iteration's loss; None: that of the first iteration.
 
     Returns:
-        Scalar loss, and detached scalar metric shares. `loss` and `pg_loss` are weighted as `aggregation` says, all
-        others are means over tokens: those of the policy loss; `nonfinite_frac`; with rollout log-probabilities
-        `importance_weight_mean` (before truncation), `tis_clip_frac`, `sequence_mask_frac`, `engine_gap_mean`
-        (absolute, nats); with reference log-probabilities `kl_to_reference`, `nonfinite_reference_frac`; with entropy
-        `entropy`.
+        Scalar loss, and detached scalar metric shares by name (docs/algorithms.md). `loss` and `pg_loss` are weighted
+        as `aggregation` says, all others are means over tokens.
 
     Raises:
         ValueError: An input is missing that the algorithm reads.

@@ -258,12 +258,6 @@ def test_refused_with_the_key_to_change(kind: Any, options: dict[str, Any], key:
         kind(**options)
 
 
-def test_options_of_another_loss_are_refused() -> None:
-    for kind, name in ((CISPO, "dual_clip"), (DPPO, "dual_clip"), (PPOClip, "ratio_cap")):
-        with pytest.raises(TypeError, match=name):
-            kind(**{name: 10.0})
-
-
 def test_gspo_warns_of_a_clip_range_for_token_ratios(caplog: pytest.LogCaptureFixture) -> None:
     GSPO()
     assert not caplog.records
