@@ -1,0 +1,370 @@
+"""Measures which package files and carriers a sampled token and an image pass on their way to the loss.
+
+One GRPO iteration runs on a tiny random-weight model and a Parquet file of digits. Two values are followed: the ids and
+log-probabilities of one sampled turn, from the engine's output on, and the image of one row, from its Parquet cell on.
+A profile function looks at every call of the package's functions until the loss is computed. The rule:
+
+- A function *handles* the value if an argument, a local variable or its result is the value itself, alone or inside
+  plain lists, tuples and dicts; or if one of them is an object of the package that holds the value under an attribute
+  which the function's code names. An image has five forms: the cell's bytes, the decoded image, the resized one, the
+  processed tensor, and a tensor of several images that contains it.
+- A function *passes* the value on if it only has such objects in hand and names no attribute that holds it.
+- A file is on the *chain* if one of its functions handles the value and makes or fills a carrier, or ends the chain.
+  A file that handles it but hands nothing on towards the loss (checks, rewards, the trajectory store) only *reads* it.
+- A *carrier* is a class of the package with an attribute that held the value.
+
+    python scripts/trace_flow.py [--engine transformers|vllm] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+from cv_lightning.environment import prepare_environment
+
+prepare_environment()
+
+import lightning.pytorch as pl  # noqa: E402
+import numpy as np  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import cv_lightning  # noqa: E402
+from cv_lightning.agent.config import AgentConfig  # noqa: E402
+from cv_lightning.agent.prompt import PromptConfig  # noqa: E402
+from cv_lightning.callbacks.rollout import RolloutCallback  # noqa: E402
+from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
+from cv_lightning.data.modules import TaskDataModule  # noqa: E402
+from cv_lightning.digits.export import write_digits_parquet  # noqa: E402
+from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
+from cv_lightning.engines import EngineConfig  # noqa: E402
+from cv_lightning.images import content_hash, decode_image  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig  # noqa: E402
+from cv_lightning.modules.base import OptimizerConfig  # noqa: E402
+from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
+from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
+
+PACKAGE = Path(cv_lightning.__file__).parent
+MIN_TOKENS = 8
+"""Length of a turn that cannot be found elsewhere by chance."""
+END = "rl/losses/"
+"""Files of the policy loss, where both chains end."""
+DEPTH = 7
+
+
+class Tokens:
+    """The ids and the log-probabilities of one sampled turn."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+
+    def is_in(self, value: Any) -> bool:
+        """True if a sequence of numbers contains the turn's ids or log-probabilities."""
+        if not self.ids:
+            return False
+        if isinstance(value, torch.Tensor | np.ndarray):
+            if not MIN_TOKENS <= np.prod(value.shape) <= 1 << 16:
+                return False
+            value = (value.detach().cpu() if isinstance(value, torch.Tensor) else value).reshape(-1).tolist()
+        elif not isinstance(value, list | tuple) or len(value) < len(self.ids):
+            return False
+        if isinstance(value[0], bool) or not isinstance(value[0], int | float):
+            return False
+        if isinstance(value[0], int):
+            return _contains(value, self.ids)
+        return len(value) >= len(self.ids) and _contains(
+            [round(float(v), 4) for v in value], [round(v, 4) for v in self.logprobs]
+        )
+
+
+class Picture:
+    """The image of one row of the file, in its five forms."""
+
+    def __init__(self, module: GRPOModule, cell: bytes) -> None:
+        decoded = decode_image(cell)
+        shown = module.encoder.model_image(decoded)
+        self.cell, self.hashes = cell, {content_hash(decoded), content_hash(shown)}
+        self.shown = content_hash(shown)
+        self.pixels = max(module.adapter.process_images([shown])[0].tensors.values(), key=torch.Tensor.numel)
+        self._known: dict[int, tuple[Image.Image, bool]] = {}
+
+    def is_in(self, value: Any) -> bool:
+        """True if a value is the image in one of its forms, or a tensor that contains it."""
+        if isinstance(value, bytes):
+            return value == self.cell
+        if isinstance(value, Image.Image):
+            if id(value) not in self._known:
+                self._known[id(value)] = value, content_hash(value) in self.hashes
+            return self._known[id(value)][1]
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and value.shape[1:] == self.pixels.shape[1:]:
+            starts = (value[:, :8].cpu() == self.pixels[0, :8]).all(-1).nonzero().flatten().tolist()
+            size = len(self.pixels)
+            return any(torch.equal(value[start : start + size].cpu(), self.pixels) for start in starts)
+        return False
+
+
+@dataclass
+class Chain:
+    """Who had the value in hand, in the order of the first time."""
+
+    value: Tokens | Picture
+    files: dict[str, set[str]] = field(default_factory=dict)
+    """By file on the chain, its functions that hand the value on."""
+    readers: dict[str, set[str]] = field(default_factory=dict)
+    """By file, its functions that handle the value and hand nothing on."""
+    passed: dict[str, set[str]] = field(default_factory=dict)
+    """By file, its functions that pass the value on."""
+    carriers: dict[str, set[str]] = field(default_factory=dict)
+    """By class, the attributes that held the value."""
+    _known: dict[int, set[int]] = field(default_factory=dict)
+    """By frame, what it had in hand when it was called."""
+
+    def look(self, frame: FrameType, file: str, values: Mapping[str, Any], *, at_end: bool) -> None:
+        """Note what one function has in hand at its start or end."""
+        direct: set[int] = set()
+        held: dict[int, tuple[str, str]] = {}
+        for value in values.values():
+            direct |= set(_directly(self.value, value))
+            held |= dict(_holders(self.value, value))
+        has, code = direct | set(held), frame.f_code
+        if not at_end:
+            self._known[id(frame)] = has
+            return
+        new = has - self._known.pop(id(frame), set())
+        if not has:
+            return
+        for owner, attribute in held.values():
+            self.carriers.setdefault(owner, set()).add(attribute)
+        named = any(attribute in _names(code) for _, attribute in held.values())
+        kind = self.passed if not (direct or named) else self.files if new or file.startswith(END) else self.readers
+        kind.setdefault(file, set()).add(code.co_qualname)
+
+    def result(self) -> dict[str, Any]:
+        """Files and carriers; a file is named once, where it does most."""
+        readers = {file: names for file, names in self.readers.items() if file not in self.files}
+        passed = {file: names for file, names in self.passed.items() if file not in self.files | readers}
+        return {
+            "files": {file: sorted(names) for file, names in self.files.items()},
+            "readers": {file: sorted(names) for file, names in readers.items()},
+            "passed": {file: sorted(names) for file, names in passed.items()},
+            "carriers": {owner: sorted(names) for owner, names in self.carriers.items()},
+        }
+
+
+@cache
+def _names(code: CodeType) -> frozenset[str]:
+    """The names that a function's code uses, its comprehensions included."""
+    inner = [const for const in code.co_consts if isinstance(const, CodeType) and const.co_name.startswith("<")]
+    return frozenset(code.co_names).union(*map(_names, inner))
+
+
+def _contains(values: Any, run: list[Any]) -> bool:
+    first, size = run[0], len(run)
+    return any(list(values[at : at + size]) == run for at, value in enumerate(values) if value == first)
+
+
+def _directly(wanted: Tokens | Picture, value: Any, depth: int = 3) -> Iterator[int]:
+    """Ids of the wanted value itself, alone or inside plain containers."""
+    if wanted.is_in(value):
+        yield id(value)
+    elif depth and isinstance(value, list | tuple | dict) and not _is_flat(value):
+        for part in list(value.values() if isinstance(value, dict) else value):
+            yield from _directly(wanted, part, depth - 1)
+
+
+def _holders(wanted: Tokens | Picture, value: Any) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Id, class and attribute of every object of the package in `value` that holds the wanted value."""
+    seen: set[int] = set()
+
+    def walk(value: Any, depth: int) -> Iterator[tuple[int, tuple[str, str]]]:
+        if depth == 0 or id(value) in seen or isinstance(value, torch.nn.Module | pl.Trainer | pl.Callback):
+            return
+        seen.add(id(value))
+        if type(value).__module__.startswith("cv_lightning"):
+            kind = type(value).__name__
+            for name, part in _attributes(value):
+                for found in _directly(wanted, part):
+                    yield from ((found, (kind, name)), (id(value), (kind, name)))
+                yield from walk(part, depth - 1)
+        elif isinstance(value, list | tuple | dict) and not _is_flat(value):
+            for part in list(value.values() if isinstance(value, dict) else value):
+                yield from walk(part, depth - 1)
+
+    yield from walk(value, DEPTH)
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], int | float | str)
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    if is_dataclass(value):
+        return [(f.name, getattr(value, f.name, None)) for f in fields(value)]
+    if hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    return list(getattr(value, "__dict__", {}).items())
+
+
+class Tracer:
+    """A profile function over the functions of the package."""
+
+    def __init__(self, chains: list[Chain]) -> None:
+        self.chains = chains
+        self.active = True
+        self._files: dict[CodeType, str] = {}
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event not in ("call", "return") or not self.active:
+            return
+        code = frame.f_code
+        file = self._files.get(code)
+        if file is None:
+            path = Path(code.co_filename)
+            own = path.is_relative_to(PACKAGE) and not code.co_name.startswith("<")
+            file = self._files[code] = str(path.relative_to(PACKAGE)) if own else ""
+        if not file:
+            return
+        sys.setprofile(None)
+        try:
+            values = dict(frame.f_locals)
+            if event == "return":
+                values["return"] = argument
+            for chain in self.chains:
+                chain.look(frame, file, values, at_end=event == "return")
+        finally:
+            sys.setprofile(self)
+
+    def __enter__(self) -> Tracer:
+        threading.setprofile(self)
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.active = False
+        threading.setprofile(None)  # type: ignore[arg-type]
+        sys.setprofile(None)
+
+
+class TracedCallback(RolloutCallback):
+    """Starts to trace the tokens of the first turn that is long enough, as the engine hands it out."""
+
+    tokens: Tokens
+
+    def _ready(self, pl_module: pl.LightningModule) -> Any:
+        parts = super()._ready(pl_module)
+        if "step" not in vars(parts.engine):
+            step, tokens = parts.engine.step, self.tokens
+
+            def traced_step() -> Any:
+                completions = step()
+                for done in completions:
+                    if not tokens.ids and len(set(done.token_ids)) >= MIN_TOKENS and done.logprobs:
+                        tokens.ids, tokens.logprobs = list(done.token_ids), list(done.logprobs)
+                return completions
+
+            parts.engine.step = traced_step
+        return parts
+
+
+class Passes:
+    """Counts how often the image processor gets each image."""
+
+    def __init__(self, processor: Any) -> None:
+        self.kind, self.count = type(processor), Counter[str]()
+        self.real = self.kind.__call__
+
+    def __enter__(self) -> Passes:
+        def counted(processor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+            several = images if isinstance(images, list | tuple) else [images]
+            self.count.update(content_hash(image) for image in several if isinstance(image, Image.Image))
+            return self.real(processor, images, *args, **kwargs)
+
+        self.kind.__call__ = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kind.__call__ = self.real
+
+
+def trace(kind: str, folder: Path) -> dict[str, Any]:
+    """Run one iteration.
+
+    Args:
+        kind: Of the engine.
+        folder: For checkpoint, data and run.
+
+    Returns:
+        Chains of `token` and `image`, each with files, readers, passed and carriers; `passes`: the image processor's
+        calls for each image of the run, from the lowest to the highest number.
+    """
+    write(TinyCheckpoint(out=folder / "model"))
+    write_digits_parquet(folder / "rl.parquet", DigitsConfig(), "train", 2)
+    cell = pq.read_table(folder / "rl.parquet")["images"][0].as_py()[0]["bytes"]
+    algorithm = AlgorithmConfig(entropy_weight=1e-3)  # or nothing is learned where all rewards are equal
+    module = GRPOModule(
+        PolicyConfig(path=str(folder / "model"), dtype="float32"), OptimizerConfig(), algorithm=algorithm
+    )
+    words = PromptConfig(system="none", state_size=False)
+    callback = TracedCallback(
+        agent=AgentConfig(max_turns=1, max_turn_tokens=16, max_images=2, prompt=words, deterministic=True),
+        engine=EngineConfig(kind=kind, max_model_len=512, max_num_seqs=8, max_images=2),
+        num_samples=2,
+        parity_tolerance=0,
+    )
+    callback.tokens = Tokens()
+    chains = [Chain(callback.tokens), Chain(Picture(module, cell))]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=folder / "run",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    data = TaskDataModule(train_files=[str(folder / "rl.parquet")], tasks_per_iteration=2, num_iterations=1)
+    with Passes(module.adapter.processor.image_processor) as passes, Tracer(chains):
+        trainer.fit(module, datamodule=data)
+    token, image = (chain.result() for chain in chains)
+    return {"engine": kind, "token": token, "image": image, "passes": sorted(passes.count.values())}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The chains for people to read."""
+    lines = []
+    for name in ("token", "image"):
+        chain = found[name]
+        lines.append(f"{name}: {len(chain['files'])} files, {len(chain['carriers'])} carriers")
+        for title in ("files", "carriers", "readers", "passed"):
+            lines.append(f"  {title} ({len(chain[title])})")
+            lines += [f"    {key:<34} {', '.join(values)}" for key, values in chain[title].items()]
+    lines.append(f"image processor passes per image: {', '.join(map(str, found['passes']))}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = trace(given.engine, Path(folder))
+    print(json.dumps(found, indent=1) if given.json else table(found))
+
+
+if __name__ == "__main__":
+    main()
