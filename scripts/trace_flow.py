@@ -49,10 +49,10 @@ from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.data.modules import TaskDataModule  # noqa: E402
 from cv_lightning.digits.export import write_digits_parquet  # noqa: E402
 from cv_lightning.digits.scenes import DigitsConfig  # noqa: E402
-from cv_lightning.engines import EngineConfig  # noqa: E402
+from cv_lightning.engines import Completion, Engine, EngineConfig  # noqa: E402
 from cv_lightning.images import content_hash, decode_image  # noqa: E402
 from cv_lightning.models.loading import PolicyConfig  # noqa: E402
-from cv_lightning.modules.base import OptimizerConfig  # noqa: E402
+from cv_lightning.modules.base import OptimizerConfig, PolicyModule  # noqa: E402
 from cv_lightning.modules.grpo import GRPOModule  # noqa: E402
 from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
 
@@ -227,6 +227,7 @@ class Tracer:
         self._files: dict[CodeType, str] = {}
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        """See `sys.setprofile`."""
         if event not in ("call", "return") or not self.active:
             return
         code = frame.f_code
@@ -263,20 +264,19 @@ class TracedCallback(RolloutCallback):
 
     tokens: Tokens
 
-    def _ready(self, pl_module: pl.LightningModule) -> Any:
-        parts = super()._ready(pl_module)
-        if "step" not in vars(parts.engine):
-            step, tokens = parts.engine.step, self.tokens
+    def _build_engine(self, module: PolicyModule) -> Engine:
+        engine = super()._build_engine(module)
+        step, tokens = engine.step, self.tokens
 
-            def traced_step() -> Any:
-                completions = step()
-                for done in completions:
-                    if not tokens.ids and len(set(done.token_ids)) >= MIN_TOKENS and done.logprobs:
-                        tokens.ids, tokens.logprobs = list(done.token_ids), list(done.logprobs)
-                return completions
+        def traced_step() -> list[Completion]:
+            completions = step()
+            for done in completions:
+                if not tokens.ids and len(set(done.token_ids)) >= MIN_TOKENS and done.logprobs:
+                    tokens.ids, tokens.logprobs = list(done.token_ids), list(done.logprobs)
+            return completions
 
-            parts.engine.step = traced_step
-        return parts
+        engine.step = traced_step  # type: ignore[method-assign]
+        return engine
 
 
 class Passes:
@@ -357,6 +357,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -32,8 +32,6 @@ class ToolOutcome:
     result: ToolResult
     model_image: Image.Image | None = None
     """The result's image as the model is to see it; None where there is none, or it cannot be shown."""
-    image_hash: str = ""
-    """Content hash of `model_image`."""
     not_shown: str = ""
     """Why an image that the call made cannot be shown; for the model to read."""
     elapsed_s: float = 0.0
@@ -60,19 +58,20 @@ async def run_call(tool: Tool, call: ToolCall, context: ToolContext, encoder: Im
             f"tool {tool.name!r} returned {len(parents)} images, made from {parents}; the agent shows one image per "
             f"call, made from one of the {len(context.images)} before it"
         )
-    seen, image_hash, not_shown = None, "", ""
+    seen, not_shown = None, ""
     for made in result.images:
         try:
-            seen, image_hash = await asyncio.to_thread(_prepare, encoder, made.image)
+            seen = await asyncio.to_thread(_prepare, encoder, made.image)
         except ImageError as error:
             not_shown = str(error)
     elapsed = time.perf_counter() - begun
-    return ToolOutcome(result=result, model_image=seen, image_hash=image_hash, not_shown=not_shown, elapsed_s=elapsed)
+    return ToolOutcome(result=result, model_image=seen, not_shown=not_shown, elapsed_s=elapsed)
 
 
-def _prepare(encoder: ImageSizer, image: Image.Image) -> tuple[Image.Image, str]:
+def _prepare(encoder: ImageSizer, image: Image.Image) -> Image.Image:
     seen = encoder.model_image(image)
-    return seen, content_hash(seen)
+    content_hash(seen)  # computed here, known to the thread that owns the engine
+    return seen
 
 
 def lost(reason: BaseException | str) -> ToolOutcome:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Coroutine, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import coroutine
 from typing import Any
-
-from PIL import Image
 
 from cv_lightning.agent.calls import ToolOutcome, run_call, trajectory_image
 from cv_lightning.agent.config import AgentConfig
@@ -23,6 +21,7 @@ from cv_lightning.agent.protocol import parse_turn
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.agent.views import TaskViews
 from cv_lightning.engines.base import Completion, Request, SamplingConfig
+from cv_lightning.images import content_hash
 from cv_lightning.tools import CodeRunner, ToolContext
 from cv_lightning.tools.base import missing_image
 from cv_lightning.types import (
@@ -63,9 +62,6 @@ class Shared:
     """Part of every request's seed: the policy version in training, 0 in evaluations."""
     views: TaskViews
     progress: RolloutProgress
-    images: dict[str, Image.Image] = field(default_factory=dict)
-    """Images as the model sees them, by hash: trajectories that made the same one share an object, which training then
-    encodes once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +109,6 @@ class Episode:
             num_prompt_tokens=0,
             policy_version=shared.policy_version,
         )
-        self.hashes: list[str] = []
-        """Content hashes of the dialogue's images."""
         self.parse_errors = 0
         self.started = time.perf_counter()
         self.steps = self._run()
@@ -145,13 +139,12 @@ class Episode:
         """Put the prompt into the dialogue."""
         task, config, trajectory = self.request.task, self.config, self.trajectory
         try:
-            views, hashes = self.shared.views.of(self.request)
+            views = self.shared.views.of(self.request)
             seen = [view.model_image for view in views]
             self.shared.encoder.open(self.dialogue, task, seen, config.prompt, config.offered)
         except DataError as error:
             raise _End(EndState.ERROR_TASK, str(error)) from error
         trajectory.images += views
-        self.hashes += hashes
         trajectory.num_prompt_tokens = length = len(self.dialogue.token_ids)
         if length > config.max_prompt_tokens:
             limit = f"agent.max_prompt_tokens is {config.max_prompt_tokens}"
@@ -194,7 +187,7 @@ class Episode:
             id=self.id,
             prompt_ids=tuple(self.dialogue.engine_ids),
             images=tuple(self.dialogue.images),
-            image_hashes=tuple(self.hashes),
+            image_hashes=tuple(map(content_hash, self.dialogue.images)),
             max_tokens=budget,
             temperature=self.shared.sampling.temperature,
             top_p=self.shared.sampling.top_p,
@@ -258,11 +251,9 @@ class Episode:
         images = self.trajectory.images
         if len(images) >= self.config.max_images:
             raise _End(EndState.MAX_IMAGES, f"agent.max_images is {self.config.max_images}")
-        seen = self.shared.images.setdefault(outcome.image_hash, outcome.model_image)
-        view = trajectory_image(images, result.images[0], seen)
+        view = trajectory_image(images, result.images[0], outcome.model_image)
         text = tool_ok_text(prompt, len(images), view.original.size, view.model_image.size)
         self._respond(turn, text + note, result.text, view)
-        self.hashes.append(outcome.image_hash)
 
     def _respond(self, turn: Turn, text: str, said: str = "", view: TrajectoryImage | None = None) -> None:
         """Append a tool response: text and image together, or neither.

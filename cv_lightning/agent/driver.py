@@ -23,7 +23,7 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.agent.views import TaskViews
 from cv_lightning.background import Background
-from cv_lightning.engines.base import Completion, Engine, Request, SamplingConfig
+from cv_lightning.engines.base import Completion, Engine, SamplingConfig, failed
 from cv_lightning.tools import CodeRunner
 from cv_lightning.types import EndState, EngineError, JudgeError, Trajectory
 
@@ -182,7 +182,7 @@ class _Pass:
                 return self.engine.add_request(step)
             except EngineError as error:
                 del self.generating[episode.id]
-                answer = _failed(step, str(error))
+                answer = failed(step.id, str(error))
 
     def _end(self, episode: Episode, state: EndState, error: str) -> None:
         self.done[episode.order] = trajectory = episode.end(state, error)
@@ -314,7 +314,3 @@ class _Pass:
             self.engine.abort(list(self.generating))
         except Exception:  # an engine that broke in its step may not answer; the first exception is the one to show
             logger.exception("the engine could not forget its requests")
-
-
-def _failed(request: Request, error: str) -> Completion:
-    return Completion(id=request.id, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=error)

@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.request import RolloutRequest
@@ -16,14 +15,6 @@ from cv_lightning.types import Task, TrajectoryImage
 AHEAD = 64
 """Tasks whose images are made before they are asked for."""
 MAX_THREADS = 8
-
-
-class Views(NamedTuple):
-    """The images of one task; its trajectories share them."""
-
-    images: list[TrajectoryImage]
-    hashes: list[str]
-    """Content hash of each image as the model sees it."""
 
 
 class TaskViews:
@@ -46,14 +37,14 @@ class TaskViews:
                     f"two tasks of a rollout have the id {request.task.id!r}; `requests_of` tells them apart"
                 )
         self._ahead = deque(tasks.items())
-        self._made: dict[tuple[str, int], Future[Views]] = {}
+        self._made: dict[tuple[str, int], Future[list[TrajectoryImage]]] = {}
         self._opened: set[tuple[str, int]] = set()
         threads = min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) - 1))
         self._threads = ThreadPoolExecutor(threads, "views")
         self._make_ahead()
 
-    def of(self, request: RolloutRequest) -> Views:
-        """The images of a request's task.
+    def of(self, request: RolloutRequest) -> list[TrajectoryImage]:
+        """The images of a request's task; its trajectories share them.
 
         Raises:
             DataError: An image cannot be shown to the model.
@@ -77,9 +68,11 @@ def _key(request: RolloutRequest) -> tuple[str, int]:
     return request.task.id, request.repeat
 
 
-def _views_of(encoder: DialogueEncoder, task: Task) -> Views:
+def _views_of(encoder: DialogueEncoder, task: Task) -> list[TrajectoryImage]:
     images = [
         TrajectoryImage(original=image, model_image=encoder.model_image(image), source=index)
         for index, image in enumerate(task.images)
     ]
-    return Views(images, [content_hash(image.model_image) for image in images])
+    for image in images:
+        content_hash(image.model_image)  # computed here, known to the thread that owns the engine
+    return images

@@ -370,7 +370,7 @@ class RolloutCallback(pl.Callback):
     def _build_engine(self, module: PolicyModule) -> Engine:
         config, model = module.policy_config, module.policy
         options: dict[str, Any] = {"dtype": config.dtype, "seed": self.sampling.seed, "adapter": module.adapter}
-        return build_engine(self.engine_config, config.path, model=model, **options)
+        return build_engine(self.engine_config, config.path, model=model, images=module.vision_cache, **options)
 
     def collector(
         self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig, training: bool = False

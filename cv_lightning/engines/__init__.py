@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cv_lightning.models.adapters import ModelAdapter
+    from cv_lightning.models.vision import VisionCache
 
 __all__ = [
     "Completion",
@@ -55,7 +56,14 @@ def vllm_imports() -> bool:
 
 
 def build_engine(
-    config: EngineConfig, path: str, *, dtype: str, seed: int, model: PreTrainedModel | None, adapter: ModelAdapter
+    config: EngineConfig,
+    path: str,
+    *,
+    dtype: str,
+    seed: int,
+    model: PreTrainedModel | None,
+    adapter: ModelAdapter,
+    images: VisionCache | None = None,
 ) -> Engine:
     """Build the engine that `config` names, or connect to the server that runs it.
 
@@ -66,6 +74,7 @@ def build_engine(
         seed: engine seed.
         model: the policy itself, which the transformers engine generates with and SGLang gets its weights from.
         adapter: of its family, bound to its processor.
+        images: the trainer's processed images, for an engine in its process; None: a cache of the engine's own.
 
     Raises:
         EngineError: vLLM is asked for but cannot be imported, the engine cannot be built, or no server answers.
@@ -79,7 +88,7 @@ def build_engine(
                 "or set engine.kind to transformers"
             ) from error
 
-        return VLLMEngine(path, config, adapter, dtype=dtype, seed=seed)
+        return VLLMEngine(path, config, adapter, dtype=dtype, seed=seed, images=images)
     if config.kind == "server":
         from cv_lightning.engines.server import ServerEngine
 
@@ -90,7 +99,7 @@ def build_engine(
         return SGLangEngine(config, adapter, _required(model, config))
     from cv_lightning.engines.hf import TransformersEngine
 
-    return TransformersEngine(_required(model, config), adapter, config)
+    return TransformersEngine(_required(model, config), adapter, config, images)
 
 
 def _required(model: PreTrainedModel | None, config: EngineConfig) -> PreTrainedModel:

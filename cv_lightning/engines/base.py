@@ -62,10 +62,11 @@ class EngineConfig:
     enforce_eager: bool = False
     """No CUDA graphs. Ignored on a CPU, where there are none."""
     processor_cache_gb: float | None = None
-    """vLLM's cache of processed images, in GB of main memory on each rank; null: 4 on a GPU (an image of 6.4 megapixels
-    takes 0.15), 0.25 on a CPU. 0 disables it."""
+    """Processed images that a rank keeps for later turns and for the update, in GB of main memory; null: 4 on a GPU (an
+    image of one megapixel takes 0.024), 0.25 on a CPU. Beyond it an image is processed again when it is needed, which
+    `policy/image_passes` counts. During an update all of its images are kept."""
     background_rendering: Literal["auto", "always", "never"] = "auto"
-    """Process images on a thread of their own while the engine decodes. The speed of that thread then decides which
+    """Process images on a separate thread while the engine decodes. The speed of that thread then decides which
     requests share a batch, so runs with `agent.deterministic` do not use it. `auto`: on GPUs, with an engine of one
     rank."""
     async_scheduling: bool | None = None
@@ -118,7 +119,7 @@ class EngineConfig:
         return self.background_rendering == "always"
 
     def cache_of_images_gb(self, *, on_gpu: bool) -> float:
-        """Size of vLLM's cache of processed images on each rank, in GB."""
+        """Size of the cache of processed images on each rank, in GB."""
         if self.processor_cache_gb is None:
             return GPU_PROCESSOR_CACHE_GB if on_gpu else CPU_PROCESSOR_CACHE_GB
         return self.processor_cache_gb
@@ -191,6 +192,11 @@ class Completion:
     """The prompt as the engine expanded it, where the engine tells."""
     error: str = ""
     """Why there is no completion: the request failed for good, the others go on."""
+
+
+def failed(id: str, error: str) -> Completion:
+    """The completion of a request that failed for good."""
+    return Completion(id=id, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=error)
 
 
 class Engine(Protocol):

@@ -23,6 +23,7 @@ from cv_lightning.engines.base import (
     expanded,
 )
 from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
@@ -32,19 +33,24 @@ if TYPE_CHECKING:
 class TransformersEngine:
     """Generates with the policy module; one process, unsharded weights."""
 
-    def __init__(self, model: PreTrainedModel, adapter: ModelAdapter, config: EngineConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, adapter: ModelAdapter, config: EngineConfig, images: VisionCache | None = None
+    ) -> None:
         """Generate with a policy.
 
         Args:
             model: the policy; it must hold whole tensors.
             adapter: bound to its processor.
-            config: `max_model_len`, `max_num_seqs` and `max_images` are used.
+            config: `max_model_len`, `max_num_seqs`, `max_images` and `processor_cache_gb` are used.
+            images: the trainer's processed images; None: a cache of the engine's own.
 
         Raises:
             EngineError: the policy's parameters are sharded.
         """
         _require_whole(model)
         self.model, self.adapter = model, adapter
+        self.images = images or VisionCache(adapter)
+        self.images.max_bytes = config.cache_of_images_gb(on_gpu=model.device.type == "cuda") * 1e9
         self.max_model_len = config.max_model_len
         self.max_num_seqs = config.max_num_seqs
         self.max_images = config.max_images
@@ -110,7 +116,7 @@ class TransformersEngine:
     def _generate(self, batch: list[Request]) -> list[Completion]:
         device = self.model.device
         rows = [expanded(request, self.adapter) for request in batch]
-        images = [image for request in batch for image in request.images]
+        images = [self.images.of(image) for request in batch for image in request.images]
         width = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -119,7 +125,7 @@ class TransformersEngine:
         with _generating(self.model, self.stop_ids, self.pad_id):
             generate: Any = self.model.generate
             sequences = generate(
-                **self.adapter.plain_inputs(ids, mask, self.adapter.process_images(images) if images else []),
+                **self.adapter.plain_inputs(ids, mask, images),
                 max_new_tokens=longest,
                 logits_processor=LogitsProcessorList([sampler]),
             )

@@ -18,7 +18,7 @@ import httpx2
 from cv_lightning.background import Background
 from cv_lightning.endpoint.client import EndpointClient, is_local
 from cv_lightning.endpoint.messages import data_url
-from cv_lightning.engines.base import Completion, EngineConfig, Request, check_length
+from cv_lightning.engines.base import Completion, EngineConfig, Request, check_length, failed
 from cv_lightning.types import EndpointError, EngineError
 
 if TYPE_CHECKING:
@@ -196,4 +196,4 @@ def _completion(name: str, future: Future[Completion]) -> Completion:
         return future.result()
     if not isinstance(error, (EndpointError, EngineError)):
         raise error
-    return Completion(id=name, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=str(error))
+    return failed(name, str(error))

@@ -11,14 +11,26 @@ import gc
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from PIL import Image
 from safetensors import safe_open
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.inputs import mm_input, tokens_input
 from vllm.logprobs import FlatLogprobs
+from vllm.multimodal.inputs import (
+    BaseMultiModalField,
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
 from vllm.sampling_params import RequestOutputKind
 
 from cv_lightning.engines.base import (
@@ -28,6 +40,7 @@ from cv_lightning.engines.base import (
     check_idle,
     check_length,
     check_weights,
+    failed,
     must_sleep,
 )
 from cv_lightning.engines.process import (
@@ -37,8 +50,9 @@ from cv_lightning.engines.process import (
     keep_threads,
     threads,
 )
-from cv_lightning.engines.rendering import Rendered, RenderQueue
-from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
+from cv_lightning.images import content_hash
+from cv_lightning.models.adapters.base import LOGIT_BAN, ImageInputs, ModelAdapter
+from cv_lightning.models.vision import VisionCache
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
@@ -53,7 +67,16 @@ IN_FLIGHT_STEPS = 100
 class VLLMEngine:
     """The in-process engine. Build it before `deepspeed.initialize` and outside any zero.Init."""
 
-    def __init__(self, path: str, config: EngineConfig, adapter: ModelAdapter, *, dtype: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        config: EngineConfig,
+        adapter: ModelAdapter,
+        *,
+        dtype: str,
+        seed: int = 0,
+        images: VisionCache | None = None,
+    ) -> None:
         """Build the engine and load the checkpoint's weights.
 
         Args:
@@ -62,9 +85,11 @@ class VLLMEngine:
             adapter: the trainer's, whose image rule holds; vLLM alone would take the one in the folder.
             dtype: `float32`, `bfloat16` or `float16`, the trainer's.
             seed: engine seed; requests carry their own.
+            images: the trainer's processed images; None: a cache of the engine's own.
 
         Raises:
-            EngineError: the ranks of the run cannot have the engine that `config` asks for.
+            EngineError: the ranks of the run cannot have the engine that `config` asks for, or vLLM itself processes
+                images differently.
         """
         self.owns_process_group = not has_process_group()
         num_ranks = join_launched_ranks()
@@ -88,8 +113,17 @@ class VLLMEngine:
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
         self.policy_version = -1
         self.adapter = adapter
-        in_background = config.renders_in_background(on_gpu=torch.cuda.is_available())
-        self.rendering = RenderQueue(self._render) if in_background else None
+        on_gpu = torch.cuda.is_available()
+        self.images = images or VisionCache(adapter)
+        self.images.max_bytes = config.cache_of_images_gb(on_gpu=on_gpu) * 1e9
+        self.image_fields: dict[str, BaseMultiModalField] = {}
+        """How vLLM batches each tensor of an image."""
+        self._check_processing(min(2, config.max_images))
+        in_background = config.renders_in_background(on_gpu=on_gpu)
+        self.thread = ThreadPoolExecutor(1, "images") if in_background else None
+        """Processes the images of requests while the engine decodes; None: that is done in `add_request`."""
+        self.preparing: dict[str, tuple[SamplingParams, Future[Any]]] = {}
+        """Requests whose images are being processed: sampling parameters and the prompt to be."""
 
     def add_request(self, request: Request) -> None:
         """Queue a request; see `Engine`."""
@@ -106,63 +140,113 @@ class VLLMEngine:
             logit_bias=dict.fromkeys(request.banned_ids, LOGIT_BAN),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-            prompt["multi_modal_uuids"] = {"image": list(request.image_hashes)}
-        if self.rendering is not None and request.images:
-            return self.rendering.submit(request.id, prompt, params)
+        if self.thread is not None and request.images:
+            self.preparing[request.id] = params, self.thread.submit(self._process, request)
+            return
         try:
-            self.engine.add_request(request.id, self._render(prompt), params)
+            self.engine.add_request(request.id, self._process(request), params)
         except ValueError as error:
             raise EngineError(f"vLLM refused request {request.id} ({len(request.prompt_ids)} ids): {error}") from error
 
-    def _render(self, prompt: TokensPrompt) -> Any:
-        """The prompt as the engine takes it, its images processed."""
-        (rendered,) = self.llm.renderer.render_cmpl([cast(Any, prompt)])
-        return rendered
+    def _process(self, request: Request) -> Any:
+        """The request as vLLM takes it after its own processing: ids expanded, images processed."""
+        return self._prompt(request.prompt_ids, list(map(self.images.of, request.images)), request.image_hashes)
 
-    def _admit(self, rendered: Iterable[Rendered]) -> list[Completion]:
-        """Hand prepared requests to the engine.
+    def _prompt(self, prompt_ids: Sequence[int], images: Sequence[ImageInputs], names: Sequence[str]) -> Any:
+        remaining = iter(images)
+        ids: list[int] = []
+        places: list[PlaceholderRange] = []
+        for token in prompt_ids:
+            count = 1
+            if token == self.adapter.image_id:
+                count = next(remaining).num_tokens
+                places.append(PlaceholderRange(offset=len(ids), length=count))
+            ids += [token] * count
+        if not images:
+            return tokens_input(ids)
+        items: MultiModalKwargsItems = MultiModalKwargsItems({"image": list(map(self._item, images))})
+        return mm_input(ids, items, {"image": list(names)}, {"image": places})
+
+    def _item(self, image: ImageInputs) -> MultiModalKwargsItem:
+        """An image as vLLM takes it: of a tensor that vLLM stacks without its first dimension, which is 1."""
+        parts = {}
+        for name, tensor in image.tensors.items():
+            field = self.image_fields[name]
+            data = tensor[0] if isinstance(field, MultiModalBatchedField) else tensor
+            parts[name] = MultiModalFieldElem(data=data, field=field)
+        return MultiModalKwargsItem(parts)
+
+    def _check_processing(self, num_images: int) -> None:
+        """Compare vLLM's own processing of the largest and the smallest image with ours; learn how it batches tensors.
+
+        Engine and trainer get the same tensors, so nothing later would show that the two differ.
+
+        Raises:
+            EngineError: the prompt's ids, the places of its images, or their tensors differ.
+        """
+        rng, rule = np.random.default_rng(0), self.adapter.image_rule
+        side = math.isqrt(min(rule.max_pixels, self.max_model_len * rule.factor**2))
+        sizes = [rule.model_size(2 * side, side), rule.model_size(1, 1)][:num_images]
+        noise = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
+        images = list(map(Image.fromarray, noise))
+        names = [content_hash(image) for image in images]
+        ids = [self.adapter.end_id, *[self.adapter.image_id, self.adapter.end_id] * num_images]
+        prompt = TokensPrompt(prompt_token_ids=ids)
+        prompt["multi_modal_data"] = {"image": images}
+        prompt["multi_modal_uuids"] = {"image": names}
+        (rendered,) = cast("list[Any]", self.llm.renderer.render_cmpl([cast(Any, prompt)]))
+        theirs = rendered["mm_kwargs"]["image"]
+        self.image_fields = {name: part.field for name, part in theirs[0].items()}
+        processed = list(map(self.images.of, images))
+        different = {name for image in processed for name in image.tensors.keys() ^ self.image_fields.keys()}
+        if not different:
+            ours = self._prompt(ids, processed, names)
+            different = {key for key in ("prompt_token_ids", "mm_placeholders") if ours[key] != rendered[key]}
+            pairs = zip(ours["mm_kwargs"]["image"], theirs, strict=True)
+            for own, other in pairs:
+                different |= {name for name in own if not _equal(own[name].data, other[name].data)}
+        self.images.clear()
+        if different:
+            raise EngineError(
+                f"vLLM's image processing differs from the trainer's in {', '.join(sorted(different))}: "
+                f"{type(self.adapter).__name__}.engine_arguments and process_images do not agree, or this is another "
+                "vLLM or transformers version than this project pins"
+            )
+
+    def _admit(self) -> list[Completion]:
+        """Hand vLLM the requests whose images are processed; wait for the first if vLLM has nothing else to do.
 
         Returns:
             A completion with an error for every request that was refused.
         """
+        if self.preparing and not self.engine.has_unfinished_requests():
+            wait([future for _, future in self.preparing.values()], return_when=FIRST_COMPLETED)
         refused = []
-        for id, params, prompt, error, dropped in rendered:
+        for id in [id for id, (_, future) in self.preparing.items() if future.done()]:
+            params, future = self.preparing.pop(id)
             try:
-                if not error:
-                    self.engine.add_request(id, prompt, params)
-            except ValueError as raised:
-                error = str(raised)
-            if dropped:
-                self.engine.abort_request([id])
-            elif error:
-                message = f"vLLM refused request {id}: {error}"
-                refused.append(
-                    Completion(id=id, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=message)
-                )
+                self.engine.add_request(id, future.result(), params)
+            except ValueError as error:
+                refused.append(failed(id, f"vLLM refused request {id}: {error}"))
         return refused
 
     def step(self) -> list[Completion]:
         """Advance by one scheduler step; see `Engine`."""
-        refused: list[Completion] = []
-        if self.rendering is not None:
-            refused = self._admit(self.rendering.take(wait=not self.engine.has_unfinished_requests()))
-            if refused and not self.engine.has_unfinished_requests():
-                return refused
+        refused = self._admit()
+        if refused and not self.engine.has_unfinished_requests():
+            return refused
         with threads(self.num_threads):  # compiled code is valid for the number of threads that it was compiled with
             outputs = self.engine.step()
         return refused + [_completion(cast("RequestOutput", output)) for output in outputs if output.finished]
 
     def has_unfinished(self) -> bool:
         """True while any request is being prepared, queued or running."""
-        return bool(self.rendering) or self.engine.has_unfinished_requests()
+        return bool(self.preparing) or self.engine.has_unfinished_requests()
 
     def abort(self, ids: Sequence[str]) -> None:
         """Forget requests; unknown ids are ignored."""
-        if self.rendering is not None:
-            self.rendering.drop(ids)
+        for _, future in [self.preparing.pop(id) for id in ids if id in self.preparing]:
+            future.cancel()
         self.engine.abort_request(list(ids))
 
     def _settle(self) -> None:
@@ -174,8 +258,6 @@ class VLLMEngine:
             EngineError: A request is unfinished, or the engine does not come to rest.
         """
         check_idle(self)
-        if self.rendering is not None:
-            self._admit(self.rendering.take_all())
         core = cast(Any, self.engine.engine_core).engine_core
         for _ in range(IN_FLIGHT_STEPS):
             if not getattr(core, "batch_queue", None):
@@ -199,7 +281,6 @@ class VLLMEngine:
         check_weights(missing)
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM kept its prefix cache, whose entries belong to the previous weights")
-        self.llm.reset_mm_cache()
         self.engine.reset_encoder_cache()
         if self.asleep:  # only now, so that weights being gathered and the cache never need memory at once
             self.llm.wake_up(["kv_cache"])
@@ -224,8 +305,8 @@ class VLLMEngine:
         core = getattr(self, "engine", None)
         if core is None:
             return
-        if self.rendering is not None:
-            self.rendering.close()
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
         with contextlib.nullcontext() if self.owns_process_group else keep_process_group():
             with contextlib.suppress(AttributeError):
                 core.engine_core.shutdown()
@@ -249,7 +330,9 @@ def _arguments(
         "gpu_memory_utilization": config.gpu_memory_utilization,
         **adapter.engine_arguments(config.max_images),
         "skip_mm_profiling": on_cpu,
-        "mm_processor_cache_gb": config.cache_of_images_gb(on_gpu=not on_cpu),
+        # Images come processed, normalised too, from the cache that the trainer reads as well.
+        "mm_processor_cache_gb": 0,
+        "mm_device_do_normalize": False,
         "enable_prefix_caching": True,
         **(_whole_prompts(config) if on_cpu else {}),
         "logprobs_mode": "processed_logprobs",
@@ -396,3 +479,8 @@ def _completion(output: RequestOutput) -> Completion:
         stopped=sample.finish_reason == "stop",
         prompt_ids=list(output.prompt_token_ids) if output.prompt_token_ids is not None else None,
     )
+
+
+def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """True if vLLM has the same values, perhaps in the model's 16-bit type."""
+    return ours.shape == theirs.shape and torch.equal(ours.to(theirs.dtype), theirs)

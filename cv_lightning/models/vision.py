@@ -1,7 +1,9 @@
-"""Cache of processed images, so that every sequence that shows an image shares its model inputs."""
+"""Processed images by content: the engine and the trainer of a process share one pass of the image processor."""
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,23 +16,60 @@ if TYPE_CHECKING:
 
 
 class VisionCache:
-    """Model inputs of images by content hash.
+    """Processed images by content hash. Its methods may be called from several threads.
 
-    The trajectories of a group show the same prompt image, which is processed and encoded once.
+    Images that are equal have one `ImageInputs` object, which a packed sequence encodes once. An image of P patches
+    takes 4 P x (numbers in a patch) bytes: 154 MB for 6.4 megapixels of a Qwen-VL, 24 MB for one megapixel.
+
+    Args:
+        adapter: Of the model, bound to its processor.
+        max_bytes: Beyond this an engine's images are forgotten, the least recently used first.
     """
 
-    def __init__(self, adapter: ModelAdapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: ModelAdapter, max_bytes: float = math.inf) -> None:
+        self.adapter, self.max_bytes = adapter, max_bytes
+        self.num_passes = 0
+        """Images that the processor was given since the last `clear`."""
         self._known: dict[str, ImageInputs] = {}
+        """The least recently used first."""
+        self._seen: set[str] = set()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def num_images(self) -> int:
+        """Different images that were asked for since the last `clear`; above it `num_passes` counts repeated passes."""
+        return len(self._seen)
+
+    def of(self, image: Image.Image) -> ImageInputs:
+        """One image, for an engine: afterwards the cache is within `max_bytes`."""
+        with self._lock:
+            (inputs,) = self._get([image])
+            while self._num_bytes > self.max_bytes:
+                self._num_bytes -= self._known.pop(next(iter(self._known))).num_bytes
+            return inputs
 
     def get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
-        """Model inputs of images, the same object for the same image. New images are processed in one call."""
-        hashes = [content_hash(image) for image in images]
-        new = {key: image for key, image in zip(hashes, images, strict=True) if key not in self._known}
+        """Images, for the update: they stay until `clear`, whatever they take. New ones are processed in one call."""
+        with self._lock:
+            return self._get(images)
+
+    def _get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
+        names = [content_hash(image) for image in images]
+        new = {name: image for name, image in zip(names, images, strict=True) if name not in self._known}
         if new:
-            self._known |= zip(new, self.adapter.process_images(list(new.values())), strict=True)
-        return [self._known[key] for key in hashes]
+            processed = self.adapter.process_images(list(new.values()))
+            self._known |= zip(new, processed, strict=True)
+            self._num_bytes += sum(inputs.num_bytes for inputs in processed)
+            self.num_passes += len(new)
+        self._seen.update(names)
+        found = {name: self._known.pop(name) for name in dict.fromkeys(names)}
+        self._known |= found  # now the most recently used
+        return [found[name] for name in names]
 
     def clear(self) -> None:
-        """Remove all images."""
-        self._known.clear()
+        """Forget all images, and count again from 0."""
+        with self._lock:
+            self._known.clear()
+            self._seen.clear()
+            self._num_bytes = self.num_passes = 0

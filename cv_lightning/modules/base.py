@@ -112,7 +112,7 @@ class PolicyModule(pl.LightningModule):
         self.adapter = load_adapter(policy)
         self.encoder = DialogueEncoder(self.adapter)
         self.vision_cache = VisionCache(self.adapter)
-        """Processed images of the current iteration, shared by everything that reads them."""
+        """Processed images of the iteration under way, which engine and update share."""
         self.policy: PreTrainedModel | None = None
         self.reference: PreTrainedModel | None = None
         """Frozen reference policy, where the algorithm has one."""

@@ -100,9 +100,9 @@ class GRPOModule(PolicyModule):
             gap = self._optimize(micro_batches, scored[number], totals)
             if number == 0:  # the engine does not have the weights of later ones
                 mismatch = max(mismatch, gap)
-        self.vision_cache.clear()
         self.iteration += 1
         self._log_update(totals, mismatch, learning_rate, time.perf_counter() - start)
+        self.vision_cache.clear()
 
     def _split_groups(self, groups: Sequence[Group], totals: defaultdict[str, float]) -> list[list[Trajectory]]:
         """Scored trajectories of each mini-batch: equally many groups, those with an advantage distributed first."""
@@ -262,6 +262,9 @@ class GRPOModule(PolicyModule):
             "time/update_s": seconds,
             "iteration": float(self.iteration),
         }
+        passes, images = self.reduce_sum([self.vision_cache.num_passes, self.vision_cache.num_images])
+        if images:
+            metrics["policy/image_passes"] = passes / images
         mismatch = self.reduce_max(mismatch)
         if mismatch != NOT_COMPARED:
             metrics["policy/mismatch_max"] = mismatch

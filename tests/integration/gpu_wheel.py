@@ -124,7 +124,6 @@ METHODS = {
     (LLM, "LLM.wake_up"): ["tags"],
     (LLM, "LLM.collective_rpc"): ["method", "args"],
     (LLM, "LLM.reset_prefix_cache"): [],
-    (LLM, "LLM.reset_mm_cache"): [],
     (LLM, "LLM.get_tokenizer"): [],
     (ENGINE, "LLMEngine.add_request"): ["request_id", "prompt", "params"],
     (ENGINE, "LLMEngine.step"): [],
@@ -134,6 +133,8 @@ METHODS = {
     (CLIENT, "InprocClient.shutdown"): [],
     (CORE, "EngineCore.step_with_batch_queue"): [],
     ("renderers/base.py", "BaseRenderer.render_cmpl"): ["prompts"],
+    ("inputs/engine.py", "tokens_input"): ["prompt_token_ids"],
+    ("inputs/engine.py", "mm_input"): ["prompt_token_ids", "mm_kwargs", "mm_hashes", "mm_placeholders"],
     ("device_allocator/cumem.py", "CuMemAllocator.get_current_usage"): [],
     (WORKER, "Worker.reload_weights"): [],
     **{(file, f"GPUModelRunner.{name}"): wanted for file in RUNNERS
@@ -162,6 +163,8 @@ FIELDS = {
     ("outputs.py", "CompletionOutput"): ["token_ids", "logprobs", "finish_reason"],
     ("logprobs.py", "FlatLogprobs"): ["logprobs"],
     ("inputs/llm.py", "TokensPrompt"): ["prompt_token_ids"],
+    ("multimodal/inputs.py", "MultiModalFieldElem"): ["data", "field"],
+    ("multimodal/inputs.py", "PlaceholderRange"): ["offset", "length"],
     ("inputs/llm.py", "_PromptOptions"): ["multi_modal_data", "multi_modal_uuids"],
 }
 UNIPROC = "v1/executor/uniproc_executor.py"

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from engine_samples import Policy, finish, request_of, worst_gap
+from PIL import Image
 from sleeping_worker import SleepingWorker, lose_cache
 
 from cv_lightning.engines import EngineConfig
 from cv_lightning.engines.process import keep_threads
 from cv_lightning.engines.vllm import VLLMEngine, _clear_unnamed_buffers
+from cv_lightning.models.adapters import ImageInputs
 from cv_lightning.types import EngineError
 
 TOLERANCE = 1e-4
@@ -50,7 +52,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def engine(policy: Policy, process_group: Any) -> Iterator[VLLMEngine]:
-    """An engine that renders in the background, built while torch uses two threads; the second one of the process."""
+    """The second engine of the process, built with two threads of torch; it processes images in the background."""
     first = built(policy)
     first.update_weights(policy.model.named_parameters(), version=1)
     finish(first, [request_of(policy.dialogue([]), policy.banned, tokens=2)])
@@ -110,15 +112,15 @@ def test_a_second_engine_of_the_process_agrees_with_the_trainer(engine: VLLMEngi
 def test_images_are_processed_while_other_requests_decode(
     engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, render = threading.Event(), engine.llm.renderer.render_cmpl
+    gate, process = threading.Event(), engine.images.of
 
-    def gated(prompts: Any, *rest: Any) -> Any:
+    def gated(image: Image.Image) -> ImageInputs:
         assert gate.wait(60)
-        return render(prompts, *rest)
+        return process(image)
 
     text, seen = policy.dialogue([]), policy.dialogue([(96, 96)])
     engine.add_request(request_of(text, policy.banned, name="text", tokens=8))
-    monkeypatch.setattr(engine.llm.renderer, "render_cmpl", gated)
+    monkeypatch.setattr(engine.images, "of", gated)
     engine.add_request(request_of(seen, policy.banned, name="image", tokens=8))
     done = []
     while not done:
@@ -133,18 +135,17 @@ def test_images_are_processed_while_other_requests_decode(
     assert done[0].prompt_ids == seen.token_ids
 
 
-def test_requests_aborted_while_they_are_prepared_leave_the_image_caches_equal(
+def test_requests_aborted_while_their_images_are_processed_are_forgotten(
     engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The renderer sends an image once; the request that carried it is aborted, later ones refer to it."""
-    running, gate, render = threading.Event(), threading.Event(), engine.llm.renderer.render_cmpl
+    running, gate, process = threading.Event(), threading.Event(), engine.images.of
 
-    def gated(prompts: Any, *rest: Any) -> Any:
+    def gated(image: Image.Image) -> ImageInputs:
         running.set()
         assert gate.wait(60)
-        return render(prompts, *rest)
+        return process(image)
 
-    monkeypatch.setattr(engine.llm.renderer, "render_cmpl", gated)
+    monkeypatch.setattr(engine.images, "of", gated)
     dialogue = policy.dialogue([(160, 96)], seed=77)
     for name in ("running", "queued", "kept"):
         engine.add_request(request_of(dialogue, policy.banned, name=name, tokens=6))
@@ -170,7 +171,7 @@ def test_a_prompt_that_vllm_refuses_ends_its_own_request(
 
     dialogue = policy.dialogue([(96, 96)])
     with monkeypatch.context() as broken:
-        broken.setattr(engine.llm.renderer, "render_cmpl", refuse)
+        broken.setattr(engine.images, "of", refuse)
         engine.add_request(request_of(dialogue, policy.banned, name="bad"))
         (done,) = engine.step()
     assert done.id == "bad" and "no such placeholder" in done.error and not engine.has_unfinished()

@@ -56,7 +56,7 @@ def test_the_pinned_gpu_build_has_what_the_engine_relies_on(wheel: Path, argumen
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        (LLM, lambda text: text.replace("def reset_mm_cache", "def reset_cache"), "no LLM.reset_mm_cache"),
+        (LLM, lambda text: text.replace("def reset_prefix_cache", "def reset_cache"), "no LLM.reset_prefix_cache"),
         (CORE, lambda text: text.replace("self.batch_queue", "self.batches"), "EngineCore has no batch_queue"),
         (SAMPLING, lambda text: text.replace("repetition_penalty: float = 1.0", "repetition_penalty: float = 1.1"),
          "repetition_penalty is 1.1"),

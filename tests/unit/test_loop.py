@@ -99,22 +99,6 @@ def test_a_tool_call_runs_and_its_image_comes_back(
     assert len(second.images) == 2 and second.seed != first.seed
 
 
-def test_trajectories_that_made_the_same_image_share_it(
-    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
-) -> None:
-    """Training processes and encodes an image object once."""
-    asked = task()
-    made, _ = roll(
-        encoder,
-        background,
-        sandbox,
-        lambda _, turn: (TURN, ANSWER)[turn],
-        [RolloutRequest(asked, 0), RolloutRequest(asked, 1)],
-    )
-    first, second = (trajectory.images[1] for trajectory in made)
-    assert first.model_image is second.model_image is not None
-
-
 def test_the_mask_marks_what_was_sampled_and_nothing_else(
     encoder: DialogueEncoder, background: Background, sandbox: Sandbox
 ) -> None:

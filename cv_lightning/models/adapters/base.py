@@ -39,6 +39,11 @@ class ImageInputs:
         """Number of image tokens in the sequence."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that its tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 @dataclass(slots=True, kw_only=True)
 class PackedInputs:
