@@ -1,17 +1,19 @@
 """Measures which package files and carriers a sampled token and an image pass on their way to the loss.
 
 One GRPO iteration runs on a tiny random-weight model and a Parquet file of digits. Two values are followed: the ids and
-log-probabilities of one sampled turn, from the engine's output on, and the image of one row, from its Parquet cell on.
-A profile function looks at every call of the package's functions until the loss is computed. The rule:
+log-probabilities of one sampled turn, from the engine's output to the model's forward and the policy loss, and the image
+of one row, from its Parquet cell to the model's forward. A profile function looks at every call of the package's functions. The rule:
 
 - A function *handles* the value if an argument, a local variable or its result is the value itself, alone or inside
   plain lists, tuples and dicts; or if one of them is an object of the package that holds the value under an attribute
   which the function's code names. An image has five forms: the cell's bytes, the decoded image, the resized one, the
-  processed tensor, and a tensor of several images that contains it.
-- A function *passes* the value on if it only has such objects in hand and names no attribute that holds it.
-- A file is on the *chain* if one of its functions handles the value and makes or fills a carrier, or ends the chain.
-  A file that handles it but hands nothing on towards the loss (checks, rewards, the trajectory store) only *reads* it.
-- A *carrier* is a class of the package with an attribute that held the value.
+  processed tensor, and a tensor of several images that contains it. Otherwise the function *passes* such objects on.
+- A file is on the *chain* if one of its functions handles the value and has at its end an object with the value that it
+  did not have at its start and from which, through further such functions, the last one gets it. A file that handles
+  the value off the chain (checks, rewards, metrics, the trajectory store) only *reads* it.
+- A *carrier* is a class of the package whose objects on the chain have a copy of the value of their own. A class whose
+  attribute is the very object that an earlier carrier has (such as `Trajectory`, which has the dialogue's lists)
+  *shares* it.
 
     python scripts/trace_flow.py [--engine transformers|vllm] [--json]
 """
@@ -19,12 +21,13 @@ A profile function looks at every call of the package's functions until the loss
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -59,9 +62,16 @@ from cv_lightning.rl.algorithm import AlgorithmConfig  # noqa: E402
 PACKAGE = Path(cv_lightning.__file__).parent
 MIN_TOKENS = 8
 """Length of a turn that cannot be found elsewhere by chance."""
-END = "rl/losses/"
-"""Files of the policy loss, where both chains end."""
 DEPTH = 7
+"""How far objects of the package are looked into."""
+TOKEN_ENDS = (
+    "models/adapters/qwen_vl.py:QwenVLAdapter.packed_hidden",
+    "models/logprobs.py:packed_logprobs",
+    "rl/losses/ppo_clip.py",
+)
+"""The model reads the ids, the log-probabilities are those of the targets, the policy loss reads the engine's."""
+IMAGE_ENDS = ("models/adapters/base.py:PackedInputs.image_tensors",)
+"""The model's forward asks for the tensors."""
 
 
 class Tokens:
@@ -85,9 +95,7 @@ class Tokens:
             return False
         if isinstance(value[0], int):
             return _contains(value, self.ids)
-        return len(value) >= len(self.ids) and _contains(
-            [round(float(v), 4) for v in value], [round(v, 4) for v in self.logprobs]
-        )
+        return len(value) >= len(self.ids) and _contains(value, self.logprobs)  # exactly: the trainer's differ
 
 
 class Picture:
@@ -117,51 +125,82 @@ class Picture:
 
 
 @dataclass
+class Event:
+    """One call of a function that had the value in hand."""
+
+    file: str
+    name: str
+    handles: bool
+    before: set[int]
+    """Ids of what it had in hand at its start."""
+    new: set[int]
+    """Ids of what it had in hand at its end only."""
+    held: dict[tuple[str, str], set[int]]
+    """By class and attribute, the objects under it that are the value."""
+
+
+@dataclass
 class Chain:
-    """Who had the value in hand, in the order of the first time."""
+    """Who had the value in hand."""
 
     value: Tokens | Picture
-    files: dict[str, set[str]] = field(default_factory=dict)
-    """By file on the chain, its functions that hand the value on."""
-    readers: dict[str, set[str]] = field(default_factory=dict)
-    """By file, its functions that handle the value and hand nothing on."""
-    passed: dict[str, set[str]] = field(default_factory=dict)
-    """By file, its functions that pass the value on."""
-    carriers: dict[str, set[str]] = field(default_factory=dict)
-    """By class, the attributes that held the value."""
-    _known: dict[int, set[int]] = field(default_factory=dict)
+    ends: tuple[str, ...]
+    """Starts of `file:function` of the last functions."""
+    events: list[Event] = field(default_factory=list)
+    _before: dict[int, set[int]] = field(default_factory=dict)
     """By frame, what it had in hand when it was called."""
+    _alive: dict[int, Any] = field(default_factory=dict)
+    """Everything that was seen, so that no id is used twice."""
 
     def look(self, frame: FrameType, file: str, values: Mapping[str, Any], *, at_end: bool) -> None:
         """Note what one function has in hand at its start or end."""
-        direct: set[int] = set()
-        held: dict[int, tuple[str, str]] = {}
+        direct: list[Any] = []
+        held: dict[tuple[str, str], set[int]] = {}
+        holders: list[Any] = []
         for value in values.values():
-            direct |= set(_directly(self.value, value))
-            held |= dict(_holders(self.value, value))
-        has, code = direct | set(held), frame.f_code
+            direct += _directly(self.value, value)
+            for owner, attribute, part in _holders(self.value, value):
+                held.setdefault((type(owner).__name__, attribute), set()).add(id(part))
+                holders += [owner, part]
+        has = {id(part): part for part in (*direct, *holders)}
+        self._alive |= has
         if not at_end:
-            self._known[id(frame)] = has
+            self._before[id(frame)] = set(has)
             return
-        new = has - self._known.pop(id(frame), set())
-        if not has:
-            return
-        for owner, attribute in held.values():
-            self.carriers.setdefault(owner, set()).add(attribute)
-        named = any(attribute in _names(code) for _, attribute in held.values())
-        kind = self.passed if not (direct or named) else self.files if new or file.startswith(END) else self.readers
-        kind.setdefault(file, set()).add(code.co_qualname)
+        before, code = self._before.pop(id(frame), set()), frame.f_code
+        if has:
+            handles = bool(direct) or any(attribute in _names(code) for _, attribute in held)
+            self.events.append(Event(file, code.co_qualname, handles, before, set(has) - before, held))
 
     def result(self) -> dict[str, Any]:
         """Files and carriers; a file is named once, where it does most."""
-        readers = {file: names for file, names in self.readers.items() if file not in self.files}
-        passed = {file: names for file, names in self.passed.items() if file not in self.files | readers}
-        return {
-            "files": {file: sorted(names) for file, names in self.files.items()},
-            "readers": {file: sorted(names) for file, names in readers.items()},
-            "passed": {file: sorted(names) for file, names in passed.items()},
-            "carriers": {owner: sorted(names) for owner, names in self.carriers.items()},
-        }
+        needed: set[int] = set()
+        on_chain: list[Event] = []
+        for event in reversed(self.events):
+            if f"{event.file}:{event.name}".startswith(self.ends) or (event.handles and event.new & needed):
+                needed |= event.before | event.new
+                on_chain.append(event)
+        files = _by_file(reversed(on_chain))
+        readers = _by_file(e for e in self.events if e.handles and e.file not in files)
+        passed = _by_file(e for e in self.events if e.file not in files | readers)
+        copies: dict[str, set[str]] = {}
+        shares: dict[str, set[str]] = {}
+        owners: dict[int, str] = {}
+        for event in reversed(on_chain):
+            for (owner, attribute), parts in event.held.items():
+                first = owners.setdefault(min(parts & owners.keys(), default=min(parts)), owner)
+                owners |= dict.fromkeys(parts - owners.keys(), owner)
+                (copies if first == owner else shares).setdefault(owner, set()).add(attribute)
+        shares = {owner: names for owner, names in shares.items() if owner not in copies}
+        found = {"files": files, "carriers": copies, "shares": shares, "readers": readers, "passed": passed}
+        return {title: {key: sorted(names) for key, names in part.items()} for title, part in found.items()}
+
+
+def _by_file(events: Iterable[Event]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for event in events:
+        found.setdefault(event.file, set()).add(event.name)
+    return found
 
 
 @cache
@@ -176,28 +215,27 @@ def _contains(values: Any, run: list[Any]) -> bool:
     return any(list(values[at : at + size]) == run for at, value in enumerate(values) if value == first)
 
 
-def _directly(wanted: Tokens | Picture, value: Any, depth: int = 3) -> Iterator[int]:
-    """Ids of the wanted value itself, alone or inside plain containers."""
+def _directly(wanted: Tokens | Picture, value: Any, depth: int = 3) -> Iterator[Any]:
+    """The wanted value itself, alone or inside plain containers."""
     if wanted.is_in(value):
-        yield id(value)
+        yield value
     elif depth and isinstance(value, list | tuple | dict) and not _is_flat(value):
         for part in list(value.values() if isinstance(value, dict) else value):
             yield from _directly(wanted, part, depth - 1)
 
 
-def _holders(wanted: Tokens | Picture, value: Any) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Id, class and attribute of every object of the package in `value` that holds the wanted value."""
+def _holders(wanted: Tokens | Picture, value: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Every object of the package in `value` that holds the wanted value, the attribute, and the value there."""
     seen: set[int] = set()
 
-    def walk(value: Any, depth: int) -> Iterator[tuple[int, tuple[str, str]]]:
+    def walk(value: Any, depth: int) -> Iterator[tuple[Any, str, Any]]:
         if depth == 0 or id(value) in seen or isinstance(value, torch.nn.Module | pl.Trainer | pl.Callback):
             return
         seen.add(id(value))
         if type(value).__module__.startswith("cv_lightning"):
-            kind = type(value).__name__
             for name, part in _attributes(value):
                 for found in _directly(wanted, part):
-                    yield from ((found, (kind, name)), (id(value), (kind, name)))
+                    yield value, name, found
                 yield from walk(part, depth - 1)
         elif isinstance(value, list | tuple | dict) and not _is_flat(value):
             for part in list(value.values() if isinstance(value, dict) else value):
@@ -263,10 +301,12 @@ class TracedCallback(RolloutCallback):
     """Starts to trace the tokens of the first turn that is long enough, as the engine hands it out."""
 
     tokens: Tokens
+    engine_file = ""
 
     def _build_engine(self, module: PolicyModule) -> Engine:
         engine = super()._build_engine(module)
         step, tokens = engine.step, self.tokens
+        self.engine_file = str(Path(inspect.getfile(type(engine))).relative_to(PACKAGE))
 
         def traced_step() -> list[Completion]:
             completions = step()
@@ -325,7 +365,8 @@ def trace(kind: str, folder: Path) -> dict[str, Any]:
         parity_tolerance=0,
     )
     callback.tokens = Tokens()
-    chains = [Chain(callback.tokens), Chain(Picture(module, cell))]
+    picture = Picture(module, cell)
+    chains = [Chain(callback.tokens, TOKEN_ENDS), Chain(picture, IMAGE_ENDS)]
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -340,6 +381,7 @@ def trace(kind: str, folder: Path) -> dict[str, Any]:
     with Passes(module.adapter.processor.image_processor) as passes, Tracer(chains):
         trainer.fit(module, datamodule=data)
     token, image = (chain.result() for chain in chains)
+    token["files"] = {callback.engine_file: ["the engine's output"]} | token["files"]
     return {"engine": kind, "token": token, "image": image, "passes": sorted(passes.count.values())}
 
 
@@ -349,7 +391,7 @@ def table(found: dict[str, Any]) -> str:
     for name in ("token", "image"):
         chain = found[name]
         lines.append(f"{name}: {len(chain['files'])} files, {len(chain['carriers'])} carriers")
-        for title in ("files", "carriers", "readers", "passed"):
+        for title in ("files", "carriers", "shares", "readers", "passed"):
             lines.append(f"  {title} ({len(chain[title])})")
             lines += [f"    {key:<34} {', '.join(values)}" for key, values in chain[title].items()]
     lines.append(f"image processor passes per image: {', '.join(map(str, found['passes']))}")

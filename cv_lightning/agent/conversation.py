@@ -21,7 +21,6 @@ from cv_lightning.agent.protocol import parse_turn
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.agent.views import TaskViews
 from cv_lightning.engines.base import Completion, Request, SamplingConfig
-from cv_lightning.images import content_hash
 from cv_lightning.tools import CodeRunner, ToolContext
 from cv_lightning.tools.base import missing_image
 from cv_lightning.types import (
@@ -187,7 +186,6 @@ class Episode:
             id=self.id,
             prompt_ids=tuple(self.dialogue.engine_ids),
             images=tuple(self.dialogue.images),
-            image_hashes=tuple(map(content_hash, self.dialogue.images)),
             max_tokens=budget,
             temperature=self.shared.sampling.temperature,
             top_p=self.shared.sampling.top_p,

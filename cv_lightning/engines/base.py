@@ -166,8 +166,6 @@ class Request:
     """Everything so far, one image token per image."""
     images: Sequence[Image.Image]
     """Model-sized images in the order of their pads; the engine resizes nothing."""
-    image_hashes: Sequence[str]
-    """Content hash of each image, for the engine's caches."""
     max_tokens: int
     temperature: float
     top_p: float

@@ -10,7 +10,6 @@ import queue
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -19,6 +18,7 @@ from cv_lightning.background import Background
 from cv_lightning.endpoint.client import EndpointClient, is_local
 from cv_lightning.endpoint.messages import data_url
 from cv_lightning.engines.base import Completion, EngineConfig, Request, check_length, failed
+from cv_lightning.images import content_hash
 from cv_lightning.types import EndpointError, EngineError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class RemoteEngine(ABC):
         self.background = Background("cv-lightning-server")
         self.under_way: dict[str, Future[Completion]] = {}
         self._done: queue.SimpleQueue[tuple[str, Future[Completion]]] = queue.SimpleQueue()
-        self._urls = lru_cache(KEPT_IMAGES)(lambda key: data_url(key.image))
+        self._urls: dict[str, str] = {}
 
     @abstractmethod
     async def complete(self, request: Request) -> Completion:
@@ -170,22 +170,16 @@ class RemoteEngine(ABC):
         return f"{url}: {error}. Is the server up, and is {self.server.flag}.base_url its address?"
 
     def urls(self, request: Request) -> list[str]:
-        """The images of a request as addresses that hold their bytes, without loss; each is encoded once."""
-        pairs = zip(request.image_hashes, request.images, strict=True)
-        return [self._urls(_Named(name, image)) for name, image in pairs]
+        """The images of a request as lossless `data:` addresses; each is encoded once."""
+        return list(map(self._url_of, request.images))
 
-
-class _Named:
-    """An image that is told by its hash."""
-
-    def __init__(self, name: str, image: Image.Image) -> None:
-        self.name, self.image = name, image
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Named) and other.name == self.name
+    def _url_of(self, image: Image.Image) -> str:
+        name = content_hash(image)
+        url = self._urls.get(name) or data_url(image)
+        if len(self._urls) >= KEPT_IMAGES:
+            self._urls.clear()
+        self._urls[name] = url
+        return url
 
 
 def _completion(name: str, future: Future[Completion]) -> Completion:

@@ -14,6 +14,7 @@ import httpx2
 from cv_lightning.endpoint.messages import text_part
 from cv_lightning.engines.base import Completion, EngineConfig, Request
 from cv_lightning.engines.remote import RemoteEngine
+from cv_lightning.images import content_hash
 from cv_lightning.models.adapters.base import LOGIT_BAN, ModelAdapter
 from cv_lightning.types import EngineError
 
@@ -89,8 +90,9 @@ class ServerEngine(RemoteEngine):
         body: dict[str, Any] = {"model": self.server.model, "token_ids": list(request.prompt_ids)}
         body |= {"sampling_params": sampling, "return_token_ids": True}
         if urls:
-            pairs = zip(urls, request.image_hashes, strict=True)
-            body["content_parts"] = [{"type": "image_url", "url": url, "uuid": name} for url, name in pairs]
+            names = map(content_hash, request.images)
+            parts = [{"type": "image_url", "url": url, "uuid": name} for url, name in zip(urls, names, strict=True)]
+            body["content_parts"] = parts
         return await self.client.post(self.generate_url, body, lambda value: _read_tokens(request.id, value))
 
 

@@ -1,8 +1,8 @@
-"""One engine shared by several ranks: one of them leads, the others repeat what it does.
+"""One engine shared by several ranks: a leader runs the agent, and the followers repeat its engine commands.
 
 vLLM's external launcher has an engine object on each rank, whose steps are collectives of the ranks that share it. All
-of them must see the same requests in the same order before the same step; an agent loop on each, with tools of its own
-speed, would not.
+of them must get the same requests in the same order before the same step. Agent loops on several ranks, with tools of
+different speed, would not ensure that.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
     import torch
 
 
-class Orders(NamedTuple):
-    """What happens before the next step."""
+class EngineCommands(NamedTuple):
+    """What every rank does before its next step."""
 
     changes: list[Request | list[str]]
     """Requests to add and ids to abort, in order."""
-    over: bool = False
-    """True: the rollout has ended, and there is no step."""
+    is_last: bool = False
+    """True: the rollout has ended; there is no step."""
 
 
-class LeadingEngine:
-    """The engine as the agent loop of the leading rank sees it.
+class LeaderEngine:
+    """The engine of the leading rank, as the agent loop sees it.
 
     Args:
-        engine: this rank's.
-        tell: hands orders to the other ranks.
+        engine: This rank's engine.
+        broadcast: Sends commands to the followers.
     """
 
-    def __init__(self, engine: Engine, tell: Callable[[Orders], None]) -> None:
-        self.engine, self.tell = engine, tell
+    def __init__(self, engine: Engine, broadcast: Callable[[EngineCommands], object]) -> None:
+        self.engine, self.broadcast = engine, broadcast
         self.policy_version, self.max_model_len = engine.policy_version, engine.max_model_len
         self._changes: list[Request | list[str]] = []
 
     def add_request(self, request: Request) -> None:
-        """Queue a request here and, once it is accepted, there."""
+        """Queue a request here and, once it is accepted, on the followers."""
         self.engine.add_request(request)
         self._changes.append(request)
 
@@ -50,7 +50,7 @@ class LeadingEngine:
 
     def step(self) -> list[Completion]:
         """Advance all ranks by one step."""
-        self._send(over=False)
+        self._send(is_last=False)
         return self.engine.step()
 
     def has_unfinished(self) -> bool:
@@ -58,41 +58,43 @@ class LeadingEngine:
         return self.engine.has_unfinished()
 
     def finish(self) -> None:
-        """Release the other ranks."""
-        self._send(over=True)
+        """End `run_follower` on the other ranks."""
+        self._send(is_last=True)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Not here: every rank updates its own engine."""
+        """Refused: every rank updates its own engine."""
         raise NotImplementedError("update the engine of each rank, not the leading one")
 
     def sleep(self) -> bool:
-        """Not here, likewise."""
+        """Refused: every rank puts its own engine to sleep."""
         raise NotImplementedError("put the engine of each rank to sleep, not the leading one")
 
     def close(self) -> None:
-        """The engine itself stays open."""
+        """Do nothing: the engine itself stays open."""
 
-    def _send(self, over: bool) -> None:
+    def _send(self, is_last: bool) -> None:
         changes, self._changes = self._changes, []
-        self.tell(Orders(changes, over))
+        self.broadcast(EngineCommands(changes, is_last))
 
 
-def follow(engine: Engine, hear: Callable[[], Orders], get_on: Callable[[], None] = lambda: None) -> None:
+def run_follower(
+    engine: Engine, receive: Callable[[], EngineCommands], note_progress: Callable[[], None] = lambda: None
+) -> None:
     """Repeat what the leading rank does until its rollout ends.
 
     Args:
-        engine: this rank's.
-        hear: waits for the next orders.
-        get_on: called after every step.
+        engine: This rank's engine.
+        receive: Waits for the leader's next commands.
+        note_progress: Called after every step.
     """
     while True:
-        orders = hear()
-        for change in orders.changes:
+        commands = receive()
+        for change in commands.changes:
             if isinstance(change, Request):
                 engine.add_request(change)
             else:
                 engine.abort(change)
-        if orders.over:
+        if commands.is_last:
             return
         engine.step()
-        get_on()
+        note_progress()

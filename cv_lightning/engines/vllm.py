@@ -141,19 +141,19 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         if self.thread is not None and request.images:
-            self.preparing[request.id] = params, self.thread.submit(self._process, request)
+            self.preparing[request.id] = params, self.thread.submit(self._prompt, request.prompt_ids, request.images)
             return
         try:
-            self.engine.add_request(request.id, self._process(request), params)
+            self.engine.add_request(request.id, self._prompt(request.prompt_ids, request.images), params)
         except ValueError as error:
             raise EngineError(f"vLLM refused request {request.id} ({len(request.prompt_ids)} ids): {error}") from error
 
-    def _process(self, request: Request) -> Any:
-        """The request as vLLM takes it after its own processing: ids expanded, images processed."""
-        return self._prompt(request.prompt_ids, list(map(self.images.of, request.images)), request.image_hashes)
-
-    def _prompt(self, prompt_ids: Sequence[int], images: Sequence[ImageInputs], names: Sequence[str]) -> Any:
-        remaining = iter(images)
+    def _prompt(self, prompt_ids: Sequence[int], images: Sequence[Image.Image]) -> Any:
+        """A prompt as vLLM takes it after its own processing: ids expanded, images processed."""
+        if not images:
+            return tokens_input(list(prompt_ids))
+        processed = list(map(self.images.of, images))
+        remaining = iter(processed)
         ids: list[int] = []
         places: list[PlaceholderRange] = []
         for token in prompt_ids:
@@ -162,10 +162,8 @@ class VLLMEngine:
                 count = next(remaining).num_tokens
                 places.append(PlaceholderRange(offset=len(ids), length=count))
             ids += [token] * count
-        if not images:
-            return tokens_input(ids)
-        items: MultiModalKwargsItems = MultiModalKwargsItems({"image": list(map(self._item, images))})
-        return mm_input(ids, items, {"image": list(names)}, {"image": places})
+        items: MultiModalKwargsItems = MultiModalKwargsItems({"image": list(map(self._item, processed))})
+        return mm_input(ids, items, {"image": list(map(content_hash, images))}, {"image": places})
 
     def _item(self, image: ImageInputs) -> MultiModalKwargsItem:
         """An image as vLLM takes it: of a tensor that vLLM stacks without its first dimension, which is 1."""
@@ -189,18 +187,18 @@ class VLLMEngine:
         sizes = [rule.model_size(2 * side, side), rule.model_size(1, 1)][:num_images]
         noise = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
         images = list(map(Image.fromarray, noise))
-        names = [content_hash(image) for image in images]
         ids = [self.adapter.end_id, *[self.adapter.image_id, self.adapter.end_id] * num_images]
         prompt = TokensPrompt(prompt_token_ids=ids)
         prompt["multi_modal_data"] = {"image": images}
-        prompt["multi_modal_uuids"] = {"image": names}
+        prompt["multi_modal_uuids"] = {"image": list(map(content_hash, images))}
         (rendered,) = cast("list[Any]", self.llm.renderer.render_cmpl([cast(Any, prompt)]))
         theirs = rendered["mm_kwargs"]["image"]
         self.image_fields = {name: part.field for name, part in theirs[0].items()}
-        processed = list(map(self.images.of, images))
-        different = {name for image in processed for name in image.tensors.keys() ^ self.image_fields.keys()}
+        different = {
+            name for image in images for name in self.images.of(image).tensors.keys() ^ self.image_fields.keys()
+        }
         if not different:
-            ours = self._prompt(ids, processed, names)
+            ours = self._prompt(ids, images)
             different = {key for key in ("prompt_token_ids", "mm_placeholders") if ours[key] != rendered[key]}
             pairs = zip(ours["mm_kwargs"]["image"], theirs, strict=True)
             for own, other in pairs:

@@ -10,7 +10,7 @@ import torch
 
 from cv_lightning.engines import Engine
 from cv_lightning.engines.process import engine_device_index
-from cv_lightning.engines.tensor_parallel import LeadingEngine, follow
+from cv_lightning.engines.tensor_parallel import LeaderEngine, run_follower
 from cv_lightning.types import CVLightningError, Group, Task
 
 
@@ -63,9 +63,9 @@ class EngineGroup:
         by_rank = self.gather(list(tasks))
         groups: list[Group] = []
         if self.position:
-            follow(engine, self.from_leader, note_progress)
+            run_follower(engine, self.from_leader, note_progress)
         else:
-            leading = LeadingEngine(engine, self.from_leader)
+            leading = LeaderEngine(engine, self.from_leader)
             try:
                 groups = run(leading, [task for part in by_rank for task in part])
             finally:

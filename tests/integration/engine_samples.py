@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.engines.base import Completion, Engine, Request
-from cv_lightning.images import content_hash
 from cv_lightning.models.adapters import ModelAdapter
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
@@ -89,7 +88,6 @@ def request_of(
         id=name,
         prompt_ids=tuple(dialogue.engine_ids),
         images=tuple(dialogue.images),
-        image_hashes=tuple(content_hash(image) for image in dialogue.images),
         max_tokens=tokens,
         temperature=temperature,
         top_p=1.0,

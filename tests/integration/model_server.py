@@ -27,7 +27,6 @@ from PIL import Image
 
 from cv_lightning.engines.base import Completion, EngineConfig, Request
 from cv_lightning.engines.hf import TransformersEngine
-from cv_lightning.images import content_hash
 from cv_lightning.types import CVLightningError
 
 SAMPLING = {
@@ -147,7 +146,6 @@ class ModelServer:
             id=str(next(self._numbers)),
             prompt_ids=ids,
             images=images,
-            image_hashes=[content_hash(image) for image in images],
             **sampling,
         )
         self._waiting.put((request, future))

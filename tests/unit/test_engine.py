@@ -72,7 +72,6 @@ def request(num_ids: int, sizes: list[tuple[int, int]], max_tokens: int) -> Requ
         id="r",
         prompt_ids=range(num_ids),
         images=images,
-        image_hashes=["h"] * len(images),
         max_tokens=max_tokens,
         temperature=1.0,
         top_p=1.0,

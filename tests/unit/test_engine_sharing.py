@@ -10,7 +10,7 @@ from PIL import Image
 
 from cv_lightning.engines import Completion, EngineConfig, Request
 from cv_lightning.engines.base import must_sleep
-from cv_lightning.engines.tensor_parallel import LeadingEngine, Orders, follow
+from cv_lightning.engines.tensor_parallel import EngineCommands, LeaderEngine, run_follower
 from cv_lightning.types import EngineError
 
 H100, H200 = 80e9, 141e9
@@ -81,7 +81,6 @@ def request(name: str, length: int = 2) -> Request:
         id=name,
         prompt_ids=[0] * length,
         images=[Image.new("RGB", (8, 8))],
-        image_hashes=["h"],
         max_tokens=1,
         temperature=1.0,
         top_p=1.0,
@@ -92,9 +91,9 @@ def request(name: str, length: int = 2) -> Request:
 
 def test_other_ranks_repeat_the_leaders_commands_in_order() -> None:
     leader, follower = Recorder(), Recorder()
-    orders: queue.SimpleQueue[Orders] = queue.SimpleQueue()
-    engine = LeadingEngine(leader, orders.put)  # type: ignore[arg-type]
-    thread = threading.Thread(target=follow, args=(follower, orders.get))
+    orders: queue.SimpleQueue[EngineCommands] = queue.SimpleQueue()
+    engine = LeaderEngine(leader, orders.put)  # type: ignore[arg-type]
+    thread = threading.Thread(target=run_follower, args=(follower, orders.get))
     thread.start()
     engine.add_request(request("a"))
     engine.add_request(request("b"))
