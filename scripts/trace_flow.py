@@ -1,8 +1,9 @@
 """Measures which package files and carriers a sampled token and an image pass on their way to the loss.
 
 One GRPO iteration runs on a tiny random-weight model and a Parquet file of digits. Two values are followed: the ids and
-log-probabilities of one sampled turn, from the engine's output to the model's forward and the policy loss, and the image
-of one row, from its Parquet cell to the model's forward. A profile function looks at every call of the package's functions. The rule:
+log-probabilities of one sampled turn, from the engine's output to forward pass and policy loss, and the image of one
+row, from its Parquet cell to the forward pass. A profile function looks at every call of the package's functions. The
+rule:
 
 - A function *handles* the value if an argument, a local variable or its result is the value itself, alone or inside
   plain lists, tuples and dicts; or if one of them is an object of the package that holds the value under an attribute
@@ -347,12 +348,12 @@ def trace(kind: str, folder: Path) -> dict[str, Any]:
         folder: For checkpoint, data and run.
 
     Returns:
-        Chains of `token` and `image`, each with files, readers, passed and carriers; `passes`: the image processor's
-        calls for each image of the run, from the lowest to the highest number.
+        Chains of `token` and `image`, each with files, carriers, shares, readers and passed; `passes`: how often the
+        image processor was given each image of the file.
     """
     write(TinyCheckpoint(out=folder / "model"))
     write_digits_parquet(folder / "rl.parquet", DigitsConfig(), "train", 2)
-    cell = pq.read_table(folder / "rl.parquet")["images"][0].as_py()[0]["bytes"]
+    cells = [row[0]["bytes"] for row in pq.read_table(folder / "rl.parquet")["images"].to_pylist()]
     algorithm = AlgorithmConfig(entropy_weight=1e-3)  # or nothing is learned where all rewards are equal
     module = GRPOModule(
         PolicyConfig(path=str(folder / "model"), dtype="float32"), OptimizerConfig(), algorithm=algorithm
@@ -365,7 +366,7 @@ def trace(kind: str, folder: Path) -> dict[str, Any]:
         parity_tolerance=0,
     )
     callback.tokens = Tokens()
-    picture = Picture(module, cell)
+    picture, *others = [Picture(module, cell) for cell in cells]
     chains = [Chain(callback.tokens, TOKEN_ENDS), Chain(picture, IMAGE_ENDS)]
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -382,7 +383,12 @@ def trace(kind: str, folder: Path) -> dict[str, Any]:
         trainer.fit(module, datamodule=data)
     token, image = (chain.result() for chain in chains)
     token["files"] = {callback.engine_file: ["the engine's output"]} | token["files"]
-    return {"engine": kind, "token": token, "image": image, "passes": sorted(passes.count.values())}
+    return {
+        "engine": kind,
+        "token": token,
+        "image": image,
+        "passes": [passes.count[seen.shown] for seen in (picture, *others)],
+    }
 
 
 def table(found: dict[str, Any]) -> str:
