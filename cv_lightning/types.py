@@ -400,6 +400,9 @@ class Trajectory:
     token_summary: TokenSummary | None = field(default=None, compare=False)
     """Summary that a store recorded; None for a trajectory that was not read from one. See `tokens`."""
 
+    partial_score: Any = field(default=None, compare=False, repr=False)
+    """What the reward module knows before the trajectory's group is complete; not stored."""
+
     @property
     def tokens(self) -> TokenSummary:
         """Counts and log-probabilities of the tokens."""

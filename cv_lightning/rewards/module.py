@@ -36,10 +36,8 @@ MIN_FAILED = 5
 
 
 class _PartialScore(NamedTuple):
-    """What is known of a trajectory before its group is complete."""
+    """What is known of a trajectory before its group is complete; lies in `Trajectory.partial_score`."""
 
-    trajectory: Trajectory
-    """Kept so that no other object gets its `id`."""
     score: AnswerScore
     tool_use: ToolUse
 
@@ -62,7 +60,6 @@ class RewardModule:
         """
         self.config = config or RewardConfig()
         self.judge: Judge | None = None
-        self._partial: dict[int, _PartialScore] = {}
         self._failures: deque[bool] = deque(maxlen=self.config.judge.failure_window if self.config.judge else 1)
         """Whether each of the last verdicts failed."""
         self._last_failure = ""
@@ -85,7 +82,7 @@ class RewardModule:
         else:  # formulas may take seconds, too long for the event loop
             score = await asyncio.get_running_loop().run_in_executor(self._symbolic_thread, self._rule, trajectory)
         task = trajectory.task
-        tool_use = self._tool_use(trajectory, wanted_operations(task))
+        tool_use = self._tool_use(trajectory)
         is_wrong = bool(score.answer) and score.value <= CORRECT_ABOVE
         if self.judge is not None and is_wrong and not is_copied(score.answer or "", task.question):
             try:
@@ -97,7 +94,7 @@ class RewardModule:
             if trajectory.end_state.is_error:  # the rollout has stopped waiting for it
                 return
             score = AnswerScore(value, score.answer, "judge")
-        self._partial[id(trajectory)] = _PartialScore(trajectory, score, tool_use)
+        trajectory.partial_score = _PartialScore(score, tool_use)
 
     def _rule(self, trajectory: Trajectory) -> AnswerScore:
         answer = None
@@ -105,6 +102,9 @@ class RewardModule:
             answer = final_answer(trajectory.turns[-1].text)
         task = trajectory.task
         return rule_score(answer, task.accepted, task.question, symbolic=self._symbolic)
+
+    def _by_rule(self, trajectory: Trajectory) -> _PartialScore:
+        return _PartialScore(self._rule(trajectory), self._tool_use(trajectory))
 
     # ------------------------------------------------------------------ one group
     @property
@@ -121,12 +121,8 @@ class RewardModule:
             ValueError: A term gives another number of values than there are trajectories.
         """
         members = [trajectory for trajectory in group.trajectories if not trajectory.end_state.is_error]
-        partial = [self._partial.get(id(trajectory)) for trajectory in members]
-        scores = [
-            (self._rule(trajectory) if known is None else known.score).value
-            for trajectory, known in zip(members, partial, strict=True)
-        ]
-        view = AnsweredGroup(task=group.task, trajectories=tuple(members), scores=tuple(scores), judge=self.judge)
+        scores = tuple((t.partial_score.score if t.partial_score else self._rule(t)).value for t in members)
+        view = AnsweredGroup(task=group.task, trajectories=tuple(members), scores=scores, judge=self.judge)
         columns = await asyncio.gather(*(_values(term, view) for term in self.config.terms))
         names = [term.name for term in self.config.terms]
         rows = iter(
@@ -151,27 +147,24 @@ class RewardModule:
         if terms is None and self.waits_for_terms:
             raise ValueError("reward.terms: a term looks at whole groups; await ask_terms(group) and give its result")
         expected = wanted_operations(group.task)
-        scored: list[tuple[_PartialScore, Mapping[str, float | None] | None]] = []
+        scored: list[tuple[Trajectory, _PartialScore, Mapping[str, float | None] | None]] = []
         values = repeat(None, len(group.trajectories)) if terms is None else terms
         for trajectory, own in zip(group.trajectories, values, strict=True):
             if missing := [name for name, value in (own or {}).items() if value is None]:
                 trajectory.end_state = EndState.ERROR_JUDGE
                 trajectory.error = f"the judge did not reply to reward.terms {', '.join(missing)}"
-            partial = self._partial.pop(id(trajectory), None)
-            trajectory.reward = None
+            partial: _PartialScore | None = trajectory.partial_score
+            trajectory.reward = trajectory.partial_score = None
             if trajectory.end_state is EndState.ERROR_JUDGE:
                 self._failures.append(True)
                 self._last_failure = trajectory.error
             elif partial is not None and partial.score.scored_by == "judge":
                 self._failures.append(False)
             if not trajectory.end_state.is_error:
-                if partial is None:
-                    tool_use = self._tool_use(trajectory, expected)
-                    partial = _PartialScore(trajectory, self._rule(trajectory), tool_use)
-                scored.append((partial, own))
-        uses = [replace(partial.tool_use, score=partial.score.value) for partial, _ in scored]
+                scored.append((trajectory, partial or self._by_rule(trajectory), own))
+        uses = [replace(partial.tool_use, score=partial.score.value) for _, partial, _ in scored]
         found = group_components(expected, uses, self.config.recipe)
-        for ((trajectory, score, _), own), components in zip(scored, found, strict=True):
+        for (trajectory, (score, _), own), components in zip(scored, found, strict=True):
             components |= self._further(trajectory, score.value, own)
             trajectory.reward = RewardBreakdown(
                 components=components,
@@ -183,8 +176,9 @@ class RewardModule:
         if sum(self._failures) >= MIN_FAILED:
             self.check_verdicts(self._failures)
 
-    def _tool_use(self, trajectory: Trajectory, expected: frozenset[str]) -> ToolUse:
+    def _tool_use(self, trajectory: Trajectory) -> ToolUse:
         """What a finished trajectory did, without the score of its answer."""
+        expected = wanted_operations(trajectory.task)
         match self.config.credit:
             case "net":
                 use = net_credit(trajectory, expected)
@@ -258,8 +252,7 @@ class RewardModule:
         return {f"judge/{name}": value for name, value in self.judge.metrics().items()} if self.judge else {}
 
     def close(self) -> None:
-        """Drop open verdicts, close the judge's connections and cache, end the process for formulas."""
-        self._partial.clear()
+        """Close the judge's connections and cache, end the process for formulas."""
         self._symbolic_thread.shutdown(wait=True, cancel_futures=True)
         if self._symbolic is not None:
             self._symbolic.close()
