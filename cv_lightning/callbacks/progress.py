@@ -64,6 +64,7 @@ class RunProgress(ProgressBar):
         self.first: int | None = None
         """Batches that were done before this start, if the run is a resumed one."""
         self.update_bar: TaskID | None = None
+        self.micro_batches, self.update_started = 0, 0.0
         self.num_micro_batches = 0
         """Number of the last update, an estimate for the next one."""
 

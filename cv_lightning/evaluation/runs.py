@@ -43,7 +43,7 @@ class Store:
 
     @property
     def label(self) -> str:
-        """Name to display: `sft, greedy, tool off`; `rl training`."""
+        """Name to display: `sft, greedy, tool disabled`; `rl training`."""
         return self.label_with({})
 
     def label_with(self, names: Mapping[str, str]) -> str:
@@ -56,7 +56,7 @@ class Store:
             stage, comma, rest = names.get(self.name, self.name.replace("_", " ")).partition(",")
             return "training" if self.name == "." else f"{stage} training{comma}{rest}"
         stage = names.get(self.stage, self.stage.replace("_", " "))
-        return ", ".join(part for part in (stage, self.mode, "" if self.tool else "tool off") if part)
+        return ", ".join(part for part in (stage, self.mode, "" if self.tool else "tool disabled") if part)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -125,10 +125,10 @@ def _order(known: Sequence[str], name: str) -> tuple[int, str]:
 # ------------------------------------------------------------------------------------------------ results
 COMPARED = (
     ("Accuracy", "tasks that need the tool", True, "accuracy"),
-    ("… with the tool switched off", "the same tasks", False, "accuracy"),
+    ("Accuracy with the tool disabled", "the same tasks", False, "accuracy"),
     ("Tool-use success", "tasks that need the tool", True, "tool_use_success"),
     ("Accuracy, upright", "tasks that need no tool", True, "accuracy_upright"),
-    ("Needless turning", "upright tasks in which the image was turned", True, "spurious"),
+    ("Unnecessary rotations", "upright tasks in which the image was rotated", True, "spurious"),
 )
 
 
@@ -166,9 +166,9 @@ def headlines(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list[dic
     off = by_key.get((stages[1], modes[0], False))
     tasks = f"of {after.accuracy.n} held-out tasks that need the tool, {modes[0]}"
     found = [
-        ("Uses the tool as needed", "tool_use_success", f"tool-use success: {tasks}"),
-        ("Accuracy", "accuracy", tasks + (f"; with the tool switched off {off.accuracy.value:.3f}" if off else "")),
-        ("Turns upright images for nothing", "spurious", f"of {after.spurious.n} upright tasks, {modes[0]}"),
+        ("Tool-use success", "tool_use_success", tasks),
+        ("Accuracy", "accuracy", tasks + (f"; with the tool disabled {off.accuracy.value:.3f}" if off else "")),
+        ("Unnecessary rotations on upright images", "spurious", f"of {after.spurious.n} upright tasks, {modes[0]}"),
     ]
     also = [(mode, *(by_key[stage, mode, True] for stage in stages)) for mode in modes[1:]]
     return [
@@ -191,7 +191,7 @@ def interval_rows(evaluated: Sequence[EvaluatedStore], app: RunSections) -> list
         store = entry.store
         if store.stage in app.apart:
             continue
-        label = app.label(store.stage) + ("" if store.tool else ", tool off")
+        label = app.label(store.stage) + ("" if store.tool else ", tool disabled")
         for kind, figures in sorted(entry.figures.by_kind.items(), key=lambda item: app.kind_order(item[0])):
             for name in ("accuracy", "tool_use_success") if store.tool else ("accuracy",):
                 found: Rate = getattr(figures, name)

@@ -37,9 +37,9 @@ function verdictChip(trajectory) {
 }
 
 function toolChip(trajectory) {
-  if (trajectory.must === true) return make("span", { class: "chip good", text: "tool as needed" });
-  if (trajectory.must === false) return make("span", { class: "chip", text: "not as needed" });
-  return trajectory.spurious ? make("span", { class: "chip bad", text: "needless turning" }) : null;
+  if (trajectory.must === true) return make("span", { class: "chip good", text: "tool-use success" });
+  if (trajectory.must === false) return make("span", { class: "chip", text: "no tool-use success" });
+  return trajectory.spurious ? make("span", { class: "chip bad", text: "unnecessary rotation" }) : null;
 }
 
 /** The end state of a trajectory that did not end with an answer. */
@@ -145,7 +145,7 @@ function tests() {
   return { list, sort: value.sort };
 }
 
-/** Questions that most sets share come first, kinds in turn, so that before and after stand side by side. */
+/** Questions that most sets share come first, kinds in turn, so that before and after are side by side. */
 function togetherOrder() {
   const tasks = new Map();
   for (const item of all) {
