@@ -393,16 +393,12 @@ class PolicyModule(pl.LightningModule):
             raise CheckpointError(
                 f"{where}: a server samples from a model of its own; leave it out, or `export` it and serve the folder"
             )
-        prefix = "policy."
-        given = {
-            name.removeprefix(prefix): tensor.shape
-            for name, tensor in checkpoint.get("state_dict", {}).items()
-            if name.startswith(prefix)
-        }
-        if self.policy is None or not checkpoint.get("state_dict"):  # DeepSpeed loads its tensors itself
+        stored = checkpoint.get("state_dict", {})
+        if self.policy is None or not stored:  # DeepSpeed loads its tensors itself
             return
+        prefix = "policy."
         check_shapes(
-            given,
+            {name.removeprefix(prefix): tensor.shape for name, tensor in stored.items() if name.startswith(prefix)},
             {name: tensor.shape for name, tensor in self.policy.state_dict().items()},
             self.policy.config.model_type,
             where,
@@ -431,8 +427,7 @@ class PolicyModule(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Does nothing: `RolloutCallback` evaluates by rollouts."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Does nothing: `RolloutCallback` evaluates by rollouts."""
+    test_step = validation_step
 
 
 def _num_dimensions(parameter: torch.nn.Parameter) -> int:

@@ -71,7 +71,7 @@ class GRPOModule(PolicyModule):
         self.steps_per_batch = self.algorithm.num_minibatches
         self.temperature = temperature
         self.reference_path = self.algorithm.kl.reference_path or policy.path
-        self._taken_off: list[float] = []
+        self._kl_penalties: list[float] = []
         """KL penalties that were subtracted from the rewards of this iteration's trajectories."""
 
     def configure_model(self) -> None:
@@ -162,7 +162,7 @@ class GRPOModule(PolicyModule):
             for member, reward in zip(chunk, penalised, strict=True):
                 if id(member) in numbers:  # a dummy sequence is not
                     rewards[numbers[id(member)]] = float(reward)
-        self._taken_off += [totals[number] - rewards[number] for number in counted]
+        self._kl_penalties += [totals[number] - rewards[number] for number in counted]
         return rewards
 
     # ------------------------------------------------------------------ log-probabilities that stay fixed
@@ -253,9 +253,9 @@ class GRPOModule(PolicyModule):
             f"policy/{name}": value if name in PER_STEP else value / max(tokens, 1.0) for name, value in sums.items()
         }
         if self.algorithm.kl.in_reward:
-            penalty, count = self.reduce_sum([sum(self._taken_off), float(len(self._taken_off))])
+            penalty, count = self.reduce_sum([sum(self._kl_penalties), float(len(self._kl_penalties))])
             metrics["policy/kl_penalty"] = penalty / max(count, 1.0)
-            self._taken_off.clear()
+            self._kl_penalties.clear()
         metrics |= {
             "policy/lr": learning_rate,
             "policy/tokens_per_s": packed_tokens / seconds,
