@@ -34,6 +34,8 @@ DIGITS = "cv_lightning.digits.modules"
 class DemonstrationBatch:
     """One Lightning batch of SFT: the conversations of one optimizer step on this rank.
 
+    This is not a dataclass, because Lightning copies dataclasses field by field.
+
     Args:
         index: Number of the step, from 0.
         conversations: This rank's conversations.
@@ -166,12 +168,21 @@ class EvaluationDataModule(pl.LightningDataModule):
 
         return StepLoader(build, math.ceil(size / batch_size))
 
+    def batch_sizes(self) -> dict[str, int]:
+        """Sizes of the training batches over all ranks, by the argument that sets them."""
+        return {}
+
     def check_training(self, world_size: int) -> None:
         """Check that there is something to train on and that the ranks can divide every batch of it.
 
         Raises:
-            CVLightningError: Neither files nor scenes, or batches that cannot be divided; names the flag.
+            CVLightningError: There is not, or they cannot; the message names the flag.
         """
+        for name, size in self.batch_sizes().items():
+            if size % world_size:
+                raise CVLightningError(
+                    f"--data.init_args.{name} {size} cannot be divided by {world_size} ranks; make it a multiple"
+                )
         if self.needs_files and not self.train_files:
             raise CVLightningError(
                 "--data.init_args.train_files names no file to train on. For the embedded digits, set data.class_path "
@@ -217,15 +228,10 @@ class TaskDataModule(EvaluationDataModule):
         self.tasks_per_iteration = tasks_per_iteration
         self.seed = seed
 
-    def check_training(self, world_size: int) -> None:
-        """Check that there is something to train on and that the ranks can divide every iteration.
-
-        Raises:
-            CVLightningError: There is not, or they cannot; the message names the flag.
-        """
-        super().check_training(world_size)
+    def batch_sizes(self) -> dict[str, int]:
+        """Tasks of an iteration."""
         name = "overfit_tasks" if self.overfit_tasks else "tasks_per_iteration"
-        check_divisible(name, getattr(self, name), world_size)
+        return {name: getattr(self, name)}
 
     def training_tasks(self) -> Source[Task]:
         """The stream of tasks to train on."""
@@ -282,14 +288,9 @@ class SFTDataModule(EvaluationDataModule):
         self.conversations_per_step = conversations_per_step
         self.seed = seed
 
-    def check_training(self, world_size: int) -> None:
-        """Check that there is something to train on and that the ranks can divide every step.
-
-        Raises:
-            CVLightningError: There is not, or they cannot; the message names the flag.
-        """
-        super().check_training(world_size)
-        check_divisible("conversations_per_step", self.conversations_per_step, world_size)
+    def batch_sizes(self) -> dict[str, int]:
+        """Conversations of a step."""
+        return {"conversations_per_step": self.conversations_per_step}
 
     def training_conversations(self) -> Source[Conversation]:
         """The stream of conversations to train on."""
@@ -318,15 +319,3 @@ def missing_tasks(stage: Stage) -> str:
         f"the config asks for no tasks; set --data.init_args.eval_files, or with a DataModule of {DIGITS} "
         f"--data.init_args.{key} '{{upright: 20, turned: 20}}'"
     )
-
-
-def check_divisible(name: str, count: int, world_size: int) -> None:
-    """Check that ranks can divide a batch.
-
-    Raises:
-        CVLightningError: They cannot; the message names the argument.
-    """
-    if count % world_size:
-        raise CVLightningError(
-            f"--data.init_args.{name} {count} cannot be divided by {world_size} ranks; make it a multiple of that"
-        )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cv_lightning.data.conversations import Conversation
-from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule, check_divisible
+from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule
 from cv_lightning.data.sources import Rows, Source
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
@@ -160,15 +160,10 @@ class DigitSFTDataModule(DigitEvaluationDataModule, SFTDataModule):
             self._sandbox.close()
             self._sandbox = None
 
-    def check_training(self, world_size: int) -> None:
-        """Check that the ranks can divide every step.
-
-        Raises:
-            CVLightningError: They cannot; the message names the flag.
-        """
-        super().check_training(world_size)
-        if not self.train_files:
-            check_divisible("warm_up_conversations_per_step", self.warm_up_conversations_per_step, world_size)
+    def batch_sizes(self) -> dict[str, int]:
+        """Conversations of a step, in the warm-up and after it."""
+        warm_up = {} if self.train_files else {"warm_up_conversations_per_step": self.warm_up_conversations_per_step}
+        return super().batch_sizes() | warm_up
 
     def training_conversations(self) -> Source[Conversation]:
         """The stream of conversations to train on: of files if they are named, else demonstrations."""
