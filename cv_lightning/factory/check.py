@@ -20,7 +20,6 @@ from cv_lightning.factory.check_facts import CheckConfig, FileKind, RowFacts, in
 from cv_lightning.factory.check_frames import judge_frame
 from cv_lightning.factory.near_images import SAME, VARIANTS, NearImages
 from cv_lightning.images import ImageLimits, ImageRule
-from cv_lightning.orientations import orientations_of
 from cv_lightning.types import DataError
 
 REPORT_VERSION = 1
@@ -241,13 +240,15 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
-def histogram(values: Sequence[float], bins: int = HISTOGRAM_BINS) -> dict[str, Any]:
+def histogram(values: Sequence[float]) -> dict[str, Any]:
     """Counts in bins of equal width on a logarithmic scale, with count, extremes and percentiles."""
     if not len(values):
         return {"count": 0}
     numbers = np.asarray(values, dtype=float)
     low, high = float(numbers.min()), float(numbers.max())
-    edges = np.geomspace(max(low, 1), max(high, low + 1, 2), bins + 1) if high > low else np.array([low, low + 1])
+    edges = (
+        np.geomspace(max(low, 1), max(high, low + 1, 2), HISTOGRAM_BINS + 1) if high > low else np.array([low, low + 1])
+    )
     edges[0], edges[-1] = min(edges[0], low), max(edges[-1], high)
     counts, _ = np.histogram(numbers, edges)
     return {
@@ -289,10 +290,8 @@ def _changes_by_limits(file: FileFacts, row: RowFacts) -> list[str]:
 
 
 def _frame(file: FileFacts, config: CheckConfig) -> dict[str, Any]:
-    evidence = [(row.evidence, row.transforms) for row in file.rows if row.evidence is not None]
-    turned = sum(found.swapped or bool(orientations_of(transforms)) for found, transforms in evidence)
-    verdict = asdict(judge_frame([found for found, _ in evidence], turned))
-    return {"path": str(file.path), "configured": config.reader.bbox_frame, **verdict}
+    verdict = judge_frame([row.evidence for row in file.rows if row.evidence is not None])
+    return {"path": str(file.path), "configured": config.reader.bbox_frame, **asdict(verdict)}
 
 
 # ------------------------------------------------------------------------------------------------ copies

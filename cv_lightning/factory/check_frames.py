@@ -39,8 +39,10 @@ SHAPE_LOG_RATIO = 0.2
 class FrameEvidence:
     """Evidence of one row with a box."""
 
+    turned: bool
+    """The image was turned or flipped."""
     swapped: bool
-    """The image's turns exchanged its width and height."""
+    """The turns exchanged its width and height."""
     inside_given: bool
     inside_upright: bool
     log_ratio: float
@@ -83,7 +85,7 @@ def frame_evidence(
     if all(inside) and turned and pixels is not None and iou(box, mapped) < SAME_PLACE_IOU:
         as_given, as_upright = _edge_density(pixels, box), _edge_density(pixels, mapped)
         edges = int(np.sign(round(as_given - as_upright, 3)))
-    return FrameEvidence(swapped, *inside, log_ratio, edges, is_fraction(box, size))
+    return FrameEvidence(bool(turned), swapped, *inside, log_ratio, edges, is_fraction(box, size))
 
 
 def _edge_density(image: Image.Image, box: Box) -> float:
@@ -96,19 +98,14 @@ def _edge_density(image: Image.Image, box: Box) -> float:
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
 
 
-def judge_frame(evidence: Sequence[FrameEvidence], num_turned_boxes: int) -> FrameVerdict:
-    """The frame of a file's boxes.
-
-    Args:
-        evidence: Evidence of its rows with a box.
-        num_turned_boxes: Number of these on an image that was turned or flipped.
-    """
+def judge_frame(evidence: Sequence[FrameEvidence]) -> FrameVerdict:
+    """The frame of a file's boxes, from the evidence of its rows with a box."""
     given = sum(row.inside_given and not row.inside_upright for row in evidence)
     upright = sum(row.inside_upright and not row.inside_given for row in evidence)
     edges_given, edges_upright = (sum(row.edges == sign for row in evidence) for sign in (1, -1))
     counts = {
         "boxes": len(evidence),
-        "on turned images": num_turned_boxes,
+        "on turned images": sum(row.turned for row in evidence),
         "inside as given only": given,
         "inside as upright only": upright,
         "within 0..1": sum(row.fraction for row in evidence),
@@ -116,13 +113,11 @@ def judge_frame(evidence: Sequence[FrameEvidence], num_turned_boxes: int) -> Fra
         "more edges as given": edges_given,
         "more edges as upright": edges_upright,
     }
-    fits, reason = _decide(evidence, num_turned_boxes, (given, upright), (edges_given, edges_upright))
+    fits, reason = _decide(evidence, (given, upright), (edges_given, edges_upright))
     return FrameVerdict(fits=fits, reason=reason, counts=counts)
 
 
-def _decide(
-    evidence: Sequence[FrameEvidence], num_turned: int, bounds: tuple[int, int], edges: tuple[int, int]
-) -> tuple[Frame, str]:
+def _decide(evidence: Sequence[FrameEvidence], bounds: tuple[int, int], edges: tuple[int, int]) -> tuple[Frame, str]:
     if not evidence:
         return "unknown", "no row has a box"
     if fractions := sum(row.fraction for row in evidence):
@@ -130,7 +125,7 @@ def _decide(
             f"{fractions} of {len(evidence)} boxes lie within 0..1: fractions of the image, where pixels are wanted. "
             "Multiply them by width and height; until then their rows are skipped"
         )
-    if not num_turned:
+    if not any(row.turned for row in evidence):
         return "unknown", "no image with a box was turned or flipped: both frames are equal"
     if max(bounds) >= CLEAR_RATIO * max(1, min(bounds)) or (min(bounds) == 0 and max(bounds) >= 3):
         more, fewer = max(bounds), min(bounds)

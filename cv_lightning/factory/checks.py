@@ -262,7 +262,7 @@ def path_of(images: Sequence[TrajectoryImage]) -> list[int]:
     return path[::-1]
 
 
-def within(inner: Box, outer: Box, tolerance: float = BOX_TOLERANCE_PX) -> bool:
-    """True if a box lies in another, up to a tolerance in pixels."""
-    starts = all(inner[axis] >= outer[axis] - tolerance for axis in (0, 1))
-    return starts and all(inner[axis] <= outer[axis] + tolerance for axis in (2, 3))
+def within(inner: Box, outer: Box) -> bool:
+    """True if a box lies in another, up to `BOX_TOLERANCE_PX`."""
+    starts = all(inner[axis] >= outer[axis] - BOX_TOLERANCE_PX for axis in (0, 1))
+    return starts and all(inner[axis] <= outer[axis] + BOX_TOLERANCE_PX for axis in (2, 3))

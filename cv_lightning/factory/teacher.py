@@ -18,6 +18,9 @@ from cv_lightning.images import ImageLimits
 from cv_lightning.tools import CodeTool
 from cv_lightning.tools.base import Coordinates
 
+DESCRIBED_FRACTION = 0.5
+"""Fraction of the calls for which the offline teacher writes a description."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CropFrame:
@@ -142,13 +145,10 @@ def crop_arguments(edges: Edges, size: tuple[int, int], frame: CropFrame) -> tup
 
 
 # ------------------------------------------------------------------------------------------------ offline
-@dataclass(slots=True)
 class OfflineTeacher:
     """Writes from templates with several phrasings each; needs no endpoint."""
 
-    describe_fraction: float = 0.5
-    """Fraction of the calls with a description."""
-    tries: int = 1
+    tries = 1
     """One attempt: a template gives the same text every time."""
 
     async def write(self, request: TurnRequest) -> Written:
@@ -180,7 +180,7 @@ class OfflineTeacher:
             description = rng.choice(phrases.CROP_DESCRIPTION)
         if step.fault == "exception":
             code = phrases.broken(code, step.action, rng)
-        return call_turn(thought, code, step.image_index, description if rng.random() < self.describe_fraction else "")
+        return call_turn(thought, code, step.image_index, description if rng.random() < DESCRIBED_FRACTION else "")
 
     def _thought(self, request: TurnRequest, rng: random.Random) -> str:
         step = request.step

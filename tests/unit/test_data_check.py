@@ -201,13 +201,13 @@ def test_the_frame_is_found_by_the_bounds(tmp_path: Path, frame: str) -> None:
 
 def test_the_frame_is_found_by_the_shape_of_boxes() -> None:
     def evidence(swapped: bool, log_ratio: float) -> FrameEvidence:
-        return FrameEvidence(swapped, True, True, log_ratio)
+        return FrameEvidence(swapped, swapped, True, True, log_ratio)
 
     wide, tall = [evidence(False, 1.2)] * 30, [evidence(True, -1.2)] * 30
-    assert judge_frame(wide + tall, 30).fits == "given"
-    assert judge_frame(wide + [evidence(True, 1.1)] * 30, 30).fits == "upright"
-    assert judge_frame(wide, 0).fits == "unknown"
-    assert judge_frame([], 0).reason == "no row has a box"
+    assert judge_frame(wide + tall).fits == "given"
+    assert judge_frame(wide + [evidence(True, 1.1)] * 30).fits == "upright"
+    assert judge_frame(wide).fits == "unknown"
+    assert judge_frame([]).reason == "no row has a box"
 
 
 def test_a_frame_other_than_the_configured_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
