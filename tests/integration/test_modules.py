@@ -221,7 +221,7 @@ def test_kl_in_the_reward_is_the_sum_over_each_trajectory(tiny_checkpoint: Path,
     odd = [trajectories[0], replace(trajectories[0], images=[]), unlearnt]
     penalised = module.advantage_rewards(odd)
     assert penalised[1:] == [t.reward.total for t in odd[1:] if t.reward is not None], "the update leaves them out, too"
-    assert penalised[0] != trajectories[0].reward.total and len(module._taken_off) == 1  # type: ignore[union-attr]
+    assert penalised[0] != trajectories[0].reward.total and len(module._kl_penalties) == 1  # type: ignore[union-attr]
     penalised = module.advantage_rewards(trajectories)
     for trajectory, reward in zip(trajectories, penalised, strict=True):
         (alone,) = module.pack_micro_batches(module.train_sequences([trajectory]))
