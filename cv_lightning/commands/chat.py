@@ -88,7 +88,12 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
     from cv_lightning.viewer.playground.session import open_playground
     from cv_lightning.viewer.playground.terminal import Terminal, one_question
 
-    path = options.model or str(_exported(options, stack))
+    path = options.model
+    if options.ckpt is not None:
+        path = stack.enter_context(tempfile.TemporaryDirectory(prefix="cv-lightning-")) + "/model"
+        request = ExportRequest(ckpt=options.ckpt, out=Path(path), dtype=options.dtype, verify=False)
+        print(export(request), file=sys.stderr)
+    assert path is not None
     policy = PolicyConfig(path=path, dtype=options.dtype, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
     opened = open_playground(policy, options.agent, options.engine, options.sandbox, options.out)
     if options.web:
@@ -104,14 +109,6 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
         return one_question(terminal, options.question, options.save)
     terminal.loop()
     return 0
-
-
-def _exported(options: ChatOptions, stack: ExitStack) -> Path:
-    """Export the checkpoint into a temporary folder."""
-    assert options.ckpt is not None
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cv-lightning-"))) / "model"
-    print(export(ExportRequest(ckpt=options.ckpt, out=folder, dtype=options.dtype, verify=False)), file=sys.stderr)
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------ options

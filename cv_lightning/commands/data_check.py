@@ -49,7 +49,8 @@ def check(
         page: File for a self-contained HTML page.
     """
     from cv_lightning.factory.check import check_files
-    from cv_lightning.factory.check_facts import CheckConfig
+    from cv_lightning.factory.check_facts import CheckConfig, images_of_row
+    from cv_lightning.viewer.check_page import write_check_page
 
     config = CheckConfig(
         reader=ReaderConfig(bbox_frame=bbox_frame, image_folder=image_folder),
@@ -69,17 +70,10 @@ def check(
         write_json(json, report)
     print(summary(report))
     if page:
-        _write_page(page, report, config.reader)
+        kinds = {file["path"]: file["kind"] for file in report["files"]}
+        write_check_page(page, report, lambda file, row: images_of_row(Path(file), kinds[file], row, config.reader))
         print(f"page: {page.resolve().as_uri()}")
     return 0 if report["ok"] else 1
-
-
-def _write_page(path: Path, report: dict[str, Any], reader: ReaderConfig) -> None:
-    from cv_lightning.factory.check_facts import images_of_row
-    from cv_lightning.viewer.check_page import write_check_page
-
-    kinds = {file["path"]: file["kind"] for file in report["files"]}
-    write_check_page(path, report, lambda file, row: images_of_row(Path(file), kinds[file], row, reader))
 
 
 # ------------------------------------------------------------------------------------------------ the summary

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -231,14 +231,11 @@ def doctor(json: bool = False, timeout_s: float = 120.0) -> int:
     """
     prepare_environment()
     checks = examine(timeout_s)
-    (show_json if json else show)(checks)
+    if json:
+        print(dumps({"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}, indent=1))
+    else:
+        show(checks)
     return 0 if can_train(checks) else 1
-
-
-def show_json(checks: list[Check]) -> None:
-    """Print the checks for programs."""
-    report = {"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}
-    print(json.dumps(report, indent=1))
 
 
 def show(checks: list[Check]) -> None:

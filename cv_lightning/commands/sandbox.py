@@ -13,6 +13,12 @@ from cv_lightning.sandbox.config import MAX_CODE_CHARS
 from cv_lightning.sandbox.selftest import PACKAGED, load_cases, report, run_cases
 from cv_lightning.types import DataError
 
+OPERATION = {name: name for name in ("name", "call", "arguments", "used")} | {
+    "input": "input_size",
+    "output": "output_size",
+}
+"""Attributes of an operation by their key in the printed JSON."""
+
 
 def sandbox(
     self_test: bool = False,
@@ -77,17 +83,7 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json
         "error": result.error,
         "executor": result.executor,
         "elapsed_ms": round(1000 * result.elapsed_s, 2),
-        "operations": [
-            {
-                "name": op.name,
-                "call": op.call,
-                "arguments": op.arguments,
-                "input": op.input_size,
-                "output": op.output_size,
-                "used": op.used,
-            }
-            for op in result.operations
-        ],
+        "operations": [{key: getattr(op, name) for key, name in OPERATION.items()} for op in result.operations],
         "core": result.effect.core if result.effect else (),
         "crop_box": result.effect.crop_box if result.effect else None,
         "to_input": result.effect.to_input if result.effect else None,
