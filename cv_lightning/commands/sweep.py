@@ -1,7 +1,6 @@
 """`python -m cv_lightning sweep FILE`: run a W&B sweep file without a W&B account.
 
-Each trial is the file's command in a process and a run folder of its own. Optuna draws the parameters, stops trials
-that fall behind, and keeps the journal from which the same command resumes.
+Each trial runs the file's command in its own run folder. Optuna draws the parameters, stops trials and keeps a journal.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +177,8 @@ def sweep(file: Path, count: int | None = None, out: Path | None = None, set: li
         out: Folder; by default runs/sweeps/NAME-OF-FILE.
         set: NAME=VALUE, a flag of every trial; may be repeated.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     given, extra = read_sweep(file), dict(flag.split("=", 1) for flag in set or ())
     out = out or Path("runs/sweeps", file.stem)
     if (count := given.get("run_cap") if count is None else count) is None or count < 1:
@@ -196,8 +198,4 @@ def sweep(file: Path, count: int | None = None, out: Path | None = None, set: li
     print(table.sort_values("value", ascending=study.direction.name == "MINIMIZE").to_string(index=False))
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    return run_verb(sweep, args, "cv_lightning sweep", aliases={"--set": "--set+"})
+main = partial(run_verb, sweep, prog="cv_lightning sweep", aliases={"--set": "--set+"})
