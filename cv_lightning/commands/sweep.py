@@ -47,8 +47,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     for key, value in (sweep.get("early_terminate") or {}).items():
         refused += [] if key in ("min_iter", "eta") or (key, value) == ("type", "hyperband") else [f"{key}: {value}"]
     refused += [f"parameters.{name}" for name, domain in domains.items() if domain is None]
-    name = sweep["metric"].get("name", "")
-    if new_metric(name) != name:
+    if (name := sweep["metric"].get("name", "")) != new_metric(name):
         raise DataError(f"{path}: the metric {name} is called {new_metric(name)} now; change metric.name")
     if refused:
         raise DataError(
