@@ -34,6 +34,8 @@ class TrainSequence:
     """The engine's log-probability of every token; needed in RL only."""
     advantage: float = 0.0
     """The trajectory's advantage; needed in RL only."""
+    number: int | None = None
+    """Number of its trajectory among those that are packed together; None for a dummy sequence and in SFT."""
 
     @property
     def prompt_len(self) -> int:

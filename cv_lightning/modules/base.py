@@ -232,8 +232,9 @@ class PolicyModule(pl.LightningModule):
                 vision=cache.get([image.model_image for image in trajectory.images]),
                 rollout_logprobs=trajectory.logprobs,
                 advantage=trajectory.advantage or 0.0,
+                number=number,
             )
-            for trajectory in trajectories
+            for number, trajectory in enumerate(trajectories)
         ]
 
     def can_pack(self, trajectory: Trajectory) -> bool:

@@ -153,15 +153,15 @@ class GRPOModule(PolicyModule):
         # The update leaves the others out, too: no token was sampled (over-long prompt), or images are missing.
         counted = [n for n, t in enumerate(trajectories) if any(t.loss_mask) and self.can_pack(t)]
         sequences = self.train_sequences([trajectories[number] for number in counted])
-        numbers = {id(sequence): number for sequence, number in zip(sequences, counted, strict=True)}
         for chunk in self.split_sequences(sequences):
             packed = pack_sequences(chunk, self.policy.config, self.adapter)
             reference = self._reference_logprobs(packed).cpu()
-            own = [rewards[numbers[id(member)]] if id(member) in numbers else 0.0 for member in chunk]
+            places = [None if member.number is None else counted[member.number] for member in chunk]
+            own = [0.0 if place is None else rewards[place] for place in places]
             penalised = rewards_with_kl(own, packed.rollout_logprobs, reference, packed.sequence_index, kl)
-            for member, reward in zip(chunk, penalised, strict=True):
-                if id(member) in numbers:  # a dummy sequence is not
-                    rewards[numbers[id(member)]] = float(reward)
+            for place, reward in zip(places, penalised, strict=True):
+                if place is not None:  # a dummy sequence has none
+                    rewards[place] = float(reward)
         self._kl_penalties += [totals[number] - rewards[number] for number in counted]
         return rewards
 
