@@ -308,7 +308,7 @@ def build_batch(module: PolicyModule, trainer: pl.Trainer, run: Run) -> Callable
 
     if isinstance(module, SFTModule):
         data = DigitSFTDataModule(
-            DigitsConfig(seed=run.seed), num_steps=4, conversations_per_step=total, warm_up_share=0.0
+            digits=DigitsConfig(seed=run.seed), num_steps=4, conversations_per_step=total, warm_up_share=0.0
         )
         conversations = data.train_dataloader()
         return lambda step: DemonstrationBatch(
