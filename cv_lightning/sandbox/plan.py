@@ -54,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SnippetPlan:
     """Checked operations, ready to run."""
 
     steps: tuple[Step, ...]
@@ -277,7 +277,7 @@ def _named(names: tuple[str, ...], args: Sequence[Any], kwargs: dict[str, Any]) 
 
 
 @lru_cache(maxsize=1024)
-def prepare(code: str, size: Size) -> Plan | None:
+def prepare(code: str, size: Size) -> SnippetPlan | None:
     """The plan of a snippet for an RGB input of `size` (width, height); None if the snippet is not a plan.
 
     No pixel is touched; every argument is checked, and sizes, radii and kernels are capped.
@@ -292,11 +292,11 @@ def prepare(code: str, size: Size) -> Plan | None:
         result = builder.result()
     except (NotPlannable, *FAILURES):
         return None
-    return Plan(tuple(builder.steps), result.step, builder.cost, result.size)
+    return SnippetPlan(tuple(builder.steps), result.step, builder.cost, result.size)
 
 
 # ------------------------------------------------------------------------------------------------ executing
-def execute(plan: Plan, image: Image.Image) -> tuple[Image.Image, Trace]:
+def execute(plan: SnippetPlan, image: Image.Image) -> tuple[Image.Image, Trace]:
     """Run a plan.
 
     Returns:

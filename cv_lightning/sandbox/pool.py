@@ -452,12 +452,14 @@ class Pool:
         job.input_fd = job.output_fd = -1
 
     def _lose(self, job: Job, why: str) -> None:
+        self._release(job)
+        if job.future.cancelled():
+            return
         self.counts["lost"] += 1
         number = self.counts["lost"]
         if number & (number - 1) == 0:  # the first, second, fourth, eighth...
             log.error("sandbox: %d snippets lost since the start; the latest because %s", number, why)
-        self._release(job)
-        with contextlib.suppress(InvalidStateError):  # cancelled
+        with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
             job.future.set_result(ChildResult(-1, lost=why))
 
     def _shut_down(self) -> None:
