@@ -15,7 +15,7 @@ import yaml
 
 from cv_lightning.callbacks.checkpoint import CheckpointCallback
 from cv_lightning.callbacks.rollout import RolloutCallback
-from cv_lightning.cli import CVLightningCLI, main
+from cv_lightning.cli import ConfigOnly, CVLightningCLI, main
 from cv_lightning.digits.scenes import DigitsConfig, digit_task
 
 ZERO = "{class_path: cv_lightning.strategies.CPUDeepSpeedStrategy}"
@@ -183,8 +183,17 @@ def test_single_callback_in_the_list_is_refused_with_its_key(tiny_checkpoint: Pa
 
 
 def test_temperature_of_the_loss_is_that_of_sampling(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    module = built(grpo(tiny_checkpoint, tmp_path, "--rollout.sampling.temperature", "0.7")).lightning_module
-    assert module is None or module.temperature == 0.7
+    command = grpo(tiny_checkpoint, tmp_path, "--rollout.sampling.temperature", "0.7")
+    assert main(command, ConfigOnly).config["fit"].model.init_args.temperature == 0.7
+
+
+def test_sft_has_the_prompt_and_the_tools_of_the_agent(capsys: pytest.CaptureFixture[str]) -> None:
+    tools = "[{class_path: cv_lightning.tools.CodeTool}]"
+    command = ["fit", "--config", str(CONFIGS / "sft.yaml"), "--rollout.agent.tools", tools]
+    module = main(command, ConfigOnly).config["fit"].model.init_args
+    assert module.prompt.tool_ok == "<image>Look at the result."
+    assert [tool.class_path.rpartition(".")[2] for tool in module.tools] == ["CodeTool"]
+    assert "--rollout.agent.prompt" in refused([*command, "--model.init_args.prompt", "null"], capsys)
 
 
 def test_evaluation_without_tasks_names_the_missing_setting(
