@@ -20,12 +20,12 @@ DEMONSTRATIONS_FROM = 1_000_000_000
 
 
 def balanced_kinds(shares: Mapping[str, float], count: int, rng: random.Random) -> list[Kind]:
-    """Kinds in a shuffled order, each within one of its share of `count`; over many calls the shares are exact.
+    """Kinds in random order, whose numbers follow the shares up to rounding; over many calls the shares are exact.
 
     Args:
-        shares: relative frequencies, not all 0.
-        count: how many.
-        rng: draws what rounding leaves open, and the order.
+        shares: Relative frequencies, not all 0.
+        count: Number of kinds.
+        rng: Draws the rounding and the order.
     """
     kinds = [kind for kind in KINDS if shares.get(kind, 0) > 0]
     total = sum(shares[kind] for kind in kinds)
