@@ -192,7 +192,8 @@ def _shows(claim: Affine, image: Image.Image, result: Image.Image) -> bool:
     inner = inside_border(result)
     if inner is None:
         return False
-    return prove(compose(claim, Affine(1, 0, inner[0], 0, 1, inner[1])), before, Pyramid(result.crop(inner))) > 0
+    moved = compose(claim, Affine(1, 0, inner[0], 0, 1, inner[1]))
+    return prove(moved, before, Pyramid(result.crop(inner))) > 0
 
 
 def inside_border(image: Image.Image) -> Edges | None:
@@ -329,7 +330,8 @@ class PixelMatch:
         width, height = self.image.size
         side = 1 << level
         left, top = (max(0, int(v) // side - 1) * side for v in shown[:2])
-        right, bottom = min(width, (int(shown[2]) // side + 2) * side), min(height, (int(shown[3]) // side + 2) * side)
+        right = min(width, (int(shown[2]) // side + 2) * side)
+        bottom = min(height, (int(shown[3]) // side + 2) * side)
         is_small = level <= self.before.small[0] or 2 * (right - left) * (bottom - top) > width * height
         if is_small or right <= left or bottom <= top:
             return self.before.level(level), (0, 0, width, height)

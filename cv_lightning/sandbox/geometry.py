@@ -100,7 +100,8 @@ def turn(name: str, width: int, height: int) -> Affine:
 
 def scaling(output: Size, box: tuple[float, float, float, float]) -> Affine:
     """The map of a resize of `box` to `output`."""
-    return Affine((box[2] - box[0]) / output[0], 0.0, float(box[0]), 0.0, (box[3] - box[1]) / output[1], float(box[1]))
+    left, top, right, bottom = box
+    return Affine((right - left) / output[0], 0.0, float(left), 0.0, (bottom - top) / output[1], float(top))
 
 
 def filter_arguments(kind: Any) -> dict[str, Any]:

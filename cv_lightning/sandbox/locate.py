@@ -195,10 +195,11 @@ def _refined(
     corners = [_moved(r, c, (rows, columns), name) for r in (y, bottom - 1) for c in (x, right - 1)]
     above, beside = min(r for r, _ in corners), min(c for _, c in corners)
     x0, y0 = max(0, place[0] + beside - room), max(0, place[1] + above - room)
-    box = x0, y0, min(image.width, x0 + patch.shape[1] + 2 * room), min(image.height, y0 + patch.shape[0] + 2 * room)
-    if box[2] - x0 < patch.shape[1] or box[3] - y0 < patch.shape[0]:
+    height, width = patch.shape
+    x1, y1 = min(image.width, x0 + width + 2 * room), min(image.height, y0 + height + 2 * room)
+    if x1 - x0 < width or y1 - y0 < height:
         return None
-    scores = cv2.matchTemplate(grey_of(image.crop(box)), patch, cv2.TM_CCOEFF_NORMED)
+    scores = cv2.matchTemplate(grey_of(image.crop((x0, y0, x1, y1))), patch, cv2.TM_CCOEFF_NORMED)
     _, best, _, found = cv2.minMaxLoc(scores)
     return x0 + found[0] - beside, y0 + found[1] - above, float(best)
 

@@ -215,7 +215,8 @@ class _Builder:
     def _holds(self, test: ast.expr) -> bool:
         if not isinstance(test, ast.Compare) or len(test.ops) != 1 or type(test.ops[0]) not in rules.COMPARISONS:
             raise NotPlannable("condition")
-        return bool(rules.COMPARISONS[type(test.ops[0])](self._number(test.left), self._number(test.comparators[0])))
+        compare = rules.COMPARISONS[type(test.ops[0])]
+        return bool(compare(self._number(test.left), self._number(test.comparators[0])))
 
     def _dotted(self, node: ast.expr) -> str:
         """`ImageOps.mirror` for that or an imported `mirror`; empty if the first name is a value of the snippet."""

@@ -184,7 +184,7 @@ def _agreement(view: View, shown: Image.Image, actual: Array, enlarged: tuple[in
         small = max(1, shown.width // enlarged[0]), max(1, shown.height // enlarged[1])
         if _is_rough(expected, actual, small):
             return 0.0
-        expected, actual = (cv2.resize(grey, small, interpolation=cv2.INTER_AREA) for grey in (expected, actual))
+        expected, actual = _area_means(expected, small), _area_means(actual, small)
         inside = None if inside is None else cv2.resize(inside.astype(np.uint8), small) > 0
     by_tone = cache(lambda: _is_change_of_tone(view.colours, shown))
     # The coarsest level comes first: it costs least.
@@ -199,7 +199,7 @@ def _reduced(expected: Array, actual: Array) -> list[tuple[Array, Array]]:
     levels: list[tuple[Array, Array]] = []
     while min(expected.shape) >= 16 * CELL:
         size = expected.shape[1] // 4, expected.shape[0] // 4
-        expected, actual = (cv2.resize(grey, size, interpolation=cv2.INTER_AREA) for grey in (expected, actual))
+        expected, actual = _area_means(expected, size), _area_means(actual, size)
         levels.insert(0, (expected, actual))
     return levels
 
@@ -387,7 +387,11 @@ def _blocks(values: Array) -> Array:
 
 def _cells(values: Array) -> Array:
     """Means over cells of an image with whole ones."""
-    size = values.shape[1] // CELL, values.shape[0] // CELL
+    return _area_means(values, (values.shape[1] // CELL, values.shape[0] // CELL))
+
+
+def _area_means(values: Array, size: tuple[int, int]) -> Array:
+    """Means over areas: an image reduced to `size` (width, height)."""
     return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA))
 
 
@@ -401,10 +405,10 @@ def _is_rough(expected: Array, actual: Array, small: tuple[int, int]) -> bool:
     """True if an enlarged result varies within single pixels of the input more than any interpolation does."""
 
     def within(grey: Array) -> Array:
-        mean = cv2.resize(grey, small, interpolation=cv2.INTER_AREA)
-        return np.asarray(cv2.resize(grey * grey, small, interpolation=cv2.INTER_AREA) - mean * mean)
+        mean = _area_means(grey, small)
+        return np.asarray(_area_means(grey * grey, small) - mean * mean)
 
-    mean = cv2.resize(actual, small, interpolation=cv2.INTER_AREA)
+    mean = _area_means(actual, small)
     local = cv2.blur(mean * mean, (3, 3)) - cv2.blur(mean, (3, 3)) ** 2
     rough = within(actual) > np.maximum(MAX_OWN**2, 2.0 * np.maximum(local, within(expected)))
     return float(rough.mean()) > MAX_FOREIGN

@@ -134,10 +134,12 @@ def _warped_view(image: Pyramid, claim: Affine, size: tuple[int, int]) -> View |
     level = image.level(number)
     extent = map_box(claim, (0.0, 0.0, float(size[0]), float(size[1])))
     left, top = max(0, int(extent[0] / factor) - 2), max(0, int(extent[1] / factor) - 2)
-    right, bottom = min(level.width, int(extent[2] / factor) + 3), min(level.height, int(extent[3] / factor) + 3)
+    right = min(level.width, int(extent[2] / factor) + 3)
+    bottom = min(level.height, int(extent[3] / factor) + 3)
     if right <= left or bottom <= top:
         return None
-    part = level if (left, top, right, bottom) == (0, 0, *level.size) else level.crop((left, top, right, bottom))
+    box = left, top, right, bottom
+    part = level if box == (0, 0, *level.size) else level.crop(box)
     a, b, d, e = (v / factor for v in (claim.a, claim.b, claim.d, claim.e))
     c, f = claim.c / factor - left, claim.f / factor - top
     # OpenCV counts from the centres of pixels.
