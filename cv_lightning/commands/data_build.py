@@ -14,8 +14,8 @@ from cv_lightning.commands.progress import progress
 
 def build_sft(args: list[str]) -> int:
     """Make SFT conversations. Exit code 0: made; 1: some could not be verified; 2: error."""
-    from cv_lightning.factory.sft import BuildSFT
-    from cv_lightning.factory.sft import build_sft as build
+    from cv_lightning.factory.build_sft import BuildSFT
+    from cv_lightning.factory.build_sft import build_sft as build
 
     def run(config: BuildSFT) -> int:
         with progress("conversations") as show:
@@ -30,8 +30,8 @@ def build_sft(args: list[str]) -> int:
 
 def build_rl(args: list[str]) -> int:
     """Make RL tasks. Exit code 0: made; 2: error."""
-    from cv_lightning.factory.rl import BuildRL
-    from cv_lightning.factory.rl import build_rl as build
+    from cv_lightning.factory.build_rl import BuildRL
+    from cv_lightning.factory.build_rl import build_rl as build
 
     def run(config: BuildRL) -> None:
         with progress("tasks measured") as show:
@@ -44,7 +44,7 @@ def build_rl(args: list[str]) -> int:
 
 def corrupt(args: list[str]) -> int:
     """Write a benchmark turned and corrupted. Exit code 0: written; 2: error."""
-    from cv_lightning.factory.robustness import Corrupt, write_corrupted
+    from cv_lightning.factory.corrupt import Corrupt, write_corrupted
 
     def run(config: Corrupt) -> None:
         with progress("tasks") as show:

@@ -12,10 +12,19 @@ from PIL import Image
 
 from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
 from cv_lightning.data.rows import RowError
-from cv_lightning.factory.checks import Facts, Geometry, Played, Player, Problem, answer_problems, problems_of, within
+from cv_lightning.factory.conversation_checks import (
+    Facts,
+    Geometry,
+    Played,
+    Player,
+    Problem,
+    answer_problems,
+    problems_of,
+    within,
+)
 from cv_lightning.factory.plans import ConversationPlan, Kind, PlanConfig, PlannedTurn, given_image, make_plan
-from cv_lightning.factory.table import VqaRow
 from cv_lightning.factory.teacher import CropFrame, EarlierMessage, Teacher, TurnRequest
+from cv_lightning.factory.vqa_table import VqaRow
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations

@@ -15,7 +15,7 @@ from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.request import requests_of
 from cv_lightning.background import Background
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
-from cv_lightning.factory.progress import ProgressFile, Show
+from cv_lightning.factory.build_files import ProgressFile, Show
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.sandbox import Sandbox, SandboxConfig

@@ -15,7 +15,7 @@ from cv_lightning.data.image_cells import image_source, load_image
 from cv_lightning.data.rows import RowError, expand_files
 from cv_lightning.data.tables import open_table
 from cv_lightning.factory.near_images import VARIANTS, NearImages, thumbnail
-from cv_lightning.factory.table import TableConfig
+from cv_lightning.factory.vqa_table import TableConfig
 from cv_lightning.images import content_hash, to_rgb
 from cv_lightning.types import DataError
 

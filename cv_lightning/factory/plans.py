@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
-from cv_lightning.factory.table import VqaRow
+from cv_lightning.factory.vqa_table import VqaRow
 from cv_lightning.orientations import ORIENTATIONS, QUARTER_TURNS, turn_box, turn_image
 from cv_lightning.types import Box
 

@@ -13,7 +13,7 @@ from PIL import Image
 from cv_lightning.agent.protocol import call_markup
 from cv_lightning.factory import phrases
 from cv_lightning.factory.plans import ConversationPlan, Edges, PlannedTurn
-from cv_lightning.factory.table import VqaRow
+from cv_lightning.factory.vqa_table import VqaRow
 from cv_lightning.images import ImageLimits
 from cv_lightning.tools import CodeTool
 from cv_lightning.tools.base import Coordinates

@@ -16,8 +16,8 @@ from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
 from cv_lightning.data.tables import read_items
-from cv_lightning.factory.checks import Facts, Player, Problem, problems_of
 from cv_lightning.factory.compose import TOOL_ERROR
+from cv_lightning.factory.conversation_checks import Facts, Player, Problem, problems_of
 from cv_lightning.images import content_hash
 from cv_lightning.tools import CodeRunner
 

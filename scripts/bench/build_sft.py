@@ -22,7 +22,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 from cv_lightning.digits.scenes import DigitsConfig, digit_task  # noqa: E402
-from cv_lightning.factory.sft import BuildSFT, build_sft  # noqa: E402
+from cv_lightning.factory.build_sft import BuildSFT, build_sft  # noqa: E402
 
 BAR = 50.0
 """Verified conversations a second on two cores."""

@@ -15,8 +15,8 @@ from cv_lightning.commands.data_build import corrupt
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.engines import EngineConfig
+from cv_lightning.factory.build_rl import BuildRL, build_rl
 from cv_lightning.factory.difficulty import DifficultyConfig
-from cv_lightning.factory.rl import BuildRL, build_rl
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.types import DataError
 

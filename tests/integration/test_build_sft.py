@@ -22,9 +22,9 @@ from builder_samples import encoded, picture, read, table
 from cv_lightning.commands.data_build import build_sft as command
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
-from cv_lightning.factory.endpoint import TeacherConfig
+from cv_lightning.factory.build_sft import BuildSFT, build_sft
+from cv_lightning.factory.endpoint_teacher import TeacherConfig
 from cv_lightning.factory.plans import KINDS, PlanConfig
-from cv_lightning.factory.sft import BuildSFT, build_sft
 from cv_lightning.factory.teacher import CropFrame
 from cv_lightning.factory.verify import Verification, verify_file
 from cv_lightning.rewards import JudgeConfig

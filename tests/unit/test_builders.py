@@ -18,13 +18,13 @@ from PIL import Image
 
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig, RowError
+from cv_lightning.factory.build_files import ProgressFile
+from cv_lightning.factory.build_rl import BuildRL, TaskPlan, build_rl
 from cv_lightning.factory.difficulty import is_informative, read_pass_rates
 from cv_lightning.factory.overlap import KnownImages, OrientedImages
 from cv_lightning.factory.plans import KINDS, KindAssigner, PlanConfig, PlannedTurn, make_plan, possible_kinds
-from cv_lightning.factory.progress import ProgressFile
-from cv_lightning.factory.rl import BuildRL, TaskPlan, build_rl
-from cv_lightning.factory.table import TableConfig, VqaTable, read_box
 from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, TurnRequest, crop_arguments
+from cv_lightning.factory.vqa_table import TableConfig, VqaTable, read_box
 from cv_lightning.types import DataError
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -24,7 +24,7 @@ from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.evaluation.scoring import official_score
-from cv_lightning.factory.robustness import Corrupt, write_corrupted
+from cv_lightning.factory.corrupt import Corrupt, write_corrupted
 from cv_lightning.images import is_upright
 from cv_lightning.orientations import ORIENTATIONS, to_upright, turn_box, turn_image
 from cv_lightning.rewards.transforms import expected_operations

@@ -315,13 +315,6 @@ def test_the_page_is_one_file_and_shows_the_report(tmp_path: Path, capsys: pytes
     assert "1 x image too large" in out
 
 
-def test_unknown_sub_verbs_are_refused_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "check" in capsys.readouterr().out
-    assert main(["chek"]) == 2
-    assert "did you mean 'check'?" in capsys.readouterr().err
-
-
 def test_digits_are_exported_and_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "d.parquet"), "--count", "12", "--seed", "3"]) == 0
     assert main(["check", str(tmp_path / "d.parquet")]) == 0

@@ -17,7 +17,7 @@ from cv_lightning.data.boxes import parse_box
 from cv_lightning.data.readers import TaskFiles
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import ConversationFiles
-from cv_lightning.factory.table import TableConfig, VqaTable
+from cv_lightning.factory.vqa_table import TableConfig, VqaTable
 
 CODED = base64.b64encode(png()).decode()
 

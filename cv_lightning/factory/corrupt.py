@@ -11,7 +11,7 @@ from cv_lightning.data.benchmarks import task_files
 from cv_lightning.data.corruptions import CorruptionConfig, apply_variant
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.writers import write_task_parquet
-from cv_lightning.factory.progress import Show
+from cv_lightning.factory.build_files import Show
 from cv_lightning.types import Task
 
 

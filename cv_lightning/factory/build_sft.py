@@ -13,13 +13,13 @@ from typing import Any
 
 from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.data.rows import RowError
+from cv_lightning.factory.build_files import LISTED, ProgressFile, Rejections, Show, write_report
 from cv_lightning.factory.compose import Candidate, Composer, Composition, item_of
-from cv_lightning.factory.endpoint import EndpointTeacher, TeacherConfig
+from cv_lightning.factory.endpoint_teacher import EndpointTeacher, TeacherConfig
 from cv_lightning.factory.plans import KINDS, KindAssigner, PlanConfig
-from cv_lightning.factory.progress import LISTED, ProgressFile, Rejections, Show, write_report
-from cv_lightning.factory.table import TableConfig, VqaTable
 from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, Teacher
 from cv_lightning.factory.verify import verify_file
+from cv_lightning.factory.vqa_table import TableConfig, VqaTable
 from cv_lightning.files import whole_file
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.rewards.judge.client import Judge

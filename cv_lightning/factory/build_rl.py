@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.data.writers import write_task_parquet
+from cv_lightning.factory.build_files import ProgressFile, Rejections, Show, write_report
 from cv_lightning.factory.difficulty import DifficultyConfig, PassRates, is_informative, measure, read_pass_rates
 from cv_lightning.factory.overlap import KnownImages, Match, OrientedImages, images_of
 from cv_lightning.factory.plans import check_transforms_and_fractions, given_box, given_image, is_small
-from cv_lightning.factory.progress import ProgressFile, Rejections, Show, write_report
-from cv_lightning.factory.table import Region, TableConfig, VqaRow, VqaTable
+from cv_lightning.factory.vqa_table import Region, TableConfig, VqaRow, VqaTable
 from cv_lightning.images import area
 from cv_lightning.orientations import ORIENTATIONS
 from cv_lightning.types import DataError, Task
