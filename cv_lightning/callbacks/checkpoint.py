@@ -44,6 +44,7 @@ from cv_lightning.trajectory.store import LINES, last_groups
 from cv_lightning.types import CVLightningError
 
 logger = logging.getLogger(__name__)
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 class CheckpointCallback(Checkpoint):
@@ -125,11 +126,13 @@ class CheckpointCallback(Checkpoint):
                 os.replace(unfinished, final)
                 sync_folder(folder)
         except (OSError, RuntimeError) as error:
-            if not _is_of_disk(error):
+            # torch's writer hides an OSError in a RuntimeError.
+            if not isinstance(error, OSError) and not any(name in str(error) for name in TORCH_WRITER):
                 raise
             remove(unfinished)
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().splitlines()[0]
             raise CVLightningError(
-                f"{final} cannot be written: {_first_line(error)}. The earlier checkpoint is intact: free space and "
+                f"{final} cannot be written: {reason}. The earlier checkpoint is intact: free space and "
                 "continue with --ckpt_path last"
             ) from error
         if trainer.is_global_zero:
@@ -261,16 +264,6 @@ def _sync(path: Path) -> None:
     """Wait until a file, or every file of a folder, is on disk."""
     for file in (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,):
         sync_file(file)
-
-
-def _is_of_disk(error: Exception) -> bool:
-    """True for an OSError and for the RuntimeErrors with which torch's writer hides one."""
-    return isinstance(error, OSError) or any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
-
-
-def _first_line(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) else None
-    return said or str(error).strip().splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------- metrics, trajectories

@@ -34,29 +34,61 @@ EXIT_CODE = 1
 """Exit code of a run whose folder was taken over by another run."""
 
 
-class FolderOwner:
-    """This process's claim on a folder, which is made if missing; each verb has an owner of its own."""
+class RunOwner(pl.Callback):
+    """Owns the folder of a run, on the first rank, while `fit`, `validate` or `test` writes into it.
 
-    def __init__(self, folder: Path, verb: str) -> None:
-        self.folder, self.verb = folder, verb
-        self.path = folder / f".owner-{verb}.json"
+    Each verb has an owner of its own.
+
+    Args:
+        take_over: Take the folder from a run that seems to be alive.
+    """
+
+    def __init__(self, take_over: bool = False) -> None:
+        self.take_over = take_over
+        self.path = Path()
+        """The record."""
         self._token = uuid.uuid4().hex
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def take(self, *, force: bool = False) -> None:
-        """Become the owner and start the heartbeat; `force` also replaces an owner that seems to be alive.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Become the owner, before anything is written.
+
+        Raises:
+            CVLightningError: The folder cannot be taken, see `take`; all ranks raise.
+        """
+        refused = ""
+        if trainer.is_global_zero and self._thread is None:
+            try:
+                self.take(Path(trainer.default_root_dir), trainer.state.fn.value if trainer.state.fn else stage)
+            except CVLightningError as error:
+                refused = str(error)
+        if refused := trainer.strategy.broadcast(refused):
+            raise CVLightningError(refused)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Release the folder."""
+        self.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Release the folder."""
+        self.release()
+
+    def take(self, folder: Path, verb: str) -> None:
+        """Become the owner of a folder, which is made if missing, and start the heartbeat.
 
         Raises:
             CVLightningError: Another process owns the folder, or the folder cannot be written.
         """
+        self.path = folder / f".owner-{verb}.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while not self._create():
+            folder.mkdir(parents=True, exist_ok=True)
+            while not self._create(verb):
                 with suppress(FileNotFoundError):  # released meanwhile
-                    self._remove_other(force)
+                    self._remove_other(verb)
         except OSError as error:
-            raise CVLightningError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+            raise CVLightningError(f"{folder} cannot be written: {error.strerror or error}") from error
+        self._over.clear()
         self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
         self._thread.start()
 
@@ -72,9 +104,9 @@ class FolderOwner:
             if read_record(self.path).get("token") == self._token:
                 self.path.unlink()
 
-    def _create(self) -> bool:
+    def _create(self, verb: str) -> bool:
         """Write the record; False if there is one."""
-        record = _process() | {"token": self._token, "verb": self.verb, "started": time.time()}
+        record = _process() | {"token": self._token, "verb": verb, "started": time.time()}
         try:
             with self.path.open("x", encoding="utf-8") as file:
                 json.dump(record, file)
@@ -85,17 +117,17 @@ class FolderOwner:
             raise
         return True
 
-    def _remove_other(self, force: bool) -> None:
-        """Remove the record of a process that is gone, or of any with `force`; else raise CVLightningError."""
+    def _remove_other(self, verb: str) -> None:
+        """Remove the record of a process that is gone, or of any with `take_over`; else raise CVLightningError."""
         found, age = read_record(self.path), self._age()
         process, host = found.get("pid", "?"), found.get("host", "?")
-        if not force and not _is_gone(found, age):
+        if not self.take_over and not _is_gone(found, age):
             raise CVLightningError(
-                f"{self.folder} is in use: `{self.verb}` runs there as process {process} on host {host}, its last sign "
+                f"{self.path.parent} is in use: `{verb}` runs there as process {process} on host {host}, its last sign "
                 f"of life is {max(0.0, age):.0f} s old. Two runs in one folder would mix their files: stop that one, "
                 f"give another --trainer.default_root_dir, or add {FLAG} if it is gone"
             )
-        LOG.warning("%s: taking over from process %s on host %s", self.folder, process, host)
+        LOG.warning("%s: taking over from process %s on host %s", self.path.parent, process, host)
         aside = self.path.with_name(f"{self.path.name}.{self._token}")
         self.path.rename(aside)
         if read_record(aside).get("token") != found.get("token"):  # a third process was faster: put its record back
@@ -125,52 +157,10 @@ class FolderOwner:
                 continue
             if not self._over.is_set():  # every further write would go into the other run's files
                 who = f"process {other['pid']} on host {other['host']}" if {"pid", "host"} <= other.keys() else "a run"
-                message = f"error: {who} has taken over {self.folder}; this run stops without writing anything more\n"
+                message = (
+                    f"error: {who} has taken over {self.path.parent}; this run stops without writing anything more\n"
+                )
                 end_process(EXIT_CODE, message)
-
-
-class RunOwner(pl.Callback):
-    """Owns the folder of a run, on the first rank, while `fit`, `validate` or `test` writes into it.
-
-    Args:
-        take_over: Take the folder from a run that seems to be alive.
-    """
-
-    def __init__(self, take_over: bool = False) -> None:
-        self.take_over = take_over
-        self._owner: FolderOwner | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Become the owner, before anything is written.
-
-        Raises:
-            CVLightningError: The folder cannot be taken, see `FolderOwner.take`; all ranks raise.
-        """
-        refused = ""
-        if trainer.is_global_zero and self._owner is None:
-            verb = trainer.state.fn.value if trainer.state.fn is not None else stage
-            owner = FolderOwner(Path(trainer.default_root_dir), verb)
-            try:
-                owner.take(force=self.take_over)
-                self._owner = owner
-            except CVLightningError as error:
-                refused = str(error)
-        if refused := trainer.strategy.broadcast(refused):
-            raise CVLightningError(refused)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Release the folder."""
-        self.release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Release the folder."""
-        self.release()
-
-    def release(self) -> None:
-        """Release the folder; safe to call twice."""
-        if self._owner is not None:
-            owner, self._owner = self._owner, None
-            owner.release()
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -74,8 +74,13 @@ class StopOnSignal(pl.Callback):
 
     # ------------------------------------------------------------------ hooks
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Handle signals from here on: there is an iteration to finish."""
-        self._take(trainer)
+        """Handle signals from here on: there is an iteration to finish, or answered questions are on disk."""
+        if not self._before and threading.current_thread() is threading.main_thread():
+            self._trainer = trainer
+            self._before = _install(self._on_signal)  # replaces Lightning's own handler, which starts a collective
+
+    on_test_start = on_train_start
+    on_validation_start = on_train_start  # within `fit` the handlers are installed already
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -92,12 +97,6 @@ class StopOnSignal(pl.Callback):
         """Agree with the other ranks (a collective); `CheckpointCallback`, which is called last, then saves."""
         self.asked = max(gather_lists([self.asked or 0])) or None
         self.is_agreed = self.asked is not None
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Handle signals from here on, because answered questions are on disk; in `fit` this is done already."""
-        self._take(trainer)
-
-    on_validation_start = on_test_start
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the earlier handlers."""
@@ -127,12 +126,6 @@ class StopOnSignal(pl.Callback):
         raise stopped
 
     # ------------------------------------------------------------------ signals
-    def _take(self, trainer: pl.Trainer) -> None:
-        if self._before or threading.current_thread() is not threading.main_thread():
-            return
-        self._trainer = trainer
-        self._before = _install(self._on_signal)  # replaces Lightning's own handler, which starts a collective
-
     def _release(self) -> None:
         before, self._before = self._before, {}
         _restore(before)

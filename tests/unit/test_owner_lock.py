@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cv_lightning.callbacks import owner
-from cv_lightning.callbacks.owner import FolderOwner
+from cv_lightning.callbacks.owner import RunOwner
 from cv_lightning.types import CVLightningError
 
 RECORD = ".owner-fit.json"
@@ -31,14 +31,14 @@ def forge(folder: Path, age_s: float, **changes: Any) -> Path:
 def test_lock_of_another_host_is_refused_by_name(tmp_path: Path) -> None:
     record = forge(tmp_path, age_s=20)
     with pytest.raises(CVLightningError) as refused:
-        FolderOwner(tmp_path, "fit").take()
+        RunOwner().take(tmp_path, "fit")
     said = str(refused.value)
     assert "process 4711 on host node7" in said and "--take_over true" in said and str(tmp_path) in said
     assert any(f"is {age} s old" in said for age in (20, 21, 22))
     assert json.loads(record.read_text())["token"] == "theirs", "it is left as it was"
     assert [path.name for path in tmp_path.iterdir()] == [RECORD]
-    test = FolderOwner(tmp_path, "test")
-    test.take()  # an evaluation may run beside the training
+    test = RunOwner()
+    test.take(tmp_path, "test")  # an evaluation may run beside the training
     test.release()
 
 
@@ -53,8 +53,8 @@ def test_lock_without_a_living_owner_is_taken_over(tmp_path: Path, case: str) ->
         forge(tmp_path, age_s=1, pid=os.getppid(), **here)
     else:
         forge(tmp_path, age_s=1)
-    mine = FolderOwner(tmp_path, "fit")
-    mine.take(force=case == "flag")
+    mine = RunOwner(take_over=case == "flag")
+    mine.take(tmp_path, "fit")
     assert json.loads((tmp_path / RECORD).read_text())["pid"] == os.getpid()
     mine.release()
     assert list(tmp_path.iterdir()) == []
@@ -66,21 +66,21 @@ def test_lock_of_a_living_process_on_this_host_is_refused_however_old(tmp_path: 
     parent = psutil.Process(os.getppid())
     forge(tmp_path, age_s=30, pid=parent.pid, began=parent.create_time(), machine=owner._machine())
     with pytest.raises(CVLightningError, match=f"process {parent.pid} "):
-        FolderOwner(tmp_path, "fit").take()
+        RunOwner().take(tmp_path, "fit")
 
 
 def test_lock_that_is_being_written_counts_as_taken(tmp_path: Path) -> None:
     (tmp_path / RECORD).touch()
     with pytest.raises(CVLightningError, match="is in use"):
-        FolderOwner(tmp_path, "fit").take()
+        RunOwner().take(tmp_path, "fit")
 
 
 def test_lock_has_a_heartbeat_and_losing_it_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(owner, "BEAT_S", 0.02)
     monkeypatch.setattr(owner, "end_process", lambda code, message: ended.append(message))
-    mine = FolderOwner(tmp_path, "fit")
-    mine.take()
+    mine = RunOwner()
+    mine.take(tmp_path, "fit")
     record = tmp_path / RECORD
     os.utime(record, (1.0, 1.0))
     deadline = time.monotonic() + 10
@@ -98,4 +98,4 @@ def test_lock_has_a_heartbeat_and_losing_it_ends_the_run(tmp_path: Path, monkeyp
 def test_lock_in_a_folder_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CVLightningError, match="cannot be written"):
-        FolderOwner(tmp_path / "file" / "run", "fit").take()
+        RunOwner().take(tmp_path / "file" / "run", "fit")
