@@ -68,12 +68,11 @@ def write_sft(path: Path, policy: Path, *, steps: int, every: int = EVERY) -> Pa
     module = {
         "policy": {"path": str(policy), "dtype": "float32"},
         "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 3},
-        "prompt": AGENT["prompt"],
     }
     data = {"num_steps": steps, "conversations_per_step": 4, "warm_up_conversations_per_step": 4}
     return _write(
         path,
-        {"export": {"folder": "model"}},
+        {"export": {"folder": "model"}, "rollout": {"agent": {"prompt": AGENT["prompt"]}}},
         ("modules.sft.SFTModule", module),
         ("DigitSFTDataModule", data),
         every=every,
