@@ -1,7 +1,7 @@
 """The reward's components over one group, from what each trajectory used. Pure arithmetic, exact on golden/reward.
 
 The formulas of the released code and of the paper; docs/rewards.md explains each. `transforms` decides what counts as
-used and `geometry` what a crop is worth: nothing here knows trajectories or images.
+used and `geometry` scores crops: nothing here knows trajectories or images.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ToolUse:
     used: frozenset[str] = frozenset()
     """Labels of the operations that count as used (U)."""
     crop_score: float = 0.0
-    """What the crop is worth, in [0, 1]."""
+    """Score of the crop, in [0, 1]."""
     executions: int = 0
     """Calls handed to the sandbox, failed ones too."""
     format: float = 0.0
