@@ -99,10 +99,12 @@ PARTS = {"module": "model", "data": "data"}
 class CVLightningCLI(LightningCLI):
     """LightningCLI with our defaults: a run folder with metrics and checkpoints, progress bar, run record."""
 
-    _take_over = False
-    """The flag; not part of the stored config, with which a later run would take over again."""
-    _settings: dict[str, Any]
-    """Settings of the recipe by dotted name; set before anything is built."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._take_over = False
+        """The flag; not part of the stored config, with which a later run would take over again."""
+        self._settings: dict[str, Any] = {}
+        """Settings of the recipe by dotted name."""
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
