@@ -22,27 +22,27 @@ class VisionCache:
     takes 4 P x (numbers in a patch) bytes: 154 MB for 6.4 megapixels of a Qwen-VL, 24 MB for one megapixel.
 
     Args:
-        adapter: Of the model, bound to its processor.
-        max_bytes: Beyond this an engine's images are forgotten, the least recently used first.
+        adapter: The model's adapter, bound to its processor.
+        max_bytes: Size above which an engine's requests remove the least recently used images.
     """
 
     def __init__(self, adapter: ModelAdapter, max_bytes: float = math.inf) -> None:
         self.adapter, self.max_bytes = adapter, max_bytes
         self.num_passes = 0
-        """Images that the processor was given since the last `clear`."""
+        """Number of images that were processed since the last `clear`."""
         self._known: dict[str, ImageInputs] = {}
-        """The least recently used first."""
+        """Model inputs by content hash, the least recently used first."""
         self._seen: set[str] = set()
         self._num_bytes = 0
         self._lock = threading.Lock()
 
     @property
     def num_images(self) -> int:
-        """Different images that were asked for since the last `clear`; above it `num_passes` counts repeated passes."""
+        """Number of different images that were requested since the last `clear`; at most `num_passes`."""
         return len(self._seen)
 
     def of(self, image: Image.Image) -> ImageInputs:
-        """One image, for an engine: afterwards the cache is within `max_bytes`."""
+        """Model inputs of one image for an engine. Afterwards the cache is within `max_bytes`."""
         with self._lock:
             (inputs,) = self._get([image])
             while self._num_bytes > self.max_bytes:
@@ -50,7 +50,7 @@ class VisionCache:
             return inputs
 
     def get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
-        """Images, for the update: they stay until `clear`, whatever they take. New ones are processed in one call."""
+        """Model inputs of images for the update, which stay until `clear`. New images are processed in one call."""
         with self._lock:
             return self._get(images)
 
@@ -68,7 +68,7 @@ class VisionCache:
         return [found[name] for name in names]
 
     def clear(self) -> None:
-        """Forget all images, and count again from 0."""
+        """Remove all images and reset the counts."""
         with self._lock:
             self._known.clear()
             self._seen.clear()
