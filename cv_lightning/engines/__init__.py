@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def engine_kind(config: EngineConfig) -> str:
-    """The kind, with `auto` as what it means on this machine: `vllm` or `transformers`. Imports vLLM for `auto`."""
+    """The kind of engine, with `auto` resolved to `vllm` or `transformers`. Imports vLLM for `auto`."""
     if config.kind != "auto":
         return config.kind
     return "vllm" if vllm_imports() else "transformers"
@@ -42,7 +42,7 @@ def engine_kind(config: EngineConfig) -> str:
 
 @cache
 def vllm_imports() -> bool:
-    """True if vLLM is installed and can be imported; an installed one that cannot is logged with the reason."""
+    """True if vLLM is installed and can be imported. Logs why an installed one cannot be imported."""
     if importlib.util.find_spec("vllm") is None:
         return False
     try:
@@ -68,16 +68,16 @@ def build_engine(
     """Build the engine that `config` names, or connect to the server that runs it.
 
     Args:
-        config: kind and sizes.
-        path: Hugging Face folder (vLLM builds its model from it).
-        dtype: the trainer's parameter type.
-        seed: engine seed.
-        model: the policy itself, which the transformers engine generates with and SGLang gets its weights from.
-        adapter: of its family, bound to its processor.
-        images: the trainer's processed images, for an engine in its process; None: a cache of the engine's own.
+        config: Kind and sizes.
+        path: Hugging Face folder that vLLM builds its model from.
+        dtype: The trainer's parameter type.
+        seed: The engine's seed.
+        model: The policy, which the transformers engine generates with and SGLang gets its weights from.
+        adapter: The policy's adapter, bound to its processor.
+        images: The trainer's processed images, for an engine in its process; None: a cache of the engine's own.
 
     Raises:
-        EngineError: vLLM is asked for but cannot be imported, the engine cannot be built, or no server answers.
+        EngineError: vLLM cannot be imported, the engine cannot be built, or no server answers.
     """
     if engine_kind(config) == "vllm":
         try:

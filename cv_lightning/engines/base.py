@@ -1,4 +1,4 @@
-"""The engine protocol: what the agent loop asks of an inference engine, and the config of one."""
+"""The protocol between the agent loop and inference engines, and the configuration of an engine."""
 
 from __future__ import annotations
 
@@ -20,68 +20,67 @@ if TYPE_CHECKING:
 
 
 GPU_PROCESSOR_CACHE_GB, CPU_PROCESSOR_CACHE_GB = 4.0, 0.25
-"""Cache of processed images of one engine, where the config names no size."""
+"""Default size of the cache of processed images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(EndpointConfig):
-    """A server that runs the engine."""
+    """The server of a remote engine."""
 
     flag: ClassVar[str] = "engine.server"
 
     api_key_env: str = "ENGINE_API_KEY"
-    """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
+    """Environment variable that holds the API key; unset: no key. A config never holds the key itself."""
     api: Literal["chat", "tokens"] = "chat"
-    """Of kind `server`: `chat`, messages and text, which every server speaks; `tokens`, ids to vLLM's
-    `/inference/v1/generate` (`vllm serve --enable-scale-out`)."""
+    """Protocol of kind `server`: `chat` sends messages and reads text, which every server supports; `tokens`
+    sends ids to vLLM's `/inference/v1/generate` (`vllm serve --enable-scale-out`)."""
     weights_folder: str = "weights"
-    """Of kind `sglang`: folder for the policy's weights, which trainer and server see under the same path."""
+    """Folder for the policy's weights of kind `sglang`; trainer and server see it under the same path."""
     timeout_s: float = 600.0
-    """Most seconds that one request may take as a whole: a turn, queueing at the server included."""
+    """Time limit of one request in seconds, queueing at the server included."""
     give_up_s: float = 1800.0
-    """Most seconds that a turn may take with all its tries and pauses; then its trajectory ends as an engine error."""
+    """Time limit of one turn in seconds, with all attempts and pauses; its trajectory then ends as an engine error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the engine inside the trainer is built."""
+    """Kind, size and memory of the engine."""
 
     kind: Literal["auto", "vllm", "transformers", "sglang", "server"] = "auto"
     """`vllm`; `transformers` (generate on the policy itself); `auto`: vLLM wherever it imports; `sglang`: a server that
     takes the policy's weights; `server`: any served model, for evaluations. docs/engines.md tells them apart."""
     server: ServerConfig | None = None
-    """Where the server is; for `sglang` and `server`."""
+    """Address of the server, for `sglang` and `server`."""
     max_model_len: int = 32768
-    """Longest sequence in tokens, images expanded: prompt and response."""
+    """Maximum tokens of a sequence: prompt, expanded images and response."""
     max_num_seqs: int = 128
-    """Requests decoded at once."""
+    """Maximum number of requests that are decoded at once."""
     max_images: int = 16
-    """Images in one request; at least 1 + the agent's number of tool calls."""
+    """Maximum images of a request; at least `agent.max_images`."""
     gpu_memory_utilization: float = 0.45
-    """Share of a GPU's memory for the engine; the rest is the trainer's."""
+    """Fraction of a GPU's memory for the engine; the trainer uses the rest."""
     enforce_eager: bool = False
-    """No CUDA graphs. Ignored on a CPU, where there are none."""
+    """Disable CUDA graphs. A CPU has none."""
     processor_cache_gb: float | None = None
     """Processed images that a rank keeps for later turns and for the update, in GB of main memory; null: 4 on a GPU (an
     image of one megapixel takes 0.024), 0.25 on a CPU. Beyond it an image is processed again when it is needed, which
     `policy/image_passes` counts. During an update all of its images are kept."""
     background_rendering: Literal["auto", "always", "never"] = "auto"
-    """Process images on a separate thread while the engine decodes. The speed of that thread then decides which
-    requests share a batch, so runs with `agent.deterministic` do not use it. `auto`: on GPUs, with an engine of one
-    rank."""
+    """Process images on a separate thread while the engine decodes. Its speed determines which requests share a
+    batch, so runs with `agent.deterministic` do not use it. `auto`: on GPUs, with an engine of one rank."""
     async_scheduling: bool | None = None
-    """Schedule vLLM's next step while the last one runs; null: what vLLM chooses (on GPUs, yes)."""
+    """Schedule vLLM's next step while the last one runs; null: vLLM's default (yes on GPUs)."""
     sync_bucket_gb: float = 0.5
-    """GB of weights that a weight sync gathers at once under ZeRO-3."""
+    """Size in GB of the weights that a weight sync gathers at once under ZeRO-3."""
     sleep: Literal["auto", "always", "never"] = "auto"
-    """Give the GPU's memory back between rollouts. `auto`: where engine and trainer would not fit side by side, see
+    """Release the GPU's memory between rollouts. `auto`: if engine and trainer do not fit together, see
     `must_sleep`. Not available on a CPU. An SGLang server on the trainer's GPUs does so only with `always`
     (`--enable-memory-saver`)."""
     sleep_level: Literal[1, 2] = 1
-    """While asleep, 1 keeps the engine's weights in pinned host memory (on each rank as much as the weights take, up to
-    twice that by the allocator's rounding); 2 keeps nothing, since every weight sync brings all weights anyway."""
+    """While asleep, 1 keeps the engine's weights in pinned host memory (once or, by the allocator's rounding, up to
+    twice their size on each rank); 2 keeps nothing, since every weight sync brings all weights."""
     tensor_parallel_size: int = 1
-    """Ranks that share one engine, for models too large for one GPU; neighbours of one node."""
+    """Number of ranks that share one engine, for models too large for one GPU; consecutive ranks of one node."""
 
     def __post_init__(self) -> None:
         if self.is_remote != (self.server is not None):
@@ -113,7 +112,7 @@ class EngineConfig:
             )
 
     def renders_in_background(self, *, on_gpu: bool) -> bool:
-        """True if images are processed on a thread of their own."""
+        """True if images are processed on a separate thread."""
         if self.background_rendering == "auto":
             return on_gpu and self.tensor_parallel_size == 1
         return self.background_rendering == "always"
@@ -131,26 +130,26 @@ class EngineConfig:
 
     @property
     def keeps_own_weights(self) -> bool:
-        """True if the engine samples from a model that is not the policy: it can be evaluated, not trained."""
+        """True if the engine samples from another model than the policy, which can be evaluated but not trained."""
         return self.kind == "server"
 
     @property
     def server_config(self) -> ServerConfig:
-        """`server` of a remote kind."""
+        """The server of a remote kind."""
         assert self.server is not None
         return self.server
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn."""
+    """Distribution that tokens are sampled from."""
 
     temperature: float = 1.0
-    """0: greedy."""
+    """Temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Keep at 1 in training: a truncated distribution biases the ratio."""
+    """Probability mass of nucleus sampling. Keep it at 1 in training: a truncated distribution biases the ratio."""
     seed: int = 0
-    """Run seed; every request's own seed is derived from it."""
+    """Seed of the run, from which the seed of every request is derived."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -163,15 +162,15 @@ class Request:
 
     id: str
     prompt_ids: Sequence[int]
-    """Everything so far, one image token per image."""
+    """Ids of the conversation so far, one image token per image."""
     images: Sequence[Image.Image]
-    """Model-sized images in the order of their pads; the engine resizes nothing."""
+    """Images at model size, in the order of their tokens; the engine resizes nothing."""
     max_tokens: int
     temperature: float
     top_p: float
     seed: int
     banned_ids: Sequence[int]
-    """Ids that must not be sampled: `LOGIT_BAN` is added to their logits, and the trainer does the same."""
+    """Ids that must not be sampled: engine and trainer add `LOGIT_BAN` to their logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,36 +179,36 @@ class Completion:
 
     id: str
     token_ids: list[int]
-    """Sampled ids, end of turn included where it was sampled."""
+    """Sampled ids, including the end of turn if it was sampled."""
     logprobs: list[float] | None
-    """Log-probability of each sampled id under the distribution it was drawn from; None: the server tells none, and the
-    ids are its text tokenised anew. They are not trained on."""
+    """Log-probability of each sampled id under the distribution it was drawn from. None if a server reports none:
+    the ids are then its tokenised text, and are not trained on."""
     stopped: bool
-    """True: ended by the end of turn (or another end token of the checkpoint); False: cut at `max_tokens`."""
+    """True if an end token was sampled; False if the turn was cut at `max_tokens`."""
     prompt_ids: list[int] | None
-    """The prompt as the engine expanded it, where the engine tells."""
+    """The prompt as the engine expanded it; None if the engine does not report it."""
     error: str = ""
-    """Why there is no completion: the request failed for good, the others go on."""
+    """Why the request failed; other requests continue."""
 
 
 def failed(id: str, error: str) -> Completion:
-    """The completion of a request that failed for good."""
+    """The completion of a request that failed."""
     return Completion(id=id, token_ids=[], logprobs=None, stopped=False, prompt_ids=None, error=error)
 
 
 class Engine(Protocol):
-    """A stepping inference engine; one thread owns it."""
+    """An inference engine that is advanced step by step, by one thread."""
 
     policy_version: int
-    """Version of the weights it samples from; -1 before the first update."""
+    """Version of the weights that it samples from; -1 before the first update."""
     max_model_len: int
 
     def add_request(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            EngineError: with its images expanded and its `max_tokens`, longer than `max_model_len`; too many images; or
-                refused by the library behind.
+            EngineError: The request is longer than `max_model_len`, images expanded and `max_tokens` included; it
+                has too many images; or the library refuses it.
         """
 
     def step(self) -> list[Completion]:
@@ -219,23 +218,22 @@ class Engine(Protocol):
         """True while any request is queued or running."""
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forget requests; unknown ids are ignored."""
+        """Remove requests; unknown ids are ignored."""
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take over the policy's weights (Hugging Face names, whole tensors) and drop every cache that depends on them.
+        """Load the policy's weights (Hugging Face names, whole tensors) and clear every cache that depends on them.
 
-        Wakes the engine. The iterable is exhausted, as collectives under ZeRO-3 need it.
+        Wakes the engine. Exhausts the iterable, because gathering under ZeRO-3 is a collective.
 
         Raises:
-            EngineError: a request is unfinished, a parameter of the engine got no tensor, or a tensor fits
-                none.
+            EngineError: A request is unfinished, a parameter gets no tensor, or a tensor fits no parameter.
         """
 
     def sleep(self) -> bool:
-        """Give the accelerator's memory back until the next update, where the engine was built to.
+        """Release the accelerator's memory until the next update, if the engine was built to sleep.
 
         Returns:
-            True if it did; requests are taken again after an update.
+            True if the engine sleeps; it accepts requests again after an update.
         """
 
     def close(self) -> None:
@@ -243,39 +241,40 @@ class Engine(Protocol):
 
 
 TRAINER_BYTES = 18
-"""Bytes a parameter of mixed-precision AdamW: 16-bit weights, float32 copy and two moments, gradients."""
-ACTIVATIONS_SHARE = 0.25
-"""Of a GPU's memory: what the trainer needs besides."""
+"""Bytes per parameter of mixed-precision AdamW: 16-bit weights, float32 copy and two moments, gradients."""
+ACTIVATIONS_FRACTION = 0.25
+"""Fraction of a GPU's memory that the trainer needs for activations."""
 
 
 def must_sleep(config: EngineConfig, *, memory: float, num_parameters: int, num_ranks: int) -> bool:
-    """True if the engine has to give its memory back while the trainer works.
+    """True if the engine has to release its memory while the trainer works.
 
     Args:
-        config: `sleep` decides, unless it is `auto`.
-        memory: of one GPU, in bytes.
-        num_parameters: of the policy; its states count as sharded over all ranks. 0: not known, and so too many.
-        num_ranks: of the run.
+        config: Its `sleep` decides unless it is `auto`.
+        memory: Memory of one GPU in bytes.
+        num_parameters: Parameters of the policy, whose optimizer state is sharded over all ranks; 0 if unknown, which
+            counts as too many.
+        num_ranks: Ranks of the run.
     """
     if config.sleep != "auto":
         return config.sleep == "always"
     if not num_parameters:
         return True
-    trainer = TRAINER_BYTES * num_parameters / num_ranks + ACTIVATIONS_SHARE * memory
+    trainer = TRAINER_BYTES * num_parameters / num_ranks + ACTIVATIONS_FRACTION * memory
     return trainer > (1 - config.gpu_memory_utilization) * memory
 
 
 def check_length(request: Request, rule: ImageRule, max_model_len: int, max_images: int) -> None:
-    """Refuse what no engine can take, before the library behind it stops the whole batch.
+    """Refuse a request that does not fit, before the engine's library stops the whole batch.
 
     Args:
-        request: to be queued.
-        rule: how many tokens an image takes.
-        max_model_len: of the engine.
-        max_images: of the engine.
+        request: The request to be queued.
+        rule: Image rule of the model.
+        max_model_len: The engine's limit.
+        max_images: The engine's limit.
 
     Raises:
-        EngineError: says by how much it is too long, and which setting to change.
+        EngineError: It does not fit; the message names its length and the setting to change.
     """
     features = sum(rule.num_tokens(image.size) for image in request.images)
     length = len(request.prompt_ids) - len(request.images) + features
@@ -289,30 +288,30 @@ def check_length(request: Request, rule: ImageRule, max_model_len: int, max_imag
 
 
 def expanded(request: Request, adapter: ModelAdapter) -> list[int]:
-    """The prompt's ids with one image token per feature of each image, as training has them."""
+    """The prompt's ids with one image token per image feature, as in training."""
     counts = iter(adapter.image_rule.num_tokens(image.size) for image in request.images)
     pad = adapter.image_id
     return [i for token in request.prompt_ids for i in ([token] * next(counts) if token == pad else [token])]
 
 
 def check_idle(engine: Engine) -> None:
-    """Refuse new weights in the middle of a request: half of its tokens would come from another policy.
+    """Refuse new weights while requests are unfinished: part of their tokens would come from another policy.
 
     Raises:
-        EngineError: a request is unfinished.
+        EngineError: A request is unfinished.
     """
     if engine.has_unfinished():
         raise EngineError("weights cannot change while requests are unfinished; finish or abort them first")
 
 
 def check_weights(missing: Iterable[str]) -> None:
-    """Refuse an update that left parameters of the engine as they were.
+    """Refuse an update that did not reach all parameters of the engine.
 
     Args:
-        missing: names of parameters that got no tensor.
+        missing: Names of the parameters that got no tensor.
 
     Raises:
-        EngineError: there are any; names the first of them.
+        EngineError: There are any; the message names the first of them.
     """
     names = sorted(missing)
     if names:

@@ -1,7 +1,7 @@
-"""transformers `generate` as an engine: the fallback where vLLM is not installed.
+"""transformers' `generate` as an engine, for machines without vLLM.
 
-It samples from the policy module itself, so weights are always in step. `step` runs one batch of requests to its
-end; requests that arrive meanwhile wait. Slow next to vLLM, the same distribution.
+It samples from the policy module itself, so it needs no weight sync. `step` runs one batch of requests to its end, and
+new requests wait until then. It is slower than vLLM and samples from the same distribution.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """Generates with the policy module; one process, unsharded weights."""
+    """Generates with the policy module; needs unsharded weights."""
 
     def __init__(
         self, model: PreTrainedModel, adapter: ModelAdapter, config: EngineConfig, images: VisionCache | None = None
     ) -> None:
-        """Generate with a policy.
+        """Prepare to generate with a policy.
 
         Args:
-            model: the policy; it must hold whole tensors.
-            adapter: bound to its processor.
+            model: The policy; its tensors must be whole.
+            adapter: The policy's adapter, bound to its processor.
             config: `max_model_len`, `max_num_seqs`, `max_images` and `processor_cache_gb` are used.
-            images: the trainer's processed images; None: a cache of the engine's own.
+            images: The trainer's processed images; None: a cache of the engine's own.
 
         Raises:
-            EngineError: the policy's parameters are sharded.
+            EngineError: The policy's parameters are sharded.
         """
         _require_whole(model)
         self.model, self.adapter = model, adapter
@@ -81,12 +81,12 @@ class TransformersEngine:
         return bool(self.queue)
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forget requests."""
+        """Remove requests; see `Engine`."""
         self.queue = [request for request in self.queue if request.id not in set(ids)]
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take over weights; the policy's own tensors need no copy. See `Engine`."""
+        """Copy weights into the model, unless they are its own tensors; see `Engine`."""
         check_idle(self)
         _require_whole(self.model)
         own = dict(self.model.named_parameters(remove_duplicate=False))
@@ -105,11 +105,11 @@ class TransformersEngine:
         self.policy_version = version
 
     def sleep(self) -> bool:
-        """Nothing to give back: the weights are the policy's."""
+        """Return False: the weights are the policy's."""
         return False
 
     def close(self) -> None:
-        """Forget all requests; the policy belongs to the trainer."""
+        """Remove all requests; the policy stays the trainer's."""
         self.queue.clear()
 
     @torch.no_grad()
@@ -146,10 +146,10 @@ class TransformersEngine:
 
 
 class _Sampler(LogitsProcessor):
-    """Draws every row's token with the row's own generator, so that batch mates change nothing.
+    """Samples each request's token with the request's own generator, so that other requests do not change it.
 
-    It notes the token's log-probability, and leaves `generate` no choice: all other scores become minus infinity.
-    Keeping the scores instead would take steps x rows x vocabulary of memory.
+    Records the token's log-probability and sets all other scores to minus infinity, so that `generate` takes the token.
+    Keeping the scores instead would take steps x requests x vocabulary of memory.
     """
 
     def __init__(self, batch: Sequence[Request], num_steps: int) -> None:
@@ -160,7 +160,7 @@ class _Sampler(LogitsProcessor):
         self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Replace `scores`, [rows, vocabulary], by 0 at the drawn tokens and minus infinity elsewhere."""
+        """Replace `scores`, [requests, vocabulary], by 0 at the sampled tokens and minus infinity elsewhere."""
         logits = scores.float()
         logits[:, self.banned] += LOGIT_BAN
         logprobs = torch.log_softmax(logits / (self.temperature or 1.0), -1)
@@ -178,7 +178,7 @@ class _Sampler(LogitsProcessor):
 
 
 def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Minus infinity outside the smallest set of most likely tokens that holds `top_p`."""
+    """Set log-probabilities to minus infinity outside the smallest set of most likely tokens that holds `top_p`."""
     ordered, order = logprobs.sort(-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()
     outside = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(-1, order, before >= top_p)
@@ -187,7 +187,7 @@ def _nucleus(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
 
 @contextmanager
 def _generating(model: PreTrainedModel, stop_ids: list[int], pad_id: int) -> Iterator[None]:
-    """Evaluation mode, and none of the checkpoint's own sampling settings, some of which penalise repetition."""
+    """Context manager: evaluation mode, without the checkpoint's own sampling settings (some penalise repetition)."""
     training, config = model.training, model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stop_ids, pad_token_id=pad_id)
     model.eval()

@@ -1,4 +1,4 @@
-"""What vLLM changes in the process that it shares with the trainer, and how each change is kept away or undone."""
+"""Protection of the trainer from what vLLM changes in their common process: threads, process group, ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def keep_threads() -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Work with another number of torch's threads."""
+    """Context manager that sets torch's number of threads."""
     before = torch.get_num_threads()
     if before == count:
         yield
@@ -41,9 +41,9 @@ def threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def keep_process_group() -> Iterator[None]:
-    """Leave the default process group as it is: vLLM destroys it while it shuts down, also where it is the trainer's.
+    """Context manager that keeps the default process group, which vLLM destroys when it shuts down.
 
-    Groups that vLLM made for itself are destroyed as before.
+    Groups that vLLM made for itself are destroyed as usual.
     """
     distributed: Any = torch.distributed
     destroy = distributed.destroy_process_group
@@ -65,11 +65,10 @@ def has_process_group() -> bool:
 
 
 def join_launched_ranks() -> int:
-    """Tell vLLM, which reads it from the environment, which rank of the run this process is.
+    """Set the environment variables from which vLLM reads the rank of this process.
 
     Returns:
-        Number of ranks of the run. An earlier engine of a single process leaves `torch.distributed` initialised too,
-        with one rank.
+        Number of ranks of the run; also 1 if an earlier engine has left `torch.distributed` initialised with one rank.
     """
     distributed = torch.distributed
     if not has_process_group() or distributed.get_world_size() == 1:

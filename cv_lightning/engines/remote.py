@@ -1,6 +1,6 @@
-"""What engines behind HTTP share: requests under way on a thread of their own, handed back by `step`.
+"""Base of engines behind HTTP: requests run on a background thread, and `step` returns those that are finished.
 
-A request that fails for good is a `Completion` with an error, which ends its own trajectory and no other.
+A failed request is a `Completion` with an error, which ends its own trajectory and no other.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEP_S = 0.05
-"""Longest that a step waits for an answer, in seconds; tool results wait for no longer."""
+"""Time in seconds that a step waits for an answer, and so may delay a tool result."""
 KEPT_IMAGES = 256
-"""Images kept in the form in which they are sent, some MB each."""
+"""Maximum number of encoded images that are kept, of some MB each."""
 
 
 class RemoteEngine(ABC):
-    """An engine that a server runs. Its requests share nothing but the client."""
+    """An engine that a server runs."""
 
     def __init__(self, config: EngineConfig, adapter: ModelAdapter) -> None:
-        """Prepare; nothing is sent yet.
+        """Prepare the client; nothing is sent yet.
 
         Args:
             config: `server`, `max_model_len` and `max_images` are used.
-            adapter: of the served model: its tokenizer, and the sizes of its images.
+            adapter: Adapter of the served model: its tokenizer, and the sizes of its images.
         """
         self.server = server = config.server_config
         self.max_model_len, self.max_images = config.max_model_len, config.max_images
@@ -57,14 +57,14 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     async def complete(self, request: Request) -> Completion:
-        """Ask the server.
+        """Send a request to the server and read its answer.
 
         Raises:
-            EndpointError: it gave no completion.
-            EngineError: it gave one that cannot be used.
+            EndpointError: The server gave no completion.
+            EngineError: The server's completion cannot be used.
         """
 
-    # ------------------------------------------------------------------ the protocol of engines
+    # ------------------------------------------------------------------ the engine protocol
     def add_request(self, request: Request) -> None:
         """Send a request; see `Engine`."""
         check_length(request, self.adapter.image_rule, self.max_model_len, self.max_images)
@@ -73,12 +73,12 @@ class RemoteEngine(ABC):
         future.add_done_callback(lambda finished: self._done.put((request.id, finished)))
 
     def step(self) -> list[Completion]:
-        """The requests that were answered since the last step, after waiting a moment for the first."""
+        """Return requests that were answered since the last step; wait up to `STEP_S` for the first."""
         found: list[Completion] = []
         try:
             while self.under_way:
                 name, future = self._done.get_nowait() if found else self._done.get(timeout=STEP_S)
-                if self.under_way.get(name) is future:  # else it was forgotten meanwhile
+                if self.under_way.get(name) is future:  # else it was aborted meanwhile
                     del self.under_way[name]
                     found.append(_completion(name, future))
         except queue.Empty:
@@ -90,7 +90,7 @@ class RemoteEngine(ABC):
         return bool(self.under_way)
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forget requests; a server that notices a closed connection stops working on them."""
+        """Cancel requests; a server that notices a closed connection stops working on them."""
         for name in ids:
             future = self.under_way.pop(name, None)
             if future is not None:
@@ -104,11 +104,11 @@ class RemoteEngine(ABC):
         )
 
     def sleep(self) -> bool:
-        """False: the memory is the server's."""
+        """Return False: the memory is the server's."""
         return False
 
     def close(self) -> None:
-        """Forget everything, and say what was asked for."""
+        """Cancel all requests and log how many there were."""
         self.abort(list(self.under_way))
         if self.background.loop.is_running():
             self.background.submit(self.client.aclose()).result(timeout=10)
@@ -125,12 +125,12 @@ class RemoteEngine(ABC):
             self.client.cost,
         )
 
-    # ------------------------------------------------------------------ for the engines themselves
+    # ------------------------------------------------------------------ for subclasses
     def ask(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Wait for something that is no request.
+        """Run a coroutine of the client on the background thread and wait for its result.
 
         Raises:
-            EngineError: the server refused it or gave no answer.
+            EngineError: The server refused it or gave no answer.
         """
         try:
             return self.background.submit(work).result()
@@ -138,10 +138,10 @@ class RemoteEngine(ABC):
             raise EngineError(str(error)) from error
 
     def get(self, url: str) -> Any:
-        """JSON of an address of the server, asked once; None where there is no such address.
+        """JSON from an address of the server, without retries; None if the address does not exist.
 
         Raises:
-            EngineError: nothing answers, or it refuses.
+            EngineError: The server does not answer, or refuses.
         """
         response = self.send("GET", url)
         if response.status_code in (404, 405):
@@ -153,10 +153,10 @@ class RemoteEngine(ABC):
             raise EngineError(self._no_answer(url, error)) from error
 
     def send(self, method: str, url: str) -> httpx2.Response:
-        """The server's response to a request without a body, whatever its status; sent once.
+        """The server's response to a request without a body, whatever its status, without retries.
 
         Raises:
-            EngineError: nothing answers.
+            EngineError: The server does not answer.
         """
         key = self.client.key
         headers = {"Authorization": f"Bearer {key}"} if key else {}

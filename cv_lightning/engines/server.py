@@ -1,7 +1,7 @@
 """A served model as an engine, for evaluations and data: any OpenAI-compatible server, by text or by tokens.
 
-`chat` sends the conversation as messages and reads text, which any server speaks; what comes back is tokenised here
-for the record only and never trained on. `tokens` sends the ids themselves to vLLM's `/inference/v1/generate`.
+`chat` sends the conversation as messages and reads text; the text is tokenised for the record only and never trained
+on. `tokens` sends the ids themselves to vLLM's `/inference/v1/generate`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from cv_lightning.types import EngineError
 
 
 class ServerEngine(RemoteEngine):
-    """A model that somebody else serves."""
+    """A served model that keeps its own weights."""
 
     def __init__(self, config: EngineConfig, adapter: ModelAdapter) -> None:
-        """Look whether the server is there and serves the model.
+        """Check that the server answers and serves the model.
 
         Args:
-            config: `server` says where, `max_model_len` and `max_images` are used.
-            adapter: of the served model, or of any model where its own is not known: it sizes images and counts
+            config: `server`, `max_model_len` and `max_images` are used.
+            adapter: Adapter of the served model, or of any model if its own is unknown: it sizes images and counts
                 tokens.
 
         Raises:
-            EngineError: nothing answers, or it serves other models.
+            EngineError: The server does not answer, or serves other models.
         """
         super().__init__(config, adapter)
         self.by_tokens = self.server.api == "tokens"
@@ -115,7 +115,7 @@ def messages_of(pieces: list[tuple[str, list[str]]], urls: list[str]) -> list[di
 
 
 def _read_text(body: Any) -> tuple[str, str] | None:
-    """Text and why it ended; a model may say nothing, and one whose thoughts took all its tokens has no text."""
+    """Text and finish reason. The text may be empty, for example if the thoughts took all tokens."""
     try:
         choice = body["choices"][0]
         text, reason = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"

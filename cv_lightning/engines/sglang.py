@@ -1,7 +1,6 @@
-"""SGLang behind its native `/generate`: ids in, ids and log-probabilities out, weights from an exported folder.
+"""SGLang through its native `/generate`: ids in, ids and log-probabilities out, weights from an exported folder.
 
-What the server reads is on a disk that both machines see. Two folders take turns, as the server may still be mapping
-the last one.
+Trainer and server share the disk with that folder. Two folders alternate, because the server may still map the last.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import torch
 
+from cv_lightning.distributed import gather_lists
 from cv_lightning.engines.base import Completion, EngineConfig, Request, check_idle, check_weights, expanded
 from cv_lightning.engines.remote import RemoteEngine
 from cv_lightning.engines.sglang_server import (
@@ -46,14 +47,12 @@ class SGLangEngine(RemoteEngine):
         """Connect, and refuse a server that would answer other prompts than training sees.
 
         Args:
-            config: `server` says where, `server.weights_folder` how weights get there, `sleep` whether the server gives
-                its memory back.
-            adapter: The policy's.
-            model: The policy, whose tensors have to reach the server whole and under their published names.
+            config: `server`, `server.weights_folder` and `sleep` are used, and the limits.
+            adapter: The policy's adapter.
+            model: The policy, whose tensors reach the server whole and under their published names.
 
         Raises:
-            EngineError: Nothing answers, or the server is too old, has another tokenizer or cannot do what `config`
-                asks.
+            EngineError: The server does not answer, is too old, has another tokenizer or lacks what `config` asks for.
         """
         super().__init__(config, adapter)
         self.model = model
@@ -63,7 +62,7 @@ class SGLangEngine(RemoteEngine):
         self.sleeps = config.sleep == "always"
         self.asleep = False
         self.served_version = ""
-        """What the server was told that its weights are called; empty before the first update."""
+        """Version that the server reports of the current weights; empty before the first update."""
         try:
             self._check_server()
         except EngineError:
@@ -133,53 +132,48 @@ class SGLangEngine(RemoteEngine):
         )
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Write a folder and have the server read it; all ranks call it, the first one writes. See `Engine`."""
+        """Write a folder and make the server read it. All ranks call it, the first one writes. See `Engine`."""
         check_idle(self)
-        error = ""
-        if _rank() == 0:
+
+        def hand_over() -> None:
             try:
                 self._hand_over(named_tensors, version)
-            except (EngineError, OSError) as caught:
-                error = str(caught)
-        for _ in named_tensors:  # gathering is a collective of all ranks, also after an error
-            pass
-        if error := _same_on_all_ranks(error):
-            raise EngineError(error)
+            finally:
+                deque(named_tensors, maxlen=0)  # gathering is a collective of all ranks, also after an error
+
+        _on_first_rank(hand_over, others=lambda: deque(named_tensors, maxlen=0))
         self.policy_version, self.served_version, self.asleep = version, str(version), False
 
     def sleep(self) -> bool:
-        """Have the server give its memory back, where `engine.sleep` is `always`; all ranks call it. See `Engine`."""
+        """Make the server release its memory if `engine.sleep` is `always`. All ranks call it. See `Engine`."""
         if not self.sleeps or self.asleep:
             return self.asleep
         check_idle(self)
-        _barrier()  # SGLang stops if it is asked while another rank's request runs
-        error = ""
-        if _rank() == 0:
-            try:
-                self._wait_until_idle()
-                self._order("/release_memory_occupation")
-            except EngineError as caught:
-                error = str(caught)
-        if error := _same_on_all_ranks(error):
-            raise EngineError(error)
+        gather_lists([0])  # SGLang stops if this comes while another rank's request runs
+
+        def release() -> None:
+            self._wait_until_idle()
+            self._order("/release_memory_occupation")
+
+        _on_first_rank(release)
         self.asleep = True
         return True
 
     def close(self) -> None:
-        """Forget everything; the server takes its memory back for the next run."""
+        """Cancel all requests; a sleeping server allocates its memory again for the next run."""
         if self.asleep and _rank() == 0:
             with suppress(EngineError):
                 self._order("/resume_memory_occupation")
         super().close()
 
     def _wait_until_idle(self) -> None:
-        """Wait until the server works on nothing, and empty its key-value cache.
+        """Wait until the server is idle, and empty its key-value cache.
 
-        A request whose connection is closed runs on for some seconds. Weights that arrive meanwhile are taken, but the
-        update is reported as failed and what was cached under the old weights stays.
+        A request whose connection is closed keeps running for some seconds. The server takes weights that arrive
+        meanwhile, but reports the update as failed and keeps what it cached under the old weights.
 
         Raises:
-            EngineError: It is still busy after `IDLE_S` seconds.
+            EngineError: The server is still busy after `IDLE_S` seconds.
         """
         deadline = time.monotonic() + IDLE_S
         while self.send("POST", self._url("/flush_cache")).status_code != 200:
@@ -216,30 +210,30 @@ class SGLangEngine(RemoteEngine):
 
 
 def _weight_names(model: PreTrainedModel) -> set[str]:
-    """Names of what an update brings: of a layer with an adapter its merged weight."""
+    """Names of the tensors of an update; a layer with LoRA factors has its merged weight."""
     names = (name for name, _ in model.named_parameters() if not any(mark in name for mark in FACTORS))
     return {name.replace(BASE, ".") for name in names}
 
 
 def _rank() -> int:
-    """Of this process in the run; 0 in a run of one."""
+    """Rank of this process in the run; 0 in a run of one process."""
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
-def _same_on_all_ranks(error: str) -> str:
-    """Rank 0's message, on all ranks."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return error
-    told = [error]
-    distributed.broadcast_object_list(told)
-    return told[0]
+def _on_first_rank(work: Callable[[], object], others: Callable[[], object] = lambda: None) -> None:
+    """Run `work` on rank 0 and `others` on the other ranks.
 
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    Raises:
+        EngineError: `work` has failed; raised on all ranks.
+    """
+    error = ""
+    try:
+        work() if _rank() == 0 else others()
+    except (EngineError, OSError) as caught:
+        error = str(caught)
+    if errors := [found for found in gather_lists([error]) if found]:
+        raise EngineError(errors[0])
 
 
 def _generated(body: Any) -> dict[str, Any] | None:
@@ -254,7 +248,7 @@ def _generated(body: Any) -> dict[str, Any] | None:
 
 
 def _tokens(body: Any) -> list[int] | None:
-    """The ids of `/tokenize`."""
+    """The ids in an answer of `/tokenize`."""
     tokens = body.get("tokens") if isinstance(body, dict) else None
     return tokens if isinstance(tokens, list) else None
 

@@ -1,4 +1,4 @@
-"""What an SGLang server has to be for training with it: checks of what it says about itself at the start."""
+"""Start-up checks of an SGLang server: version, settings and tokenizer must fit the run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OLDEST = (0, 5, 13)
-"""Older versions decode prompts with images and tokenise them again; 0.5.3 to 0.5.5 also resize every image."""
+"""Oldest supported version. Older ones tokenise prompts with images again; 0.5.3 to 0.5.5 also resize every image."""
 PROBED_ENTRIES = 1000
-"""Vocabulary entries in the text that both tokenizers read."""
+"""Number of vocabulary entries in the text that both tokenizers read."""
 
 
 def check_version(info: Mapping[str, Any]) -> None:
@@ -24,7 +24,7 @@ def check_version(info: Mapping[str, Any]) -> None:
         info: The server's `/server_info`.
 
     Raises:
-        EngineError: It is older than `OLDEST`, or names no version.
+        EngineError: It is older than `OLDEST`, or reports no version.
     """
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(info.get("version", "")))
     if found is None:
@@ -42,7 +42,7 @@ def check_version(info: Mapping[str, Any]) -> None:
 
 
 def check_settings(info: Mapping[str, Any], model: Mapping[str, Any], max_model_len: int, *, sleeps: bool) -> None:
-    """Refuse a server that cannot take the run's prompts, or would not sample as asked.
+    """Refuse a server that cannot take the run's prompts, or would sample differently.
 
     Args:
         info: The server's `/server_info`.
@@ -51,7 +51,7 @@ def check_settings(info: Mapping[str, Any], model: Mapping[str, Any], max_model_
         sleeps: True if `engine.sleep` is `always`.
 
     Raises:
-        EngineError: Names the setting of the server to change.
+        EngineError: A setting does not fit; the message names it.
     """
     length = info.get("context_length")
     if isinstance(length, int) and length < max_model_len:
@@ -79,7 +79,7 @@ def check_settings(info: Mapping[str, Any], model: Mapping[str, Any], max_model_
 
 
 def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text that tells tokenizers apart: every added token, and entries spread over the whole vocabulary."""
+    """A text that distinguishes tokenizers: every added token, and entries spread over the whole vocabulary."""
     size = len(tokenizer)
     spread = (tokenizer.decode([token]) for token in range(0, size, max(1, size // PROBED_ENTRIES)))
     added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().__getitem__)
@@ -87,15 +87,15 @@ def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> None:
-    """Refuse a server whose tokenizer is another one: it would find no image in the prompt, and answer without it.
+    """Refuse a server with another tokenizer: it would find no image in the prompt and answer without it.
 
     Args:
-        tokenizer: The policy's.
-        text: What both have read.
-        ids: What the server's tokenizer made of it.
+        tokenizer: The policy's tokenizer.
+        text: The text that both tokenizers have read.
+        ids: Ids from the server's tokenizer.
 
     Raises:
-        EngineError: Names the first difference.
+        EngineError: The ids differ; the message names the first difference.
     """
     own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if own == list(ids):
@@ -110,11 +110,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence
 
 
 def prompt_difference(given: Sequence[int], expected: Sequence[int], image_id: int) -> str:
-    """How a prompt as the server has it differs from training's, and why that may be.
+    """Describe how the server's prompt differs from training's, and the likely cause.
 
     Args:
         given: The server's ids, images expanded.
-        expected: Training's.
+        expected: Training's ids.
         image_id: Id of an image token.
     """
     images, wanted = list(given).count(image_id), list(expected).count(image_id)

@@ -1,6 +1,6 @@
 """vLLM inside the trainer's process: one engine per rank, stepped by the agent loop.
 
-The only file that imports vllm. `tests/integration/test_gpu_contract.py` looks every name that is used here up in the
+The only file that imports vllm. `tests/integration/test_gpu_contract.py` looks up every name that is used here in the
 source of the pinned GPU build.
 """
 
@@ -59,9 +59,9 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 CPU_STEP_TOKENS = 65536
-"""Most tokens that one step of the CPU build processes; its buffers grow with it."""
+"""Maximum tokens that one step of the CPU build processes; its buffers grow with it."""
 IN_FLIGHT_STEPS = 100
-"""Steps after which an engine without requests must have ended its last batch; two are usual."""
+"""Number of steps after which an engine without requests must have ended its last batch; two are usual."""
 
 
 class VLLMEngine:
@@ -81,14 +81,14 @@ class VLLMEngine:
 
         Args:
             path: Hugging Face folder of the policy; its weights are replaced at the first update.
-            config: sizes and memory.
-            adapter: the trainer's, whose image rule holds; vLLM alone would take the one in the folder.
-            dtype: `float32`, `bfloat16` or `float16`, the trainer's.
-            seed: engine seed; requests carry their own.
-            images: the trainer's processed images; None: a cache of the engine's own.
+            config: Sizes and memory.
+            adapter: The trainer's adapter, with its image rule; the one in the folder may be another.
+            dtype: The trainer's `float32`, `bfloat16` or `float16`.
+            seed: The engine's seed; requests have their own.
+            images: The trainer's processed images; None: a cache of the engine's own.
 
         Raises:
-            EngineError: the ranks of the run cannot have the engine that `config` asks for, or vLLM itself processes
+            EngineError: The ranks of the run cannot have the engine that `config` asks for, or vLLM itself processes
                 images differently.
         """
         self.owns_process_group = not has_process_group()
@@ -180,7 +180,7 @@ class VLLMEngine:
         Engine and trainer get the same tensors, so nothing later would show that the two differ.
 
         Raises:
-            EngineError: the prompt's ids, the places of its images, or their tensors differ.
+            EngineError: The prompt's ids, the places of its images, or their tensors differ.
         """
         rng, rule = np.random.default_rng(0), self.adapter.image_rule
         side = math.isqrt(min(rule.max_pixels, self.max_model_len * rule.factor**2))
@@ -242,18 +242,16 @@ class VLLMEngine:
         return bool(self.preparing) or self.engine.has_unfinished_requests()
 
     def abort(self, ids: Sequence[str]) -> None:
-        """Forget requests; unknown ids are ignored."""
+        """Remove requests; see `Engine`."""
         for _, future in [self.preparing.pop(id) for id in ids if id in self.preparing]:
             future.cancel()
         self.engine.abort_request(list(ids))
 
     def _settle(self) -> None:
-        """End what is still under way for requests that have finished or were aborted.
-
-        Under async scheduling a batch may still be running on the GPU when the last request has finished.
+        """Finish the batch that may still run on the GPU after the last request, under async scheduling.
 
         Raises:
-            EngineError: A request is unfinished, or the engine does not come to rest.
+            EngineError: A request is unfinished, or the batch does not end.
         """
         check_idle(self)
         core = cast(Any, self.engine.engine_core).engine_core
@@ -264,11 +262,11 @@ class VLLMEngine:
         raise EngineError(f"vLLM has a batch under way after {IN_FLIGHT_STEPS} steps without requests")
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load whole tensors by Hugging Face name and drop every cache that depends on weights."""
+        """Load weights; see `Engine`."""
         self._settle()
         if self.asleep:
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # what the trainer has left over is not free for waking
+                torch.cuda.empty_cache()  # waking needs what torch keeps of the trainer's memory
             self.llm.wake_up(["weights"])
             if self.sleep_level == 2:
                 self.llm.collective_rpc(_clear_unnamed_buffers, args=(self.adapter.unsaved_engine_buffers,))
@@ -286,14 +284,14 @@ class VLLMEngine:
         self.policy_version = version
 
     def sleep(self) -> bool:
-        """Give the GPU's memory back; see `Engine`.
+        """Release the GPU's memory; see `Engine`.
 
-        The key-value cache is dropped. Level 1 copies the weights to pinned host memory; level 2 drops them, since the
-        next weight sync brings all of them, and vLLM itself saves named buffers.
+        The key-value cache is dropped. Level 1 copies the weights to pinned host memory. Level 2 drops them, since the
+        next weight sync brings all of them; vLLM itself saves named buffers.
         """
         if self.sleeps and not self.asleep:
             self._settle()
-            self.engine.reset_encoder_cache()  # which sleeping does not free
+            self.engine.reset_encoder_cache()  # sleeping does not free it
             self.llm.sleep(level=self.sleep_level)
             self.asleep = True
         return self.asleep
@@ -345,10 +343,10 @@ def _arguments(
 
 
 def _check_memory_pool(sleeps: bool) -> None:
-    """Refuse a second engine while an earlier one holds the pool that vLLM frees for sleeping, one a process.
+    """Refuse a second engine while an earlier one holds vLLM's memory pool for sleeping, which a process has once.
 
     Raises:
-        EngineError: Something of the earlier engine is alive.
+        EngineError: The pool is in use.
     """
     if not sleeps:
         return
@@ -363,7 +361,7 @@ def _check_memory_pool(sleeps: bool) -> None:
 
 
 def _clear_unnamed_buffers(worker: Any, names: Sequence[str]) -> None:
-    """Zero what level 2 loses and no weight sync brings; runs inside vLLM's worker.
+    """Zero the tensors that level 2 loses and no weight sync brings; runs inside vLLM's worker.
 
     vLLM saves named buffers, but not tensors that a model keeps in a plain list, such as inputs of a step that are
     added to the hidden states and hold zeros between steps.
@@ -384,7 +382,7 @@ def _sleeps(path: str, config: EngineConfig, num_ranks: int) -> bool:
 
 
 def _num_parameters(path: str) -> int:
-    """Of a checkpoint, a folder or a name on the hub, from the headers of its files; 0 where there are none here."""
+    """Number of parameters of a checkpoint (folder or name on the hub), from its files' headers; 0 without files."""
     count, folder = 0, Path(path)
     if not folder.is_dir():
         try:
@@ -401,11 +399,11 @@ def _reload(worker: Any, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> l
     """Reload the weights of vLLM's worker; runs inside it.
 
     Args:
-        worker: vLLM's.
-        named_tensors: handed on as it is: under ZeRO-3 it gathers bucket by bucket.
+        worker: vLLM's worker.
+        named_tensors: An iterator, because under ZeRO-3 it gathers bucket by bucket.
 
     Returns:
-        Names, after vLLM's mapping, of parameters that got no tensor.
+        Names, after vLLM's mapping, of the parameters that got no tensor.
     """
     model = worker.model_runner.get_model()
     expected = _checkpoint_names(model)
@@ -422,7 +420,7 @@ def _reload(worker: Any, named_tensors: Iterator[tuple[str, torch.Tensor]]) -> l
 
 
 def _checkpoint_names(model: Any) -> set[str]:
-    """The names, after vLLM's mapping, whose tensors fill all parameters: fused ones count by their parts.
+    """Names of the tensors that fill all parameters, after vLLM's mapping; fused parameters count by their parts.
 
     `load_weights` names a fused parameter as loaded when only one of its parts came.
     """
@@ -440,7 +438,7 @@ def _checkpoint_names(model: Any) -> set[str]:
 
 
 def _tied_head(model: Any) -> Any:
-    """The output head where it shares the word embeddings, else None."""
+    """The output head if it shares the word embeddings, else None."""
     whole = getattr(model.config, "tie_word_embeddings", False)  # published configs say it in either place
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", whole):
         return None
@@ -448,17 +446,17 @@ def _tied_head(model: Any) -> Any:
 
 
 def _repack_tied_head(model: Any) -> None:
-    """Pack a tied output head anew: the CPU build packs after loading, and a tied head has nothing to load."""
+    """Pack a tied output head again: the CPU build packs after loading, and a tied head loads nothing."""
     head = _tied_head(model)
     if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
 
 
 def _whole_prompts(config: EngineConfig) -> dict[str, Any]:
-    """Arguments under which no prompt is prefilled in pieces, which vLLM's CPU build cannot do for seeded requests.
+    """Arguments that prevent prefill in pieces, which vLLM's CPU build cannot do for seeded requests.
 
-    After a piece it takes back what the request's generator has drawn, by an offset that CPU generators do not have,
-    and fails. A prompt that finds no room in a step waits for the next; images have the same room as tokens.
+    After a piece it rewinds the request's generator by an offset that CPU generators do not have, and fails. A prompt
+    that does not fit into a step waits for the next; images have the same budget as tokens.
     """
     room = min(config.max_num_seqs * config.max_model_len, CPU_STEP_TOKENS)
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(room, config.max_model_len)}
