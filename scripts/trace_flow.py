@@ -142,7 +142,7 @@ class Event:
 
 @dataclass
 class Chain:
-    """Who had the value in hand."""
+    """Record of the functions that had the value in hand."""
 
     value: Tokens | Picture
     ends: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""The agent: prompt, protocol, dialogue and the loop that runs many trajectories through one engine."""
+"""The agent: prompt, parser, dialogue, and the loop that runs many trajectories through one engine."""

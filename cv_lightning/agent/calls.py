@@ -1,4 +1,4 @@
-"""One tool call on the background thread: run it, then make its image ready for the model."""
+"""One tool call on the background thread: run it, then resize its image for the model."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from cv_lightning.types import ImageError, ToolCall, ToolImage, ToolResult, Tool
 
 
 class ImageSizer(Protocol):
-    """Knows at which size the model sees an image; the agent's dialogue encoder is one."""
+    """Resizes images for the model, as the agent's `DialogueEncoder` does."""
 
     def model_image(self, image: Image.Image) -> Image.Image:
         """The image as the model sees it.
 
         Raises:
-            ImageError: it cannot be shown.
+            ImageError: The model cannot see such an image.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolOutcome:
-    """What one call gave, with everything done that needs no engine."""
+    """Result of one call, prepared for the dialogue."""
 
     result: ToolResult
     model_image: Image.Image | None = None
-    """The result's image as the model is to see it; None where there is none, or it cannot be shown."""
+    """The result's image at model size; None if there is no image, or it cannot be shown."""
     not_shown: str = ""
-    """Why an image that the call made cannot be shown; for the model to read."""
+    """Why the result's image cannot be shown; the model reads it."""
     elapsed_s: float = 0.0
-    """From the hand-over to here, queueing included."""
+    """Time of the call in seconds."""
 
 
 async def run_call(tool: Tool, call: ToolCall, context: ToolContext, encoder: ImageSizer) -> ToolOutcome:
-    """Run a call, and resize and hash the image that it made, off the thread that owns the engine.
+    """Run a call, and resize and hash its image, off the thread that owns the engine.
 
     Args:
-        tool: The one that `call` names.
-        call: Its arguments fit the tool's schema.
+        tool: The tool that `call` names.
+        call: The call; its arguments fit the tool's schema.
         context: The trajectory.
-        encoder: Knows how the model sees images.
+        encoder: Resizes images for the model.
 
     Raises:
         ValueError: The tool returned more than one image, or one of no trajectory image.
@@ -74,7 +74,7 @@ def _prepare(encoder: ImageSizer, image: Image.Image) -> Image.Image:
     return seen
 
 
-def lost(reason: BaseException | str) -> ToolOutcome:
+def failed_call(reason: BaseException | str) -> ToolOutcome:
     """The outcome of a call whose tool failed."""
     kind = "lost" if isinstance(reason, str) else type(reason).__name__
     text = str(reason) or kind
@@ -82,12 +82,12 @@ def lost(reason: BaseException | str) -> ToolOutcome:
 
 
 def trajectory_image(images: list[TrajectoryImage], made: ToolImage, model_image: Image.Image) -> TrajectoryImage:
-    """The image of a call as the trajectory keeps it.
+    """The trajectory's record of an image that a call made.
 
     Args:
-        images: Images of the trajectory before it.
-        made: What the call made.
-        model_image: The same as the model sees it.
+        images: Earlier images of the trajectory.
+        made: The call's image.
+        model_image: The same image at model size.
     """
     return TrajectoryImage(
         original=made.image,

@@ -1,4 +1,4 @@
-"""Limits and words of the agent."""
+"""Limits, tools and prompt of the agent."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from cv_lightning.tools.schema import check_tools
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """What one trajectory may use. The defaults are the released recipe's, but for the cap per turn."""
+    """Limits of one trajectory, its tools and prompt. Defaults are the released recipe's but for `max_turn_tokens`."""
 
     max_turns: int = 12
-    """Assistant turns."""
+    """Maximum assistant turns."""
     max_turn_tokens: int = 2048
-    """Sampled tokens in one turn. Without a cap runaway turns collapse the format at the first RL step."""
+    """Maximum sampled tokens in one turn. Without this limit endless turns collapse the format at the first RL step."""
     max_prompt_tokens: int = 16384
-    """Tokens of the prompt, images expanded."""
+    """Maximum tokens of the prompt, images expanded."""
     max_response_tokens: int = 16384
-    """Tokens after the prompt, tool responses and their images included."""
+    """Maximum tokens after the prompt, tool responses and their images included."""
     max_tool_text_chars: int = 10240
-    """Characters of a tool response's text; the middle of a longer one is cut out."""
+    """Maximum characters of a tool response's text; the middle of a longer text is cut out."""
     max_images: int = 16
-    """Images in one trajectory, the task's own included."""
+    """Maximum images in one trajectory, the task's own included."""
     max_parse_errors: int = 2
-    """Malformed calls that are answered with an error before the trajectory ends."""
+    """Maximum malformed calls that are answered with an error before the trajectory ends."""
     tools: list[Tool] | None = None
-    """What the policy can call: classes by `class_path`, see docs/tools.md. Null: the code tool alone."""
+    """The tools, by `class_path`; see docs/tools.md. Null: only the code tool."""
     tool: bool = True
-    """Offer the tools. False: their description is left out and `<tool_call>` cannot be sampled."""
+    """Offer the tools. False: the prompt does not describe them and `<tool_call>` cannot be sampled."""
     deterministic: bool = False
-    """Admit tool results in a fixed order: bitwise repeatable, slower."""
+    """Admit tool results in a fixed order: rollouts repeat bit for bit, and are slower."""
     deadline_s: float = 1800.0
-    """A rollout's wall-clock limit in seconds; what is unfinished then ends as `stopped`."""
+    """Time limit of a rollout in seconds; unfinished trajectories then end as `stopped`."""
     early_stop_fraction: float = 1.0
-    """A training rollout ends once this fraction of its trajectories has finished; the rest ends as `stopped`, is
-    counted and never scored. Below 1 the engine does not run for a few stragglers (over-provisioning, APRIL,
-    2509.18521), but what is cut are long trajectories: keep it above 0.9, or the policy learns from short ones only."""
+    """Fraction of trajectories after which a training rollout ends; the others end as `stopped`, are counted and never
+    scored. Below 1 the engine does not run for a few long trajectories (over-provisioning, APRIL, 2509.18521). Keep
+    it above 0.9, or the policy learns from short trajectories only."""
     tool_deadline_s: float = 60.0
-    """Seconds after which a tool call without an answer is given up; its trajectory counts as lost, not as wrong.
-    Counted from the last answer to a call handed over before it: calls that wait behind slow ones are not late."""
+    """Time limit of a tool call in seconds; its trajectory then ends as an infrastructure error, not as wrong. The time
+    counts from the last answer to an earlier call, so that calls queued behind slow ones are not late."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    """The words."""
+    """Texts of the prompt and of tool responses."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_turn_tokens", "max_prompt_tokens", "max_response_tokens", "max_images"):
@@ -62,5 +62,5 @@ class AgentConfig:
 
     @property
     def offered(self) -> Sequence[Tool]:
-        """The tools that the policy is told of; empty for none."""
+        """The tools that the prompt describes; empty if tools are off."""
         return (self.tools or DEFAULT_TOOLS) if self.tool else ()

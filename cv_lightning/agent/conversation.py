@@ -1,7 +1,7 @@
 """One trajectory as a coroutine: the prompt, then turns and tool results, until it ends.
 
-The coroutine waits at two places, for a turn of the engine and for a tool; both times it hands a step to the driver
-(`ask`) and gets what came of it. It knows no threads and no other trajectory.
+The coroutine waits at two places, for a turn of the engine and for a tool. Both times it hands a step to the driver
+(`ask`) and receives the result. It has no threads and does not depend on other trajectories.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cv_lightning.types import (
 
 @dataclass(slots=True)
 class RolloutProgress:
-    """What a progress display shows."""
+    """Progress of a rollout, for displays."""
 
     total: int
     finished: int = 0
@@ -48,7 +48,7 @@ class RolloutProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What the episodes of one rollout share."""
+    """Settings and parts that the episodes of one rollout share."""
 
     config: AgentConfig
     encoder: DialogueEncoder
@@ -72,9 +72,9 @@ class ToolStep:
 
 @coroutine
 def ask(step: Request | ToolStep) -> Generator[Any, Any, Any]:
-    """Hand a step to the driver and wait: a `Completion` of a request, a `ToolOutcome` of a call.
+    """Hand a step to the driver and wait for its result: the `Completion` of a request or the `ToolOutcome` of a call.
 
-    A step that fails has a result with the error.
+    A failed step has a result with an error.
     """
     return (yield step)
 
@@ -87,12 +87,12 @@ class _End(Exception):
 
 
 class Episode:
-    """One trajectory in the making: the conversation, and where it stands.
+    """One unfinished trajectory: its conversation and its coroutine.
 
     Args:
-        request: What to make.
+        request: The request that it answers.
         order: Number of the request in its rollout.
-        shared: What all episodes of the rollout share.
+        shared: Settings and parts of the rollout.
     """
 
     def __init__(self, request: RolloutRequest, order: int, shared: Shared) -> None:
@@ -111,14 +111,15 @@ class Episode:
         self.parse_errors = 0
         self.started = time.perf_counter()
         self.steps = self._run()
-        """Yields `Request` and `ToolStep`, wants `Completion` and `ToolOutcome`; returns when the trajectory ends."""
+        """Coroutine that yields `Request` and `ToolStep`, receives `Completion` and `ToolOutcome`, and returns when the
+        trajectory ends."""
 
     def end(self, state: EndState, error: str = "") -> Trajectory:
-        """End the trajectory where it stands.
+        """End the trajectory in its current state.
 
         Args:
-            state: Why.
-            error: What failed or was over.
+            state: The end state.
+            error: The failure or the limit that was reached.
         """
         self.steps.close()
         self.trajectory.end_state, self.trajectory.error = state, error
@@ -181,7 +182,7 @@ class Episode:
         return turn
 
     def _engine_request(self, budget: int) -> Request:
-        """Of copies: the engine may look at a request again, and the dialogue grows."""
+        """The next turn's request; it has copies, because the dialogue grows while the engine keeps the request."""
         return Request(
             id=self.id,
             prompt_ids=tuple(self.dialogue.engine_ids),
@@ -194,16 +195,16 @@ class Episode:
         )
 
     def _seed(self) -> int:
-        """A function of run seed, task, sample, turn and, in training, policy version; of nothing else."""
+        """Seed of the next turn, from run seed, task, sample, turn and, in training, policy version only."""
         request = self.request
         parts: tuple[object, ...] = (self.shared.sampling.seed, request.task.id, request.sample_index)
         parts += (len(self.trajectory.turns), self.shared.seed_version)
-        parts += (request.repeat,) if request.repeat else ()  # the same words again would teach nothing new
+        parts += (request.repeat,) if request.repeat else ()  # a repeated task gets new samples
         digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=4)
         return int.from_bytes(digest.digest(), "big")
 
     async def _act(self, turn: Turn) -> None:
-        """Do what a turn asks for: end, run a tool, or tell the model what is wrong with its call."""
+        """Act on a turn: end, run its tool call, or report what is wrong with the call."""
         config, prompt = self.config, self.config.prompt
         parsed = parse_turn(turn.text, config.offered)
         if parsed.answer is not None:
@@ -236,7 +237,7 @@ class Episode:
         return outcome
 
     def _take_result(self, turn: Turn, outcome: ToolOutcome, note: str) -> None:
-        """Take what a call gave into the trajectory, and tell the model."""
+        """Add a call's result to the trajectory, and append the tool response."""
         result, prompt = outcome.result, self.config.prompt
         turn.tool_s, turn.result = outcome.elapsed_s, result
         if result.status is ToolStatus.INFRASTRUCTURE_ERROR:
@@ -257,8 +258,8 @@ class Episode:
         """Append a tool response: text and image together, or neither.
 
         Args:
-            turn: What it responds to.
-            text: In the agent's words; with one `<image>` mark where there is an image.
+            turn: The turn with the call.
+            text: The agent's text; it has one `<image>` mark if there is an image.
             said: The tool's own text beside the image.
             view: The image.
         """
@@ -269,7 +270,7 @@ class Episode:
         response = length - self.trajectory.num_prompt_tokens
         if response >= self.config.max_response_tokens or length >= self.shared.max_model_len - 1:
             raise _End(EndState.OVER_LENGTH, f"no room for the tool's response after {length} tokens")
-        self.dialogue.append_given(ids, [view.model_image] if view is not None else [])
+        self.dialogue.append_context(ids, [view.model_image] if view is not None else [])
         turn.response_text = shown
         if view is not None:
             turn.image_index = len(self.trajectory.images)

@@ -1,8 +1,8 @@
 """Tokens in, tokens out: one conversation as the ids that the engine saw and sampled, with its loss mask.
 
-History is never decoded and tokenised again. Two forms grow side by side: `engine_ids` with one
-image token per image, which the engine expands itself, and `token_ids` with one per image
-feature, which training uses. Everything the policy did not sample, the turn separator included, has mask False.
+History is never decoded and tokenised again. Two streams grow together: `engine_ids` with one image token per image,
+which the engine expands, and `token_ids` with one per image feature, which training uses. Everything that the policy
+did not sample, the turn separator included, has mask False.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
 
 class DialogueEncoder:
-    """Turns messages into ids with the tokenizer, chat template and image rule of one model."""
+    """Turns messages into ids with the tokenizer, chat template and image rule of one model.
+
+    Args:
+        adapter: Bound to the model's processor.
+    """
 
     def __init__(self, adapter: ModelAdapter) -> None:
-        """Prepare for one model.
-
-        Args:
-            adapter: Bound to the model's processor.
-        """
         self.adapter = adapter
         self.tokenizer = adapter.tokenizer
         self.image_rule = adapter.image_rule
@@ -60,18 +59,18 @@ class DialogueEncoder:
         """Ids that follow a finished assistant turn: separator, tool message, generation prompt.
 
         Args:
-            content: parts of the tool message.
-            after: the ids before it. Where the turn ended by another token than the end of turn (a model may stop at
-                its end of text), the end of turn is put first, so that the conversation stays the template's.
+            content: Parts of the tool message.
+            after: The ids before it. If the turn ended with another token than the end of turn (a model may stop at
+                its end of text), the end of turn is put first, so that the conversation follows the template.
         """
         rendered = self.render([{"role": "tool", "content": list(content)}], generation_prompt=True)
         missing = () if not len(after) or after[-1] == self.end_id else (self.end_id,)
         return missing + self._ids("\n" + rendered)
 
     def assistant_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of an assistant turn as demonstrations teach it, end of turn included.
+        """Ids of an assistant turn of a demonstration, end of turn included.
 
-        Its tags are their own tokens; nothing in it can pass for one of the chat format's control tokens.
+        Tags of the protocol are tokens of their own; control tokens of the chat format are broken up.
         """
         return (*self._ids(text_part(text)["text"]), self.end_id)
 
@@ -81,7 +80,7 @@ class DialogueEncoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def num_image_tokens(self, size: tuple[int, int]) -> int:
-        """Features that the model makes of an image of this (already model) size."""
+        """Number of image features of an image of this model size."""
         return self.image_rule.num_tokens(size)
 
     def model_image(self, image: Image.Image) -> Image.Image:
@@ -95,7 +94,7 @@ class DialogueEncoder:
         config: PromptConfig,
         tools: Sequence[Tool] = DEFAULT_TOOLS,
     ) -> Dialogue:
-        """A dialogue that holds the prompt of a task; see `open`."""
+        """A dialogue with the prompt of a task; see `open`."""
         dialogue = Dialogue(encoder=self)
         self.open(dialogue, task, images, config, tools)
         return dialogue
@@ -111,38 +110,38 @@ class DialogueEncoder:
         """Put the prompt of a task into an empty dialogue.
 
         Args:
-            dialogue: to begin.
-            task: the question.
-            images: `task.images` as the model sees them.
-            config: the words.
-            tools: what the policy is offered; empty for none.
+            dialogue: The empty dialogue.
+            task: The question.
+            images: `task.images` at model size.
+            config: Texts of the prompt.
+            tools: Tools that the prompt describes; empty for none.
 
         Raises:
-            DataError: the number of image marks in the task's messages differs from the number of its images.
+            DataError: The number of image marks in the task's messages differs from the number of its images.
         """
         sizes = [(full.size, seen.size) for full, seen in zip(task.images, images, strict=True)]
-        dialogue.append_given(self.prompt_ids(task_messages(task, sizes, config, tools)), images)
+        dialogue.append_context(self.prompt_ids(task_messages(task, sizes, config, tools)), images)
 
 
 @dataclass(slots=True)
 class Dialogue:
-    """One growing conversation. Every `append_*` is atomic: ids and images together or nothing."""
+    """One growing conversation. Every `append_*` adds ids and images together, or nothing."""
 
     encoder: DialogueEncoder
     engine_ids: list[int] = field(default_factory=list)
-    """Ids as the engine takes them: one pad per image."""
+    """Ids for the engine: one pad per image."""
     token_ids: list[int] = field(default_factory=list)
-    """Ids as training takes them: one pad per image feature."""
+    """Ids for training: one pad per image feature."""
     loss_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     """Model images in the order of their marks."""
 
-    def append_given(self, ids: Sequence[int], images: Sequence[Image.Image] = ()) -> None:
-        """Append ids that the policy did not sample, with the images of their pads.
+    def append_context(self, ids: Sequence[int], images: Sequence[Image.Image] = ()) -> None:
+        """Append context ids, which the policy did not sample, with the images of their pads.
 
         Raises:
-            EngineError: the number of pads and of images differ.
+            EngineError: The numbers of pads and images differ.
         """
         pad = self.encoder.image_pad_id
         if ids.count(pad) != len(images):
@@ -158,15 +157,15 @@ class Dialogue:
         self.images += images
 
     def append_sampled(self, ids: Sequence[int], logprobs: Sequence[float] | None, learn: bool = True) -> None:
-        """Append ids that the policy sampled (or, in demonstrations, should have).
+        """Append ids that the policy sampled, or a turn of a demonstration.
 
         Args:
-            ids: sampled, end of turn included.
-            logprobs: as many; None where the engine tells none: then the ids are never learned from.
-            learn: False: context only.
+            ids: The ids, end of turn included.
+            logprobs: Log-probability of each id; None if the engine reports none, and the ids are not trained on.
+            learn: False: the ids are context only.
 
         Raises:
-            EngineError: an image pad among them, or another number of log-probabilities.
+            EngineError: An image pad is among the ids, or the number of log-probabilities differs.
         """
         if self.encoder.image_pad_id in ids:
             raise EngineError("the policy sampled an image token; ban vision tokens in sampling")

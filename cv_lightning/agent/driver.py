@@ -1,8 +1,8 @@
-"""Drives many episodes at once through one stepping engine.
+"""Runs many episodes at once through one stepping engine.
 
-No trajectory waits for another: a finished turn's call goes to its tool at once and comes back as the next request
-while the others decode. The calling thread owns the engine and runs the episodes; tools and judge run on the
-background thread and hand results back through a queue.
+No trajectory waits for another: a finished turn's call goes to its tool at once, and the result becomes the next
+request while others decode. The calling thread owns the engine and runs the episodes; tools and judge run on the
+background thread and return results through a queue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cv_lightning.agent.calls import ToolOutcome, lost
+from cv_lightning.agent.calls import ToolOutcome, failed_call
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.conversation import Episode, RolloutProgress, Shared, ToolStep
 from cv_lightning.agent.dialogue import DialogueEncoder
@@ -32,9 +32,9 @@ __all__ = ["OnComplete", "Rollout", "RolloutProgress", "Score"]
 logger = logging.getLogger(__name__)
 
 Score = Callable[[Trajectory], Coroutine[Any, Any, None]]
-"""Judges a finished trajectory while others still run."""
+"""Scores a finished trajectory while others still run."""
 OnComplete = Callable[[int, Trajectory], None]
-"""Called with a finished and judged trajectory and the number of its request, on the thread that called `run`."""
+"""Called with a finished and scored trajectory and the number of its request, on the thread that called `run`."""
 
 POLL_S = 0.5
 """How often an idle rollout checks its deadlines, in seconds."""
@@ -42,7 +42,7 @@ POLL_S = 0.5
 
 @dataclass(slots=True)
 class _Call:
-    """A tool call under way."""
+    """A running tool call."""
 
     episode: Episode
     future: Future[ToolOutcome]
@@ -53,7 +53,7 @@ class _Call:
 
 @dataclass
 class Rollout:
-    """Makes trajectories. One object serves many rollouts; it owns none of its parts."""
+    """Makes trajectories. One object serves many rollouts; it does not own its parts."""
 
     engine: Engine
     sandbox: CodeRunner
@@ -64,7 +64,7 @@ class Rollout:
     """Vision tokens, and `<tool_call>` where the tools are off."""
     score: Score | None = None
     window: int = 256
-    """Trajectories under way at once."""
+    """Maximum number of trajectories that run at once."""
     new_samples: bool = True
     """Include the policy version in the sampling seed. Off in evaluations, so that equal weights give equal samples."""
 
@@ -79,16 +79,16 @@ class Rollout:
 
         Args:
             requests: What to roll out; requests of one task share its resized images.
-            sampling: Temperature, top_p, run seed.
+            sampling: Temperature, top_p and run seed.
             progress: Called after every engine step.
-            on_complete: Called once per trajectory, as soon as nothing about it changes any more.
+            on_complete: Called once per trajectory, when it is final.
 
         Returns:
-            As many trajectories as requests; a failed part is an end state of its trajectory, not an exception.
+            A trajectory for each request; a failure is the end state of its trajectory, not an exception.
 
         Raises:
-            EngineError: The engine itself failed in a step. Like any other exception, Ctrl-C included, it leaves no
-                request in the engine and no snippet in the sandbox.
+            EngineError: The engine failed in a step. After any exception, Ctrl-C included, no request is left in the
+                engine and no snippet in the sandbox.
         """
         return _Pass(self, requests, sampling, progress, on_complete).run()
 
@@ -122,10 +122,10 @@ class _Pass:
         self.waiting = deque(enumerate(requests))
         self.generating: dict[str, Episode] = {}
         self.in_tool: dict[str, _Call] = {}
-        """Calls, the earliest first."""
+        """Running calls, the earliest first."""
         self.results: queue.SimpleQueue[tuple[_Call, ToolOutcome]] = queue.SimpleQueue()
         self.judging: list[tuple[int, Trajectory, Future[None] | None]] = []
-        """Finished trajectories; None: no verdict is asked for."""
+        """Finished trajectories that wait for their score; None: the trajectory is not scored."""
         self.done: dict[int, Trajectory] = {}
         self.started = time.perf_counter()
 
@@ -164,10 +164,10 @@ class _Pass:
             self._continue(Episode(request, order, self.shared), None)
 
     def _continue(self, episode: Episode, answer: Completion | ToolOutcome | None) -> None:
-        """Let an episode run to its next step or its end.
+        """Run an episode to its next step or its end.
 
         Args:
-            episode: Waits for `answer`.
+            episode: The episode that waits for `answer`.
             answer: The result of its last step; None at its start.
         """
         while True:
@@ -211,12 +211,12 @@ class _Pass:
 
         def hand_back(finished: Future[ToolOutcome]) -> None:
             error = "the background thread was closed" if finished.cancelled() else finished.exception()
-            self.results.put((call, finished.result() if error is None else lost(error)))
+            self.results.put((call, finished.result() if error is None else failed_call(error)))
 
         call.future.add_done_callback(hand_back)
 
     def _admit_tool_results(self) -> None:
-        """Hand finished tool calls back; wait for one only where the engine has nothing to do."""
+        """Return finished tool calls to their episodes; wait for one only if the engine is idle."""
         while self.in_tool:
             busy = self.engine.has_unfinished()
             if self.config.deterministic and busy:
@@ -231,17 +231,17 @@ class _Pass:
                 return
 
     def _patience(self) -> float:
-        """Seconds that the rollout may block on the queue."""
+        """Time in seconds that the rollout may wait at the queue."""
         return max(0.0, min(POLL_S, self.config.tool_deadline_s, self.config.deadline_s - self._elapsed()))
 
     def _next_result(self, timeout: float) -> tuple[Episode, ToolOutcome] | None:
-        """The next tool call that came back, or one that is given up; None if there is neither within `timeout` s."""
+        """The next finished or timed-out tool call; None if there is none within `timeout` seconds."""
         try:
             call, outcome = self.results.get(timeout=timeout) if timeout > 0 else self.results.get_nowait()
         except queue.Empty:
             return self._late_call()
         if self.in_tool.get(call.episode.id) is not call:
-            return None  # given up meanwhile
+            return None  # timed out meanwhile
         del self.in_tool[call.episode.id]
         now = time.perf_counter()
         for other in self.in_tool.values():
@@ -250,18 +250,20 @@ class _Pass:
         return call.episode, outcome
 
     def _late_call(self) -> tuple[Episode, ToolOutcome] | None:
-        """Give up the first call that is past its deadline; the others continue to wait."""
+        """Cancel the first call that is past its time limit; the others continue to wait."""
         limit = self.config.tool_deadline_s
         for call in self.in_tool.values():
             if time.perf_counter() - call.since > limit and not call.future.done():
                 call.future.cancel()
                 del self.in_tool[call.episode.id]
-                return call.episode, lost(f"no answer from the sandbox within {limit:g} s (agent.tool_deadline_s)")
+                return call.episode, failed_call(
+                    f"no answer from the sandbox within {limit:g} s (agent.tool_deadline_s)"
+                )
         return None
 
     # ------------------------------------------------------------------ verdicts
     def _complete(self, wait_until: float | None = None) -> None:
-        """Report what is finished and judged; with a time, wait for the other verdicts until then."""
+        """Report finished and scored trajectories; with a time, wait for the other scores until then."""
         under_way = []
         for order, trajectory, verdict in self.judging:
             if verdict is not None and wait_until is None and not verdict.done():
@@ -283,7 +285,7 @@ class _Pass:
 
     # ------------------------------------------------------------------ stopping
     def _reason_to_stop(self) -> str:
-        """Why what is unfinished is to end now; empty: it is not."""
+        """Reason to end all unfinished trajectories now; empty for none."""
         deadline_s, fraction = self.config.deadline_s, self.config.early_stop_fraction
         if self._elapsed() > deadline_s:
             return f"agent.deadline_s ({deadline_s:g} s) was over"
@@ -293,7 +295,7 @@ class _Pass:
         return ""
 
     def _stop_all(self, reason: str) -> None:
-        """End everything that is under way or waiting as `stopped`: unfinished, not wrong."""
+        """End everything that runs or waits as `stopped`: unfinished, not wrong."""
         self.engine.abort(list(self.generating))
         for call in self.in_tool.values():
             call.future.cancel()
@@ -306,7 +308,7 @@ class _Pass:
         self.waiting.clear()
 
     def _abort(self) -> None:
-        """Leave nothing behind in engine and sandbox after an exception or Ctrl-C."""
+        """Remove everything from engine and sandbox after an exception or Ctrl-C."""
         futures: list[Future[ToolOutcome] | Future[None]] = [call.future for call in self.in_tool.values()]
         for future in [*futures, *(verdict for *_, verdict in self.judging if verdict is not None)]:
             future.cancel()

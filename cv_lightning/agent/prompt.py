@@ -1,6 +1,6 @@
-"""What the model is told: the system prompt, the question, and the words of every tool response.
+"""Texts for the model: the system prompt, the question, and every tool response.
 
-The texts are files in `prompts/`, each overridable by config; here they are only filled in.
+The system prompts are files in `prompts/`, which the config can override; this module fills them in.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from cv_lightning.types import DataError, Message, Task
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
 IMAGE_MARK = "<image>"
 CUT = "\0"
-"""`DialogueEncoder` cuts a text here before it tokenises the pieces: no token reaches across. No row holds it."""
+"""`DialogueEncoder` cuts a text here before it tokenises the pieces, so that no token spans it. No row contains it."""
 _MARKUP = re.compile(r"<(?=/?(?:think|tool_call|tool_response|answer)>)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """The words around the question. `{...}` fields are filled in; `<image>` stands for the image."""
+    """Texts around the question. `{...}` fields are filled in; `<image>` stands for the image."""
 
     system: str = "default"
-    """`default`: our system prompt; `none`: no system message; else a file's path, or the text. `{tools}` in it stands
-    for the description of the tools."""
+    """`default`: our system prompt; `none`: no system message; else a file's path, or the text. `{tools}` in it is
+    replaced by the description of the tools."""
     system_without_tool: str = "default"
-    """The same, for evaluations with the tools switched off."""
+    """System prompt of evaluations with the tools disabled, given in the same way."""
     question: str = "{images}{question}"
-    """User message of a task that brings no messages of its own. `{images}` is one mark per image."""
+    """User message of a task without messages of its own. `{images}` is one mark per image."""
     tool_ok: str = "<image>\n{size}"
-    """Tool response when the snippet made an image."""
+    """Tool response if the call made an image."""
     tool_error: str = "Error: {error}"
-    """Tool response when the snippet failed."""
+    """Tool response if the call failed."""
     parse_error: str = "The tool call could not be read: {error}"
-    """Tool response when a call is malformed or names another tool."""
+    """Tool response if a call is malformed or names another tool."""
     one_call: str = " Only the first of your {count} calls was run; make one call a turn."
-    """Added to the response when a turn holds several calls."""
+    """Added to the response if a turn has several calls."""
     coordinates: Coordinates = "original_px"
-    """The frame in which sizes are stated to the model; code always works on original pixels through `image.size`."""
+    """Frame of the sizes that the model reads; code always works on original pixels through `image.size`."""
     state_size: bool = True
-    """Say each image's size in the prompt and in tool responses (the reference does not)."""
+    """State each image's size in the prompt and in tool responses (the reference does not)."""
 
     def __post_init__(self) -> None:
         fields = {"question": ("images", "question"), "tool_ok": ("size", "index"), "tool_error": ("error",)}
@@ -72,10 +72,10 @@ class PromptConfig:
                 raise ValueError(f"prompt.{name}: there is no file {given}")
 
     def system_text(self, tools: Sequence[Tool] = DEFAULT_TOOLS) -> str | None:
-        """The system message, or None for none.
+        """The system message; None for none.
 
         Args:
-            tools: What the policy is offered; empty for none.
+            tools: Tools that it describes; empty for none.
         """
         given, file = (self.system, "system.md") if tools else (self.system_without_tool, "system_without_tool.md")
         if given == "none":
@@ -89,7 +89,7 @@ class PromptConfig:
 
 
 def tools_text(tools: Sequence[Tool]) -> str:
-    """The system prompt's section on the tools: what each does, its arguments and an example call."""
+    """Section of the system prompt on the tools: purpose, arguments and an example call of each."""
     sections = [
         f"`{tool.name}` {tool.description}\n\nArguments:\n{describe_arguments(tool.parameters)}\n\n"
         f"Call it like this, once a turn at most, and wait for its answer:\n{example_call(tool)}"
@@ -104,7 +104,7 @@ def _read(path: Path) -> str:
 
 
 def size_statement(index: int, original: tuple[int, int], seen: tuple[int, int], coordinates: Coordinates) -> str:
-    """One sentence on an image's size in the frame the model is to speak of."""
+    """One sentence on an image's size, in the frame that the model uses."""
     width, height = original
     if coordinates == "original_px":
         return f"Image {index} is {width}x{height} pixels."
@@ -114,13 +114,13 @@ def size_statement(index: int, original: tuple[int, int], seen: tuple[int, int],
 
 
 def tool_ok_text(config: PromptConfig, index: int, original: tuple[int, int], seen: tuple[int, int]) -> str:
-    """Text of the tool response to a snippet that made image `index`, with its `<image>` mark."""
+    """Text of the tool response with image `index`, with its `<image>` mark."""
     size = size_statement(index, original, seen, config.coordinates) if config.state_size else ""
     return config.tool_ok.format(size=size, index=index).strip()
 
 
 def text_part(text: str) -> dict[str, str]:
-    """A text part in which nothing can pass for one of the chat format's control tokens."""
+    """A text part in which control tokens of the chat format are broken up."""
     return {"type": "text", "text": text.replace("<|", "< |")}
 
 
@@ -130,7 +130,7 @@ def literal(text: str) -> str:
 
 
 def literal_part(text: str) -> dict[str, str]:
-    """A text part in which neither control tokens nor tags of the protocol are more than text."""
+    """A text part in which control tokens and tags of the protocol are plain text."""
     return text_part(literal(text))
 
 
@@ -148,14 +148,14 @@ def split_marks(text: str) -> list[dict[str, str]]:
 def response_parts(text: str, with_image: bool, limit: int, said: str = "") -> tuple[list[dict[str, str]], str]:
     """Content parts of a tool response, and the text that the model reads in it.
 
-    Only our own mark stands for an image, and only where there is one; anything in a tool's or a snippet's own text
-    that looks like a mark or a tag of the protocol is broken up.
+    Only our own mark stands for an image, and only if there is one; anything in a tool's own text that looks like a
+    mark or a tag of the protocol is broken up.
 
     Args:
-        text: holds one `<image>` mark where `with_image`.
-        with_image: whether the response shows an image.
-        limit: characters of text, the mark not counted; what is above is cut out of the middle.
-        said: the tool's own text beside the image, put after `text`.
+        text: The agent's text; it has one `<image>` mark if `with_image`.
+        with_image: True if the response shows an image.
+        limit: Maximum characters of text without the mark; the middle of a longer text is cut out.
+        said: The tool's own text beside the image, put after `text`.
     """
     if not with_image:
         shown = _harmless(text, limit)
@@ -188,7 +188,7 @@ def cut_middle(text: str, limit: int) -> str:
 
 
 def _from_row(message: Message) -> Message:
-    """A row's message; of a user or a tool nothing but text, while a system message may describe the protocol."""
+    """A row's message, with plain text for a user or a tool; a system message may describe the protocol."""
     return replace(message, content=literal(message.content)) if message.role in ("user", "tool") else message
 
 
@@ -198,16 +198,16 @@ def task_messages(
     config: PromptConfig,
     tools: Sequence[Tool] = DEFAULT_TOOLS,
 ) -> list[dict[str, Any]]:
-    """Chat messages of a task, with content parts; exactly one image part per task image.
+    """Chat messages of a task as content parts, with exactly one image part per task image.
 
     Args:
-        task: its own `messages` are used where it has any; our system message is put before them if they have none.
-        sizes: (original size, size the model sees) of each task image.
-        config: the words.
-        tools: What the policy is offered; empty for none.
+        task: Its own `messages` are used if it has any; our system message is put first if they have none.
+        sizes: (original size, model size) of each task image.
+        config: Texts of the prompt.
+        tools: Tools that the prompt describes; empty for none.
 
     Raises:
-        DataError: the number of image marks differs from the number of images.
+        DataError: The number of image marks differs from the number of images.
     """
     messages = [_from_row(message) for message in task.messages]
     if not messages:

@@ -1,4 +1,4 @@
-"""Reading one assistant turn: a thought, then a tool call (Hermes JSON) or an answer. Pure functions of text."""
+"""Parser of an assistant turn: a thought, then a tool call (Hermes JSON) or an answer. Pure functions of text."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from cv_lightning.types import ToolCall
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedTurn:
-    """What an assistant turn asks for."""
+    """Tool call or answer of an assistant turn."""
 
     call: ToolCall | None = None
     """The first call, if it can be run."""
     num_calls: int = 0
     """Call blocks in the turn, outside thoughts; only the first is run."""
     error: str | None = None
-    """Why the first call cannot be run, for the model to read."""
+    """Why the first call cannot be run; the model reads it."""
     answer: str | None = None
     """The last well-formed answer, outside thoughts, calls and tool responses; a turn that answers runs nothing."""
 
@@ -48,15 +48,14 @@ def example_call(tool: Tool) -> str:
 
 
 def parse_turn(text: str, tools: Sequence[Tool] = DEFAULT_TOOLS) -> ParsedTurn:
-    """Read an assistant turn.
+    """Parse an assistant turn.
 
-    Only what stands outside thoughts counts: a call that is merely mentioned in a thought is not run. A turn that
-    begins inside a thought (its template opened it) is read from the closing tag on.
+    Calls and answers inside thoughts do not count. A turn that begins inside a thought (its template opened it) is read
+    from the closing tag on.
 
     Args:
         text: The turn, without its end token.
-        tools: Those that the policy was offered; a call of another one, or with arguments that do not fit the tool's
-            schema, is an error.
+        tools: The offered tools; a call of another tool, or with arguments that do not fit the schema, is an error.
     """
     blocks, _, unclosed = _blocks(text)
     answer = final_answer(text)
@@ -81,10 +80,10 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
 
 
 def first_call(text: str) -> ToolCall | None:
-    """The call that a demonstration's turn shows: the one that the agent would run, or the first that it would refuse.
+    """The call of a demonstration's turn: the one that the agent would run, or the first that it would refuse.
 
-    A call of a tool that is not shipped keeps its name and arguments. A malformed one, which was perhaps meant to fail,
-    has no name and its text as `code`.
+    A call of an unknown tool keeps its name and arguments. A malformed call, which may be meant to fail, has no name,
+    and its text as `code`.
     """
     parsed, blocks = parse_turn(text), _blocks(text).bodies
     if parsed.call is not None or parsed.answer is not None or not blocks:
@@ -132,7 +131,7 @@ def _names(tools: Sequence[Tool]) -> str:
 
 
 def _decoded(arguments: Any) -> Any:
-    """Arguments given as JSON text of an object are that object."""
+    """Decode arguments that are the JSON text of an object."""
     if isinstance(arguments, str):
         inner = load_call(arguments)
         return inner if isinstance(inner, dict) else arguments

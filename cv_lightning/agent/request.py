@@ -1,4 +1,4 @@
-"""What a rollout is asked for."""
+"""Requests to a rollout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RolloutRequest:
     sample_index: int
     """Index within the task's group, from 0."""
     repeat: int = 0
-    """How often the same task came before in the rollout: a data set smaller than an iteration repeats its tasks."""
+    """Number of earlier occurrences of the task in the rollout; a data set smaller than an iteration repeats tasks."""
 
 
 def requests_of(tasks: Iterable[Task], num_samples: int) -> list[RolloutRequest]:

@@ -1,4 +1,4 @@
-"""The images of tasks as the model sees them, made ahead on threads beside the engine's."""
+"""Task images at model size, made ahead on threads beside the engine's."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cv_lightning.images import content_hash
 from cv_lightning.types import Task, TrajectoryImage
 
 AHEAD = 64
-"""Tasks whose images are made before they are asked for."""
+"""Number of tasks whose images are made before they are requested."""
 MAX_THREADS = 8
 
 
 class TaskViews:
-    """Images of tasks, made in the order in which they will be asked for. Resizing and hashing release the GIL.
+    """Task images in the order of the requests. Resizing and hashing release the GIL.
 
     Args:
-        encoder: Knows how the model sees images.
-        requests: What is rolled out; the requests of one task share its images.
+        encoder: Resizes images for the model.
+        requests: Requests of the rollout; those of one task share its images.
 
     Raises:
-        ValueError: Requests of different tasks cannot be told apart.
+        ValueError: Two tasks have the same id.
     """
 
     def __init__(self, encoder: DialogueEncoder, requests: Iterable[RolloutRequest]) -> None:
@@ -54,7 +54,7 @@ class TaskViews:
         return self._made[_key(request)].result()
 
     def close(self) -> None:
-        """Drop the images that will not be asked for."""
+        """Stop making images."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _make_ahead(self) -> None:
@@ -64,7 +64,7 @@ class TaskViews:
 
 
 def _key(request: RolloutRequest) -> tuple[str, int]:
-    """Which task a request is of: `requests_of` counts tasks of the same id as repeats."""
+    """Key of a request's task; `requests_of` counts tasks of the same id as repeats."""
     return request.task.id, request.repeat
 
 

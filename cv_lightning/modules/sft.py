@@ -104,8 +104,8 @@ def encode_conversation(
             view = encoder.model_image(turn.result_image)
             text = tool_ok_text(prompt, len(dialogue.images), turn.result_image.size, view.size)
             parts = [{"type": "image"}, literal_part(turn.response_text)] if turn.response_text else split_marks(text)
-            dialogue.append_given(encoder.tool_ids(parts), [view])
+            dialogue.append_context(encoder.tool_ids(parts), [view])
         elif turn is not conversation.turns[-1]:
             text = turn.response_text or prompt.tool_error.format(error="")
-            dialogue.append_given(encoder.tool_ids([literal_part(text)]))
+            dialogue.append_context(encoder.tool_ids([literal_part(text)]))
     return dialogue

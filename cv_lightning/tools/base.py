@@ -1,6 +1,6 @@
-"""What a tool is: name, description and JSON schema for the policy, and a coroutine that runs one call.
+"""Base class of tools: name, description and JSON schema for the policy, and a coroutine that runs one call.
 
-A tool of your own is a subclass of `Tool` in a file of your own, named in the config:
+To add a tool, write a subclass of `Tool` in any module and name it in the config:
 
     rollout:
       agent:
@@ -22,13 +22,13 @@ from cv_lightning.images import compose
 from cv_lightning.types import Affine, SandboxResult, ToolImage, ToolResult, ToolStatus, TrajectoryImage
 
 Coordinates = Literal["original_px", "model_px", "relative_1000"]
-"""Frame in which sizes and positions are stated to the model."""
+"""Frame of sizes and positions in texts for the model."""
 IMAGE_INDEX = "image_index"
-"""An integer argument of this name chooses one of the trajectory's images; the agent checks that it exists."""
+"""Name of an integer argument that selects one of the trajectory's images; the agent checks that the image exists."""
 
 
 class CodeRunner(Protocol):
-    """What tools need of a sandbox."""
+    """The part of a sandbox that tools use."""
 
     async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
         """Run a snippet on an image; cancelling the coroutine ends the snippet."""
@@ -36,25 +36,25 @@ class CodeRunner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolContext:
-    """The trajectory that calls a tool. Read it, change nothing."""
+    """The trajectory that calls a tool; a tool must not change it."""
 
     images: Sequence[TrajectoryImage]
     """Images of the trajectory so far: the task's own, then those that calls made."""
     owner: str
     """Id of the trajectory, unique within a rollout."""
     sandbox: CodeRunner
-    """Runs code that the policy wrote."""
+    """The sandbox that runs code of the policy."""
     coordinates: Coordinates = "original_px"
-    """The frame in which the policy is told sizes, `prompt.coordinates`."""
+    """Frame of the sizes that the policy reads, `prompt.coordinates`."""
 
     def derived(self, image: Image.Image, parent: int, to_parent: Affine | None) -> ToolImage:
-        """An image that was made from one of the trajectory's, with the map to its source image.
+        """An image made from one of the trajectory's images, with the map to its source image.
 
         Args:
-            image: Full resolution, RGB.
+            image: The image at full resolution, RGB.
             parent: Index of the image it was made from.
-            to_parent: Maps its pixel coordinates to those of the parent; `IDENTITY` for a drawing on top of it, None
-                where there is no such map.
+            to_parent: Map of its pixel coordinates to those of the parent; `IDENTITY` for a drawing on the parent, None
+                if there is no such map.
         """
         before = self.images[parent].to_source
         to_source = None if before is None or to_parent is None else compose(before, to_parent)
@@ -65,31 +65,32 @@ class Tool(ABC):
     """A tool that the policy can call. A subclass sets the attributes, in the class or in `__init__`."""
 
     name: str
-    """By which the policy calls it: letters, digits, `_` and `-`."""
+    """Name by which the policy calls it: letters, digits, `_` and `-`."""
     description: str
-    """What it does, as the rest of a sentence that begins with its name: "draws a grid over an image and shows it"."""
+    """Rest of a sentence that begins with the name: "draws a grid over an image and shows it"."""
     parameters: Mapping[str, Any]
     """JSON schema (2020-12) of the arguments: an object with `properties`. The system prompt lists each property with
     its type and `description`, and calls are checked against it before they run. `examples` of a property show the
     policy how to call; a property with a `default` may be left out."""
     opening: str = "You may look closer: call a tool below and look at the result before you answer."
-    """Sentence of the system prompt that introduces the tool where it is the only one."""
+    """Sentence of the system prompt that introduces the tool if it is the only one."""
     hints: Sequence[str] = ()
     """Lines of the system prompt on how to answer: when to use the tool."""
 
     @abstractmethod
     async def call(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
-        """Run one call, on the thread of the sandbox and the judge; many calls run at once.
+        """Run one call, on the background thread; many calls run at once.
 
         Args:
-            arguments: Fit `parameters`, defaults filled in.
+            arguments: Arguments that fit `parameters`, defaults filled in.
             context: The trajectory.
 
         Returns:
-            What the model is to see. A call that fails by the policy's fault has the status ERROR and an error text.
+            The result that the model sees. A call that fails by the policy's fault has the status ERROR and an error
+            text.
 
         Raises:
-            Exception: The tool itself failed: the trajectory is masked, never scored as wrong. A policy must not be
+            Exception: The tool itself failed; the trajectory is masked, never scored as wrong. A policy must not be
                 able to cause this.
         """
 
@@ -100,7 +101,7 @@ class Tool(ABC):
 
 
 def missing_image(arguments: Mapping[str, Any], num_images: int) -> ToolResult | None:
-    """The result of a call on an image that does not exist, which runs nothing; None where the image exists."""
+    """The result of a call on an image that does not exist; None if the image exists."""
     index = arguments.get(IMAGE_INDEX, 0)
     if not isinstance(index, int) or 0 <= index < num_images:
         return None

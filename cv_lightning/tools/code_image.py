@@ -1,4 +1,4 @@
-"""The code tool: Python that the policy writes, run in the sandbox on one image of the trajectory."""
+"""The code tool: runs Python code of the policy in the sandbox, on one image of the trajectory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARAMETERS = {
 
 
 class CodeTool(Tool):
-    """Runs a snippet that edits an image; what it puts into `result` is shown."""
+    """Runs a snippet that edits an image and shows its `result`."""
 
     name = "code_image_tool"
     description = "runs Python on one of the images of this conversation and shows you the image it makes."
@@ -53,7 +53,7 @@ class CodeTool(Tool):
     parameters = PARAMETERS
 
     async def call(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
-        """Run the snippet, and locate what it made in the source image; see `Tool.call`."""
+        """Run the snippet and locate its result in the source image; see `Tool.call`."""
         index = arguments["image_index"]
         result = await context.sandbox.run(context.images[index].original, arguments["code"], owner=context.owner)
         if result.image is None:
@@ -63,7 +63,7 @@ class CodeTool(Tool):
 
 
 DEFAULT_TOOLS = (CodeTool(),)
-"""What the policy is offered where the config names no tools."""
+"""The tools if the config names none."""
 
 
 def code_call(code: str, image_index: int = 0, description: str = "") -> ToolCall:
@@ -73,14 +73,14 @@ def code_call(code: str, image_index: int = 0, description: str = "") -> ToolCal
 
 
 def map_to_source(images: Sequence[TrajectoryImage], index: int, result: SandboxResult) -> Affine | None:
-    """Map from a result to the source image, where the pixels of both prove it; None where they do not.
+    """Map from a result to the source image if the pixels of both prove it, else None.
 
-    The sandbox proves each call against what the call worked on. Small losses of several calls add up, so that a
-    result of a later call is compared with the source image itself.
+    The sandbox compares the result of a call with the call's input. Small losses of several calls add up, so the result
+    of a later call is compared with the source image too.
 
     Args:
         images: Images of the trajectory so far.
-        index: The one that the call worked on.
+        index: Index of the call's input.
         result: The call's result; it has an image.
     """
     parent = images[index]

@@ -1,4 +1,4 @@
-"""Arguments by JSON schema: what the policy is told about them, and the check of what it gives."""
+"""Arguments by JSON schema: their description for the policy, and the check of a call's arguments."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ KINDS = {
     "array": "a list",
     "object": "an object",
 }
-"""Types of JSON schema in the words of an error."""
+"""Texts for types of JSON schema in errors."""
 MAX_DETAIL = 200
-"""Characters of a validator's message that the policy reads."""
+"""Maximum characters of a validator's message."""
 
 
 def _is_integer(checker: object, value: object) -> bool:
@@ -37,7 +37,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
     """Refuse tools that cannot be offered together.
 
     Raises:
-        ValueError: A name that cannot be called or is taken, or a schema that is none.
+        ValueError: A name is not valid or occurs twice, or a schema is not valid.
     """
     names = [tool.name for tool in tools]
     for tool in tools:
@@ -70,7 +70,7 @@ def describe_arguments(parameters: Mapping[str, Any]) -> str:
 
 
 def example_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The required arguments with an example, a default or an empty value of their type."""
+    """The required arguments, each with an example, its default or an empty value of its type."""
     empty = {"string": "...", "integer": 0, "number": 0.0, "boolean": True, "array": [], "object": {}}
     values = {}
     for name, schema in parameters["properties"].items():
@@ -83,10 +83,10 @@ def example_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def read_arguments(parameters: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     """Check arguments against a schema.
 
-    A whole number may be given as text. Arguments that the schema does not know are dropped, unless it allows them.
+    An integer may be given as text. Arguments that the schema does not know are dropped, unless it allows them.
 
     Returns:
-        The arguments with defaults filled in, and what is wrong with them, for the model to read.
+        The arguments with defaults filled in, and an error for the model.
     """
     validator, required = _Validator(parameters), parameters.get("required", ())
     values = dict(given) if parameters.get("additionalProperties") else {}

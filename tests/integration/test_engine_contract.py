@@ -214,7 +214,7 @@ class Calling:
 
 
 class Unsteady:
-    """A tool whose latency nobody can foretell."""
+    """A tool of random latency."""
 
     async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
         await asyncio.sleep(random.Random().random() * 0.05)

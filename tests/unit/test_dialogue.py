@@ -41,7 +41,7 @@ def test_a_finished_conversation_is_the_template_of_its_messages(encoder: Dialog
     for turn in turns[:2]:
         ids = encoder.assistant_ids(turn)
         dialogue.append_sampled(ids, [-1.0] * len(ids))
-        dialogue.append_given(encoder.tool_ids([{"type": "image"}]), [image])
+        dialogue.append_context(encoder.tool_ids([{"type": "image"}]), [image])
         messages += [{"role": "assistant", "content": turn}, {"role": "tool", "content": [{"type": "image"}]}]
     assert dialogue.engine_ids == list(encoder.prompt_ids(messages))
     last = encoder.assistant_ids(turns[2])
@@ -62,9 +62,9 @@ def test_pieces_are_appended_whole_or_not_at_all(encoder: DialogueEncoder) -> No
     dialogue = Dialogue(encoder=encoder)
     image = encoder.model_image(task().images[0])
     with pytest.raises(EngineError, match="1 image marks but 0 images"):
-        dialogue.append_given(encoder.tool_ids([{"type": "image"}]))
+        dialogue.append_context(encoder.tool_ids([{"type": "image"}]))
     with pytest.raises(EngineError, match="0 image marks but 1 images"):
-        dialogue.append_given(encoder.tool_ids([{"type": "text", "text": "no image"}]), [image])
+        dialogue.append_context(encoder.tool_ids([{"type": "text", "text": "no image"}]), [image])
     with pytest.raises(EngineError, match="2 sampled tokens but 1"):
         dialogue.append_sampled([1, 2], [0.0])
     with pytest.raises(EngineError, match="sampled an image token"):
