@@ -106,7 +106,7 @@ def test_messages_are_the_inverse_of_the_template(encoder: DialogueEncoder) -> N
         for message in messages
     ]
     assert encoder.render(back, generation_prompt=True) == prompt
-    with pytest.raises(EngineError, match="no prompt of the chat template"):
+    with pytest.raises(EngineError, match="not made by the chat template"):
         encoder.adapter.messages_of("Hello")
 
 
@@ -125,7 +125,7 @@ def test_text_is_on_record_and_never_trained_on(engine: ServerEngine, server: Mo
 
 
 def test_the_agent_runs_on_it(engine: ServerEngine, server: ModelServer, encoder: DialogueEncoder) -> None:
-    """Every first turn calls the tool; the model sees what came of it and goes on."""
+    """Every first turn calls the tool; the model sees the result and continues."""
     real = server.chat_completions
 
     def calling(body: dict[str, object]) -> dict[str, object]:

@@ -315,7 +315,7 @@ def test_the_deadline_stops_every_trajectory_and_loses_none(encoder: DialogueEnc
     assert [t.task.id for t in trajectories] == [request.task.id for request in requests]
     stopped = [t for t in trajectories if t.end_state is EndState.TRUNCATED]
     assert {"hung", "waiting-1", "waiting-2"} <= {t.task.id for t in stopped}
-    assert all(t.end_state.is_error for t in stopped)  # no outcome: masked, and nobody judges it
+    assert all(t.end_state.is_error for t in stopped)  # no outcome: masked and not scored
     assert not set(scored) & {t.task.id for t in stopped}
     assert not engine.has_unfinished() and shown[-1] == len(requests)
     wait_until(lambda: "hung/0/0" in hanging.cancelled)
