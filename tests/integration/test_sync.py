@@ -204,11 +204,11 @@ def test_waking_syncing_and_sleeping_are_in_order(
         monkeypatch.setattr(owner, name, noted)
 
     monkeypatch.setattr(engine, "sleeps", True)
-    for name in ("wake_up", "sleep", "collective_rpc", "reset_prefix_cache", "reset_mm_cache"):
+    for name in ("wake_up", "sleep", "collective_rpc", "reset_prefix_cache"):
         watch(engine.llm, name)
     watch(engine.engine, "reset_encoder_cache")
     engine.update_weights(policy.model.named_parameters(), version=1)
-    caches = ["reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"]
+    caches = ["reset_prefix_cache", "reset_encoder_cache"]
     assert calls == ["collective_rpc", *caches], "it was awake"
     calls.clear()
     assert engine.sleep() and engine.sleep(), "once is enough"
