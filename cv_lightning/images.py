@@ -152,10 +152,10 @@ def _wide_to_rgb(values: npt.NDArray[np.float32], *, is_float: bool) -> Image.Im
 def content_hash(image: Image.Image) -> str:
     """First 32 hex digits of the SHA-256 of size, mode and pixels.
 
-    Computed once and kept on the image, whose pixels must not change afterwards; a copy has none.
+    Computed once and kept on the image until it is changed in place; a copy has none.
     """
     known: str | None = vars(image).get(CONTENT_HASH)
-    if known is None:
+    if known is None or not image.readonly:
         digest = hashlib.sha256(f"{image.mode}{image.size}".encode())
         digest.update(image.tobytes())
         known = digest.hexdigest()[:32]
@@ -166,6 +166,7 @@ def content_hash(image: Image.Image) -> str:
 def remember_hash(image: Image.Image, content_hash: str) -> None:
     """Set what `content_hash` returns of an image, which is known without its pixels."""
     vars(image)[CONTENT_HASH] = content_hash
+    image.readonly = 1  # which Pillow resets when it changes the image in place
 
 
 # ------------------------------------------------------------------------------------------------ the one resize

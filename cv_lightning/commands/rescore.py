@@ -74,7 +74,7 @@ def rescore(config: Rescore) -> Rescored:
     (temporary / LINES).mkdir(parents=True, exist_ok=True)
     with (temporary / LINES / "groups.rank0.jsonl").open("wb") as file:
         for group in _scored(reader, config.reward, found):
-            file.write(encode_group(group, tokens=bool(group.trajectories and group.trajectories[0].token_ids)))
+            file.write(encode_group(group, tokens=any(trajectory.token_ids for trajectory in group.trajectories)))
     found.unreadable = len(reader.bad_lines)
     if not found.rows:
         shutil.rmtree(temporary)

@@ -14,6 +14,9 @@ ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
 CUT = "\0"
 """Marks the place of removed text; an answer with such a mark in it does not count."""
+MAX_NESTING = 64
+"""Levels of lists and objects in a call. Python's own limit depends on the stack, so that a value that was read near it
+could fail when it is checked, printed or stored."""
 
 
 class CallBlocks(NamedTuple):
@@ -90,14 +93,25 @@ def _end_outside_string(text: str, body: int, end: int) -> int:
 
 
 def load_call(block: str) -> Any:
-    """JSON value of a block; None where it is not JSON. Raw control characters inside strings are accepted.
+    """JSON value of a block; None where it is not JSON or nested more than `MAX_NESTING` deep.
+
+    Raw control characters inside strings are accepted.
 
     Only JSON's own white space may surround the value: a no-break space or a byte-order mark is not accepted.
     """
     try:
-        return json.loads(block, strict=False, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(block, strict=False, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
+    return None if _is_deeper(value, MAX_NESTING) else value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """True if lists and objects are nested more than `levels` deep."""
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(part, levels - 1) for part in parts)
 
 
 def answer_spans(text: str) -> list[str]:

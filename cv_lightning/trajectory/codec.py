@@ -126,7 +126,7 @@ def decode_group(line: bytes, folder: Path) -> Group:
 
     @cache  # the trajectories of a group share their images
     def handle(file: str, width: int, height: int, is_view: bool) -> StoredImage:
-        return StoredImage(folder / file, (width, height), is_view=is_view)
+        return StoredImage(folder / Path(file).name, (width, height), is_view=is_view)
 
     def hook(kind: type, value: dict[str, Any]) -> StoredImage:
         return handle(value["file"], *value["size"], value.get("is_view", False))

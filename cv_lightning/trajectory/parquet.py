@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cv_lightning.files import whole_file
-from cv_lightning.trajectory.reader import FLAT_COLUMNS, flat_row, read_groups
+from cv_lightning.trajectory.reader import FLAT_COLUMNS, flat_row, in_utf8, read_groups
 from cv_lightning.trajectory.stored_image import path_of
 from cv_lightning.types import DataError, Group, TrajectoryImage, Turn
 
@@ -75,7 +75,7 @@ def _rows(stores: Mapping[str, Path], schema: pa.Schema, done: Exported) -> Iter
                 done.num_rows += 1
                 yield {
                     "store": name,
-                    **_utf8(flat_row(group, trajectory)),
+                    **flat_row(group, trajectory),
                     "turns": [_turn(turn) for turn in trajectory.turns],
                     "images": [_image(image, done) for image in trajectory.images],
                     **({column: getattr(trajectory, column) or None for column in TOKENS} if with_tokens else {}),
@@ -97,15 +97,7 @@ def _turn(turn: Turn) -> dict[str, Any]:
         "generate_s": turn.generate_s,
         "tool_s": turn.tool_s,
     }
-    return _utf8(fields)
-
-
-def _utf8(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with lone surrogates, which a model may write and UTF-8 lacks, in their backslash form."""
-    return {
-        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-        for name, value in row.items()
-    }
+    return in_utf8(fields)
 
 
 def _image(image: TrajectoryImage, done: Exported) -> dict[str, Any]:

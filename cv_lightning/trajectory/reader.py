@@ -56,7 +56,7 @@ class GroupReader(Iterator[Group]):
             return decode_group(line, path.parent.parent / IMAGES)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             self.bad_lines.append(BadLine(path, number, f"{type(error).__name__}: {error}"))
             return None
 
@@ -151,4 +151,12 @@ def flat_row(group: Group, trajectory: Trajectory) -> dict[str, Any]:
         "text": trajectory.response_text,
         "code": "\n".join(turn.tool_call.code for turn in trajectory.turns if turn.tool_call),
     }
-    return row | {f"reward/{name}": value for name, value in (reward.components if reward else {}).items()}
+    return in_utf8(row) | {f"reward/{name}": value for name, value in (reward.components if reward else {}).items()}
+
+
+def in_utf8(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with lone surrogates, which a model may write and UTF-8 lacks, in their backslash form."""
+    return {
+        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+        for name, value in row.items()
+    }

@@ -40,6 +40,8 @@ LINES = "trajectories"
 IMAGES = "images"
 STALE_S = 3600.0
 """Age above which a temporary image of another rank is deleted: its writer is gone."""
+MAX_WEBP_SIDE = 16383
+"""Pixels of the longest side of a WebP image."""
 MAX_WAITING = 32
 """Number of groups that may wait for the background thread, with their images in memory."""
 
@@ -54,7 +56,8 @@ class StoreConfig:
     """Size in GB above which a rank stops storing and logs one warning. It counts the images and lines that the rank
     found at the start and those that it wrote, not what other ranks write meanwhile."""
     image_format: Literal["png", "webp"] = "png"
-    """Both are lossless; WebP is smaller and about ten times slower to write."""
+    """Both are lossless; WebP is smaller and about ten times slower to write. An image with a side above 16383 pixels,
+    which WebP cannot hold, is stored as PNG."""
     tokens: bool = False
     """Also store token ids, loss mask and log-probabilities (about 14 bytes per token)."""
 
@@ -234,10 +237,11 @@ class TrajectoryWriter:
 
     def _store_image(self, image: Image.Image) -> str:
         """Write the image unless it is there, and return its file name."""
-        name = f"{content_hash(image)}.{self.config.image_format}"
+        image_format = self.config.image_format if max(image.size) <= MAX_WEBP_SIDE else "png"
+        name = f"{content_hash(image)}.{image_format}"
         if name in self._stored and (self._images / name).exists():  # it may have been removed by hand
             return name
-        data = encode_image(image, self.config.image_format)
+        data = encode_image(image, image_format)
         temporary = self._images / (name + self._temporary)
         try:
             temporary.write_bytes(data)
@@ -278,7 +282,7 @@ def _lines_from_end(data: mmap.mmap | bytes) -> Iterator[_Line]:
         start = data.rfind(b"\n", 0, end - 1) + 1
         try:
             iteration = int(json.loads(data[start:end])["iteration"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             iteration = None
         yield _Line(end, iteration)
         end = start
@@ -354,4 +358,6 @@ def _grey(image: Image.Image) -> Image.Image | None:
     for part in (pixels[:: max(1, image.height // 8)], pixels):  # a few rows rule out photographs in microseconds
         if any(not np.array_equal(part[..., 0], part[..., channel]) for channel in (1, 2)):
             return None
-    return image.getchannel(0)
+    grey = image.getchannel(0)
+    grey.info = {}  # a transparent colour would have three channels
+    return grey

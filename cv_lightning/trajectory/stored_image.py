@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class StoredImage(Image.Image):
 
     def __init__(self, path: Path, size: tuple[int, int], *, is_view: bool = False) -> None:
         super().__init__()
-        self.path = path
+        self.path, self._is_view = path, is_view
         self._mode, self._size = "RGB", size
         if not is_view:
             remember_hash(self, path.stem)
@@ -43,6 +44,10 @@ class StoredImage(Image.Image):
         if self._im is None:
             self.im = self.read().im
         return super().load()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle is another handle of the same file."""
+        return partial(StoredImage, is_view=self._is_view), (self.path, self.size)
 
     def __eq__(self, other: object) -> bool:
         """True for an image of the same content, in a file or in memory."""

@@ -15,7 +15,7 @@ from reward_samples import BOX, Recorder, group, task
 
 from cv_lightning.commands.rescore import main
 from cv_lightning.rewards import RewardModule
-from cv_lightning.trajectory import TrajectoryWriter, path_of, read_groups
+from cv_lightning.trajectory import StoreConfig, TrajectoryWriter, path_of, read_groups
 from cv_lightning.types import EndState, Trajectory
 
 RECIPES = Path(__file__).parents[2] / "configs" / "reward"
@@ -64,6 +64,21 @@ def test_rescoring_with_the_same_recipe_gives_the_same_rewards(store: Path, tmp_
         assert before == after
     (image,) = {path_of(group.task.images[0]) for group in read_groups(tmp_path / "new") if group.task.box}
     assert image.is_file(), "the images are in the old store"
+
+
+def test_stored_tokens_are_kept_also_behind_a_trajectory_without_any(tmp_path: Path) -> None:
+    """A rollout that is truncated before a trajectory begins leaves it without tokens."""
+    turned = task("rotate_90", "crop")
+    answered = group(Recorder(turned).answer("7", end=EndState.TRUNCATED), Recorder(turned).answer("7"))
+    member = answered.trajectories[1]
+    member.token_ids, member.loss_mask, member.logprobs = [1, 2], [False, True], [0.0, -0.5]
+    first = answered.trajectories[0]
+    first.token_ids, first.loss_mask, first.logprobs = [], [], []
+    with TrajectoryWriter(tmp_path / "store", StoreConfig(tokens=True)) as writer:
+        writer.write_group(answered, 0)
+    assert main([str(tmp_path / "store"), "--out", str(tmp_path / "new")]) == 0
+    (found,) = read_groups(tmp_path / "new")
+    assert found.trajectories[1].token_ids == [1, 2]
 
 
 def test_rescoring_with_another_recipe_equals_its_module(

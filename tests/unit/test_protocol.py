@@ -136,6 +136,17 @@ def test_reading_takes_no_time(tag: str, around: str) -> None:
     assert time.perf_counter() - begun < 1.0
 
 
+def test_arguments_nested_too_deep_are_no_json() -> None:
+    """Near Python's own limit they could be read, and then fail where they are checked or stored."""
+    for depth, is_read in ((60, True), (100, False), (900, False), (100_000, False)):
+        nested = "[" * depth + "]" * depth
+        text = f'<tool_call>{{"name": "f", "arguments": {{"a": {nested}}}}}</tool_call>'
+        assert bool(parse_tool_calls(text)) is is_read
+        assert parse_turn(text).call is None
+        call_of_code = f'<tool_call>{{"name": "code_image_tool", "arguments": {{"code": {nested}}}}}</tool_call>'
+        assert parse_turn(call_of_code).error
+
+
 def test_a_no_break_space_outside_strings_is_no_call() -> None:
     for space in ("\u00a0", "\ufeff", "\u2003", "\x0b"):
         body = f'{space}{{"name": "f", "arguments": {{}}}}'

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import subprocess
 import sys
 import time
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from trajectory_samples import KINDS, Policy, digit_task, group
 
 from cv_lightning.commands.trajectories import main as export_main
@@ -28,6 +30,7 @@ from cv_lightning.trajectory import (
     to_dataframe,
     write_parquet,
 )
+from cv_lightning.trajectory.store import drop_after, encode_image, last_groups
 from cv_lightning.types import (
     SCHEMA_VERSION,
     Affine,
@@ -330,6 +333,70 @@ def test_awkward_values_survive(tmp_path: Path) -> None:
     assert found.trajectories[0].turns[-1] == trajectory.turns[-1]
     assert math.isnan(found.trajectories[0].reward.components["accuracy"])  # type: ignore[union-attr]
     assert found.task.metadata["size"] == 3
+
+
+def test_a_table_holds_lone_surrogates_in_their_backslash_form(tmp_path: Path) -> None:
+    item = group(digit_task(0, "turned"), 1)
+    item.trajectories[0].turns[0].tool_call = ToolCall(name="code", arguments={"code": "'\ud800'"})
+    write(tmp_path, [item])
+    assert "'\\ud800'" in to_dataframe(read_groups(tmp_path))["code"][0]
+
+
+def test_images_that_webp_cannot_hold_are_stored_as_png(tmp_path: Path) -> None:
+    item = group(digit_task(0, "upright"), 1, Policy(needless=0, error=0))
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 16384, 3), np.uint8)
+    item.task = replace(item.task, images=(Image.fromarray(pixels),))
+    write(tmp_path, [item], StoreConfig(image_format="webp"))
+    (image,) = next(read_groups(tmp_path)).task.images
+    path = path_of(image)
+    assert path is not None and path.suffix == ".png" and np.array_equal(image, pixels)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_a_grey_image_with_a_transparent_colour_is_stored(image_format: Literal["png", "webp"]) -> None:
+    image = Image.new("RGB", (4, 4), (7, 7, 7))
+    image.info["transparency"] = (7, 7, 7)
+    assert decode_image(encode_image(image, image_format)).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))])
+def test_a_copy_of_a_stored_image_is_a_handle_of_the_same_file(tmp_path: Path, duplicate: Any) -> None:
+    write(tmp_path, [group(digit_task(0, "upright"), 1)])
+    stored = next(read_groups(tmp_path)).trajectories[0].images[0]
+    for image in (stored.original, stored.model_image):
+        same = duplicate(image)
+        assert same is not image and path_of(same) == path_of(image) and same.size == image.size
+        assert same.tobytes() == image.tobytes() and content_hash(same) == content_hash(image)
+
+
+def test_an_image_changed_in_place_has_another_hash(tmp_path: Path) -> None:
+    write(tmp_path, [group(digit_task(0, "upright"), 1)])
+    for image in (Image.new("RGB", (8, 8)), next(read_groups(tmp_path)).task.images[0]):
+        before = content_hash(image)
+        ImageDraw.Draw(image).line((0, 0, 7, 7), fill="red")
+        assert content_hash(image) == content_hash(image.copy()) != before
+
+
+@pytest.mark.parametrize("outside", ["../secret.png", "{folder}/secret.png"])
+def test_an_image_outside_the_store_is_not_read(tmp_path: Path, outside: str) -> None:
+    path = write(tmp_path, [group(digit_task(0, "upright"), 1)])
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    line = json.loads(path.read_bytes())
+    line["task"]["images"][0]["file"] = outside.format(folder=tmp_path)
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"images/secret\.png: missing"):
+        next(read_groups(tmp_path)).task.images[0].tobytes()
+
+
+@pytest.mark.parametrize("junk", ["[" * 100_000, '{"iteration": 1e999}'])
+def test_lines_that_cannot_be_decoded_are_skipped_from_either_end(tmp_path: Path, junk: str) -> None:
+    path = write(tmp_path, [group(digit_task(0, "upright"), 1, iteration=3)])
+    with path.open("a") as file:
+        file.write(junk + "\n")
+    reader = read_groups(tmp_path)
+    assert len(list(reader)) == len(reader.bad_lines) == 1
+    assert last_groups(path) == (3, 1)
+    assert drop_after(tmp_path, 2) == {path: 1}
 
 
 def test_colours_and_greys_keep_their_pixels(tmp_path: Path) -> None:
