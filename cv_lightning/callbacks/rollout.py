@@ -156,13 +156,13 @@ class RolloutCallback(pl.Callback):
         self.parts = _Parts(sandbox, RewardModule(self.reward))
         if stage == "fit" and self.reward.judge is not None and trainer.is_global_zero:
             threading.Thread(target=warn_of_judge, args=(self.reward.judge,), daemon=True).start()
-        size = self.engine_config.tensor_parallel_size
-        if size > 1:
-            self.parts.ranks = EngineGroup(size, trainer)
         kind = engine_kind(self.engine_config)
         if kind == "vllm":
             check_engine_device(trainer)
         check_agreement({"engine.kind auto": kind})  # a rank that cannot import vLLM would join no weight sync
+        size = self.engine_config.tensor_parallel_size
+        if size > 1:
+            self.parts.ranks = EngineGroup(size, trainer)
         if kind in ("vllm", "server"):  # vLLM's start measures memory with a collective of all ranks
             with Watchdog.at(trainer, "start of the engine", waits=kind == "vllm"):
                 self._ready(module)

@@ -34,10 +34,21 @@ logger = logging.getLogger(__name__)
 
 
 def engine_kind(config: EngineConfig) -> str:
-    """The kind of engine, with `auto` resolved to `vllm` or `transformers`. Imports vLLM for `auto`."""
+    """The kind of engine, with `auto` resolved to `vllm` or `transformers`. Imports vLLM for `auto`.
+
+    Raises:
+        EngineError: `auto` cannot be vLLM, and ranks share the engine.
+    """
     if config.kind != "auto":
         return config.kind
-    return "vllm" if vllm_imports() else "transformers"
+    if vllm_imports():
+        return "vllm"
+    if config.tensor_parallel_size > 1:
+        raise EngineError(
+            f"engine.tensor_parallel_size {config.tensor_parallel_size} needs vLLM, which cannot be imported; "
+            "install the extra cpu or gpu, or set engine.tensor_parallel_size to 1"
+        )
+    return "transformers"
 
 
 @cache

@@ -100,8 +100,8 @@ class EngineConfig:
                 f"engine.sync_bucket_gb {self.sync_bucket_gb} must be above 0 and engine.tensor_parallel_size "
                 f"{self.tensor_parallel_size} at least 1"
             )
-        if self.tensor_parallel_size > 1 and self.kind == "transformers":
-            raise ValueError("engine.tensor_parallel_size above 1 needs engine.kind vllm")
+        if self.tensor_parallel_size > 1 and self.kind not in ("auto", "vllm"):
+            raise ValueError(f"engine.tensor_parallel_size above 1 needs engine.kind vllm, not {self.kind}")
         if self.processor_cache_gb is not None and not 0 <= self.processor_cache_gb < math.inf:
             raise ValueError(f"engine.processor_cache_gb {self.processor_cache_gb} must be a number of GB, 0 or more")
         if self.tensor_parallel_size > 1 and self.background_rendering == "always":

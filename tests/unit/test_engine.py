@@ -56,6 +56,12 @@ def test_auto_falls_back_from_a_broken_vllm_and_says_why(
     assert str(error) in caplog.text
 
 
+def test_ranks_that_share_an_engine_do_not_fall_back_from_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"engine\.tensor_parallel_size 2 needs vLLM"):
+        engine_kind(EngineConfig(tensor_parallel_size=2))
+
+
 def test_an_engine_that_was_asked_for_is_not_replaced() -> None:
     assert engine_kind(EngineConfig(kind="vllm")) == "vllm"
     assert engine_kind(EngineConfig(kind="transformers")) == "transformers"

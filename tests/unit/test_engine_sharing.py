@@ -8,7 +8,7 @@ import threading
 import pytest
 from PIL import Image
 
-from cv_lightning.engines import Completion, EngineConfig, Request
+from cv_lightning.engines import Completion, EngineConfig, Request, ServerConfig
 from cv_lightning.engines.base import must_sleep
 from cv_lightning.engines.tensor_parallel import EngineCommands, LeaderEngine, run_follower
 from cv_lightning.types import EngineError
@@ -35,6 +35,8 @@ def test_the_engine_sleeps_where_it_and_the_trainer_do_not_fit(memory: float, ra
     [
         ({"tensor_parallel_size": 0}, r"engine\.tensor_parallel_size"),
         ({"tensor_parallel_size": 2, "kind": "transformers"}, r"engine\.kind vllm"),
+        ({"tensor_parallel_size": 2, "kind": "sglang", "server": ServerConfig()}, r"engine\.kind vllm"),
+        ({"tensor_parallel_size": 2, "kind": "server", "server": ServerConfig(model="m")}, r"engine\.kind vllm"),
         ({"sync_bucket_gb": 0.0}, r"engine\.sync_bucket_gb"),
     ],
 )
