@@ -290,6 +290,7 @@ class EndState(StrEnum):
     ERROR_ENGINE = "error:engine"
     ERROR_SANDBOX = "error:sandbox"
     ERROR_JUDGE = "error:judge"
+    """It answered, and the judge did not reply. A trajectory without an answer keeps its end state, unscored."""
 
     @property
     def is_error(self) -> bool:

@@ -279,9 +279,10 @@ class _Pass:
         try:
             verdict.result(timeout=max(0.0, wait_until - time.perf_counter()))
         except (TimeoutError, JudgeError) as error:
-            trajectory.end_state = EndState.ERROR_JUDGE
-            trajectory.error = str(error) or f"no verdict within {self.config.deadline_s:g} s (agent.deadline_s)"
             verdict.cancel()
+            if trajectory.end_state is EndState.ANSWERED:  # without an answer the rule alone decides, with the group
+                trajectory.end_state = EndState.ERROR_JUDGE
+                trajectory.error = str(error) or f"no verdict within {self.config.deadline_s:g} s (agent.deadline_s)"
 
     # ------------------------------------------------------------------ stopping
     def _reason_to_stop(self) -> str:

@@ -266,7 +266,7 @@ class RolloutCallback(pl.Callback):
 
     def _check_failures(self, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Stop all ranks if too many trajectories failed; the error names this rank's first failure."""
-        failed = {name: metrics[name] for name in sorted(map(end_state_metric, FAILURES)) if metrics.get(name)}
+        failed = failed_fractions(metrics)
         if sum(failed.values()) <= self.max_failed_frac:
             return
         errors = [t.error for group in groups for t in group.trajectories if t.end_state in FAILURES]
@@ -396,6 +396,17 @@ class RolloutCallback(pl.Callback):
             watch=lambda name: Watchdog.at(trainer, name, waits=False),
             check_stop=signals.check if signals is not None else None,
         )
+
+
+def failed_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Fractions of an iteration's trajectories that engine, sandbox or judge failed, by metric; zeros are left out.
+
+    `rollout/unscored_frac` are those without an answer that the judge left unscored, which keep their end state.
+    """
+    failed = {name: metrics.get(name, 0.0) for name in sorted(map(end_state_metric, FAILURES))}
+    errors = sum(metrics.get(end_state_metric(state), 0.0) for state in EndState if state.is_error)
+    failed["rollout/unscored_frac"] = round(metrics.get("rollout/unscored_frac", 0.0) - errors, 9)
+    return {name: value for name, value in failed.items() if value > 0}
 
 
 def rolls_out(module: pl.LightningModule, data: object, stage: str) -> bool:

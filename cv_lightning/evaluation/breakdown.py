@@ -11,7 +11,6 @@ from cv_lightning.evaluation.metrics import Figures, mean_of, rate_of, rate_of_e
 from cv_lightning.evaluation.outcome import ANSWERED, Outcome, grouped
 from cv_lightning.evaluation.statistics import NONE, Rate, pass_at_k, rate, rate_of_columns
 from cv_lightning.orientations import ORIENTATIONS
-from cv_lightning.types import EndState
 
 TRANSFORMS = ("identity", *ORIENTATIONS)
 """Columns of a robustness table: Source and the five orientations."""
@@ -71,7 +70,7 @@ class Breakdown(Figures):
 def breakdown(everything: Sequence[Outcome]) -> Breakdown:
     """Compute every figure from the outcomes."""
     valid = [outcome for outcome in everything if outcome.counts]
-    unjudged = [outcome for outcome in valid if outcome.end_state is EndState.ERROR_JUDGE]
+    unjudged = [outcome for outcome in valid if outcome.is_unjudged]
     judged = [outcome for outcome in valid if outcome.scored_by == "judge"]
     answered = [outcome for outcome in valid if outcome.end_state in ANSWERED]
     scored = [outcome for outcome in valid if outcome.score is not None]
@@ -105,7 +104,7 @@ def breakdown(everything: Sequence[Outcome]) -> Breakdown:
 
 def _bounds(valid: Sequence[Outcome]) -> tuple[float, float] | None:
     scores = [outcome.score for outcome in valid]
-    if not any(o.score is None and o.end_state is EndState.ERROR_JUDGE for o in valid):
+    if not any(o.score is None and o.is_unjudged for o in valid):
         return None
     return mean_of(score or 0.0 for score in scores), mean_of(1.0 if score is None else score for score in scores)
 
@@ -117,7 +116,7 @@ def _by_corruption(scored: Sequence[Outcome], clean: Sequence[Outcome]) -> dict[
 
 
 def _right_by_rule(outcome: Outcome) -> float | None:
-    if outcome.end_state is EndState.ERROR_JUDGE:
+    if outcome.is_unjudged:
         return 0.0  # the judge is asked only where the rule says no
     return None if outcome.correct is None else float(outcome.correct and outcome.scored_by == "rule")
 

@@ -178,6 +178,11 @@ class Outcome(NamedTuple):
         return not self.end_state.is_error or self.end_state is EndState.ERROR_JUDGE
 
     @property
+    def is_unjudged(self) -> bool:
+        """True if it counts, but a judge that did not reply left it unscored."""
+        return self.counts and self.correct is None
+
+    @property
     def is_upright(self) -> bool:
         """True for a task that needs no tool, shown upright."""
         return not self.needs_tool and self.variant.orientation == "identity"
@@ -220,11 +225,14 @@ def judge(task: Task, trajectory: Trajectory) -> Outcome:
 
 def _official(metadata: dict[str, Any], trajectory: Trajectory) -> float | None:
     """Score by the benchmark's own metric; None without one, or after an infrastructure error."""
+    answer = None
     if trajectory.reward is not None:
-        return official_score(trajectory.reward.answer, metadata)
-    if trajectory.end_state is EndState.ERROR_JUDGE and trajectory.turns:
-        return official_score(final_answer(trajectory.turns[-1].text), metadata)
-    return None
+        answer = trajectory.reward.answer
+    elif trajectory.end_state is EndState.ERROR_JUDGE and trajectory.turns:
+        answer = final_answer(trajectory.turns[-1].text)
+    elif trajectory.end_state.is_error or trajectory.end_state is EndState.ANSWERED:
+        return None
+    return official_score(answer, metadata)
 
 
 def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:

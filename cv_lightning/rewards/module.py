@@ -131,7 +131,7 @@ class RewardModule:
         return [{} if trajectory.end_state.is_error else next(rows) for trajectory in group.trajectories]
 
     def score_group(self, group: Group, terms: TermValues | None = None) -> None:
-        """Set `reward` of every trajectory: None after an error of the infrastructure, else the breakdown.
+        """Set `reward` of every trajectory: None after an error of the infrastructure or the judge, else the breakdown.
 
         Trajectories that `score_answer` has not seen are scored by rule. Unscored ones do not count in the group's
         statistics.
@@ -150,17 +150,19 @@ class RewardModule:
         scored: list[tuple[Trajectory, _PartialScore, Mapping[str, float | None] | None]] = []
         values = repeat(None, len(group.trajectories)) if terms is None else terms
         for trajectory, own in zip(group.trajectories, values, strict=True):
+            failure = trajectory.error if trajectory.end_state is EndState.ERROR_JUDGE else None
             if missing := [name for name, value in (own or {}).items() if value is None]:
-                trajectory.end_state = EndState.ERROR_JUDGE
-                trajectory.error = f"the judge did not reply to reward.terms {', '.join(missing)}"
+                failure = f"the judge did not reply to reward.terms {', '.join(missing)}"
+                if trajectory.end_state is EndState.ANSWERED:
+                    trajectory.end_state, trajectory.error = EndState.ERROR_JUDGE, failure
             partial: _PartialScore | None = trajectory.partial_score
             trajectory.reward = trajectory.partial_score = None
-            if trajectory.end_state is EndState.ERROR_JUDGE:
+            if failure is not None:
                 self._failures.append(True)
-                self._last_failure = trajectory.error
+                self._last_failure = failure
             elif partial is not None and partial.score.scored_by == "judge":
                 self._failures.append(False)
-            if not trajectory.end_state.is_error:
+            if failure is None and not trajectory.end_state.is_error:
                 scored.append((trajectory, partial or self._by_rule(trajectory), own))
         uses = [replace(partial.tool_use, score=partial.score.value) for _, partial, _ in scored]
         found = group_components(expected, uses, self.config.recipe)

@@ -31,8 +31,6 @@ STATE = EVALUATION_RECORD
 """File with the evaluation's fingerprint and whether it is finished."""
 ROLLOUT = "rollout."
 """Prefix of a rollout's settings in a config, under which `renames.json` lists earlier names."""
-RETRIED = frozenset(state.value for state in EndState if state.is_error and state is not EndState.ERROR_TASK)
-"""End states of trajectories that a resumed evaluation repeats, because something around the model failed."""
 OF_ENGINE = ("kind", "max_model_len", "max_images")
 """Settings of the engine that change what it samples; the others change its speed."""
 OF_SANDBOX = (
@@ -156,10 +154,10 @@ def _good_lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for line in file:
             try:
-                states = {trajectory["end_state"] for trajectory in json.loads(line)["trajectories"]}
+                unscored = [t["end_state"] for t in json.loads(line)["trajectories"] if t["reward"] is None]
             except (ValueError, KeyError, TypeError):
                 continue  # incomplete
-            if not states & RETRIED:
+            if all(state == EndState.ERROR_TASK.value for state in unscored):
                 yield line.rstrip(b"\n") + b"\n"
 
 

@@ -31,7 +31,6 @@ from cv_lightning.files import write_json
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.rollout.evaluation_state import (
-    RETRIED,
     Answered,
     differences,
     holds,
@@ -42,7 +41,7 @@ from cv_lightning.rollout.evaluation_state import (
     write_state,
 )
 from cv_lightning.trajectory.store import StoreConfig, TrajectoryWriter
-from cv_lightning.types import CVLightningError, Group, Iteration, Task
+from cv_lightning.types import CVLightningError, EndState, Group, Iteration, Task
 from cv_lightning.versions import describe_run
 
 logger = logging.getLogger(__name__)
@@ -236,7 +235,7 @@ class Evaluator:
             write_json(folder / "metrics.json", entry.summary.to_json() | {"breakdown": entry.breakdown.to_json()})
             if self._sizes.get(name) and not self._is_partial:
                 keep_only(folder, self._sizes[name], set(kept[name]))
-            failed = sum(outcome.end_state.value in RETRIED for outcome in everything[name])
+            failed = sum(o.correct is None and o.end_state is not EndState.ERROR_TASK for o in everything[name])
             if failed:
                 logger.warning(
                     "%s: %d of %d trajectories failed around the model or were not judged; repeat the command to ask "

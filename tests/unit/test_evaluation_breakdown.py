@@ -117,6 +117,15 @@ def test_tool_use_counts_although_the_judge_failed() -> None:
     assert (failed.tool_use_success.n, failed.num_errors) == (2, 2)
 
 
+def test_a_trajectory_without_an_answer_that_the_judge_left_unscored_is_counted_and_is_no_success() -> None:
+    rolled = group(digit_task(0, "turned"), 2, PERFECT)
+    rolled.trajectories[1].end_state, rolled.trajectories[1].reward = EndState.MAX_TURNS, None
+    summary, table = summarise_outcomes(outcomes([rolled])), breakdown(outcomes([rolled]))
+    assert (summary.tool_use_success.value, summary.num_errors, summary.num_unscored) == (0.5, 0, 1)
+    assert (table.num_unjudged, table.score.n, table.accuracy_rule.value) == (1, 1, 0.5)
+    assert table.score_bounds == (0.5, 1.0)
+
+
 def test_a_benchmarks_own_metric_needs_no_judge_and_decides_what_is_right() -> None:
     task = replace(digit_task(0, "upright"), metadata={"metric": "anls", "accepted_answers": ["10 May", "May 10"]})
     rolled = group(task, 3, PERFECT)

@@ -250,6 +250,18 @@ def test_a_group_is_told_of_as_soon_as_it_is_judged(encoder: DialogueEncoder, ba
     assert [group.task.id for group in groups] == ["slow", "quick"]
 
 
+def test_only_an_answer_can_lack_a_verdict(encoder: DialogueEncoder, background: Background) -> None:
+    async def score(trajectory: Trajectory) -> None:
+        await asyncio.sleep(60)
+
+    engine = ScriptedEngine(encoder, lambda name, _: ANSWER if name.startswith("answered") else "well")
+    config = AgentConfig(deadline_s=0.2)
+    rollout = Rollout(engine, Hanging(), encoder, background, config, banned_ids=(), score=score)
+    trajectories = rollout.run([RolloutRequest(task(name), 0) for name in ("answered", "not")], SamplingConfig())
+    assert [t.end_state for t in trajectories] == [EndState.ERROR_JUDGE, EndState.NO_ANSWER]
+    assert "deadline_s" in trajectories[0].error and trajectories[1].error == ""
+
+
 class Hanging:
     """Runs one snippet at a time, `seconds` each; those of `owner` never end."""
 

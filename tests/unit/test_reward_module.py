@@ -366,6 +366,17 @@ def test_trajectories_without_a_reply_of_the_judge_are_unscored_and_counted(term
     assert term.name in (found.trajectories[-1].error or "")
 
 
+@pytest.mark.parametrize("end", [EndState.MAX_TURNS, EndState.OVER_LENGTH])
+def test_a_silent_judge_leaves_the_end_state_of_a_trajectory_without_an_answer(end: EndState) -> None:
+    unanswered = Recorder(task(box=None)).answer(None, end=end, raw="so")
+    unanswered.error = "the limit"
+    module = RewardModule(RewardConfig(terms=[Unanswered("u", 1.0)]))
+    members = group(Recorder(task(box=None)).answer(), unanswered)
+    module.score_group(members, asyncio.run(module.ask_terms(members)))
+    assert (unanswered.end_state, unanswered.error, unanswered.reward) == (end, "the limit", None)
+    assert members.trajectories[0].reward is not None and module.verdicts == [True], "the failure counts"
+
+
 def test_a_group_term_without_its_values_is_an_error() -> None:
     module, members = RewardModule(RewardConfig(terms=[Rank("rank", 0.5)])), group(Recorder(task(box=None)).answer())
     with pytest.raises(ValueError, match="await ask_terms"):
