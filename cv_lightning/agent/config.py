@@ -35,7 +35,8 @@ class AgentConfig:
     deterministic: bool = False
     """Admit tool results in a fixed order: rollouts repeat bit for bit, and are slower."""
     deadline_s: float = 1800.0
-    """Time limit of a rollout in seconds; unfinished trajectories then end as `stopped`."""
+    """Time limit of a rollout in seconds; unfinished trajectories then end as `stopped`. Scores that are still missing
+    may take as long again."""
     early_stop_fraction: float = 1.0
     """Fraction of trajectories after which a training rollout ends; the others end as `stopped`, are counted and never
     scored. Below 1 the engine does not run for a few long trajectories (over-provisioning, APRIL, 2509.18521). Keep
@@ -59,6 +60,11 @@ class AgentConfig:
         if self.tools is not None and not self.tools:
             raise ValueError("agent.tools is empty; leave it out for the code tool, or set agent.tool false for none")
         check_tools(self.tools or DEFAULT_TOOLS)
+
+    @property
+    def longest_s(self) -> float:
+        """Longest time of a rollout in seconds, scores included."""
+        return 2 * self.deadline_s
 
     @property
     def offered(self) -> Sequence[Tool]:

@@ -141,7 +141,7 @@ class _Pass:
                 self._complete()
                 self._show()
             self._show()
-            self._complete(wait_until=time.perf_counter() + self.config.deadline_s)
+            self._complete(wait_until=time.perf_counter() + self.config.deadline_s)  # within config.longest_s in all
         except BaseException:
             self._abort()
             raise

@@ -171,10 +171,10 @@ class RolloutCallback(pl.Callback):
     def _check_deadline(self, trainer: pl.Trainer) -> None:
         """Warn if a rank that waits for the longest possible rollout of another would time out."""
         timeout_s = collective_timeout_s() if trainer.world_size > 1 else None
-        if timeout_s is not None and timeout_s <= self.agent.deadline_s:
+        if timeout_s is not None and timeout_s <= self.agent.longest_s:
             logger.warning(
-                "agent.deadline_s (%g) is not below the strategy's time-out (%g s): a rank that waits for a long "
-                "rollout would end the run; raise trainer.strategy's time-out or lower the deadline",
+                "twice agent.deadline_s (%g) is not below the strategy's time-out (%g s): a rank that waits for a long "
+                "rollout and its scores would end the run; raise trainer.strategy's time-out or lower the deadline",
                 self.agent.deadline_s,
                 timeout_s,
             )

@@ -130,6 +130,11 @@ class RewardModule:
         )
         return [{} if trajectory.end_state.is_error else next(rows) for trajectory in group.trajectories]
 
+    def no_terms(self, group: Group) -> TermValues:
+        """The values of `ask_terms` if no term replied in time."""
+        missing = {term.name: None for term in self.config.terms}
+        return [{} if trajectory.end_state.is_error else missing for trajectory in group.trajectories]
+
     def score_group(self, group: Group, terms: TermValues | None = None) -> None:
         """Set `reward` of every trajectory: None after an error of the infrastructure or the judge, else the breakdown.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -18,6 +20,8 @@ from cv_lightning.rewards.module import TermValues
 from cv_lightning.rl.groups import has_advantage
 from cv_lightning.rollout.engine_group import EngineGroup
 from cv_lightning.types import EndState, Group, Task, Trajectory
+
+logger = logging.getLogger(__name__)
 
 ADDED_METRICS = frozenset(
     [
@@ -94,16 +98,27 @@ class Collector:
     ) -> list[Group]:
         groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
         waiting: list[tuple[Group, Future[TermValues]]] = []
+        end = time.perf_counter() + self.rollout.config.longest_s
 
         def scored(group: Group, *terms: TermValues) -> None:
             self.rewards.score_group(group, *terms)
             if self.on_group is not None:
                 self.on_group(group)
 
-        def score_answered(*, wait: bool) -> None:
-            while waiting and (wait or waiting[0][1].done()):
+        def score_answered() -> None:
+            while waiting and waiting[0][1].done():
                 group, asked = waiting.pop(0)
                 scored(group, asked.result())
+
+        def score_rest() -> None:
+            wait([asked for _, asked in waiting], timeout=max(0.0, end - time.perf_counter()))
+            for group, asked in waiting:
+                if asked.done():
+                    scored(group, asked.result())
+                    continue
+                asked.cancel()
+                logger.warning("reward.terms gave no values for task %s before the rollout's deadline", group.task.id)
+                scored(group, self.rewards.no_terms(group))
 
         def on_complete(number: int, trajectory: Trajectory) -> None:
             group = groups[number // num_samples]
@@ -114,10 +129,10 @@ class Collector:
                     waiting.append((group, self.rollout.background.submit(self.rewards.ask_terms(group))))
                 else:
                     scored(group)
-            score_answered(wait=False)
+            score_answered()
 
         self.rollout.run(requests_of(tasks, num_samples), sampling, progress, on_complete)
-        score_answered(wait=True)
+        score_rest()
         return groups
 
 

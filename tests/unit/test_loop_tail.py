@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from test_loop import ANSWER, TURN, Hanging, ScriptedEngine, task
@@ -12,8 +16,11 @@ from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.driver import Rollout
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
+from cv_lightning.callbacks import rollout as rollout_callback
+from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.engines.base import SamplingConfig
-from cv_lightning.rollout.collector import rollout_metrics
+from cv_lightning.rewards import AnsweredGroup, RewardConfig, RewardModule, RewardTerm
+from cv_lightning.rollout.collector import Collector, rollout_metrics
 from cv_lightning.types import EndState, Group
 
 
@@ -45,3 +52,39 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=r"agent\.early_stop_fraction"):
         AgentConfig(early_stop_fraction=share)
     assert AgentConfig().early_stop_fraction == 1.0
+
+
+class Silent(RewardTerm):
+    """Never replies about one task."""
+
+    async def values(self, group: AnsweredGroup) -> list[float | None]:
+        if group.task.id == "silent":
+            await asyncio.sleep(60)
+        return [1.0] * len(group.trajectories)
+
+
+def test_a_term_that_never_replies_ends_with_the_rollouts_deadline(
+    encoder: DialogueEncoder, background: Background
+) -> None:
+    engine = ScriptedEngine(encoder, lambda *_: ANSWER)
+    config = AgentConfig(deadline_s=0.5)
+    rollout = Rollout(engine, Hanging(), encoder, background, config, banned_ids=())
+    rewards = RewardModule(RewardConfig(terms=[Silent("silent", 1.0)]))
+    begun = time.monotonic()
+    groups = Collector(rollout, rewards).roll_out([task("silent"), task("quick")], 2, SamplingConfig())
+    assert time.monotonic() - begun < 10
+    states = [[t.end_state for t in group.trajectories] for group in groups]
+    assert states == [[EndState.ERROR_JUDGE] * 2, [EndState.ANSWERED] * 2]
+    assert [t.reward is None for group in groups for t in group.trajectories] == [True, True, False, False]
+
+
+def test_a_collective_timeout_below_the_longest_rollout_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rollout_callback, "collective_timeout_s", lambda: 150.0)
+    for deadline_s, warned in ((100.0, True), (70.0, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            callback = RolloutCallback(agent=AgentConfig(deadline_s=deadline_s))
+            callback._check_deadline(SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+        assert ("deadline_s" in caplog.text) is warned
