@@ -183,16 +183,13 @@ def _open_files() -> set[str]:
     return targets
 
 
-def check_launch(
-    devices: int | list[int] | str, num_nodes: int, environment: Mapping[str, str] = os.environ, *, resolve: bool = True
-) -> int:
+def check_launch(devices: int | list[int] | str, num_nodes: int, environment: Mapping[str, str] = os.environ) -> int:
     """Refuse an environment in which the ranks of a run would wait for each other forever.
 
     Args:
         devices: `trainer.devices`.
         num_nodes: `trainer.num_nodes`.
         environment: Environment variables, with those of torchrun, srun or the user.
-        resolve: Look up the name of the main node.
 
     Returns:
         Number of ranks; 0 for `auto`.
@@ -225,7 +222,7 @@ def check_launch(
             f"trainer.num_nodes is {num_nodes}, but nothing says where the ranks meet: start with torchrun "
             "(--rdzv-endpoint HOST:PORT) or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node"
         )
-    if address and resolve:
+    if address:
         _resolve(address, numbers["MASTER_PORT"])
     return ranks
 

@@ -391,7 +391,7 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     end_state: EndState = EndState.NO_ANSWER
     error: str = ""
-    """The failure, for the error end states."""
+    """Why it ended: the failure, or the limit that was hit; empty otherwise."""
     policy_version: int = 0
     """Version of the policy's weights that sampled it."""
     reward: RewardBreakdown | None = None

@@ -363,7 +363,7 @@ def trace(kind: str, folder: Path) -> dict[str, Any]:
         agent=AgentConfig(max_turns=1, max_turn_tokens=16, max_images=2, prompt=words, deterministic=True),
         engine=EngineConfig(kind=kind, max_model_len=512, max_num_seqs=8, max_images=2),
         num_samples=2,
-        parity_tolerance=0,
+        mismatch_tolerance=0,
     )
     callback.tokens = Tokens()
     picture, *others = [Picture(module, cell) for cell in cells]

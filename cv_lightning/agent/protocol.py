@@ -68,17 +68,6 @@ def parse_turn(text: str, tools: Sequence[Tool] = DEFAULT_TOOLS) -> ParsedTurn:
     return ParsedTurn(call=call, num_calls=len(blocks), error=error)
 
 
-def parse_tool_calls(text: str) -> list[dict[str, Any]]:
-    """All well-formed calls of any name, as `{"name", "arguments"}`, in order; malformed blocks are left out.
-
-    Agrees with the reference's Hermes parser (golden/toolcalls) but for its questionable cases: calls inside thoughts
-    are not calls, arguments given as JSON text are decoded, raw line breaks and tabs in strings are accepted, an
-    end tag inside a string does not cut the call, and numbers that JSON cannot hold are refused.
-    """
-    found = (_named(load_call(block)) for block in _blocks(text).bodies)
-    return [call for call in found if call is not None]
-
-
 def first_call(text: str) -> ToolCall | None:
     """The call of a demonstration's turn: the one that the agent would run, or the first that it would refuse.
 

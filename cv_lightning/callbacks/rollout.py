@@ -37,6 +37,7 @@ from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.metrics import added, means, reward_sums
+from cv_lightning.rl.groups import has_reward_variance
 from cv_lightning.rollout.collector import Collector, end_state_metric, merge_metrics, rollout_metrics
 from cv_lightning.rollout.dynamic_sampling import TaskQueue, sample_groups
 from cv_lightning.rollout.engine_group import EngineGroup, check_engine_device
@@ -165,7 +166,7 @@ class RolloutCallback(pl.Callback):
             self.parts.ranks = EngineGroup(size, trainer)
         if kind in ("vllm", "server"):  # vLLM's start measures memory with a collective of all ranks
             with Watchdog.at(trainer, "start of the engine", waits=kind == "vllm"):
-                self._ready(module)
+                self._parts_and_engine(module)
         trainer.strategy.barrier("engine")  # vLLM's start desynchronises ranks
 
     def _check_deadline(self, trainer: pl.Trainer) -> None:
@@ -215,7 +216,7 @@ class RolloutCallback(pl.Callback):
         if not isinstance(batch, Iteration):
             return
         module = _policy_module(pl_module)
-        parts, engine = self._ready(module)
+        parts, engine = self._parts_and_engine(module)
         is_due = bool(self.mismatch_tolerance) and not self.is_tested
         test = SelfTest(self, engine, trainer, module, batch.tasks) if is_due else None
         if test is not None:
@@ -289,13 +290,13 @@ class RolloutCallback(pl.Callback):
 
         if batch.num_groups is None:
             batch.groups = roll_out(batch.tasks)
-            module.assign_advantages(batch.groups)
+            module.set_advantages(batch.groups)
             return batch.groups, {}
         limit = len(batch.tasks)
         self.queue.add(batch, trainer)
-        found = module.has_reward_variance
+        found = partial(has_reward_variance, mask=module.algorithm.mask)
         groups, rounds = sample_groups(self.queue, batch.num_groups, roll_out, found, module.reduce_max)
-        module.assign_advantages(groups)
+        module.set_advantages(groups)
         batch.groups = [group for group in groups if found(group)]
         dropped = self.queue.close_iteration(limit)
         return groups, {
@@ -312,7 +313,7 @@ class RolloutCallback(pl.Callback):
         """
         if self.engine_config.keeps_own_weights:
             return
-        _, engine = self._ready(module)
+        _, engine = self._parts_and_engine(module)
         assert module.policy is not None
         if engine_kind(self.engine_config) == "transformers":  # it generates with the policy itself
             return engine.update_weights(module.policy.named_parameters(), version)
@@ -350,7 +351,7 @@ class RolloutCallback(pl.Callback):
             return
         module = _policy_module(pl_module)
         self.evaluator.finish(trainer, module)
-        parts, engine = self._ready(module)
+        parts, engine = self._parts_and_engine(module)
         engine.sleep()
         if trainer.state.fn is not TrainerFn.FITTING:  # the results are written and name what is unjudged
             parts.rewards.check_verdicts(gather_lists(parts.rewards.verdicts))
@@ -360,7 +361,7 @@ class RolloutCallback(pl.Callback):
     on_validation_epoch_end = on_test_epoch_end
 
     # ------------------------------------------------------------------ parts
-    def _ready(self, module: PolicyModule) -> tuple[_Parts, Engine]:
+    def _parts_and_engine(self, module: PolicyModule) -> tuple[_Parts, Engine]:
         """The parts and the engine, which is built on first use."""
         assert self.parts is not None, "setup has not run"
         if self.parts.engine is None:
@@ -376,7 +377,7 @@ class RolloutCallback(pl.Callback):
         self, trainer: pl.Trainer, module: PolicyModule, agent: AgentConfig, training: bool = False
     ) -> Collector:
         """A collector that rolls tasks out with this agent on this rank."""
-        parts, engine = self._ready(module)
+        parts, engine = self._parts_and_engine(module)
         rollout = Rollout(
             engine=engine,
             sandbox=parts.sandbox,

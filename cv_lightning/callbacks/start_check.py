@@ -18,7 +18,7 @@ from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.distributed import gather_lists
 from cv_lightning.models.packing import TrainSequence, pack_sequences
-from cv_lightning.models.plain import plain_logprobs
+from cv_lightning.models.reference_forward import plain_logprobs
 from cv_lightning.modules.sft import SFTModule
 from cv_lightning.rollout.mismatch import exceeds
 from cv_lightning.types import MismatchError

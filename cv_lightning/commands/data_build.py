@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cv_lightning.command_line import run_verb
-from cv_lightning.commands.progress import progress
+from cv_lightning.factory.progress import progress
 
 
 def build_sft(args: list[str]) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cv_lightning.command_line import run_verb
-from cv_lightning.commands.progress import progress
 from cv_lightning.data.rows import ReaderConfig
+from cv_lightning.factory.progress import progress
 from cv_lightning.files import write_json
 
 LISTED_ROWS = 12

@@ -9,8 +9,8 @@ from pathlib import Path
 from cv_lightning.command_line import run_verb
 from cv_lightning.images import decode_image
 from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.sandbox.cases import PACKAGED, load_cases, report, run_cases
 from cv_lightning.sandbox.config import MAX_CODE_CHARS
-from cv_lightning.sandbox.selftest import PACKAGED, load_cases, report, run_cases
 from cv_lightning.types import DataError
 
 OPERATION = {name: name for name in ("name", "call", "arguments", "used")} | {

@@ -82,8 +82,6 @@ class ParquetRows:
         self._kept: OrderedDict[int, pa.RecordBatch | RowError] = OrderedDict()
         self._streams: OrderedDict[tuple[int, int], _Stream] = OrderedDict()
         self._broken: dict[tuple[int, int], tuple[int, str]] = {}
-        self.num_chunk_reads = 0
-        """Chunks read from disk so far."""
 
     def __len__(self) -> int:
         return len(self._index)
@@ -135,7 +133,6 @@ class ParquetRows:
 
     # ---------------------------------------------------------------------------------------- reading
     def _read(self, chunk: Chunk) -> pa.RecordBatch | RowError:
-        self.num_chunk_reads += 1
         key = (chunk.file, chunk.group)
         broken_at, why = self._broken.get(key, (chunk.start + chunk.num_rows, ""))
         if chunk.start + chunk.num_rows > broken_at:

@@ -60,9 +60,9 @@ class DemonstrationConfig:
 
 
 # ------------------------------------------------------------------------------------------------ text
-def answer_text(answer: str, thought: str = THOUGHT_READ) -> str:
+def answer_text(answer: str) -> str:
     """Assistant turn that answers."""
-    return f"<think>{thought}</think><answer>{answer}</answer>"
+    return f"<think>{THOUGHT_READ}</think><answer>{answer}</answer>"
 
 
 def call_text(call: ToolCall, thought: str) -> str:

@@ -149,7 +149,6 @@ class DigitSFTDataModule(DigitEvaluationDataModule, SFTDataModule):
             )
         self.demonstrations = demonstrations or DemonstrationConfig()
         self.sandbox_config = sandbox or SandboxConfig()
-        self.warm_up_share = warm_up_share
         self.warm_up_conversations_per_step = warm_up_conversations_per_step
         self.warm_up_steps = 0 if self.train_files else round(self.num_steps * warm_up_share)
         self._sandbox: Sandbox | None = None

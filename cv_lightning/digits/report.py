@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cv_lightning.digits.ablation import LABELS, unnecessary_rotations
+from cv_lightning.digits.rotations import LABELS, unnecessary_rotations
 from cv_lightning.digits.scenes import KINDS
 from cv_lightning.digits.stages import FULL, NOT_SECONDS, REDUCED, STAGES, read_timing, training_minutes
 from cv_lightning.digits.training import training_story

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cv_lightning.command_line import run_verb
-from cv_lightning.digits.ablation import rotations_while_sampling
 from cv_lightning.digits.figures import Evaluations, write_summary
+from cv_lightning.digits.rotations import rotations_while_sampling
 from cv_lightning.digits.stages import FULL, REDUCED, kind_order, stage_label, stage_order
 from cv_lightning.evaluation.statistics import Rate
 

@@ -93,8 +93,6 @@ def turned_image(trajectory: Trajectory) -> bool:
 class ImageVariant(NamedTuple):
     """The form in which a question was asked: as given, turned or corrupted."""
 
-    base_id: str
-    """Id of the question, the same for all variants."""
     cluster: str
     """Unit of resampling, the same for all questions about an image, in all variants."""
     data_source: str
@@ -124,7 +122,7 @@ def variant_of(task: Task) -> ImageVariant:
     if turns not in ([], [orientation]):
         single = orientation == "identity" and len(turns) == 1 and turns[0] in ORIENTATIONS
         orientation = turns[0] if single else "other"
-    return ImageVariant(base, str(metadata.get("picture") or base), source, orientation, corruption, severity, as_given)
+    return ImageVariant(str(metadata.get("picture") or base), source, orientation, corruption, severity, as_given)
 
 
 # ------------------------------------------------------------------------------------------------ outcome
@@ -188,7 +186,7 @@ class Outcome(NamedTuple):
         return not self.needs_tool and self.variant.orientation == "identity"
 
 
-def judge(task: Task, trajectory: Trajectory) -> Outcome:
+def outcome_of(task: Task, trajectory: Trajectory) -> Outcome:
     """The outcome of one trajectory."""
     variant, reward, tokens = variant_of(task), trajectory.reward, trajectory.tokens
     seen = crops(task, trajectory) if task.box is not None else []
@@ -245,4 +243,4 @@ def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
 
 def outcomes(groups: Iterable[Group]) -> list[Outcome]:
     """The outcomes of all trajectories."""
-    return [judge(group.task, trajectory) for group in groups for trajectory in group.trajectories]
+    return [outcome_of(group.task, trajectory) for group in groups for trajectory in group.trajectories]

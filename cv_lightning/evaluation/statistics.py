@@ -35,11 +35,11 @@ NONE = Rate(math.nan, math.nan, math.nan, 0)
 """The rate of nothing."""
 
 
-def wilson(num_hits: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion of `n` independent trials; (nan, nan) where `n` is 0."""
+def wilson(num_hits: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion of `n` independent trials; (nan, nan) where `n` is 0."""
     if n == 0:
         return math.nan, math.nan
-    value = num_hits / n
+    value, z = num_hits / n, 1.959964
     centre = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -18,6 +18,8 @@ from cv_lightning.images import ImageLimits
 from cv_lightning.tools import CodeTool
 from cv_lightning.tools.base import Coordinates
 
+QUESTION_CHARACTERS = 160
+"""Greatest length of a question inside a thought."""
 DESCRIBED_FRACTION = 0.5
 """Fraction of the calls for which the offline teacher writes a description."""
 
@@ -199,10 +201,10 @@ class OfflineTeacher:
         return " ".join(parts)
 
 
-def _short(question: str, limit: int = 160) -> str:
+def _short(question: str) -> str:
     """A question shortened to fit into a thought, without characters of markup."""
     text = " ".join(question.split()).replace("<", "\u2039").replace(">", "\u203a").replace("{", "(").replace("}", ")")
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "\u2026"
+    return text if len(text) <= QUESTION_CHARACTERS else text[: QUESTION_CHARACTERS - 1].rstrip() + "\u2026"
 
 
 def _error_name(messages: Sequence[EarlierMessage]) -> str:

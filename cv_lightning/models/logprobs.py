@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cv_lightning.models.adapters.base import LOGIT_BAN
+from cv_lightning.models.adapters.base import LOGIT_BAN, LOGIT_CHUNK
 from cv_lightning.models.packing import PackedBatch
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def packed_logprobs(
     temperature: float = 1.0,
     banned_ids: Sequence[int] = (),
     entropy: Entropy = "none",
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = LOGIT_CHUNK,
 ) -> LogProbs:
     """Log-probability of every target as the engine computes it: ban, then temperature, then softmax in float32.
 

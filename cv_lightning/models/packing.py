@@ -52,7 +52,7 @@ class PackedBatch(PackedInputs):
     targets: torch.Tensor
     """[N] The tokens that follow the loss positions."""
     sequence_index: torch.Tensor
-    """[N] Index of the sequence that each target belongs to."""
+    """[N] Place among the packed sequences of the one that each target belongs to."""
     rollout_logprobs: torch.Tensor
     """[N] float32; 0 for sequences without them."""
     advantages: torch.Tensor
@@ -152,33 +152,33 @@ def pack_sequences(sequences: Sequence[TrainSequence], config: PretrainedConfig,
     offset = 0
     for group in prompt_groups(sequences, config, adapter):
         start = offset
-        for index in group:
-            sequence = sequences[index]
-            shared = sequence.prompt_len if index != group[0] else 0
-            parts.append(_sequence_arrays(index, sequence, adapter, start=start, offset=offset, shared=shared))
+        for place in group:
+            sequence = sequences[place]
+            shared = sequence.prompt_len if place != group[0] else 0
+            parts.append(_sequence_arrays(place, sequence, adapter, start=start, offset=offset, shared=shared))
             offset += len(sequence.token_ids) - shared
             shown = sequence.vision[_images_within(sequence, shared, adapter) :]
             distinct |= {id(vision): vision for vision in shown}
             order += map(id, shown)
     packed = {name: torch.from_numpy(np.concatenate([part[name] for part in parts], -1)) for name in parts[0]}
-    places = {key: place for place, key in enumerate(distinct)}
+    rows = {key: row for row, key in enumerate(distinct)}
     return PackedBatch(
         input_ids=packed.pop("token_ids")[None],
         position_ids=packed.pop("positions")[:, None],
         images=tuple(distinct.values()),
-        image_index=torch.tensor([places[key] for key in order]) if order else None,
+        image_index=torch.tensor([rows[key] for key in order]) if order else None,
         adapter=adapter,
         **packed,
     )
 
 
 def _sequence_arrays(
-    index: int, sequence: TrainSequence, adapter: ModelAdapter, *, start: int, offset: int, shared: int
+    place: int, sequence: TrainSequence, adapter: ModelAdapter, *, start: int, offset: int, shared: int
 ) -> dict[str, np.ndarray]:
     """Fields of a packed batch for one sequence.
 
     Args:
-        index: The sequence's number.
+        place: The sequence's place among those that are packed.
         sequence: The sequence.
         adapter: The model's adapter.
         start: Position in T of its first `shared` tokens, which an earlier sequence of the group has brought.
@@ -189,7 +189,7 @@ def _sequence_arrays(
     lengths = {len(part) for part in (sequence.token_ids, sequence.loss_mask, logprobs) if part is not None}
     if len(lengths) != 1 or not sequence.token_ids:
         raise DataError(
-            f"sequence {index}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must "
+            f"sequence {place}: token ids, loss mask and log-probabilities have lengths {sorted(lengths)}; they must "
             "agree"
         )
     token_ids = np.array(sequence.token_ids, dtype=np.int64)
@@ -197,7 +197,7 @@ def _sequence_arrays(
     features, tokens = sum(image.num_tokens for image in sequence.vision), int(is_image.sum())
     if features != tokens:
         raise DataError(
-            f"sequence {index}: {tokens} image tokens but {features} image features of {len(sequence.vision)} images"
+            f"sequence {place}: {tokens} image tokens but {features} image features of {len(sequence.vision)} images"
         )
     learned = np.flatnonzero(np.array(sequence.loss_mask, dtype=bool)[1:])  # position i predicts token i + 1
     rollout = np.zeros(len(token_ids)) if logprobs is None else np.array(logprobs)
@@ -206,7 +206,7 @@ def _sequence_arrays(
         "positions": adapter.positions(is_image, sequence.vision)[:, shared:],
         "loss_positions": learned + np.where(learned < shared, start, offset - shared),
         "targets": token_ids[learned + 1],
-        "sequence_index": np.full(len(learned), index, dtype=np.int64),
+        "sequence_index": np.full(len(learned), place, dtype=np.int64),
         "rollout_logprobs": rollout[learned + 1].astype(np.float32),
         "advantages": np.full(len(learned), sequence.advantage, dtype=np.float32),
     }

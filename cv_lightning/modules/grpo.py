@@ -16,9 +16,8 @@ from cv_lightning.models.logprobs import Entropy, LogProbs
 from cv_lightning.models.lora import adapters_off
 from cv_lightning.models.packing import PackedBatch, pack_sequences
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
-from cv_lightning.rl.advantages import GRPO
 from cv_lightning.rl.algorithm import AlgorithmConfig
-from cv_lightning.rl.groups import assign_advantages, has_advantage, has_reward_variance, is_trainable
+from cv_lightning.rl.groups import assign_advantages, has_advantage, is_trainable
 from cv_lightning.rl.kl import rewards_with_kl
 from cv_lightning.rl.losses import TokenBatch
 from cv_lightning.rl.objective import total_loss
@@ -128,14 +127,11 @@ class GRPOModule(PolicyModule):
         return self.algorithm.kl.weight_at(self.iteration)
 
     # ------------------------------------------------------------------ advantages
-    def assign_advantages(self, groups: Sequence[Group]) -> None:
+    def set_advantages(self, groups: Sequence[Group]) -> None:
         """Set the advantages of an iteration's scored groups of this rank. Call it once, on every rank."""
-        estimator, mask = self.algorithm.advantage or GRPO(), self.algorithm.mask
+        estimator, mask = self.algorithm.advantage, self.algorithm.mask
+        assert estimator is not None, "AlgorithmConfig.resolved sets it"
         assign_advantages(groups, estimator, mask, self.reduce_sum, self.advantage_rewards)
-
-    def has_reward_variance(self, group: Group) -> bool:
-        """True if the group's rewards differ and not all of its scored trajectories are masked."""
-        return has_reward_variance(group, self.algorithm.mask)
 
     @torch.no_grad()
     def advantage_rewards(self, trajectories: Sequence[Trajectory]) -> list[float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cv_lightning.models.adapters import Architecture, ModelAdapter, adapter_for
+from cv_lightning.models.adapters.base import LOGIT_CHUNK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 ADAM_MOMENTS, FLOAT32 = 2, 4
 LOGIT_COPIES = 3
 """Float32 copies of a chunk's logits that are alive at once: the logits, their gradient, and the softmax between."""
-LOGIT_CHUNK = 1024
-"""Positions whose logits are in memory at once (`model.logprobs`)."""
 STEP_COPIES = 2
 """Temporary tensors of an optimizer step, each as large as the parameters that are stepped at once."""
 ZERO3_ELEMENTS = 1_000_000_000

@@ -30,7 +30,7 @@ TOLERANCE = Fraction(1, 10_000)
 """Largest difference of two numbers that are the same, absolute and relative to the right one."""
 
 
-def _agree(said: Quantity, truth: Quantity, said_text: str) -> tuple[Fraction, Fraction] | None:
+def _in_one_unit(said: Quantity, truth: Quantity, said_text: str) -> tuple[Fraction, Fraction] | None:
     """Both values in the same unit; None if the units contradict each other. Without a unit, the other's is meant."""
     one, other = said.unit, truth.unit
     if (said.is_percent and other) or (truth.is_percent and one and one.is_known):
@@ -61,7 +61,7 @@ def same_quantity(said: Quantity, truth: Quantity, said_text: str = "") -> bool:
     """
     if said.comparison != truth.comparison or said.digits != truth.digits:
         return False
-    values = _agree(said, truth, said_text)
+    values = _in_one_unit(said, truth, said_text)
     if values is None:
         return False
     pairs = [values]

@@ -73,7 +73,7 @@ class Sandbox:
         Raises:
             SandboxError: A required layer is missing or a test case was not contained, and `allow_unsafe` is off.
         """
-        from cv_lightning.sandbox.selftest import START_CASES, run_cases
+        from cv_lightning.sandbox.cases import START_CASES, run_cases
 
         with self._lock:
             if self._pool is not None:

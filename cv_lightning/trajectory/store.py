@@ -94,9 +94,6 @@ class TrajectoryWriter:
     ) -> None:
         self.folder = Path(folder)
         self.config = config or StoreConfig()
-        self.num_written = 0
-        self.num_skipped = 0
-        """Groups left out by `share` or `max_gb`."""
         self.num_bytes = 0
         """Bytes of the images found at the start, of this rank's file, and of what was written since."""
         self.path = self.folder / LINES / f"{name}.rank{rank}.jsonl"
@@ -141,7 +138,6 @@ class TrajectoryWriter:
             CVLightningError: This group, or in the background an earlier one, cannot be written.
         """
         if self._is_full or not self._is_chosen(group.task.id, iteration):
-            self.num_skipped += 1
             return
         group = replace(group, iteration=iteration)
         if self._thread is None:
@@ -153,7 +149,6 @@ class TrajectoryWriter:
 
     def _write(self, group: Group) -> None:
         if self._is_full:
-            self.num_skipped += 1
             return
         try:
             line = encode_group(group, name_image=self._store_image, tokens=self.config.tokens)
@@ -161,7 +156,6 @@ class TrajectoryWriter:
             self._file.flush()
         except OSError as error:
             raise self._cannot_store(error) from error
-        self.num_written += 1
         self.num_bytes += len(line)
         self._warn_if_full()
 

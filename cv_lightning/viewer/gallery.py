@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from cv_lightning.evaluation.outcome import Outcome, judge
+from cv_lightning.evaluation.outcome import Outcome, outcome_of
 from cv_lightning.trajectory import path_of, pixels_of
 from cv_lightning.types import DataError, Group, ToolResult, Trajectory, TrajectoryImage, Turn
 from cv_lightning.viewer.highlight import highlight
@@ -152,7 +152,7 @@ class Gallery:
             }
         )
         for trajectory in group.trajectories:
-            self.trajectories.append(self._trajectory(judge(task, trajectory), trajectory))
+            self.trajectories.append(self._trajectory(outcome_of(task, trajectory), trajectory))
 
     def _trajectory(self, outcome: Outcome, trajectory: Trajectory) -> dict[str, Any]:
         reward, tokens = trajectory.reward, trajectory.tokens

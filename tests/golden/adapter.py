@@ -62,11 +62,16 @@ def response_format(case: Case) -> float:
 
 
 def toolcalls(case: Case) -> dict[str, Any]:
-    """Calls of a turn."""
-    from cv_lightning.agent.protocol import parse_tool_calls
+    """All well-formed calls of a turn, read as `parse_turn` reads the first one.
 
-    found = parse_tool_calls(case["input"]["text"])
-    return {"calls": [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in found]}
+    They agree with the released code's Hermes parser but for its questionable cases: calls inside thoughts are not
+    calls, arguments given as JSON text are decoded, raw line breaks and tabs in strings are accepted, an end tag inside
+    a string does not cut the call, and numbers that JSON cannot hold are refused.
+    """
+    from cv_lightning.agent.protocol import _blocks, _named, load_call
+
+    found = [_named(load_call(block)) for block in _blocks(case["input"]["text"]).bodies]
+    return {"calls": [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in found if c is not None]}
 
 
 def images(case: Case) -> dict[str, Any]:

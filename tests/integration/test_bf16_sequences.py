@@ -18,7 +18,7 @@ from cv_lightning.models.adapters.tiny import TinyModelConfig
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import packed_logprobs
 from cv_lightning.models.packing import TrainSequence, pack_sequences, packed_length
-from cv_lightning.models.plain import plain_logprobs
+from cv_lightning.models.reference_forward import plain_logprobs
 from cv_lightning.models.vision import VisionCache
 from cv_lightning.rollout.mismatch import exceeds
 

@@ -13,7 +13,7 @@ import pytest
 
 from cv_lightning.commands.sandbox import main
 from cv_lightning.sandbox import Sandbox
-from cv_lightning.sandbox.selftest import PACKAGED, Case, load_cases, surroundings
+from cv_lightning.sandbox.cases import PACKAGED, Case, load_cases, surroundings
 from cv_lightning.types import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

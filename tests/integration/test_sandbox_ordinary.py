@@ -9,7 +9,7 @@ import pytest
 from sandbox_samples import general
 
 from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.sandbox.selftest import test_image as full_image
+from cv_lightning.sandbox.cases import test_image as full_image
 from cv_lightning.types import SandboxResult, ToolStatus
 
 FILE = Path(__file__).parents[1] / "ordinary_snippets.json"

@@ -21,8 +21,8 @@ from PIL import Image
 from sandbox_samples import NOISE, general
 
 from cv_lightning.sandbox import Sandbox, SandboxConfig, pool, server, starts
+from cv_lightning.sandbox.cases import strays
 from cv_lightning.sandbox.config import GENERAL_LAYERS
-from cv_lightning.sandbox.selftest import strays
 from cv_lightning.types import SandboxResult, ToolStatus
 
 WAVE = 1000

@@ -42,7 +42,7 @@ UNJUDGED = {"correct": None, "right": None, "score": None, "scored_by": "", "end
 
 def test_columns_of_a_robustness_table_and_both_means() -> None:
     found = forms(8, CorruptionConfig())
-    assert {o.variant.base_id for o in found} == {f"{digit_task(i, 'upright').id}" for i in range(8)}
+    assert {o.variant.cluster for o in found} == {f"{digit_task(i, 'upright').id}" for i in range(8)}
     # Source always right, quarter turns in half of the questions, the rest never
     found = [
         set_score(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cv_lightning.agent.protocol import example_call, first_call, parse_tool_calls, parse_turn
+from cv_lightning.agent.protocol import example_call, first_call, parse_turn
 from cv_lightning.tools import CodeTool, Tool, ToolContext
 from cv_lightning.tools.code_image import code_call
 from cv_lightning.types import ToolCall, ToolResult
@@ -123,10 +123,6 @@ def test_a_turn_that_answers_runs_nothing() -> None:
     assert (parsed.call, parsed.answer, parsed.num_calls) == (None, "1", 1)
 
 
-def test_other_tools_are_listed_by_parse_tool_calls_only() -> None:
-    assert parse_tool_calls(call(name="search")) == [{"name": "search", "arguments": {"code": "result = image"}}]
-
-
 @pytest.mark.parametrize("tag", ["<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "<tool_response>"])
 @pytest.mark.parametrize("around", ["", "<tool_call>", "<think>t</think>"])
 def test_reading_takes_no_time(tag: str, around: str) -> None:
@@ -150,10 +146,9 @@ def test_arguments_nested_too_deep_are_no_json() -> None:
 def test_a_no_break_space_outside_strings_is_no_call() -> None:
     for space in ("\u00a0", "\ufeff", "\u2003", "\x0b"):
         body = f'{space}{{"name": "f", "arguments": {{}}}}'
-        assert parse_tool_calls(f"<tool_call>{body}</tool_call>") == []
-    assert parse_tool_calls('<tool_call>\r\n\t {"name": "f", "arguments": {"t": "a\u00a0b"}}\n</tool_call>') == [
-        {"name": "f", "arguments": {"t": "a\u00a0b"}}
-    ]
+        assert first_call(f"<tool_call>{body}</tool_call>") == ToolCall(name="", arguments={"code": body.strip()})
+    spaced = '<tool_call>\r\n\t {"name": "f", "arguments": {"t": "a\u00a0b"}}\n</tool_call>'
+    assert first_call(spaced) == ToolCall(name="f", arguments={"t": "a\u00a0b"})
 
 
 # ------------------------------------------------------------------------------------------------ other tools

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import CSVLogger
 from report_samples import Size, resolved, write_run
 
 from cv_lightning.commands.report import main as report_main
-from cv_lightning.digits.ablation import rotations_while_sampling
 from cv_lightning.digits.figures import write_summary
 from cv_lightning.digits.report import sections_of
+from cv_lightning.digits.rotations import rotations_while_sampling
 from cv_lightning.digits.summary import main as summary_main
 from cv_lightning.digits.training import reward_formula, training_story
 from cv_lightning.evaluation.curves import chart_groups, mean_between, thin

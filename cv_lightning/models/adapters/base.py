@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LOGIT_BAN = -100.0
 """Added to the logits of banned ids, before temperature, by engines and trainer alike."""
+LOGIT_CHUNK = 1024
+"""Positions whose logits the trainer has in memory at once (`models.logprobs.packed_logprobs`)."""
 Part = Literal["vision", "projector", "language", "experts"]
 """Part of the model: vision tower, its projection into the language model, language model, or experts of it."""
 

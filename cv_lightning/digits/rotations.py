@@ -1,4 +1,4 @@
-"""Comparison of the quickstart's RL with and without the process reward."""
+"""Unnecessary rotations in the RL of the quickstart, with and without the process reward."""
 
 from __future__ import annotations
 
