@@ -1,6 +1,6 @@
 """The trajectory store: one group per line, every image once, append-only.
 
-Layout of a store (`RUN/rl`, `RUN/eval/<name>`, ...):
+Layout of a store (the run's folder for training, `RUN/eval/<name>` for an evaluation):
 
     trajectories/<name>.rank<r>.jsonl   one JSON line per group (see `codec.py`)
     images/<content hash>.png           original pixels, written once
