@@ -34,7 +34,7 @@ class Breakdown(Figures):
     num_judged: int
     """Answers that the judge decided on."""
     num_unjudged: int
-    """Answers on which the judge failed: unscored, not wrong."""
+    """Answers on which the judge or a user's metric failed: unscored, not wrong."""
     orientation_fixed: Rate
     """Fraction of the trajectories of turned tasks whose last image was upright."""
     tool_on_upright: Rate
@@ -71,6 +71,7 @@ def breakdown(everything: Sequence[Outcome]) -> Breakdown:
     """Compute every figure from the outcomes."""
     valid = [outcome for outcome in everything if outcome.counts]
     unjudged = [outcome for outcome in valid if outcome.is_unjudged]
+    unscored = [outcome for outcome in valid if outcome.correct is None or outcome.score is None]
     judged = [outcome for outcome in valid if outcome.scored_by == "judge"]
     answered = [outcome for outcome in valid if outcome.end_state in ANSWERED]
     scored = [outcome for outcome in valid if outcome.score is not None]
@@ -83,7 +84,7 @@ def breakdown(everything: Sequence[Outcome]) -> Breakdown:
         accuracy_rule=rate_of(valid, _right_by_rule),
         accuracy_judged=rate_of(valid, lambda o: o.correct) if judged or unjudged else NONE,
         num_judged=len(judged),
-        num_unjudged=len(unjudged),
+        num_unjudged=len(unscored),
         orientation_fixed=rate_of(valid, lambda o: o.fixed),
         tool_on_upright=rate_of(valid, lambda o: o.num_calls > 0 if o.is_upright else None),
         operations_mean=mean_of(o.num_operations for o in answered),
@@ -104,7 +105,7 @@ def breakdown(everything: Sequence[Outcome]) -> Breakdown:
 
 def _bounds(valid: Sequence[Outcome]) -> tuple[float, float] | None:
     scores = [outcome.score for outcome in valid]
-    if not any(o.score is None and o.is_unjudged for o in valid):
+    if not any(score is None for score in scores):
         return None
     return mean_of(score or 0.0 for score in scores), mean_of(1.0 if score is None else score for score in scores)
 

@@ -145,7 +145,8 @@ class Outcome(NamedTuple):
     scored_by: str
     """`rule` or `judge`; empty: unscored."""
     score: float | None
-    """In [0, 1]: by the benchmark's own metric, which needs no judge, else 1 for correct; None: unscored."""
+    """In [0, 1]: by the benchmark's own metric, which needs no judge, else 1 for correct; None: unscored, also where
+    a user's metric raised."""
     metric: str
     """Name of the benchmark's own metric; empty: none."""
     tool_use_success: bool
@@ -192,7 +193,11 @@ def outcome_of(task: Task, trajectory: Trajectory) -> Outcome:
     seen = crops(task, trajectory) if task.box is not None else []
     box = task.box or (0.0, 0.0, 0.0, 0.0)
     correct = reward.correct if reward else None
-    official = _official(task.metadata, trajectory)
+    metric, score = metric_of(task.metadata), None if correct is None else float(correct)
+    right = correct
+    if metric is not None:
+        score = _official(task.metadata, trajectory)
+        right = None if score is None else score >= RIGHT_FROM
     return Outcome(
         task_id=task.id,
         sample=trajectory.sample,
@@ -202,10 +207,10 @@ def outcome_of(task: Task, trajectory: Trajectory) -> Outcome:
         needs_tool=task.needs_tool,
         end_state=trajectory.end_state,
         correct=correct,
-        right=correct if official is None else official >= RIGHT_FROM,
+        right=right,
         scored_by=reward.scored_by if reward else "",
-        score=official if official is not None or correct is None else float(correct),
-        metric=metric_of(task.metadata) or "",
+        score=score,
+        metric=metric or "",
         tool_use_success=task.needs_tool and tool_use_success(task, trajectory),
         fixed=answered_upright(task, trajectory) if variant.orientation in ORIENTATIONS or turns_of(task) else None,
         spurious=not task.needs_tool and turned_image(trajectory),

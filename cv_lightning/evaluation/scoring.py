@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -19,6 +20,10 @@ from typing import Any
 from cv_lightning.data.benchmark import Metric
 from cv_lightning.rewards.answer import are_answers_equivalent
 from cv_lightning.types import DataError
+
+logger = logging.getLogger(__name__)
+_failed: set[str] = set()
+"""Metrics of users that have raised; each is logged once."""
 
 ANLS_THRESHOLD = 0.5
 """Similarity below which an answer earns nothing."""
@@ -42,13 +47,27 @@ def official_score(answer: str | None, metadata: Mapping[str, Any]) -> float | N
         metadata: The task's: `metric`, `accepted_answers` and whatever else the metric reads.
 
     Returns:
-        In [0, 1]; None where the task names no known metric.
+        In [0, 1]; None where the task names no known metric, and where a user's metric raises, which is logged once.
+
+    Raises:
+        DataError: A user's metric cannot be made.
     """
-    if metric_of(metadata) is None:
+    name = metric_of(metadata)
+    if name is None:
         return None
     metric = metadata["metric"]
     score = METRICS[metric] if isinstance(metric, str) else _metric(json.dumps(metric, sort_keys=True)).score
-    return score(answer, metadata) if answer else 0.0
+    try:
+        return score(answer, metadata) if answer else 0.0
+    except Exception as error:  # a user's code, which must not end an evaluation
+        if isinstance(metric, str):
+            raise
+        if name not in _failed:
+            _failed.add(name)
+            logger.exception(
+                "%s raised %r for the answer %r; such answers are unscored and counted", name, error, answer
+            )
+        return None
 
 
 def metric_of(metadata: Mapping[str, Any]) -> str | None:

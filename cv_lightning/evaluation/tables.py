@@ -119,7 +119,7 @@ def unscored_note(found: PairedSummary) -> str:
 
 # ------------------------------------------------------------------------------------------------ main table
 def _score(found: Breakdown) -> str:
-    """The score, and how many answers are not in it because the judge failed on them."""
+    """The score, and how many answers are not in it because the judge or the metric failed on them."""
     unjudged = f"; {found.num_unjudged} of {found.num_unjudged + found.score.n} unjudged" if found.num_unjudged else ""
     return percent(found.score) + unjudged
 
@@ -129,7 +129,7 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("accuracy, rule alone", "breakdown.accuracy_rule", percent),
     ("accuracy, rule and judge", "breakdown.accuracy_judged", percent),
     ("decided by the judge", "breakdown.num_judged", str),
-    ("unscored: judge failed", "breakdown.num_unjudged", str),
+    ("unscored: judge or metric failed", "breakdown.num_unjudged", str),
     ("accuracy, tool needed", "summary.accuracy", percent),
     ("accuracy, no tool needed", "summary.accuracy_upright", percent),
     ("tool-use success", "summary.tool_use_success", percent),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 from trajectory_samples import Policy, digit_task, group
 
+from cv_lightning.data.benchmark import Metric, scored_by
 from cv_lightning.data.corruptions import CorruptionConfig, Variant, apply_variant
 from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.evaluation.breakdown import breakdown
@@ -309,3 +312,24 @@ def test_unrelated_metadata_is_not_a_variant() -> None:
     own = {"orientation": "landscape", "corruption": "low", "severity": "very", "metric": "accuracy"}
     (found,) = outcomes([group(replace(digit_task(0, "upright"), metadata=own), 1, PERFECT)])
     assert (found.variant.orientation, found.variant.severity, found.metric) == ("identity", 0, "")
+
+
+class Number(Metric):
+    """Expects a number and checks nothing, as a user's metric may."""
+
+    def score(self, answer: str, metadata: Mapping[str, Any]) -> float:
+        return float(answer)
+
+
+def test_an_answer_on_which_a_users_metric_raises_is_unscored_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rolled = group(replace(digit_task(0, "upright"), metadata=scored_by(Number(), ["1"])), 3, PERFECT)
+    for trajectory, answer in zip(rolled.trajectories, ("1", "about 1", "about 2"), strict=True):
+        assert trajectory.reward is not None
+        trajectory.reward = replace(trajectory.reward, answer=answer)
+    found = outcomes([rolled])
+    assert [(o.score, o.right, o.metric) for o in found] == [(1.0, True, "Number"), *[(None, None, "Number")] * 2]
+    table = breakdown(found)
+    assert (table.num_unjudged, table.score.n, table.accuracy_judged.n) == (2, 1, 0)
+    assert table.score_bounds == pytest.approx((1 / 3, 1.0))
+    assert [record.exc_info is not None for record in caplog.records] == [True], "once, with the error"
+    assert "about 1" in caplog.text
