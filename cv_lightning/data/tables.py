@@ -150,7 +150,7 @@ def read_items(path: Path, under: str = "") -> list[Any]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte-order mark, as some editors write it, is not content
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             return [_line(line) for line in text.split("\n") if line.strip()]
         items = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:

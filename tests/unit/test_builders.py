@@ -43,7 +43,8 @@ def test_every_table_format_gives_the_same_rows(tmp_path: Path) -> None:
         writer.writerow({**row, "bbox": "20, 30, 42, 44"})
         coded = base64.b64encode(encoded(picture(0, box=(20, 30, 42, 44)))).decode()
         writer.writerow({**row, "image": coded, "bbox": "[20 30 42 44]"})
-    texts = VqaTable([str(tmp_path / "t.jsonl"), str(tmp_path / "t.csv")], TableConfig())
+    (tmp_path / "t.jsonl").rename(tmp_path / "t.JSONL")
+    texts = VqaTable([str(tmp_path / "t.JSONL"), str(tmp_path / "t.csv")], TableConfig())
     assert len(parquet) == 5 and len(texts) == 3
     wanted = parquet.row(0)
     for position in range(3):
