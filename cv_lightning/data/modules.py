@@ -186,7 +186,7 @@ class EvaluationDataModule(pl.LightningDataModule):
         if self.needs_files and not self.train_files:
             raise CVLightningError(
                 "--data.init_args.train_files names no file to train on. For the embedded digits, set data.class_path "
-                f"to {DIGITS}.Digit{type(self).__name__}"
+                f"to a DataModule of {DIGITS}"
             )
 
     def _rank_and_world(self) -> tuple[int, int]:
@@ -244,8 +244,8 @@ class TaskDataModule(EvaluationDataModule):
         count, num_groups = self.overfit_tasks or self.tasks_per_iteration, None
         source = self.training_tasks()
         if (oversample := self._max_oversample()) > 1:
+            num_groups = count // world_size
             count = math.ceil(oversample * count / world_size) * world_size
-            num_groups = self.tasks_per_iteration // world_size
 
         def build(step: int) -> Iteration:
             return Iteration(step, source.batch(0 if self.overfit_tasks else step, count, rank, world_size), num_groups)

@@ -212,7 +212,7 @@ class PolicyModule(pl.LightningModule):
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
         per_epoch: int = getattr(getattr(self.trainer, "datamodule", None), "num_train_batches", 0)
-        batches = per_epoch * (self.trainer.max_epochs or 1)
+        batches = max(0, per_epoch * (self.trainer.max_epochs or 1))  # max_epochs is -1 for no limit
         if not batches and self.optimizer_config.schedule != "constant":
             raise ValueError(
                 f"model.optimizer.schedule {self.optimizer_config.schedule} needs a number of steps: set "

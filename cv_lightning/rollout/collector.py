@@ -30,6 +30,8 @@ ADDED_METRICS = frozenset(
     ]
 )
 """Metrics that are sums over ranks."""
+OF_RANKS = frozenset(["rollout/groups_found_frac"])
+"""Metrics of which every rank has one value, whatever its number of trajectories."""
 
 
 @contextmanager
@@ -172,13 +174,15 @@ def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """Merge the metrics of all ranks, which may have different names.
 
     Counts and speeds are added, `*_max` and `*_max_s` take the maximum, times the mean over ranks. Means over
-    trajectories (`rollout/*`) weigh each rank by its number of trajectories. NaN means that a rank has no value.
+    trajectories (`rollout/*` except `OF_RANKS`) weigh each rank by its number of trajectories. NaN means that a rank
+    has no value.
     """
     merged = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         having = [part for part in parts if name in part and not math.isnan(part[name])]
         values = [float(part[name]) for part in having]
-        weights = [part.get("rollout/trajectories", 1.0) if name.startswith("rollout/") else 1.0 for part in having]
+        weighted = name.startswith("rollout/") and name not in OF_RANKS
+        weights = [part.get("rollout/trajectories", 1.0) if weighted else 1.0 for part in having]
         if not values:
             merged[name] = math.nan
         elif name in ADDED_METRICS or name.endswith("_per_s"):

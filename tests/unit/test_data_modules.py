@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from cv_lightning.digits.export import write_digits_parquet, write_digits_sft_js
 from cv_lightning.digits.modules import CurriculumPoint, DigitSFTDataModule, DigitTaskDataModule
 from cv_lightning.digits.scenes import DigitsConfig
 from cv_lightning.digits.sources import DigitDemonstrations
+from cv_lightning.modules.base import OptimizerConfig, PolicyModule
 from cv_lightning.sandbox import Sandbox
 from cv_lightning.types import CVLightningError, Group, Iteration
 
@@ -229,3 +231,21 @@ def test_evaluation_tasks_turned_and_corrupted_on_the_fly(mode: Literal["grid", 
         turned = "rotate_90" in task.required_transforms
         shown = base.images[0].transpose(Image.Transpose.ROTATE_90) if turned else base.images[0]
         assert (task.images[0].tobytes() == shown.tobytes()) != ("noise" in task.id)
+
+
+def test_without_files_to_train_on_the_message_names_classes_that_exist() -> None:
+    class Own(TaskDataModule):
+        """A user's."""
+
+    with pytest.raises(CVLightningError, match=r"train_files.*a DataModule of cv_lightning\.digits\.modules$"):
+        Own().check_training(1)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 12), (None, 6), (-1, 0)])
+def test_a_run_without_a_last_epoch_has_no_planned_steps(epochs: int | None, steps: int) -> None:
+    run = SimpleNamespace(max_steps=-1, max_epochs=epochs, datamodule=SimpleNamespace(num_train_batches=3))
+    module: Any = SimpleNamespace(trainer=run, steps_per_batch=2, optimizer_config=OptimizerConfig(schedule="constant"))
+    assert PolicyModule._planned_steps(module) == steps
+    module.optimizer_config = OptimizerConfig(schedule="cosine")
+    with nullcontext() if steps else pytest.raises(ValueError, match=r"model\.optimizer\.total_steps"):
+        assert PolicyModule._planned_steps(module) == steps

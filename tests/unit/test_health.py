@@ -153,6 +153,8 @@ def test_dynamic_sampling_is_off_by_default() -> None:
     more = data.train_dataloader().build(1)
     assert plain.num_groups is None and len(plain.tasks) == 4
     assert more.num_groups == 4 and len(more.tasks) == 7
+    data.overfit_tasks = 2
+    assert data.train_dataloader().build(1).num_groups == 2
 
 
 # ------------------------------------------------------------------ curriculum
@@ -210,6 +212,8 @@ def test_metrics_of_ranks_with_different_names_are_merged() -> None:
         "a rank weighs as much as it has trajectories"
     )
     assert (found["judge/verdicts"], found["judge/latency_max_s"]) == (7, 40)
+    found = merge_metrics([{"rollout/trajectories": n, "rollout/groups_found_frac": n / 8} for n in (8.0, 0.0)])
+    assert found["rollout/groups_found_frac"] == 0.5, "a rank without trajectories has found none of its groups"
     dropped = merge_metrics([{"rollout/trajectories": 0.0, "rollout/tasks_dropped": n} for n in (2.0, 5.0)])
     assert dropped["rollout/tasks_dropped"] == 7, "also where nothing else is left"
     shares = merge_metrics(
