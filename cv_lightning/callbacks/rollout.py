@@ -351,6 +351,7 @@ class RolloutCallback(pl.Callback):
             return
         module = _policy_module(pl_module)
         self.evaluator.finish(trainer, module)
+        module.vision_cache.clear()  # else its images count in the next iteration, and stay during the update
         parts, engine = self._parts_and_engine(module)
         engine.sleep()
         if trainer.state.fn is not TrainerFn.FITTING:  # the results are written and name what is unjudged

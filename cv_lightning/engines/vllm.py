@@ -149,10 +149,17 @@ class VLLMEngine:
             raise EngineError(f"vLLM refused request {request.id} ({len(request.prompt_ids)} ids): {error}") from error
 
     def _prompt(self, prompt_ids: Sequence[int], images: Sequence[Image.Image]) -> Any:
-        """A prompt as vLLM takes it after its own processing: ids expanded, images processed."""
+        """A prompt as vLLM takes it after its own processing: ids expanded, images processed.
+
+        Raises:
+            ValueError: An image cannot be processed.
+        """
         if not images:
             return tokens_input(list(prompt_ids))
-        processed = list(map(self.images.of, images))
+        try:
+            processed = list(map(self.images.of, images))
+        except Exception as error:  # of whatever kind: it ends this request, not the rollout
+            raise ValueError(f"its images cannot be processed ({type(error).__name__}: {error})") from error
         remaining = iter(processed)
         ids: list[int] = []
         places: list[PlaceholderRange] = []

@@ -163,17 +163,21 @@ def test_requests_aborted_while_their_images_are_processed_are_forgotten(
     assert worst_gap(policy, engine, shapes=TWO_PROMPTS) <= TOLERANCE
 
 
-def test_a_prompt_that_vllm_refuses_ends_its_own_request(
-    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError, MemoryError])
+def test_an_image_that_cannot_be_processed_ends_its_own_request(
+    engine: VLLMEngine, policy: Policy, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def refuse(*_: Any) -> Any:
-        raise ValueError("no such placeholder")
+        raise error("no such placeholder")
 
     dialogue = policy.dialogue([(96, 96)])
     with monkeypatch.context() as broken:
         broken.setattr(engine.images, "of", refuse)
         engine.add_request(request_of(dialogue, policy.banned, name="bad"))
         (done,) = engine.step()
+        broken.setattr(engine, "thread", None)
+        with pytest.raises(EngineError, match="no such placeholder"):
+            engine.add_request(request_of(dialogue, policy.banned, name="bad"))
     assert done.id == "bad" and "no such placeholder" in done.error and not engine.has_unfinished()
     assert not finish(engine, [request_of(dialogue, policy.banned, tokens=2)])["r"].error
 

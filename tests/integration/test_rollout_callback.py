@@ -99,6 +99,19 @@ def test_dynamic_sampling_rolls_out_more_and_keeps_the_rest(
     assert first["policy/trajectories"] == 4 and "policy/kl_to_reference" not in first
 
 
+def test_images_of_a_validation_do_not_stay_for_the_next_iteration(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take memory during the update, and count in `policy/image_passes`."""
+    left = []
+    monkeypatch.setattr(
+        Batches, "on_validation_end", lambda _, trainer, module: left.append(module.vision_cache.num_images)
+    )
+    data = DigitTaskDataModule(tasks_per_iteration=2, num_iterations=1, val_tasks={"upright": 1})
+    run(tiny_checkpoint, tmp_path, AlgorithmConfig(), data)
+    assert set(left) == {0}
+
+
 def test_masked_end_states_have_no_loss(tiny_checkpoint: Path, tmp_path: Path, odd_tasks_teach: None) -> None:
     data = DigitTaskDataModule(tasks_per_iteration=2, num_iterations=1)
     batches = run(tiny_checkpoint, tmp_path, AlgorithmConfig(mask=MaskConfig(over_length=True, broken=True)), data)
