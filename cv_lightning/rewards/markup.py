@@ -93,15 +93,15 @@ def _end_outside_string(text: str, body: int, end: int) -> int:
 
 
 def load_call(block: str) -> Any:
-    """JSON value of a block; None where it is not JSON or nested more than `MAX_NESTING` deep.
+    """JSON value of a block; None where it is not JSON, is too deep (`MAX_NESTING`) or has a number out of range.
 
     Raw control characters inside strings are accepted.
 
     Only JSON's own white space may surround the value: a no-break space or a byte-order mark is not accepted.
     """
     try:
-        value = json.loads(block, strict=False, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError):
+        value = json.loads(block, strict=False, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer)
+    except (ValueError, OverflowError, RecursionError):
         return None
     return None if _is_deeper(value, MAX_NESTING) else value
 
@@ -147,4 +147,10 @@ def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    float(value)  # OverflowError where a schema with fractions could not compare it
     return value

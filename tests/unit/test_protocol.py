@@ -144,6 +144,14 @@ def test_arguments_nested_too_deep_are_no_json() -> None:
         assert parse_turn(call_of_code).error
 
 
+def test_whole_numbers_beyond_floating_point_are_no_json() -> None:
+    """A schema with `multipleOf` could not check them."""
+    for digits, is_read in ((300, True), (400, False), (10_000, False)):
+        text = f'<tool_call>{{"name": "f", "arguments": {{"a": 1{"0" * digits}}}}}</tool_call>'
+        call_read = first_call(text)
+        assert call_read is not None and (call_read.name == "f") is is_read
+
+
 def test_a_no_break_space_outside_strings_is_no_call() -> None:
     for space in ("\u00a0", "\ufeff", "\u2003", "\x0b"):
         body = f'{space}{{"name": "f", "arguments": {{}}}}'
