@@ -36,7 +36,7 @@ from cv_lightning.commands.tiny import TinyCheckpoint, write  # noqa: E402
 from cv_lightning.engines import EngineConfig  # noqa: E402
 from cv_lightning.models.adapters.tiny import TinyModelConfig  # noqa: E402
 from cv_lightning.models.gather import buckets_of, gather_full_params  # noqa: E402
-from cv_lightning.models.loading import PolicyConfig, load_policy  # noqa: E402
+from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy  # noqa: E402
 
 RANKS = 2
 HALF_BILLION = TinyModelConfig(hidden_size=1536, num_layers=20, head_dim=128, num_key_value_heads=12)
@@ -53,10 +53,12 @@ def worker(folder: Path, dtype: str, repeats: int, out: Path) -> None:
 
     deepspeed.init_distributed("gloo")
     sizes = EngineConfig(max_model_len=256, max_num_seqs=4, max_images=1)
-    engine = VLLMEngine(str(folder), sizes, dtype=dtype)
+    config = PolicyConfig(path=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    adapter = load_adapter(config)
+    engine = VLLMEngine(str(folder), sizes, adapter, dtype=dtype)
     zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     kept = HfDeepSpeedConfig(zero | {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == "bfloat16"}})
-    policy = load_policy(PolicyConfig(path=str(folder), dtype=dtype))  # type: ignore[arg-type]
+    policy = load_policy(config)
     del kept
     bucket_bytes = int(sizes.sync_bucket_gb * 1e9)
     in_memory = list(_whole(policy, bucket_bytes, folder / "whole.safetensors").items())
@@ -70,7 +72,7 @@ def worker(folder: Path, dtype: str, repeats: int, out: Path) -> None:
         engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(in_memory)})
 
     def sync() -> None:
-        engine.update_weights(gather_full_params(policy, bucket_bytes), version=0)
+        engine.update_weights(adapter.engine_weights(gather_full_params(policy, bucket_bytes)), version=0)
 
     seconds: dict[str, list[float]] = {"gather": [], "reload": [], "sync": []}
     for _ in range(repeats + 1):
