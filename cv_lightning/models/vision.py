@@ -33,6 +33,8 @@ class VisionCache:
         self._known: dict[str, ImageInputs] = {}
         """Model inputs by content hash, the least recently used first."""
         self._seen: set[str] = set()
+        self._held: set[str] = set()
+        """Content hashes of the update's images, which stay until `clear`."""
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -42,16 +44,20 @@ class VisionCache:
         return len(self._seen)
 
     def of(self, image: Image.Image) -> ImageInputs:
-        """Model inputs of one image for an engine. Afterwards the cache is within `max_bytes`."""
+        """Model inputs of one image for an engine. Afterwards only images of the update exceed `max_bytes`."""
         with self._lock:
             (inputs,) = self._get([image])
             while self._num_bytes > self.max_bytes:
-                self._num_bytes -= self._known.pop(next(iter(self._known))).num_bytes
+                oldest = next((name for name in self._known if name not in self._held), None)
+                if oldest is None:
+                    break
+                self._num_bytes -= self._known.pop(oldest).num_bytes
             return inputs
 
     def get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
         """Model inputs of images for the update, which stay until `clear`. New images are processed in one call."""
         with self._lock:
+            self._held.update(map(content_hash, images))
             return self._get(images)
 
     def _get(self, images: Sequence[Image.Image]) -> list[ImageInputs]:
@@ -72,4 +78,5 @@ class VisionCache:
         with self._lock:
             self._known.clear()
             self._seen.clear()
+            self._held.clear()
             self._num_bytes = self.num_passes = 0

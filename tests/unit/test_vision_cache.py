@@ -58,3 +58,16 @@ def test_the_images_of_an_update_stay_whatever_they_take(cache: VisionCache) -> 
     assert cache.of(image(1)) is not cache.of(image(1)), "0 keeps nothing"
     images = [image(colour) for colour in range(5)]
     assert cache.get(images) == cache.get(images)
+
+
+def test_a_request_that_is_aborted_during_its_processing_takes_no_image_of_the_update(cache: VisionCache) -> None:
+    cache.max_bytes = 8
+    images = [image(colour) for colour in range(3)]
+    update = cache.get(images)
+    assert cache.of(image(9)) is not cache.of(image(9)), "there is no room for it"
+    assert all(one is other for one, other in zip(cache.get(images), update, strict=True))
+    cache.clear()
+    kept = cache.of(image(9))
+    for colour in range(2):
+        cache.of(image(colour))
+    assert cache.of(image(9)) is not kept, "the bound holds again"
