@@ -4,71 +4,68 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from cv_lightning.planner.footprint import activation_bytes, forward_flops, states, step_bytes, training_flops
+from cv_lightning.planner.footprint import activation_bytes, forward_flops, states, step_bytes
 
 if TYPE_CHECKING:
-    from cv_lightning.planner.run import RolloutFacts, RunFacts
+    from cv_lightning.engines import EngineConfig
+    from cv_lightning.planner.run import RunFacts
 
 GB = 1e9
-
-
-class Gpu(NamedTuple):
-    """Data sheet of a GPU: memory in GB, dense 16-bit TFLOP/s, and memory bandwidth in TB/s."""
-
-    memory_gb: float
-    teraflops: float
-    bandwidth: float
-
-
 GPUS = {
-    "b200": Gpu(180, 2250, 8.0),
-    "h200": Gpu(141, 989, 4.8),
-    "h100": Gpu(80, 989, 3.35),
-    "a100": Gpu(80, 312, 2.04),
-    "a100-40": Gpu(40, 312, 1.56),
-    "l40s": Gpu(48, 362, 0.86),
-    "a6000": Gpu(48, 155, 0.77),
-    "rtx4090": Gpu(24, 165, 1.01),
-    "rtx3090": Gpu(24, 71, 0.94),
+    "b200": (180, 2250, 8.0),
+    "h200": (141, 989, 4.8),
+    "h100": (80, 989, 3.35),
+    "a100": (80, 312, 2.04),
+    "a100-40": (40, 312, 1.56),
+    "l40s": (48, 362, 0.86),
+    "a6000": (48, 155, 0.77),
+    "rtx4090": (24, 165, 1.01),
+    "rtx3090": (24, 71, 0.94),
 }
-DECODE_EFFICIENCY = 0.6
-"""Fraction of the memory's bandwidth that decoding reaches."""
-SYNC_BYTES_PER_S = 8e9
-"""Weight sync: 6-7 s for 30 B parameters over a good network (verl's checkpoint engine)."""
-ENGINE_WORK_GB = 3.0
-"""vLLM's own activations, CUDA graphs and image features."""
-GRAPHS_GB = 1.0
-"""CUDA graphs of an engine, which vLLM copies to main memory while the engine sleeps."""
+"""Data sheets: memory in GB, dense 16-bit TFLOP/s, and memory bandwidth in TB/s."""
+DECODE_EFFICIENCY = 0.6  # Fraction of the memory's bandwidth that decoding reaches
+SYNC_BYTES_PER_S = 8e9  # Weight sync: 6-7 s for 30 B parameters over a good network (verl's checkpoint engine)
+ENGINE_WORK_GB = 3.0  # vLLM's own activations, CUDA graphs and image features
+GRAPHS_GB = 1.0  # CUDA graphs of an engine, which vLLM copies to main memory while the engine sleeps
 PINNED_ROUNDING = 2.0
 """torch's allocator of pinned memory rounds every allocation up to a power of two, so at most twice its size."""
 SECONDS_PER_PIXEL = 54e-9
 """Processing of an image for the engine on one thread: 345 ms for 6.4 megapixels, measured on a server CPU."""
-USABLE = 0.97
-"""Fraction of a GPU's memory that a run can use."""
+USABLE = 0.97  # Fraction of a GPU's memory that a run can use
+
+
+def _option(default: Any, text: str, **settings: Any) -> Any:
+    """A field that is an option of the command line: its default, its help, and other settings of argparse."""
+    text += "" if default is None else f" (default: {default})"
+    return field(default=default, metadata={"help": text, "type": type(default)} | settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """Assumptions about a run that its configs do not state."""
 
-    gpu: Literal["b200", "h200", "h100", "a100", "a100-40", "l40s", "a6000", "rtx4090", "rtx3090"] = "h100"
-    """Kind of GPU."""
-    memory_gb: float | None = None
-    """Memory of one GPU, or of the machine for a run on the CPU, in GB; null: the kind's."""
-    mfu: float = 0.35
-    """Fraction of the peak that training and prefill reach."""
-    decode_tokens_per_s: float | None = None
-    """Tokens that one GPU samples a second, over all its trajectories; null: from the memory's bandwidth."""
-    tokens_per_sequence: int | None = None
-    """Mean length of a conversation or trajectory; null: 8,192, or the longest allowed where that is shorter."""
-    sampled_tokens: int = 600
-    """Mean number of tokens of a trajectory that the policy samples; the rest is prompt, images and tool responses."""
-    image_share: float = 0.5
-    """Fraction of the tokens that are image tokens."""
-    overhead_gb: float = 4.0
-    """CUDA context, NCCL's buffers and fragmentation on each GPU."""
+    gpu: str = _option("h100", "kind of GPU", choices=list(GPUS))
+    memory_gb: float | None = _option(
+        None, "memory of one GPU, or of the machine for a run on the CPU, in GB (default: the kind's)", type=float
+    )
+    mfu: float = _option(0.35, "fraction of the peak that training and prefill reach")
+    decode_tokens_per_s: float | None = _option(
+        None,
+        "tokens that one GPU samples a second, over all its trajectories (default: from the memory's bandwidth)",
+        type=float,
+    )
+    tokens_per_sequence: int | None = _option(
+        None,
+        "mean length of a conversation or trajectory (default: 8192, or the longest allowed where that is shorter)",
+        type=int,
+    )
+    sampled_tokens: int = _option(
+        600, "mean tokens of a trajectory that the policy samples; the rest is prompt, images and tool responses"
+    )
+    image_share: float = _option(0.5, "fraction of the tokens that are image tokens")
+    overhead_gb: float = _option(4.0, "CUDA context, NCCL's buffers and fragmentation on each GPU, in GB")
 
     def __post_init__(self) -> None:
         if not 0 < self.mfu <= 1 or not 0 <= self.image_share < 1:
@@ -79,20 +76,28 @@ class Assumptions:
                 raise ValueError(f"--{name} {value} must be above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """The engine in the trainer's process: bytes on one GPU."""
+@dataclass(frozen=True)
+class EngineBudget:
+    """Bytes on one GPU of an engine in the trainer's process."""
 
-    weights: float = 0.0
-    cache: float
-    """Key-value cache."""
-    work: float = 0.0
+    config: EngineConfig
+    to_run: int
+    """Trajectories that the run wants to decode at once."""
     token_bytes: float
     """Key-value cache of one token."""
-    sleeps: bool = False
-    """Its memory is given back while the trainer works."""
-    host: float = 0.0
+    weights: float
+    cache: float
+    """Key-value cache."""
+    work: float
+    host: float
     """Main memory on each rank: pinned copies while it sleeps, and processed images."""
+    sleeps: bool
+    """It releases its memory while the trainer works."""
+
+    @property
+    def total(self) -> float:
+        """Bytes while it samples."""
+        return self.weights + self.cache + self.work
 
     def fits(self, tokens: int) -> int:
         """Number of trajectories of `tokens` tokens whose cache fits at once."""
@@ -101,132 +106,128 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes on one GPU (or on the machine, for a run on the CPU) and seconds of a batch."""
+    """Memory and time of a run, and what to change about it."""
 
-    lasting: dict[str, float]
-    """Weights, reference, gradients, optimizer, buffers, and what CUDA takes (overhead)."""
-    activations: float
-    step_work: float
-    engine: Engine | None
-    memory: float
-    """Memory that is available."""
-    host: float
-    """Main memory of one node."""
+    figures: dict[str, float]
+    """Bytes on one GPU, or on the machine for a run on the CPU, by their names in the JSON file."""
+    seconds: dict[str, float]
+    """Update, rollout and sync of one batch; empty on a CPU, whose speed is not known."""
+    engine: EngineBudget | None
     mean_length: int
     """Mean tokens of a conversation or trajectory."""
-    seconds: dict[str, float]
-    """Rollout, sync and update of one batch; empty on a CPU, whose speed is not known."""
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
     """Reasons why the run cannot work; each names the setting to change."""
-    hints: list[str] = field(default_factory=list)
+    hints: list[str]
     """Settings that work, but not as the config seems to mean them."""
-
-    @property
-    def engine_bytes(self) -> float:
-        """Bytes of the engine while it samples."""
-        return 0.0 if self.engine is None else self.engine.weights + self.engine.cache + self.engine.work
-
-    @property
-    def training(self) -> float:
-        """Peak while the policy is trained."""
-        asleep = self.engine is not None and self.engine.sleeps
-        work = max(self.activations, self.step_work)
-        return sum(self.lasting.values()) + work + (0.0 if asleep else self.engine_bytes)
-
-    @property
-    def sampling(self) -> float:
-        """Peak while trajectories are sampled; 0 for SFT."""
-        return 0.0 if self.engine is None else sum(self.lasting.values()) + self.engine_bytes
 
 
 def make_plan(run: RunFacts, given: Assumptions) -> Plan:
     """Estimate memory and time of a run."""
-    gpu, rollout = GPUS[given.gpu], run.rollout
     machine_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    memory = (given.memory_gb or (gpu.memory_gb if run.on_gpu else machine_gb)) * GB
-    lasting = states(run.shape, run.sharding, rollout is not None and rollout.has_reference)
-    host = lasting.pop("host")
+    memory = (given.memory_gb or (GPUS[given.gpu][0] if run.on_gpu else machine_gb)) * GB
+    engine, length = _engine(run, memory), given.tokens_per_sequence or min(8192, run.longest)
+    figures = states(run.shape, run.sharding, run.has_reference)
+    host = figures.pop("host")
+    figures["overhead"] = given.overhead_gb * GB * run.on_gpu
+    kept = sum(figures.values())
     row = max(run.tokens_per_row, run.longest)  # a trajectory beyond the budget of a row gets one of its own
     images, checkpointing = round(row * given.image_share), run.policy.gradient_checkpointing
-    engine = None if rollout is None else _engine(run, rollout, memory)
-    length = given.tokens_per_sequence or min(8192, run.longest)
-    plan = Plan(
-        lasting=lasting | {"overhead": given.overhead_gb * GB * run.on_gpu},
-        activations=activation_bytes(run.shape, row, images, checkpointing),
-        step_work=step_bytes(run.shape, run.sharding) if run.on_gpu else 0.0,
-        engine=engine,
-        memory=memory,
-        host=(host + (engine.host if engine else 0.0)) * run.gpus_per_node,
-        mean_length=length,
+    figures["activations"] = activation_bytes(run.shape, row, images, checkpointing)
+    figures["step_work"] = step_bytes(run.shape, run.sharding) if run.on_gpu else 0.0
+    training, sampling = kept + max(figures["activations"], figures["step_work"]), 0.0
+    if engine:
+        figures |= {f"engine_{name}": getattr(engine, name) for name in ("weights", "cache", "work", "host")}
+        training, sampling = training + engine.total * (not engine.sleeps), kept + engine.total
+        host += engine.host
+    figures |= {"training_peak": training, "rollout_peak": sampling}
+    figures |= {"memory": memory, "host": host * run.gpus_per_node}
+    return Plan(
+        figures=figures,
         seconds=_seconds(run, given, engine, length) if run.on_gpu else {},
+        engine=engine,
+        mean_length=length,
+        problems=_problems(run, figures, engine, kept),
+        hints=_hints(run, engine, length, memory),
     )
-    plan.problems.extend(_problems(run, plan))
-    plan.hints.extend(_hints(run, plan))
-    return plan
 
 
-def _engine(run: RunFacts, rollout: RolloutFacts, memory: float) -> Engine | None:
-    """The engine in the trainer's process; None where a server samples."""
+def _engine(run: RunFacts, memory: float) -> EngineBudget | None:
+    """The engine in the trainer's process; None for SFT, and where a server samples."""
     from cv_lightning.engines.base import must_sleep  # not above: --help reads this file for its options
 
-    config, shape = rollout.engine, run.shape
-    if config.kind not in ("auto", "vllm", "transformers"):
+    config, shape = run.engine, run.shape
+    if config is None or config.is_remote:
         return None
-    token = shape.key_value_bytes / config.tensor_parallel_size
+    token = 2 * shape.layers * shape.key_width * shape.dtype_bytes / config.tensor_parallel_size
+    to_run = min(config.max_num_seqs, run.sequences_per_rank)
+    weights, work, host, sleeps = 0.0, 0.0, 0.0, False
     if config.kind == "transformers":  # samples with the policy itself
-        sequences = min(config.max_num_seqs, run.sequences_per_rank)
-        return Engine(cache=sequences * rollout.longest * token, token_bytes=token)
-    adapters = 0 if run.policy.lora is None else shape.trained
-    weights = (shape.parameters - adapters) * shape.dtype_bytes / config.tensor_parallel_size
-    if not run.on_gpu:
+        cache = to_run * run.longest * token
+    else:
+        adapters = 0 if run.policy.lora is None else shape.trained
+        weights = (shape.parameters - adapters) * shape.dtype_bytes / config.tensor_parallel_size
         cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30
-        return Engine(weights=weights, cache=cache, token_bytes=token)
-    ranks = run.sharding.ranks if run.sharding.zero_stage else 1
-    sleeps = must_sleep(config, memory=memory, num_parameters=shape.parameters, num_ranks=ranks)
-    pinned = (weights if config.sleep_level == 1 else 0.0) + (0.0 if config.enforce_eager else GRAPHS_GB * GB)
-    return Engine(
-        weights=weights,
-        cache=config.gpu_memory_utilization * memory - weights - ENGINE_WORK_GB * GB,
-        work=ENGINE_WORK_GB * GB,
-        sleeps=sleeps,
-        token_bytes=token,
-        host=config.cache_of_images_gb(on_gpu=True) * GB + PINNED_ROUNDING * pinned * sleeps,
-    )
+    if config.kind != "transformers" and run.on_gpu:
+        work = ENGINE_WORK_GB * GB
+        cache = config.gpu_memory_utilization * memory - weights - work
+        ranks = run.sharding.ranks if run.sharding.zero_stage else 1
+        sleeps = must_sleep(config, memory=memory, num_parameters=shape.parameters, num_ranks=ranks)
+        pinned = weights * (config.sleep_level == 1) + GRAPHS_GB * GB * (not config.enforce_eager)
+        host = config.cache_of_images_gb(on_gpu=True) * GB + PINNED_ROUNDING * pinned * sleeps
+    return EngineBudget(config, to_run, token, weights, cache, work, host, sleeps)
 
 
-def _seconds(run: RunFacts, given: Assumptions, engine: Engine | None, length: int) -> dict[str, float]:
+def _seconds(run: RunFacts, given: Assumptions, engine: EngineBudget | None, length: int) -> dict[str, float]:
     """Seconds of the parts of one batch, on GPUs that work side by side."""
-    gpu, tokens, rollout = GPUS[given.gpu], run.sequences_per_rank * length, run.rollout
-    peak = gpu.teraflops * 1e12 * given.mfu
-    forward = forward_flops(run.shape, tokens, length, tokens * given.image_share)
-    update = training_flops(run.shape, forward, run.policy.gradient_checkpointing)
-    if rollout is None:
-        return {"update": update / peak}
-    found = {"update": (update + forward * rollout.extra_forwards) / peak}
-    if engine is not None:
-        # A step of decoding reads the weights once, and every trajectory's cache.
-        at_once = max(1, min(engine.fits(length), rollout.engine.max_num_seqs, run.sequences_per_rank))
-        step_s = (engine.weights + at_once * length * engine.token_bytes) / (gpu.bandwidth * 1e12 * DECODE_EFFICIENCY)
-        rate = given.decode_tokens_per_s or at_once / step_s
-        sampling = run.sequences_per_rank * given.sampled_tokens / rate + forward / peak
-        images = tokens * given.image_share * run.shape.pixels_per_token * SECONDS_PER_PIXEL
-        is_hidden = rollout.engine.renders_in_background(on_gpu=True) and not rollout.agent.deterministic
-        found["rollout"] = max(sampling, images) if is_hidden else sampling + images
-        found["sync"] = engine.weights / SYNC_BYTES_PER_S
-    return found
+    (_, teraflops, bandwidth), tokens, shape = GPUS[given.gpu], run.sequences_per_rank * length, run.shape
+    peak = teraflops * 1e12 * given.mfu
+    forward = forward_flops(shape, tokens, length, tokens * given.image_share)
+    backward = 2.0 if shape.trained > shape.parameters / 2 else 1.0  # LoRA has no gradients of weights
+    update = forward * (1 + backward + run.policy.gradient_checkpointing)
+    found = {"update": (update + forward * run.extra_forwards) / peak}
+    if engine is None:
+        return found
+    # A step of decoding reads the weights once, and every trajectory's cache.
+    at_once = max(1, min(engine.fits(length), engine.to_run))
+    step_s = (engine.weights + at_once * length * engine.token_bytes) / (bandwidth * 1e12 * DECODE_EFFICIENCY)
+    rate = given.decode_tokens_per_s or at_once / step_s
+    sampling = run.sequences_per_rank * given.sampled_tokens / rate + forward / peak
+    images = tokens * given.image_share * (shape.patch * shape.merge) ** 2 * SECONDS_PER_PIXEL
+    is_hidden = engine.config.renders_in_background(on_gpu=True) and not run.deterministic
+    found["rollout"] = max(sampling, images) if is_hidden else sampling + images
+    return found | {"sync": engine.weights / SYNC_BYTES_PER_S}
 
 
 # ------------------------------------------------------------------------------------------------ what to change
-def _problems(run: RunFacts, found: Plan) -> list[str]:
+def _problems(run: RunFacts, figures: dict[str, float], engine: EngineBudget | None, kept: float) -> list[str]:
     """Reasons why the run cannot work, one line each, with the setting to change; empty where it fits."""
     lines = []
-    peak = max(found.training, found.sampling)
-    if peak > USABLE * found.memory:
-        when = "training" if found.training >= found.sampling else "sampling"
-        lines.append(f"does not fit: {when} takes {peak / GB:.1f} of {found.memory / GB:.1f} GB. {_remedy(run, found)}")
-    engine = found.engine
-    longest = 0 if run.rollout is None else run.rollout.engine.max_model_len
-    if engine is not None and engine.fits(longest) < 1:
+    training, sampling, memory = (figures[name] for name in ("training_peak", "rollout_peak", "memory"))
+    trains, sharding, policy = training >= sampling, run.sharding, run.policy
+    activations = figures["activations"] * trains
+    limit = "agent.max_response_tokens" if run.engine and run.longest >= run.tokens_per_row else "max_tokens_per_row"
+    in_memory = 0.0 if engine is None or (trains and engine.sleeps) else engine.total
+    if max(training, sampling) > USABLE * memory:
+        remedies = [  # bytes at the peak, a setting that reduces them, and whether it is left to change
+            (kept, "ZeroStrategy with stage 3", sharding.zero_stage != 3 and sharding.ranks > 1),
+            (kept, "trainer.strategy.offload_optimizer true", sharding.zero_stage and not sharding.offload_optimizer),
+            (kept, "policy.lora", policy.lora is None),
+            (kept, "more ranks", True),
+            (activations, "policy.gradient_checkpointing true", not policy.gradient_checkpointing),
+            (activations, f"a smaller {limit}", True),
+            (in_memory, "engine.sleep always", trains),
+            (in_memory, "a lower engine.gpu_memory_utilization", True),
+        ]
+        settings: dict[float, list[str]] = {}
+        for size, setting, is_left in sorted(remedies, key=lambda remedy: -remedy[0]):
+            if size > 0 and is_left:
+                settings.setdefault(size, []).append(setting)
+        texts = [f"{' or '.join(names)} ({size / GB:.1f} GB)" for size, names in settings.items()]
+        lines.append(
+            f"does not fit: {'training' if trains else 'sampling'} takes {max(training, sampling) / GB:.1f} of "
+            f"{memory / GB:.1f} GB. Change, largest first: {'; '.join(texts)}"
+        )
+    if engine and engine.fits(longest := engine.config.max_model_len) < 1:
         lines.append(
             f"the engine has {engine.cache / GB:.1f} GB for its key-value cache, but one sequence of "
             f"engine.max_model_len {longest} takes {longest * engine.token_bytes / GB:.1f}: raise "
@@ -240,54 +241,19 @@ def _problems(run: RunFacts, found: Plan) -> list[str]:
     return lines
 
 
-def _hints(run: RunFacts, found: Plan) -> list[str]:
+def _hints(run: RunFacts, engine: EngineBudget | None, length: int, memory: float) -> list[str]:
     """Settings that work, but not as the config seems to mean them."""
-    rollout, engine = run.rollout, found.engine
-    lines: list[str] = []
-    if rollout is None:
-        return lines
-    allowed = rollout.agent.max_prompt_tokens + rollout.agent.max_response_tokens
-    if allowed > rollout.engine.max_model_len:
+    lines = []
+    if run.engine and run.allowed_tokens > run.engine.max_model_len:
         lines.append(
-            f"agent.max_prompt_tokens and max_response_tokens allow {allowed} tokens, engine.max_model_len only "
-            f"{rollout.engine.max_model_len}: longer trajectories end as over_length"
+            f"agent.max_prompt_tokens and max_response_tokens allow {run.allowed_tokens} tokens, engine.max_model_len "
+            f"only {run.engine.max_model_len}: longer trajectories end as over_length"
         )
-    if engine is None:
-        return lines
-    at_once, mean = min(rollout.engine.max_num_seqs, run.sequences_per_rank), found.mean_length
-    fit = engine.fits(mean)
-    if 1 <= fit < at_once:
-        share = (engine.weights + engine.work + at_once * mean * engine.token_bytes) / found.memory
-        room = f", or engine.gpu_memory_utilization to {share:.2f} if that fits" if share <= USABLE else ""
+    if engine and 1 <= (fit := engine.fits(length)) < engine.to_run:
+        needed = (engine.weights + engine.work + engine.to_run * length * engine.token_bytes) / memory
+        room = f", or engine.gpu_memory_utilization to {needed:.2f} if that fits" if needed <= USABLE else ""
         lines.append(
-            f"the key-value cache holds {fit} trajectories of {mean} tokens at once, {at_once} are to run: the "
+            f"the key-value cache holds {fit} trajectories of {length} tokens at once, {engine.to_run} are to run: the "
             f"others wait or are computed again. Set engine.max_num_seqs to about {fit}{room}"
         )
     return lines
-
-
-def _remedy(run: RunFacts, found: Plan) -> str:
-    """The settings that reduce what is largest at the peak, without those that are set."""
-    trains, sharding, policy = found.training >= found.sampling, run.sharding, run.policy
-    is_asleep = trains and (found.engine is None or found.engine.sleeps)
-    longest = "agent.max_response_tokens" if run.rollout and run.longest >= run.tokens_per_row else "max_tokens_per_row"
-    states = {
-        "ZeroStrategy with stage 3": sharding.zero_stage == 3 or sharding.ranks == 1,
-        "trainer.strategy.offload_optimizer true": sharding.offload_optimizer or not sharding.zero_stage,
-        "policy.lora": policy.lora is not None,
-        "more ranks": False,
-    }
-    activations = {"policy.gradient_checkpointing true": policy.gradient_checkpointing, f"a smaller {longest}": False}
-    engine = {"engine.sleep always": not trains, "a lower engine.gpu_memory_utilization": False}
-    options = [
-        (sum(found.lasting.values()), states),
-        (found.activations * trains, activations),
-        (0.0 if is_asleep else found.engine_bytes, engine),
-    ]
-    options.sort(key=lambda option: -option[0])
-    texts = [
-        f"{' or '.join(name for name, is_set in settings.items() if not is_set)} ({size / GB:.1f} GB)"
-        for size, settings in options
-        if size > 0
-    ]
-    return f"Change, largest first: {'; '.join(texts)}"

@@ -41,42 +41,22 @@ class Shape(Architecture):
     looked_up: int
     """Parameters of the word embeddings unless they are the output head as well: they take part in no product."""
 
-    @property
-    def key_value_bytes(self) -> int:
-        """Key-value cache of one token."""
-        return 2 * self.layers * self.key_width * self.dtype_bytes
-
-    @property
-    def patches_per_token(self) -> int:
-        """Patches of the vision tower that become one image token."""
-        return self.merge**2
-
-    @property
-    def pixels_per_token(self) -> int:
-        """Pixels that become one image token."""
-        return (self.patch * self.merge) ** 2
-
 
 def shape_of(model: PreTrainedModel, adapter: ModelAdapter | None = None) -> Shape:
-    """Sizes of a model, which may be on the meta device; parameters that require no gradient are not trained.
-
-    Args:
-        model: The policy.
-        adapter: Adapter of its family; None: found by its model type.
-    """
+    """Sizes of a model, which may be on the meta device; without `adapter` the model type selects it."""
     adapter = adapter or adapter_for(model.config.model_type)
     architecture = adapter.architecture(model.config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     tower = [p for name, p in model.named_parameters() if adapter.part_of(name) in ("vision", "projector")]
     embeddings = next(iter(model.get_input_embeddings().parameters()))
     return Shape(
         **vars(architecture),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        trained=sum(parameter.numel() for parameter in trained),
-        trained_bytes=max((parameter.element_size() for parameter in trained), default=0),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=max((p.element_size() for p in trained), default=0),
         dtype_bytes=embeddings.element_size(),
-        vision_parameters=sum(parameter.numel() for parameter in tower),
-        vision_trained=any(parameter.requires_grad for parameter in tower),
+        vision_parameters=sum(p.numel() for p in tower),
+        vision_trained=any(p.requires_grad for p in tower),
         looked_up=0 if model.config.tie_word_embeddings else architecture.vocabulary * architecture.hidden,
     )
 
@@ -106,15 +86,11 @@ def vision_block_bytes(shape: Shape) -> int:
 
 
 def activation_bytes(shape: Shape, tokens: int, image_tokens: int, checkpointing: bool) -> float:
-    """Largest memory of the activations of one packed row, in bytes.
+    """Largest memory in bytes of the activations of a packed row, `image_tokens` of whose `tokens` are of images.
 
-    Args:
-        shape: Sizes of the model.
-        tokens: Tokens of the row.
-        image_tokens: Number of them that are image tokens.
-        checkpointing: Only the inputs of layers are kept, and one layer at a time is run again.
+    With `checkpointing` only the inputs of layers are kept, and one layer at a time is run again.
     """
-    b, patches = shape.dtype_bytes, image_tokens * shape.patches_per_token
+    b, patches = shape.dtype_bytes, image_tokens * shape.merge**2
     layer, block = tokens * layer_bytes(shape), patches * vision_block_bytes(shape)
     depth = shape.vision_depth if shape.vision_trained else 0
     merged = shape.mergers * 5 * b * shape.vision_hidden * patches * shape.vision_trained
@@ -144,30 +120,23 @@ class Sharding:
 
 
 def states(shape: Shape, sharding: Sharding, has_reference: bool) -> dict[str, float]:
-    """Bytes that training holds from step to step.
+    """Bytes that training holds on one GPU from step to step; `host`: what this GPU's part takes in main memory.
 
-    Args:
-        shape: Sizes of the policy.
-        sharding: How ranks share it.
-        has_reference: A frozen copy of the policy is loaded beside it.
-
-    Returns:
-        Bytes on one GPU: `weights`, `reference`, `gradients`, `optimizer` (moments, and float32 copies of 16-bit
-        weights under DeepSpeed), ZeRO's `buffers`; and `host`, which this GPU's share takes in main memory.
+    `optimizer` is the moments and, under DeepSpeed, float32 copies of 16-bit weights; `buffers` are ZeRO's. With
+    `has_reference` a frozen copy of the policy is loaded beside it.
     """
     zero, ranks = sharding.zero_stage, sharding.ranks
-    share = ranks if zero else 1
+    parts = ranks if zero else 1
     weights = shape.parameters * shape.dtype_bytes / (ranks if zero == 3 else 1)
-    copies = FLOAT32 if zero and shape.trained_bytes < FLOAT32 else 0
-    optimizer = shape.trained * (ADAM_MOMENTS * (FLOAT32 if zero else shape.trained_bytes) + copies) / share
+    is_16_bit = shape.trained_bytes < FLOAT32
+    copies = FLOAT32 if zero and is_16_bit else 0
+    optimizer = shape.trained * (ADAM_MOMENTS * (FLOAT32 if zero else shape.trained_bytes) + copies) / parts
     in_float32 = zero and sharding.gradient_accumulation == "float32"
-    gradients = shape.trained * (FLOAT32 if in_float32 else shape.trained_bytes) / share
-    buffers = 0.0
-    if zero:
-        bucket = min(sharding.bucket_elements, shape.trained)
-        buffers += 2 * bucket * shape.trained_bytes
-        if sharding.gradient_communication == "float32" and shape.trained_bytes < FLOAT32:
-            buffers += bucket * FLOAT32  # the bucket again, as it is sent
+    gradients = shape.trained * (FLOAT32 if in_float32 else shape.trained_bytes) / parts
+    bucket = min(sharding.bucket_elements, shape.trained)
+    buffers = 2.0 * bucket * shape.trained_bytes if zero else 0.0
+    if zero and sharding.gradient_communication == "float32" and is_16_bit:
+        buffers += bucket * FLOAT32  # the bucket again, as it is sent
     if zero == 3:
         buffers += min(ZERO3_ELEMENTS, shape.parameters) * shape.dtype_bytes
         buffers += min(ZERO3_ELEMENTS, shape.trained / ranks) * copies
@@ -191,15 +160,8 @@ def step_bytes(shape: Shape, sharding: Sharding) -> float:
     return STEP_COPIES * FLOAT32 * min(ZERO3_ELEMENTS, shape.trained / sharding.ranks)
 
 
-# ------------------------------------------------------------------------------------------------ time
 def forward_flops(shape: Shape, tokens: float, length: float, image_tokens: float) -> float:
     """Operations of a forward pass over `tokens` tokens in sequences of `length`, with causal attention."""
     language = shape.active_fraction * (shape.parameters - shape.vision_parameters - shape.looked_up)
     attention = 2 * shape.layers * shape.query_width * length  # half of the full matrix, twice: scores and values
-    return tokens * (2 * language + attention) + 2 * shape.vision_parameters * image_tokens * shape.patches_per_token
-
-
-def training_flops(shape: Shape, forward: float, checkpointing: bool) -> float:
-    """Operations of forward and backward: three forwards, with recomputation four; with LoRA one less."""
-    backward = 2.0 if shape.trained > shape.parameters / 2 else 1.0
-    return forward * (1 + backward + checkpointing)
+    return tokens * (2 * language + attention) + 2 * shape.vision_parameters * image_tokens * shape.merge**2

@@ -11,7 +11,6 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 import torch
 
-from cv_lightning.agent.config import AgentConfig
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.cli import ConfigOnly, ShortErrorParser
 from cv_lightning.cli import main as fit
@@ -31,25 +30,8 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutFacts:
-    """What rollouts add to a run."""
-
-    agent: AgentConfig
-    engine: EngineConfig
-    has_reference: bool
-    """A frozen copy of the policy is loaded."""
-    extra_forwards: float
-    """Forward passes without gradient over all trained tokens of an iteration."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest trajectory that is allowed."""
-        return min(self.agent.max_prompt_tokens + self.agent.max_response_tokens, self.engine.max_model_len)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Facts of a run that memory and time depend on."""
+    """Facts of a run that memory and time depend on; the defaults are those of SFT."""
 
     shape: Shape
     policy: PolicyConfig
@@ -61,8 +43,16 @@ class RunFacts:
     sequences_per_step: int
     """Conversations or trajectories of all ranks in one batch of Lightning's."""
     num_batches: int
-    rollout: RolloutFacts | None
+    allowed_tokens: int
+    """Largest number of tokens of a conversation, or of a trajectory by the limits of the agent."""
+    engine: EngineConfig | None = None
     """None: SFT."""
+    deterministic: bool = False
+    """`agent.deterministic`."""
+    has_reference: bool = False
+    """A frozen copy of the policy is loaded."""
+    extra_forwards: float = 0.0
+    """Forward passes without gradient over all trained tokens of an iteration."""
 
     @property
     def sequences_per_rank(self) -> int:
@@ -71,8 +61,8 @@ class RunFacts:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a conversation or trajectory."""
-        return self.tokens_per_row if self.rollout is None else self.rollout.longest
+        """Largest number of tokens of a conversation or trajectory."""
+        return min(self.allowed_tokens, self.engine.max_model_len) if self.engine else self.allowed_tokens
 
 
 class PlanParser(ShortErrorParser):
@@ -85,29 +75,30 @@ class PlanParser(ShortErrorParser):
 
 
 def read_run(args: list[str]) -> RunFacts:
-    """Read a command line of `fit`.
-
-    Args:
-        args: The command line after `fit`.
+    """Read the command line that follows `fit`.
 
     Raises:
         CVLightningError: The model's architecture is not known, or the config is not one of SFT or GRPO.
+        ValueError: A config refuses its values.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
         config = fit(["fit", *args], ConfigOnly, PlanParser).config["fit"]
     trainer, model, data = config.trainer, config.model.init_args, config.data.init_args
     kind = resolve_name(config.model.class_path)
-    rollout, callback = None, None
-    if issubclass(kind, GRPOModule):
-        callback = _build(RolloutCallback, config.rollout)
-        rollout = _rollout_facts(callback, model)
-    elif not issubclass(kind, SFTModule):
+    if not issubclass(kind, (GRPOModule, SFTModule)):
         raise CVLightningError(f"model.class_path {config.model.class_path}: plan knows SFTModule and GRPOModule")
+    callback = _build(RolloutCallback, config.rollout) if issubclass(kind, GRPOModule) else None
     policy = _build(PolicyConfig, model.policy)
     devices = num_devices(trainer.devices)
     if not devices:
         LOG.warning("trainer.devices %s: planned for one GPU; give the number with --trainer.devices", trainer.devices)
+    if callback:
+        rollout = _rollout_facts(callback, _build(AlgorithmConfig, model.algorithm), policy)
+        sequences, num_batches = data.tasks_per_iteration * callback.num_samples, data.num_iterations
+    else:
+        rollout = {"allowed_tokens": model.max_tokens_per_row}
+        sequences, num_batches = data.conversations_per_step, data.num_steps
     on_gpu = trainer.accelerator in ("gpu", "cuda")
     return RunFacts(
         shape=shape_of(empty_policy(policy), policy.adapter),
@@ -116,34 +107,31 @@ def read_run(args: list[str]) -> RunFacts:
         on_gpu=torch.cuda.is_available() if trainer.accelerator == "auto" else on_gpu,
         gpus_per_node=max(1, devices),
         tokens_per_row=model.max_tokens_per_row,
-        sequences_per_step=data.tasks_per_iteration * callback.num_samples if callback else data.conversations_per_step,
-        num_batches=data.num_iterations if callback else data.num_steps,
-        rollout=rollout,
+        sequences_per_step=sequences,
+        num_batches=num_batches,
+        **rollout,
     )
 
 
-def _rollout_facts(callback: RolloutCallback, model: jsonargparse.Namespace) -> RolloutFacts:
-    algorithm = _build(AlgorithmConfig, model.algorithm)
-    kl, policy = algorithm.kl, model.policy
-    is_own = policy.lora is not None and kl.reference_path in (None, policy.path)
-    forwards = 1 / kl.every if kl.weight > 0 else 0.0
-    forwards += algorithm.old_logprobs == "trainer" and algorithm.num_minibatches > 1
-    return RolloutFacts(
-        agent=callback.agent,
-        engine=callback.engine_config,
-        has_reference=kl.weight > 0 and not is_own,
-        extra_forwards=forwards,
-    )
+def _rollout_facts(callback: RolloutCallback, algorithm: AlgorithmConfig, policy: PolicyConfig) -> dict[str, Any]:
+    """Fields of `RunFacts` that rollouts determine."""
+    kl, agent = algorithm.kl, callback.agent
+    is_own = policy.lora is not None and kl.reference_path in (None, policy.path)  # the policy without its adapters
+    has_old_pass = algorithm.old_logprobs == "trainer" and algorithm.num_minibatches > 1
+    return {
+        "allowed_tokens": agent.max_prompt_tokens + agent.max_response_tokens,
+        "engine": callback.engine_config,
+        "deterministic": agent.deterministic,
+        "has_reference": kl.weight > 0 and not is_own,
+        "extra_forwards": (1 / kl.every if kl.weight > 0 else 0.0) + has_old_pass,
+    }
 
 
 def _build(kind: type[Built], arguments: jsonargparse.Namespace) -> Built:
     """An object from its parsed arguments."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "built")
-    try:
-        built: Built = parser.instantiate(jsonargparse.Namespace(built=arguments)).built  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise CVLightningError(str(error)) from error
+    built: Built = parser.instantiate(jsonargparse.Namespace(built=arguments)).built  # type: ignore[no-untyped-call]
     return built
 
 

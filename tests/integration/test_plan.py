@@ -79,7 +79,7 @@ def test_recipes_fit_their_hardware(
 def test_plan_counts_the_types_in_which_gradients_are_summed_and_sent() -> None:
     recipe, setting = configs("sft/qwen3_vl_8b", "hardware/8gpu"), "--trainer.strategy.init_args.gradient_"
     usual, short, sent = (
-        make_plan(read_run([*recipe, *more]), Assumptions()).lasting
+        make_plan(read_run([*recipe, *more]), Assumptions()).figures
         for more in ([], [f"{setting}accumulation=policy"], [f"{setting}communication=float32"])
     )
     assert usual["gradients"] == 2 * short["gradients"] and usual["buffers"] == short["buffers"]
@@ -110,9 +110,8 @@ def test_plan_warns_of_a_cache_for_fewer_trajectories_than_are_decoded_at_once()
     run, given = recipe_run(), Assumptions()
     (line,) = make_plan(run, given).hints
     assert "holds 19 trajectories of 8192 tokens at once, 64 are to run" in line and "max_num_seqs to about 19" in line
-    assert run.rollout is not None
-    fewer = replace(run, rollout=replace(run.rollout, engine=replace(run.rollout.engine, max_num_seqs=19)))
-    assert make_plan(fewer, given).hints == []
+    assert run.engine is not None
+    assert make_plan(replace(run, engine=replace(run.engine, max_num_seqs=19)), given).hints == []
 
 
 @cache
@@ -124,35 +123,42 @@ def recipe_run() -> RunFacts:
 def plan_with(**engine: object) -> Plan:
     """Its plan with other settings of the engine."""
     run = recipe_run()
-    assert run.rollout is not None
-    changed = replace(run.rollout, engine=replace(run.rollout.engine, **engine))  # type: ignore[arg-type]
-    return make_plan(replace(run, rollout=changed), Assumptions())
+    assert run.engine is not None
+    return make_plan(replace(run, engine=replace(run.engine, **engine)), Assumptions())  # type: ignore[arg-type]
 
 
 def test_plan_counts_what_a_sleeping_engine_keeps_in_main_memory() -> None:
     found = plan_with()
     assert found.engine is not None and found.engine.sleeps
-    level_2, eager = plan_with(sleep_level=2).host, plan_with(sleep_level=2, enforce_eager=True).host
-    assert found.host - level_2 == pytest.approx(2 * 8 * found.engine.weights), "pinned copies, rounded up"
+    settings: list[dict[str, object]] = [
+        {},
+        {"sleep_level": 2},
+        {"sleep_level": 2, "enforce_eager": True},
+        {"sleep_level": 2, "processor_cache_gb": 1.0},
+        {"sleep": "never"},
+    ]
+    usual, level_2, eager, small_cache, awake = (plan_with(**given).figures["host"] for given in settings)
+    assert usual - level_2 == pytest.approx(2 * 8 * found.engine.weights), "pinned copies, rounded up"
     assert level_2 - eager == pytest.approx(2 * 8 * GRAPHS_GB * 1e9)
-    assert eager == pytest.approx(8 * 4e9), "processed images"
-    assert plan_with(sleep_level=2, processor_cache_gb=1.0).host == pytest.approx(level_2 - 8 * 3e9)
-    assert plan_with(sleep="never").host == pytest.approx(8 * 4e9)
+    assert eager == awake == pytest.approx(8 * 4e9), "processed images"
+    assert small_cache == pytest.approx(level_2 - 8 * 3e9)
 
 
 def test_plan_counts_the_temporary_tensors_of_an_optimizer_step() -> None:
-    found, run = plan_with(), recipe_run()
-    assert found.step_work == 8e9
+    run = recipe_run()
     offloaded = replace(run, sharding=replace(run.sharding, offload_optimizer=True))
-    assert make_plan(offloaded, Assumptions()).step_work == 0
-    lasting = sum(found.lasting.values())
-    assert found.training == lasting + max(found.activations, found.step_work)
-    assert replace(found, activations=1.0).training == lasting + found.step_work
+    assert make_plan(offloaded, Assumptions()).figures["step_work"] == 0
+    brief = replace(run, tokens_per_row=4096, allowed_tokens=4096)
+    for facts, larger in ((run, "activations"), (brief, "step_work")):
+        found = make_plan(facts, Assumptions()).figures
+        assert found["step_work"] == 8e9
+        kept = sum(found[name] for name in ("weights", "reference", "gradients", "optimizer", "buffers", "overhead"))
+        assert found["training_peak"] == kept + found[larger] == kept + max(found["activations"], found["step_work"])
 
 
 def test_plan_takes_the_size_of_image_tokens_from_the_family() -> None:
-    sides = {name: read_run(configs(name, "hardware/8gpu")).shape.pixels_per_token for name in SIDES}
-    assert sides == {name: side**2 for name, side in SIDES.items()}
+    shapes = {name: read_run(configs(name, "hardware/8gpu")).shape for name in SIDES}
+    assert {name: shape.patch * shape.merge for name, shape in shapes.items()} == SIDES
 
 
 SIDES = {"grpo/qwen3_vl_8b": 32, "grpo/qwen2_5_vl_7b": 28}
@@ -183,10 +189,10 @@ def test_plan_refuses_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) ->
 def test_plan_counts_every_trajectory_that_is_longer_than_a_row() -> None:
     recipe = configs("grpo/qwen3_vl_8b", "hardware/8gpu")
     whole, short = (make_plan(read_run([*recipe, f"{ROW}={tokens}"]), Assumptions()) for tokens in (32768, 4096))
-    assert short.activations == whole.activations
+    assert short.figures["activations"] == whole.figures["activations"]
     capped = [f"--rollout.agent.max_{part}_tokens=2048" for part in ("prompt", "response")]
     shorter = make_plan(read_run([*recipe, f"{ROW}=4096", *capped]), Assumptions())
-    assert shorter.activations < whole.activations / 5
+    assert shorter.figures["activations"] < whole.figures["activations"] / 5
 
 
 # ---------------------------------------------------------------------------------------------- what PyTorch counts
