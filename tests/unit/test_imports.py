@@ -49,3 +49,9 @@ def test_every_folder_has_a_floor(folder: str) -> None:
     floors = (ROOT / "setup.cfg").read_text().split("layers =")[1].split("[importlinter")[0]
     if (ROOT / "cv_lightning" / folder / "__init__.py").is_file():
         assert f"cv_lightning.{folder}" in floors.replace(")", " ").split() or f"(cv_lightning.{folder}" in floors
+
+
+def test_the_package_keeps_its_shape() -> None:
+    """No class name twice, no import circle, no private attribute of Lightning, nothing too long."""
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/house.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
