@@ -12,7 +12,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ OnComplete = Callable[[int, Trajectory], None]
 """Called with a finished and scored trajectory and the number of its request, on the thread that called `run`."""
 
 POLL_S = 0.5
-"""How often an idle rollout checks its deadlines, in seconds."""
+"""How often a rollout that waits checks its deadlines and shows that it is alive, in seconds."""
 
 
 @dataclass(slots=True)
@@ -276,8 +276,11 @@ class _Pass:
         self.judging[:] = under_way
 
     def _take_verdict(self, trajectory: Trajectory, verdict: Future[None], wait_until: float) -> None:
+        while not verdict.done() and (left := wait_until - time.perf_counter()) > 0:
+            wait([verdict], timeout=min(POLL_S, left))
+            self._show()  # the run is not hung, and may be stopped
         try:
-            verdict.result(timeout=max(0.0, wait_until - time.perf_counter()))
+            verdict.result(timeout=0.0)
         except (TimeoutError, JudgeError) as error:
             verdict.cancel()
             if trajectory.end_state is EndState.ANSWERED:  # without an answer the rule alone decides, with the group

@@ -283,7 +283,7 @@ def warn_of_lost_rows(files: Sequence[MetricsLogger], state: Mapping[str, Any]) 
     for file, before in zip(files, state.get("rows", []), strict=False):
         found = file.steps(before=state["step"])
         if len(found) < before:
-            lost = [step + 1 for step in range(state["step"]) if step not in set(found)]
+            lost = [step + 1 for step in sorted(set(range(state["step"])).difference(found))]
             logger.warning(
                 "%s: %d rows written before the checkpoint are missing (a power cut?), those of iterations %s",
                 file.path, before - len(found), _ranges(lost),

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -108,10 +107,12 @@ class RunOwner(pl.Callback):
         """Write the record; False if there is one."""
         record = _process() | {"token": self._token, "verb": verb, "started": time.time()}
         try:
-            with self.path.open("x", encoding="utf-8") as file:
-                json.dump(record, file)
+            file = self.path.open("x", encoding="utf-8")
         except FileExistsError:
             return False
+        try:
+            with file:
+                json.dump(record, file)
         except OSError:  # a full disk: an empty record would keep the next run out
             self.path.unlink(missing_ok=True)
             raise
@@ -204,8 +205,8 @@ def _is_gone(record: dict[str, Any], age: float) -> bool:
 
 def end_process(code: int, message: str = "") -> NoReturn:
     """End this process and its children at once, without any clean-up, after writing a message to stderr."""
-    sys.stderr.write(message)
-    sys.stderr.flush()
+    with suppress(OSError):  # past the stream, which may be locked by the thread that hangs, or closed
+        os.write(2, message.encode("utf-8", "backslashreplace"))
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             child.kill()

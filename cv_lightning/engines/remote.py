@@ -175,10 +175,10 @@ class RemoteEngine(ABC):
 
     def _url_of(self, image: Image.Image) -> str:
         name = content_hash(image)
-        url = self._urls.get(name) or data_url(image)
-        if len(self._urls) >= KEPT_IMAGES:
-            self._urls.clear()
-        self._urls[name] = url
+        url = self._urls.pop(name, "") or data_url(image)
+        self._urls[name] = url  # the latest used is the last
+        if len(self._urls) > KEPT_IMAGES:
+            del self._urls[next(iter(self._urls))]
         return url
 
 

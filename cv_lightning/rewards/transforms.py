@@ -198,8 +198,8 @@ def turned_labels(trajectory: Trajectory) -> frozenset[str]:
 
 def _is_of_channels(op: Operation) -> bool:
     """True for `np.flip` along the last axis, which swaps colours (in a grey image the net effect shows the flip)."""
-    axis = op.arguments.get("axis")
-    return op.name == "reverse" and (axis if isinstance(axis, int) else (axis or [0])[-1]) in (-1, 2)
+    axis = op.arguments.get("axis")  # a trace may be forged: of any type
+    return op.name == "reverse" and (axis[-1] if isinstance(axis, tuple | list) and axis else axis) in (-1, 2)
 
 
 def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, ToolResult]]:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from cv_lightning.agent.driver import Rollout, RolloutProgress
+from cv_lightning.agent.driver import POLL_S, Rollout, RolloutProgress
 from cv_lightning.agent.request import requests_of
 from cv_lightning.engines.base import Engine, SamplingConfig
 from cv_lightning.rewards import RewardModule
@@ -100,6 +100,7 @@ class Collector:
     ) -> list[Group]:
         groups = [Group(task=task, trajectories=[], iteration=iteration) for task in tasks]
         waiting: list[tuple[Group, Future[TermValues]]] = []
+        shown: list[RolloutProgress] = []
         end = time.perf_counter() + self.rollout.config.longest_s
 
         def scored(group: Group, *terms: TermValues) -> None:
@@ -113,7 +114,10 @@ class Collector:
                 scored(group, asked.result())
 
         def score_rest() -> None:
-            wait([asked for _, asked in waiting], timeout=max(0.0, end - time.perf_counter()))
+            pending = {asked for _, asked in waiting}
+            while pending and (left := end - time.perf_counter()) > 0:
+                _, pending = wait(pending, timeout=min(POLL_S, left))
+                progress(shown[-1])  # the run is not hung, and may be stopped
             for group, asked in waiting:
                 if asked.done():
                     scored(group, asked.result())
@@ -133,7 +137,11 @@ class Collector:
                     scored(group)
             score_answered()
 
-        self.rollout.run(requests_of(tasks, num_samples), sampling, progress, on_complete)
+        def show(state: RolloutProgress) -> None:
+            shown[:] = [state]
+            progress(state)
+
+        self.rollout.run(requests_of(tasks, num_samples), sampling, show, on_complete)
         score_rest()
         return groups
 

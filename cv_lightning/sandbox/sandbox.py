@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,8 @@ class Sandbox:
             raise ValueError("sandbox.disabled_layers needs sandbox.allow_unsafe=true")
         self._pool: Pool | None = None
         self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(2, "sandbox")
+        """Reads and proves results: of 16 megapixels each takes hundreds of megabytes meanwhile."""
         self._cache: OrderedDict[tuple[str, str], SandboxResult] = OrderedDict()
         self._cached_bytes = 0
         self._counts = {"plan": 0, "process": 0, "cache": 0, "refused": 0}
@@ -162,7 +164,7 @@ class Sandbox:
             _abandon(job)
             raise
         # Shielded, so that the output is closed even if this task is cancelled meanwhile.
-        return await asyncio.shield(loop.run_in_executor(None, self._finish, request, outcome))
+        return await asyncio.shield(loop.run_in_executor(self._readers, self._finish, request, outcome))
 
     def run_sync(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
         """`run` for callers without an event loop; from any thread."""

@@ -73,8 +73,9 @@ def write_pixels(fd: int, image: Image.Image, *, piece: int) -> None:
 def pack_trace(trace: Trace) -> bytes:
     """The bytes of a trace; operations beyond `MAX_OPERATIONS` are dropped, and half of them while it is too long."""
     operations = [asdict(operation) for operation in trace.operations[:MAX_OPERATIONS]]
+    claims = [tuple(map(float, claim)) for claim in trace.claims[:MAX_CLAIMS]]  # of NumPy's numbers, too
     while True:
-        form = {"operations": operations, "claims": trace.claims[:MAX_CLAIMS], "direct": trace.direct}
+        form = {"operations": operations, "claims": claims, "direct": trace.direct}
         data = json.dumps(form, separators=(",", ":")).encode()
         if len(data) <= MAX_TRACE:
             return data
@@ -103,14 +104,15 @@ def unpack_trace(data: bytes) -> Trace:
 def _checked(operation: Operation) -> Operation:
     name, sizes = clean_text(operation.name, 32), (operation.input_size, operation.output_size)
     valid = name.replace("_", "").isalnum() and len(operation.arguments) <= MAX_ARGUMENTS
-    if not valid or any(size is not None and not 0 < min(size) <= max(size) < 1 << 32 for size in sizes):
+    if not valid or any(size is not None and not 0 <= min(size) <= max(size) < 1 << 32 for size in sizes):
         raise WireError("an impossible operation")
+    before, after = (None if size is None or 0 in size else size for size in sizes)  # a crop may be empty
     return Operation(
         name=name,
         call=clean_text(operation.call, 64),
         arguments={clean_text(key, 24): _checked_value(value) for key, value in operation.arguments.items()},
-        input_size=sizes[0],
-        output_size=sizes[1],
+        input_size=before,
+        output_size=after,
         used=operation.used,
     )
 

@@ -13,7 +13,7 @@ from test_loop import ANSWER, TURN, Hanging, ScriptedEngine, task
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
-from cv_lightning.agent.driver import Rollout
+from cv_lightning.agent.driver import Rollout, RolloutProgress
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.background import Background
 from cv_lightning.callbacks import rollout as rollout_callback
@@ -67,12 +67,16 @@ def test_a_term_that_never_replies_ends_with_the_rollouts_deadline(
     encoder: DialogueEncoder, background: Background
 ) -> None:
     engine = ScriptedEngine(encoder, lambda *_: ANSWER)
-    config = AgentConfig(deadline_s=0.5)
+    config = AgentConfig(deadline_s=1.5)
     rollout = Rollout(engine, Hanging(), encoder, background, config, banned_ids=())
-    rewards = RewardModule(RewardConfig(terms=[Silent("silent", 1.0)]))
+    collector = Collector(rollout, RewardModule(RewardConfig(terms=[Silent("silent", 1.0)])))
+    quick: list[RolloutProgress] = []
+    collector.roll_out([task("other"), task("quick")], 2, SamplingConfig(), progress=quick.append)
+    waiting: list[RolloutProgress] = []
     begun = time.monotonic()
-    groups = Collector(rollout, rewards).roll_out([task("silent"), task("quick")], 2, SamplingConfig())
-    assert time.monotonic() - begun < 10
+    groups = collector.roll_out([task("silent"), task("quick")], 2, SamplingConfig(), progress=waiting.append)
+    assert time.monotonic() - begun < 15
+    assert len(waiting) >= len(quick) + 3, "a watchdog must see that the run only waits"
     states = [[t.end_state for t in group.trajectories] for group in groups]
     assert states == [[EndState.ERROR_JUDGE] * 2, [EndState.ANSWERED] * 2]
     assert [t.reward is None for group in groups for t in group.trajectories] == [True, True, False, False]

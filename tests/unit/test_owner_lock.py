@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,23 @@ def test_lock_has_a_heartbeat_and_losing_it_ends_the_run(tmp_path: Path, monkeyp
     assert ended and "process 4711 on host node7 has taken over" in ended[0]
     mine.release()
     assert record.exists(), "another one's record is not removed"
+
+
+def test_lock_that_cannot_be_opened_is_left_to_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = forge(tmp_path, age_s=1)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(CVLightningError, match="Too many open files"):
+        RunOwner().take(tmp_path, "fit")
+    assert record.exists()
+
+
+def test_a_process_whose_stderr_is_closed_ends() -> None:
+    code = "import os; os.close(2); from cv_lightning.callbacks.owner import end_process; end_process(7, 'over')"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 7
 
 
 def test_lock_in_a_folder_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:

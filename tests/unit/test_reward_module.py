@@ -308,7 +308,16 @@ def test_rounding_to_patches_does_not_make_a_small_crop_coarse(side: int, factor
 
 def test_swapped_colour_channels_are_not_a_flip() -> None:
     made = Recorder(task()).call("grayscale")
-    for axis, turned in ((-1, False), (2, False), ([2], False), (0, True), (None, True)):
+    for axis, turned in (
+        (-1, False),
+        (2, False),
+        ([2], False),
+        (0, True),
+        (None, True),
+        (1.5, True),
+        ({}, True),
+        ([], True),
+    ):
         flip = Operation(name="reverse", call="numpy.flip", arguments={"axis": axis})
         result = replace(made.turns[0].result, operations=(flip,))
         assert bool(turned_labels(replace(made.answer(), turns=[replace(made.turns[0], result=result)]))) is turned

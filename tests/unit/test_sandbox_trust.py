@@ -76,6 +76,14 @@ def test_packed_traces_are_read_back_and_cut_ones_refused() -> None:
             unpack_trace(data[:cut])
 
 
+def test_an_empty_crop_and_numbers_of_numpy_are_no_reason_to_lose_a_result() -> None:
+    empty = Operation(name="crop", call="PIL.Image.crop", input_size=(8, 8), output_size=(0, 4))
+    claim = Affine(*np.float32([1, 0, 0.5, 0, 1, 0]))  # type: ignore[arg-type]
+    trace = unpack_trace(pack_trace(Trace((empty,), (claim,))))
+    assert (trace.operations[0].input_size, trace.operations[0].output_size) == ((8, 8), None)
+    assert trace.claims == (Affine(1, 0, 0.5, 0, 1, 0),)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
@@ -118,7 +126,7 @@ def test_any_bytes_are_a_trace_or_an_error(data: bytes) -> None:
         b'{"claims": [' + b",".join([b"[1, 0, 0, 0, 1, 0]"] * 13) + b"]}",
         b'{"operations": [' + b",".join([b'{"name": "a", "call": "b"}'] * 65) + b"]}",
         b'{"operations": [{"name": "a;b", "call": "b"}]}',
-        b'{"operations": [{"name": "a", "call": "b", "input_size": [0, 5]}]}',
+        b'{"operations": [{"name": "a", "call": "b", "input_size": [-1, 5]}]}',
         b'{"operations": [{"name": "a", "call": "b", "arguments": {"x": {"y": 1}}}]}',
         b'{"operations": [{"name": "a", "call": "b", "arguments": {"x": [[[[[1]]]]]}}]}',
         b'{"direct": 1}',
