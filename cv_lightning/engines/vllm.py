@@ -190,7 +190,9 @@ class VLLMEngine:
             EngineError: The prompt's ids, the places of its images, or their tensors differ.
         """
         rng, rule = np.random.default_rng(0), self.adapter.image_rule
-        side = math.isqrt(min(rule.max_pixels, self.max_model_len * rule.factor**2))
+        side = math.isqrt(rule.max_pixels // 2)
+        while side > 1 and rule.num_tokens(rule.model_size(2 * side, side)) > self.max_model_len // 2:
+            side //= 2  # a prompt must have room for both
         sizes = [rule.model_size(2 * side, side), rule.model_size(1, 1)][:num_images]
         noise = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
         images = list(map(Image.fromarray, noise))
