@@ -256,7 +256,8 @@ def test_redteam_no_call_is_lost_or_doubled_when_servers_and_children_are_killed
             goal = sandbox.stats["process"] + rng.choice([1, 2])
             servers = sandbox.server_pids()
             # Servers that have not finished starting are targets, too.
-            what, pids = ("server", servers) if rng.random() < 0.05 else ("child", sandbox.child_pids())
+            is_server = sum(kills.values()) % 20 == 10
+            what, pids = ("server", servers) if is_server else ("child", sandbox.child_pids())
             if pids:
                 kills[what] += 1
                 with contextlib.suppress(ProcessLookupError):
