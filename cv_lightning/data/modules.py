@@ -184,9 +184,10 @@ class EvaluationDataModule(pl.LightningDataModule):
                     f"--data.init_args.{name} {size} cannot be divided by {world_size} ranks; make it a multiple"
                 )
         if self.needs_files and not self.train_files:
+            own = next(kind.__name__ for kind in type(self).__mro__ if kind.__module__ == __name__)
             raise CVLightningError(
                 "--data.init_args.train_files names no file to train on. For the embedded digits, set data.class_path "
-                f"to a DataModule of {DIGITS}"
+                f"to {DIGITS}.Digit{own}"
             )
 
     def _rank_and_world(self) -> tuple[int, int]:
