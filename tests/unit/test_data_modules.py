@@ -233,11 +233,11 @@ def test_evaluation_tasks_turned_and_corrupted_on_the_fly(mode: Literal["grid", 
         assert (task.images[0].tobytes() == shown.tobytes()) != ("noise" in task.id)
 
 
-def test_without_files_to_train_on_the_message_names_classes_that_exist() -> None:
+def test_without_files_a_users_subclass_is_told_a_class_that_exists() -> None:
     class Own(TaskDataModule):
         """A user's."""
 
-    with pytest.raises(CVLightningError, match=r"train_files.*a DataModule of cv_lightning\.digits\.modules$"):
+    with pytest.raises(CVLightningError, match=r"train_files.*cv_lightning\.digits\.modules\.DigitTaskDataModule$"):
         Own().check_training(1)
 
 
