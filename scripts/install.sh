@@ -88,7 +88,7 @@ lock=()
 if [[ $(uname -sm) == "Linux x86_64" ]] && "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
   lock=(--constraint "scripts/locks/$stack.txt")
 fi
-# uv installs where it can be had, pip where uv is not there or fails. Their whole output goes to the log; an error shows its last lines.
+# uv installs where it is available, pip where it is not or fails. Their output goes to the log; an error shows its last lines.
 uv=
 try_install() {
   if [[ -n $uv ]]; then
