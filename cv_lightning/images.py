@@ -1,6 +1,6 @@
 """Images and their geometry: decoding, the resize for the model, affine maps, boxes.
 
-All functions are pure. No other module resizes an image for the model.
+Images are not changed, apart from the hash that one keeps. No other module resizes an image for the model.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class EndState(StrEnum):
     """More malformed tool calls than the agent forgives."""
     MAX_IMAGES = "max_images"
     TRUNCATED = "stopped"
-    """The rollout's deadline ended it. It has no outcome and is not scored as a wrong answer. Stored as `stopped`."""
+    """The rollout's deadline or early stop ended it. It has no outcome, so it is not scored. Stored as `stopped`."""
     ERROR_TASK = "error:task"
     """The prompt cannot be built: image marks and images differ in number, or an image cannot be shown."""
     ERROR_ENGINE = "error:engine"

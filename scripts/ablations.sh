@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The effect of parts of reward and recipe, on handwritten digits: 11 arms x 3 seeds, hours on a CPU.
+# The effect of parts of reward and recipe, on handwritten digits: 10 arms x 3 seeds, hours on a CPU.
 #
 #   bash scripts/ablations.sh [--seeds 0 1 2] [--arms full no_process ...] [--iterations N] [--per-kind N] [--out FOLDER]
 #       [--no-tests] [--smoke] [--table]

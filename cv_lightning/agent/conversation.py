@@ -195,7 +195,7 @@ class Episode:
         )
 
     def _seed(self) -> int:
-        """Seed of the next turn, from run seed, task, sample, turn and, in training, policy version only."""
+        """Seed of the next turn, from run seed, task, sample, repeat, turn and, in training, policy version only."""
         request = self.request
         parts: tuple[object, ...] = (self.shared.sampling.seed, request.task.id, request.sample_index)
         parts += (len(self.trajectory.turns), self.shared.seed_version)

@@ -63,7 +63,7 @@ class StopOnSignal(pl.Callback):
         self.asked: int | None = None
         """The signal that asked to stop."""
         self.is_agreed = False
-        """True on all ranks once the checkpoint after a signal is saved."""
+        """True once all ranks know that one of them got a signal; `CheckpointCallback` then saves."""
         self._trainer: pl.Trainer | None = None
         self._before: dict[signal.Signals, Any] = {}
 

@@ -125,12 +125,13 @@ class EndpointClient:
         headers = {} if self.key else {"Authorization": openai.Omit()}
         unreadable = 0
         while True:
-            body = {**self._known(options), **fixed}
+            sent = self._known(options)
+            body = {**sent, **fixed}
             try:
                 response = await client.post(path, cast_to=httpx2.Response, body=body, options={"headers": headers})
             except openai.APIStatusError as error:
                 said = error.response.content
-                if error.status_code == 400 and self._can_do_without(options, needed, said):
+                if error.status_code == 400 and self._can_do_without(sent, needed, said):
                     self.spent.retries += 1
                     continue
                 shown = f"HTTP {error.status_code}: {self._shown(said)}"
@@ -174,7 +175,7 @@ class EndpointClient:
         return known
 
     def _can_do_without(self, options: dict[str, Any], needed: Collection[str], body: bytes) -> bool:
-        """Note the options that an error names as unknown; False if none, EndpointError for a needed one."""
+        """Note which of the sent options an error names as unknown; False if none, EndpointError for a needed one."""
         unknown = {name for name in options if name.encode() in body}
         if not unknown or "max_completion_tokens" in unknown:
             return False

@@ -82,7 +82,8 @@ class TransformersEngine:
 
     def abort(self, ids: Sequence[str]) -> None:
         """Remove requests; see `Engine`."""
-        self.queue = [request for request in self.queue if request.id not in set(ids)]
+        dropped = set(ids)
+        self.queue = [request for request in self.queue if request.id not in dropped]
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

@@ -121,7 +121,7 @@ def _says_verdict(said: str, truth: str) -> bool:
 
 
 def _is_digit_groups(text: str) -> bool:
-    """True for a telephone number or similar: groups of at least seven digits, separated by blanks, dots or hyphens."""
+    """True for a telephone number or similar: groups of digits, at least seven in all, with blanks, dots or hyphens."""
     is_grouped = re.fullmatch(r"\+?\(?\d+\)?(?:[ .-]+\(?\d+\)?)+", text) is not None
     is_number = re.fullmatch(r"\d{1,3}(?: \d{3})+|\d+\.\d+", text) is not None
     return is_grouped and not is_number and len(re.sub(r"\D", "", text)) >= 7

@@ -22,8 +22,8 @@ _TRUTH = any_case(r"(?:(?:option|choice|answer|letter)[ :]+)?[(\[{<]?\s*([A-Za-z
 _TRUTH_WITH_TEXT = re.compile(r"(?:\(([A-Z])\)\s*|([A-Z])[):]\s+|([A-Z])\.\s+)(\S.*)\Z")
 
 _MENTION = re.compile(
-    r"(?<![\w/&+.'#-])(?:(?P<open>[(\[])\s?)?(?P<letter>[A-Z]|(?<=[(\[])[a-z](?=\s?[)\]]))(?P<close>\s?[)\]])"
-    r"?(?![\w/&+#]|'\w|-\w|\.[A-Za-z]|\s?%)"
+    r"(?<![\w/&+.'#-])(?:(?P<open>[(\[])\s?)?(?P<letter>[A-Z]|(?<=[(\[])[a-z](?=\s?[)\]]))(?P<close>\s?[)\]])?"
+    r"(?![\w/&+#]|'\w|-\w|\.[A-Za-z]|\s?%)"
 )
 _LOWER = any_case(
     r"\A[(\[]?([a-z])[)\]](?=\s|\Z)|\A([a-z])[.:] |\b(?:option|choice|answer is|answer:|choose|pick|select"

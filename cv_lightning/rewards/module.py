@@ -248,9 +248,10 @@ class RewardModule:
             return
         fraction = fmean(failures)
         if fraction > judge.max_failed_frac:
+            last = self._last_failure or "on another rank"
             raise JudgeError(
                 f"{fraction:.0%} of the last {len(failures)} verdicts failed, more than "
-                f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {self._last_failure}. "
+                f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {last}. "
                 f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it once"
             )
 

@@ -128,7 +128,7 @@ def sizes_of(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in (folder / LINES).glob("*.jsonl")}
 
 
-def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> int:
+def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> None:
     """Remove stale groups: questions no longer in the data set, or answered again in this run.
 
     Args:
@@ -136,7 +136,6 @@ def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> 
         sizes: Sizes of the files when this test started, by name; later groups are kept.
         kept: Ids of the questions whose earlier answer is kept.
     """
-    dropped = 0
     for path in sorted((folder / LINES).glob("*.jsonl")):
         end = sizes.get(path.name, 0)
         with path.open("rb") as file, whole_file(path) as temporary, temporary.open("wb") as out:
@@ -144,10 +143,7 @@ def keep_only(folder: Path, sizes: Mapping[str, int], kept: Collection[str]) -> 
                 line = file.readline()
                 if json.loads(line)["task"]["id"] in kept:
                     out.write(line)
-                else:
-                    dropped += 1
             shutil.copyfileobj(file, out)
-    return dropped
 
 
 def _good_lines(path: Path) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cv_lightning.files import whole_file
+from cv_lightning.trajectory.codec import TOKENS
 from cv_lightning.trajectory.reader import FLAT_COLUMNS, flat_row, in_utf8, read_groups
 from cv_lightning.trajectory.stored_image import path_of
 from cv_lightning.types import DataError, Group, TrajectoryImage, Turn
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 64
 """Rows whose images are in memory at the same time."""
-TOKENS = ("token_ids", "loss_mask", "logprobs")
-"""Columns of stores that keep tokens."""
 
 
 @dataclass(slots=True, kw_only=True)
