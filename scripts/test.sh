@@ -5,6 +5,7 @@
 #
 # --full        the slow tests too
 # --no-install  use the environment as it is
+# TEST_PROCESSES  test processes at a time (2)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +14,7 @@ for argument in "$@"; do
   case $argument in
     --full) full=1 ;;
     --no-install) install=0 ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "test.sh: no option $argument (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -22,7 +23,9 @@ if [[ $install == 1 ]]; then
 fi
 source scripts/environment.sh
 export PATH=$environment/bin:$PATH
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two test processes' worth of threads on two cores only get in each other's way
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads of several test processes would only get in each other's way
+# A file's tests stay in one process, in order: they share checkpoints and engines. Files start in the order given.
+parallel=(--numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 export CVL_SMOKE_RUN=$results/run # the notebooks read what the smoke stage left
@@ -45,9 +48,9 @@ stage "ruff check" ruff check --output-format concise .
 stage "ruff format" ruff format --check --output-format concise .
 stage "mypy" mypy
 stage "import rules" lint-imports --config setup.cfg --no-logo
-stage "unit" pytest tests/unit tests/golden tests/plugins "${slow[@]}" -q --junitxml "$results/unit.xml"
-stage "smoke" pytest tests/integration/test_quickstart.py "${slow[@]}" -q --junitxml "$results/smoke.xml"
-stage "integration" pytest tests/integration --ignore tests/integration/test_quickstart.py "${slow[@]}" -q --junitxml "$results/integration.xml"
+smoke=tests/integration/test_quickstart.py # the longest file, so it comes first
+stage "smoke, unit" pytest "$smoke" tests/unit tests/golden tests/plugins "${parallel[@]}" "${slow[@]}" -q --junitxml "$results/unit.xml"
+stage "integration" pytest tests/integration --ignore "$smoke" "${parallel[@]}" "${slow[@]}" -q --junitxml "$results/integration.xml"
 
 printf '\n'
 printf '%s\n' "${timings[@]}"
@@ -60,7 +63,7 @@ from pathlib import Path
 folder, stages, *failed_stages = sys.argv[1:]
 suites = [suite for path in Path(folder).glob("*.xml") for suite in ElementTree.parse(path).iter("testsuite")]
 total, bad, skipped = (sum(int(s.get(k, 0)) for s in suites for k in keys) for keys in (("tests",), ("failures", "errors"), ("skipped",)))
-pytest_stages = {"unit", "smoke", "integration"}
+pytest_stages = {"smoke, unit", "integration"}
 plain_bad = len(set(failed_stages) - pytest_stages)
 plain = int(stages) - len(pytest_stages)
 if not bad and pytest_stages & set(failed_stages):
