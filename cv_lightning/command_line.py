@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
+from cv_lightning.packaged import resolve_words
+
 EXTRAS = {"optuna": "sweep", "nicegui": "web"}
 """Packages that one verb alone needs, and the extra of pyproject.toml that installs them."""
 
@@ -62,9 +64,14 @@ def find_verb(argv: list[str], verbs: Mapping[str, Verb], prog: str, kind: str, 
 
 
 class ShortErrors:
-    """Mixin for a parser: its usage is one line, and a config file that does not exist is named."""
+    """Mixin for a parser: packaged configs have names, its usage is one line, a config that does not exist is named."""
 
     prog: str
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Parse a command line that may name packaged configs."""
+        words = resolve_words(sys.argv[1:] if args is None else args)
+        return super().parse_args(words, *rest, **options)  # type: ignore[misc]
 
     def print_usage(self, file: Any = None) -> None:
         """Print one line."""
