@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from cv_lightning.types import CVLightningError
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-true", "16-true"]] = {
@@ -91,12 +92,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         stage: Literal[2, 3] = 3,
         offload_optimizer: bool = False,
         offload_parameters: bool = False,
-        bucket_elements: int = 200_000_000,
-        persistent_below: int = 100_000,
+        bucket_elements: PositiveInt = 200_000_000,
+        persistent_below: NonNegativeInt = 100_000,
         gradient_accumulation: Literal["float32", "policy"] = "float32",
         gradient_communication: Literal["policy", "float32"] = "policy",
-        timeout_s: float = 7200.0,
+        timeout_s: PositiveFloat = 7200.0,
     ) -> None:
+        check_ranges(ZeroStrategy.__init__, "trainer.strategy.init_args", locals())
         if stage not in (2, 3):
             raise ValueError(f"--trainer.strategy.stage {stage}: 2 or 3; without sharding use trainer.strategy ddp")
         if offload_parameters and stage != 3:
@@ -202,10 +204,10 @@ class CPUDeepSpeedStrategy(ZeroStrategy):
     def __init__(
         self,
         stage: Literal[2, 3] = 3,
-        persistent_below: int = 0,
+        persistent_below: NonNegativeInt = 0,
         gradient_accumulation: Literal["float32", "policy"] = "float32",
         gradient_communication: Literal["policy", "float32"] = "policy",
-        timeout_s: float = 7200.0,
+        timeout_s: PositiveFloat = 7200.0,
     ) -> None:
         super().__init__(
             stage,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.ranges import Limit, NonNegativeInt, PositiveInt, Range, check_ranges
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.tools.schema import check_tools
 
@@ -14,19 +16,19 @@ from cv_lightning.tools.schema import check_tools
 class AgentConfig:
     """Limits of one trajectory, its tools and prompt. Defaults are the released recipe's but for `max_turn_tokens`."""
 
-    max_turns: int = 12
+    max_turns: PositiveInt = 12
     """Maximum assistant turns."""
-    max_turn_tokens: int = 2048
+    max_turn_tokens: PositiveInt = 2048
     """Maximum sampled tokens in one turn. Without this limit endless turns collapse the format at the first RL step."""
-    max_prompt_tokens: int = 16384
+    max_prompt_tokens: PositiveInt = 16384
     """Maximum tokens of the prompt, images expanded."""
-    max_response_tokens: int = 16384
+    max_response_tokens: PositiveInt = 16384
     """Maximum tokens after the prompt, tool responses and their images included."""
-    max_tool_text_chars: int = 10240
+    max_tool_text_chars: Annotated[int, Range(at_least=16)] = 10240
     """Maximum characters of a tool response's text; the middle of a longer text is cut out."""
-    max_images: int = 16
+    max_images: PositiveInt = 16
     """Maximum images in one trajectory, the task's own included."""
-    max_parse_errors: int = 2
+    max_parse_errors: NonNegativeInt = 2
     """Maximum malformed calls that are answered with an error before the trajectory ends."""
     tools: list[Tool] | None = None
     """The tools, by `class_path`; see docs/tools.md. Null: only the code tool."""
@@ -34,29 +36,21 @@ class AgentConfig:
     """Offer the tools. False: the prompt does not describe them and `<tool_call>` cannot be sampled."""
     deterministic: bool = False
     """Admit tool results in a fixed order: rollouts repeat bit for bit, and are slower."""
-    deadline_s: float = 1800.0
+    deadline_s: Limit = 1800.0
     """Time limit of a rollout in seconds; unfinished trajectories then end as `stopped`. Scores that are still missing
     may take as long again."""
-    early_stop_fraction: float = 1.0
+    early_stop_fraction: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Fraction of trajectories after which a training rollout ends; the others end as `stopped`, are counted and never
     scored. Below 1 the engine does not run for a few long trajectories (over-provisioning, APRIL, 2509.18521). Keep
     it above 0.9, or the policy learns from short trajectories only."""
-    tool_deadline_s: float = 60.0
+    tool_deadline_s: Limit = 60.0
     """Time limit of a tool call in seconds; its trajectory then ends as an infrastructure error, not as wrong. The time
     counts from the last answer to an earlier call, so that calls queued behind slow ones are not late."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Texts of the prompt and of tool responses."""
 
     def __post_init__(self) -> None:
-        for name in ("max_turns", "max_turn_tokens", "max_prompt_tokens", "max_response_tokens", "max_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"agent.{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_parse_errors < 0 or self.max_tool_text_chars < 16:
-            raise ValueError("agent.max_parse_errors must be at least 0 and agent.max_tool_text_chars at least 16")
-        if not 0 < self.early_stop_fraction <= 1:
-            raise ValueError(f"agent.early_stop_fraction {self.early_stop_fraction} must be above 0 and at most 1")
-        if self.deadline_s <= 0 or self.tool_deadline_s <= 0:
-            raise ValueError("agent.deadline_s and agent.tool_deadline_s must be above 0 seconds")
+        check_ranges(self, "rollout.agent")
         if self.tools is not None and not self.tools:
             raise ValueError("agent.tools is empty; leave it out for the code tool, or set agent.tool false for none")
         check_tools(self.tools or DEFAULT_TOOLS)

@@ -40,6 +40,7 @@ from cv_lightning.distributed import gather_lists
 from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.loggers.metrics_file import MetricsLogger
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.ranges import Limit, NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.trajectory.store import LINES, last_groups
 from cv_lightning.types import CVLightningError
 
@@ -56,12 +57,13 @@ class CheckpointCallback(Checkpoint):
         keep: Number of newest checkpoints that stay on disk.
     """
 
-    def __init__(self, every_minutes: float = 30.0, every_iterations: int = 0, keep: int = 2) -> None:
-        if not every_minutes > 0 or every_iterations < 0 or keep < 1:
-            raise ValueError(
-                f"CheckpointCallback: every_minutes {every_minutes} must be above 0, every_iterations "
-                f"{every_iterations} at least 0, keep {keep} at least 1"
-            )
+    def __init__(
+        self,
+        every_minutes: Limit = 30.0,
+        every_iterations: NonNegativeInt = 0,
+        keep: PositiveInt = 2,
+    ) -> None:
+        check_ranges(CheckpointCallback.__init__, "checkpoint", locals())
         self.every_minutes = every_minutes
         self.every_iterations = every_iterations
         self.keep = keep

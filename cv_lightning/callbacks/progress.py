@@ -25,6 +25,7 @@ from rich.table import Column
 
 from cv_lightning.agent.driver import RolloutProgress
 from cv_lightning.environment import FILE_ONLY, is_quiet
+from cv_lightning.ranges import PositiveInt, check_ranges
 
 LOG = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class RunProgress(ProgressBar):
         every: Batches between two lines.
     """
 
-    def __init__(self, every: int = 1) -> None:
+    def __init__(self, every: PositiveInt = 1) -> None:
         super().__init__()
+        check_ranges(RunProgress.__init__, "progress", locals())
         self.every = every
         self.enabled = True
         self.console = Console(file=sys.stderr)

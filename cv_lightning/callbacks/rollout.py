@@ -33,6 +33,7 @@ from cv_lightning.evaluation.outcome import outcomes
 from cv_lightning.models.gather import gather_full_params
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
+from cv_lightning.ranges import Fraction, NonNegativeFloat, PositiveInt, check_ranges
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.rewards.judge.check import check_endpoint
 from cv_lightning.rewards.judge.config import JudgeConfig
@@ -108,12 +109,13 @@ class RolloutCallback(pl.Callback):
         reward: RewardConfig = RewardConfig(),  # noqa: B008 (frozen)
         sandbox: SandboxConfig = SandboxConfig(),  # noqa: B008 (frozen)
         store: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
-        num_samples: int = 8,
+        num_samples: PositiveInt = 8,
         evaluations: list[EvaluationConfig] | None = None,
-        mismatch_tolerance: float = 1e-4,
-        max_failed_frac: float = 0.25,
+        mismatch_tolerance: NonNegativeFloat = 1e-4,
+        max_failed_frac: Fraction = 0.25,
         eval_prefix: str = "",
     ) -> None:
+        check_ranges(RolloutCallback.__init__, "rollout", locals())
         self.agent = agent
         self.engine_config = _repeatable(engine, agent)
         self.sampling = sampling
@@ -125,8 +127,6 @@ class RolloutCallback(pl.Callback):
         fingerprint = rollout_fingerprint(self.agent, self.reward, self.engine_config, self.sandbox_config)
         self.evaluator = Evaluator(settings, eval_prefix, self.store, self.sampling.seed, fingerprint)
         self.mismatch_tolerance = mismatch_tolerance
-        if not 0 <= max_failed_frac <= 1:
-            raise ValueError(f"rollout.max_failed_frac {max_failed_frac} must be a fraction between 0 and 1")
         self.max_failed_frac = max_failed_frac
         self.parts: _Parts | None = None
         self.is_tested = False

@@ -20,6 +20,7 @@ from cv_lightning.distributed import gather_lists
 from cv_lightning.models.packing import TrainSequence, pack_sequences
 from cv_lightning.models.reference_forward import plain_logprobs
 from cv_lightning.modules.sft import SFTModule
+from cv_lightning.ranges import NonNegativeFloat, check_ranges
 from cv_lightning.rollout.mismatch import exceeds
 from cv_lightning.types import MismatchError
 
@@ -47,7 +48,8 @@ class SFTStartCheck(pl.Callback):
             mean and quantile instead.
     """
 
-    def __init__(self, tolerance: float = 1e-4) -> None:
+    def __init__(self, tolerance: NonNegativeFloat = 1e-4) -> None:
+        check_ranges(SFTStartCheck.__init__, "start_check", locals())
         self.tolerance = tolerance
         self.done = False
 

@@ -27,6 +27,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from cv_lightning.callbacks.owner import end_process
 from cv_lightning.callbacks.signals import Stopped
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.ranges import Limit, check_ranges
 
 EXIT_CODE = 75
 """Exit code of a process that the watchdog ended: EX_TEMPFAIL, resume from the last checkpoint."""
@@ -77,9 +78,8 @@ class Watchdog(pl.Callback):
             held up itself does not count: an overloaded or suspended machine holds up all of them.
     """
 
-    def __init__(self, timeout_s: float = 1800.0, silence_s: float = 300.0) -> None:
-        if timeout_s <= 0 or silence_s <= 0:
-            raise ValueError(f"Watchdog: timeout_s {timeout_s} and silence_s {silence_s} must be above 0 seconds")
+    def __init__(self, timeout_s: Limit = 1800.0, silence_s: Limit = 300.0) -> None:
+        check_ranges(Watchdog.__init__, "watchdog", locals())
         self.timeout_s, self.silence_s = timeout_s, silence_s
         self.place = Place("start", True, time.monotonic())
         self.rank, self.world_size = 0, 1

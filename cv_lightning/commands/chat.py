@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cv_lightning.environment import prepare_environment
 from cv_lightning.types import CheckpointError, CVLightningError
@@ -20,6 +20,7 @@ from cv_lightning.command_line import short_parser, spelled_out  # noqa: E402
 from cv_lightning.commands.export import ExportRequest, export, find_run_config, read_run_config  # noqa: E402
 from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
+from cv_lightning.ranges import PositiveInt, Range, check_ranges  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
 
 
@@ -42,15 +43,15 @@ class ChatOptions:
     """Draw images in the terminal, in coloured blocks."""
     web: bool = False
     """Show a page in the browser in place of the terminal."""
-    port: int = 8780
+    port: Annotated[int, Range(at_least=0, at_most=65535)] = 8780
     """Port of the page, on 127.0.0.1 only."""
     out: Path = Path("runs/chat")
     """Folder of saved trajectories and images."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights."""
-    min_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
     """Smallest image that the model sees, in pixels; None: as its processor says."""
-    max_pixels: int | None = None
+    max_pixels: PositiveInt | None = None
     """Largest image that the model sees, in pixels; None: as its processor says."""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """Limits and prompt of the agent."""
@@ -66,8 +67,7 @@ class ChatOptions:
             raise ValueError("give --model FOLDER or --ckpt CHECKPOINT, one of them")
         if self.question is not None and (self.image is None or self.web):
             raise ValueError("--question needs --image FILE, and goes without --web")
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"--port {self.port} must be between 0 and 65535")
+        check_ranges(self)
 
 
 def main(args: list[str] | None = None) -> int:

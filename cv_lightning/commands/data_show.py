@@ -17,6 +17,7 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.command_line import run_verb
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.tools import DEFAULT_TOOLS
 from cv_lightning.types import DataError, Task
 
@@ -42,15 +43,15 @@ class ShowData:
     """.json or .jsonl of conversations (SFT), .parquet of tasks (RL), or `digits` for an embedded demonstration."""
     processor: str
     """Model folder with tokenizer and image processor."""
-    row: int = 0
+    row: NonNegativeInt = 0
     """Index of the row or scene, from 0."""
     tokens: bool = False
     """List the tokens one by one: position, id, text, whether it is trained on."""
     tool: bool = True
     """Show the prompt of RL rows with the tool, or the one without."""
-    min_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
     """Smallest image that the model sees, as in policy.min_pixels; null: as the processor says."""
-    max_pixels: int | None = None
+    max_pixels: PositiveInt | None = None
     """Largest image that the model sees, as in policy.max_pixels; null: as the processor says."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """Texts of the prompt, as in rollout.agent.prompt."""
@@ -60,8 +61,7 @@ class ShowData:
     """Settings of the scenes."""
 
     def __post_init__(self) -> None:
-        if self.row < 0:
-            raise ValueError(f"--row {self.row}: rows are counted from 0")
+        check_ranges(self)
 
 
 class TokenSpan(NamedTuple):

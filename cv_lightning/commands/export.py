@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cv_lightning.command_line import run_verb
 from cv_lightning.files import describe_disk_error
+from cv_lightning.ranges import PositiveFloat, check_ranges
 from cv_lightning.types import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ExportRequest:
     """LoRA adapters: added to the weights, or alone, as a peft folder on top of the base model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights; by default the trained policy's."""
-    max_shard_gb: float = 5.0
+    max_shard_gb: PositiveFloat = 5.0
     """A weight file is closed before it gets larger, in GB."""
     verify: bool = True
     """Load the folder and compare its logits with those of the checkpoint. Takes the model's size in memory."""
@@ -45,8 +46,7 @@ class ExportRequest:
     """Replace `out` if it exists."""
 
     def __post_init__(self) -> None:
-        if not self.max_shard_gb > 0:
-            raise ValueError(f"--max_shard_gb {self.max_shard_gb} must be above 0")
+        check_ranges(self)
         if self.out.exists() and not self.overwrite and any(self.out.iterdir() if self.out.is_dir() else [1]):
             raise ValueError(f"--out {self.out} exists; give another folder, or --overwrite true")
 

@@ -22,11 +22,14 @@ from cv_lightning.data.probe import ProbeConfig, ProbeRows
 from cv_lightning.data.rows import ReaderConfig, RowError, RowProblems
 from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import Rows, RowStream, Source, slice_of_rank
+from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.types import CVLightningError, Iteration, Task
 
 Batch = TypeVar("Batch")
 Stage = Literal["validate", "test"]
+KEY = "data.init_args"
+"""Place of a DataModule's arguments in a config, for messages."""
 DIGITS = "cv_lightning.digits.modules"
 """Where the DataModules with the embedded digits are, for messages."""
 
@@ -99,13 +102,12 @@ class EvaluationDataModule(pl.LightningDataModule):
         self,
         reader: ReaderConfig | None = None,
         eval_files: list[str] | None = None,
-        tasks_per_eval_batch: int = 1024,
+        tasks_per_eval_batch: NonNegativeInt = 1024,
         corruptions: CorruptionConfig | None = None,
         probe: ProbeConfig | None = None,
     ) -> None:
         super().__init__()
-        if tasks_per_eval_batch < 0:
-            raise ValueError(f"--data.tasks_per_eval_batch {tasks_per_eval_batch}: a number of tasks, or 0 for all")
+        check_ranges(EvaluationDataModule.__init__, KEY, locals())
         if corruptions is not None and probe is not None:
             raise ValueError("--data.probe turns the images already: it does not combine with --data.corruptions")
         self.reader = reader or ReaderConfig()
@@ -211,18 +213,14 @@ class TaskDataModule(EvaluationDataModule):
     def __init__(
         self,
         train_files: list[str] | None = None,
-        num_iterations: int = 100,
-        tasks_per_iteration: int = 16,
-        overfit_tasks: int = 0,
+        num_iterations: PositiveInt = 100,
+        tasks_per_iteration: PositiveInt = 16,
+        overfit_tasks: NonNegativeInt = 0,
         seed: int = 0,
         **evaluation: Any,
     ) -> None:
         super().__init__(**evaluation)
-        if num_iterations < 1 or tasks_per_iteration < 1 or overfit_tasks < 0:
-            raise ValueError(
-                f"--data.num_iterations {num_iterations} and --data.tasks_per_iteration {tasks_per_iteration} "
-                f"must be at least 1, --data.overfit_tasks {overfit_tasks} at least 0"
-            )
+        check_ranges(TaskDataModule.__init__, KEY, locals())
         self.overfit_tasks = overfit_tasks
         self.train_files = train_files or []
         self.num_iterations = self.num_train_batches = num_iterations
@@ -273,17 +271,13 @@ class SFTDataModule(EvaluationDataModule):
     def __init__(
         self,
         train_files: list[str] | None = None,
-        num_steps: int = 400,
-        conversations_per_step: int = 32,
+        num_steps: PositiveInt = 400,
+        conversations_per_step: PositiveInt = 32,
         seed: int = 0,
         **evaluation: Any,
     ) -> None:
         super().__init__(**evaluation)
-        if min(num_steps, conversations_per_step) < 1:
-            raise ValueError(
-                f"--data.num_steps {num_steps} and --data.conversations_per_step {conversations_per_step} "
-                "must be at least 1"
-            )
+        check_ranges(SFTDataModule.__init__, KEY, locals())
         self.train_files = train_files or []
         self.num_steps = self.num_train_batches = num_steps
         self.conversations_per_step = conversations_per_step

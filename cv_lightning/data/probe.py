@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cv_lightning.data.benchmarks import BY_LETTER, LETTERS
 from cv_lightning.data.sources import Rows
 from cv_lightning.orientations import ORIENTATIONS, turn_image
+from cv_lightning.ranges import PositiveInt, check_ranges
 from cv_lightning.types import DataError, Task
 
 DATA_SOURCE = "orientation_probe"
@@ -31,14 +32,13 @@ QUESTION = "\n".join(
 class ProbeConfig:
     """Number and choice of the images."""
 
-    num_images: int = 200
+    num_images: PositiveInt = 200
     """Images drawn from the data set without replacement; all if it has fewer."""
     seed: int = 0
     """Seed of the choice of images and of what is applied to each."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"--data.probe.num_images {self.num_images} must be at least 1")
+        check_ranges(self, "data.init_args.probe")
 
 
 class ProbeRows:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from cv_lightning.data.benchmark import Benchmark, Metric
+from cv_lightning.ranges import NonNegativeInt, check_ranges
 from cv_lightning.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -176,14 +177,11 @@ class ReaderConfig:
     it."""
     image_folder: str = ""
     """Folder that relative image paths start from; empty: the folder of the file."""
-    num_threads: int = 0
+    num_threads: NonNegativeInt = 0
     """Threads that decode the images of a batch; 0: one per core, at most 8."""
 
     def __post_init__(self) -> None:
-        if self.num_threads < 0:
-            raise ValueError(
-                f"--data.reader.num_threads {self.num_threads}: a number of threads, or 0 for one per core"
-            )
+        check_ranges(self, "data.init_args.reader")
 
 
 class RowIndex:

@@ -18,6 +18,7 @@ from cv_lightning.agent.protocol import call_markup
 from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares, is_small, is_turned
 from cv_lightning.orientations import ORIENTATIONS
+from cv_lightning.ranges import Fraction, check_ranges
 from cv_lightning.tools.code_image import code_call
 from cv_lightning.types import SandboxError, SandboxResult, Task, ToolCall, ToolStatus
 
@@ -40,22 +41,20 @@ THOUGHT_TURN, THOUGHT_CROP, THOUGHT_READ = "turned", "small", "read"
 class DemonstrationConfig:
     """Fraction of tasks that show the tool, and the answers of the others."""
 
-    tool_share: float = 0.4
+    tool_share: Fraction = 0.4
     """Fraction of the tasks that need the tool in which it is used; the others are answered at once."""
     direct_turned: Literal["right", "random"] = "right"
     """Answer to a rotated number without rotating it: the correct number, or a random one."""
     direct_small: Literal["right", "random"] = "random"
     """Answer to a small number without a crop (rotated ones too)."""
-    needless_share: float = 0.0
+    needless_share: Fraction = 0.0
     """Fraction of the upright tasks in which the image is rotated first without need."""
     warm_up_shares: dict[str, float] = field(default_factory=lambda: {"upright": 3.0, "turned": 1.0, "small": 2.0})
     """Relative frequency of the kinds in the warm-up of single turns: upright tasks are answered, of the others only
     the first call is shown."""
 
     def __post_init__(self) -> None:
-        for name in ("tool_share", "needless_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be between 0 and 1")
+        check_ranges(self, "data.init_args.demonstrations")
         check_kind_shares("warm_up_shares", self.warm_up_shares)
 
 

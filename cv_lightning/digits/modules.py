@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from cv_lightning.data.conversations import Conversation
-from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule
+from cv_lightning.data.modules import KEY, EvaluationDataModule, SFTDataModule, Stage, TaskDataModule
 from cv_lightning.data.sources import Rows, Source
 from cv_lightning.digits.demonstrations import DemonstrationConfig
 from cv_lightning.digits.scenes import DigitsConfig, check_kind_shares
 from cv_lightning.digits.sources import DigitDemonstrations, DigitTasks, HeldOutScenes
+from cv_lightning.ranges import Fraction, PositiveInt, check_ranges
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import SandboxResult, Task
 
@@ -66,14 +67,13 @@ class DigitEvaluationDataModule(EvaluationDataModule):
 class CurriculumPoint:
     """The mix of kinds at one point of the run; between two points it changes linearly."""
 
-    at: float
+    at: Fraction
     """Fraction of the run's iterations that have passed, 0 to 1."""
     kind_shares: dict[str, float]
     """Relative frequency of each kind, as in `digits.kind_shares`."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.at <= 1:
-            raise ValueError(f"--data.curriculum: at {self.at} must be a fraction of the iterations, 0 to 1")
+        check_ranges(self, "data.init_args.curriculum")
         check_kind_shares("data.curriculum", self.kind_shares)
 
 
@@ -107,8 +107,8 @@ class DigitTaskDataModule(DigitEvaluationDataModule, TaskDataModule):
         self.curriculum = sorted(curriculum or [], key=lambda point: point.at)
         if self.curriculum and (self.train_files or self.overfit_tasks):
             raise ValueError(
-                "--data.curriculum mixes kinds of scenes over the run: leave out --data.train_files and "
-                f"--data.overfit_tasks ({self.overfit_tasks})"
+                "--data.init_args.curriculum mixes kinds of scenes over the run: leave out "
+                f"--data.init_args.train_files and --data.init_args.overfit_tasks ({self.overfit_tasks})"
             )
 
     def training_tasks(self) -> Source[Task]:
@@ -137,16 +137,12 @@ class DigitSFTDataModule(DigitEvaluationDataModule, SFTDataModule):
         self,
         demonstrations: DemonstrationConfig | None = None,
         sandbox: SandboxConfig | None = None,
-        warm_up_share: float = 0.35,
-        warm_up_conversations_per_step: int = 64,
+        warm_up_share: Fraction = 0.35,
+        warm_up_conversations_per_step: PositiveInt = 64,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        if warm_up_conversations_per_step < 1 or not 0 <= warm_up_share <= 1:
-            raise ValueError(
-                f"--data.warm_up_conversations_per_step {warm_up_conversations_per_step} must be at least 1, "
-                f"--data.warm_up_share {warm_up_share} between 0 and 1"
-            )
+        check_ranges(DigitSFTDataModule.__init__, KEY, locals())
         self.demonstrations = demonstrations or DemonstrationConfig()
         self.sandbox_config = sandbox or SandboxConfig()
         self.warm_up_conversations_per_step = warm_up_conversations_per_step

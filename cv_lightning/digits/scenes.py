@@ -16,12 +16,13 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from cv_lightning.orientations import ORIENTATIONS, turn_box, turn_image
+from cv_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
 from cv_lightning.tools.base import Coordinates
 from cv_lightning.types import Box, Task
 
@@ -57,21 +58,21 @@ class DigitsConfig:
 
     seed: int = 0
     """Seed of the scenes; a scene depends only on it, the split, the kind and the index."""
-    model_side: int = 96
+    model_side: PositiveInt = 96
     """Side in pixels of scenes that are not small, and of the model's view of the others."""
-    original_side: int = 384
+    original_side: PositiveInt = 384
     """Side in pixels of the large original of the small kinds."""
-    cell: int = 64
+    cell: PositiveInt = 64
     """Grid step of the cards on a large original."""
-    card_share: float = 1.0
+    card_share: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Fraction of its cell's side that a card with its margin takes up, in the middle; a crop of that part shows
     exactly the card. At 1 a trained reader could guess the digits without a crop, at 0.5 hardly."""
-    jitter_px: int = 1
+    jitter_px: NonNegativeInt = 1
     """Most pixels by which a card is moved in each direction."""
     augment: bool = True
     """Rotate, shear, scale and move training scans a little at random, so that new handwriting is read better. Held-out
     scans are not changed."""
-    train_digits: int = 1400
+    train_digits: PositiveInt = 1400
     """Number of digits for training scenes, the first of the 1797; the others are held out."""
     kind_shares: dict[str, float] = field(default_factory=_equal_shares)
     """Relative frequency of upright, turned, small and turned_and_small; a kind that is not named never occurs."""
@@ -81,14 +82,15 @@ class DigitsConfig:
     """The question of every scene."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.train_digits < NUM_DIGITS:
+        check_ranges(self, "data.init_args.digits")
+        if not self.train_digits < NUM_DIGITS:
             raise ValueError(f"--train_digits {self.train_digits} must leave held-out digits: 1 to {NUM_DIGITS - 1}")
         if self.original_side % self.cell or self.original_side < 2 * self.model_side:
             raise ValueError(
                 f"--original_side {self.original_side} must be a multiple of --cell {self.cell} and at least twice "
                 f"--model_side {self.model_side}, or the number would stay legible without a crop"
             )
-        if not 0 < self.card_share <= 1 or self.model_side < LAYOUT // 2 or self.crop_side < LAYOUT // 3:
+        if self.model_side < LAYOUT // 2 or self.crop_side < LAYOUT // 3:
             raise ValueError(
                 f"--model_side {self.model_side} must be at least {LAYOUT // 2}, and --card_share {self.card_share}, "
                 f"at most 1, of --cell {self.cell} at least {LAYOUT // 3} pixels, or the digits lose their strokes"
@@ -96,7 +98,7 @@ class DigitsConfig:
         if self.cell > BLOCK[1] * self.original_side // LAYOUT:
             raise ValueError(f"--cell {self.cell} leaves no room above the bar of an original of {self.original_side}")
         room = self.crop_side // LAYOUT + 1
-        if not 0 <= self.jitter_px <= room:
+        if self.jitter_px > room:
             raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {room}: a card fills its cell")
         check_kind_shares("kind_shares", self.kind_shares)
 

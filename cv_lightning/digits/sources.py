@@ -105,7 +105,9 @@ class HeldOutScenes:
 
     def __init__(self, config: DigitsConfig, counts: Mapping[str, int]) -> None:
         if set(counts) - set(KINDS) or min(counts.values(), default=0) < 0:
-            raise ValueError(f"--data.val_tasks/test_tasks {dict(counts)}: not negative, and of {', '.join(KINDS)}")
+            raise ValueError(
+                f"--data.init_args.val_tasks/test_tasks {dict(counts)}: not negative, and of {', '.join(KINDS)}"
+            )
         self.config = config
         kinds = [kind for kind in KINDS if counts.get(kind, 0)]
         longest = max((counts[kind] for kind in kinds), default=0)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from cv_lightning.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
@@ -21,33 +23,34 @@ class EndpointConfig:
     """Name under which the endpoint serves the model."""
     api_key_env: str = "ENDPOINT_API_KEY"
     """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
-    max_parallel: int = 64
+    max_parallel: PositiveInt = 64
     """Requests under way at once, at least 1."""
-    requests_per_s: float = 0.0
+    requests_per_s: NonNegativeFloat = 0.0
     """Rate limit; 0 means none."""
-    timeout_s: float = 120.0
+    timeout_s: PositiveFloat = 120.0
     """Seconds that one request may take in all, however slowly its bytes arrive."""
-    give_up_s: float = 600.0
+    give_up_s: PositiveFloat = 600.0
     """Seconds that one answer may take with all its attempts and pauses, from its first request on. Requests that wait
     for a server that has been down for this long fail at once."""
-    max_attempts: int = 4
+    max_attempts: PositiveInt = 4
     """Attempts per answer. HTTP 429 does not count as one: the server asks for a slower pace."""
-    max_backoff_s: float = 20.0
+    max_backoff_s: PositiveFloat = 20.0
     """Limit on a server's Retry-After in seconds; after other failures the openai library waits 0.5 to 8 s."""
-    breaker_failures: int = 16
+    breaker_failures: PositiveInt = 16
     """Failures in a row after which nothing is sent for `breaker_pause_s`."""
-    breaker_pause_s: float = 10.0
+    breaker_pause_s: PositiveFloat = 10.0
     """Seconds for which the circuit stays open before one request probes the server."""
     extra_fields: dict[str, Any] = field(default_factory=dict)
     """Further fields of each chat, such as `chat_template_kwargs: {enable_thinking: false}`; no API keys."""
 
-    price_per_million_prompt_tokens: float = 0.0
+    price_per_million_prompt_tokens: NonNegativeFloat = 0.0
     """Price for the reported cost, in any currency."""
-    price_per_million_completion_tokens: float = 0.0
+    price_per_million_completion_tokens: NonNegativeFloat = 0.0
     """Price for the reported cost, in any currency."""
 
     def __post_init__(self) -> None:
         flag = self.flag
+        check_ranges(self, flag)
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https"):
             raise ValueError(f"{flag}.base_url {self.base_url!r} must begin with http:// or https://")
@@ -61,24 +64,11 @@ class EndpointConfig:
             )
         if taken := {"model", "messages"} & set(self.extra_fields):
             raise ValueError(f"{flag}.extra_fields must not hold {sorted(taken)}: the client fills them")
-        self.require(("max_parallel", "max_attempts", "breaker_failures"), at_least=1)
-        self.require(("timeout_s", "give_up_s", "max_backoff_s", "breaker_pause_s"), above=0)
-        prices = ("price_per_million_prompt_tokens", "price_per_million_completion_tokens")
-        self.require(("requests_per_s", *prices), at_least=0)
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
         """Cost of tokens, in the currency of the config's prices."""
         prices = self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens
         return (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6
-
-    def require(self, names: tuple[str, ...], *, at_least: float | None = None, above: float | None = None) -> None:
-        """Raise ValueError, which names the field, unless the named fields are in range."""
-        for name in names:
-            value = getattr(self, name)
-            if at_least is not None and not value >= at_least:
-                raise ValueError(f"{self.flag}.{name} is {value}; it must be at least {at_least:g}")
-            if above is not None and not value > above:
-                raise ValueError(f"{self.flag}.{name} is {value}; it must be above {above:g}")
 
 
 @dataclass(slots=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 from PIL import Image
 
 from cv_lightning.endpoint.config import EndpointConfig
+from cv_lightning.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ GPU_PROCESSOR_CACHE_GB, CPU_PROCESSOR_CACHE_GB = 4.0, 0.25
 class ServerConfig(EndpointConfig):
     """The server of a remote engine."""
 
-    flag: ClassVar[str] = "engine.server"
+    flag: ClassVar[str] = "rollout.engine.server"
 
     api_key_env: str = "ENGINE_API_KEY"
     """Environment variable that holds the API key; unset: no key. A config never holds the key itself."""
@@ -36,9 +36,9 @@ class ServerConfig(EndpointConfig):
     sends ids to vLLM's `/inference/v1/generate` (`vllm serve --enable-scale-out`)."""
     weights_folder: str = "weights"
     """Folder for the policy's weights of kind `sglang`; trainer and server see it under the same path."""
-    timeout_s: float = 600.0
+    timeout_s: PositiveFloat = 600.0
     """Time limit of one request in seconds, queueing at the server included."""
-    give_up_s: float = 1800.0
+    give_up_s: PositiveFloat = 1800.0
     """Time limit of one turn in seconds, with all attempts and pauses; its trajectory then ends as an engine error."""
 
 
@@ -51,17 +51,17 @@ class EngineConfig:
     takes the policy's weights; `server`: any served model, for evaluations. docs/engines.md tells them apart."""
     server: ServerConfig | None = None
     """Address of the server, for `sglang` and `server`."""
-    max_model_len: int = 32768
+    max_model_len: Annotated[int, Range(at_least=16)] = 32768
     """Maximum tokens of a sequence: prompt, expanded images and response."""
-    max_num_seqs: int = 128
+    max_num_seqs: PositiveInt = 128
     """Maximum number of requests that are decoded at once."""
-    max_images: int = 16
+    max_images: PositiveInt = 16
     """Maximum images of a request; at least `agent.max_images`."""
-    gpu_memory_utilization: float = 0.45
+    gpu_memory_utilization: Annotated[float, Range(above=0, at_most=1)] = 0.45
     """Fraction of a GPU's memory for the engine; the trainer uses the rest."""
     enforce_eager: bool = False
     """Disable CUDA graphs. A CPU has none."""
-    processor_cache_gb: float | None = None
+    processor_cache_gb: NonNegativeFloat | None = None
     """Processed images that a rank keeps for later turns and for the update, in GB of main memory; null: 4 on a GPU (an
     image of one megapixel takes 0.024), 0.25 on a CPU. Beyond it an image is processed again when it is needed, which
     `policy/image_passes` counts. During an update all of its images are kept."""
@@ -70,7 +70,7 @@ class EngineConfig:
     batch, so runs with `agent.deterministic` do not use it. `auto`: on GPUs, with an engine of one rank."""
     async_scheduling: bool | None = None
     """Schedule vLLM's next step while the last one runs; null: vLLM's default (yes on GPUs)."""
-    sync_bucket_gb: float = 0.5
+    sync_bucket_gb: PositiveFloat = 0.5
     """Size in GB of the weights that a weight sync gathers at once under ZeRO-3."""
     sleep: Literal["auto", "always", "never"] = "auto"
     """Release the GPU's memory between rollouts. `auto`: if engine and trainer do not fit together, see
@@ -79,31 +79,19 @@ class EngineConfig:
     sleep_level: Literal[1, 2] = 1
     """While asleep, 1 keeps the engine's weights in pinned host memory (once or, by the allocator's rounding, up to
     twice their size on each rank); 2 keeps nothing, since every weight sync brings all weights."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """Number of ranks that share one engine, for models too large for one GPU; consecutive ranks of one node."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "rollout.engine")
         if self.is_remote != (self.server is not None):
             raise ValueError(
                 f"engine.kind {self.kind}: engine.server names the server of kinds sglang and server, and of no other"
             )
         if self.kind == "server" and not self.server_config.model:
             raise ValueError("engine.server.model is empty: name the model that the server serves")
-        if self.max_model_len < 16 or self.max_num_seqs < 1 or self.max_images < 1:
-            raise ValueError(
-                "engine.max_model_len must be at least 16, engine.max_num_seqs and engine.max_images at least 1"
-            )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"engine.gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}")
-        if self.sync_bucket_gb <= 0 or self.tensor_parallel_size < 1:
-            raise ValueError(
-                f"engine.sync_bucket_gb {self.sync_bucket_gb} must be above 0 and engine.tensor_parallel_size "
-                f"{self.tensor_parallel_size} at least 1"
-            )
         if self.tensor_parallel_size > 1 and self.kind not in ("auto", "vllm"):
             raise ValueError(f"engine.tensor_parallel_size above 1 needs engine.kind vllm, not {self.kind}")
-        if self.processor_cache_gb is not None and not 0 <= self.processor_cache_gb < math.inf:
-            raise ValueError(f"engine.processor_cache_gb {self.processor_cache_gb} must be a number of GB, 0 or more")
         if self.tensor_parallel_size > 1 and self.background_rendering == "always":
             raise ValueError(
                 f"engine.background_rendering always does not work with engine.tensor_parallel_size "
@@ -144,16 +132,15 @@ class EngineConfig:
 class SamplingConfig:
     """Distribution that tokens are sampled from."""
 
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Temperature; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Probability mass of nucleus sampling. Keep it at 1 in training: a truncated distribution biases the ratio."""
     seed: int = 0
     """Seed of the run, from which the seed of every request is derived."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.temperature must be >= 0 and sampling.top_p in (0, 1]; got {self}")
+        check_ranges(self, "rollout.sampling")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

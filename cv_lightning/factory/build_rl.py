@@ -14,10 +14,11 @@ from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.factory.build_files import ProgressFile, Rejections, Show, write_report
 from cv_lightning.factory.difficulty import DifficultyConfig, PassRates, is_informative, measure, read_pass_rates
 from cv_lightning.factory.overlap import KnownImages, Match, OrientedImages, images_of
-from cv_lightning.factory.plans import check_transforms_and_fractions, given_box, given_image, is_small
+from cv_lightning.factory.plans import check_transforms, given_box, given_image, is_small
 from cv_lightning.factory.vqa_table import Region, TableConfig, VqaRow, VqaTable
 from cv_lightning.images import area
 from cv_lightning.orientations import ORIENTATIONS
+from cv_lightning.ranges import Fraction, NonNegativeInt, check_ranges
 from cv_lightning.types import DataError, Task
 
 
@@ -27,20 +28,19 @@ class TaskPlan:
 
     transforms: tuple[str, ...] = ORIENTATIONS
     """Transforms applied to images, each equally often; empty: none."""
-    turned_share: float = 0.5
+    turned_share: Fraction = 0.5
     """Fraction of the tasks with a turned image."""
-    small_share: float = 0.02
+    small_share: Fraction = 0.02
     """A box of at most this fraction of its image's area requires a crop."""
-    region_questions: int = 0
+    region_questions: NonNegativeInt = 0
     """Questions on small annotated text per image, besides the row's own (as in MVToolBench: read the line that begins
     with a word, count a letter in it). They never state where the text is."""
-    region_share: float = 1e-3
+    region_share: Fraction = 1e-3
     """Largest area of such text, as a fraction of the image's."""
 
     def __post_init__(self) -> None:
-        check_transforms_and_fractions(self, "turned_share", "small_share", "region_share")
-        if self.region_questions < 0:
-            raise ValueError(f"--plan.region_questions {self.region_questions} must not be negative")
+        check_ranges(self, "plan")
+        check_transforms(self)
 
 
 @dataclass(frozen=True, kw_only=True)

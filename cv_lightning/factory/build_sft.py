@@ -21,6 +21,7 @@ from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, Teacher
 from cv_lightning.factory.verify import verify_file
 from cv_lightning.factory.vqa_table import TableConfig, VqaTable
 from cv_lightning.files import whole_file
+from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.rewards.judge.client import Judge
 from cv_lightning.sandbox import Sandbox, SandboxConfig
@@ -42,7 +43,7 @@ class BuildSFT:
     out: Path
     """SFT file to write; images go into the folder `<stem>_images` beside it, the report to `<stem>.report.json` and
     the progress to `<stem>.progress.jsonl`: the same command resumes an interrupted build."""
-    count: int = 0
+    count: NonNegativeInt = 0
     """Conversations to try; if more than there are rows, rows are used again with other plans. 0: one per row."""
     seed: int = 0
     """Seed of plans and phrasings."""
@@ -58,7 +59,7 @@ class BuildSFT:
     """Model that compares a final answer if the rules refuse it; None: rules only."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """Sandbox that runs the calls."""
-    max_parallel: int = 16
+    max_parallel: PositiveInt = 16
     """Conversations made at the same time; raise it for an endpoint."""
     system: bool = False
     """Write the agent's system prompt into the file; otherwise the trainer adds its own to each conversation."""
@@ -68,10 +69,7 @@ class BuildSFT:
     """Verify the written file afterwards, with every call run again."""
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.max_parallel < 1:
-            raise ValueError(
-                f"--count {self.count} must not be negative, --max_parallel {self.max_parallel} at least 1"
-            )
+        check_ranges(self)
         if self.out.suffix != ".json":
             raise ValueError(f"--out {self.out}: an SFT file ends in .json")
 

@@ -30,6 +30,7 @@ from cv_lightning.factory.check_tokens import TokenCounter
 from cv_lightning.factory.near_images import thumbnail
 from cv_lightning.images import ImageRule, area, content_hash
 from cv_lightning.orientations import orientations_of
+from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.types import Task
 
 FileKind = Literal["tasks", "conversations"]
@@ -48,28 +49,23 @@ class CheckConfig:
     held out."""
     processor: str = ""
     """Hugging Face folder of a model: its tokenizer counts tokens, and its factor and pixel limits apply."""
-    factor: int = 32
+    factor: PositiveInt = 32
     """Without a processor, the model sees images whose sides are multiples of this: patch size times merge size."""
-    min_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
     """Smallest number of pixels of an image for the model; by default the processor's, else 784."""
-    max_pixels: int | None = None
+    max_pixels: PositiveInt | None = None
     """Largest number; by default the processor's, else 6,422,528 for tasks and 262,144 for conversations."""
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """Largest number of tokens of a prompt (tasks: 16,384 by default) or a conversation (32,768)."""
     pixels: bool = True
     """Decode every image. False: read headers only, which is fast but finds neither broken pixels nor copies."""
-    max_rows: int = 0
+    max_rows: NonNegativeInt = 0
     """Rows inspected per file, evenly spread; 0: all."""
-    num_workers: int = 0
+    num_workers: NonNegativeInt = 0
     """Number of processes; 0: one per core if there are rows enough."""
 
     def __post_init__(self) -> None:
-        if self.max_rows < 0 or self.num_workers < 0:
-            raise ValueError(f"--max-rows {self.max_rows} and --workers {self.num_workers} cannot be negative")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"--max-tokens {self.max_tokens}: at least 1")
-        if self.factor < 1:
-            raise ValueError(f"--factor {self.factor}: the model's patch size times its merge size, such as 28 or 32")
+        check_ranges(self)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from cv_lightning.data.corruptions import CorruptionConfig, apply_variant
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.writers import write_task_parquet
 from cv_lightning.factory.build_files import Show
+from cv_lightning.ranges import NonNegativeInt, check_ranges
 from cv_lightning.types import Task
 
 
@@ -27,7 +28,7 @@ class Corrupt:
     """Orientations, corruptions and severities."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """How the files are read: their format, frame of their boxes, folder of images."""
-    limit: int = 0
+    limit: NonNegativeInt = 0
     """Number of tasks, the first ones of the files; 0: all."""
     split: str = "test"
     """Value of `extra_info.split` in every row."""
@@ -35,8 +36,7 @@ class Corrupt:
     def __post_init__(self) -> None:
         if self.out.suffix != ".parquet":
             raise ValueError(f"--out {self.out}: an RL file ends in .parquet")
-        if self.limit < 0:
-            raise ValueError(f"--limit {self.limit} must not be negative")
+        check_ranges(self)
 
 
 def write_corrupted(config: Corrupt, show: Show | None = None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import DialogueEncoder
@@ -17,6 +18,7 @@ from cv_lightning.background import Background
 from cv_lightning.engines import Engine, EngineConfig, SamplingConfig, build_engine, engine_kind
 from cv_lightning.factory.build_files import ProgressFile, Show
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
+from cv_lightning.ranges import PositiveInt, Range, check_ranges
 from cv_lightning.rewards import RewardConfig, RewardModule
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.types import DataError, Group, Task, Trajectory
@@ -31,7 +33,7 @@ class DifficultyConfig:
 
     policy: PolicyConfig
     """Checkpoint that will be trained."""
-    samples: int = 8
+    samples: Annotated[int, Range(at_least=2)] = 8
     """Rollouts of each task (k)."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Engine that runs the policy."""
@@ -41,15 +43,11 @@ class DifficultyConfig:
     """Temperature and seed."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """Scoring of the answers: rules, judge."""
-    tasks_at_once: int = 64
+    tasks_at_once: PositiveInt = 64
     """Tasks rolled out together; the progress is stored after each such batch."""
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.tasks_at_once < 1:
-            raise ValueError(
-                f"--difficulty.samples {self.samples} must be at least 2 (one rollout cannot show variance) and "
-                f"--difficulty.tasks_at_once {self.tasks_at_once} at least 1"
-            )
+        check_ranges(self, "difficulty")
 
 
 def is_informative(right: int, scored: int) -> bool:

@@ -15,6 +15,7 @@ from cv_lightning.endpoint.messages import image_part, reply_text, text_part
 from cv_lightning.factory import phrases
 from cv_lightning.factory.teacher import TurnRequest, Written, crop_arguments
 from cv_lightning.images import fit_to_pixels
+from cv_lightning.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 PROMPT_FILE = Path(__file__).parent / "prompts" / "teacher.md"
 
@@ -29,25 +30,23 @@ class TeacherConfig(EndpointConfig):
     """Name under which the endpoint serves the model."""
     api_key_env: str = "TEACHER_API_KEY"
     """Environment variable that holds the key; unset means no key. The key itself is never part of a config."""
-    tries: int = 3
+    tries: PositiveInt = 3
     """Attempts at a turn, each told why the last was refused, before its conversation is dropped."""
     prompt_file: str = ""
     """File with the teacher's system prompt; empty: the shipped one."""
-    image_pixels: int = 1_000_000
+    image_pixels: NonNegativeInt = 1_000_000
     """Largest number of pixels of an image sent, as JPEG; larger images are reduced. 0 sends no images."""
-    max_parallel: int = 16
+    max_parallel: PositiveInt = 16
     """Largest number of requests at the same time."""
-    breaker_failures: int = 8
+    breaker_failures: PositiveInt = 8
     """Successive failures after which no request is sent for `breaker_pause_s`."""
-    max_tokens: int = 1024
+    max_tokens: PositiveInt = 1024
     """Largest number of tokens of a turn."""
-    temperature: float = 0.8
+    temperature: NonNegativeFloat = 0.8
     """Sampling temperature."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(("tries", "max_tokens"), at_least=1)
-        self.require(("image_pixels", "temperature"), at_least=0)
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"--teacher.prompt_file {self.prompt_file}: no such file")
 

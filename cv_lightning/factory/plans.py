@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from PIL import Image
 
 from cv_lightning.factory.vqa_table import VqaRow
 from cv_lightning.orientations import ORIENTATIONS, QUARTER_TURNS, turn_box, turn_image
+from cv_lightning.ranges import Fraction, Range, check_ranges
 from cv_lightning.types import Box
 
 Kind = Literal["single_tool", "multi_tool", "multi_crop", "error_recovery", "no_tool"]
@@ -44,34 +45,30 @@ class PlanConfig:
     fit the drawn kind (no box, nothing small) gets another one; under-represented kinds are filled first."""
     transforms: tuple[str, ...] = ORIENTATIONS
     """Transforms that may be applied to an image; empty: none."""
-    small_share: float = 0.02
+    small_share: Fraction = 0.02
     """A box of at most this fraction of its image's area is too small to read without a crop."""
-    turned_share: float = 0.5
+    turned_share: Fraction = 0.5
     """Fraction of turned images among conversations with several crops, and among those about an error on a small
     box."""
-    max_crops: int = 3
+    max_crops: Annotated[int, Range(at_least=2)] = 3
     """Largest number of crops of a conversation with several."""
 
     def __post_init__(self) -> None:
         unknown = set(self.shares) - set(KINDS)
         if unknown or min(self.shares.values(), default=0) < 0 or sum(self.shares.values()) <= 0:
             raise ValueError(f"--plan.shares {self.shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
-        check_transforms_and_fractions(self, "small_share", "turned_share")
-        if self.max_crops < 2:
-            raise ValueError(f"--plan.max_crops {self.max_crops}: several crops are at least 2")
+        check_ranges(self, "plan")
+        check_transforms(self)
 
 
-def check_transforms_and_fractions(plan: Any, *names: str) -> None:
-    """Check the `transforms` of a plan, and those of its settings that are fractions.
+def check_transforms(plan: Any) -> None:
+    """Check the `transforms` of a plan.
 
     Raises:
-        ValueError: An unknown transform, or a fraction outside [0, 1]; names the flag.
+        ValueError: A transform is unknown; names the flag.
     """
     if set(plan.transforms) - set(ORIENTATIONS):
         raise ValueError(f"--plan.transforms {list(plan.transforms)}: only of {', '.join(ORIENTATIONS)}")
-    for name in names:
-        if not 0 <= getattr(plan, name) <= 1:
-            raise ValueError(f"--plan.{name} {getattr(plan, name)} must be a fraction, 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from cv_lightning.factory import phrases
 from cv_lightning.factory.plans import ConversationPlan, Edges, PlannedTurn
 from cv_lightning.factory.vqa_table import VqaRow
 from cv_lightning.images import ImageLimits
+from cv_lightning.ranges import PositiveInt, check_ranges
 from cv_lightning.tools import CodeTool
 from cv_lightning.tools.base import Coordinates
 
@@ -30,14 +31,15 @@ class CropFrame:
 
     coordinates: Coordinates = "original_px"
     """`original_px`, `model_px` or `relative_1000`; must be that of the agent's prompt in training."""
-    factor: int = 32
+    factor: PositiveInt = 32
     """`model_px`: the model sees images whose sides are multiples of this, patch size times merge size."""
-    min_pixels: int = 784
+    min_pixels: PositiveInt = 784
     """`model_px`: pixels of the smallest image that the model sees."""
-    max_pixels: int = 262_144
+    max_pixels: PositiveInt = 262_144
     """`model_px`: pixels of the largest image that the model sees."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "frame")
         if self.coordinates == "model_px":
             self.view((64, 64))  # raises for inconsistent limits
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from cv_lightning.files import write_text
+from cv_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
 from cv_lightning.trajectory import pixels_of
 from cv_lightning.trajectory.reader import flat_row
 from cv_lightning.types import DataError, Group, Trajectory
@@ -66,18 +67,14 @@ class WandbRun(WandbLogger):
         tags: list[str] | None = None,
         id: str | None = None,
         mode: Literal["online", "offline", "disabled"] | None = None,
-        table_every: int = 10,
-        table_rows: int = 32,
-        table_images: int = 4,
-        table_image_px: int = 512,
+        table_every: NonNegativeInt = 10,
+        table_rows: PositiveInt = 32,
+        table_images: PositiveInt = 4,
+        table_image_px: Annotated[int, Range(at_least=16)] = 512,
         log_checkpoints: bool = False,
         log_evaluations: bool = False,
     ) -> None:
-        if table_every < 0 or table_rows < 1 or table_images < 1 or table_image_px < 16:
-            raise ValueError(
-                "trainer.logger.init_args: table_every must not be negative, table_rows and table_images at least 1, "
-                f"table_image_px at least 16; got {table_every}, {table_rows}, {table_images}, {table_image_px}"
-            )
+        check_ranges(WandbRun.__init__, "trainer.logger.init_args", locals())
         super().__init__(name=name, project=project, id=id, entity=entity, group=group, tags=tags, mode=mode)
         del self._wandb_init["anonymous"]  # W&B warns about it, even unset
         self.table_every = table_every

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cv_lightning.models.adapters import ModelAdapter, adapter_for, adapter_of_checkpoint
 from cv_lightning.models.lora import LoraConfig, add_adapters
+from cv_lightning.ranges import PositiveInt
 from cv_lightning.types import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -29,9 +30,9 @@ class PolicyConfig:
     """Adapter of the model's family; null: selected by the checkpoint's `model_type`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Parameter type in trainer and engine."""
-    min_pixels: int | None = None
+    min_pixels: PositiveInt | None = None
     """Smallest image the model sees, in pixels; None: the processor's own."""
-    max_pixels: int | None = None
+    max_pixels: PositiveInt | None = None
     """Largest image the model sees, in pixels; None: the processor's own."""
     freeze_vision: bool = False
     """Freeze the vision tower (the recipe's SFT)."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cv_lightning.ranges import PositiveFloat, PositiveInt, check_ranges
 from cv_lightning.types import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,19 +31,17 @@ BASE, FACTORS = ".base_layer.", (".lora_A.", ".lora_B.")
 class LoraConfig:
     """Size and place of the adapters. They have no dropout, because engine and trainer would disagree."""
 
-    rank: int = 32
+    rank: PositiveInt = 32
     """Rank of each weight's update. RL needs small ranks only ("LoRA without regret", Thinking Machines, 2025)."""
-    alpha: float = 32.0
+    alpha: PositiveFloat = 32.0
     """The update is scaled by alpha / rank. LoRA needs about ten times the learning rate of full fine-tuning."""
     targets: tuple[str, ...] | None = None
     """Linear layers of the language model that get an adapter; null: all of them. The vision tower gets none."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or self.targets == ():
-            raise ValueError(
-                f"model.policy.lora: rank {self.rank} must be at least 1, alpha {self.alpha} above 0, and targets "
-                f"{self.targets} not empty"
-            )
+        check_ranges(self, "model.init_args.policy.lora")
+        if self.targets == ():
+            raise ValueError("model.init_args.policy.lora.targets is empty; name layers, or leave it out for all")
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, adapter: ModelAdapter) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,16 @@ from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.models.logprobs import Entropy, LogProbs, packed_logprobs
 from cv_lightning.models.packing import PackedBatch, TrainSequence, bounded_prompt_groups, pack_sequences, packed_length
 from cv_lightning.models.vision import VisionCache
+from cv_lightning.ranges import (
+    Fraction,
+    Limit,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    check_ranges,
+)
 from cv_lightning.rl.microbatch import split_by_tokens, split_evenly
 from cv_lightning.types import CheckpointError, CVLightningError, Trajectory
 
@@ -33,37 +43,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+Beta = Annotated[float, Range(at_least=0, below=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 1e-6
+    lr: PositiveFloat = 1e-6
     """Peak learning rate."""
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup_steps: int = 0
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "hold_linear"] = "constant"
     """Schedule after the warm-up: `constant`; `cosine` to 0; `hold_linear`: constant for half of the steps, then linear
     to `final_share`."""
-    total_steps: int = 0
+    total_steps: NonNegativeInt = 0
     """Optimizer steps of the whole run, for schedules that end. 0: from `trainer.max_steps` or the data."""
-    final_share: float = 0.05
+    final_share: Fraction = 0.05
     """Fraction of the peak at the end of `hold_linear`."""
-    gradient_clip: float = 1.0
+    gradient_clip: Annotated[float, Range(at_least=0, infinite=True)] = 1.0
     """Largest gradient norm; 0: no clipping."""
-    skip_norm_above: float | None = None
+    skip_norm_above: Limit | None = None
     """Skip and count steps whose gradient norm before clipping is above this (PaLM, 2204.02311, skips the batches of
     its loss spikes). Steps with a non-finite norm are always skipped; null disables the additional threshold, as
     DeepSpeed requires."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or self.gradient_clip < 0:
-            raise ValueError("model.optimizer: lr must be above 0, warmup_steps and gradient_clip at least 0")
-        if self.skip_norm_above is not None and not self.skip_norm_above > 0:
-            raise ValueError(f"model.optimizer.skip_norm_above must be above 0, not {self.skip_norm_above}")
+        check_ranges(self, "model.init_args.optimizer")
 
     def multiplier(self, step: int, total: int) -> float:
         """Learning rate at an optimizer step, counted from 0, as a fraction of the peak."""
@@ -102,9 +110,10 @@ class PolicyModule(pl.LightningModule):
     """Sampling temperature of the sequences, by which log-probabilities divide the logits."""
 
     def __init__(
-        self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: int = 16384
+        self, policy: PolicyConfig, optimizer: OptimizerConfig | None = None, max_tokens_per_row: PositiveInt = 16384
     ) -> None:
         super().__init__()
+        check_ranges(PolicyModule.__init__, "model.init_args", locals())
         self.automatic_optimization = False
         self.policy_config = policy
         self.optimizer_config = optimizer or OptimizerConfig()

@@ -16,6 +16,7 @@ from cv_lightning.models.logprobs import Entropy, LogProbs
 from cv_lightning.models.lora import adapters_off
 from cv_lightning.models.packing import PackedBatch, pack_sequences
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
+from cv_lightning.ranges import PositiveInt
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.rl.groups import assign_advantages, has_advantage, is_trainable
 from cv_lightning.rl.kl import rewards_with_kl
@@ -59,13 +60,16 @@ class GRPOModule(PolicyModule):
         self,
         policy: PolicyConfig,
         optimizer: OptimizerConfig | None = None,
-        max_tokens_per_row: int = 16384,
+        max_tokens_per_row: PositiveInt = 16384,
         algorithm: AlgorithmConfig = AlgorithmConfig(),  # noqa: B008 (frozen)
         temperature: float = 1.0,
     ) -> None:
+        if not temperature > 0:
+            raise ValueError(
+                f"rollout.sampling.temperature is {temperature}; it must be above 0, because training learns from "
+                "the differences of sampled answers. Set --rollout.sampling.temperature 1.0"
+            )
         super().__init__(policy, optimizer, max_tokens_per_row)
-        if temperature <= 0:
-            raise ValueError(f"model.temperature must be above 0, not {temperature}")
         self.algorithm = algorithm.resolved()
         self.steps_per_batch = self.algorithm.num_minibatches
         self.temperature = temperature

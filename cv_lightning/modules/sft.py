@@ -14,6 +14,7 @@ from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.models.packing import PackedBatch, TrainSequence
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
+from cv_lightning.ranges import PositiveInt
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.tools.schema import check_tools
 
@@ -33,7 +34,7 @@ class SFTModule(PolicyModule):
         self,
         policy: PolicyConfig,
         optimizer: OptimizerConfig | None = None,
-        max_tokens_per_row: int = 16384,
+        max_tokens_per_row: PositiveInt = 16384,
         prompt: PromptConfig | None = None,
         tools: list[Tool] | None = None,
     ) -> None:

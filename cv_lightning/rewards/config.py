@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cv_lightning.ranges import NonNegativeFloat, check_ranges
 from cv_lightning.rewards.geometry import CropCredit
 from cv_lightning.rewards.judge.config import JudgeConfig
 from cv_lightning.rewards.process import RECIPES, Credit, Recipe
@@ -26,24 +27,24 @@ class RewardConfig:
     the outcome alone.
     """
 
-    accuracy: float = 1.0
+    accuracy: NonNegativeFloat = 1.0
     """Weight of the right answer."""
-    format: float = 0.1
+    format: NonNegativeFloat = 0.1
     """Weight of a well-formed response."""
-    mandatory: float = 1.0
+    mandatory: NonNegativeFloat = 1.0
     """Weight of the wanted operations that were used (alpha)."""
-    necessity: float = 0.0
+    necessity: NonNegativeFloat = 0.0
     """Weight of being right with the tool where the group is wrong without it (beta)."""
-    exact: float = 0.1
+    exact: NonNegativeFloat = 0.1
     """Weight of having used the wanted core operations and no others."""
-    emerge: float = 0.0
+    emerge: NonNegativeFloat = 0.0
     """Weight of being right with an operation outside the core. It also pays for unnecessary operations, hence 0; paper
     and released code use 0.2."""
-    usage: float = 0.5
+    usage: NonNegativeFloat = 0.5
     """Weight of the penalty on calls beyond the needed ones (gamma)."""
-    spurious: float = 0.5
+    spurious: NonNegativeFloat = 0.5
     """Weight of the penalty on unnecessary rotations and flips (gamma)."""
-    reasoning: float = 0.0
+    reasoning: NonNegativeFloat = 0.0
     """Weight of the paper's penalty on being right with a crop that misses; only with `credit: steps`."""
     credit: Credit = "net"
     """What counts as used, and with it the formulas (`RECIPES`). `net`: the net effect on the image that the answer was
@@ -63,6 +64,7 @@ class RewardConfig:
     """Further components: classes by `class_path`, see docs/rewards.md."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "rollout.reward")
         recipe = RECIPES[self.credit]
         for name in ("crop_credit", "gate"):
             if self.credit != "net" and getattr(self, name) not in (None, getattr(recipe, name)):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cv_lightning.ranges import FiniteFloat
 from cv_lightning.types import JudgeError, Task, Trajectory
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class RewardTerm:
         ...         return 1.0 if sum(turn.num_tokens for turn in trajectory.turns) < 200 else 0.0
     """
 
-    def __init__(self, name: str, weight: float) -> None:
+    def __init__(self, name: str, weight: FiniteFloat) -> None:
         """Set name and weight.
 
         Args:

@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from cv_lightning.ranges import PositiveFloat, check_ranges
+
+KEY = "model.init_args.algorithm.advantage.init_args"
+"""Place of an estimator's arguments in a config, for messages."""
 Rewards = NDArray[np.float64]
 ReduceSum = Callable[[list[float]], Sequence[float]]
 
@@ -46,8 +50,9 @@ class GRPO(AdvantageEstimator):
         epsilon: Added to the deviation.
     """
 
-    def __init__(self, epsilon: float = 1e-6) -> None:
-        self.epsilon = _checked(epsilon)
+    def __init__(self, epsilon: PositiveFloat = 1e-6) -> None:
+        check_ranges(GRPO.__init__, KEY, locals())
+        self.epsilon = epsilon
 
     def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
         """Advantages of all groups, see `AdvantageEstimator`."""
@@ -81,8 +86,9 @@ class ReinforcePlusPlusBaseline(AdvantageEstimator):
         epsilon: Added to the deviation.
     """
 
-    def __init__(self, epsilon: float = 1e-6) -> None:
-        self.epsilon = _checked(epsilon)
+    def __init__(self, epsilon: PositiveFloat = 1e-6) -> None:
+        check_ranges(ReinforcePlusPlusBaseline.__init__, KEY, locals())
+        self.epsilon = epsilon
 
     def __call__(self, groups: Sequence[Rewards], reduce_sum: ReduceSum = one_rank) -> list[Rewards]:
         """Advantages of all groups, see `AdvantageEstimator`."""
@@ -124,9 +130,3 @@ def estimate_advantages(
     if not all(np.isfinite(a).all() for a in found):
         raise ValueError(f"{name} gave advantages that are not finite")
     return found
-
-
-def _checked(epsilon: float) -> float:
-    if not epsilon > 0:
-        raise ValueError(f"model.algorithm.advantage.epsilon must be above 0, not {epsilon}")
-    return epsilon

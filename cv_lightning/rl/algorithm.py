@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from cv_lightning.ranges import Limit, NonNegativeFloat, PositiveInt, Range, check_ranges
 from cv_lightning.rl.advantages import GRPO, AdvantageEstimator
 from cv_lightning.rl.aggregation import Aggregation
 from cv_lightning.rl.groups import MaskConfig
 from cv_lightning.rl.kl import KLConfig
 from cv_lightning.rl.losses import PolicyLoss, PPOClip
 
+KEY = "model.init_args.algorithm"
+"""Place of this config in a run's, for messages."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicSamplingConfig:
     """Rolling out more tasks when groups have equal rewards (DAPO, 2503.14476)."""
 
-    max_oversample: float = 1.0
+    max_oversample: Annotated[float, Range(at_least=1)] = 1.0
     """Largest number of tasks of an iteration, as a multiple of `data.tasks_per_iteration`. Above 1, tasks are rolled
     out in order until that many groups have rewards that differ. 1: off."""
 
     def __post_init__(self) -> None:
-        if not self.max_oversample >= 1:
-            raise ValueError(
-                f"model.algorithm.dynamic_sampling.max_oversample must be at least 1 (1: off), not "
-                f"{self.max_oversample}"
-            )
+        check_ranges(self, f"{KEY}.dynamic_sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,36 +44,31 @@ class AlgorithmConfig:
     mini-batch have the same weight (what the released recipe names). `seq_mean_token_mean`: all trajectories have (what
     the released recipe optimises, because its micro-batches hold one sequence each). `seq_mean_token_sum`: weights are
     proportional to length. `constant_length`: the same, divided by a constant (Dr.GRPO, 2503.20783)."""
-    constant_length: int | None = None
+    constant_length: PositiveInt | None = None
     """Tokens; the divisor of `constant_length`, usually the longest response allowed. Null with any other."""
     kl: KLConfig = field(default_factory=KLConfig)
     """Penalty on the divergence from a reference policy, in the loss or in the reward."""
-    entropy_weight: float = 0.0
+    entropy_weight: NonNegativeFloat = 0.0
     """Weight of the entropy bonus; the recipe: 0."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
     """Log-probabilities that the ratio is taken against: the engine's, or those of a trainer's pass before the first
     step, with an importance weight that corrects for the engine."""
-    tis_clip: float | None = 2.0
+    tis_clip: Limit | None = 2.0
     """Upper bound of the importance weight exp(old - engine), by which each token's loss is multiplied if
     `old_logprobs` is `trainer` (token-level truncated importance sampling). Null: no weight."""
     sequence_mask: tuple[float, float] | None = None
     """Allowed range of the geometric-mean importance ratio, e.g. [0.99, 1.01], if `old_logprobs` is `trainer`.
     Trajectories outside are masked, but their tokens still count in the normalisers. Null: none is masked."""
-    num_minibatches: int = 2
+    num_minibatches: PositiveInt = 2
     """Optimizer steps per iteration."""
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     """Whether an iteration may roll out more tasks than it trains on."""
 
     def __post_init__(self) -> None:
-        key = "model.algorithm"
-        if self.num_minibatches < 1:
-            raise ValueError(f"{key}.num_minibatches must be at least 1, not {self.num_minibatches}")
-        if self.entropy_weight < 0:
-            raise ValueError(f"{key}.entropy_weight must be at least 0, not {self.entropy_weight}")
+        key = KEY
+        check_ranges(self, key)
         if self.old_logprobs not in ("engine", "trainer"):
             raise ValueError(f"{key}.old_logprobs is engine or trainer, not {self.old_logprobs!r}")
-        if self.tis_clip is not None and self.tis_clip <= 0:
-            raise ValueError(f"{key}.tis_clip must be above 0 (or null: off), not {self.tis_clip}")
         if self.sequence_mask is not None and not 0 <= self.sequence_mask[0] < self.sequence_mask[1]:
             raise ValueError(f"{key}.sequence_mask must be [low, high], 0 <= low < high: {self.sequence_mask}")
         if self.sequence_mask is not None and self.old_logprobs == "engine":

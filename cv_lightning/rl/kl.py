@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cv_lightning.ranges import NonNegativeFloat, PositiveInt, check_ranges
+
 KLEstimator = Literal["k1", "abs", "k2", "k3"]
 
 
@@ -18,7 +20,7 @@ KLEstimator = Literal["k1", "abs", "k2", "k3"]
 class KLConfig:
     """Penalty on the KL divergence from a reference policy."""
 
-    weight: float = 0.0
+    weight: NonNegativeFloat = 0.0
     """0: no reference is loaded. The recipe: 0.001."""
     estimator: KLEstimator = "k3"
     """Estimate per token, see `kl_penalty`; the recipe: `k3`. In the loss, `k2` has the gradient of the reverse KL on
@@ -28,7 +30,7 @@ class KLConfig:
     are computed."""
     importance: bool = False
     """Multiply the loss's KL by the policy ratio, gradient included: unbiased off policy too (2512.02556)."""
-    every: int = 1
+    every: PositiveInt = 1
     """Interval in iterations between KL penalties in the loss. The reference runs only then, and the weight is
     multiplied by the interval (lazy regularisation, StyleGAN2, 1912.04958)."""
     reference_path: str | None = None
@@ -36,21 +38,20 @@ class KLConfig:
     without its adapters, and no second model is loaded."""
 
     def __post_init__(self) -> None:
-        key = "model.algorithm.kl"
+        key = "model.init_args.algorithm.kl"
+        check_ranges(self, key)
         if self.estimator not in get_args(KLEstimator):
             raise ValueError(f"{key}.estimator is one of k1, abs, k2, k3, not {self.estimator!r}")
         if self.place not in ("loss", "reward"):
             raise ValueError(f"{key}.place is loss or reward, not {self.place!r}")
-        if not self.weight >= 0:
-            raise ValueError(f"{key}.weight must be at least 0, not {self.weight}")
         if self.place == "reward" and self.weight == 0:
             raise ValueError(f"{key}.place reward is not read if {key}.weight is 0: raise it, or leave both out")
         if self.importance and not self.in_loss:
             raise ValueError(f"{key}.importance needs {key}.weight above 0 and {key}.place loss")
-        if self.every < 1 or (self.every > 1 and not self.in_loss):
+        if self.every > 1 and not self.in_loss:
             raise ValueError(
-                f"{key}.every {self.every}: must be at least 1, and 1 without a KL penalty in the loss ({key}.weight "
-                f"above 0, {key}.place loss)"
+                f"{key}.every {self.every}: must be 1 without a KL penalty in the loss ({key}.weight above 0, "
+                f"{key}.place loss)"
             )
 
     @property

@@ -29,6 +29,7 @@ from cv_lightning.evaluation.results import evaluated, fingerprint, tool_pairs, 
 from cv_lightning.evaluation.tables import Evaluated, print_grids
 from cv_lightning.files import write_json
 from cv_lightning.modules.base import PolicyModule
+from cv_lightning.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.rollout.evaluation_state import (
     Answered,
@@ -55,21 +56,17 @@ class EvaluationConfig:
 
     name: str = "greedy"
     """Folder under `<run>/eval/` (after `eval_prefix`) and prefix of its metrics."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """0 for greedy decoding."""
     tool: bool = True
     """False if the tool is neither offered nor callable."""
-    num_samples: int = 1
+    num_samples: PositiveInt = 1
     """Trajectories per task; with several, pass@k is reported."""
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ValueError(f"evaluations.name {self.name!r} becomes a folder: letters, digits and _")
-        if self.temperature < 0 or self.num_samples < 1:
-            raise ValueError(
-                f"evaluations.temperature {self.temperature} must not be negative and evaluations.num_samples "
-                f"{self.num_samples} at least 1 ({self.name})"
-            )
+        check_ranges(self, "rollout.evaluations")
 
 
 ShowProgress = Callable[[str], AbstractContextManager[Callable[[RolloutProgress], None] | None]]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from cv_lightning.ranges import Limit, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range, check_ranges
 
 GENERAL_LAYERS = ("clean_exec", "no_new_privs", "rlimits", "pdeathsig", "seccomp", "files")
 """Layers without which no model code runs; `files` is Landlock, or a seccomp filter that denies open()."""
@@ -15,39 +18,39 @@ MAX_CODE_CHARS = 32_000
 class SandboxConfig:
     """Limits, sizes and switches of the sandbox."""
 
-    num_zygotes: int = 0
+    num_zygotes: NonNegativeInt = 0
     """Fork servers; 0: half the cores, between 1 and 8. Forking is serial within one."""
-    max_in_flight: int = 0
+    max_in_flight: NonNegativeInt = 0
     """Snippets that run at once; 0: twice the number of fork servers, or of cores if that is more."""
-    max_in_flight_mb: float = 1024.0
+    max_in_flight_mb: Limit = 1024.0
     """Total size in MB of the input images of snippets that run at once; more wait."""
-    max_queue: int = 16384
+    max_queue: NonNegativeInt = 16384
     """Snippets that may wait; further ones end as INFRASTRUCTURE_ERROR."""
-    timeout_s: float = 5.0
+    timeout_s: PositiveFloat = 5.0
     """Wall-clock limit of a snippet's running time in seconds; waiting does not count."""
-    cpu_s: int = 2
+    cpu_s: PositiveInt = 2
     """CPU-time limit in whole seconds. It is reproducible, while wall-clock time depends on the load."""
-    memory_mb: int = 1024
+    memory_mb: PositiveInt = 1024
     """Memory a snippet may take on top of the libraries, in MB."""
-    max_code_chars: int = 2048
+    max_code_chars: Annotated[int, Range(at_least=1, at_most=MAX_CODE_CHARS)] = 2048
     """Longer code is rejected."""
-    max_result_pixels: int = 16_000_000
+    max_result_pixels: PositiveInt = 16_000_000
     """Larger results are an error that tells the model to crop or resize."""
-    max_error_chars: int = 600
+    max_error_chars: PositiveInt = 600
     """Error texts for the model are cut to this length."""
     plan_tier: bool = True
     """Run straight-line code of known operations with checked arguments without running model code."""
-    plan_budget_ms: float = 3.0
+    plan_budget_ms: NonNegativeFloat = 3.0
     """Plans that are estimated to take longer, in ms, run in a child, so that they do not stall the caller."""
-    cache_size: int = 0
+    cache_size: NonNegativeInt = 0
     """Results kept by (image, code), oldest dropped first; 0: none. It changes no result: runs are deterministic."""
-    cache_mb: float = 256.0
+    cache_mb: NonNegativeFloat = 256.0
     """Size limit of the cache in MB of pixels."""
-    jobs_per_zygote: int = 20_000
+    jobs_per_zygote: NonNegativeInt = 20_000
     """A fork server is replaced after this many snippets."""
-    grown_mb: float = 200.0
+    grown_mb: PositiveFloat = 200.0
     """A fork server is replaced once its memory has grown by this many MB."""
-    start_timeout_s: float = 60.0
+    start_timeout_s: PositiveFloat = 60.0
     """Time limit for a fork server to load its libraries, in seconds."""
     allow_unsafe: bool = False
     """Start although a required layer is missing."""
@@ -61,14 +64,7 @@ class SandboxConfig:
     """Also use user, network and IPC namespaces where the host allows them; containers often do not."""
 
     def __post_init__(self) -> None:
-        for name in ("timeout_s", "cpu_s", "memory_mb", "max_code_chars", "max_result_pixels", "max_error_chars"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"sandbox.{name}={getattr(self, name)} must be greater than 0")
-        if self.max_code_chars > MAX_CODE_CHARS:
-            raise ValueError(f"sandbox.max_code_chars={self.max_code_chars}: at most {MAX_CODE_CHARS}")
-        for name in ("num_zygotes", "max_in_flight", "cache_size", "max_queue", "jobs_per_zygote"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"sandbox.{name}={getattr(self, name)} must not be negative")
+        check_ranges(self, "rollout.sandbox")
         unknown = set(self.disabled_layers) - {"landlock", "seccomp", "rlimits", "uid"}
         if unknown:
             raise ValueError(

@@ -32,6 +32,7 @@ from PIL import Image
 
 from cv_lightning.files import sync_file, sync_folder
 from cv_lightning.images import content_hash
+from cv_lightning.ranges import Fraction, Limit, check_ranges
 from cv_lightning.trajectory.codec import encode_group
 from cv_lightning.types import CVLightningError, Group
 
@@ -50,9 +51,9 @@ MAX_WAITING = 32
 class StoreConfig:
     """What is kept of a run's trajectories."""
 
-    share: float = 1.0
+    share: Fraction = 1.0
     """Fraction of groups that are stored, in [0, 1]; chosen by task and iteration, the same on every rank."""
-    max_gb: float = 20.0
+    max_gb: Limit = 20.0
     """Size in GB above which a rank stops storing and logs one warning. It counts the images and lines that the rank
     found at the start and those that it wrote, not what other ranks write meanwhile."""
     image_format: Literal["png", "webp"] = "png"
@@ -62,10 +63,7 @@ class StoreConfig:
     """Also store token ids, loss mask and log-probabilities (about 14 bytes per token)."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"store share {self.share}: must be between 0 and 1; change `store.share`")
-        if self.max_gb <= 0:
-            raise ValueError(f"store max_gb {self.max_gb}: must be positive; to store nothing set `store.share` to 0")
+        check_ranges(self, "rollout.store")
 
 
 class TrajectoryWriter:

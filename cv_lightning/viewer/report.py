@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 from markupsafe import Markup
@@ -28,6 +28,7 @@ from cv_lightning.evaluation.metrics import EvalSummary, summarise
 from cv_lightning.evaluation.runs import Curve, Run, Store, load_run
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.files import write_text
+from cv_lightning.ranges import NonNegativeFloat, NonNegativeInt, Range, check_ranges
 from cv_lightning.trajectory import BadLine, read_groups
 from cv_lightning.trajectory.codec import finite
 from cv_lightning.trajectory.store import LINES
@@ -48,19 +49,15 @@ SCRIPTS = ("dom.js", "charts.js", "intervals.js", "gallery.js", "viewer.js", "ex
 class ReportConfig:
     """Limits on what the page embeds."""
 
-    max_trajectories: int = 5000
+    max_trajectories: NonNegativeInt = 5000
     """Trajectories in the gallery over all stores; a stratified sample if there are more."""
-    max_image_mb: float = 8.0
+    max_image_mb: NonNegativeFloat = 8.0
     """Embedded images in MB; the page loads the others from the run's folder when they are shown."""
-    thumbnail_px: int = 384
+    thumbnail_px: Annotated[int, Range(at_least=16)] = 384
     """Longest side of an embedded image."""
 
     def __post_init__(self) -> None:
-        if self.max_trajectories < 0 or self.max_image_mb < 0 or self.thumbnail_px < 16:
-            raise ValueError(
-                "--max_trajectories and --max_image_mb must not be negative and --thumbnail_px at least 16, got "
-                f"{self.max_trajectories}, {self.max_image_mb}, {self.thumbnail_px}"
-            )
+        check_ranges(self)
 
 
 def write_report(

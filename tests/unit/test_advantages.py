@@ -131,5 +131,5 @@ def test_unscored_rewards_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("kind", [GRPO, ReinforcePlusPlusBaseline])
 def test_an_epsilon_of_zero_is_refused_with_the_key_to_change(kind: Any) -> None:
-    with pytest.raises(ValueError, match=r"model\.algorithm\.advantage\.epsilon"):
+    with pytest.raises(ValueError, match=r"model\.init_args\.algorithm\.advantage\.init_args\.epsilon"):
         kind(epsilon=0.0)

@@ -128,7 +128,7 @@ def test_the_corpus_holds_every_text_of_a_conversation() -> None:
 
 @pytest.mark.parametrize("flag", ["tool_share", "needless_share"])
 def test_a_share_outside_its_range_names_its_flag(flag: str) -> None:
-    with pytest.raises(ValueError, match=f"--{flag}"):
+    with pytest.raises(ValueError, match=f"--data.init_args.demonstrations.{flag}"):
         DemonstrationConfig(**{flag: 1.5})
     with pytest.raises(ValueError, match="--warm_up_shares"):
         DemonstrationConfig(warm_up_shares={"sideways": 1.0})

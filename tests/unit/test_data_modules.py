@@ -95,7 +95,7 @@ def test_overfitting_repeats_the_same_tasks() -> None:
     assert set(first[0]).isdisjoint(first[1])
     curriculum = [CurriculumPoint(at=0, kind_shares={"small": 1.0})]
     for changes in ({"overfit_tasks": -1}, {"overfit_tasks": 2, "curriculum": curriculum}):
-        with pytest.raises(ValueError, match=r"--data\.overfit_tasks"):
+        with pytest.raises(ValueError, match=r"--data\.init_args\.overfit_tasks"):
             task_data(**changes)
 
 
@@ -203,11 +203,11 @@ def test_a_loader_restarts_after_its_end() -> None:
 @pytest.mark.parametrize(
     ("make", "arguments", "flag"),
     [
-        (task_data, {"num_iterations": 0}, "--data.num_iterations"),
+        (task_data, {"num_iterations": 0}, "--data.init_args.num_iterations"),
         (task_data, {"val_tasks": {"tilted": 2}}, "val_tasks"),
-        (task_data, {"tasks_per_eval_batch": -1}, "--data.tasks_per_eval_batch"),
-        (sft_data, {"warm_up_share": 2.0}, "--data.warm_up_share"),
-        (sft_data, {"num_steps": 0}, "--data.num_steps"),
+        (task_data, {"tasks_per_eval_batch": -1}, "--data.init_args.tasks_per_eval_batch"),
+        (sft_data, {"warm_up_share": 2.0}, "--data.init_args.warm_up_share"),
+        (sft_data, {"num_steps": 0}, "--data.init_args.num_steps"),
     ],
 )
 def test_invalid_arguments_name_their_flag(make: Any, arguments: dict[str, Any], flag: str) -> None:

@@ -223,15 +223,15 @@ def test_kl_in_the_reward_leaves_the_loss_alone() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "key"),
     [
-        (PPOClip, {"clip_low": -0.1}, "loss.clip_low"),
-        (PPOClip, {"clip_low": 1.5}, "loss.clip_low"),
-        (PPOClip, {"clip_low": math.nan}, "loss.clip_low"),
-        (PPOClip, {"clip_high": -1.0}, "loss.clip_high"),
-        (DPPO, {"clip_high": 1.5}, "loss.clip_high"),
-        (PPOClip, {"dual_clip": 1.0}, "loss.dual_clip"),
-        (GSPO, {"dual_clip": 0.5}, "loss.dual_clip"),
-        (DPPO, {"ratio_cap": 1.0}, "loss.ratio_cap"),
-        (CISPO, {"clip_low": 2.0}, "loss.clip_low"),
+        (PPOClip, {"clip_low": -0.1}, "loss.init_args.clip_low"),
+        (PPOClip, {"clip_low": 1.5}, "loss.init_args.clip_low"),
+        (PPOClip, {"clip_low": math.nan}, "loss.init_args.clip_low"),
+        (PPOClip, {"clip_high": -1.0}, "loss.init_args.clip_high"),
+        (DPPO, {"clip_high": 1.5}, "loss.init_args.clip_high"),
+        (PPOClip, {"dual_clip": 1.0}, "loss.init_args.dual_clip"),
+        (GSPO, {"dual_clip": 0.5}, "loss.init_args.dual_clip"),
+        (DPPO, {"ratio_cap": 1.0}, "loss.init_args.ratio_cap"),
+        (CISPO, {"clip_low": 2.0}, "loss.init_args.clip_low"),
         (AlgorithmConfig, {"aggregation": "mean"}, "aggregation"),
         (AlgorithmConfig, {"aggregation": "constant_length"}, "constant_length"),
         (AlgorithmConfig, {"aggregation": "constant_length", "constant_length": 0}, "constant_length"),
@@ -254,7 +254,7 @@ def test_kl_in_the_reward_leaves_the_loss_alone() -> None:
     ],
 )
 def test_refused_with_the_key_to_change(kind: Any, options: dict[str, Any], key: str) -> None:
-    with pytest.raises(ValueError, match=f"model.algorithm.{key}"):
+    with pytest.raises(ValueError, match=f"model.init_args.algorithm.{key}"):
         kind(**options)
 
 

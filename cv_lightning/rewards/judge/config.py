@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cv_lightning.endpoint.config import EndpointConfig
+from cv_lightning.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 JUDGE_COUNTS = ("verdicts", "failed", "cost", "requests", "retries", "prompt_tokens", "completion_tokens")
 """Figures of a judge that add up over ranks."""
@@ -15,7 +16,7 @@ JUDGE_COUNTS = ("verdicts", "failed", "cost", "requests", "retries", "prompt_tok
 class JudgeConfig(EndpointConfig):
     """A model behind an OpenAI-compatible endpoint that compares answers where the rules say no."""
 
-    flag: ClassVar[str] = "reward.judge"
+    flag: ClassVar[str] = "rollout.reward.judge"
 
     model: str = "Qwen/Qwen3-30B-A3B-Instruct-2507"
     """Name under which the endpoint serves the model. It is part of a cached verdict's key."""
@@ -27,32 +28,26 @@ class JudgeConfig(EndpointConfig):
     """Prompt for data sources that `task_types` does not name."""
     prompt_folder: str | None = None
     """Folder of `<task type>.txt` files that stand in for the shipped prompts of the same name."""
-    timeout_s: float = 30.0
+    timeout_s: PositiveFloat = 30.0
     """Seconds that one request may take as a whole."""
-    give_up_s: float = 120.0
+    give_up_s: PositiveFloat = 120.0
     """Seconds that a verdict may take with all its tries and pauses, not counting the queue; after that the trajectory
     is unscored. When the server has been down for so long, waiting questions fail at once."""
     logprobs: bool = True
     """Read the verdict from the first tokens' probabilities where the server offers them."""
-    max_tokens: int = 16
+    max_tokens: PositiveInt = 16
     """Tokens that the judge may answer with."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """Sampling temperature of the judge."""
     cache_folder: str | None = None
     """Folder of the disk cache of verdicts; None: verdicts are kept in memory only."""
-    cache_megabytes: int = 512
+    cache_megabytes: PositiveInt = 512
     """Size limit of the disk cache."""
-    max_failed_frac: float = 0.1
+    max_failed_frac: Fraction = 0.1
     """The run stops when more than this fraction of the last `failure_window` verdicts failed: while it runs once five
     have failed, at the end of a test or validation however few there were."""
-    failure_window: int = 200
+    failure_window: PositiveInt = 200
     """Verdicts that `max_failed_frac` is taken over; fewer while fewer are in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(("max_tokens", "cache_megabytes", "failure_window"), at_least=1)
-        self.require(("temperature",), at_least=0)
-        if not 0 <= self.max_failed_frac <= 1:
-            raise ValueError(
-                f"reward.judge.max_failed_frac is {self.max_failed_frac}; it is a fraction between 0 and 1"
-            )

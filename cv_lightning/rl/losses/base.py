@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from cv_lightning.ranges import Range
 from cv_lightning.rl.aggregation import aggregation_weights
 
+KEY = "model.init_args.algorithm.loss.init_args"
+"""Place of a loss's arguments in a config, for messages."""
+ClipHigh = Annotated[float, Range(at_least=0, infinite=True)]
+"""How far a ratio may rise above 1; infinity: without bound."""
+Cap = Annotated[float, Range(above=1, infinite=True)]
+"""An upper bound that may be switched off."""
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to plus and minus this before the exponential, as in the released code."""
 
@@ -145,23 +153,3 @@ class PolicyLoss(ABC):
             each a share of a mean over tokens, `tokens.mean(values)`, logged as `policy/NAME`. Shares add up over
             micro-batches and ranks; the names must not depend on the tokens.
         """
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf"), *, above: bool = False) -> float:
-    """The value of a loss's argument.
-
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        low: Lower bound.
-        high: Upper bound.
-        above: The lower bound itself is refused, too.
-
-    Raises:
-        ValueError: The value is out of bounds or NaN.
-    """
-    if not low <= value <= high or (above and value == low):
-        bounds = f"above {low:g} (.inf: off)" if above else f"at least {low:g}"
-        bounds = bounds if high == float("inf") else f"between {low:g} and {high:g}"
-        raise ValueError(f"model.algorithm.loss.{name} must be {bounds}, not {value}")
-    return value

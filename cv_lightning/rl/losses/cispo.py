@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
+from cv_lightning.ranges import Fraction, check_ranges
+from cv_lightning.rl.losses.base import KEY, ClipHigh, PolicyLoss, TokenBatch
 
 
 class CISPO(PolicyLoss):
@@ -17,9 +18,10 @@ class CISPO(PolicyLoss):
         clip_high: The weight is bounded above at 1 + clip_high.
     """
 
-    def __init__(self, clip_low: float = 1.0, clip_high: float = 4.0) -> None:
-        self.clip_low = check_range("clip_low", clip_low, 0, 1)
-        self.clip_high = check_range("clip_high", clip_high, 0)
+    def __init__(self, clip_low: Fraction = 1.0, clip_high: ClipHigh = 4.0) -> None:
+        check_ranges(CISPO.__init__, KEY, locals())
+        self.clip_low = clip_low
+        self.clip_high = clip_high
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, see `PolicyLoss`."""

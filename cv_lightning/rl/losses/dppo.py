@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
+from cv_lightning.ranges import Fraction, check_ranges
+from cv_lightning.rl.losses.base import KEY, Cap, PolicyLoss, TokenBatch
 
 
 class DPPO(PolicyLoss):
@@ -21,10 +22,16 @@ class DPPO(PolicyLoss):
         ratio_cap: Above 1. Upper bound of the weight, for advantages of both signs; `.inf`: off.
     """
 
-    def __init__(self, clip_low: float = 0.15, clip_high: float = 0.15, ratio_cap: float = 20.0) -> None:
-        self.clip_low = check_range("clip_low", clip_low, 0, 1)
-        self.clip_high = check_range("clip_high", clip_high, 0, 1)
-        self.ratio_cap = check_range("ratio_cap", ratio_cap, 1, above=True)
+    def __init__(
+        self,
+        clip_low: Fraction = 0.15,
+        clip_high: Fraction = 0.15,
+        ratio_cap: Cap = 20.0,
+    ) -> None:
+        check_ranges(DPPO.__init__, KEY, locals())
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.ratio_cap = ratio_cap
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, see `PolicyLoss`."""

@@ -7,7 +7,8 @@ import math
 
 from torch import Tensor
 
-from cv_lightning.rl.losses.base import PolicyLoss, TokenBatch, check_range
+from cv_lightning.ranges import Fraction, check_ranges
+from cv_lightning.rl.losses.base import KEY, Cap, ClipHigh, PolicyLoss, TokenBatch
 from cv_lightning.rl.losses.ppo_clip import clipped_loss
 
 LOG = logging.getLogger(__name__)
@@ -29,10 +30,16 @@ class GSPO(PolicyLoss):
         dual_clip: Above 1. Upper bound of the loss for negative advantages, in units of |A|; `.inf`: off.
     """
 
-    def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float = math.inf) -> None:
-        self.clip_low = check_range("clip_low", clip_low, 0, 1)
-        self.clip_high = check_range("clip_high", clip_high, 0)
-        self.dual_clip = check_range("dual_clip", dual_clip, 1, above=True)
+    def __init__(
+        self,
+        clip_low: Fraction = 3e-4,
+        clip_high: ClipHigh = 4e-4,
+        dual_clip: Cap = math.inf,
+    ) -> None:
+        check_ranges(GSPO.__init__, KEY, locals())
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.dual_clip = dual_clip
         if clip_high >= SUSPICIOUS_CLIP:
             LOG.warning(
                 "model.algorithm.loss GSPO with clip_high %g: a sequence's ratio hardly ever leaves that range (the "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cv_lightning.rl.losses.base import MAX_LOG_RATIO, PolicyLoss, TokenBatch, check_range
+from cv_lightning.ranges import Fraction, check_ranges
+from cv_lightning.rl.losses.base import KEY, MAX_LOG_RATIO, Cap, ClipHigh, PolicyLoss, TokenBatch
 
 
 class PPOClip(PolicyLoss):
@@ -19,10 +20,16 @@ class PPOClip(PolicyLoss):
         dual_clip: Above 1. Upper bound of the loss for negative advantages, in units of |A|; `.inf`: off.
     """
 
-    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 10.0) -> None:
-        self.clip_low = check_range("clip_low", clip_low, 0, 1)
-        self.clip_high = check_range("clip_high", clip_high, 0)
-        self.dual_clip = check_range("dual_clip", dual_clip, 1, above=True)
+    def __init__(
+        self,
+        clip_low: Fraction = 0.2,
+        clip_high: ClipHigh = 0.28,
+        dual_clip: Cap = 10.0,
+    ) -> None:
+        check_ranges(PPOClip.__init__, KEY, locals())
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.dual_clip = dual_clip
 
     def __call__(self, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, see `PolicyLoss`."""
