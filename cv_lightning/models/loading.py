@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cv_lightning.early import local_folder_error
 from cv_lightning.models.adapters import ModelAdapter, adapter_for, adapter_of_checkpoint
 from cv_lightning.models.lora import LoraConfig, add_adapters
 from cv_lightning.ranges import PositiveInt
@@ -15,6 +16,8 @@ from cv_lightning.types import CheckpointError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """Names on the hub: MODEL or ORGANISATION/MODEL."""
+
+HUB_TIMEOUT_S = 10.0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -60,11 +63,14 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     from transformers import AutoProcessor
 
     folder = Path(path)
-    if folder.exists() or not HUB_NAME.fullmatch(path) or path.startswith((".", "runs/")):
+    if not folder.exists():
+        said = local_folder_error(path)
+        if said or not HUB_NAME.fullmatch(path):
+            raise CheckpointError(f"policy.path {path}: {said or 'no such folder, nor can it be a name on the hub'}")
+        _check_hub(path)
+    else:
         if not folder.is_dir():
-            raise CheckpointError(
-                f"policy.path {path}: no such folder; give a Hugging Face folder of a vision-language model"
-            )
+            raise CheckpointError(f"policy.path {path}: {local_folder_error(path)}")
         if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
             raise CheckpointError(
                 f"policy.path {path}: no processor (preprocessor_config.json or processor_config.json) in this folder; "
@@ -83,6 +89,30 @@ def load_processor(path: str, min_pixels: int | None = None, max_pixels: int | N
     size["shortest_edge"] = min_pixels or size["shortest_edge"]
     size["longest_edge"] = max_pixels or size["longest_edge"]
     return processor
+
+
+def _check_hub(name: str) -> None:
+    """Ask the hub once whether it has a model, so that a mistyped folder is not tried again and again.
+
+    Raises:
+        CheckpointError: It has no such model, or does not answer and no copy of the model is here.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        model_info(name, timeout=HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        reason = "the hub has no model of that name (or shows it to those who are logged in)"
+    except HfHubHTTPError:
+        return  # a mirror may not have this question; loading gives the reason
+    except Exception as error:  # the errors of two HTTP libraries, and of an offline mode
+        reason = f"as a name on the hub it cannot be looked up ({str(error).splitlines()[0][:160]})"
+    raise CheckpointError(
+        f"policy.path {name}: there is no such folder here, and {reason}. Give a Hugging Face folder of a model"
+    )
 
 
 def load_adapter(config: PolicyConfig) -> ModelAdapter:
