@@ -28,6 +28,7 @@ from cv_lightning.callbacks.record import RunRecord, continue_wandb_run
 from cv_lightning.callbacks.rollout import RolloutCallback
 from cv_lightning.callbacks.signals import StopOnSignal, exit_codes
 from cv_lightning.callbacks.start_check import SFTStartCheck
+from cv_lightning.callbacks.summary import RunSummary
 from cv_lightning.callbacks.wandb import WandbTrajectories
 from cv_lightning.callbacks.watchdog import Watchdog
 from cv_lightning.checkpoints.damage import damage
@@ -37,6 +38,7 @@ from cv_lightning.command_line import ShortErrors
 from cv_lightning.devices import Gpus, use_named_devices
 from cv_lightning.environment import check_launch, is_quiet, is_verbose, set_up_logging
 from cv_lightning.files import describe_disk_error
+from cv_lightning.hub import pin_files
 from cv_lightning.loggers import run_loggers
 from cv_lightning.loggers.wandb import WandbRun
 from cv_lightning.modules.base import PolicyModule
@@ -140,7 +142,7 @@ class CVLightningCLI(LightningCLI):
             own["checkpoint"].settings = self._settings
         first = [own.pop("watchdog", None), RunOwner(self._take_over), StopOnSignal(), own.pop("start_check", None)]
         wandb = [WandbTrajectories(logger) for logger in loggers if isinstance(logger, WandbRun)]
-        kwargs["callbacks"] = [*filter(None, first), *given, *own.values(), *wandb]
+        kwargs["callbacks"] = [*filter(None, first), *given, *own.values(), *wandb, RunSummary()]
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
@@ -180,6 +182,10 @@ class CVLightningCLI(LightningCLI):
         run = Path(trainer.default_root_dir)
         path = find_checkpoint(subcommand.get("ckpt_path"), run)
         subcommand["ckpt_path"] = path
+        if self.subcommand == "test":
+            subcommand["verbose"] = False  # Lightning's table of the metrics; the evaluator prints its own
+        if arguments := (subcommand.get("data") or {}).get("init_args"):
+            pin_files(arguments, run, resumes=self.subcommand != "fit" or is_of(path, run))
         self._settings = settings_of(self.as_dict())
         if self.subcommand == "fit" and path is not None and Path(path).exists():
             classes = {part: self._settings[f"{name}.class_path"].rpartition(".")[2] for part, name in PARTS.items()}
@@ -334,7 +340,7 @@ def main(
         sys.exit(f"error: {said}")
 
 
-UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available")
+UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available", "`Trainer.fit` stopped", "Seed set to")
 """Parts of Lightning's messages that are not shown; the run record names the devices."""
 
 
@@ -351,9 +357,8 @@ def _quiet_libraries() -> None:
     for name in ("httpx2", "openai", "matplotlib", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(part in str(record.msg) for part in UNHELPFUL)
-    )
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not any(part in str(record.msg) for part in UNHELPFUL))
     for pattern in (
         ".*does not have many workers.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",

@@ -98,6 +98,11 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         """Ignore the stream that the base class sets."""
 
 
+def _is_no_guess(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's remark on the accelerator that it guesses at its import, which no user can act on."""
+    return "Setting accelerator to" not in str(record.msg)
+
+
 def set_up_logging() -> None:
     """Send this package's messages to stderr according to `--quiet` and `--verbose`; of libraries only warnings."""
     root = logging.getLogger()
@@ -109,6 +114,8 @@ def set_up_logging() -> None:
     handler.addFilter(lambda record: not getattr(record, FILE_ONLY, False))
     root.addHandler(handler)
     root.setLevel(logging.INFO if is_verbose() else logging.WARNING)
+    if not is_verbose():  # of DeepSpeed's own handler, which it sets up with a level of its own
+        logging.getLogger("DeepSpeed").addFilter(_is_no_guess)
     # a run's log file also has the messages that stderr does not show
     logging.getLogger("cv_lightning").setLevel(logging.DEBUG if is_verbose() else logging.INFO)
 

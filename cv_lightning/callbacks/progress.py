@@ -163,7 +163,7 @@ class RunProgress(ProgressBar):
             if time.perf_counter() - shown > LINE_EVERY_S:
                 shown = time.perf_counter()
                 left = state.elapsed_s / max(state.finished, 1) * (state.total - state.finished)
-                ends = f", {_duration(left)} left" if state.finished else ""
+                ends = f", {duration(left)} left" if state.finished else ""
                 line = f"  {title}: {state.finished}/{state.total} trajectories, {_speed(state)}{ends}"
                 LOG.info("%s", line, extra={FILE_ONLY: is_quiet()})
 
@@ -194,8 +194,8 @@ class RunProgress(ProgressBar):
         if self.enabled and (done % self.every == 0 or done == total):
             seconds = time.perf_counter() - self.started
             each = seconds / (done - self.first)
-            left = f", {_duration(each * (total - done))} left" if done < total < float("inf") else ""
-            line = f"{title} {done}/{total:g}  {_duration(seconds)}{left}  {note}"
+            left = f", {duration(each * (total - done))} left" if done < total < float("inf") else ""
+            line = f"{title} {done}/{total:g}  {duration(seconds)}{left}  {note}"
             LOG.info("%s", line, extra={FILE_ONLY: self.live is not None or is_quiet()})
 
     def _close(self) -> None:
@@ -204,7 +204,7 @@ class RunProgress(ProgressBar):
         self.live = self.bar = None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A duration in its two largest units."""
     if seconds < 100:
         return f"{seconds:.0f} s"

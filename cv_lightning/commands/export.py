@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cv_lightning.command_line import run_verb
 from cv_lightning.files import describe_disk_error
+from cv_lightning.hub import check_upload, upload_folder
 from cv_lightning.ranges import PositiveFloat, check_ranges
 from cv_lightning.types import CheckpointError, DataError
 
@@ -44,14 +45,23 @@ class ExportRequest:
     """Load the folder and compare its logits with those of the checkpoint. Takes the model's size in memory."""
     overwrite: bool = False
     """Replace `out` if it exists."""
+    push_to_hub: str | None = None
+    """Also upload the folder to this repository of the Hugging Face Hub, OWNER/NAME, which is made if it does not
+    exist. The token is that of `hf auth login` or HF_TOKEN."""
+    private: bool = False
+    """Make that repository private, if it is new."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.out.exists() and not self.overwrite and any(self.out.iterdir() if self.out.is_dir() else [1]):
             raise ValueError(f"--out {self.out} exists; give another folder, or --overwrite true")
+        if self.private and self.push_to_hub is None:
+            raise ValueError("--private belongs to --push_to_hub OWNER/NAME; without it nothing is uploaded")
 
 
 def _export(request: ExportRequest) -> None:
+    if request.push_to_hub is not None:
+        check_upload(request.push_to_hub)  # before minutes of work
     try:
         print(export(request))
     except Exception as error:
@@ -61,6 +71,8 @@ def _export(request: ExportRequest) -> None:
         if not said:
             raise
         raise DataError(f"--out cannot be written: {said}") from error
+    if request.push_to_hub is not None:
+        print(f"uploaded to {upload_folder(request.out, request.push_to_hub, private=request.private)}")
 
 
 def export(request: ExportRequest) -> str:

@@ -22,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from cv_lightning import hub
 from cv_lightning.data.benchmark import Benchmark, Metric
 from cv_lightning.ranges import NonNegativeInt, check_ranges
 from cv_lightning.types import DataError
@@ -338,12 +339,13 @@ def _candidates(order: Sequence[int], at: int) -> Iterator[int]:
 
 
 def expand_files(files: Sequence[str | Path], flag: str) -> list[Path]:
-    """The files as paths, `~` expanded.
+    """The files as paths, `~` expanded; of the Hub's (`hf://`) the copies in its cache.
 
     Raises:
         DataError: No file is named, or one is a folder or does not exist; names the flag.
     """
-    paths = [Path(file).expanduser() for file in files]
+    found = (hub.local_files(file, flag) if hub.is_hub_path(file) else [Path(file).expanduser()] for file in files)
+    paths = [path for listed in found for path in listed]
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise DataError(f"{flag}: {', '.join(folders)} is a folder; name its files")
     missing = [str(path) for path in paths if not path.is_file()]

@@ -43,7 +43,9 @@ def write_tiny_checkpoint(folder: str | Path, config: TinyModelConfig, *, corpus
         Number of parameters.
     """
     import torch
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # of a single small shard
     adapter = adapter_for(config.family)
     tokenizer = _tokenizer(config, corpus, adapter)
     adapter.tiny_processor(config, tokenizer, adapter.chat_template()).save_pretrained(folder)

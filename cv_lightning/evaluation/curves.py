@@ -64,34 +64,34 @@ COMPARED = ("rollout/tool_use_success", "rollout/accuracy", "rollout/spurious", 
 
 
 def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Curves under their headings, thinned, as JSON values for the page's script."""
-    left = list(curves)
+    """Curves under their headings, thinned, as JSON values for the page's script; constant ones are listed last."""
     num_rows = max((len(curve.values) for curve in curves), default=0)
+    still = [curve for curve in curves if 1 < len(curve.values) == num_rows and len(set(curve.values)) == 1]
+    left = [curve for curve in curves if curve not in still]
     groups = []
     for rule in RULES:
         found = [curve for curve in left if re.search(rule.pattern, curve.name)]
         left = [curve for curve in left if curve not in found]
         if found:
-            groups.append(_group(rule, found, num_rows))
+            groups.append(_group(rule, found))
+    if still:
+        listed = ", ".join(f"{curve.name} {curve.values[0]:.4g}" for curve in still)
+        groups.append({"title": "Metrics that did not change", "note": f"{listed}.", "charts": [], "folded": True})
     return groups
 
 
-def _group(rule: ChartRule, found: list[Curve], num_rows: int) -> dict[str, Any]:
-    """Charts of one heading; constant curves of all `num_rows` values are listed in its note instead."""
+def _group(rule: ChartRule, found: list[Curve]) -> dict[str, Any]:
+    """Charts of one heading."""
     matches = {curve.name: re.search(rule.pattern, curve.name) for curve in found}
     names = {
         name: match["series"] if match and "series" in match.groupdict() else name for name, match in matches.items()
     }
-    still = [curve for curve in found if 1 < len(curve.values) == num_rows and len(set(curve.values)) == 1]
-    moving = [curve for curve in found if curve not in still]
-    charts = []
-    if rule.shared and moving:
-        together, moving = moving[:MAX_SERIES], moving[MAX_SERIES:]
+    charts, apart = [], list(found)
+    if rule.shared:
+        together, apart = found[:MAX_SERIES], found[MAX_SERIES:]
         charts.append(_chart("", together, [names[curve.name] for curve in together], big=True))
-    charts += [_chart(curve.name, [curve], [curve.name]) for curve in moving]
-    constant = ", ".join(f"{names[curve.name]} {curve.values[0]:.4g}" for curve in still)
-    note = " ".join(part for part in (rule.note, f"Constant: {constant}." if constant else "") if part)
-    return {"title": rule.title, "note": note, "charts": charts, "folded": rule.folded}
+    charts += [_chart(curve.name, [curve], [curve.name]) for curve in apart]
+    return {"title": rule.title, "note": rule.note, "charts": charts, "folded": rule.folded}
 
 
 def compared_charts(curves: Mapping[str, Sequence[Curve]]) -> list[dict[str, Any]]:

@@ -15,9 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cv_lightning.renames import new_metric
+import yaml
+
+from cv_lightning.renames import migrate_config, new_metric
+from cv_lightning.settings import flatten
 from cv_lightning.types import DataError
 
+METRICS = "metrics.csv"
+"""File with the metrics of a training run."""
 EVALUATION_RECORD = "evaluation.json"
 """File of an evaluation's folder with its config fingerprint: setting, model and everything else that matters."""
 
@@ -100,7 +105,7 @@ def load_run(folder: str | Path) -> Run:
         raise DataError(f"{folder}: no such run folder; give the folder that fit or test wrote (runs/...)")
     stores = [_store(folder, path) for path in find_stores(folder)]
     curves = {}
-    for path in sorted(folder.glob("**/metrics.csv")):
+    for path in sorted(folder.glob(f"**/{METRICS}")):
         if found := read_curves(path):
             stage = str(path.parent.relative_to(folder))
             curves["run" if stage == "." else stage] = found
@@ -151,25 +156,41 @@ def read_figures(path: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ metrics.csv
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """Rows of a `metrics.csv` by today's names; a torn last row is left out, and an empty cell is absent.
+
+    Values that are not finite stay; unreadable cells are NaN.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # the last cell of a row without its newline may be half a number
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [{new_metric(name): _cell(cell) for name, cell in row.items() if name and cell} for row in rows]
+
+
 def read_curves(path: Path) -> list[Curve]:
     """Curves of a `metrics.csv`, in the order of its columns; a torn last row and unreadable cells are left out.
 
     The horizontal axis is the column `iteration` where a row has it, else `step`.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    # the last cell of a row without its newline may be half a number
-    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     curves: dict[str, Curve] = {}
-    for number, row in enumerate(rows):
-        cells = {name: value for name, cell in row.items() if name and math.isfinite(value := _cell(cell))}
+    for number, row in enumerate(read_rows(path)):
+        cells = {name: value for name, value in row.items() if math.isfinite(value)}
         step = cells.get("iteration", cells.get("step", float(number)))
         for name, value in cells.items():
             if name not in ("step", "epoch", "iteration"):
-                name = new_metric(name)
                 curve = curves.setdefault(name, Curve(name=name, steps=[], values=[]))
                 curve.steps.append(step)
                 curve.values.append(value)
     return list(curves.values())
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """Settings of a stored config by dotted name, under today's names; empty if it cannot be read."""
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return flatten(migrate_config(config)[0]) if isinstance(config, dict) else {}
 
 
 def _cell(text: object) -> float:

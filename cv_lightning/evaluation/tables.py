@@ -19,6 +19,8 @@ from cv_lightning.evaluation.statistics import NONE, Difference, Rate
 
 LOG_WIDTH = 200
 """Width of a table, in characters, where the output is not a terminal."""
+EMPTY = "-"
+"""Cell of a figure for which nothing counts."""
 COLUMN_NAMES = {
     "identity": "Source",
     "rotate_90": "R90",
@@ -56,12 +58,13 @@ class Grid:
         return "\n".join(["#" * level + f" {self.title}", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def rich(self) -> Table:
-        """Table for a terminal."""
+        """Table for a terminal, without rows in which nothing counts."""
         table = Table(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
         for number, heading in enumerate(self.headings):
             table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
         for row in self.rows:
-            table.add_row(*row)
+            if any(cell != EMPTY for cell in row[1:]):
+                table.add_row(*row)
         return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
@@ -164,6 +165,7 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
         "rollout/parse_errors_mean": fmean(sum(turn.parse_error is not None for turn in t.turns) for t in trajectories),
         "rollout/reward_variance_frac": fmean(has_advantage(g) for g in groups),
         "rollout/unscored_frac": fmean(t.reward is None for t in trajectories),
+        "rollout/chance_accuracy": chance_accuracy([group.task.ground_truth for group in groups]),
         "rollout/masked_frac": fmean(t.reward is not None and t.advantage is None for t in trajectories),
         "rollout/tokens_per_s": sampled / max(elapsed_s, 1e-9),
         "rollout/tool_calls_per_s": len(results) / max(elapsed_s, 1e-9),
@@ -171,6 +173,13 @@ def rollout_metrics(groups: Sequence[Group], elapsed_s: float) -> dict[str, floa
     for state in EndState:
         metrics[end_state_metric(state)] = fmean(t.end_state is state for t in trajectories)
     return metrics
+
+
+def chance_accuracy(answers: Sequence[str]) -> float:
+    """Probability that the answers of two tasks are equal: the accuracy of giving another task's answer; NaN of one."""
+    pairs = len(answers) * (len(answers) - 1)
+    counts = Counter(answer.strip().casefold() for answer in answers).values()
+    return sum(count * (count - 1) for count in counts) / pairs if pairs else math.nan
 
 
 def end_state_metric(state: EndState) -> str:

@@ -262,7 +262,8 @@ class Evaluator:
         }
         pairs = tool_pairs(everything, self._without_tool())
         grids = write_results(root / "eval", self.prefix, figures, pairs, about, skipped_note(skipped))
-        print_grids(grids, after=f"written to {root / 'eval'}/{self.prefix}results.json, .md and .png")
+        after = f"written to {root / 'eval'}/{self.prefix}results.json, .md and .png; beside them every trajectory\n"
+        print_grids(grids, after=f"{after}next: `cv-lightning report {root}` writes {root / 'report.html'}")
 
     def _without_tool(self) -> dict[str, str]:
         """Names of the settings without the tool, by the name of the same setting with it."""

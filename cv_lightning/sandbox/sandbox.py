@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from cv_lightning.environment import FILE_ONLY
 from cv_lightning.images import content_hash, is_usable_size, to_rgb
 from cv_lightning.sandbox import plan
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
@@ -85,7 +86,7 @@ class Sandbox:
         try:
             pool.start()
             missing = [name for name in GENERAL_LAYERS if not self.layers.get(name, "").startswith("active")]
-            log.info("sandbox layers: %s", ", ".join(f"{name}: {state}" for name, state in self.layers.items()))
+            self._log_layers()
             if missing and not self.config.allow_unsafe:
                 lacking = f"the sandbox lacks {', '.join(missing)} ({self.layers})"
                 raise SandboxError(f"{lacking}; fix the host or set sandbox.allow_unsafe=true")
@@ -97,6 +98,15 @@ class Sandbox:
         except BaseException:
             self.close()
             raise
+
+    def _log_layers(self) -> None:
+        """Log how many isolation layers are active and which are not; the run's log file also has their states."""
+        states = self.layers
+        others = [name for name, state in states.items() if not state.startswith("active")]
+        said = f" (not active: {', '.join(others)})" if others else ""
+        log.info("sandbox: %d of %d isolation layers active%s", len(states) - len(others), len(states), said)
+        listed = ", ".join(f"{name}: {state}" for name, state in states.items())
+        log.info("sandbox layers: %s", listed, extra={FILE_ONLY: True})
 
     def close(self) -> None:
         """End all children and fork servers. May be called twice; `start` works again afterwards."""

@@ -35,6 +35,7 @@ from cv_lightning.trajectory.store import LINES
 from cv_lightning.types import Group
 from cv_lightning.viewer import content
 from cv_lightning.viewer.content import EvaluatedStore, RunSections
+from cv_lightning.viewer.findings import findings_of
 from cv_lightning.viewer.gallery import Gallery, GroupSampler, relative_folder
 from cv_lightning.viewer.pages import TEMPLATES, environment, style
 
@@ -156,6 +157,7 @@ class Report:
         for store in sorted(run.stores, key=self._order):
             self._add(store, found[store.path], page)
         self.sections = app.sections(self.evaluated)
+        self.findings = findings_of(run, ended=not is_live)
 
     def _order(self, store: Store) -> tuple[Any, ...]:
         """Sort key: evaluations first, greedy before sampled, then by stage, with the tool before without."""
@@ -207,6 +209,7 @@ class Report:
         }
         # The script does not draw these parts; a page has to be loaded again when they change.
         written = [found["intervals"], found["examples"], self.bad_lines, bool(self.num_total), bool(curves)]
+        written.append({stage: [each.name for each in listed] for stage, listed in self.findings.items()})
         found["fixed"] = hashlib.sha256(json.dumps(written, default=str).encode()).hexdigest()[:16]
         cleaned: dict[str, Any] = finite(found)
         return cleaned
@@ -233,6 +236,7 @@ class Report:
                 headlines=content.headlines(self.evaluated, self.app),
                 comparison=content.stage_table(self.evaluated, self.app.main_stages(self.evaluated), self.app),
                 sections=self.sections,
+                findings={self.app.label(stage): found for stage, found in self.findings.items()},
                 facts=content.facts(run, self.app),
                 settings=content.settings(run, self.app),
                 num_shown=len(gallery.trajectories),

@@ -109,10 +109,12 @@ def test_wandb_has_tables_with_images_and_the_model(done: Done) -> None:
 def test_a_quiet_run_prints_little_and_logs_all(done: Done) -> None:
     assert "fit 3/3" not in done.said
     assert "engine and trainer agree" not in done.said
+    assert "this run did not learn: " in done.said, "a warning, which is no chatter"
     log = (done.folder / "fit_log.txt").read_text()
     assert "cv_lightning" in log.splitlines()[0], "the command"
     assert "engine and trainer agree" in log
     assert "fit 3/3" in log
+    assert "this run did not learn: " in log and "  report        `cv-lightning report" in log
 
 
 @pytest.fixture

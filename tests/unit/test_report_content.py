@@ -142,8 +142,7 @@ def test_charts_hold_every_metric_once_and_list_constant_ones() -> None:
     groups = chart_groups(curves)
     drawn = [series["name"] for group in groups for chart in group["charts"] for series in chart["series"]]
     assert sorted(drawn) == ["loss", "policy/lr", "strange", "time/rollout_s", "tool_use_success", "total"]
-    (reward,) = [group for group in groups if group["title"] == "Reward"]
-    assert reward["note"].endswith("Constant: format 1.")
+    assert (groups[-1]["note"], groups[-1]["charts"], groups[-1]["folded"]) == ("reward/format 1.", [], True)
 
 
 def test_thinning_keeps_the_mean() -> None:

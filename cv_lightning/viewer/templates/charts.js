@@ -193,8 +193,8 @@ function curveGroup(group, axis) {
     const heading = make("h3", { text: `${group.title} ` }, make("small", { text: `by ${axis}` }));
     return make("div", { class: "chart-group" }, heading, draws());
   }
-  const count = `${group.charts.length} chart${group.charts.length === 1 ? "" : "s"}`;
-  const details = make("details", { class: "chart-group" }, make("summary", { text: `${group.title} (${count})` }));
+  const count = group.charts.length ? ` (${group.charts.length} chart${group.charts.length === 1 ? "" : "s"})` : "";
+  const details = make("details", { class: "chart-group" }, make("summary", { text: group.title + count }));
   details.addEventListener("toggle", () => details.append(...draws()), { once: true });
   return details;
 }
