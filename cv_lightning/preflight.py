@@ -11,6 +11,7 @@ import torch
 from cv_lightning.callbacks.rollout import RolloutCallback, rolls_out
 from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule, missing_tasks
 from cv_lightning.data.rows import expand_files
+from cv_lightning.early import folder_error
 from cv_lightning.models.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
@@ -26,6 +27,7 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
     Raises:
         CVLightningError: Names the setting to change.
     """
+    _check_folder(trainer)
     if isinstance(module, PolicyModule):
         check_types(trainer, module.policy_config.dtype, trains=True)
     overfits = isinstance(data, TaskDataModule) and data.overfit_tasks > 0
@@ -63,6 +65,7 @@ def check_evaluation(
     Raises:
         CVLightningError: Names the setting to change.
     """
+    _check_folder(trainer)
     if isinstance(module, PolicyModule) and module.loads_policy:
         check_types(trainer, module.policy_config.dtype, trains=False)
     if isinstance(data, EvaluationDataModule):
@@ -71,6 +74,13 @@ def check_evaluation(
         if data.eval_files:
             expand_files(data.eval_files, "--data.init_args.eval_files")
     _check_engine(trainer, module)
+
+
+def _check_folder(trainer: pl.Trainer) -> None:
+    """Refuse a run's folder that cannot be made, before a model is loaded."""
+    folder = Path(trainer.default_root_dir)
+    if error := folder_error(folder):
+        raise CVLightningError(error)
 
 
 def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
@@ -105,15 +115,27 @@ def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
 
 
 def _check_engine(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse more positions than the model has, which vLLM reports only after it has started."""
+    """Refuse an engine that is too short for the agent's limits, or longer than the model's positions.
+
+    The first would end trajectories without a word, the second is reported by vLLM only after it has started.
+    """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     rollout = next((callback for callback in reversed(callbacks) if isinstance(callback, RolloutCallback)), None)
-    if rollout is None or not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
+    if rollout is None:
+        return
+    agent, wanted = rollout.agent, rollout.engine_config.max_model_len
+    allowed = agent.max_prompt_tokens + agent.max_response_tokens
+    if wanted < allowed:
+        raise CVLightningError(
+            f"rollout.engine.max_model_len {wanted} is below rollout.agent.max_prompt_tokens {agent.max_prompt_tokens} "
+            f"+ max_response_tokens {agent.max_response_tokens}: the engine would cut what the agent allows. Set "
+            f"--rollout.engine.max_model_len {allowed}, or lower --rollout.agent.max_response_tokens"
+        )
+    if not isinstance(module, PolicyModule) or rollout.engine_config.keeps_own_weights:
         return
     positions = model_positions(Path(module.policy_config.path))
-    wanted = rollout.engine_config.max_model_len
     if positions is not None and wanted > positions:
         raise CVLightningError(
-            f"engine.max_model_len {wanted} is more than the {positions} positions of {module.policy_config.path}: "
-            "lower --rollout.engine.max_model_len"
+            f"rollout.engine.max_model_len {wanted} is more than the {positions} positions of "
+            f"{module.policy_config.path}: lower --rollout.engine.max_model_len"
         )

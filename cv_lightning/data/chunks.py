@@ -87,6 +87,11 @@ class ParquetRows:
         return len(self._index)
 
     @property
+    def names(self) -> list[list[str]]:
+        """All columns of each file."""
+        return [list(file.schema_arrow.names) for file in self._files]
+
+    @property
     def sizes(self) -> list[int]:
         """Rows of each file."""
         return [file.metadata.num_rows for file in self._files]

@@ -61,6 +61,12 @@ def image_source(cell: Any, key: str, folder: Path) -> bytes | Path:
         return _decoded(data, key)
     try:
         mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        start = "" if os.path.isabs(data) else f"; relative paths start from {os.path.abspath(folder)}"
+        raise RowError(
+            "unreadable image",
+            f"{key}: no such file: {data}{start} (the file's folder, or data.init_args.reader.image_folder)",
+        ) from error
     except (OSError, ValueError):
         return path  # opening it fails with the reason
     if not stat.S_ISREG(mode):  # a pipe would be waited for, a device may never end

@@ -289,7 +289,9 @@ class SFTDataModule(EvaluationDataModule):
 
     def training_conversations(self) -> Source[Conversation]:
         """The stream of conversations to train on."""
-        return RowStream(ConversationFiles(self.train_files, self.reader), self.seed)
+        module = self.trainer and self.trainer.lightning_module
+        tools = [tool.name for tool in getattr(module, "tools", ())]
+        return RowStream(ConversationFiles(self.train_files, self.reader, tools), self.seed)
 
     def num_conversations(self, step: int) -> int:
         """Conversations of all ranks in a step."""

@@ -18,9 +18,10 @@ from cv_lightning.data.benchmark import scored_by
 from cv_lightning.data.boxes import fit_box, is_fraction, parse_box
 from cv_lightning.data.chunks import ParquetRows
 from cv_lightning.data.image_cells import load_images
-from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing, log_unread
+from cv_lightning.early import wrong_kind
 from cv_lightning.orientations import ORIENTATIONS, turn_box, turned_size
-from cv_lightning.types import Box, Message, Task
+from cv_lightning.types import Box, DataError, Message, Task
 
 IMAGE_MARK = "<image>"
 OTHER_TRANSFORMS = frozenset(
@@ -48,6 +49,8 @@ EXTRA_KEYS = ("question", "answer", "transform", "bbox", "bbox_2d")
 """Keys of `extra_info` that become fields of the task; all others are its metadata."""
 NEEDED_COLUMNS = (("images", "image"), ("prompt", "extra_info"), ("reward_model", "extra_info"))
 """Groups of columns; a file must have one of each."""
+READ_COLUMNS = (*(name for names in NEEDED_COLUMNS for name in names), "data_source", "ability", "id", "index")
+"""Columns that are read, and those of the format that mean nothing to a run."""
 
 
 class TaskFiles(RowFiles[Task]):
@@ -62,8 +65,13 @@ class TaskFiles(RowFiles[Task]):
     """
 
     def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
-        super().__init__(files, config, "--data train_files/eval_files")
+        super().__init__(files, config, "--data.init_args.train_files/eval_files")
+        for path in self.paths:
+            if error := wrong_kind("data.init_args.train_files", str(path), "rl"):
+                raise DataError(error)
         self.rows = ParquetRows(self.paths, NEEDED_COLUMNS, optional=("data_source",))
+        for path, names in zip(self.paths, self.rows.names, strict=True):
+            log_unread(path, names, READ_COLUMNS)
         self._open(self.rows.sizes)
 
     def read(self, index: int, *, decode: bool = True) -> Task:

@@ -338,6 +338,15 @@ def _candidates(order: Sequence[int], at: int) -> Iterator[int]:
     yield from (order[(at + offset) % len(order)] for offset in range(len(order)))
 
 
+def log_unread(path: Path, names: Iterable[str], known: Sequence[str]) -> None:
+    """Log the columns or keys of a file that are not read, because a user may rely on them."""
+    unread = [str(name) for name in names if name not in known]
+    if unread:
+        tools = "; the tools are those of rollout.agent.tools" if "tools" in unread else ""
+        level = logging.WARNING if tools else logging.INFO
+        logger.log(level, "%s: not read: %s%s", path, ", ".join(unread[:LISTED_ROWS]), tools)
+
+
 def expand_files(files: Sequence[str | Path], flag: str) -> list[Path]:
     """The files as paths, `~` expanded; of the Hub's (`hf://`) the copies in its cache.
 

@@ -18,11 +18,14 @@ from cv_lightning.agent.protocol import first_call, parse_turn
 from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.data.image_cells import load_images
 from cv_lightning.data.readers import IMAGE_MARK, message_text, without_marks
-from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing
+from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing, log_unread
 from cv_lightning.data.tables import read_items
+from cv_lightning.early import wrong_kind
 from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, final_answer
-from cv_lightning.types import Message, Task
+from cv_lightning.types import DataError, Message, Task
 
+READ_KEYS = ("conversations", "messages", "images", "system", "id")
+"""Keys of an item that are read, and its name."""
 SPEAKERS = {
     "user": "human",
     "assistant": "gpt",
@@ -38,14 +41,22 @@ class ConversationFiles(RowFiles[Conversation]):
     Args:
         files: Paths of .json or .jsonl files.
         config: Prompt and folder of images.
+        tools: Names of the agent's tools; a conversation that teaches the call of another one cannot be used. Empty:
+            not checked.
 
     Raises:
         DataError: A file does not exist or is not a JSON list, or has no usable item.
     """
 
-    def __init__(self, files: Sequence[str | Path], config: ReaderConfig) -> None:
-        super().__init__(files, config, "--data train_files")
+    def __init__(self, files: Sequence[str | Path], config: ReaderConfig, tools: Sequence[str] = ()) -> None:
+        super().__init__(files, config, "--data.init_args.train_files")
+        self._tools = tools
+        for path in self.paths:
+            if error := wrong_kind("data.init_args.train_files", str(path), "sft"):
+                raise DataError(error)
         self._items = [read_items(path) for path in self.paths]
+        for path, items in zip(self.paths, self._items, strict=True):
+            log_unread(path, items[0] if items and isinstance(items[0], Mapping) else (), READ_KEYS)
         self._open(map(len, self._items))
 
     def read(self, index: int, *, decode: bool = True) -> Conversation:
@@ -56,7 +67,20 @@ class ConversationFiles(RowFiles[Conversation]):
         """
         file, number = self._index.locate(index)
         item = self._items[file][number]
-        return conversation_of_item(item, self.paths[file], number, self.config, decode=decode, name=self.names[file])
+        path, name = self.paths[file], self.names[file]
+        conversation = conversation_of_item(item, path, number, self.config, decode=decode, name=name)
+        self._check_tools(conversation)
+        return conversation
+
+    def _check_tools(self, conversation: Conversation) -> None:
+        """Refuse a learned call of a tool that the agent does not have; a wrong call without loss may name any."""
+        called = [turn.call.name for turn in conversation.turns if turn.learn and turn.call is not None]
+        if unknown := [name for name in called if self._tools and name and name not in self._tools]:
+            raise RowError(
+                "unknown tool",
+                f"it teaches a call of {unknown[0][:60]!r}, and the agent has {', '.join(self._tools)}: name the tool "
+                "in rollout.agent.tools, or rename the calls",
+            )
 
 
 # ------------------------------------------------------------------------------------------------ one item

@@ -40,11 +40,30 @@ class DigitEvaluationDataModule(EvaluationDataModule):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        self._refuse_unread("eval_files", "EvaluationDataModule", val_tasks=val_tasks, test_tasks=test_tasks)
         self.digits = digits or DigitsConfig()
         self.val_tasks = val_tasks or {}
         self.test_tasks = test_tasks or {"upright": 200, "turned": 134, "small": 134, "turned_and_small": 134}
         for counts in (self.val_tasks, self.test_tasks):
             HeldOutScenes(self.digits, counts)
+
+    def _refuse_unread(self, files: str, plain: str, **given: Any) -> None:
+        """Refuse settings of the scenes that files take the place of.
+
+        Args:
+            files: Argument that names the files.
+            plain: DataModule that reads files only.
+            given: Values of the settings; None for one that is not set.
+
+        Raises:
+            ValueError: Files are named and a setting is, too.
+        """
+        unread = [name for name, value in given.items() if value is not None]
+        if getattr(self, files) and unread:
+            raise ValueError(
+                f"{KEY}.{' and '.join(unread)}: settings of the embedded digits, which {KEY}.{files} take the place "
+                f"of. Leave them out (--{KEY}.{unread[0]} null), or set --data.class_path {plain}"
+            )
 
     def has_tasks(self, stage: Stage) -> bool:
         """True if there are tasks to validate or test on."""
@@ -143,6 +162,7 @@ class DigitSFTDataModule(DigitEvaluationDataModule, SFTDataModule):
     ) -> None:
         super().__init__(**arguments)
         check_ranges(DigitSFTDataModule.__init__, KEY, locals())
+        self._refuse_unread("train_files", "SFTDataModule", demonstrations=demonstrations, sandbox=sandbox)
         self.demonstrations = demonstrations or DemonstrationConfig()
         self.sandbox_config = sandbox or SandboxConfig()
         self.warm_up_conversations_per_step = warm_up_conversations_per_step

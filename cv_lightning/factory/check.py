@@ -325,7 +325,7 @@ def _copies(used: Used) -> dict[str, Any]:
     splits = {row.split for _, row in used} - {""}
     by_split = not any(file.held_out for file, _ in used) and len(splits) > 1
     images = [
-        _CheckedImage(file, row, number, row.split != "train" if by_split else file.held_out)
+        _CheckedImage(file, row, number, row.split not in ("", "train") if by_split else file.held_out)
         for file, row in used
         for number in range(len(row.digests))
     ]
