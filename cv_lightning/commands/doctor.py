@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from json import dumps
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 from cv_lightning.command_line import run_verb
 from cv_lightning.environment import extensions_folder, prepare_environment
 
-Status = Literal["ok", "absent", "failed"]
+Status = Literal["ok", "absent", "failed", "no answer"]
 DISTRIBUTION = "cv-lightning"
 REINSTALL = "bash scripts/install.sh --force"
 MIN_MEMORY_GB, MIN_DISK_GB = 4.0, 2.0
@@ -92,8 +93,9 @@ def import_probe(probe: Probe, timeout_s: float) -> Check:
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        detail = f"no answer after {timeout_s:g} s; a busy machine may need a larger --timeout-s"
-        return Check(probe.name, "failed", detail, probe.fix, probe.required)
+        detail = f"not imported within {timeout_s:g} s: the machine is busy or slow, or the import hangs"
+        again = f"python -m cv_lightning doctor --timeout-s {3 * timeout_s:g}"
+        return Check(probe.name, "no answer", detail, again, probe.required)
     answers = [line.removeprefix(PREFIX) for line in done.stdout.splitlines() if line.startswith(PREFIX)]
     if done.returncode == 0 and answers:
         return Check(probe.name, "ok", answers[-1], required=probe.required)
@@ -164,11 +166,23 @@ def check_sandbox() -> list[Check]:
             layers = sandbox.layers
     except (CVLightningError, OSError) as error:
         return [Check("sandbox", "failed", str(error), "python -m cv_lightning sandbox --self-test", required=True)]
-    active = sum(state.startswith("active") for state in layers.values())
-    rows = [Check("sandbox", "ok", f"{active} of {len(layers)} layers active", required=True)]
+    rows = [Check("sandbox", "ok", describe_layers(layers), required=True)]
     for layer, state in layers.items():
         rows.append(Check(f"  {layer}", "absent" if state.startswith("unavailable") else "ok", state))
     return rows
+
+
+def describe_layers(layers: Mapping[str, str]) -> str:
+    """How many isolation layers are active, and which are not, with what that means."""
+    inactive = {name: state for name, state in layers.items() if not state.startswith("active")}
+    said = f"{len(layers) - len(inactive)} of {len(layers)} isolation layers are active"
+    off = [name for name, state in inactive.items() if state == "off"]
+    absent = [name for name in inactive if name not in off]
+    if absent:
+        said += f"; this host does not offer {', '.join(absent)}, and the others suffice to run model code"
+    if off:
+        said += f"; {', '.join(off)}: off by default (rollout.sandbox), not needed"
+    return said
 
 
 def check_judge() -> Check:
@@ -217,6 +231,15 @@ def examine(timeout_s: float) -> list[Check]:
     return [*checks, *check_sandbox(), check_judge(), *check_space()]
 
 
+def conclusion(checks: list[Check]) -> str:
+    """The line under the table."""
+    if can_train(checks):
+        return "training works here"
+    if all(check.status in ("ok", "no answer") for check in checks if check.required):
+        return "not known yet whether training works here: an import did not end in time, see above"
+    return "training cannot work here yet"
+
+
 def can_train(checks: list[Check]) -> bool:
     """True if no required part is missing."""
     return all(check.status == "ok" for check in checks if check.required)
@@ -245,7 +268,7 @@ def show(checks: list[Check]) -> None:
     from rich.text import Text
 
     table = Table("", "", "", box=None, show_header=False, pad_edge=False)
-    colours = {"ok": "green", "absent": "yellow", "failed": "red"}
+    colours = {"ok": "green", "absent": "yellow", "no answer": "yellow", "failed": "red"}
     for check in checks:
         table.add_row(check.name, Text(check.status, colours[check.status]), Text(check.detail))
     console = Console()
@@ -253,7 +276,7 @@ def show(checks: list[Check]) -> None:
     for check in checks:
         if check.fix and check.status != "ok":
             console.print(Text(f"{check.name.strip()}: {check.fix}"))
-    console.print("training works here" if can_train(checks) else "training cannot work here yet", style="bold")
+    console.print(conclusion(checks), style="bold")
 
 
 main = partial(run_verb, doctor, prog="cv_lightning doctor")

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from cv_lightning.commands import doctor
-from cv_lightning.commands.doctor import Check, Probe, can_train, check_judge, check_op, check_versions, import_probe
+from cv_lightning.commands.doctor import (
+    Check,
+    Probe,
+    can_train,
+    check_judge,
+    check_op,
+    check_versions,
+    conclusion,
+    describe_layers,
+    import_probe,
+)
 
 
 def test_working_import_shows_its_version() -> None:
@@ -38,10 +48,18 @@ def test_crashing_import_is_a_failed_row() -> None:
     assert check.detail
 
 
-def test_hanging_import_times_out() -> None:
-    check = import_probe(Probe("hang", "import time; time.sleep(60)", "repair it"), timeout_s=1)
-    assert check.status == "failed"
-    assert "1 s" in check.detail
+def test_hanging_import_is_told_from_a_broken_one() -> None:
+    check = import_probe(Probe("hang", "import time; time.sleep(60)", "repair it", required=True), timeout_s=1)
+    assert check.status == "no answer" and "1 s" in check.detail
+    assert "--timeout-s 3" in check.fix and "repair" not in check.fix
+    assert not can_train([check]) and conclusion([check]).startswith("not known yet")
+    assert conclusion([check, check._replace(status="failed")]) == "training cannot work here yet"
+
+
+def test_inactive_layers_are_named_with_what_they_mean() -> None:
+    layers = {"seccomp": "active", "namespaces": "off", "landlock": "unavailable (kernel without Landlock)"}
+    said = describe_layers(layers)
+    assert said.startswith("1 of 3") and "does not offer landlock" in said and "namespaces: off by default" in said
 
 
 def test_only_required_parts_decide_whether_training_works() -> None:
