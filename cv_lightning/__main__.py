@@ -25,6 +25,7 @@ VERBS = {
     "compare": Verb("cv_lightning.commands.compare:main", "compare two evaluations question by question"),
     "ablations": Verb("cv_lightning.digits.ablations:main", "train the quickstart without parts of reward and recipe"),
     "config": Verb("cv_lightning.commands.config:main", "rewrite a config of an earlier version"),
+    "configs": Verb("cv_lightning.commands.configs:main", "list or copy the configs that come with the package"),
     "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
     "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
     "chat": Verb("cv_lightning.commands.chat:main", "ask a model about an image, in the terminal or a browser"),
@@ -76,9 +77,10 @@ def main(argv: list[str]) -> int:
 
 def run() -> None:
     """Entry point of the installed script."""
-    from cv_lightning.environment import use_utf8
+    from cv_lightning.environment import use_current_folder, use_utf8
 
     use_utf8()
+    use_current_folder()
     if "WANDB_SWEEP_ID" in os.environ and any(VERBS[word].lightning for word in sys.argv[1:2] if word in VERBS):
         sys.argv[1:] = agent_arguments(sys.argv[1:], os.environ)  # ranks that Lightning starts read it, too
     sys.exit(main(sys.argv[1:]))

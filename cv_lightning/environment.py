@@ -41,6 +41,17 @@ def use_utf8() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def use_current_folder() -> None:
+    """Let imports find modules of the current folder first, as `python -m` does.
+
+    The installed command has its own folder there. Ranks that Lightning starts run the same command; processes that
+    are spawned take over `sys.path`.
+    """
+    with suppress(OSError):  # the folder was deleted
+        if not sys.flags.safe_path and sys.path[:1] not in ([here := os.getcwd()], [""]):
+            sys.path.insert(0, here)
+
+
 def prepare_environment() -> None:
     """Set variables that the user has not set, and remove stale locks of DeepSpeed's compiled op.
 

@@ -46,6 +46,21 @@ def resolve_config(name: str | os.PathLike[str]) -> Path | None:
     return packaged_folder(CONFIGS) / f"{short}.yaml" if short in config_names() else None
 
 
+def require_config(name: str | os.PathLike[str]) -> Path:
+    """The file that a config's name stands for.
+
+    Raises:
+        DataError: There is none; names close ones.
+    """
+    if (path := resolve_config(name)) is not None:
+        return path
+    from cv_lightning.types import DataError
+
+    close = close_configs(name)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise DataError(f"{os.fspath(name)}: no such file or packaged config; {hint}`cv-lightning configs list` shows all")
+
+
 def short_name(name: str | os.PathLike[str]) -> str:
     """A config's name without `configs/` before it and `.yaml` behind it."""
     text = os.fspath(name).removeprefix("./").removeprefix(f"{CONFIGS}/")
@@ -56,7 +71,7 @@ def close_configs(name: str | os.PathLike[str]) -> list[str]:
     """Names of packaged configs that a wrong name may have meant, best first, at most three."""
     names, short = config_names(), short_name(name)
     same = [known for known in names if known.rpartition("/")[2] == short.rpartition("/")[2]]
-    return [*same, *(found for found in difflib.get_close_matches(short, names, 3) if found not in same)][:3]
+    return [*same, *(found for found in difflib.get_close_matches(short, names, 3, 0.7) if found not in same)][:3]
 
 
 def resolve_words(words: Sequence[str]) -> list[str]:

@@ -92,7 +92,8 @@ fi
 uv=
 try_install() {
   if [[ -n $uv ]]; then
-    local options=(--python "$python" --no-progress --index-strategy unsafe-best-match) # indexes as pip reads them
+    # indexes as pip reads them, not those of pyproject.toml
+    local options=(--python "$python" --no-progress --no-sources --index-strategy unsafe-best-match)
     [[ -z ${PIP_FIND_LINKS:-} ]] || options+=(--find-links "$PIP_FIND_LINKS")
     [[ $stack != cpu ]] || options+=(--excludes "$environment/unloadable.txt") # where pip installs, they are removed below
     "$uv" pip install "${options[@]}" "${lock[@]}" "$@" >>"$log" 2>&1 && return

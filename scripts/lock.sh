@@ -31,7 +31,7 @@ trap 'rm -f "$resolved"' EXIT
 code=0
 for stack in cpu gpu; do
   lock=scripts/locks/$stack.txt
-  options=(--extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet)
+  options=(--extra dev --no-sources --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet)
   case $stack in
     cpu) options+=(--extra cpu "${torch_wheels[@]}") ;;
     gpu) options+=(--extra gpu-core) ;;

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cv_lightning.command_line import run_verb
+from cv_lightning.packaged import require_config
 from cv_lightning.renames import new_metric
 from cv_lightning.types import DataError
 
@@ -171,13 +172,14 @@ def sweep(file: Path, count: int | None = None, out: Path | None = None, set: li
     """Run a W&B sweep file without an account. The same command resumes a sweep that was stopped.
 
     Args:
-        file: Sweep file of `wandb sweep`: configs/sweeps/*.yaml.
+        file: Sweep file of `wandb sweep`, or a packaged one: sweeps/reward_weights.
         count: Number of trials, earlier ones included; by default the file's run_cap.
         out: Folder; by default runs/sweeps/NAME-OF-FILE.
         set: NAME=VALUE, a flag of every trial; may be repeated.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    file = require_config(file)
     given, extra = read_sweep(file), dict(flag.split("=", 1) for flag in set or ())
     out = out or Path("runs/sweeps", file.stem)
     if (count := given.get("run_cap") if count is None else count) is None or count < 1:

@@ -21,7 +21,6 @@ from cv_lightning.digits.quickstart import (
     SMOKE_TEST,
     Stage,
     Timing,
-    check_folder,
     fit_stage,
     run_stages,
     seed_flags,
@@ -166,7 +165,6 @@ def ablations(
     arms = arms or list(ARMS)
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise DataError(f"--arms {unknown[0]}: not one of {', '.join(ARMS)}")
-    check_folder()
     for seed in [] if table else seeds or [0, 1, 2]:
         run = out / f"seed{seed}"
         timing = Timing(run, seed=seed, iterations=iterations or 0, per_kind=per_kind or 0)  # 0: the quickstart's

@@ -187,16 +187,6 @@ def run_stages(wanted: list[Stage], timing: Timing) -> int:
     return 0
 
 
-def check_folder() -> None:
-    """Check that the command runs in the project's folder.
-
-    Raises:
-        DataError: It does not.
-    """
-    if not CONFIGS.is_dir():
-        raise DataError(f"{CONFIGS} does not exist here; run the command in the project's folder")
-
-
 def quickstart(
     model: str = DEFAULT_MODEL,
     seed: int = 0,
@@ -219,7 +209,6 @@ def quickstart(
     """
     if model not in known_types():
         raise DataError(f"--model {model}: not one of {', '.join(known_types())}")
-    check_folder()
     parts = [] if model == DEFAULT_MODEL else [model]
     parts += [f"ranks{ranks}"] if ranks > 1 else []
     run = out or Path("runs", "-".join(["quickstart", *parts, "smoke" if smoke else f"seed{seed}"]))
