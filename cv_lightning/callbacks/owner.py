@@ -3,7 +3,8 @@
     RUN/.owner-fit.json     the process that runs `fit` here; its modification time is the heartbeat
 
 Times are read from the file system that holds the folder, so that hosts with different clocks agree on the age of a
-record. A record is taken over if its process is gone (seen on the same host) or its heartbeat is older than `STALE_S`.
+record. A record is taken over if its process is gone (seen on the same host) or its heartbeat is older than
+`OWNER_STALE_S`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import psutil
 
+from cv_lightning.evaluation.runs import OWNER, OWNER_STALE_S
 from cv_lightning.types import CVLightningError
 
 LOG = logging.getLogger(__name__)
-STALE_S = 60.0
-"""Age of a heartbeat in seconds above which its owner counts as gone."""
 BEAT_S = 5.0
 FLAG = "--take_over true"
 EXIT_CODE = 1
@@ -79,7 +79,7 @@ class RunOwner(pl.Callback):
         Raises:
             CVLightningError: Another process owns the folder, or the folder cannot be written.
         """
-        self.path = folder / f".owner-{verb}.json"
+        self.path = folder / OWNER.format(verb=verb)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             while not self._create(verb):
@@ -189,7 +189,7 @@ def _machine() -> str:
 
 
 def _is_gone(record: dict[str, Any], age: float) -> bool:
-    if age > STALE_S:
+    if age > OWNER_STALE_S:
         return True
     if not record.get("machine") or record["machine"] != _machine():
         return False

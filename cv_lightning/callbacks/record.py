@@ -8,6 +8,8 @@ import logging
 import os
 import shlex
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,23 @@ from cv_lightning.callbacks.signals import Stopped
 from cv_lightning.distributed import check_agreement
 from cv_lightning.environment import FILE_ONLY, log_to
 from cv_lightning.files import write_text
-from cv_lightning.versions import describe_run
+from cv_lightning.versions import TIME_FORMAT, describe_run
 
 LOG = logging.getLogger(__name__)
 WANDB_ID = "wandb_id.txt"
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes `<run>/<verb>_config.yaml` (re-runnable), `<verb>_run.json` and `<verb>_log.txt`; W&B gets the config."""
+    """Writes `<run>/<verb>_config.yaml` (re-runnable), `<verb>_run.json` and `<verb>_log.txt`; W&B gets the config.
+
+    The JSON has the command, versions, the settings that differ from their defaults, and how the run ended; a run that
+    was killed has no `status`.
+    """
 
     log_file: logging.Handler | None = None
     """Log of the first rank, open from `setup` to the end."""
+    record: Path | None = None
+    """The first rank's `<verb>_run.json`, until the end of the run is written into it."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check that all ranks run the same; the first one then writes the record."""
@@ -47,8 +55,10 @@ class RunRecord(SaveConfigCallback):
         stage = trainer.state.fn.value if trainer.state.fn is not None else stage
         text = self.parser.dump(self.config, skip_none=False)
         write_text(folder / f"{stage}_config.yaml", text)
-        run = describe_run() | {"settings": settings_in_force(pl_module, trainer)}
-        write_text(folder / f"{stage}_run.json", json.dumps(run, indent=1, default=repr))
+        changed = yaml.safe_load(self.parser.dump(self.config, skip_default=True))
+        run = describe_run() | {"changed": changed, "settings": settings_in_force(pl_module, trainer)}
+        self.record = folder / f"{stage}_run.json"
+        write_text(self.record, json.dumps(run, indent=1, default=repr))
         self._close_log()
         self.log_file = log_to(folder / f"{stage}_log.txt")
         LOG.info("%s", shlex.join([sys.executable, *sys.argv]), extra={FILE_ONLY: True})
@@ -63,11 +73,21 @@ class RunRecord(SaveConfigCallback):
             trace = None if isinstance(exception, KeyboardInterrupt | SystemExit) else exception
             name = str(exception) if isinstance(exception, Stopped) else type(exception).__name__
             LOG.error("stopped by %s", name, exc_info=trace, extra={FILE_ONLY: True})
+            self._write_end(f"stopped by {name}")
         self._close_log()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the log."""
+        """Record that the run finished, and close the log."""
+        self._write_end("finished")
         self._close_log()
+
+    def _write_end(self, status: str) -> None:
+        """Add status and time of the end to the record, once."""
+        path, self.record = self.record, None
+        if path is not None:
+            end = {"status": status, "ended": time.strftime(TIME_FORMAT)}
+            with suppress(OSError, ValueError):  # a full disk must not hide why the run stops
+                write_text(path, json.dumps(json.loads(path.read_text()) | end, indent=1))
 
     def _close_log(self) -> None:
         if self.log_file is not None:

@@ -30,7 +30,7 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
     write_comparison(found, first, second, folder, max_flips)
     print_grids(
         comparison_tables(found),
-        before=f"A: {a}\nB: {b}\n{found.matching}",
+        before=f"A: {a}\nB: {b}\n{found.matching}\nB is {found.verdict.word}: {found.verdict.text}",
         after=f"{len(found.gained)} questions gained, {len(found.lost)} lost\n"
         f"{(folder / 'compare.html').resolve().as_uri()}, compare.json beside it",
     )

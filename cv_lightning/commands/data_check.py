@@ -49,7 +49,7 @@ def check(
         page: File for a self-contained HTML page.
     """
     from cv_lightning.factory.check import check_files
-    from cv_lightning.factory.check_facts import CheckConfig, images_of_row
+    from cv_lightning.factory.check_facts import CheckConfig, content_of_row
     from cv_lightning.viewer.check_page import write_check_page
 
     config = CheckConfig(
@@ -71,7 +71,7 @@ def check(
     print(summary(report))
     if page:
         kinds = {file["path"]: file["kind"] for file in report["files"]}
-        write_check_page(page, report, lambda file, row: images_of_row(Path(file), kinds[file], row, config.reader))
+        write_check_page(page, report, lambda file, row: content_of_row(Path(file), kinds[file], row, config.reader))
         print(f"page: {page.resolve().as_uri()}")
     return 0 if report["ok"] else 1
 

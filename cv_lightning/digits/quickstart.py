@@ -218,7 +218,7 @@ def quickstart(
     other = json.loads(config.read_text())["model_type"] if config.is_file() else model
     if other != model:
         raise DataError(f"{run} was made with --model {other}; choose another --out, or --force")
-    timing = Timing(run, seed=seed, ranks=ranks)
+    timing = Timing(run, seed=seed, ranks=ranks, smoke=int(smoke))
     wanted = stages(run, seed=seed, smoke=smoke, ablation=ablation, family=model, ranks=ranks)
     code = run_stages(wanted, timing)
     if code == 0:

@@ -10,7 +10,7 @@ from cv_lightning.digits.stages import FULL, NOT_SECONDS, REDUCED, STAGES, read_
 from cv_lightning.digits.training import training_story
 from cv_lightning.evaluation.curves import compared_charts
 from cv_lightning.evaluation.runs import Run
-from cv_lightning.viewer.content import EvaluatedStore, RunSections, Section, stage_table
+from cv_lightning.viewer.content import SMOKE, EvaluatedStore, RunSections, Section, stage_table
 
 
 def sections_of(run: Run) -> RunSections:
@@ -24,10 +24,19 @@ class QuickstartSections(RunSections):
     stages = STAGES
     kinds = KINDS
     apart = (REDUCED,)
+    data_names = dict.fromkeys(("DigitTaskDataModule", "DigitSFTDataModule"), "handwritten digits")
     settings = (
         *("tool_share", "direct_turned", "direct_small", "needless_share"),
         *("warm_up_share", "warm_up_conversations_per_step"),
     )
+
+    def title(self) -> str:
+        """What the quickstart trains on what."""
+        return "Quickstart: SFT and GRPO of a tiny model on handwritten digits"
+
+    def banner(self) -> str:
+        """A smoke run says so: `timing.json` has the flag."""
+        return SMOKE.format("quickstart --smoke") if read_timing(self.run.folder).get("smoke") else super().banner()
 
     def lead(self) -> list[str]:
         """Seed and minutes."""

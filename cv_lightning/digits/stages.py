@@ -17,7 +17,7 @@ EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>
 """Names of the folders of the quickstart's tests."""
 TIMED = ("sft", "sft_eval", FULL, "rl_eval")
 """Keys of `timing.json` that add up to the minutes of training."""
-NOT_SECONDS = ("seed", "ranks", "iterations", "per_kind")
+NOT_SECONDS = ("seed", "ranks", "smoke", "iterations", "per_kind")
 """What `timing.json` holds besides seconds."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cv_lightning.evaluation.breakdown import TRANSFORMS
 from cv_lightning.evaluation.outcome import Outcome, grouped, outcomes
@@ -28,9 +28,11 @@ from cv_lightning.images import content_hash
 from cv_lightning.trajectory import read_groups
 from cv_lightning.types import DataError, Group
 
+BENCHMARKS = "data source"
+SIGNIFICANT_P = 0.05
 SPLITS: dict[str, Callable[[Outcome], str]] = {
     "orientation": lambda outcome: outcome.variant.orientation,
-    "data source": lambda outcome: outcome.variant.data_source,
+    BENCHMARKS: lambda outcome: outcome.variant.data_source,
     "category": lambda outcome: outcome.category,
 }
 """Splits of the differences: a value of each question, by name."""
@@ -60,6 +62,15 @@ class Matching:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a paired difference shows about B."""
+
+    word: Literal["better", "worse", "not separated", "not comparable"]
+    text: str
+    """The difference with its interval, and what the verdict rests on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Differences of evaluation B from evaluation A."""
@@ -75,6 +86,17 @@ class Comparison:
     """Ids (in A) of the questions that only B gets right."""
     lost: list[str]
     """Ids (in A) of the questions that only A gets right."""
+    changes: dict[str, float]
+    """Change of the fraction of right answers of the questions in `gained` and `lost`."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on all questions."""
+        return verdict_on(self.overall)
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdict on each benchmark; empty if there is only one."""
+        return {name: verdict_on(part) for name, part in self.splits.get(BENCHMARKS, {}).items()}
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -88,6 +110,7 @@ class Comparison:
                 "only_a": self.matching.only_first,
                 "only_b": self.matching.only_second,
             },
+            "verdict": self.verdict.word,
             "difference": self.overall.to_json(),
             "splits": {by: {key: part.to_json() for key, part in parts.items()} for by, parts in self.splits.items()},
             "gained": self.gained,
@@ -165,6 +188,7 @@ def compare(first: Mapping[str, Group], second: Mapping[str, Group], names: tupl
             for by, parts in splits.items()
             if len(parts) > 1
         },
+        changes={pair.task_id: pair.change for pair in pairs if pair.scored and abs(pair.change) >= FLIPPED_AT},
         gained=[pair.task_id for pair in pairs if pair.scored and pair.change >= FLIPPED_AT],
         lost=[pair.task_id for pair in pairs if pair.scored and pair.change <= -FLIPPED_AT],
     )
@@ -174,6 +198,20 @@ def _split(pairs: Sequence[Pair], values: Mapping[str, str]) -> dict[str, list[P
     """Pairs by the value of their question, orientations in the order of a robustness table."""
     parts = grouped(pairs, lambda pair: values[pair.task_id])
     return {value: parts[value] for value in dict.fromkeys([*TRANSFORMS, *parts]) if value in parts}
+
+
+def verdict_on(found: PairedSummary) -> Verdict:
+    """Better or worse if the interval of the score's difference excludes zero and its test agrees, else neither."""
+    score = found.score
+    if not found.num_pairs:
+        return Verdict("not comparable", "no question was scored in both")
+    text = f"score {change(score)} points on {found.num_pairs:,} paired questions"
+    if found.num_unscored:
+        return Verdict("not comparable", f"{text}; {unscored_note(found)}")
+    text += f", p = {score.p:.2g} ({score.test})"
+    if score.p >= SIGNIFICANT_P or score.low <= 0 <= score.high:
+        return Verdict("not separated", f"{text}; a difference inside this interval cannot be told from none")
+    return Verdict("better" if score.value > 0 else "worse", text)
 
 
 # ------------------------------------------------------------------------------------------------ tables

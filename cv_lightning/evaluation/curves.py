@@ -47,7 +47,7 @@ RULES = (
         note="Mean over the iteration's trajectories: each component unweighted; total is their weighted sum.",
     ),
     ChartRule(
-        "Accuracy by kind of task",
+        "Accuracy by source",
         r"^reward[/_]by_source/(?:digits/)?(?P<series>.*)/answer_accuracy$",
         shared=True,
         note="Right answers while sampling for training.",
@@ -59,6 +59,19 @@ RULES = (
     ChartRule("Reward by source and by transform", r"^reward[/_]by_", folded=True),
     ChartRule("Further metrics", r"", folded=True),
 )
+UNITS = (
+    (r"tokens_per_s$", "tokens per second"),
+    (r"_per_s$", "per second"),
+    (r"_s(_max|_mean)?$", "seconds"),
+    (r"_frac$|/accuracy|answer_accuracy$|tool_use_success|spurious$", "fraction"),
+    (r"^reward[/_]", "reward"),
+    (r"^sft/loss$", "nats per token"),
+    (r"entropy|kl$|mismatch|log_?prob", "nats"),
+    (r"length|tokens", "tokens"),
+    (r"/lr$", "learning rate"),
+    (r"grad_norm$", "gradient norm"),
+)
+"""Units of metrics by a pattern of their names, the first that fits; others are counts or have no unit."""
 COMPARED = ("rollout/tool_use_success", "rollout/accuracy", "rollout/spurious", "rollout/turns_mean")
 """Metrics by which runs are compared during training."""
 
@@ -78,6 +91,12 @@ def chart_groups(curves: Sequence[Curve]) -> list[dict[str, Any]]:
         listed = ", ".join(f"{curve.name} {curve.values[0]:.4g}" for curve in still)
         groups.append({"title": "Metrics that did not change", "note": f"{listed}.", "charts": [], "folded": True})
     return groups
+
+
+def unit_of(name: str) -> str:
+    """Label of the vertical axis of a metric; its own last word where no unit is known."""
+    last = name.rpartition("/")[2].removesuffix("_mean").removesuffix("_max")
+    return next((unit for pattern, unit in UNITS if re.search(pattern, name)), last.replace("_", " "))
 
 
 def _group(rule: ChartRule, found: list[Curve]) -> dict[str, Any]:
@@ -114,7 +133,7 @@ def _chart(title: str, curves: list[Curve], names: list[str], *, big: bool = Fal
         steps, values = thin(curve.steps, curve.values, MAX_POINTS)
         y = [float(f"{value:.5g}") for value in values]
         series.append({"name": name, "x": steps, "y": y, "n": len(curve.values)})
-    return {"title": title, "big": big, "series": series}
+    return {"title": title, "big": big, "unit": unit_of(curves[0].name), "series": series}
 
 
 def thin(steps: list[float], values: list[float], most: int) -> tuple[list[float], list[float]]:

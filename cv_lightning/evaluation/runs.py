@@ -88,6 +88,12 @@ class Run:
     """Command, commit and versions, by path below the run."""
 
 
+OWNER = ".owner-{verb}.json"
+"""Record of the process that writes into a run's folder; its modification time is a heartbeat."""
+OWNER_STALE_S = 60.0
+"""Age of a heartbeat in seconds above which its owner counts as gone."""
+
+
 def find_stores(folder: Path) -> list[Path]:
     """Folders of the stores of a run, sorted by name, evaluations first."""
     found = [path.parent for path in folder.glob("**/trajectories") if path.is_dir()]

@@ -133,15 +133,15 @@ def num_rows(path: Path, kind: FileKind) -> int:
     return len(_tasks(path)) if kind == "tasks" else len(_items(path))
 
 
-def images_of_row(path: Path, kind: FileKind, row: int, reader: ReaderConfig) -> tuple[Image.Image, ...]:
-    """The decoded images of a row's question.
+def content_of_row(path: Path, kind: FileKind, row: int, reader: ReaderConfig) -> Task | Conversation:
+    """The task or conversation of a row, its images decoded.
 
     Raises:
         RowError: The row cannot be used.
     """
     if kind == "tasks":
-        return task_of_row(_tasks(path).row(row), path, row, reader).images
-    return conversation_of_item(_items(path)[row], path, row, reader).task.images
+        return task_of_row(_tasks(path).row(row), path, row, reader)
+    return conversation_of_item(_items(path)[row], path, row, reader)
 
 
 def inspect_rows(

@@ -1,17 +1,18 @@
-"""The page of `data check`: one self-contained HTML file, with thumbnails of repeated images."""
+"""The page of `data check`: one self-contained HTML file, with sample rows and repeated images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
+from cv_lightning.data.conversations import Conversation
 from cv_lightning.files import write_text
+from cv_lightning.viewer.check_samples import Content, Samples
 from cv_lightning.viewer.gallery import thumbnail
-from cv_lightning.viewer.pages import environment, style
+from cv_lightning.viewer.pages import environment, render
 
 THUMBNAIL_PX = 128
 MAX_THUMBNAILS = 80
@@ -19,16 +20,19 @@ MAX_THUMBNAILS = 80
 CHART_WIDTH, CHART_HEIGHT = 400, 90
 
 
-def write_check_page(
-    path: Path, report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]
-) -> None:
-    """Write the page of a report of `check_files`; `images_of` returns a row's images, by file and number."""
+def write_check_page(path: Path, report: Mapping[str, Any], content: Content) -> None:
+    """Write the page of a report of `check_files`; `content` reads a row by file and number."""
     templates = environment().overlay(undefined=jinja2.Undefined)  # parts of the report may be missing
     templates.filters |= {"bars": _bars, "name": lambda p: Path(p).name, "place": _place, "whole": _whole}
     names = [Path(file["path"]).name for file in report["files"]]
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    page = templates.get_template("check.html.jinja").render(
-        report=report, title=title, thumbnails=_thumbnails(report, images_of), style=style()
+    page = render(
+        templates.get_template("check.html.jinja"),
+        kind="data check",
+        title=title,
+        report=report,
+        thumbnails=_thumbnails(report, content),
+        samples=Samples(content).of_report(report),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
@@ -57,13 +61,14 @@ def _bars(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _thumbnails(report: Mapping[str, Any], images_of: Callable[[str, int], Sequence[Image.Image]]) -> dict[str, str]:
+def _thumbnails(report: Mapping[str, Any], content: Content) -> dict[str, str]:
     """Data URIs of the images that the page shows, by place; leaks first."""
     thumbnails: dict[str, str] = {}
     for part, sides in (("leakage", ("held_out", "train")), ("near_copies", ("image", "like"))):
         pairs = report["copies"][part]["pairs"][:60] if report["copies"] else ()
         for place in (pair[side] for pair in pairs for side in sides):
             if _place(place) not in thumbnails and len(thumbnails) < MAX_THUMBNAILS:
-                image = images_of(place["path"], int(place["row"]))[int(place["image"])]
-                thumbnails[_place(place)] = thumbnail(image, THUMBNAIL_PX)
+                found = content(place["path"], int(place["row"]))
+                task = found.task if isinstance(found, Conversation) else found
+                thumbnails[_place(place)] = thumbnail(task.images[int(place["image"])], THUMBNAIL_PX)
     return thumbnails

@@ -15,7 +15,7 @@ from cv_lightning.trajectory import pixels_of
 from cv_lightning.types import DataError, Group, Trajectory, TrajectoryImage, Turn
 from cv_lightning.viewer.gallery import thumbnail
 from cv_lightning.viewer.highlight import highlight
-from cv_lightning.viewer.pages import environment, style
+from cv_lightning.viewer.pages import environment, render
 
 LOG = logging.getLogger(__name__)
 THUMBNAIL_PX = 224
@@ -38,26 +38,27 @@ class Span(NamedTuple):
     """`right` or `wrong` if the interval is above or below zero, else empty."""
 
 
-def render(found: Comparison, first: Mapping[str, Group], second: Mapping[str, Group], max_flips: int) -> str:
+def comparison_page(found: Comparison, first: Mapping[str, Group], second: Mapping[str, Group], max_flips: int) -> str:
     """The page as HTML with embedded images and without script. Texts of models and data are escaped."""
     sections = []
-    for title, names in (("Right in B only", found.gained), ("Right in A only", found.lost)):
-        shown = flips(_spread(names, max_flips), found.matching, first, second)
+    for title, names in (("Regressions, right in A only", found.lost), ("Gains, right in B only", found.gained)):
+        shown = flips(_largest(names, found.changes, max_flips), found.matching, first, second)
         questions = [_question(one, other) for one, other in shown]
         sections.append({"title": title, "total": len(names), "questions": questions})
     tables = comparison_tables(found)
     drawn = iter(spans([part.score for parts in differences(found).values() for part in parts.values()]))
     drawings = [[next(drawn) for _ in parts] for parts in differences(found).values()]
-    return (
-        environment()
-        .get_template("compare.html.jinja")
-        .render(
-            style=style(),
-            found=found,
-            differences=zip(tables, drawings, strict=False),
-            sides=tables[-1],
-            sections=sections,
-        )
+    return render(
+        environment().get_template("compare.html.jinja"),
+        kind="comparison",
+        title=title_of(found),
+        found=found,
+        verdict=found.verdict,
+        verdicts=found.verdicts(),
+        tones={"better": "good", "worse": "bad"},
+        differences=zip(tables, drawings, strict=False),
+        sides=tables[-1],
+        sections=sections,
     )
 
 
@@ -75,6 +76,25 @@ def spans(found: Sequence[Difference]) -> list[Span | None]:
         return Span(place(part.low), place(part.value), place(part.high), place(0.0), tone)
 
     return [span(part) if part.n else None for part in found]
+
+
+def title_of(found: Comparison) -> str:
+    """The verdict as a heading."""
+    sentences = {
+        "better": "B is better than A",
+        "worse": "B is worse than A",
+        "not separated": f"A and B are not separated at {found.overall.num_pairs:,} questions",
+        "not comparable": "A and B cannot be compared",
+    }
+    return sentences[found.verdict.word]
+
+
+def _largest(names: Sequence[str], changes: Mapping[str, float], most: int) -> list[str]:
+    """At most `most` names, the largest changes first; of equal changes that are too many, some evenly spread."""
+    chosen: list[str] = []
+    for size in sorted({abs(changes[name]) for name in names}, reverse=True):
+        chosen += _spread([name for name in names if abs(changes[name]) == size], most - len(chosen))
+    return chosen
 
 
 def _spread(names: Sequence[str], most: int) -> list[str]:
@@ -143,4 +163,4 @@ def write_comparison(
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "compare.json", json.dumps(found.to_json(), indent=1) + "\n")
-    write_text(out / "compare.html", render(found, first, second, max_flips))
+    write_text(out / "compare.html", comparison_page(found, first, second, max_flips))

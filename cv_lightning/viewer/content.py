@@ -16,8 +16,10 @@ from cv_lightning.evaluation.metrics import EvalSummary
 from cv_lightning.evaluation.runs import Run, Store, mismatch_max
 from cv_lightning.evaluation.statistics import Rate
 from cv_lightning.viewer.gallery import Gallery
+from cv_lightning.viewer.overview import is_smoke
 
 MODES = ("greedy", "sampled")
+SMOKE = "Smoke run ({}): every stage ran once, small, to see that it works. No learning is claimed."
 
 
 class EvaluatedStore(NamedTuple):
@@ -84,9 +86,19 @@ class RunSections:
     """Stages that have a section of their own instead of a place in the main tables."""
     settings: ClassVar[Collection[str]] = ()
     """Further config keys in the table of main settings."""
+    data_names: ClassVar[Mapping[str, str]] = {}
+    """Names of DataModules without files, for people, by class name."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
+
+    def title(self) -> str:
+        """Title of the page; empty: what was trained on what, from the run's configs."""
+        return ""
+
+    def banner(self) -> str:
+        """A warning over the results; empty for none."""
+        return SMOKE.format("fast_dev_run") if is_smoke(self.run) else ""
 
     def lead(self) -> list[str]:
         """Sentences under the title."""
@@ -240,7 +252,13 @@ def lead(run: Run, num_trajectories: int, num_evaluations: int, app: RunSections
     """The sentences under the title."""
     sets = f"{len(run.stores)} set{'' if len(run.stores) == 1 else 's'}"
     evaluations = f", {num_evaluations} of them evaluations" if num_evaluations else ""
-    return " ".join([*app.lead(), f"{num_trajectories:,} stored trajectories in {sets}{evaluations}."])
+    return " ".join(
+        [
+            f"{run.folder.resolve().name}:",
+            *app.lead(),
+            f"{num_trajectories:,} stored trajectories in {sets}{evaluations}.",
+        ]
+    )
 
 
 def facts(run: Run, app: RunSections) -> list[tuple[str, str]]:

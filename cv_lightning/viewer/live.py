@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import html
 import io
 import json
 import re
@@ -28,6 +27,7 @@ from cv_lightning.images import decode_image
 from cv_lightning.trajectory.store import IMAGES
 from cv_lightning.types import CVLightningError, DataError
 from cv_lightning.viewer.content import RunSections
+from cv_lightning.viewer.pages import environment, render
 from cv_lightning.viewer.report import Report, ReportConfig, StoreCache, file_state
 
 PORT = 8765
@@ -77,7 +77,8 @@ class LiveReport:
             return self._page
 
     def _state(self) -> str:
-        files = [path for pattern in SHOWN_FILES for path in self.folder.glob(f"**/{pattern}")]
+        found = (path for pattern in SHOWN_FILES for path in self.folder.glob(f"**/{pattern}"))
+        files = [path for path in found if not path.name.startswith(".")]  # the owner's heartbeat changes no page
         return hashlib.sha256(repr(file_state(files)).encode()).hexdigest()[:16]
 
     def _build(self, state: str) -> RenderedReport:
@@ -160,9 +161,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def _waiting(error: CVLightningError) -> bytes:
     """A page that reloads until there is a run, and shows the error until then."""
-    text = html.escape(str(error))
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">'
-    return f"{head}<title>waiting</title><p>Waiting for the run: {text}</p></html>".encode()
+    page = environment().get_template("waiting.html.jinja")
+    return render(page, kind="live report", title="No run yet", reason=str(error)).encode("utf-8", "backslashreplace")
 
 
 class ReportServer(ThreadingHTTPServer):

@@ -7,7 +7,6 @@ policy allows the page's own script only.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import logging
@@ -22,7 +21,6 @@ from typing import Annotated, Any
 import jinja2
 from markupsafe import Markup
 
-from cv_lightning import __version__
 from cv_lightning.evaluation.curves import chart_groups
 from cv_lightning.evaluation.metrics import EvalSummary, summarise
 from cv_lightning.evaluation.runs import Curve, Run, Store, load_run
@@ -37,7 +35,8 @@ from cv_lightning.viewer import content
 from cv_lightning.viewer.content import EvaluatedStore, RunSections
 from cv_lightning.viewer.findings import findings_of
 from cv_lightning.viewer.gallery import Gallery, GroupSampler, relative_folder
-from cv_lightning.viewer.pages import TEMPLATES, environment, style
+from cv_lightning.viewer.overview import files_of, parts_of, settings_table, stored_text, title_of
+from cv_lightning.viewer.pages import TEMPLATES, environment, render
 
 LOG = logging.getLogger(__name__)
 NONE = "\N{EN DASH}"
@@ -149,7 +148,10 @@ class Report:
     ) -> None:
         self.run = run
         self.app = app
+        self.page = page
         self.is_live = is_live
+        self.parts = parts_of(run, app.data_names)
+        self.title = app.title() or title_of(self.parts, run.folder.resolve().name)
         self.gallery = Gallery(config.thumbnail_px, int(config.max_image_mb * 1e6))
         self.evaluated: list[EvaluatedStore] = []
         self.bad_lines: dict[str, Counter[str]] = {}
@@ -183,6 +185,15 @@ class Report:
         """Trajectories in all stores."""
         return sum(store["total"] for store in self.gallery.stores)
 
+    def _stored(self) -> list[str]:
+        """How many trajectories each training stored, of how many that were rolled out."""
+        stored = {store["name"]: store["total"] for store in self.gallery.stores}
+        rolled = [part for part in self.parts if part.rolled_out]
+        return [
+            stored_text(part, self.app.label(part.stage), stored.get("." if part.stage == "run" else part.stage, 0))
+            for part in rolled
+        ]
+
     @cached_property
     def data(self) -> dict[str, Any]:
         """JSON values that the page's script draws."""
@@ -205,44 +216,46 @@ class Report:
             "intervals": content.interval_rows(self.evaluated, self.app),
             "examples": content.examples(self.gallery, self.evaluated, self.app),
             "lead": content.lead(self.run, self.num_total, len(self.evaluated), self.app),
+            "stored": self._stored(),
+            "progress": [[part.progress, part.status] for part in self.parts],
             "live": self.is_live,
         }
         # The script does not draw these parts; a page has to be loaded again when they change.
         written = [found["intervals"], found["examples"], self.bad_lines, bool(self.num_total), bool(curves)]
         written.append({stage: [each.name for each in listed] for stage, listed in self.findings.items()})
+        written += [[part.status, part.started] for part in self.parts]
         found["fixed"] = hashlib.sha256(json.dumps(written, default=str).encode()).hexdigest()[:16]
         cleaned: dict[str, Any] = finite(found)
         return cleaned
 
     def html(self) -> str:
         """The whole page."""
-        sheet = style()
-        script = '"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS)
         run, gallery = self.run, self.gallery
-        return (
-            _environment()
-            .get_template("report.html.jinja")
-            .render(
-                run=run,
-                name=run.folder.resolve().name,
-                version=__version__,
-                style=sheet,
-                script=Markup(script),
-                policy=_policy(sheet, script, "connect-src 'self'; " if self.is_live else ""),
-                data=self.data,
-                images=gallery.images,
-                gallery=gallery,
-                evaluated=self.evaluated,
-                headlines=content.headlines(self.evaluated, self.app),
-                comparison=content.stage_table(self.evaluated, self.app.main_stages(self.evaluated), self.app),
-                sections=self.sections,
-                findings={self.app.label(stage): found for stage, found in self.findings.items()},
-                facts=content.facts(run, self.app),
-                settings=content.settings(run, self.app),
-                num_shown=len(gallery.trajectories),
-                num_total=self.num_total,
-                bad_lines=self.bad_lines,
-            )
+        return render(
+            _environment().get_template("report.html.jinja"),
+            kind="report",
+            title=self.title,
+            script='"use strict";\n' + "".join((TEMPLATES / name).read_text() for name in SCRIPTS),
+            policy="connect-src 'self'; " if self.is_live else "",
+            run=run,
+            banner=self.app.banner(),
+            parts=self.parts,
+            labels={part.stage: self.app.label(part.stage) for part in self.parts},
+            data=self.data,
+            images=gallery.images,
+            gallery=gallery,
+            evaluated=self.evaluated,
+            headlines=content.headlines(self.evaluated, self.app),
+            comparison=content.stage_table(self.evaluated, self.app.main_stages(self.evaluated), self.app),
+            sections=self.sections,
+            findings={self.app.label(stage): found for stage, found in self.findings.items()},
+            facts=content.facts(run, self.app),
+            settings=content.settings(run, self.app) if not any(part.changed for part in self.parts) else [],
+            changed=settings_table(self.parts, {part.stage: self.app.label(part.stage) for part in self.parts}),
+            files=files_of(run, None if self.is_live else relative_folder(run.folder, self.page)),
+            num_shown=len(gallery.trajectories),
+            num_total=self.num_total,
+            bad_lines=self.bad_lines,
         )
 
 
@@ -280,13 +293,3 @@ def _rate(value: Rate | None) -> Markup:
         return Markup('<span class="none">{}</span>').format(NONE)
     interval = f"{value.low:.3f}{NONE}{value.high:.3f}"
     return Markup('<b>{:.3f}</b> <span class="range">{}</span>').format(value.value, interval)
-
-
-def _policy(style: str, script: str, more: str) -> str:
-    """Content security policy: allows this style, this script, images of page and run, and nothing else."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    return (
-        f"default-src 'none'; img-src data: 'self' file:; style-src 'sha256-{hashes[0]}'; "
-        f"script-src 'sha256-{hashes[1]}'; {more}"
-        "base-uri 'none'; form-action 'none'"
-    )

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 from report_samples import Size, write_run
 from trajectory_samples import KINDS, digit_task, group
 
+from cv_lightning.digits.report import sections_of
 from cv_lightning.trajectory import TrajectoryWriter
 from cv_lightning.viewer.report import ReportConfig, write_report
 
@@ -36,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert item.trajectories[0].reward is not None
             item.trajectories[0].reward.answer = HOSTILE
             writer.write_group(item, iteration)
-    return write_report(run)
+    return write_report(run, sections_of=sections_of)
 
 
 @pytest.fixture
@@ -84,7 +85,11 @@ def test_results_and_examples_are_on_the_page(browser: Browser, page: Path) -> N
     browser.open(page.as_uri())
     assert browser.run("document.querySelectorAll('.headlines li').length") == 3
     assert browser.run("document.querySelectorAll('#example-list article').length") == 4
-    browser.run("for (const image of document.querySelectorAll('#example-list img')) image.scrollIntoView()")
+    browser.run(
+        """(async () => { for (const image of document.querySelectorAll('#example-list img')) {
+        image.scrollIntoView({ behavior: 'instant' });
+        await new Promise(requestAnimationFrame); await new Promise(requestAnimationFrame); } })()"""
+    )
     browser.until("[...document.querySelectorAll('#example-list img')].every((i) => i.naturalWidth > 0)")
     assert browser.run("document.querySelectorAll('#example-list polygon.truth').length") == 4
     assert browser.run("document.querySelectorAll('#example-list .seen').length") >= 2

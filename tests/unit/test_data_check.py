@@ -288,11 +288,13 @@ class Loaded(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.sources: list[str] = []
+        self.links: list[str] = []
         self.rows = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.rows += tag == "tr"
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.sources += [value or "" for name, value in attrs if name == "src"]
+        self.links += [value or "" for name, value in attrs if name == "href"]
 
 
 def test_the_page_is_one_file_and_shows_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,8 +308,10 @@ def test_the_page_is_one_file_and_shows_the_report(tmp_path: Path, capsys: pytes
     text, said = page.read_text(encoding="utf-8"), json.loads(report.read_text(encoding="utf-8"))
     parser = Loaded()
     parser.feed(text)
-    assert len(parser.sources) == 2  # the two images of the leak
+    assert len(parser.sources) == 2 + 5  # the two images of the leak, and one of each usable row
+    assert text.count('class="sample panel"') == 6 + 4 + 1  # of train: six of the kinds of problems, the usable rows
     assert all(source.startswith("data:image/") for source in parser.sources)
+    assert all(link.startswith(("#", "data:,")) for link in parser.links)
     assert "<script>" not in text
     assert all(entry["kind"] in text for entry in said["problems"])
     out = capsys.readouterr().out

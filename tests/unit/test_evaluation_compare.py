@@ -15,7 +15,7 @@ from cv_lightning.evaluation.compare import compare, comparison_tables, load_eva
 from cv_lightning.evaluation.statistics import paired_difference
 from cv_lightning.trajectory import TrajectoryWriter
 from cv_lightning.types import DataError, Task
-from cv_lightning.viewer.compare_page import spans
+from cv_lightning.viewer.compare_page import comparison_page, spans
 
 GOOD, BLIND = Policy(turn=1, crop=1, needless=0, error=0, read=1), Policy(turn=0, crop=0, needless=0, error=0)
 
@@ -45,6 +45,16 @@ def test_comparison_of_the_same_questions(tmp_path: Path, capsys: pytest.Capture
     assert "data:image/png" in page and '<span class="fn">transpose</span>' in page and "&lt;tool_call&gt;" not in page
     assert page.count("<circle") == 1 + sum(map(len, found["splits"].values())) and '<svg class="span right"' in page
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_a_verdict_needs_an_interval_without_zero_and_a_test_that_agrees(tmp_path: Path) -> None:
+    tasks = [digit_task(index, "turned") for index in range(12)]
+    bad, good = (load_evaluation(store(tmp_path / name, tasks, how)) for name, how in (("a", BLIND), ("b", GOOD)))
+    words = [compare(*pair).verdict.word for pair in ((bad, good), (good, bad), (good, good))]
+    assert words == ["better", "worse", "not separated"]
+    few = [{task.id: side[task.id] for task in tasks[:3]} for side in (bad, good)]
+    assert compare(*few).verdict.word == "not separated"
+    assert '<h1 class="good">B is better than A</h1>' in comparison_page(compare(bad, good), bad, good, 2)
 
 
 def test_intervals_are_drawn_on_one_axis_with_zero_on_it() -> None:

@@ -128,7 +128,7 @@ def test_an_iteration_without_upright_tasks_does_not_count() -> None:
     assert count == 0
 
 
-def test_charts_hold_every_metric_once_and_list_constant_ones() -> None:
+def test_charts_hold_every_metric_once_with_its_unit_and_list_constant_ones() -> None:
     names = [
         "reward/total",
         "reward/format",
@@ -143,6 +143,7 @@ def test_charts_hold_every_metric_once_and_list_constant_ones() -> None:
     drawn = [series["name"] for group in groups for chart in group["charts"] for series in chart["series"]]
     assert sorted(drawn) == ["loss", "policy/lr", "strange", "time/rollout_s", "tool_use_success", "total"]
     assert (groups[-1]["note"], groups[-1]["charts"], groups[-1]["folded"]) == ("reward/format 1.", [], True)
+    assert {chart["unit"] for group in groups for chart in group["charts"]} >= {"reward", "fraction", "seconds"}
 
 
 def test_thinning_keeps_the_mean() -> None:
@@ -205,6 +206,44 @@ def test_any_run_gets_the_same_tables_without_the_words_of_the_quickstart(run: P
         "rl": "iteration",
         "rl_accuracy": "iteration",
     }
+
+
+def test_any_run_says_what_was_trained_on_what_and_how_far_it_got(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    config = {
+        "model": {"class_path": "x.GRPOModule", "init_args": {"policy": {"path": "/models/Qwen3-VL-2B"}}},
+        "data": {
+            "class_path": "x.TaskDataModule",
+            "init_args": {"train_files": ["/d/<b>.parquet"], "num_iterations": 9},
+        },
+        "rollout": {"store": {"share": 0.25}},
+    }
+    record = {"started": "2026-01-02T03:04:05+0000", "changed": {"rollout": {"num_samples": 4}}}
+    record["command"] = ["/usr/bin/python3", "/x/cv_lightning/__main__.py", "fit", "--name", "<i>"]
+    rows = "".join(f"{step},{step + 1},16\n" for step in range(3))
+    (run / "metrics.csv").write_text(f"step,iteration,rollout/trajectories\n{rows}")
+    (run / "fit_config.yaml").write_text(yaml.safe_dump(config))
+    (run / "fit_run.json").write_text(json.dumps(record))
+    text = report_of(run).read_text()
+    assert "<h1>GRPO of models/Qwen3-VL-2B on &lt;b&gt;.parquet</h1>" in text
+    assert "3 of 9 iterations" in text and "no end was recorded" in text and "2026-01-02 03:04" in text
+    assert "0 of the 48 trajectories rolled out are stored (rollout.store.share 0.25)" in text
+    assert (
+        "python -m cv_lightning fit --name &#39;&lt;i&gt;&#39;" in text and "<code>rollout.num_samples</code>" in text
+    )
+    assert '<a href="metrics.csv">' in text and "No evaluation is stored" in text and "Smoke run" not in text
+    (run / ".owner-fit.json").write_text("{}")
+    assert ">running</span>" in report_of(run).read_text()
+    (run / "fit_run.json").write_text(json.dumps(record | {"status": "stopped by SIGTERM"}))
+    assert ">stopped by SIGTERM</span>" in report_of(run).read_text()
+
+
+@pytest.mark.parametrize("smoke", [0, 1])
+def test_a_smoke_run_says_so_from_its_record(run: Path, tmp_path: Path, smoke: int) -> None:
+    shutil.copytree(run / "sft", tmp_path / "any-name" / "sft")
+    (tmp_path / "any-name" / "timing.json").write_text(json.dumps({"seed": 0, "smoke": smoke}))
+    assert ("No learning is claimed" in report_of(tmp_path / "any-name").read_text()) == bool(smoke)
 
 
 def test_parts_of_a_run_make_a_page(run: Path, tmp_path: Path) -> None:

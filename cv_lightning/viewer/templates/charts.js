@@ -1,5 +1,7 @@
 // Curves and interval charts, drawn at the width they get.
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3"];
+const ABOVE = 20; // room of a plot for the unit, in pixels
+const BELOW = 34; // and for ticks and the name of the axis
 let smoothing = 0.6;
 
 /** Round tick values between two numbers. */
@@ -9,6 +11,7 @@ function ticks(low, high, count) {
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough);
   const first = Math.ceil(low / step - 1e-9);
   const last = Math.floor(high / step + 1e-6);
+  if (last === first && high > low && count < 12) return ticks(low, high, 2 * count); // one value tells no scale
   return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
@@ -60,7 +63,7 @@ function chartFigure(chart, height, axis) {
   const several = chart.series.length > 1;
   const captioned = !several || chart.captioned;
   const hidden = new Set();
-  const label = `${chart.title || "chart"}. ${sentence(chart)}`;
+  const label = `${chart.title || "chart"}, ${chart.unit} by ${axis}. ${sentence(chart)}`;
   const plot = make("svg:svg", { class: "plot", role: "img", tabindex: 0, "aria-label": label });
   const tip = make("div", { class: "tip", hidden: true });
   const last = chart.series[0];
@@ -114,7 +117,7 @@ function legend(chart, state) {
 const nearest = (xs, at) => xs.reduce((best, x, i) => (Math.abs(x - at) < Math.abs(xs[best] - at) ? i : best), 0);
 
 function draw(state) {
-  const { plot, chart, hidden, height } = state;
+  const { plot, chart, hidden, height, axis } = state;
   const width = plot.clientWidth;
   if (!width) return;
   const shown = chart.series.map((series, i) => ({ ...series, i })).filter((series) => !hidden.has(series.i));
@@ -122,13 +125,14 @@ function draw(state) {
   const ys = shown.flatMap((series) => series.y);
   let [low, high] = ys.length ? [Math.min(...ys), Math.max(...ys)] : [0, 1];
   if (low >= 0 && low < 0.4 * high) low = 0;
+  if (high === low && chart.unit === "fraction") [low, high] = [0, 1];
   if (high === low) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
   const yTicks = ticks(low, high, height > 180 ? 5 : 3);
   const yLabels = tickLabels(yTicks);
   const left = 12 + 6.4 * Math.max(...yLabels.map((label) => label.length));
   const [first, final] = [Math.min(...xs), Math.max(...xs)];
   const x = (value) => left + ((value - first) / (final - first || 1)) * (width - left - 14);
-  const y = (value) => height - 20 - ((value - low) / (high - low)) * (height - 28);
+  const y = (value) => height - BELOW - ((value - low) / (high - low)) * (height - BELOW - ABOVE);
   state.inverse = (px) => first + ((px - left) / (width - left - 14)) * (final - first);
   plot.setAttribute("height", height);
   plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -137,15 +141,17 @@ function draw(state) {
       make("svg:line", { class: "grid", x1: left, x2: width - 8, y1: y(value), y2: y(value) }),
       make("svg:text", { x: left - 6, y: y(value) + 4, "text-anchor": "end", text: yLabels[i] }),
     ]),
-    ...ticks(first, final, Math.max(2, Math.floor(width / 110))).map((value) =>
-      make("svg:text", { x: x(value), y: height - 4, "text-anchor": "middle", text: short(value) })),
+    ...ticks(first, final, Math.max(2, Math.floor(width / 110))).filter(Number.isInteger).map((value) =>
+      make("svg:text", { x: x(value), y: height - BELOW + 14, "text-anchor": "middle", text: short(value) })),
+    make("svg:text", { class: "unit", x: 0, y: 10, text: chart.unit }),
+    make("svg:text", { class: "unit", x: (left + width - 14) / 2, y: height - 3, "text-anchor": "middle", text: axis }),
     ...shown.flatMap((series) => curvePaths(series, x, y, chart.series.length > 1)),
     ...(state.at === null ? [] : [crossLine(x(state.at), height)]),
   );
   readout(state, shown, x, width);
 }
 
-const crossLine = (x, height) => make("svg:line", { class: "cross", x1: x, x2: x, y1: 4, y2: height - 20 });
+const crossLine = (x, height) => make("svg:line", { class: "cross", x1: x, x2: x, y1: ABOVE, y2: height - BELOW });
 
 function curvePaths(series, x, y, several) {
   const tone = `s${series.i}`;
@@ -184,13 +190,13 @@ function curveGroup(group, axis) {
     const big = group.charts.filter((chart) => chart.big);
     const small = group.charts.filter((chart) => !chart.big);
     return [
-      ...big.map((chart) => chartFigure(chart, 260, axis)),
-      small.length ? make("div", { class: "chart-grid" }, small.map((chart) => chartFigure(chart, 130, axis))) : null,
+      ...big.map((chart) => chartFigure(chart, 285, axis)),
+      small.length ? make("div", { class: "chart-grid" }, small.map((chart) => chartFigure(chart, 155, axis))) : null,
       group.note ? make("p", { class: "note", text: group.note }) : null,
     ].filter(Boolean);
   };
   if (!group.folded) {
-    const heading = make("h3", { text: `${group.title} ` }, make("small", { text: `by ${axis}` }));
+    const heading = make("h3", { text: group.title });
     return make("div", { class: "chart-group" }, heading, draws());
   }
   const count = group.charts.length ? ` (${group.charts.length} chart${group.charts.length === 1 ? "" : "s"})` : "";
@@ -220,12 +226,14 @@ function startCurves(chosen = null) {
     showStage(next);
     [...byId("stages").children].find((tab) => tab.dataset.stage === next).focus();
   };
+  byId("stages").hidden = stages.length < 2;
   byId("stages").replaceChildren(...data.curves.map(({ stage, label }) => make("button", {
     type: "button", role: "tab", "data-stage": stage, "aria-controls": "charts", text: label,
     on: { click: () => showStage(stage), keydown: go },
   })));
   byId("smoothing").oninput = (event) => {
     smoothing = Number(event.target.value);
+    byId("smoothing-value").textContent = smoothing;
     for (const figure of document.querySelectorAll("#charts figure, #compared figure")) figure.redraw();
   };
   const rolled = data.curves.find((entry) => entry.axis === "iteration")?.stage;
@@ -235,5 +243,5 @@ function startCurves(chosen = null) {
 /** Trainings that an application compares, in the same charts. */
 function startCompared() {
   byId("compared")?.append(...data.compared.map((chart) =>
-    chartFigure({ ...chart, title: words(chart.title), captioned: true }, 190, "iteration")));
+    chartFigure({ ...chart, title: words(chart.title), captioned: true }, 215, "iteration")));
 }

@@ -45,7 +45,7 @@ function intervalChart(rows, title, order) {
   });
   const plot = make("svg:svg", { class: "plot", role: "img", "aria-label": `${title}. ${told.join("; ")}` });
   whenWidthChanges(plot, () => paintIntervals(plot, rows, order));
-  return make("div", {}, make("h4", { text: title }), plot);
+  return make("div", {}, make("h4", { text: `${title} ` }, make("small", { text: "fraction, 95 % interval" })), plot);
 }
 
 function startIntervals() {

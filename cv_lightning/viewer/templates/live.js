@@ -15,6 +15,8 @@ function renew(fresh) {
   all = readItems();
   together = null;
   byId("lead").textContent = data.lead;
+  if (byId("stored")) byId("stored").textContent = data.stored.join(" ");
+  document.querySelectorAll(".parts .progress").forEach((cell, i) => { cell.textContent = data.progress[i]?.[0] || "–"; });
   byId("shown-count").textContent = data.trajectories.length.toLocaleString("en");
   byId("total-count").textContent = data.stores.reduce((sum, store) => sum + store.total, 0).toLocaleString("en");
   fillFilters();
