@@ -22,6 +22,12 @@ def packaged_folder(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
+def script(name: str) -> str:
+    """A script's path for a command that is shown: from the top of a checkout, absolute where it was installed."""
+    installed = Path(__file__).parent / "scripts" / name
+    return str(installed) if installed.is_file() else f"scripts/{name}"
+
+
 def config_names() -> list[str]:
     """Names of all packaged configs, such as `grpo/qwen3_vl_8b`, sorted."""
     folder = packaged_folder(CONFIGS)

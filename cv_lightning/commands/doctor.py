@@ -16,10 +16,15 @@ from typing import Literal, NamedTuple
 
 from cv_lightning.command_line import run_verb
 from cv_lightning.environment import extensions_folder, prepare_environment
+from cv_lightning.packaged import packaged_folder, script
 
 Status = Literal["ok", "absent", "failed", "no answer"]
 DISTRIBUTION = "cv-lightning"
-REINSTALL = "bash scripts/install.sh --force"
+REINSTALL = (
+    "bash scripts/install.sh --force"
+    if (packaged_folder("scripts") / "install.sh").is_file()
+    else f"pip install 'WHEEL[cpu]' --constraint {script('locks/cpu.txt')} (on a GPU: gpu-core, gpu.txt)"
+)
 MIN_MEMORY_GB, MIN_DISK_GB = 4.0, 2.0
 """Below these a run of the embedded task may be killed, or cannot store its trajectories."""
 PREFIX = "doctor:"
@@ -66,7 +71,7 @@ PROBES = (
         "torchvision",
         "import torchvision; from transformers.video_processing_utils import BaseVideoProcessor; import transformers;"
         "found = f'{torchvision.__version__}, with the processors of transformers {transformers.__version__}'",
-        "python scripts/fix_torchvision.py",
+        f"python {script('fix_torchvision.py')}",
         required=True,
     ),
     Probe(
@@ -198,7 +203,7 @@ def check_judge() -> Check:
         found = check_endpoint(JudgeConfig(base_url=url, timeout_s=10.0, model=model))
     except ValueError as error:  # the config's own check of the address
         return Check("judge", "failed", str(error), "unset CVL_JUDGE_URL")
-    fix = "" if found.ok else "bash scripts/serve_judge.sh"
+    fix = "" if found.ok else f"bash {script('serve_judge.sh')}"
     return Check("judge", "ok" if found.ok else "failed", found.message, fix)
 
 

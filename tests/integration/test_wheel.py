@@ -186,6 +186,14 @@ def test_the_page_of_the_wheel_has_no_relative_links(wheel: Path) -> None:
     assert all(target.startswith(("https://", "#")) for target in targets), targets
 
 
+def test_citation_and_release_notes_are_of_this_version(wheel: Path) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (version,) = re.findall(r"^Version: (.+)$", metadata_of(wheel), re.M)
+    assert citation["version"] == version
+    assert f"\n## {version} " in (ROOT / "docs/releases.md").read_text()
+    assert citation["references"][0]["title"] in (ROOT / "README.md").read_text()
+
+
 def test_links_and_images_lead_to_the_repository_where_its_address_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     hook = ModuleType("interface")
     hook.MetadataHookInterface = object  # type: ignore[attr-defined]  # hatchling is installed only where it builds
