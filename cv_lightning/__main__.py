@@ -1,4 +1,7 @@
-"""`python -m cv_lightning VERB`: the dispatcher, which imports what a verb needs once the verb is known."""
+"""`cv-lightning VERB`, or `python -m cv_lightning VERB`: the dispatcher.
+
+It imports what a verb needs once the verb is known.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,8 @@ import os
 import sys
 from collections.abc import Mapping
 
-from cv_lightning.command_line import Verb, find_verb
-
-VERBS = {
-    "fit": Verb("cv_lightning.cli:main", "train: SFT or GRPO, as the config says", lightning=True),
-    "validate": Verb("cv_lightning.cli:main", "evaluate on the validation tasks", lightning=True),
-    "test": Verb("cv_lightning.cli:main", "evaluate on the held-out tasks and store the trajectories", lightning=True),
-    "doctor": Verb("cv_lightning.commands.doctor:main", "show what works on this machine, and what would add the rest"),
-    "sandbox": Verb("cv_lightning.commands.sandbox:main", "test the sandbox, or run one snippet in it"),
-    "judge": Verb("cv_lightning.commands.judge:main", "ask the judge for one verdict, or check its endpoint"),
-    "plan": Verb("cv_lightning.commands.plan:main", "estimate memory and time of a run, and whether it fits"),
-    "export": Verb("cv_lightning.commands.export:main", "write a checkpoint as a Hugging Face folder"),
-    "rescore": Verb("cv_lightning.commands.rescore:main", "apply another reward recipe to stored trajectories"),
-    "report": Verb("cv_lightning.commands.report:main", "write the page that shows what a run did"),
-    "view": Verb("cv_lightning.commands.view_run:main", "show a run in the browser while it continues"),
-    "trajectories": Verb("cv_lightning.commands.trajectories:main", "export stored trajectories to Parquet"),
-    "quickstart": Verb("cv_lightning.digits.quickstart:main", "train and test a tiny model on handwritten digits"),
-    "compare": Verb("cv_lightning.commands.compare:main", "compare two evaluations question by question"),
-    "ablations": Verb("cv_lightning.digits.ablations:main", "train the quickstart without parts of reward and recipe"),
-    "config": Verb("cv_lightning.commands.config:main", "rewrite a config of an earlier version"),
-    "configs": Verb("cv_lightning.commands.configs:main", "list or copy the configs that come with the package"),
-    "data": Verb("cv_lightning.commands.data:main", "check, export, build or corrupt data sets"),
-    "sweep": Verb("cv_lightning.commands.sweep:main", "run a W&B sweep file without an account"),
-    "chat": Verb("cv_lightning.commands.chat:main", "ask a model about an image, in the terminal or a browser"),
-    "tiny": Verb("cv_lightning.commands.tiny:main", "write a tiny random-weight checkpoint"),
-    "quickstart-summary": Verb("cv_lightning.digits.summary:main", "summarise a quickstart run: tables, summary.json"),
-}
-ABOUT = "options of all: --quiet (warnings and results only), --verbose (everything, libraries too)\n"
+from cv_lightning.command_line import find_verb
+from cv_lightning.verbs import PROGRAM, VERBS, Verb
 
 
 def main(argv: list[str]) -> int:
@@ -49,18 +27,21 @@ def main(argv: list[str]) -> int:
 
         sys.stdout.write(f"cv_lightning {__version__}\n")
         return 0
-    verb = find_verb(argv, VERBS, "python -m cv_lightning", "verb", ABOUT)
-    if isinstance(verb, int):
-        return verb
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [*argv[1:], "--help"]
+    found = find_command(argv)
+    if isinstance(found, int):
+        return found
+    verb, name, rest = found
     from cv_lightning.environment import prepare_environment, set_up_logging, take_verbosity
 
     is_own = argv == sys.argv[1:]
-    argv = [argv[0], *take_verbosity(argv[1:])]
-    if is_own:  # ranks that Lightning starts read it, too
-        sys.argv[1:] = argv
-    arguments: list[str] | None = argv[1:]
+    arguments: list[str] | None = take_verbosity(rest)
     if verb.lightning:
         prepare_environment()
+        argv = [name, *take_verbosity(rest)]
+        if is_own:  # ranks that Lightning starts read it, too
+            sys.argv[1:] = argv
         arguments = None if is_own else argv  # Lightning reads sys.argv itself, and warns of a second command line
     set_up_logging()
     from cv_lightning.files import describe_disk_error
@@ -73,6 +54,22 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"error: {said}\n")
         return 1
     return result if isinstance(result, int) else 0
+
+
+def find_command(argv: list[str]) -> tuple[Verb, str, list[str]] | int:
+    """The verb, or sub-verb, that a command line names.
+
+    Returns:
+        The verb, its name in full, and the words after it; an exit code where help or an error was printed instead.
+    """
+    name = find_verb(argv, VERBS, PROGRAM)
+    if isinstance(name, int):
+        return name
+    verb, rest = VERBS[name], argv[1:]
+    if not verb.verbs:
+        return verb, name, rest
+    sub = find_verb(rest, verb.verbs, f"{PROGRAM} {name}")
+    return sub if isinstance(sub, int) else (verb.verbs[sub], f"{name} {sub}", rest[1:])
 
 
 def run() -> None:

@@ -45,6 +45,7 @@ from cv_lightning.modules.base import PolicyModule
 from cv_lightning.preflight import check_evaluation, check_fit
 from cv_lightning.renames import STORED, migrate_config, new_key
 from cv_lightning.types import CVLightningError
+from cv_lightning.verbs import PROGRAM
 
 LOG = logging.getLogger(__name__)
 DEFAULT_FOLDER = "runs/default"
@@ -331,7 +332,7 @@ def main(
                 save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
                 seed_everything_default=0,
                 parser_class=parser_class,
-                parser_kwargs={"prog": "python -m cv_lightning"},
+                parser_kwargs={"prog": PROGRAM},
                 args=args,
             )
     except (CVLightningError, OSError) as error:

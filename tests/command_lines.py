@@ -21,12 +21,12 @@ from renames import FIXTURES
 
 ROOT = Path(__file__).parents[1]
 RECORDED = FIXTURES / "command_lines.txt"
-CALL = re.compile(r"(?:\.venv/bin/)?(?:python|torchrun[^`\n]*?) -m cv_lightning ?([^`]*)")
+CALL = re.compile(r"(?:(?:python|torchrun[^`\n]*?) -m cv_lightning|(?<![\w/'\"\[-])cv-lightning(?![\w\[-])) ?([^`]*)")
 DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 
 def documented() -> list[str]:
-    """What stands behind `python -m cv_lightning`, in code blocks (indented ones too) and in code within lines.
+    """What stands behind `cv-lightning` or `python -m cv_lightning`, in code blocks (indented ones too) and in code within lines.
 
     Continued lines are joined, and comments and what follows two spaces (an explanation in a column) are cut off.
     """

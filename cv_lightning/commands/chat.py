@@ -7,16 +7,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cv_lightning.environment import prepare_environment
-from cv_lightning.types import CheckpointError, CVLightningError
+from cv_lightning.types import CheckpointError
 
 prepare_environment()  # before transformers and vLLM
 
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
-from cv_lightning.command_line import short_parser, spelled_out  # noqa: E402
+from cv_lightning.command_line import arguments, run_verb  # noqa: E402
 from cv_lightning.commands.export import ExportRequest, export, find_run_config, read_run_config  # noqa: E402
 from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
@@ -70,17 +71,9 @@ class ChatOptions:
         check_ranges(self)
 
 
-def main(args: list[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
-    try:
-        options = parse(sys.argv[1:] if args is None else args)
-        with ExitStack() as stack:
-            return _run(options, stack)
-    except (CVLightningError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def _chat(options: ChatOptions) -> int:
+    with ExitStack() as stack:
+        return _run(options, stack)
 
 
 def _run(options: ChatOptions, stack: ExitStack) -> int:
@@ -112,23 +105,21 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ options
-def parse(arguments: list[str]) -> ChatOptions:
-    """Read the command line; settings of the model's run are the defaults.
+def parse(words: list[str]) -> ChatOptions:
+    """The options of a command line."""
+    return ChatOptions(**(arguments(ChatOptions, words, "chat", _use_run) or {}))
+
+
+def _use_run(parser: Any, words: list[str]) -> None:
+    """Make the settings of the model's run the defaults.
 
     Raises:
-        ValueError: Options that contradict each other.
         CheckpointError: The run's config cannot be read by this version.
     """
-    parser = short_parser(prog="cv_lightning chat", description=ChatOptions.__doc__)
-    parser.add_argument("--config", action="config", help="file with any of the arguments below")
-    parser.add_class_arguments(ChatOptions, as_group=False, sub_configs=True)
-    words = spelled_out(arguments, ChatOptions)
-    for word, following in zip(words, [*words, ""][1:], strict=True):
+    for word in words:
         flag, _, value = word.partition("=")
-        if flag in ("--model", "--ckpt") and (given := value or following):
-            _set_defaults(parser, Path(given))
-    built = parser.instantiate(parser.parse_args(words))
-    return ChatOptions(**{name: getattr(built, name) for name in ChatOptions.__dataclass_fields__})
+        if flag in ("--model", "--ckpt") and value:
+            _set_defaults(parser, Path(value))
 
 
 def _set_defaults(parser: Any, path: Path) -> None:
@@ -168,3 +159,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+main = partial(run_verb, ChatOptions, name="chat", run=_chat, prepare=_use_run)

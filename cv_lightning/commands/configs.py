@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cv_lightning.command_line import Verb, find_verb, run_verb
+from cv_lightning.command_line import run_verb
 from cv_lightning.files import write_text
 from cv_lightning.packaged import CONFIGS, ENDINGS, config_names, packaged_folder, require_config
 from cv_lightning.types import DataError
@@ -35,12 +35,6 @@ FOLDERS = {
 """Folders that can be copied besides configs, with patterns of their files."""
 WIDTH = 118
 """Most characters of a line of the list."""
-
-
-def main(args: list[str]) -> int:
-    """Command line entry."""
-    verb = find_verb(args, SUB_VERBS, "cv-lightning configs", "sub-verb")
-    return verb if isinstance(verb, int) else int(verb.load()(args[1:]) or 0)
 
 
 def description(text: str) -> str:
@@ -125,9 +119,5 @@ def _folder_texts(name: str, out: Path | None) -> dict[Path, str]:
     return {(out or Path(name)) / path.relative_to(source): path.read_text(encoding="utf-8") for path in files}
 
 
-list_main = partial(run_verb, show_configs, prog="cv-lightning configs list")
-copy_main = partial(run_verb, copy, prog="cv-lightning configs copy")
-SUB_VERBS = {
-    "list": Verb(f"{__name__}:list_main", "names of the packaged configs, and what each one is"),
-    "copy": Verb(f"{__name__}:copy_main", "copy a config, to change it"),
-}
+list_main = partial(run_verb, show_configs, name="configs list")
+copy_main = partial(run_verb, copy, name="configs copy")

@@ -25,7 +25,7 @@ def build_sft(args: list[str]) -> int:
         verification = report.get("verification")
         return int(verification is not None and verification["verified"] < verification["conversations"])
 
-    return run_verb(BuildSFT, args, "cv_lightning data build-sft", run, leading="files")
+    return run_verb(BuildSFT, args, "data build-sft", run)
 
 
 def build_rl(args: list[str]) -> int:
@@ -39,7 +39,7 @@ def build_rl(args: list[str]) -> int:
         _print_rl(report)
         Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
 
-    return run_verb(BuildRL, args, "cv_lightning data build-rl", run, leading="files")
+    return run_verb(BuildRL, args, "data build-rl", run)
 
 
 def corrupt(args: list[str]) -> int:
@@ -52,7 +52,7 @@ def corrupt(args: list[str]) -> int:
         _print_counts(f"{sum(counts.values())} tasks", ("form", "tasks"), counts)
         Console().print(f"written to {config.out}", highlight=False, soft_wrap=True)
 
-    return run_verb(Corrupt, args, "cv_lightning data corrupt", run, leading="files")
+    return run_verb(Corrupt, args, "data corrupt", run)
 
 
 # ------------------------------------------------------------------------------------------------ tables

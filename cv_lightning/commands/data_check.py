@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cv_lightning.command_line import run_verb
+from cv_lightning.command_line import put_json, run_verb
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.factory.progress import progress
-from cv_lightning.files import write_json
 
 LISTED_ROWS = 12
 
@@ -45,7 +45,7 @@ def check(
         headers_only: Decode no image: fast, but copies are not found.
         max_rows: Rows of each file, evenly spread; 0: all.
         workers: Processes; 0: chosen by the number of rows.
-        json: File for the report.
+        json: Write the report into this file; - prints it as JSON.
         page: File for a self-contained HTML page.
     """
     from cv_lightning.factory.check import check_files
@@ -66,13 +66,13 @@ def check(
     )
     with progress("rows") as show:
         report = check_files(files, config, show)
-    if json:
-        write_json(json, report)
-    print(summary(report))
+    printed = put_json(json, report)
+    if not printed:
+        print(summary(report))
     if page:
         kinds = {file["path"]: file["kind"] for file in report["files"]}
         write_check_page(page, report, lambda file, row: content_of_row(Path(file), kinds[file], row, config.reader))
-        print(f"page: {page.resolve().as_uri()}")
+        print(f"page: {page.resolve().as_uri()}", file=sys.stderr if printed else sys.stdout)
     return 0 if report["ok"] else 1
 
 
@@ -153,4 +153,4 @@ def _copy_lines(copies: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-main = partial(run_verb, check, prog="cv_lightning data check", leading="files")
+main = partial(run_verb, check, name="data check")

@@ -48,4 +48,4 @@ def _write_demonstrations(path: Path, digits: DigitsConfig, tool_share: float, c
         write_digits_sft_json(path, source, count)
 
 
-main = partial(run_verb, export_digits, prog="cv_lightning data export")
+main = partial(run_verb, export_digits, name="data export")

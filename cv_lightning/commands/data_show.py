@@ -207,4 +207,4 @@ def show(config: ShowData) -> None:
         print_tokens(shown.dialogue, console)
 
 
-main = partial(run_verb, ShowData, prog="cv_lightning data show", run=show, leading="file")
+main = partial(run_verb, ShowData, name="data show", run=show)

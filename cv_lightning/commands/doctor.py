@@ -10,11 +10,10 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from json import dumps
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from cv_lightning.command_line import run_verb
+from cv_lightning.command_line import put_json, run_verb
 from cv_lightning.environment import extensions_folder, prepare_environment
 from cv_lightning.packaged import packaged_folder, script
 
@@ -250,18 +249,16 @@ def can_train(checks: list[Check]) -> bool:
     return all(check.status == "ok" for check in checks if check.required)
 
 
-def doctor(json: bool = False, timeout_s: float = 120.0) -> int:
+def doctor(json: Path | None = None, timeout_s: float = 120.0) -> int:
     """Show what works on this machine. Exit code 0: training works; 1: it does not.
 
     Args:
-        json: Print JSON.
+        json: Write the table into this file; - prints it as JSON.
         timeout_s: Most seconds that one import may take.
     """
     prepare_environment()
     checks = examine(timeout_s)
-    if json:
-        print(dumps({"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}, indent=1))
-    else:
+    if not put_json(json, {"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}):
         show(checks)
     return 0 if can_train(checks) else 1
 
@@ -284,4 +281,4 @@ def show(checks: list[Check]) -> None:
     console.print(conclusion(checks), style="bold")
 
 
-main = partial(run_verb, doctor, prog="cv_lightning doctor")
+main = partial(run_verb, doctor, name="doctor")

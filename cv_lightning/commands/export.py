@@ -159,4 +159,4 @@ def read_policy(file: Path, request: ExportRequest) -> PolicyConfig:
     return policy
 
 
-main = partial(run_verb, ExportRequest, prog="cv_lightning export", run=_export)
+main = partial(run_verb, ExportRequest, name="export", run=_export)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
-from cv_lightning.command_line import run_verb
+from cv_lightning.command_line import put_json, run_verb
 from cv_lightning.rewards.answer import rule_score
 from cv_lightning.rewards.judge.check import check_endpoint, verdicts
 from cv_lightning.rewards.judge.config import JudgeConfig
@@ -29,8 +29,8 @@ class JudgeQuestion:
     """Selects the prompt (judge.task_types)."""
     check: bool = False
     """Ask the endpoint two comparisons with known outcome instead."""
-    as_json: bool = False
-    """Print JSON."""
+    json: Path | None = None
+    """Write the result into this file; - prints it as JSON."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """The endpoint."""
 
@@ -44,7 +44,8 @@ def ask(asked: JudgeQuestion) -> int:
     if asked.check:
         report = check_endpoint(asked.judge)
         said = {"ok": report.ok, "message": report.message, "latency_s": report.latency_s}
-        print(json.dumps(said) if asked.as_json else report.message)
+        if not put_json(asked.json, said):
+            print(report.message)
         return int(not report.ok)
     rule = rule_score(asked.answer, asked.ground_truth, asked.question)
     try:
@@ -54,8 +55,9 @@ def ask(asked: JudgeQuestion) -> int:
         return 1
     correct = {"rule": rule.value > CORRECT_ABOVE, "judge": value > CORRECT_ABOVE}
     words = ", ".join(f"{name}: {'correct' if is_correct else 'wrong'}" for name, is_correct in correct.items())
-    print(json.dumps(correct | {"score": value}) if asked.as_json else f"{words} ({value:.3f})")
+    if not put_json(asked.json, correct | {"score": value}):
+        print(f"{words} ({value:.3f})")
     return 0
 
 
-main = partial(run_verb, JudgeQuestion, prog="cv_lightning judge", run=ask)
+main = partial(run_verb, JudgeQuestion, name="judge", run=ask)

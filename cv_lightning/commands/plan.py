@@ -1,25 +1,16 @@
-"""`python -m cv_lightning plan`: memory and time of a fit, and whether it fits, before anything is loaded.
-
-    python -m cv_lightning plan --config configs/grpo/qwen3_vl_8b.yaml --config configs/hardware/8gpu.yaml --gpu h200
-
-It takes every option of `fit`; the options below are assumptions that no config states. Of the model only its
-config.json is read; for the models of the recipes not even that is needed.
-"""
+"""`cv-lightning plan`: memory and time of a training, and whether it fits, before anything is loaded."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import fields
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cv_lightning.environment import prepare_environment
-from cv_lightning.files import write_json
-from cv_lightning.types import CVLightningError
+from cv_lightning.command_line import closest, put_json, run_verb, split_words, verb_parser
+from cv_lightning.planner.assumptions import Assumptions, PlanOptions
 
 if TYPE_CHECKING:
-    from cv_lightning.planner.budget import Assumptions, Plan
+    from cv_lightning.planner.budget import Plan
     from cv_lightning.planner.run import RunFacts
 
 TITLES = {
@@ -41,38 +32,27 @@ TITLES = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Command line entry.
+    """Command line entry; returns the exit code."""
+    parser = verb_parser(PlanOptions, "plan", takes_config=False)
+    own, rest = split_words(list(sys.argv[1:] if args is None else args), parser)
+    for flag in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
+        if close := closest(flag, parser):
+            parser.error(f"there is no flag {flag}; did you mean {close}?")
+    return run_verb(PlanOptions, own, "plan", partial(_plan, rest), takes_config=False)
 
-    Returns:
-        0; with --strict 1 where the run does not fit; 2 where the command line is wrong.
-    """
-    from cv_lightning.planner.budget import Assumptions, make_plan
 
-    parser = argparse.ArgumentParser(
-        prog="python -m cv_lightning plan",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--strict", action="store_true", help="exit with 1 where the run cannot fit")
-    parser.add_argument("--json", type=Path, help="write the figures, in bytes and seconds, into this file")
-    for option in fields(Assumptions):
-        parser.add_argument(f"--{option.name}", default=option.default, **option.metadata)
-    options, rest = parser.parse_known_args(args)
+def _plan(settings: list[str], options: PlanOptions) -> int:
+    """Print the plan of `fit` with some settings."""
+    from cv_lightning.environment import prepare_environment
+
     prepare_environment()
+    from cv_lightning.planner.budget import make_plan
     from cv_lightning.planner.run import read_run
 
-    try:
-        given = Assumptions(**{option.name: getattr(options, option.name) for option in fields(Assumptions)})
-        run = read_run(rest)
-    except (ValueError, CVLightningError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    plan = make_plan(run, given)
-    print(text_of(plan, run, given))
-    if options.json:
-        write_json(options.json, figures_of(plan))
+    run = read_run(settings)
+    plan = make_plan(run, options)
+    if not put_json(options.json, figures_of(plan)):
+        print(text_of(plan, run, options))
     return int(options.strict and bool(plan.problems))
 
 

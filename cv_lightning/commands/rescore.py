@@ -162,4 +162,4 @@ def _rescore(config: Rescore) -> int:
     return 0
 
 
-main = partial(run_verb, Rescore, prog="cv_lightning rescore", run=_rescore, leading="run")
+main = partial(run_verb, Rescore, name="rescore", run=_rescore)

@@ -6,7 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from cv_lightning.command_line import run_verb
+from cv_lightning.command_line import put_json, run_verb
 from cv_lightning.images import decode_image
 from cv_lightning.sandbox import Sandbox, SandboxConfig
 from cv_lightning.sandbox.cases import PACKAGED, load_cases, report, run_cases
@@ -24,7 +24,7 @@ def sandbox(
     self_test: bool = False,
     run: list[Path] | None = None,
     corpus: Path = PACKAGED,
-    json: bool = False,
+    json: Path | None = None,
     output: Path | None = None,
     timeout_s: float = 2.0,
     no_private_root: bool = False,
@@ -38,7 +38,7 @@ def sandbox(
         self_test: Run the packaged cases, or those of --corpus.
         run: CODE.py IMAGE: run one snippet on an image and print its trace.
         corpus: Cases to run.
-        json: Print JSON.
+        json: Write the result into this file; - prints it as JSON.
         output: File for the result of --run; also -o.
         timeout_s: Limit of a snippet in seconds.
         no_private_root: Run without a private root, as hosts that do not allow one.
@@ -58,11 +58,9 @@ def sandbox(
         return _run(started, run[0], run[1], output, json)
 
 
-def _self_test(sandbox: Sandbox, corpus: Path, as_json: bool) -> int:
+def _self_test(sandbox: Sandbox, corpus: Path, file: Path | None) -> int:
     summary = report(sandbox, run_cases(sandbox, load_cases(str(corpus))))
-    if as_json:
-        print(json.dumps(summary, indent=1))
-    else:
+    if not put_json(file, summary):
         for name, state in summary["layers"].items():
             print(f"{name:14} {state}")
         for case in summary["cases"]:
@@ -71,7 +69,7 @@ def _self_test(sandbox: Sandbox, corpus: Path, as_json: bool) -> int:
     return int(summary["failed"] > 0)
 
 
-def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json: bool) -> int:
+def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, written: Path | None) -> int:
     try:
         code = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -88,7 +86,8 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json
         "crop_box": result.effect.crop_box if result.effect else None,
         "to_input": result.effect.to_input if result.effect else None,
     }
-    print(json.dumps(shown, indent=None if as_json else 1))
+    if not put_json(written, shown):
+        print(json.dumps(shown, indent=1))
     if result.image is not None and output:
         try:
             result.image.save(output)
@@ -97,4 +96,4 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, as_json
     return int(result.image is None)
 
 
-main = partial(run_verb, sandbox, prog="cv_lightning sandbox", aliases={"-o": "--output"})
+main = partial(run_verb, sandbox, name="sandbox")

@@ -199,4 +199,4 @@ def sweep(file: Path, count: int | None = None, out: Path | None = None, set: li
     print(table.sort_values("value", ascending=study.direction.name == "MINIMIZE").to_string(index=False))
 
 
-main = partial(run_verb, sweep, prog="cv_lightning sweep", aliases={"--set": "--set+"})
+main = partial(run_verb, sweep, name="sweep")

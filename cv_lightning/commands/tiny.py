@@ -41,7 +41,6 @@ def _write(checkpoint: TinyCheckpoint) -> None:
 main = partial(
     run_verb,
     TinyCheckpoint,
-    prog="cv_lightning tiny",
+    name="tiny",
     run=_write,
-    aliases={"--family": "--model.family", "--seed": "--model.seed"},
 )

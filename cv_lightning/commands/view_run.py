@@ -33,4 +33,4 @@ def view(run: Path, port: int = 8765, no_browser: bool = False, max_trajectories
     serve_report(LiveReport(run, config, sections_of), port, webbrowser.open if can_open else None)
 
 
-main = partial(run_verb, view, prog="cv_lightning view")
+main = partial(run_verb, view, name="view")

@@ -226,4 +226,4 @@ def quickstart(
     return code
 
 
-main = partial(run_verb, quickstart, prog="cv_lightning quickstart")
+main = partial(run_verb, quickstart, name="quickstart")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 from PIL import Image
 
 from cv_lightning.endpoint.config import EndpointConfig
+from cv_lightning.engines.tensors import NamedTensors
 from cv_lightning.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
 from cv_lightning.types import EngineError
 
 if TYPE_CHECKING:
-    import torch
-
     from cv_lightning.images import ImageRule
     from cv_lightning.models.adapters import ModelAdapter
 
@@ -207,7 +206,7 @@ class Engine(Protocol):
     def abort(self, ids: Sequence[str]) -> None:
         """Remove requests; unknown ids are ignored."""
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    def update_weights(self, named_tensors: NamedTensors, version: int) -> None:
         """Load the policy's weights (Hugging Face names, whole tensors) and clear every cache that depends on them.
 
         Wakes the engine. Exhausts the iterable, because gathering under ZeRO-3 is a collective.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from cv_lightning.planner.assumptions import Assumptions, Gpu
 from cv_lightning.planner.footprint import activation_bytes, forward_flops, states, step_bytes
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from cv_lightning.planner.run import RunFacts
 
 GB = 1e9
-GPUS = {
+GPUS: dict[Gpu, tuple[int, int, float]] = {
     "b200": (180, 2250, 8.0),
     "h200": (141, 989, 4.8),
     "h100": (80, 989, 3.35),
@@ -34,46 +35,6 @@ PINNED_ROUNDING = 2.0
 SECONDS_PER_PIXEL = 54e-9
 """Processing of an image for the engine on one thread: 345 ms for 6.4 megapixels, measured on a server CPU."""
 USABLE = 0.97  # Fraction of a GPU's memory that a run can use
-
-
-def _option(default: Any, text: str, **settings: Any) -> Any:
-    """A field that is an option of the command line: its default, its help, and other settings of argparse."""
-    text += "" if default is None else f" (default: {default})"
-    return field(default=default, metadata={"help": text, "type": type(default)} | settings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """Assumptions about a run that its configs do not state."""
-
-    gpu: str = _option("h100", "kind of GPU", choices=list(GPUS))
-    memory_gb: float | None = _option(
-        None, "memory of one GPU, or of the machine for a run on the CPU, in GB (default: the kind's)", type=float
-    )
-    mfu: float = _option(0.35, "fraction of the peak that training and prefill reach")
-    decode_tokens_per_s: float | None = _option(
-        None,
-        "tokens that one GPU samples a second, over all its trajectories (default: from the memory's bandwidth)",
-        type=float,
-    )
-    tokens_per_sequence: int | None = _option(
-        None,
-        "mean length of a conversation or trajectory (default: 8192, or the longest allowed where that is shorter)",
-        type=int,
-    )
-    sampled_tokens: int = _option(
-        600, "mean tokens of a trajectory that the policy samples; the rest is prompt, images and tool responses"
-    )
-    image_share: float = _option(0.5, "fraction of the tokens that are image tokens")
-    overhead_gb: float = _option(4.0, "CUDA context, NCCL's buffers and fragmentation on each GPU, in GB")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mfu <= 1 or not 0 <= self.image_share < 1:
-            raise ValueError(f"--mfu {self.mfu} must be in (0, 1] and --image_share {self.image_share} in [0, 1)")
-        for name in ("memory_gb", "decode_tokens_per_s", "tokens_per_sequence", "sampled_tokens"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be above 0")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from cv_lightning.planner.footprint import Shape, Sharding, shape_of
 from cv_lightning.rl.algorithm import AlgorithmConfig
 from cv_lightning.strategies import ZeroStrategy
 from cv_lightning.types import CVLightningError
+from cv_lightning.verbs import PROGRAM
 
 Built = TypeVar("Built")
 LOG = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class PlanParser(ShortErrorParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with 2."""
-        self.prog = self.prog.replace(" fit", " plan")
+        for parser in (self, getattr(ex, "subcommand_parser", None) or self):
+            parser.prog = f"{PROGRAM} plan"
         super().error(message, ex)
 
 

@@ -14,7 +14,7 @@ from cv_lightning.rewards.judge.check import check_endpoint
 
 
 def test_judge_command_prints_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--question", "Which sign?", "--ground-truth", "STOP", "--answer=stop sign", "--as-json", "true"]
+    asked = ["--question", "Which sign?", "--ground-truth", "STOP", "--answer=stop sign", "--json", "-"]
     with JudgeServer() as server:
         assert main([*asked, "--judge.base-url", server.url]) == 0
     assert json.loads(capsys.readouterr().out) == {"rule": False, "judge": True, "score": 1.0}
@@ -47,7 +47,7 @@ def test_check_detects_a_judge_that_always_says_yes() -> None:
         assert (
             main(["--check", "--judge.base-url", server.url]) == 0 == main(["--check", "--judge.base_url", server.url])
         )
-        assert main(["--as-json", "--judge.base-url", server.url, "--check"]) == 0
+        assert main(["--json", "-", "--judge.base-url", server.url, "--check"]) == 0
     with JudgeServer(yes) as server:
         report = check_endpoint(JudgeConfig(base_url=server.url))
     assert not report.ok

@@ -25,7 +25,7 @@ NEED_A_PRIVATE_ROOT = ["rt_readlink_outside_denied", "rt_stat_outside_denied"]
 
 
 def self_test(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object]]:
-    code = main(["--self-test", "--json", *arguments])
+    code = main(["--self-test", "--json", "-", *arguments])
     shown = json.loads(capsys.readouterr().out)
     assert set(shown) == {"layers", "passed", "failed", "cases"}
     assert all(set(case) == {"name", "ok", "got"} for case in shown["cases"])
@@ -120,7 +120,7 @@ def run_as_nobody(*arguments: str) -> dict[str, object]:
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join([*packages, str(ROOT)]), "HOME": "/nonexistent"}
     who = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    command = [*who, python, "-m", "cv_lightning", "sandbox", "--self-test", "--json", *arguments]
+    command = [*who, python, "-m", "cv_lightning", "sandbox", "--self-test", "--json", "-", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode in (0, 1), done.stderr
     return {**json.loads(done.stdout), "code": done.returncode}
@@ -157,7 +157,7 @@ def test_root_that_may_not_mount_is_contained_in_a_user_namespace(tmp_path: Path
     rows = [case for case in load_cases(PACKAGED) if case.name in QUICK.split()]
     cases = corpus(tmp_path, *((case.name, case.code, case.expect) for case in rows))
     drop = ["setpriv", "--bounding-set=-sys_admin", sys.executable]
-    command = [*drop, "-m", "cv_lightning", "sandbox", "--self-test", "--json", "--corpus", cases]
+    command = [*drop, "-m", "cv_lightning", "sandbox", "--self-test", "--json", "-", "--corpus", cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     shown = json.loads(done.stdout)
     assert done.returncode == 0 and not failed_cases(shown), shown

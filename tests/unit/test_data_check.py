@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cv_lightning.commands.data import main
 from data_corpus import (
     BAD_ITEMS,
     BAD_TASKS,
@@ -23,7 +24,6 @@ from data_corpus import (
 )
 from PIL import Image
 
-from cv_lightning.commands.data import main
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.digits.export import write_digits_parquet
 from cv_lightning.digits.scenes import DigitsConfig

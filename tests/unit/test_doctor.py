@@ -110,7 +110,7 @@ def test_json_output_and_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(doctor, "prepare_environment", lambda: None)
     light = Probe("sys", "import sys; found = sys.version.split()[0]", "none", required=True)
     monkeypatch.setattr(doctor, "PROBES", (light,))
-    assert doctor.main(["--json"]) == 0
+    assert doctor.main(["--json", "-"]) == 0
     said = json.loads(capsys.readouterr().out)
     rows = {check["name"]: check for check in said["checks"]}
     assert said["can_train"] and rows["sys"]["detail"] == sys.version.split()[0]
