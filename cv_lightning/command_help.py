@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 HELP_ALL = "--help_all"
@@ -31,8 +32,8 @@ class Flag(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ types
 def hint_of(action: Any) -> Any:
-    """The type of a flag, without `None`; None where it has no type."""
-    return _plain(getattr(action, "_typehint", None))
+    """The type of a flag, or a type itself, without `None` and annotations; None where a flag has no type."""
+    return _plain(getattr(action, "_typehint", None) if hasattr(action, "option_strings") else action)
 
 
 def _plain(hint: Any) -> Any:
@@ -93,10 +94,27 @@ def _of_text(name: str, about: str, is_path: bool) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ flags
-def flags_of(parser: Any) -> Iterator[Flag]:
-    """The flags of a parser but for help, config and what jsonargparse adds."""
+def flags_of(parser: Any, opened: Callable[[str], bool] = lambda name: True) -> Iterator[Flag]:
+    """The flags of a parser but for help, config and what jsonargparse adds.
+
+    Args:
+        parser: The parser.
+        opened: Says of a setting that may be left out as a whole whether its parts are listed; to read these may import
+            torch.
+    """
     defaults, titles = parser.get_defaults(), groups_of(parser)
     for action in parser._actions:
+        if dataclasses.is_dataclass(hint := hint_of(action)) and type(action).__name__ == "ActionTypeHint":
+            about = " ".join(str(action.help).split()).rstrip(".")
+            if not opened(action.dest):
+                about += f"; --{action.dest}.NAME for each of its settings, see {HELP_ALL}"
+            yield Flag(action.dest, f"--{action.dest} FILE", about, None, False)
+            if not opened(action.dest):
+                continue
+            inner = type(parser)()
+            inner.add_class_arguments(hint, action.dest, sub_configs=True)
+            yield from (flag._replace(required=False) for flag in flags_of(inner) if flag.name != action.dest)
+            continue
         if not action.option_strings or type(action).__name__ not in ("ActionTypeHint", "_ActionConfigLoad"):
             continue
         flag = f"--{action.dest}"
@@ -120,6 +138,9 @@ def groups_of(parser: Any) -> dict[str, str]:
         names = {action.dest.partition(".")[0] for action in group._group_actions if "." in action.dest}
         if len(names) == 1:
             found.setdefault(names.pop(), (group.title or "").rstrip(":. "))
+    for action in parser._actions:
+        if dataclasses.is_dataclass(hint_of(action)):
+            found.setdefault(action.dest, str(action.help).rstrip(". "))
     return found
 
 
@@ -127,7 +148,7 @@ def usage(parser: Any) -> str:
     """One line: the verb, what it takes without a flag, and the flags it needs."""
     verb = getattr(parser, "verb", None)
     positional = dict(verb.positional) if verb else {}
-    required = {flag.name: flag.left for flag in flags_of(parser) if flag.required}
+    required = {flag.name: flag.left for flag in flags_of(parser, lambda name: False) if flag.required}
     words = [name if key in required else f"[{name}]" for key, name in positional.items()]
     words += [left for key, left in required.items() if key not in positional]
     return " ".join(["usage:", parser.prog, *words, "[flags]"]) + "\n"
@@ -143,7 +164,8 @@ def help_text(parser: Any, everything: bool) -> str:
     """
     verb = parser.verb
     width = min(shutil.get_terminal_size((100, 24)).columns, MAX_WIDTH)
-    flags = {flag.name: flag for flag in flags_of(parser)}
+    opened = {name.partition(".")[0] for name in verb.shown}
+    flags = {flag.name: flag for flag in flags_of(parser, lambda name: everything or name in opened)}
     nested: dict[str, list[Flag]] = {}
     for name, flag in flags.items():
         nested.setdefault(name.partition(".")[0], []).append(flag)

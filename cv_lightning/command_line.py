@@ -6,11 +6,12 @@ import difflib
 import json
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cv_lightning.command_help import HELP_ALL, help_text, is_switch, items_of, usage
+from cv_lightning.command_help import HELP_ALL, help_text, hint_of, is_switch, items_of, literals, usage, values
 from cv_lightning.files import write_json
 from cv_lightning.packaged import resolve_words
 from cv_lightning.verbs import HINTS, PROGRAM, Verb, find
@@ -155,7 +156,6 @@ def run_verb(
     name: str = "",
     run: Callable[[Any], Any] | None = None,
     *,
-    failed: int = 2,
     prepare: Callable[[Any, list[str]], None] | None = None,
     takes_config: bool = True,
 ) -> int:
@@ -169,12 +169,11 @@ def run_verb(
         args: The command line without the program's name; None: `sys.argv[1:]`.
         name: The verb's full name, as in the table: `data check`.
         run: Takes the object where `component` is a class. An int that it or the function returns is the exit code.
-        failed: Exit code after an error that a user can act on.
         prepare: Called with the parser and the words before these are parsed; may set other defaults.
         takes_config: `--config` is a file with the verb's own flags.
 
     Returns:
-        The exit code.
+        The exit code; 2 after an error that a user can act on.
     """
     from cv_lightning.types import CVLightningError
 
@@ -187,7 +186,7 @@ def run_verb(
         result = run(result) if run else result
     except (CVLightningError, ValueError, OSError, ImportError) as error:
         print(f"error: {said(error)}", file=sys.stderr)
-        return failed
+        return 2
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
@@ -378,7 +377,8 @@ def closest(flag: str, parser: Any) -> str:
 REQUIRED = re.compile(r"the following arguments are required: (.+)")
 NO_VALUE = re.compile(r"argument (\S+?)(?:/\S+)?: expected (?:one|at least one) argument")
 BAD_VALUE = re.compile(r"Parser key \"(.+?)\":\s*(.*)", re.DOTALL)
-WANTED = re.compile(r"Expected (?:a|an|one of) (.+?)\. Got value: (.*)", re.DOTALL)
+WANTED = re.compile(r"Expected (?:an?|one of) (.+?)(?:\.|$)", re.MULTILINE)
+GIVEN = re.compile(r"(?:Got|Given) value: (.*)")
 
 
 def plain_error(message: str, parser: Any) -> str:
@@ -393,33 +393,30 @@ def plain_error(message: str, parser: Any) -> str:
         return f"{' and '.join(shown)} {'is' if len(shown) == 1 else 'are'} missing; {parser.prog} --help explains"
     if found := NO_VALUE.search(message):
         return f"{found[1]} needs a value{_values(found[1], parser)}"
-    if (found := BAD_VALUE.search(message)) and (wanted := WANTED.search(found[2])):
-        flag = f"--{found[1]}"
-        name = (verb.positional if verb else {}).get(found[1], flag)
-        return f"{name} {wanted[2].strip().splitlines()[0]}: {_wanted(wanted[1], flag, parser)} is wanted"
+    if verb and (found := BAD_VALUE.search(message)) and (given := GIVEN.findall(found[2])):
+        name = verb.positional.get(found[1], f"--{found[1]}")
+        return f"{name} {given[-1]}: {_wanted(found[2], f'--{found[1]}', parser)} is wanted"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return "\n".join(lines[:2] if verb else lines)
 
 
 def _values(flag: str, parser: Any) -> str:
     action = parser._option_string_actions.get(flag)
-    from cv_lightning.command_help import values
-
     return f": {values(action)}" if action is not None else ""
 
 
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "Path": "a path", "str": "text"}
 
 
-def _wanted(text: str, flag: str, parser: Any) -> str:
+def _wanted(message: str, flag: str, parser: Any) -> str:
     """The expected type in words."""
     action = parser._option_string_actions.get(flag)
     if action is not None:
-        from cv_lightning.command_help import hint_of, literals
-
         if choices := literals(action):
             return f"one of {', '.join(choices)}"
-        name = getattr(hint_of(action), "__name__", "")
-        if name in TYPES:
-            return TYPES[name]
-    return text
+        hint, several = hint_of(action), " each" if items_of(action) else ""
+        item = hint_of(typing.get_args(hint)[0]) if several and typing.get_args(hint) else hint
+        if (name := getattr(item, "__name__", "")) in TYPES:
+            return TYPES[name] + several
+    found = WANTED.search(message)
+    return found[1] if found else "another value"

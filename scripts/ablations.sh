@@ -5,8 +5,8 @@
 #       [--no-tests] [--smoke] [--table]
 #
 # --iterations N  iterations of RL (default 100, as in the quickstart)
-# --per-kind N    held-out scenes of each kind (default the quickstart's 602 in all)
-# --no-tests      train only: the table then has the figures of the last training iterations
+# --per_kind N    held-out scenes of each kind (default the quickstart's 602 in all)
+# --no_tests      train only: the table then has the figures of the last training iterations
 # --table         only write the table of the finished arms
 #
 # Finished stages are kept and the others run; seeds may run side by side in separate processes.

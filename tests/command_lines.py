@@ -26,7 +26,7 @@ DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 
 
 def documented() -> list[str]:
-    """What stands behind `cv-lightning` or `python -m cv_lightning`, in code blocks (indented ones too) and in code within lines.
+    """What stands behind `cv-lightning` or `python -m cv_lightning`, in code blocks and in code within lines.
 
     Continued lines are joined, and comments and what follows two spaces (an explanation in a column) are cut off.
     """

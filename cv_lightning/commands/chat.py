@@ -65,7 +65,7 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.ckpt is None):
-            raise ValueError("give --model FOLDER or --ckpt CHECKPOINT, one of them")
+            raise ValueError("give a MODEL or --ckpt CHECKPOINT, one of them")
         if self.question is not None and (self.image is None or self.web):
             raise ValueError("--question needs --image FILE, and goes without --web")
         check_ranges(self)

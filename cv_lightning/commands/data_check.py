@@ -136,7 +136,7 @@ def _frame_text(frame: dict[str, Any]) -> str:
 
 def _copy_lines(copies: dict[str, Any] | None) -> list[str]:
     if copies is None:
-        return ["copies: not looked for (--headers-only)"]
+        return ["copies: not looked for (--headers_only)"]
     lines = [
         f"copies: {copies['double_rows']['count']} rows with image and question of an earlier one; "
         f"{copies['different']} different images of {copies['pictures']}, "

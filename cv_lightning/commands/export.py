@@ -53,8 +53,10 @@ class ExportRequest:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.ckpt.exists():
+            raise ValueError(f"--ckpt {self.ckpt}: no such file or folder")
         if self.out.exists() and not self.overwrite and any(self.out.iterdir() if self.out.is_dir() else [1]):
-            raise ValueError(f"--out {self.out} exists; give another folder, or --overwrite true")
+            raise ValueError(f"--out {self.out} exists; give another folder, or --overwrite")
         if self.private and self.push_to_hub is None:
             raise ValueError("--private belongs to --push_to_hub OWNER/NAME; without it nothing is uploaded")
 

@@ -36,7 +36,7 @@ class JudgeQuestion:
 
     def __post_init__(self) -> None:
         if not self.check and not (self.ground_truth and self.answer):
-            raise ValueError("--ground-truth and --answer are needed, or --check")
+            raise ValueError("--ground_truth and --answer are needed, or --check")
 
 
 def ask(asked: JudgeQuestion) -> int:

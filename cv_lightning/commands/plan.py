@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cv_lightning.command_help import HELP_ALL
 from cv_lightning.command_line import closest, put_json, run_verb, split_words, verb_parser
 from cv_lightning.planner.assumptions import Assumptions, PlanOptions
 
@@ -38,6 +39,9 @@ def main(args: list[str] | None = None) -> int:
     for flag in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
         if close := closest(flag, parser):
             parser.error(f"there is no flag {flag}; did you mean {close}?")
+    is_help = {"-h", "--help", "--help-all", HELP_ALL} & set(own)
+    if not is_help and not any(word.partition("=")[0] in ("--config", "--model") for word in rest):
+        parser.error("--config is missing: give the config files of a fit, such as configs/grpo/qwen3_vl_8b.yaml")
     return run_verb(PlanOptions, own, "plan", partial(_plan, rest), takes_config=False)
 
 

@@ -45,7 +45,7 @@ def sandbox(
         allow_unsafe: Start although a required layer is missing.
     """
     if self_test == (run is not None) or (run is not None and len(run) != 2):
-        raise DataError("give --self-test, or --run CODE.py IMAGE")
+        raise DataError("give --self_test, or --run CODE.py IMAGE")
     config = SandboxConfig(
         timeout_s=timeout_s,
         max_code_chars=MAX_CODE_CHARS,

@@ -35,4 +35,4 @@ def export(run: Path, out: Path | None = None, stores: list[str] | None = None) 
         print(f"{done.num_bad_lines} unreadable lines skipped", file=sys.stderr)
 
 
-main = partial(run_verb, export, name="trajectories export", failed=1)
+main = partial(run_verb, export, name="trajectories export")

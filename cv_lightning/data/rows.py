@@ -143,6 +143,7 @@ class FieldNames:
     """Names of the columns of a benchmark of format `fields`."""
 
     question: str = "question"
+    """The question's text."""
     answer: str = "answer"
     """One answer, or a list of accepted answers."""
     image: str = "image"

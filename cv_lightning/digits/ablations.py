@@ -177,4 +177,4 @@ def ablations(
     return 0
 
 
-main = partial(run_verb, ablations, name="ablations", failed=1)
+main = partial(run_verb, ablations, name="ablations")

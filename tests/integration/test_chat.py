@@ -154,7 +154,7 @@ model: {init_args: {policy: {path: x, dtype: float16, min_pixels: 64, max_pixels
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give --model FOLDER or --ckpt"),
+        ([], "give a MODEL or --ckpt"),
         (["--model", "x", "--question", "q"], "--question needs --image"),
         (["--model", "runs/no_such_model", "--image", "x", "--question", "q"], "runs/no_such_model: no such folder"),
     ],

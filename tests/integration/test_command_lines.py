@@ -9,7 +9,8 @@ import pytest
 from command_lines import RECORDED, Parsed, documented, stand_ins, stop_after_parsing, words
 from renames import renames
 
-from cv_lightning.__main__ import VERBS, main
+from cv_lightning.__main__ import main
+from cv_lightning.verbs import VERBS
 
 COMMANDS = sorted(set(documented()))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cv_lightning.commands.data import main
 from data_corpus import (
     BAD_ITEMS,
     BAD_TASKS,
@@ -24,6 +23,7 @@ from data_corpus import (
 )
 from PIL import Image
 
+from cv_lightning.__main__ import main as program
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.digits.export import write_digits_parquet
 from cv_lightning.digits.scenes import DigitsConfig
@@ -40,6 +40,10 @@ TRANSPOSE = {
     "flip_horizontal": Image.Transpose.FLIP_LEFT_RIGHT,
     "flip_vertical": Image.Transpose.FLIP_TOP_BOTTOM,
 }
+
+
+def main(words: list[str]) -> int:
+    return program(["data", *words])
 
 
 def rows_by_kind(entries: list[dict[str, Any]], path: str) -> dict[str, list[int]]:

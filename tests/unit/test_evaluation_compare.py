@@ -111,5 +111,5 @@ def test_several_samples_flip_by_their_mean(tmp_path: Path) -> None:
 
 def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "run/eval/a", [digit_task(0, "turned")], GOOD)
-    assert main([str(tmp_path / "run"), str(tmp_path / "run")]) == 1
+    assert main([str(tmp_path / "run"), str(tmp_path / "run")]) == 2
     assert "it holds the stores eval/a" in capsys.readouterr().err

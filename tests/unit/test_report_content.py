@@ -328,14 +328,14 @@ def test_pieces_of_code_join_to_the_code() -> None:
 
 @pytest.mark.parametrize("command", [report_main, summary_main])
 def test_a_folder_without_a_run_is_a_message(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command([str(tmp_path / "nothing")]) == 1
+    assert command([str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
-    assert command([str(tmp_path)]) == 1
+    assert command([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_the_report_names_the_flag_that_is_out_of_range(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report_main([str(run), "--thumbnail_px", "3"]) == 1
+    assert report_main([str(run), "--thumbnail_px", "3"]) == 2
     assert "--thumbnail_px" in capsys.readouterr().err
 
 
