@@ -71,7 +71,7 @@ def test_a_task_shows_its_prompt(tmp_path: Path, tiny_checkpoint: Path, capsys: 
     [
         (["{file}", "--row", "9"], "has 2 rows"),
         (["{file}", "--row", "1"], "row 1 is skipped in training: 2 <image> marks"),
-        (["{file}", "--row", "-1"], "counted from 0"),
+        (["{file}", "--row", "-1"], "at least 0"),
         (["data.csv"], "a .json, .jsonl or .parquet file is wanted"),
     ],
 )

@@ -479,10 +479,10 @@ def test_datasets_reads_the_pictures_of_the_export(tmp_path: Path) -> None:
 
 def test_an_export_of_nothing_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x.parquet"
-    assert export_main([str(tmp_path), "--out", str(out)]) == 1
+    assert export_main([str(tmp_path), "--out", str(out)]) == 2
     write(tmp_path / "rl", [])
-    assert export_main([str(tmp_path), "--out", str(out)]) == 1
-    assert export_main([str(tmp_path), "--out", str(out), "--stores", "[sft]"]) == 1
+    assert export_main([str(tmp_path), "--out", str(out)]) == 2
+    assert export_main([str(tmp_path), "--out", str(out), "--stores", "[sft]"]) == 2
     messages = capsys.readouterr().err.splitlines()
     assert "no trajectories/*.jsonl" in messages[0]
     assert "the stores are empty" in messages[1]
