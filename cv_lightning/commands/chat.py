@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cv_lightning.environment import prepare_environment
 from cv_lightning.types import CheckpointError
@@ -23,6 +23,9 @@ from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
 from cv_lightning.ranges import PositiveInt, Range, check_ranges  # noqa: E402
 from cv_lightning.sandbox.config import SandboxConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    from cv_lightning.viewer.playground.examples import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,9 @@ class ChatOptions:
     question: str | None = None
     """Ask this, print the trajectory, and end; exit code 1: not answered. Without it, questions are read from the
     keyboard."""
+    examples: Path | None = None
+    """Folder of images (NAME.txt: the question about NAME.png) or file of tasks or conversations to choose from; None:
+    generated scenes with digits."""
     save: bool = False
     """Keep the trajectory of `question`."""
     inline: bool = False
@@ -93,15 +99,28 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
         from cv_lightning.viewer.playground.web import check_port, serve
 
         check_port(options.port)
-        serve(stack.enter_context(opened), options.sampling, options.port, options.image)
+        examples = _examples(options)
+        serve(stack.enter_context(opened), options.sampling, options.port, options.image, examples)
         return 0
-    terminal = Terminal(stack.enter_context(opened), options.sampling, options.inline)
+    examples = _examples(options) if options.question is None else []
+    terminal = Terminal(stack.enter_context(opened), options.sampling, options.inline, examples=examples)
     if options.image is not None:
         terminal.open_image(options.image)
     if options.question is not None:
         return one_question(terminal, options.question, options.save)
     terminal.loop()
     return 0
+
+
+def _examples(options: ChatOptions) -> list[Example]:
+    """The user's examples, else a held-out scene of each kind of digits, which needs no download."""
+    from cv_lightning.digits.scenes import KINDS, DigitsConfig, digit_task
+    from cv_lightning.viewer.playground.examples import example_of, examples_of
+
+    if options.examples is not None:
+        return examples_of(options.examples)
+    tasks = {kind: digit_task(DigitsConfig(), "held_out", 0, kind) for kind in KINDS}
+    return [example_of(task, kind.replace("_", " ")) for kind, task in tasks.items()]
 
 
 # ------------------------------------------------------------------------------------------------ options

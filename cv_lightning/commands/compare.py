@@ -20,7 +20,7 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
     """
     from cv_lightning.evaluation.compare import compare, comparison_tables, load_evaluation
     from cv_lightning.evaluation.tables import print_grids
-    from cv_lightning.viewer.compare_page import write_comparison
+    from cv_lightning.viewer.compare_page import title_of, write_comparison
 
     if max_flips < 0:
         raise CVLightningError(f"--max_flips {max_flips}: a number of questions, or 0 for none")
@@ -30,7 +30,7 @@ def compare_evaluations(a: Path, b: Path, out: Path | None = None, max_flips: in
     write_comparison(found, first, second, folder, max_flips)
     print_grids(
         comparison_tables(found),
-        before=f"A: {a}\nB: {b}\n{found.matching}\nB is {found.verdict.word}: {found.verdict.text}",
+        before=f"A: {a}\nB: {b}\n{found.matching}\n{title_of(found)}: {found.verdict.text}",
         after=f"{len(found.gained)} questions gained, {len(found.lost)} lost\n"
         f"{(folder / 'compare.html').resolve().as_uri()}, compare.json beside it",
     )

@@ -252,13 +252,8 @@ def lead(run: Run, num_trajectories: int, num_evaluations: int, app: RunSections
     """The sentences under the title."""
     sets = f"{len(run.stores)} set{'' if len(run.stores) == 1 else 's'}"
     evaluations = f", {num_evaluations} of them evaluations" if num_evaluations else ""
-    return " ".join(
-        [
-            f"{run.folder.resolve().name}:",
-            *app.lead(),
-            f"{num_trajectories:,} stored trajectories in {sets}{evaluations}.",
-        ]
-    )
+    stored = [f"{num_trajectories:,} stored trajectories in {sets}{evaluations}."] if run.stores else []
+    return " ".join([f"Run {run.folder.resolve().name}.", *app.lead(), *stored])
 
 
 def facts(run: Run, app: RunSections) -> list[tuple[str, str]]:

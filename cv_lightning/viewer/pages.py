@@ -31,6 +31,11 @@ def style() -> Markup:
     return Markup((TEMPLATES / "report.css").read_text())
 
 
+def colours() -> str:
+    """The colours of all pages in both schemes, as CSS variables."""
+    return str(style()).partition("\n* {")[0]
+
+
 def render(
     template: jinja2.Template, *, kind: str, title: str, script: str = "", policy: str = "", **values: Any
 ) -> str:

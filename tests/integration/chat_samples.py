@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
+from PIL import Image
 from scripted_engine import ScriptedEngine
 
 from cv_lightning.agent.config import AgentConfig
@@ -55,9 +56,11 @@ def playground(
 
 if __name__ == "__main__":
     from cv_lightning.models.loading import PolicyConfig, load_adapter
+    from cv_lightning.viewer.playground.examples import Example
     from cv_lightning.viewer.playground.web import serve
 
     checkpoint, store, port = sys.argv[1:]
     encoder = DialogueEncoder(load_adapter(PolicyConfig(path=checkpoint)))
     with playground(encoder, Path(store), gate=Path(store, "gate")) as served:
-        serve(served, SamplingConfig(), int(port))
+        tall = Example("tall", "How <b>tall</b>?", lambda: Image.new("RGB", (40, 80), "white"))
+        serve(served, SamplingConfig(), int(port), examples=[tall])

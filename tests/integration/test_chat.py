@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from cv_lightning.commands.chat import main, parse
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.trajectory import path_of, read_groups
 from cv_lightning.types import CVLightningError, EndState, Trajectory
+from cv_lightning.viewer.playground.examples import examples_of
 from cv_lightning.viewer.playground.session import Exchange, Playground
 from cv_lightning.viewer.playground.terminal import Terminal
 
@@ -106,12 +108,19 @@ def test_the_terminal_asks_edits_and_saves(play: Playground, tmp_path: Path, mon
         ":edit",
         ":save",
         ":edit 9",
+        ":example 3",
+        ":example 2",
         ":quit",
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(commands)))
     out = io.StringIO()
-    Terminal(play, SamplingConfig(), console=Console(file=out, width=160)).loop()
+    (tmp_path / "an image.txt").write_text("Which [bold]number[/bold]?")
+    shutil.copy(tmp_path / "an image.png", tmp_path / "b.png")
+    examples = examples_of(tmp_path)
+    Terminal(play, SamplingConfig(), console=Console(file=out, width=160), examples=examples).loop()
     said = out.getvalue()
+    assert ":example 1   an image.png: Which [bold]number[/bold]?" in said and "there is no example 3" in said
+    assert said.count("b.png: What is in this image?") == 2 and said.count("answered; ") == 3
     assert "there is no image yet" in said
     assert "64x96 pixels (ran: rotate_90" in said and "96x64 pixels (ran: rotate_180" in said
     assert "turn 1 (your code)" in said and "turn 9 has no code; turns with code: 1" in said

@@ -67,6 +67,10 @@ def test_upload_ask_watch_edit_and_save(served: tuple[str, Path], tmp_path: Path
     with Browser(tmp_path / "profile") as browser:
         browser.open(address)
         browser.until("document.querySelector('input[type=file]') !== null")
+        press(browser, "tall")
+        browser.until("document.querySelector('textarea').value === 'How <b>tall</b>?'")
+        browser.until("document.body.textContent.includes('40x80 pixels')")
+        browser.run("document.querySelector('textarea').select()")
         upload(browser, tmp_path / "no.png")
         browser.until("document.body.textContent.includes('no.png: ')")
         upload(browser, tmp_path / "bild ä.png")

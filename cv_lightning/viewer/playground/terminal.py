@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,11 +27,15 @@ from cv_lightning.engines import SamplingConfig
 from cv_lightning.images import decode_image
 from cv_lightning.rewards.markup import THINK_CLOSE, THINK_OPEN
 from cv_lightning.types import CVLightningError
+from cv_lightning.viewer.playground.examples import Example
 from cv_lightning.viewer.playground.session import Exchange, Playground, Watch, WatchedTurn
 
 HELP = """A question is asked about the current image. Ctrl-C stops an answer.
   :image FILE   another image        :edit [N]   edit the code of turn N (the last) and continue from its result
-  :save         keep the trajectory  :quit       (or Ctrl-D)"""
+  :save         keep the trajectory  :example N  open an example and ask its question (without N: list them)
+  :quit         (or Ctrl-D)"""
+SHOWN_EXAMPLES = 2
+"""Examples that are printed at the start."""
 BLOCKS = 48
 """Width of an image drawn in blocks, in characters."""
 
@@ -72,9 +76,14 @@ class Terminal:
     """
 
     def __init__(
-        self, playground: Playground, sampling: SamplingConfig, inline: bool = False, console: Console | None = None
+        self,
+        playground: Playground,
+        sampling: SamplingConfig,
+        inline: bool = False,
+        console: Console | None = None,
+        examples: Sequence[Example] = (),
     ) -> None:
-        self.playground, self.sampling = playground, sampling
+        self.playground, self.sampling, self.examples = playground, sampling, examples
         self.console = console or Console()
         self.inline = inline and self.console.color_system == "truecolor"
         self.image: Image.Image | None = None
@@ -87,6 +96,11 @@ class Terminal:
         """Make a file the current image; ImageError if it is not one."""
         self.image = decode_image(path)
         self.console.print(Text(f"{path}: {self.image.width}x{self.image.height} pixels", style="dim"))
+
+    def list_examples(self, most: int) -> None:
+        """Print at most this many examples."""
+        for number, example in enumerate(self.examples[:most], 1):
+            self.console.print(f":example {number}   {example.name}: {example.question}", markup=False, style="dim")
 
     def ask(self, question: str) -> Exchange:
         """Ask about the current image, and print the answer; CVLightningError without an image."""
@@ -153,6 +167,7 @@ class Terminal:
     def loop(self) -> None:
         """Read questions and commands until the input ends."""
         self.console.print(Text(HELP, style="dim"))
+        self.list_examples(SHOWN_EXAMPLES)
         while True:
             try:
                 line = self.console.input("[bold]question> [/bold]").strip()
@@ -173,10 +188,24 @@ class Terminal:
             self.console.print(f"saved in {self.playground.save(self._finished())}", markup=False)
         elif command == ":edit":
             self._edit(rest.strip())
+        elif command == ":example":
+            self._example(rest.strip())
         elif command.startswith(":"):
             self.console.print(HELP, markup=False)
         elif line:
             self.ask(line)
+
+    def _example(self, number: str) -> None:
+        if not number:
+            return self.list_examples(len(self.examples))
+        if not number.isdecimal() or not 1 <= int(number) <= len(self.examples):
+            raise CVLightningError(f"there is no example {number}; there are {len(self.examples)}, see :example")
+        example = self.examples[int(number) - 1]
+        self.image = example.load()
+        self.console.print(Text(f"{example.name}: {example.question}", style="dim"))
+        if self.inline:
+            self.console.print(blocks(self.image))
+        self.ask(example.question)
 
     def _finished(self) -> Exchange:
         if self.last is None:

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -20,10 +20,13 @@ from nicegui import app, events, ui
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from cv_lightning import __version__
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.images import decode_image
 from cv_lightning.trajectory.store import encode_image
 from cv_lightning.types import CVLightningError
+from cv_lightning.viewer.pages import colours
+from cv_lightning.viewer.playground.examples import Example, thumbnail_of
 from cv_lightning.viewer.playground.session import Exchange, Playground, Watch, WatchedTurn
 from cv_lightning.viewer.playground.terminal import result_line, thought_of
 
@@ -32,6 +35,20 @@ MAX_SHOWN_PX = 1024
 """Longest side of an image on the page; model and sandbox get the image in full size."""
 MAX_UPLOAD_BYTES = 50_000_000
 REFRESH_S = 0.15
+EXAMPLE_PX = 72
+PRIMARY = "#0b5cad"
+LOOK = """
+body { background: var(--paper); color: var(--ink); }
+.q-layout .top { background: var(--card); color: var(--ink); border-bottom: 1px solid var(--line); box-shadow: none; }
+.q-footer.top { border-top: 1px solid var(--line); border-bottom: 0; }
+.brand { font-weight: 700; }
+.soft { color: var(--soft); }
+.q-card { background: var(--card); color: var(--ink); border: 1px solid var(--line); box-shadow: var(--shadow); }
+.q-btn--outline { color: var(--accent) !important; }
+.example { border: 1px solid var(--line); border-radius: 8px; color: var(--ink) !important; }
+.example .q-img__image { image-rendering: pixelated; }
+"""
+"""Header, cards and footer in the colours of all pages, on top of NiceGUI's own style."""
 
 
 def data_uri(image: Image.Image) -> str:
@@ -45,24 +62,34 @@ class ChatPage:
     """The page of one browser tab. `engine` is the one thread that steps the engine."""
 
     def __init__(
-        self, playground: Playground, sampling: SamplingConfig, engine: ThreadPoolExecutor, image: Image.Image | None
+        self,
+        playground: Playground,
+        sampling: SamplingConfig,
+        engine: ThreadPoolExecutor,
+        image: Image.Image | None,
+        examples: Sequence[Example] = (),
     ) -> None:
         self.playground, self.sampling, self.engine = playground, sampling, engine
-        self.image = image
+        self.image, self.examples = image, examples
         self.exchange: Exchange | None = None
         self.busy = False
         self.results: dict[int, ui.column] = {}
         """Places of the results that are not drawn yet, by turn."""
         ui.page_title("cv_lightning playground")
-        with ui.header().classes("items-baseline"):
-            ui.label("cv_lightning playground").classes("text-h6")
-            ui.label(playground.model).classes("text-caption")
+        ui.colors(primary=PRIMARY)
+        ui.dark_mode(None)  # as the browser prefers
+        ui.add_css(colours() + LOOK)
+        with ui.header().classes("items-baseline top"):
+            ui.label("cv_lightning playground").classes("brand")
+            ui.label(playground.model).classes("text-caption soft")
         with ui.row().classes("w-full items-start"):
             with ui.column().classes("w-80"):
                 self._build_form()
             with ui.column().classes("grow min-w-64"):
-                self.status = ui.label("Upload an image and ask about it.").props("role=status")
+                self.status = ui.label("Upload an image or choose an example, and ask about it.").props("role=status")
                 self.turns = ui.column().classes("w-full")
+        with ui.footer().classes("top"):
+            ui.label(f"Made by cv_lightning {__version__}. Served on this machine only.").classes("text-caption soft")
         ui.timer(REFRESH_S, self.refresh)
         self.show_image()
 
@@ -78,6 +105,24 @@ class ChatPage:
             self.ask_button = ui.button("Ask", on_click=self.ask)
             self.stop_button = ui.button("Stop", on_click=self.stop).props("outline")
             self.save_button = ui.button("Save", on_click=self.save).props("outline")
+        if self.examples:
+            ui.label("Examples").classes("text-subtitle2")
+            with ui.row().classes("gap-2"):
+                for example in self.examples:
+                    self._build_example(example)
+
+    def _build_example(self, example: Example) -> None:
+        """A button with the example's image, name and question."""
+        image = thumbnail_of(example, EXAMPLE_PX)
+        if image is None:
+            return
+        with ui.button(on_click=partial(self.use_example, example), color=None).props("flat no-caps dense").classes("example"):
+            with ui.column().classes("items-center gap-1"):
+                ui.image(data_uri(image)).props('alt="" fit=contain').style(
+                    f"width: {EXAMPLE_PX}px; height: {EXAMPLE_PX}px"
+                )
+                ui.label(example.name).classes("text-caption")
+            ui.tooltip(example.question)
 
     # ------------------------------------------------------------------ what the user does
     async def take_upload(self, event: events.UploadEventArguments) -> None:
@@ -87,6 +132,12 @@ class ChatPage:
         except CVLightningError as error:
             ui.notify(f"{event.file.name}: {error}", type="negative")
         event.sender.reset()  # type: ignore[attr-defined]  # ready for the next one
+        self.show_image()
+
+    def use_example(self, example: Example) -> None:
+        """Take the image and the question of an example."""
+        self.image = example.load()
+        self.question.set_value(example.question)
         self.show_image()
 
     def show_image(self) -> None:
@@ -193,15 +244,21 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def serve(playground: Playground, sampling: SamplingConfig, port: int, image: Path | None = None) -> None:
-    """Serve the page on a port of 127.0.0.1 until Ctrl-C, with a first image if one is given."""
+def serve(
+    playground: Playground,
+    sampling: SamplingConfig,
+    port: int,
+    image: Path | None = None,
+    examples: Sequence[Example] = (),
+) -> None:
+    """Serve the page on a port of 127.0.0.1 until Ctrl-C, with a first image and examples if they are given."""
     first = decode_image(image) if image is not None else None
     logging.getLogger("nicegui").setLevel(logging.WARNING)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # against DNS rebinding
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine") as engine:
         print(f"http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
         ui.run(
-            lambda: ChatPage(playground, sampling, engine, first),
+            lambda: ChatPage(playground, sampling, engine, first, examples),
             host=HOST,
             port=port,
             title="cv_lightning playground",

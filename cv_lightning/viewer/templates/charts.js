@@ -4,14 +4,15 @@ const ABOVE = 20; // room of a plot for the unit, in pixels
 const BELOW = 34; // and for ticks and the name of the axis
 let smoothing = 0.6;
 
-/** Round tick values between two numbers. */
-function ticks(low, high, count) {
+/** Round tick values between two numbers; whole ones for iterations and steps. */
+function ticks(low, high, count, whole = false) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const steps = [1, 2, 2.5, 5, 10].map((m) => m * power).filter((s) => !whole || Number.isInteger(s));
+  const step = steps.find((s) => s >= rough) ?? 1;
   const first = Math.ceil(low / step - 1e-9);
   const last = Math.floor(high / step + 1e-6);
-  if (last === first && high > low && count < 12) return ticks(low, high, 2 * count); // one value tells no scale
+  if (last === first && high > low && count < 12) return ticks(low, high, 2 * count, whole); // one value tells no scale
   return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
@@ -141,7 +142,7 @@ function draw(state) {
       make("svg:line", { class: "grid", x1: left, x2: width - 8, y1: y(value), y2: y(value) }),
       make("svg:text", { x: left - 6, y: y(value) + 4, "text-anchor": "end", text: yLabels[i] }),
     ]),
-    ...ticks(first, final, Math.max(2, Math.floor(width / 110))).filter(Number.isInteger).map((value) =>
+    ...ticks(first, final, Math.max(2, Math.floor(width / 110)), true).map((value) =>
       make("svg:text", { x: x(value), y: height - BELOW + 14, "text-anchor": "middle", text: short(value) })),
     make("svg:text", { class: "unit", x: 0, y: 10, text: chart.unit }),
     make("svg:text", { class: "unit", x: (left + width - 14) / 2, y: height - 3, "text-anchor": "middle", text: axis }),
