@@ -116,7 +116,11 @@ class ChatPage:
         image = thumbnail_of(example, EXAMPLE_PX)
         if image is None:
             return
-        with ui.button(on_click=partial(self.use_example, example), color=None).props("flat no-caps dense").classes("example"):
+        with (
+            ui.button(on_click=partial(self.use_example, example), color=None)
+            .props("flat no-caps dense")
+            .classes("example")
+        ):
             with ui.column().classes("items-center gap-1"):
                 ui.image(data_uri(image)).props('alt="" fit=contain').style(
                     f"width: {EXAMPLE_PX}px; height: {EXAMPLE_PX}px"
