@@ -159,7 +159,7 @@ class Report:
         for store in sorted(run.stores, key=self._order):
             self._add(store, found[store.path], page)
         self.sections = app.sections(self.evaluated)
-        self.findings = findings_of(run, ended=not is_live)
+        self.findings = findings_of(run, ended=not any(part.status == "running" for part in self.parts))
 
     def _order(self, store: Store) -> tuple[Any, ...]:
         """Sort key: evaluations first, greedy before sampled, then by stage, with the tool before without."""
@@ -185,12 +185,17 @@ class Report:
         """Trajectories in all stores."""
         return sum(store["total"] for store in self.gallery.stores)
 
+    def _label(self, stage: str) -> str:
+        """Name of a training for people; the only one of a run is named by its method."""
+        methods = [part.method for part in self.parts if (part.stage, part.verb) == (stage, "fit")]
+        return methods[0] if methods and stage == "run" else self.app.label(stage)
+
     def _stored(self) -> list[str]:
         """How many trajectories each training stored, of how many that were rolled out."""
         stored = {store["name"]: store["total"] for store in self.gallery.stores}
         rolled = [part for part in self.parts if part.rolled_out]
         return [
-            stored_text(part, self.app.label(part.stage), stored.get("." if part.stage == "run" else part.stage, 0))
+            stored_text(part, self._label(part.stage), stored.get("." if part.stage == "run" else part.stage, 0))
             for part in rolled
         ]
 
@@ -248,7 +253,7 @@ class Report:
             headlines=content.headlines(self.evaluated, self.app),
             comparison=content.stage_table(self.evaluated, self.app.main_stages(self.evaluated), self.app),
             sections=self.sections,
-            findings={self.app.label(stage): found for stage, found in self.findings.items()},
+            findings={self._label(stage): found for stage, found in self.findings.items()},
             facts=content.facts(run, self.app),
             settings=content.settings(run, self.app) if not any(part.changed for part in self.parts) else [],
             changed=settings_table(self.parts, {part.stage: self.app.label(part.stage) for part in self.parts}),

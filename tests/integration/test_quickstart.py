@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_writes_its_result(run: Path) -> None:
     timing = json.loads((run / "timing.json").read_text())
     stages = {"tiny", "sft", "sft_eval", "rl", "rl_eval", "rl_accuracy", "rl_accuracy_eval", "summary", "report"}
-    assert set(timing) == stages | {"seed", "ranks"} and (timing["seed"], timing["ranks"]) == (3, 1)
+    assert set(timing) == stages | {"seed", "ranks", "smoke"} and (timing["seed"], timing["ranks"]) == (3, 1)
     for stage in ("sft", "rl", "rl_accuracy"):
         assert (run / stage / "model" / "model.safetensors").is_file()
         assert (run / stage / "fit_config.yaml").is_file()
@@ -120,7 +120,7 @@ def test_qwen25_runs_every_stage(tmp_path: Path) -> None:
     done = quickstart(folder, "--model", "qwen2_5_vl")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     timing = json.loads((folder / "timing.json").read_text())
-    assert set(timing) == {"tiny", "sft", "sft_eval", "rl", "rl_eval", "summary", "report", "seed", "ranks"}
+    assert set(timing) == {"tiny", "sft", "sft_eval", "rl", "rl_eval", "summary", "report", "seed", "ranks", "smoke"}
     for stage in ("tiny", "sft/model", "rl/model"):
         assert json.loads((folder / stage / "config.json").read_text())["model_type"] == "qwen2_5_vl"
     losses = [float(row["sft/loss"]) for row in csv.DictReader((folder / "sft" / "metrics.csv").open())]
