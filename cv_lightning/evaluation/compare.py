@@ -30,6 +30,8 @@ from cv_lightning.types import DataError, Group
 
 BENCHMARKS = "data source"
 SIGNIFICANT_P = 0.05
+TESTS = {"mcnemar": "McNemar's test", "wilcoxon": "Wilcoxon's test"}
+"""Names of the tests of `Difference`."""
 SPLITS: dict[str, Callable[[Outcome], str]] = {
     "orientation": lambda outcome: outcome.variant.orientation,
     BENCHMARKS: lambda outcome: outcome.variant.data_source,
@@ -208,9 +210,9 @@ def verdict_on(found: PairedSummary) -> Verdict:
     text = f"score {change(score)} points on {found.num_pairs:,} paired questions"
     if found.num_unscored:
         return Verdict("not comparable", f"{text}; {unscored_note(found)}")
-    text += f", p = {score.p:.2g} ({score.test})"
+    text += f", p = {score.p:.2g} ({TESTS[score.test]})"
     if score.p >= SIGNIFICANT_P or score.low <= 0 <= score.high:
-        return Verdict("not separated", f"{text}; a difference inside this interval cannot be told from none")
+        return Verdict("not separated", text)
     return Verdict("better" if score.value > 0 else "worse", text)
 
 
