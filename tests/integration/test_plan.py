@@ -67,6 +67,11 @@ def test_plan_of_the_8b_recipe_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
         ),
         (("sft/qwen3_vl_8b", "sft/lora", "hardware/1gpu_lora"), ["--gpu=l40s"]),
         (("grpo/qwen3_vl_8b", "grpo/lora", "hardware/1gpu_lora"), ["--gpu=h100"]),
+        (("own/grpo",), ["--gpu=rtx4090"]),
+        (("own/grpo",), ["--gpu=l40s", "--model.init_args.policy.path=Qwen/Qwen3-VL-4B-Instruct"]),
+        (("own/grpo",), ["--gpu=h100", "--model.init_args.policy.path=Qwen/Qwen3-VL-4B-Instruct"]),
+        (("own/sft",), ["--gpu=rtx4090"]),
+        (("own/sft",), ["--gpu=rtx4090", "--model.init_args.policy.path=Qwen/Qwen3-VL-4B-Instruct"]),
     ],
 )
 def test_recipes_fit_their_hardware(

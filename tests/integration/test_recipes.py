@@ -33,6 +33,8 @@ ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 RECIPES = [f"{stage}/{model}.yaml" for stage in ("sft", "grpo") for model in ("qwen3_vl_8b", "qwen2_5_vl_7b")]
 HARDWARE = [name for name in ALL if name.startswith("hardware/")]
 PARAMETERS = {"qwen3_vl_8b": 8.77e9, "qwen2_5_vl_7b": 8.29e9}
+SMALL = {"Qwen3-VL-4B": 4.44e9, "Qwen3-VL-2B": 2.128e9}
+"""Parameters of the models that the configs for own data are for."""
 PARTS = {"agent": AgentConfig, "engine": EngineConfig, "prompt": PromptConfig, "reward": RewardConfig}
 PARTS["ablations"] = RewardConfig
 """What the first word of a part's file name, or its folder, says that it is."""
@@ -100,6 +102,8 @@ def build(arguments: list[str], tiny: Path) -> BuildOnly:
 
 def base_of(overlay: str) -> str:
     """A config that an overlay can stand on."""
+    if overlay.startswith("own/"):
+        return "own/grpo.yaml"
     return "sft/qwen3_vl_8b.yaml" if overlay.startswith("sft/") else "grpo/qwen3_vl_8b.yaml"
 
 
@@ -210,9 +214,32 @@ def test_a_recipe_model_is_found_by_its_name_and_an_unknown_one_is_refused(tmp_p
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="model type llama"):
         model_config(str(tmp_path))
-    small = empty_policy(PolicyConfig(path="Qwen/Qwen3-VL-4B-Instruct"))
-    assert sum(parameter.numel() for parameter in small.parameters()) == pytest.approx(4.44e9, rel=1e-3)
-    assert len(RELEASED) == len(PARAMETERS) + 1
+    for name, count in SMALL.items():
+        small = empty_policy(PolicyConfig(path=f"Qwen/{name}-Instruct"))
+        assert sum(parameter.numel() for parameter in small.parameters()) == pytest.approx(count, rel=1e-3)
+    assert len(RELEASED) == len(PARAMETERS) + len(SMALL)
+
+
+# ---------------------------------------------------------------------------------------------- own data
+def test_configs_for_own_data_agree_on_what_the_stages_share() -> None:
+    sft, grpo, test = (read(f"own/{name}.yaml") for name in ("sft", "grpo", "eval"))
+    assert sft["model"]["init_args"]["policy"] == grpo["model"]["init_args"]["policy"]
+    for key in ("agent", "reward"):
+        assert test["rollout"][key] == grpo["rollout"][key]
+    assert test["rollout"]["engine"]["max_model_len"] == grpo["rollout"]["engine"]["max_model_len"]
+    policies = [config["model"]["init_args"]["policy"] for config in (grpo, test)]
+    assert len({policy["max_pixels"] for policy in policies}) == 1
+    agent, engine = grpo["rollout"]["agent"], grpo["rollout"]["engine"]
+    assert agent["max_prompt_tokens"] + agent["max_response_tokens"] == engine["max_model_len"]
+    assert engine["max_model_len"] <= grpo["model"]["init_args"]["max_tokens_per_row"]
+    assert grpo["rollout"]["reward"]["judge"] is None and agent["prompt"]["system"] == "default"
+    factor = (
+        sft["model"]["init_args"]["optimizer"]["lr"] / load("sft/lora.yaml")["model"]["init_args"]["optimizer"]["lr"]
+    )
+    assert factor == pytest.approx(1)
+    assert (
+        grpo["model"]["init_args"]["optimizer"]["lr"] == load("grpo/lora.yaml")["model"]["init_args"]["optimizer"]["lr"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- Thinking models

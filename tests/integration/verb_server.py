@@ -114,7 +114,9 @@ def _answer(connection: socket.socket) -> None:
 
 def _run() -> None:
     from cv_lightning.__main__ import run
+    from cv_lightning.environment import prepare_environment
 
+    prepare_environment()  # what a module does when it is imported, which was before
     run()
 
 
