@@ -1,4 +1,4 @@
-"""The command lines that README.md and docs show, and whether the package's parsers accept them.
+"""The `cv-lightning` commands that README.md, docs and notebooks show, and whether the package's parsers accept them.
 
 What a reader fills in has a stand-in: a config of theirs (MINE.yaml) is a copy of the quickstart's, a recipe (NEW.yaml)
 one of ours, `--config ...` the first. Brackets around options that may be left out are taken off. At other files and
@@ -18,38 +18,21 @@ from typing import Any
 import jsonargparse
 import pytest
 from renames import FIXTURES
+from shell_commands import ROOT, own_arguments, page_files, shown_commands
 
-ROOT = Path(__file__).parents[1]
 RECORDED = FIXTURES / "command_lines.txt"
-CALL = re.compile(r"(?:(?:python|torchrun[^`\n]*?) -m cv_lightning|(?<![\w/'\"\[-])cv-lightning(?![\w\[-])) ?([^`]*)")
-DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+CALL = re.compile(r"(?:^|(?<=[/\s]))cv[-_]lightning(?=\s|$)")
 
 
 def documented() -> list[str]:
-    """What stands behind `cv-lightning` or `python -m cv_lightning`, in code blocks and in code within lines.
-
-    Continued lines are joined, and comments and what follows two spaces (an explanation in a column) are cut off.
-    """
+    """What stands behind `cv-lightning` or `python -m cv_lightning`, or what a batch script hands on to it."""
     found = []
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
-        inside = False
-        for line in text.splitlines():
-            if line.lstrip().startswith("```"):
-                inside = not inside
-            elif inside or line.startswith("    "):
-                found += [cleaned(match) for match in CALL.findall(line)]
-            else:
-                spans = re.findall(r"`([^`]+)`", line)
-                found += [cleaned(match) for span in spans for match in CALL.findall(span)]
-    return [command for command in found if command]
-
-
-def cleaned(command: str) -> str:
-    """One space between words, without what explains the command."""
-    command = re.sub(r"\s#.*", "", command)
-    command = re.sub(r"(?<=\S) {3,}(?=[a-z]\w* \w+).*", "", command)  # a column of prose
-    return " ".join(command.split())
+    for command in shown_commands():
+        if command.program == "sbatch":
+            found.append(f"fit {command.text.partition('.sbatch ')[2]}")
+        elif own_arguments(command) is not None:
+            found.append(CALL.split(command.text, maxsplit=1)[1].strip())
+    return [command for command in found if command and command.split()[0] != "VERB"]
 
 
 def words(command: str) -> list[str]:
@@ -67,6 +50,8 @@ def stand_ins(folder: Path) -> None:
         shutil.copy(folder / "grpo.yaml", folder / name)
     shutil.copy(ROOT / "configs" / "reward" / "paper.yaml", folder / "NEW.yaml")
     (folder / "served.yaml").write_text("seed_everything: 0\n")
+    for name, text in page_files((ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 class Parsed(BaseException):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_lines import RECORDED, Parsed, documented, stand_ins, stop_after_parsing, words
 from renames import renames
+from shell_commands import shown_commands
+from torch.distributed.run import get_args_parser
 
 from cv_lightning.__main__ import main
 from cv_lightning.verbs import VERBS
@@ -34,10 +37,12 @@ def accept(arguments: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made = tmp_path_factory.mktemp("reader")
     stand_ins(made)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(made)  # modules of the reader's own
+        yield made
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -56,6 +61,15 @@ def test_recorded_commands_are_still_documented() -> None:
     gone = sorted(set(recorded) - set(COMMANDS))
     assert not gone, f"no longer in README.md or docs: {gone}; see tests/fixtures/README.md"
     assert {words(command)[0] for command in COMMANDS} <= {*VERBS, "--help"}
+
+
+def test_options_of_the_launcher_are_torchrun_s() -> None:
+    launched = [command.words for command in shown_commands() if command.program == "torchrun"]
+    assert launched
+    for line in launched:
+        options = [word for word in line[1 : line.index("-m")] if word != "..."]
+        parsed, unknown = get_args_parser().parse_known_args([*options, "script"])
+        assert not unknown and parsed.training_script == "script", line
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import nbclient
 import nbformat
 import pytest
+from shell_commands import page_files
 from verb_server import bin_folder
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "05_your_own.ipynb"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = ("# With a GPU", "cv-lightning chat")
 
 
@@ -35,12 +36,10 @@ class Followed(NamedTuple):
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
     folder = tmp_path_factory.mktemp("reader")
     script = ["set -euo pipefail"]
-    for kind, text in BLOCK.findall((ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")):
-        first = text.splitlines()[0]
-        if kind in ("python", "yaml"):
-            (folder / first.removeprefix("# ")).write_text(text)
-        elif not first.startswith(NOT_RUN):
-            script.append(text)
+    page = (ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")
+    for name, text in page_files(page).items():
+        (folder / name).write_text(text)
+    script += [block for block in BLOCK.findall(page) if not block.startswith(NOT_RUN)]
     with bin_folder(tmp_path_factory.mktemp("s")) as programs:
         environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(
@@ -54,11 +53,13 @@ def test_the_page_leads_to_a_trained_evaluated_and_reported_model(followed: Foll
     run = followed.folder / "runs" / "mine"
     for folder in (run / "sft" / "model", run / "grpo" / "model", followed.folder / "my_model"):
         assert (folder / "model.safetensors").is_file() and (folder / "README.md").is_file()
-    weights = {path: (path / "model.safetensors").read_bytes() for path in (run / "sft" / "model", run / "grpo" / "model")}
+    weights = {
+        path: (path / "model.safetensors").read_bytes() for path in (run / "sft" / "model", run / "grpo" / "model")
+    }
     assert len({followed.folder.joinpath("tiny", "model.safetensors").read_bytes(), *weights.values()}) == 3
     results = json.loads((run / "eval" / "results.json").read_text())["evaluations"]
     assert results.keys() == {"greedy_tool", "greedy_notool"}
-    assert all(found["metrics"]["trajectories"] == 6 for found in results.values()), results
+    assert all(found["num_trajectories"] == 6 for found in results.values()), results
     page = (run / "report.html").read_text()
     assert "Which number is on the card?" in page and "digits_only" in page
     assert (run / "eval" / "compare_greedy_notool_greedy_tool" / "compare.html").is_file()
@@ -72,4 +73,15 @@ def test_the_reward_term_and_the_tool_of_the_page_took_part(followed: Followed) 
     groups = [json.loads(line) for path in stored for line in path.read_text().splitlines()]
     rewards = [trajectory["reward"] for group in groups for trajectory in group["trajectories"]]
     assert len({reward["components"]["digits_only"] for reward in rewards}) > 1, "the term tells trajectories apart"
-    assert "`contrast` stretches the contrast" in followed.printed or "contrast" in (followed.folder / "mine.yaml").read_text()
+    assert "own_parts.Contrast" in (followed.folder / "runs" / "mine" / "grpo" / "fit_config.yaml").read_text()
+    shown = int(re.findall(r"^(\d+) tokens, 0 of them trained on", followed.printed, re.MULTILINE)[0])
+    lengths = [trajectory["num_prompt_tokens"] for group in groups for trajectory in group["trajectories"]]
+    assert min(lengths) > shown, "the prompt of the run describes the second tool, that of `data show` does not"
+
+
+def test_the_notebook_reads_the_run_of_the_page(followed: Followed) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(followed.folder)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert [output.text for output in outputs if output.output_type == "stream"] == []  # no warnings either
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
