@@ -19,6 +19,8 @@ GPU_DEVICES = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvmap", "nvhost-gpu")
 """Device files of which a machine with a GPU has one."""
 DATA_KINDS = {"TaskDataModule": "rl", "DigitTaskDataModule": "rl", "SFTDataModule": "sft", "DigitSFTDataModule": "sft"}
 """What the project's DataModules train on; those of a user may read any file."""
+RESULTS = ("checkpoints", "metrics.csv", "model", "trajectories")
+"""Files and folders of a run that has begun."""
 CHECKPOINT_WORDS = ("last", "auto", "best", "hpc", "registry")
 
 Settings = Mapping[str, Any]
@@ -38,7 +40,7 @@ def check_early(verb: str, settings: Settings) -> str | None:
     if verb not in ("fit", "validate", "test"):
         return None
     checks: list[Callable[[str, Settings], str | None]] = [
-        _model_flag, _device, _policy_path, _checkpoint, _files, _run_folder, _other_run
+        _model_flag, _device, _checkpoint, _files, _run_folder, _other_run, _policy_path
     ]  # fmt: skip
     return next(filter(None, (check(verb, settings) for check in checks)), None)
 
@@ -161,20 +163,28 @@ def folder_error(run: Path) -> str | None:
 
 
 def _other_run(verb: str, settings: Settings) -> str | None:
-    """An error about a run's folder with the files of a run of another module, which would be mixed."""
-    run, module = settings.get("trainer.default_root_dir"), str(settings.get("model.class_path") or "")
-    if verb != "fit" or not module or not isinstance(run, str):
+    run, module = settings.get("trainer.default_root_dir"), settings.get("model.class_path")
+    if verb != "fit" or not isinstance(module, str) or not isinstance(run, str):
         return None
+    return other_run_error(Path(run), module.rpartition(".")[2])
+
+
+def other_run_error(run: Path, module: str) -> str | None:
+    """Why a run of a module cannot start in a folder with the results of another module's run; None if it can.
+
+    Args:
+        run: The run's folder.
+        module: Name of the class that is trained.
+    """
     try:
-        stored = yaml.safe_load((Path(run) / "fit_config.yaml").read_text(encoding="utf-8"))
-        other = str(stored["model"]["class_path"])
+        stored = yaml.safe_load((run / "fit_config.yaml").read_text(encoding="utf-8"))
+        other = str(stored["model"]["class_path"]).rpartition(".")[2]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None
-    old, new = (name.rpartition(".")[2] for name in (other, module))
-    if may_be_class(old, new):
+    if may_be_class(other, module) or not any((run / name).exists() for name in RESULTS):
         return None
     return (
-        f"{run} holds a run of {old}, and this config trains {new}: weights and files of both would be mixed. Set "
+        f"{run} holds a run of {other}, and this config trains {module}: weights and files of both would be mixed. Set "
         "another --trainer.default_root_dir; to begin with its weights, `export` them and give that folder as "
         "--model.init_args.policy.path"
     )

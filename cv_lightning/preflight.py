@@ -11,7 +11,7 @@ import torch
 from cv_lightning.callbacks.rollout import RolloutCallback, rolls_out
 from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule, missing_tasks
 from cv_lightning.data.rows import expand_files
-from cv_lightning.early import folder_error
+from cv_lightning.early import folder_error, other_run_error
 from cv_lightning.models.loading import model_positions
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.modules.grpo import GRPOModule
@@ -28,6 +28,8 @@ def check_fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightnin
         CVLightningError: Names the setting to change.
     """
     _check_folder(trainer)
+    if error := other_run_error(Path(trainer.default_root_dir), type(module).__name__):
+        raise CVLightningError(error)
     if isinstance(module, PolicyModule):
         check_types(trainer, module.policy_config.dtype, trains=True)
     overfits = isinstance(data, TaskDataModule) and data.overfit_tasks > 0

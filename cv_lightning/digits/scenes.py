@@ -125,7 +125,7 @@ def check_kind_shares(name: str, shares: Mapping[str, float]) -> None:
     Raises:
         ValueError: A kind that does not exist, a negative share, or none above 0; names the flag.
     """
-    if set(shares) - set(KINDS) or min(shares.values(), default=0) < 0 or sum(shares.values()) <= 0:
+    if set(shares) - set(KINDS) or min(shares.values(), default=0) < 0 or not 0 < sum(shares.values()) < math.inf:
         raise ValueError(f"--{name} {dict(shares)}: not negative, not all 0, and only of {', '.join(KINDS)}")
 
 

@@ -55,7 +55,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         unknown = set(self.shares) - set(KINDS)
-        if unknown or min(self.shares.values(), default=0) < 0 or sum(self.shares.values()) <= 0:
+        if unknown or min(self.shares.values(), default=0) < 0 or not 0 < sum(self.shares.values()) < math.inf:
             raise ValueError(f"--plan.shares {self.shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
         check_ranges(self, "plan")
         check_transforms(self)
