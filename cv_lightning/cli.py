@@ -72,7 +72,7 @@ class ShortErrorParser(ShortErrors, LightningArgumentParser):
             if changes and Path(path).name not in STORED:
                 self.error(
                     f"{path}: {'; '.join(f'{old} is now {new}' for old, new in changes.items())}. "
-                    f"`python -m cv_lightning config migrate {path}` rewrites the file"
+                    f"`cv-lightning config migrate {path}` rewrites the file"
                 )
             content = yaml.safe_dump(migrated, sort_keys=False) if changes else content
         return super().parse_string(content, path, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning chat`: ask a model about an image, and watch its reasoning, code and tool results."""
+"""`cv-lightning chat`: ask a model about an image, and watch its reasoning, code and tool results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ChatOptions:
     """Model and question. Agent, engine and sandbox have the settings of the run that trained the model."""
 
     model: str | None = None
-    """Hugging Face folder or hub name of a vision-language model."""
+    """Hugging Face folder or hub name of a vision-language model, or a run's folder with `model/` in it."""
     ckpt: Path | None = None
     """Checkpoint of a run, in place of `model`: .ckpt file, DeepSpeed folder, or the run's folder."""
     image: Path | None = None
@@ -87,7 +87,7 @@ def _run(options: ChatOptions, stack: ExitStack) -> int:
     from cv_lightning.viewer.playground.session import open_playground
     from cv_lightning.viewer.playground.terminal import Terminal, one_question
 
-    path = options.model
+    path = None if options.model is None else str(_model_folder(Path(options.model)))
     if options.ckpt is not None:
         path = stack.enter_context(tempfile.TemporaryDirectory(prefix="cv-lightning-")) + "/model"
         request = ExportRequest(ckpt=options.ckpt, out=Path(path), dtype=options.dtype, verify=False)
@@ -138,7 +138,13 @@ def _use_run(parser: Any, words: list[str]) -> None:
     for word in words:
         flag, _, value = word.partition("=")
         if flag in ("--model", "--ckpt") and value:
-            _set_defaults(parser, Path(value))
+            _set_defaults(parser, _model_folder(Path(value)))
+
+
+def _model_folder(given: Path) -> Path:
+    """The exported model of a run's folder; any other path as it is."""
+    exported = given / "model"
+    return exported if (exported / "config.json").is_file() and not (given / "config.json").is_file() else given
 
 
 def _set_defaults(parser: Any, path: Path) -> None:

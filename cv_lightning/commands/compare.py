@@ -1,4 +1,4 @@
-"""`python -m cv_lightning compare A B`: two evaluations question by question, as tables, a page and JSON."""
+"""`cv-lightning compare A B`: two evaluations question by question, as tables, a page and JSON."""
 
 from __future__ import annotations
 

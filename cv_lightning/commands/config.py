@@ -1,4 +1,4 @@
-"""`python -m cv_lightning config migrate FILE`: rewrite a config of an earlier version under the names of today."""
+"""`cv-lightning config migrate FILE`: rewrite a config of an earlier version under the names of today."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning data build-sft | build-rl | corrupt`: make data sets from tables and from other data sets."""
+"""`cv-lightning data build-sft | build-rl | corrupt`: make data sets from tables and from other data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning data check FILES`: contents of a data set, and whether it will train."""
+"""`cv-lightning data check FILES`: contents of a data set, and whether it will train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning data export OUT`: the embedded digits in the formats of users' data."""
+"""`cv-lightning data export OUT`: the embedded digits in the formats of users' data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning data show FILE`: one conversation as the model reads it."""
+"""`cv-lightning data show FILE`: one conversation as the model reads it."""
 
 from __future__ import annotations
 

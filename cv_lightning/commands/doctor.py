@@ -1,4 +1,4 @@
-"""`python -m cv_lightning doctor`: what works on this machine, and the command that adds what does not."""
+"""`cv-lightning doctor`: what works on this machine, and the command that adds what does not."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def import_probe(probe: Probe, timeout_s: float) -> Check:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         detail = f"not imported within {timeout_s:g} s: the machine is busy or slow, or the import hangs"
-        again = f"python -m cv_lightning doctor --timeout-s {3 * timeout_s:g}"
+        again = f"cv-lightning doctor --timeout_s {3 * timeout_s:g}"
         return Check(probe.name, "no answer", detail, again, probe.required)
     answers = [line.removeprefix(PREFIX) for line in done.stdout.splitlines() if line.startswith(PREFIX)]
     if done.returncode == 0 and answers:
@@ -169,7 +169,7 @@ def check_sandbox() -> list[Check]:
         with Sandbox(SandboxConfig()) as sandbox:
             layers = sandbox.layers
     except (CVLightningError, OSError) as error:
-        return [Check("sandbox", "failed", str(error), "python -m cv_lightning sandbox --self-test", required=True)]
+        return [Check("sandbox", "failed", str(error), "cv-lightning sandbox --self_test", required=True)]
     rows = [Check("sandbox", "ok", describe_layers(layers), required=True)]
     for layer, state in layers.items():
         rows.append(Check(f"  {layer}", "absent" if state.startswith("unavailable") else "ok", state))

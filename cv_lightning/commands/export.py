@@ -1,4 +1,4 @@
-"""`python -m cv_lightning export`: a checkpoint as a Hugging Face folder that transformers and vLLM load."""
+"""`cv-lightning export`: a checkpoint as a Hugging Face folder that transformers and vLLM load."""
 
 from __future__ import annotations
 

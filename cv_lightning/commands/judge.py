@@ -1,4 +1,4 @@
-"""`python -m cv_lightning judge`: ask the judge for one verdict, or check that its endpoint works."""
+"""`cv-lightning judge`: ask the judge for one verdict, or check that its endpoint works."""
 
 from __future__ import annotations
 

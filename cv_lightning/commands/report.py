@@ -1,4 +1,4 @@
-"""`python -m cv_lightning report RUN`: one self-contained page, RUN/report.html."""
+"""`cv-lightning report RUN`: one self-contained page, RUN/report.html."""
 
 from __future__ import annotations
 

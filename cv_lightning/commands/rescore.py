@@ -1,4 +1,4 @@
-"""`python -m cv_lightning rescore STORE --reward RECIPE.yaml --out NEW_STORE`: scores a store with another recipe."""
+"""`cv-lightning rescore STORE --reward RECIPE.yaml --out NEW_STORE`: scores a store with another recipe."""
 
 from __future__ import annotations
 

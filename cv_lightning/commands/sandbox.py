@@ -1,4 +1,4 @@
-"""`python -m cv_lightning sandbox`: test the sandbox, or run one snippet and show what it did."""
+"""`cv-lightning sandbox`: test the sandbox, or run one snippet and show what it did."""
 
 from __future__ import annotations
 

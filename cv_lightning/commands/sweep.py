@@ -1,4 +1,4 @@
-"""`python -m cv_lightning sweep FILE`: run a W&B sweep file without a W&B account.
+"""`cv-lightning sweep FILE`: run a W&B sweep file without a W&B account.
 
 Each trial runs the file's command in its own run folder. Optuna draws the parameters, stops trials and keeps a journal.
 """

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning tiny`: write a tiny random-weight checkpoint for the embedded digits task."""
+"""`cv-lightning tiny`: write a tiny random-weight checkpoint for the embedded digits task."""
 
 from __future__ import annotations
 

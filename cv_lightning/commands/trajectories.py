@@ -1,4 +1,4 @@
-"""`python -m cv_lightning trajectories export RUN --out FILE`: stored trajectories as Parquet, for other tools."""
+"""`cv-lightning trajectories export RUN --out FILE`: stored trajectories as Parquet, for other tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning view RUN`: the report of a run in the browser, while the run continues."""
+"""`cv-lightning view RUN`: the report of a run in the browser, while the run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning ablations`: the effect of parts of reward and recipe, on handwritten digits.
+"""`cv-lightning ablations`: the effect of parts of reward and recipe, on handwritten digits.
 
 Every arm is the quickstart's GRPO with one change, from the SFT checkpoint of its seed, tested on the same held-out
 scenes. Each seed has its own folder and `timing.json`: an interrupted study continues where it was cut off, and seeds

@@ -38,7 +38,7 @@ def evaluations(run: Path) -> Evaluations:
     if not found:
         raise DataError(
             f"{run}: no evaluations (expected eval/<stage>_<greedy|sampled>_<tool|notool>/trajectories/*.jsonl); "
-            "run `python -m cv_lightning test` into this folder first"
+            "run `cv-lightning test` into this folder first"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning quickstart`: train a random tiny model until it uses the tool, and write the report.
+"""`cv-lightning quickstart`: train a random tiny model until it uses the tool, and write the report.
 
 Every stage is a command of its own, shown before it runs. `timing.json` lists the finished stages, so that an
 interrupted quickstart continues with the stage that was cut off: training from its last checkpoint.
@@ -56,7 +56,7 @@ class Stage:
     """Key in `timing.json`."""
     title: str
     arguments: list[str]
-    """Arguments after `python -m cv_lightning`."""
+    """Arguments after `cv-lightning`."""
     writes: list[Path] = field(default_factory=list)
     """Removed before the stage runs: leftovers of an interrupted try."""
     always: bool = False
@@ -173,7 +173,7 @@ def run_stages(wanted: list[Stage], timing: Timing) -> int:
             continue
         for path in stage.writes:
             shutil.rmtree(path, ignore_errors=True)
-        print(f"\n{heading}\n$ python -m cv_lightning {shlex.join(stage.arguments)}", flush=True)
+        print(f"\n{heading}\n$ cv-lightning {shlex.join(stage.arguments)}", flush=True)
         begun = time.perf_counter()
         try:
             code = subprocess.run([sys.executable, "-m", "cv_lightning", *stage.arguments]).returncode

@@ -1,4 +1,4 @@
-"""`python -m cv_lightning quickstart-summary RUN`: write RUN/summary.json and print its tables."""
+"""`cv-lightning quickstart-summary RUN`: write RUN/summary.json and print its tables."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ class RewardModule:
             raise JudgeError(
                 f"{fraction:.0%} of the last {len(failures)} verdicts failed, more than "
                 f"reward.judge.max_failed_frac ({judge.max_failed_frac:.0%}) allows; the last: {last}. "
-                f"Is {judge.base_url} up and does it serve {judge.model!r}? `python -m cv_lightning judge` asks it once"
+                f"Is {judge.base_url} up and does it serve {judge.model!r}? `cv-lightning judge` asks it once"
             )
 
     def judge_metrics(self) -> dict[str, float]:

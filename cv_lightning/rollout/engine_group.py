@@ -81,7 +81,7 @@ def check_engine_device(trainer: pl.Trainer) -> None:
     index = engine_device_index(trainer.world_size)
     if device.type == "cuda" and device.index not in (None, index):
         raise CVLightningError(
-            f"the policy is on {device}, the engine would be on cuda:{index}. Start with `python -m cv_lightning`, "
+            f"the policy is on {device}, the engine would be on cuda:{index}. Start with `cv-lightning`, "
             f"which makes the GPUs of --trainer.devices the only visible ones, or set CUDA_VISIBLE_DEVICES to them and "
             f"trainer.devices to their number ({trainer.num_devices})"
         )

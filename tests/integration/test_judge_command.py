@@ -1,4 +1,4 @@
-"""`python -m cv_lightning judge` and the check that `doctor` makes, against a real server."""
+"""`cv-lightning judge` and the check that `doctor` makes, against a real server."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_errors_name_the_verb_plan(wrong: list[str], capsys: pytest.CaptureFixtu
         main([*configs("grpo/qwen3_vl_8b"), *wrong])
     said = capsys.readouterr().err
     assert ended.value.code == 2
-    assert "python -m cv_lightning plan" in said and " fit" not in said and len(said) < 600
+    assert "cv-lightning plan" in said and " fit" not in said and len(said) < 600
 
 
 def test_plan_refuses_what_it_cannot_know(capsys: pytest.CaptureFixture[str]) -> None:
