@@ -14,7 +14,7 @@ from shell_commands import shown_commands
 from torch.distributed.run import get_args_parser
 
 from cv_lightning.__main__ import main
-from cv_lightning.planner.budget import Assumptions
+from cv_lightning.planner.assumptions import Assumptions
 from cv_lightning.verbs import VERBS
 
 COMMANDS = sorted(set(documented()))
