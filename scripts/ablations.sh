@@ -17,5 +17,4 @@ for argument in "$@"; do
 done
 
 source scripts/environment.sh
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$environment/bin/python" -m cv_lightning ablations "$@"

@@ -40,7 +40,9 @@ def main() -> int:
     path = pathlib.Path(spec.origin).parent / "extension.py"
     text = path.read_text()
     if MARK not in text:
-        path.write_text(text + PATCH)
+        fixed = path.with_suffix(".tmp")  # the file itself may be a link to one in uv's cache
+        fixed.write_text(text + PATCH)
+        fixed.replace(path)
         print(f"fixed {path}: declared the schemas of torchvision's nms and qnms (its compiled part does not load)")
     if not imports():
         print("torchvision still cannot be imported; reinstall it for the installed torch", file=sys.stderr)

@@ -18,6 +18,4 @@ done
 
 bash scripts/install.sh
 source scripts/environment.sh
-# Trainer, engine and sandbox take turns on the same cores: threads that wait must not spin.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec "$environment/bin/python" -m cv_lightning quickstart "$@"

@@ -7,6 +7,7 @@ interrupted quickstart continues with the stage that was cut off: training from 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -166,6 +167,8 @@ def run_stages(wanted: list[Stage], timing: Timing) -> int:
     Returns:
         Exit code of the first stage that failed; 0 if none did; 130 after Ctrl-C.
     """
+    # Trainer, engine and sandbox take turns on the same cores: threads that wait must not spin.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     for number, stage in enumerate(wanted, 1):
         heading = f"[{number}/{len(wanted)}] {stage.title}"
         if stage.name in timing.values and not stage.always:
@@ -176,7 +179,7 @@ def run_stages(wanted: list[Stage], timing: Timing) -> int:
         print(f"\n{heading}\n$ cv-lightning {shlex.join(stage.arguments)}", flush=True)
         begun = time.perf_counter()
         try:
-            code = subprocess.run([sys.executable, "-m", "cv_lightning", *stage.arguments]).returncode
+            code = subprocess.run([sys.executable, "-m", "cv_lightning", *stage.arguments], env=environment).returncode
         except KeyboardInterrupt:
             print("\nstopped; the same command continues with the stage that was cut off")
             return 130

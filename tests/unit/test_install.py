@@ -141,10 +141,12 @@ def made_up_torchvision(packages: Path, init: str) -> Path:
 
 def test_the_fix_declares_the_missing_operators_once(tmp_path: Path) -> None:
     extension = made_up_torchvision(tmp_path, FAILING_INIT)
+    os.link(extension, tmp_path / "cached.py")  # as uv installs
     first = run_fix(tmp_path)
     assert first.returncode == 0, first.stderr
     assert "fixed" in first.stdout
     fixed = extension.read_text()
+    assert (tmp_path / "cached.py").read_text() != fixed
     second = run_fix(tmp_path)
     assert (second.returncode, second.stdout, extension.read_text()) == (0, "", fixed)
 
