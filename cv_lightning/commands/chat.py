@@ -19,6 +19,7 @@ prepare_environment()  # before transformers and vLLM
 from cv_lightning.agent.config import AgentConfig  # noqa: E402
 from cv_lightning.command_line import arguments, run_verb  # noqa: E402
 from cv_lightning.commands.export import ExportRequest, export, find_run_config, read_run_config  # noqa: E402
+from cv_lightning.early import local_folder_error  # noqa: E402
 from cv_lightning.engines.base import EngineConfig, SamplingConfig  # noqa: E402
 from cv_lightning.models.loading import model_positions  # noqa: E402
 from cv_lightning.ranges import PositiveInt, Range, check_ranges  # noqa: E402
@@ -75,6 +76,11 @@ class ChatOptions:
         if self.question is not None and (self.image is None or self.web):
             raise ValueError("--question needs --image FILE, and goes without --web")
         check_ranges(self)
+        if self.model is not None and (wrong := local_folder_error(self.model)):
+            raise ValueError(f"MODEL {self.model}: {wrong}")
+        for name, path in (("--ckpt", self.ckpt), ("IMAGE", self.image)):
+            if path is not None and not path.exists():
+                raise ValueError(f"{name} {path}: no such file")
 
 
 def _chat(options: ChatOptions) -> int:

@@ -17,6 +17,7 @@ from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.command_line import run_verb
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.digits.scenes import DigitsConfig
+from cv_lightning.early import local_folder_error
 from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.tools import DEFAULT_TOOLS
 from cv_lightning.types import DataError, Task
@@ -62,6 +63,8 @@ class ShowData:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if wrong := local_folder_error(self.processor):
+            raise ValueError(f"--processor {self.processor}: {wrong}")
 
 
 class TokenSpan(NamedTuple):

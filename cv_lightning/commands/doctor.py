@@ -256,6 +256,8 @@ def doctor(json: Path | None = None, timeout_s: float = 120.0) -> int:
         json: Write the table into this file; - prints it as JSON.
         timeout_s: Most seconds that one import may take.
     """
+    if timeout_s <= 0:
+        raise ValueError(f"--timeout_s {timeout_s:g}: must be above 0")
     prepare_environment()
     checks = examine(timeout_s)
     if not put_json(json, {"can_train": can_train(checks), "checks": [check._asdict() for check in checks]}):

@@ -46,6 +46,8 @@ def sandbox(
     """
     if self_test == (run is not None) or (run is not None and len(run) != 2):
         raise DataError("give --self_test, or --run CODE.py IMAGE")
+    if missing := [path for path in (*(run or ()), corpus) if not path.exists()]:
+        raise DataError(f"{missing[0]}: no such file")
     config = SandboxConfig(
         timeout_s=timeout_s,
         max_code_chars=MAX_CODE_CHARS,
