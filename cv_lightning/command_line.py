@@ -65,7 +65,7 @@ def list_of_verbs(verbs: Mapping[str, Verb], prog: str, kind: str) -> str:
             "",
             *lines,
             "",
-            f"{prog} {kind.upper()} --help shows the flags of a {kind}, with examples of values and the defaults.",
+            f"{prog} {kind.upper()} --help shows the flags of a {kind}, with their values and defaults.",
             "Every verb takes --quiet (warnings and results only) and --verbose (everything, libraries too).",
             "",
         ]
@@ -146,7 +146,11 @@ def verb_parser(component: Any, name: str, takes_config: bool = True) -> Any:
     add = parser.add_class_arguments if isinstance(component, type) else parser.add_function_arguments
     add(component, as_group=False, as_positional=False, sub_configs=True, fail_untyped=True)
     parser.needed = frozenset(action.dest for action in parser._actions if action.required)
-    parser.description = (component.__doc__ or "").partition("\n\n    Args:")[0]
+    about = (component.__doc__ or "").partition("\n\n    Args:")[0]
+    if isinstance(component, type):  # its docstring begins with what the object is, not with what the verb does
+        help_line = parser.verb.help
+        about = f"{help_line[0].upper()}{help_line[1:]}. {about.partition('.')[2].lstrip(' ')}"
+    parser.description = about
     return parser
 
 
