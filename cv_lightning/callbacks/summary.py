@@ -70,7 +70,7 @@ class RunSummary(pl.Callback):
             LOG.info("%s", line)
         if found := find(self.rows, self.settings):
             finding = next((each for each in found if each.blocks), found[0])
-            others = f" ({len(found) - 1} more in the report)" if len(found) > 1 else ""
+            others = f". The report has {len(found) - 1} more" if len(found) > 1 else ""
             LOG.warning("%s%s", finding.verdict(), others)
 
     def _made(self, trainer: pl.Trainer, module: PolicyModule) -> Iterator[str]:

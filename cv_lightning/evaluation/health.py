@@ -32,6 +32,10 @@ SOLVED = 0.95
 CLIPPED = 0.9
 MANY_ERRORS = 0.5
 """Malformed calls per trajectory."""
+MANY_CUT = 0.5
+LOW_TEMPERATURE = 0.5
+LOW_ACCURACY = 0.5
+"""Accuracy up to which one that does not rise is reported where chance is not known."""
 TREND_ROWS = 20
 SIGMAS = 3.0
 """Standard errors that a difference between start and end has to exceed."""
@@ -234,15 +238,17 @@ def _equal_rewards(row: Row, settings: Settings) -> bool:
 
 def _equal_text(rows: Sequence[Row], settings: Settings) -> str:
     reward, accuracy = _mean(rows, "reward/total"), _mean(rows, "reward/answer_accuracy")
+    cut = _mean(rows, "rollout/end_over_length_frac")
+    also = f"; {cut:.0%} of them were cut at a token limit" if cut >= MANY_CUT else ""
     return (
         "the rewards within every group are equal, so that no trajectory has an advantage (mean reward "
-        f"{reward:.3g}, accuracy {accuracy:.3g})"
+        f"{reward:.3g}, accuracy {accuracy:.3g}{also})"
     )
 
 
 def _equal_remedy(rows: Sequence[Row], settings: Settings) -> str:
     temperature = settings.get("rollout.sampling.temperature", 1.0)
-    if isinstance(temperature, int | float) and temperature < MANY_ERRORS:
+    if isinstance(temperature, int | float) and temperature < LOW_TEMPERATURE:
         return "Raise {rollout.sampling.temperature} (1 is usual): all samples of a task are alike"
     return (
         "Begin with SFT or with tasks that the policy sometimes solves; more samples of a task help, too: "
@@ -388,7 +394,7 @@ def _reward_alone(rows: Sequence[Row], settings: Settings) -> Finding | None:
         return None
     margin = max(AT_LEAST, accuracy.error)
     chance = change_of(rows, "rollout/chance_accuracy")
-    if accuracy.end > (MANY_ERRORS if chance is None else chance.end + margin):
+    if accuracy.end > (LOW_ACCURACY if chance is None else chance.end + margin):
         return None
     compared = "" if chance is None else f"; giving another question's answer would reach {chance.end:.2f}"
     text = (

@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from cv_lightning import hub
+from cv_lightning.commands import export as command
 from cv_lightning.data.rows import expand_files
 from cv_lightning.types import CVLightningError, DataError
 
@@ -211,3 +212,37 @@ def test_an_upload_that_cannot_work_is_refused_before_the_export(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(CVLightningError, match=r"http://127\.0\.0\.1:9 does not answer"):
         hub.check_upload("me/model")
+
+
+def test_export_checks_the_upload_first_and_uploads_last(
+    server: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(request: command.ExportRequest) -> str:
+        request.out.mkdir()
+        (request.out / "README.md").write_text("the card")
+        return "written"
+
+    monkeypatch.setattr(command, "export", export)
+    flags = ["--ckpt", str(tmp_path), "--out", str(tmp_path / "model"), "--push_to_hub", "me/model"]
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    assert command.main(flags) == 2 and not (tmp_path / "model").exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    assert command.main([*flags, "--private"]) == 0
+    assert server.uploaded["README.md"] == b"the card" and server.private
+    assert "/me/model" in capsys.readouterr().out.splitlines()[-1]
+    assert command.main([*flags[:4], "--private", "--overwrite"]) == 2, "private belongs to an upload"
+
+
+def test_fit_stores_the_commit_in_its_config(server: type[Hub], tmp_path: Path) -> None:
+    from cv_lightning.cli import ConfigOnly, CVLightningCLI, main
+
+    class UpToTheModel(ConfigOnly):
+        before_instantiate_classes = CVLightningCLI.before_instantiate_classes
+
+    files = '["hf://datasets/me/digits/data/*.parquet"]'
+    flags = ["--trainer.default_root_dir", str(tmp_path), "--data.init_args.train_files", files]
+    flags += ["--data.class_path", "cv_lightning.data.modules.TaskDataModule"]
+    resolved = main(["fit", "--config", "configs/quickstart/grpo.yaml", *flags], UpToTheModel).as_dict()
+    names = [f"hf://datasets/me/digits@{COMMITS['main']}/data/{name}.parquet" for name in ("one", "two")]
+    assert resolved["data"]["init_args"]["train_files"] == names
+    assert json.loads((tmp_path / hub.RECORD).read_text()) == {"hf://datasets/me/digits/data/*.parquet": names}
