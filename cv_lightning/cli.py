@@ -341,7 +341,15 @@ def main(
         sys.exit(f"error: {said}")
 
 
-UNHELPFUL = ("litlogger", "litmodels", "TPU available", "GPU available", "`Trainer.fit` stopped", "Seed set to")
+UNHELPFUL = (
+    "litlogger",
+    "litmodels",
+    "TPU available",
+    "GPU available",
+    "`Trainer.fit` stopped",
+    "Seed set to",
+    "initializing deepspeed distributed",
+)
 """Parts of Lightning's messages that are not shown; the run record names the devices."""
 
 
@@ -358,15 +366,16 @@ def _quiet_libraries() -> None:
     for name in ("httpx2", "openai", "matplotlib", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("vllm").setLevel(logging.ERROR)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not any(part in str(record.msg) for part in UNHELPFUL))
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed", "pytorch.strategies.deepspeed"):
+        logger = logging.getLogger(f"lightning.{name}")
+        logger.addFilter(lambda record: not any(part in str(record.msg) for part in UNHELPFUL))
     for pattern in (
         ".*does not have many workers.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
         ".*logging directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         "Total length of `list` across ranks is zero.*",  # no validation was asked for
-        "`torch.distributed.reduce_op` is deprecated.*",
+        r"`?torch\.distributed\.(reduce_op|all_gather_into_tensor|nn\.functional\.all_gather)`? is deprecated.*",
         "It is recommended to use `self.log.*",  # figures are summed over ranks before they are logged
         "Found .* module.s. in eval mode at the start of training.*",  # the reference policy
     ):

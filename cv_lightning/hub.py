@@ -91,7 +91,7 @@ def _find(given: HubFile, flag: str) -> list[HubFile]:
     if not matching:
         close = difflib.get_close_matches(given.path, names, n=MOST_CLOSE, cutoff=0.4) or names[:MOST_CLOSE]
         raise DataError(f"{flag}: {given}: no such file in the data set; it has {', '.join(close) or 'no files'}")
-    LOG.info("%s is read at commit %s: %d files", given, info.sha, len(matching))
+    LOG.info("%s is read at commit %s (%d of its files)", given, info.sha, len(matching))
     return [HubFile(given.repo, str(info.sha), name) for name in matching]
 
 

@@ -69,9 +69,8 @@ class RunSummary(pl.Callback):
         for line in self._made(trainer, pl_module):
             LOG.info("%s", line)
         if found := find(self.rows, self.settings):
-            finding = next((each for each in found if each.blocks), found[0])
             others = f". The report has {len(found) - 1} more" if len(found) > 1 else ""
-            LOG.warning("%s%s", finding.verdict(), others)
+            LOG.warning("%s%s", found[0].verdict(), others)
 
     def _made(self, trainer: pl.Trainer, module: PolicyModule) -> Iterator[str]:
         """The lines of the summary, at most seven."""

@@ -104,7 +104,7 @@ class Rule:
 
 
 def find(rows: Sequence[Row], settings: Settings | None = None, *, ended: bool = True) -> list[Finding]:
-    """Findings that hold at the end of these rows, causes first.
+    """Findings that hold at the end of these rows: first those that block learning, causes before effects.
 
     Args:
         rows: Rows of training in order; rows of validations, which have no iteration, are skipped.
@@ -122,7 +122,7 @@ def find(rows: Sequence[Row], settings: Settings | None = None, *, ended: bool =
             found = [replace(cause, blocks=blocks) if f is cause else f for f in found if f not in effects]
     if ended:
         found += [finding for trend in TRENDS if (finding := trend(trained, settings))]
-    return found
+    return sorted(found, key=lambda finding: not finding.blocks)
 
 
 def _apply(rule: Rule, rows: Sequence[Row], settings: Settings, ended: bool) -> Finding | None:
