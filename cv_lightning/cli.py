@@ -348,6 +348,7 @@ UNHELPFUL = (
     "GPU available",
     "`Trainer.fit` stopped",
     "Seed set to",
+    "Restoring states from",
     "initializing deepspeed distributed",
 )
 """Parts of Lightning's messages that are not shown; the run record names the devices."""

@@ -77,7 +77,7 @@ class RunSummary(pl.Callback):
         run = Path(trainer.default_root_dir)
         done, seconds = module.iteration - self.first, time.perf_counter() - self.started
         changes = [text for name, short in SHOWN.items() if (text := self._change(name, short))]
-        unit = "iterations" if module.trains_on_rollouts else "steps"
+        unit = ("iteration" if module.trains_on_rollouts else "step") + "s" * (done != 1)
         yield ", ".join([f"trained {done} {unit} in {duration(seconds)}", *changes])
         export = next((each for each in trainer.callbacks if isinstance(each, ExportCallback)), None)  # type: ignore[attr-defined]
         model = run / export.folder if export is not None and export.folder else None
