@@ -26,7 +26,7 @@ CONFIG, RECORD = "_config.yaml", "_run.json"
 PLANNED = ("num_iterations", "num_steps")
 """Arguments of DataModules that say how many batches a training has."""
 LISTED_FILES = 40
-FILES = ("report.html", "summary.json", "*_config.yaml", "*_run.json", "*_log.txt", "metrics.csv", "eval/*_results.*")
+FILES = ("report.html", "summary.json", "*_config.yaml", "*_run.json", "*_log.txt", "metrics.csv", "eval/*results.*")
 """Files of a run that a page links, besides exported models."""
 MAX_VALUE = 160
 """Characters of a setting's value on the page."""
@@ -89,12 +89,12 @@ def _part(run: Run, name: str, data_names: Mapping[str, str]) -> Part:
     done = int(max((curve.steps[-1] for curve in curves if curve.steps), default=0))
     planned = _planned(config, data[1]) if verb == "fit" else None
     rolled = next((sum(curve.values) for curve in curves if curve.name == "rollout/trajectories"), 0.0)
-    store = (config.get("rollout") or {}).get("store") or {}
+    share = _mapping(_mapping(config.get("rollout")).get("store")).get("share")
     return Part(
         stage=stage,
         verb=verb,
         method=method,
-        model=_short(str((module[1].get("policy") or {}).get("path") or "")),
+        model=_short(str(_mapping(module[1].get("policy")).get("path") or "")),
         data=_data(data, "train_files" if verb == "fit" else "eval_files", data_names),
         started=_minute(record.get("started")),
         minutes=_minutes(record.get("started"), record.get("ended")),
@@ -105,7 +105,7 @@ def _part(run: Run, name: str, data_names: Mapping[str, str]) -> Part:
         command=_command(record.get("command")),
         changed=flatten(record["changed"]) if isinstance(record.get("changed"), dict) else {},
         rolled_out=int(rolled),
-        store_share=store.get("share") if isinstance(store, dict) and rolled else None,
+        store_share=share if rolled and isinstance(share, int | float) else None,
     )
 
 
@@ -120,10 +120,13 @@ def read_config(text: str) -> dict[str, Any]:
 
 def _class(config: Mapping[str, Any], key: str) -> tuple[str, dict[str, Any]]:
     """Name and arguments of a class that a config names."""
-    spec = config.get(key)
-    if not isinstance(spec, dict):
-        return "", {}
-    return str(spec.get("class_path") or "").rpartition(".")[2], spec.get("init_args") or {}
+    spec = _mapping(config.get(key))
+    return str(spec.get("class_path") or "").rpartition(".")[2], _mapping(spec.get("init_args"))
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one: a stored config may have been edited."""
+    return value if isinstance(value, dict) else {}
 
 
 def _short(path: str) -> str:
@@ -141,7 +144,7 @@ def _data(data: tuple[str, dict[str, Any]], key: str, names: Mapping[str, str]) 
 
 
 def _planned(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> int | None:
-    limit = (config.get("trainer") or {}).get("limit_train_batches")
+    limit = _mapping(config.get("trainer")).get("limit_train_batches")
     numbers = [arguments.get(name) for name in PLANNED] + [limit]
     found = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
     return min(found, default=None)
@@ -200,7 +203,7 @@ def title_of(parts: Sequence[Part], fallback: str) -> str:
 
 def is_smoke(run: Run) -> bool:
     """True if a config asks for Lightning's fast_dev_run."""
-    return any((read_config(text).get("trainer") or {}).get("fast_dev_run") for text in run.configs.values())
+    return any(_mapping(read_config(text).get("trainer")).get("fast_dev_run") for text in run.configs.values())
 
 
 def stored_text(part: Part, label: str, stored: int) -> str:
@@ -214,8 +217,8 @@ class SettingsTable:
     """Settings that differ from their defaults, side by side."""
 
     columns: list[str]
-    rows: list[tuple[str, list[str]]]
-    """Name, and its value in each column; empty for the default."""
+    rows: list[tuple[str, list[str | None]]]
+    """Name, and its value in each column; None for the default."""
 
 
 def settings_table(parts: Iterable[Part], labels: Mapping[str, str]) -> SettingsTable:
@@ -223,12 +226,12 @@ def settings_table(parts: Iterable[Part], labels: Mapping[str, str]) -> Settings
     chosen = [part for part in parts if part.changed]
     names = dict.fromkeys(name for part in chosen for name in part.changed)
     columns = [f"{labels.get(part.stage, part.stage)}, {part.verb}" for part in chosen]
-    rows = [(name, [_value(part.changed[name]) if name in part.changed else "" for part in chosen]) for name in names]
+    rows = [(name, [_value(part.changed[name]) if name in part.changed else None for part in chosen]) for name in names]
     return SettingsTable(columns, rows)
 
 
 def _value(value: object) -> str:
-    text = str(value)
+    text = str(value) or "''"
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 

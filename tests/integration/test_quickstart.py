@@ -46,7 +46,8 @@ def test_every_stage_writes_its_result(run: Path) -> None:
     for stage in ("sft", "rl", "rl_accuracy"):
         assert (run / stage / "model" / "model.safetensors").is_file()
         assert (run / stage / "fit_config.yaml").is_file()
-        assert json.loads((run / stage / "fit_run.json").read_text())["versions"]["transformers"]
+        record = json.loads((run / stage / "fit_run.json").read_text())
+        assert record["versions"]["transformers"] and record["status"] == "finished" and record["changed"]["model"]
 
 
 def test_summary_has_the_promised_figures(run: Path) -> None:

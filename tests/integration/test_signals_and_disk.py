@@ -41,6 +41,7 @@ def test_signal_saves_a_checkpoint_and_sets_the_exit_code(
     assert f"{number.name}: finishing the iteration" in said and "Traceback" not in said
     done = float(rows(folder)[-1]["iteration"])
     assert state(folder)["iteration"] == done >= 3
+    assert json.loads((folder / "fit_run.json").read_text())["status"] == f"stopped by {number.name}"
     assert not list(folder.glob(".owner*")), "the next run finds no lock"
     assert [float(row["iteration"]) for row in rows(folder)] == list(range(1, int(done) + 1)), "each iteration once"
 
