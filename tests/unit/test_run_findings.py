@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import Size, write_run
 
 from cv_lightning.evaluation.health import find
 from cv_lightning.evaluation.runs import read_rows, read_settings
@@ -163,13 +164,20 @@ def test_chance_is_how_often_two_tasks_share_an_answer() -> None:
 
 
 # ------------------------------------------------------------------ stored runs
-def test_recorded_and_healthy_runs_have_no_findings(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", Size(per_kind=1, iterations=24, tasks=4))
-    folders = [FIXTURES / "smoke" / "rl", *(FIXTURES / "runs" / name for name in ("grpo", "sft", "lora", "zero3"))]
-    for folder in (*folders, run / "rl", run / "sft"):
+def test_recorded_and_healthy_runs_have_no_findings() -> None:
+    for folder in (FIXTURES / "smoke" / "rl", *(FIXTURES / "runs" / name for name in ("grpo", "sft", "lora", "zero3"))):
         rows, settings = read_rows(folder / "metrics.csv"), read_settings((folder / "fit_config.yaml").read_text())
         assert len(rows) > 1 and settings
         assert not find(rows, settings), folder
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_quickstart_has_no_finding_wherever_it_ends(stage: str) -> None:
+    columns = json.loads(gzip.decompress((FIXTURES / "quickstart.json.gz").read_bytes()))[stage]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert len(rows) >= 100
+    for length in range(1, len(rows) + 1, 7):
+        assert not find(rows[:length], SETTINGS) and not find(rows[:length], SETTINGS, ended=False), length
 
 
 def test_the_report_shows_the_finding_that_the_run_warned_of(tmp_path: Path) -> None:
