@@ -44,7 +44,7 @@ def bin_folder(folder: Path) -> Iterator[Path]:
     program.chmod(0o755)
     server = subprocess.Popen([sys.executable, __file__, str(address)])
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not address.exists():
             assert server.poll() is None and time.monotonic() < end, "the server of commands did not start"
             time.sleep(0.05)
