@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+from cv_lightning.command_help import HELP_ALL
 from cv_lightning.command_line import find_verb
 from cv_lightning.verbs import PROGRAM, VERBS, Verb
 
@@ -36,10 +37,16 @@ def main(argv: list[str]) -> int:
     from cv_lightning.environment import prepare_environment, set_up_logging, take_verbosity
 
     is_own = argv == sys.argv[1:]
-    arguments: list[str] | None = take_verbosity(rest)
+    words = take_verbosity(rest)
+    arguments: list[str] | None = words
+    if verb.lightning or name == "plan":
+        from cv_lightning.commands.settings import before_parsing
+
+        if (code := before_parsing(name, words)) is not None:
+            return code
     if verb.lightning:
         prepare_environment()
-        argv = [name, *take_verbosity(rest)]
+        argv = [name, *("--help" if word in ("--help-all", HELP_ALL) else word for word in words)]
         if is_own:  # ranks that Lightning starts read it, too
             sys.argv[1:] = argv
         arguments = None if is_own else argv  # Lightning reads sys.argv itself, and warns of a second command line

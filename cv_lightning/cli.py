@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -43,7 +44,8 @@ from cv_lightning.loggers import run_loggers
 from cv_lightning.loggers.wandb import WandbRun
 from cv_lightning.modules.base import PolicyModule
 from cv_lightning.preflight import check_evaluation, check_fit
-from cv_lightning.renames import STORED, migrate_config, new_key
+from cv_lightning.renames import STORED, migrate_config
+from cv_lightning.settings_check import check_command
 from cv_lightning.types import CVLightningError
 from cv_lightning.verbs import PROGRAM
 
@@ -56,24 +58,19 @@ TAKE_OVER = (
 
 
 class ShortErrorParser(ShortErrors, LightningArgumentParser):
-    """A parser with short errors and without abbreviations, which knows the old names of config keys."""
+    """A parser with short errors and without abbreviations, which knows the old names in stored configs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | kwargs))
 
     def parse_string(self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any) -> Any:
-        """Parse a config. A stored one may have old names; in a user's file they are an error."""
+        """Parse a config. A stored one may have old names."""
         try:
             loaded = yaml.safe_load(content)
         except yaml.YAMLError:
             loaded = None  # the parser's own error names the place
-        if isinstance(loaded, dict):
+        if isinstance(loaded, dict) and Path(path).name in STORED:
             migrated, changes = migrate_config(loaded)
-            if changes and Path(path).name not in STORED:
-                self.error(
-                    f"{path}: {'; '.join(f'{old} is now {new}' for old, new in changes.items())}. "
-                    f"`cv-lightning config migrate {path}` rewrites the file"
-                )
             content = yaml.safe_dump(migrated, sort_keys=False) if changes else content
         return super().parse_string(content, path, *args, **kwargs)
 
@@ -256,19 +253,6 @@ def _is_wanted(key: str, trainer: Mapping[str, Any], given: Sequence[Callback]) 
     return trainer.get(SWITCHES.get(key, "")) is not False and not any(isinstance(c, kind) for c in given)
 
 
-def refuse_old_flags(args: Sequence[str]) -> None:
-    """Refuse flags that have been renamed.
-
-    Raises:
-        CVLightningError: Names the new flag.
-    """
-    for argument in args:
-        old = argument.removeprefix("--").partition("=")[0]
-        new = new_key(old) if argument.startswith("--") else old
-        if new != old:
-            raise CVLightningError(f"--{old} is now --{new}")
-
-
 def find_checkpoint(given: str | None, run: Path) -> str | None:
     """The checkpoint that `--ckpt_path` names.
 
@@ -320,7 +304,11 @@ def main(
     _quiet_libraries()
     try:
         if args is None or isinstance(args, list):
-            refuse_old_flags(sys.argv[1:] if args is None else args)
+            words = sys.argv[1:] if args is None else args
+            if words and (said := check_command(words[0], words[1:])):
+                raise CVLightningError(said)
+            if any(word in ("-h", "--help") or word.endswith(".help") for word in words):
+                set_parsing_settings(docstring_parse_attribute_docstrings=True)  # slow, and read by the help alone
         with exit_codes():
             return cli_class(
                 model_class=PolicyModule,

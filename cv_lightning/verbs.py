@@ -155,6 +155,9 @@ VERBS: Mapping[str, Verb] = {
         },
     ),
     "doctor": Verb(f"{COMMANDS}.doctor:main", "show what works on this machine, and what would add the rest", MACHINE),
+    "settings": Verb(
+        f"{COMMANDS}.settings:main", "search the settings of fit, validate and test", MACHINE, {"words": "WORD"}
+    ),
     "sandbox": Verb(
         f"{COMMANDS}.sandbox:main", "test the sandbox, or run one snippet in it", MACHINE, short={"-o": "--output"}
     ),

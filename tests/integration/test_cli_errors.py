@@ -159,7 +159,7 @@ def test_config_of_an_earlier_version_is_refused_with_its_new_keys(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = refused(grpo(tiny_checkpoint, tmp_path, *old_config(tmp_path, "more.yaml")), capsys)
-    assert "trainer.callbacks.CheckpointCallback is now checkpoint" in text and "config migrate more.yaml" in text
+    assert "trainer.callbacks.CheckpointCallback is now checkpoint" in text and "more.yaml` rewrites" in text
 
 
 def test_config_that_an_earlier_version_stored_is_read(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_prepare_environment_is_idempotent() -> None:
 
 
 def test_lightning_reads_one_command_line() -> None:
-    arguments = [sys.executable, "-m", "cv_lightning", "fit", "--help"]
+    arguments = [sys.executable, "-m", "cv_lightning", "fit", "--help-all"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert "--trainer.max_epochs" in done.stdout
     assert "args parameter" not in done.stderr
