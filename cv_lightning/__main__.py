@@ -39,12 +39,11 @@ def main(argv: list[str]) -> int:
     is_own = argv == sys.argv[1:]
     words = take_verbosity(rest)
     arguments: list[str] | None = words
-    if verb.lightning or name == "plan":
+    if verb.lightning:
         from cv_lightning.commands.settings import before_parsing
 
         if (code := before_parsing(name, words)) is not None:
             return code
-    if verb.lightning:
         prepare_environment()
         argv = [name, *("--help" if word in ("--help-all", HELP_ALL) else word for word in words)]
         if is_own:  # ranks that Lightning starts read it, too

@@ -199,9 +199,14 @@ class KeyCheck:
             if is_other or any(one.parts[: len(known)] == known for known in reported):
                 continue
             found = self.find(one.parts)
-            if found.unknown and not is_own_flag:
+            if found.unknown and not is_own_flag and not self._is_negated(one):
                 reported.append(one.parts[: found.unknown])
                 yield self._describe(one, found), one.parts[found.unknown - 1]
+
+    def _is_negated(self, one: Given) -> bool:
+        """True for `--no_KEY` of a switch."""
+        switch = self.find([one.parts[0].removeprefix("no_"), *one.parts[1:]]).settings
+        return not one.source and any("bool" in setting.type for setting in switch)
 
     def _describe(self, one: Given, found: KeyMatch) -> str:
         *outer, name = one.parts[: found.unknown]

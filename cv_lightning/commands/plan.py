@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cv_lightning.command_help import HELP_ALL
 from cv_lightning.command_line import closest, put_json, run_verb, split_words, verb_parser
 from cv_lightning.planner.assumptions import Assumptions, PlanOptions
+from cv_lightning.settings_check import check_command
+from cv_lightning.types import CVLightningError
 
 if TYPE_CHECKING:
     from cv_lightning.planner.budget import Plan
@@ -49,6 +51,8 @@ def _plan(settings: list[str], options: PlanOptions) -> int:
     """Print the plan of `fit` with some settings."""
     from cv_lightning.environment import prepare_environment
 
+    if wrong := check_command("plan", settings):
+        raise CVLightningError(wrong)
     prepare_environment()
     from cv_lightning.planner.budget import make_plan
     from cv_lightning.planner.run import read_run

@@ -34,7 +34,14 @@ FORMS = [
     *["--rollout.reward", "{judge: {model: x}, terms: []}", "--rollout.reward.judge.task_types.a", "ocr"],
     *["--rollout.agent", "{class_path: cv_lightning.agent.config.AgentConfig, init_args: {max_turns: 1}}"],
     *["--rollout.evaluations+", "{name: x, temperature: 1}", "--rollout.evaluations.name", "y"],
-    *["--rollout.agent.tool", "on", "--rollout.engine.sleep_level", "2", "--ckpt_path", "null"],
+    *[
+        "--no-rollout.agent.tool",
+        "--rollout.agent.deterministic",
+        "--rollout.engine.sleep_level",
+        "2",
+        "--ckpt_path",
+        "null",
+    ],
     *["--config", "{rollout.num_samples: 4, model: {init_args: {algorithm: {tis_clip: null}}}}"],
 ]
 """Forms of values that a parser accepts, which the check must accept too."""

@@ -131,6 +131,7 @@ def test_words_that_people_try_first_say_what_to_use(capsys: pytest.CaptureFixtu
 def test_other_names_run_the_verb(typed: str, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(Verb, "load", lambda self: asked.append)
+    monkeypatch.setattr("cv_lightning.commands.settings.check_command", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", ["cv-lightning", typed, "--config", "x.yaml", "--quiet"])
     monkeypatch.setenv("CVL_VERBOSITY", "")
     assert main([typed, "--ckpt_path", "last"]) == 0
