@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 from cv_lightning.digits.ablations import ARMS, stages
+from cv_lightning.digits.quickstart import Timing, run_stages
 from cv_lightning.digits.study import markdown, study, to_json
 from cv_lightning.rewards import RewardConfig
 
@@ -29,6 +32,22 @@ def test_arm_changes_only_the_named_weights() -> None:
     assert changed("no_process") == changed("rare_no_process") == {"mandatory", "exact"} and not changed("rare")
     assert not rewards["no_process"].gate
     assert changed("no_penalty") == changed("needless_no_penalty") == {"usage", "spurious"} and not changed("needless")
+
+
+def test_stages_run_with_threads_that_wait_without_spinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    policies = []
+
+    def record(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        policies.append(env["OMP_WAIT_POLICY"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    wanted = stages(tmp_path, seed=0, arms=["full"], tests=False)
+    assert run_stages(wanted[:1], Timing(tmp_path / "first", seed=0)) == 0
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # the user's own value counts
+    assert run_stages(wanted[:1], Timing(tmp_path / "second", seed=0)) == 0
+    assert policies == ["PASSIVE", "ACTIVE"]
 
 
 def test_stages_of_a_seed() -> None:
