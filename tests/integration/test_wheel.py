@@ -39,7 +39,7 @@ class Short(RewardTerm):
 
 
 def run(command: list[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
-    settings = {"env": CLEAN, "capture_output": True, "text": True, "timeout": 300} | options
+    settings = {"env": CLEAN, "capture_output": True, "text": True, "timeout": 900} | options
     return subprocess.run(list(map(str, command)), check=False, **settings)
 
 
