@@ -18,7 +18,7 @@ import pytest
 
 from cv_lightning import command_line
 from cv_lightning.__main__ import main
-from cv_lightning.command_help import flags_of, is_switch, values
+from cv_lightning.command_help import flags_of, help_text, is_switch, values
 from cv_lightning.command_line import spelled_out
 from cv_lightning.environment import prepare_environment, remove_stale_locks
 from cv_lightning.verbs import HINTS, VERBS, Verb, commands
@@ -161,8 +161,8 @@ def test_help_of_a_verb_is_short_and_explains_every_flag(
     monkeypatch.setenv("COLUMNS", "80")
     code, short, _ = said([*name.split(), "--help"], capsys)
     assert code == 0 and short.startswith(f"usage: cv-lightning {name}") and len(short.splitlines()) <= 60
-    code, whole, _ = said([*name.split(), "--help-all"], capsys)
-    assert code == 0 and whole.startswith(f"usage: cv-lightning {name}")
+    whole = help_text(parsers[name], everything=True)
+    assert whole.startswith(f"usage: cv-lightning {name}")
     flags = list(flags_of(parsers[name]))
     assert [flag.name for flag in flags if not flag.text] == [], "flags without a help text"
     positional = COMMANDS[name].positional
@@ -170,6 +170,12 @@ def test_help_of_a_verb_is_short_and_explains_every_flag(
     for flag in flags:
         word = positional.get(flag.name, f"--{flag.name}")
         assert word in whole and ("." in flag.name or word in short or f"{word}.*" in short), flag.name
+
+
+def test_help_all_is_asked_for_in_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help-all", "--help_all"):
+        code, whole, _ = said(["judge", flag], capsys)
+        assert code == 0 and "--judge.max_tokens N" in whole
 
 
 @pytest.mark.parametrize("name", OWN)
