@@ -55,5 +55,5 @@ def test_verbosity_flags_filter_messages(
 
 
 def test_every_verb_accepts_the_verbosity_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "--quiet", str(tmp_path / "nothing")]) == 1
+    assert main(["report", "--quiet", str(tmp_path / "nothing")]) == 2
     assert "nothing: no such run folder" in capsys.readouterr().err
