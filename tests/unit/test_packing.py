@@ -147,8 +147,9 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(
     largest = max(float(parameter.grad.abs().max()) for parameter in stock.parameters() if parameter.grad is not None)
     for name, parameter in stock.named_parameters():
         if parameter.grad is not None:
+            # Rounding reaches 1.7e-5 with tiny_qwen25, whose weights are large; two positions shifted by one cost 9e-3.
             torch.testing.assert_close(
-                gradients[name] / largest, parameter.grad / largest, atol=1e-5, rtol=1e-4, msg=name
+                gradients[name] / largest, parameter.grad / largest, atol=5e-5, rtol=1e-4, msg=name
             )
 
 
