@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +30,12 @@ from cv_lightning.ranges import PositiveInt, check_ranges
 
 LOG = logging.getLogger(__name__)
 
+NEEDS_TOOL = "rollout/tool_use_success"
 HEADLINE = {
     "sft/loss": "loss",
     "reward/total": "reward",
     "reward/accuracy": "accuracy",
-    "rollout/tool_use_success": "tool-use success",
+    NEEDS_TOOL: "tool-use success",
     "rollout/turns_mean": "turns",
     "policy/mismatch_max": "mismatch",
     "time/rollout_s": "rollout s",
@@ -219,5 +221,7 @@ def _speed(state: RolloutProgress) -> str:
 
 def headline(trainer: pl.Trainer) -> str:
     """The metrics of `HEADLINE` with their short names."""
-    metrics = trainer.callback_metrics
-    return "  ".join(f"{short} {float(metrics[name]):.3g}" for name, short in HEADLINE.items() if name in metrics)
+    shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name in HEADLINE}
+    if math.isnan(shown.get(NEEDS_TOOL, 0.0)):
+        del shown[NEEDS_TOOL]  # no task of the batch needs the tool
+    return "  ".join(f"{short} {shown[name]:.3g}" for name, short in HEADLINE.items() if name in shown)

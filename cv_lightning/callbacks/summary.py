@@ -35,7 +35,8 @@ class RunSummary(pl.Callback):
         self.told: set[str] = set()
         """Names of the findings that were shown."""
         self.settings: Settings = {}
-        self.started = 0.0
+        self.started: float | None = None
+        """None until training starts: a resumed run that is complete does not train."""
         self.first = 0
         """Iterations before this start."""
 
@@ -75,10 +76,13 @@ class RunSummary(pl.Callback):
     def _made(self, trainer: pl.Trainer, module: PolicyModule) -> Iterator[str]:
         """The lines of the summary, at most seven."""
         run = Path(trainer.default_root_dir)
-        done, seconds = module.iteration - self.first, time.perf_counter() - self.started
         changes = [text for name, short in SHOWN.items() if (text := self._change(name, short))]
-        unit = ("iteration" if module.trains_on_rollouts else "step") + "s" * (done != 1)
-        yield ", ".join([f"trained {done} {unit} in {duration(seconds)}", *changes])
+        unit = "iteration" if module.trains_on_rollouts else "step"
+        if self.started is None:
+            yield f"nothing left to train after {unit} {module.iteration}"
+        else:
+            done, seconds = module.iteration - self.first, time.perf_counter() - self.started
+            yield ", ".join([f"trained {done} {unit}{'s' * (done != 1)} in {duration(seconds)}", *changes])
         export = next((each for each in trainer.callbacks if isinstance(each, ExportCallback)), None)  # type: ignore[attr-defined]
         model = run / export.folder if export is not None and export.folder else None
         last = checkpoints(run / FOLDER)[-1:]

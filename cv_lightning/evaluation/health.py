@@ -269,7 +269,7 @@ def _no_gradient(row: Row, settings: Settings) -> bool:
 
 def _all_skipped(row: Row, settings: Settings) -> bool:
     steps = settings.get(f"{ALGORITHM}.num_minibatches", 2)
-    return _value(row, "sft/skipped_steps") >= 1 or _value(row, "policy/skipped_steps") >= steps
+    return _value(row, "sft/skipped_steps") >= 1 or _value(row, "policy/skipped_steps") >= ALL * steps
 
 
 def _not_finite(row: Row, settings: Settings) -> bool:

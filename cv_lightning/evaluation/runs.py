@@ -190,13 +190,19 @@ def read_curves(path: Path) -> list[Curve]:
     return list(curves.values())
 
 
-def read_settings(text: str) -> dict[str, Any]:
-    """Settings of a stored config by dotted name, under today's names; empty if it cannot be read."""
+def read_config(text: str) -> dict[str, Any]:
+    """A stored config under today's names; empty if it cannot be read."""
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return migrate_config(config)[0] if isinstance(config, dict) else {}
+    except (yaml.YAMLError, DataError, AttributeError, KeyError, TypeError):  # it may have been edited
         return {}
-    return flatten(migrate_config(config)[0]) if isinstance(config, dict) else {}
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """Settings of a stored config by dotted name, under today's names; empty if it cannot be read."""
+    config = read_config(text)
+    return flatten(config) if config else {}
 
 
 def _cell(text: object) -> float:

@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
-
-from cv_lightning.evaluation.runs import OWNER, OWNER_STALE_S, Run
-from cv_lightning.renames import migrate_config
+from cv_lightning.evaluation.runs import OWNER, OWNER_STALE_S, Run, read_config
 from cv_lightning.settings import flatten
-from cv_lightning.types import DataError
 
 CONFIG, RECORD = "_config.yaml", "_run.json"
 PLANNED = ("num_iterations", "num_steps")
@@ -107,15 +103,6 @@ def _part(run: Run, name: str, data_names: Mapping[str, str]) -> Part:
         rolled_out=int(rolled),
         store_share=share if rolled and isinstance(share, int | float) else None,
     )
-
-
-def read_config(text: str) -> dict[str, Any]:
-    """A stored config under today's names; empty if it cannot be read."""
-    try:
-        config = yaml.safe_load(text)
-        return migrate_config(config)[0] if isinstance(config, dict) else {}
-    except (yaml.YAMLError, DataError, AttributeError, KeyError, TypeError):
-        return {}
 
 
 def _class(config: Mapping[str, Any], key: str) -> tuple[str, dict[str, Any]]:

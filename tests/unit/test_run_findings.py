@@ -7,10 +7,13 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cv_lightning.callbacks.progress import headline
+from cv_lightning.callbacks.summary import RunSummary
 from cv_lightning.evaluation.health import find
 from cv_lightning.evaluation.runs import read_rows, read_settings
 from cv_lightning.rollout.collector import chance_accuracy
@@ -192,10 +195,32 @@ def test_the_report_shows_the_finding_that_the_run_warned_of(tmp_path: Path) -> 
     assert "Problems in training" not in write_report(tmp_path).read_text()
 
 
+def test_the_report_marks_the_commands_of_a_remedy_as_code(tmp_path: Path) -> None:
+    rows = numbered([grpo(**EQUAL | UNJUDGED)] * 6)
+    table = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    (tmp_path / "metrics.csv").write_text("\n".join(table) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "See <code>cv-lightning judge --check</code>." in page
+
+
+def test_a_resumed_run_that_is_complete_says_that_nothing_was_left_to_train(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(default_root_dir=str(tmp_path), callbacks=[])
+    module: Any = SimpleNamespace(iteration=100, trains_on_rollouts=True)
+    assert list(RunSummary()._made(trainer, module)) == ["nothing left to train after iteration 100"]
+
+
+def test_a_line_leaves_out_tool_use_success_where_no_task_needs_the_tool() -> None:
+    metrics = {"reward/total": 0.5, "rollout/tool_use_success": math.nan, "policy/mismatch_max": math.nan}
+    trainer: Any = SimpleNamespace(callback_metrics=metrics)
+    assert headline(trainer) == "reward 0.5  mismatch nan"
+    metrics["rollout/tool_use_success"] = 0.25
+    assert headline(trainer) == "reward 0.5  tool-use success 0.25  mismatch nan"
+
+
 def test_rows_keep_what_is_not_finite_and_leave_out_a_torn_row(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("iteration,sft/loss,greedy/accuracy\n1.0,nan,\n2.0,inf,0.5\n3.0,0.12")
     first, second = read_rows(file)
     assert math.isnan(first["sft/loss"]) and "greedy/accuracy" not in first
     assert second == {"iteration": 2.0, "sft/loss": math.inf, "greedy/accuracy": 0.5}
-    assert read_settings("a: {b: 1}\n") == {"a.b": 1} and read_settings("a: [") == {}
+    assert read_settings("a: {b: 1}\n") == {"a.b": 1} and read_settings("a: [") == read_settings("") == {}
