@@ -156,6 +156,12 @@ def _value(row: Row, name: str) -> float:
     return row.get(name, math.nan)
 
 
+def _number(settings: Settings, key: str, default: float) -> float:
+    """Value of a setting; the default where a stored config has none or something else."""
+    value = settings.get(key)
+    return value if isinstance(value, int | float) else default
+
+
 def _mean(rows: Sequence[Row], name: str) -> float:
     values = [value for row in rows if math.isfinite(value := _value(row, name))]
     return fmean(values) if values else math.nan
@@ -190,8 +196,8 @@ def _cut(row: Row) -> bool:
 def _cut_remedy(rows: Sequence[Row], settings: Settings) -> str:
     """Names the limit that was reached, where lengths show which one it is."""
     longest = max(_value(row, "rollout/length_max") for row in rows)
-    turn = settings.get("rollout.agent.max_turn_tokens", math.inf)
-    if longest >= settings.get("rollout.engine.max_model_len", math.inf) - 2:
+    turn = _number(settings, "rollout.agent.max_turn_tokens", math.inf)
+    if longest >= _number(settings, "rollout.engine.max_model_len", math.inf) - 2:
         return "Raise {rollout.engine.max_model_len}, which cut the longest ones"
     if _mean(rows, "rollout/sampled_tokens_mean") >= ALMOST_ALL * turn * _mean(rows, "rollout/turns_mean"):
         return "Raise {rollout.agent.max_turn_tokens}, or begin with SFT if the policy does not end its turns"
@@ -247,8 +253,7 @@ def _equal_text(rows: Sequence[Row], settings: Settings) -> str:
 
 
 def _equal_remedy(rows: Sequence[Row], settings: Settings) -> str:
-    temperature = settings.get("rollout.sampling.temperature", 1.0)
-    if isinstance(temperature, int | float) and temperature < LOW_TEMPERATURE:
+    if _number(settings, "rollout.sampling.temperature", 1.0) < LOW_TEMPERATURE:
         return "Raise {rollout.sampling.temperature} (1 is usual): all samples of a task are alike"
     return (
         "Begin with SFT or with tasks that the policy sometimes solves; more samples of a task help, too: "
@@ -268,7 +273,7 @@ def _no_gradient(row: Row, settings: Settings) -> bool:
 
 
 def _all_skipped(row: Row, settings: Settings) -> bool:
-    steps = settings.get(f"{ALGORITHM}.num_minibatches", 2)
+    steps = _number(settings, f"{ALGORITHM}.num_minibatches", 2)
     return _value(row, "sft/skipped_steps") >= 1 or _value(row, "policy/skipped_steps") >= ALL * steps
 
 

@@ -109,6 +109,12 @@ def test_the_verdict_tells_a_run_that_never_learned_from_one_that_stopped() -> N
     assert cut.blocks, "with equal rewards as its effect"
 
 
+def test_settings_without_a_number_do_not_stop_the_findings() -> None:
+    broken: dict[str, Any] = dict.fromkeys([*SETTINGS, "rollout.sampling.temperature"])
+    for name, row, _ in PLANTED:
+        assert [found.name for found in find(numbered([row] * 12), broken)] == [name]
+
+
 def test_near_misses_are_no_findings() -> None:
     for misses in (
         {"rollout/reward_variance_frac": 0.01},
