@@ -24,6 +24,7 @@ from cv_lightning.data.sft_json import ConversationFiles
 from cv_lightning.data.sources import Rows, RowStream, Source, slice_of_rank
 from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.rl.algorithm import AlgorithmConfig
+from cv_lightning.tools.base import Tool
 from cv_lightning.types import CVLightningError, Iteration, Task
 
 Batch = TypeVar("Batch")
@@ -290,7 +291,8 @@ class SFTDataModule(EvaluationDataModule):
     def training_conversations(self) -> Source[Conversation]:
         """The stream of conversations to train on."""
         module = self.trainer and self.trainer.lightning_module
-        tools = [tool.name for tool in getattr(module, "tools", ())]
+        given = getattr(module, "tools", None)  # a user's module may have something else under that name
+        tools = [tool.name for tool in given if isinstance(tool, Tool)] if isinstance(given, list | tuple) else []
         return RowStream(ConversationFiles(self.train_files, self.reader, tools), self.seed)
 
     def num_conversations(self, step: int) -> int:

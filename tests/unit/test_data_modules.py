@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -188,6 +189,17 @@ def test_without_tasks_there_is_no_validation_and_a_test_names_the_key() -> None
 def test_without_files_the_data_module_of_the_digits_is_named(kind: Any) -> None:
     with pytest.raises(CVLightningError, match=rf"train_files.*cv_lightning\.digits\.modules\.Digit{kind.__name__}"):
         kind().train_dataloader()
+
+
+@pytest.mark.parametrize("tools", [None, ["hammer"], {"saw": 1}, 3])
+def test_conversations_are_read_for_a_module_whose_tools_are_something_else(tmp_path: Path, tools: Any) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "<answer>3</answer>"}]
+    (tmp_path / "sft.json").write_text(json.dumps([{"conversations": turns, "images": ["a.png"]}]))
+    data = SFTDataModule([str(tmp_path / "sft.json")])
+    trainer: Any = SimpleNamespace(lightning_module=SimpleNamespace(tools=tools))
+    data.trainer = trainer
+    assert data.training_conversations().batch(0, 1)
 
 
 def test_a_loader_restarts_after_its_end() -> None:
