@@ -86,7 +86,18 @@ def run() -> None:
     use_current_folder()
     if "WANDB_SWEEP_ID" in os.environ and any(VERBS[word].lightning for word in sys.argv[1:2] if word in VERBS):
         sys.argv[1:] = agent_arguments(sys.argv[1:], os.environ)  # ranks that Lightning starts read it, too
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    finally:
+        _end_output()
+
+
+def _end_output() -> None:
+    """Write what is left of the output; a reader that has left, such as `head`, is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
 
 
 def agent_arguments(arguments: list[str], environment: Mapping[str, str]) -> list[str]:

@@ -159,7 +159,10 @@ def _renamed(node: yaml.Node | None, path: Path, parts: tuple[str, ...]) -> tupl
     whole: dict[str, Any] = content
     for part in reversed(parts):
         whole = {part: whole}
-    migrated, changes = migrate_config(whole)
+    try:
+        migrated, changes = migrate_config(whole)
+    except RecursionError as error:
+        raise Mistake(f"{path}: an alias (*NAME) stands within the value that it refers to; remove it") from error
     if not changes:
         return node, True
     if path.name in STORED and not parts:

@@ -118,7 +118,8 @@ def pin_files(arguments: MutableMapping[str, Any], run: Path, *, resumes: bool) 
     Raises:
         DataError: As in `pin`.
     """
-    lists = {name: [str(file) for file in arguments.get(name) or ()] for name in FILE_ARGUMENTS}
+    given = {name: arguments.get(name) for name in FILE_ARGUMENTS}  # a user's class may take something else
+    lists = {name: list(map(str, files)) if isinstance(files, list) else [] for name, files in given.items()}
     if not any(is_hub_path(file) for files in lists.values() for file in files):
         return
     record = run / RECORD

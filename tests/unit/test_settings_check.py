@@ -14,6 +14,7 @@ from renames import renames
 from cv_lightning.__main__ import main
 from cv_lightning.commands.settings import JOBS, MAX_WIDTH, short_help
 from cv_lightning.commands.settings import main as search
+from cv_lightning.hub import pin_files
 from cv_lightning.settings_check import check_command
 from cv_lightning.settings_index import load
 
@@ -202,3 +203,28 @@ def test_defaults_of_factories_and_links_are_in_the_index() -> None:
 def test_dispatcher_runs_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings", "lr"]) == 0
     assert capsys.readouterr().out.startswith("model.init_args.optimizer.lr ")
+
+
+def test_config_with_an_endless_alias_is_an_error_without_a_traceback(tmp_path: Path) -> None:
+    config = tmp_path / "endless.yaml"
+    config.write_text("trainer: &a\n  callbacks: *a\n")
+
+    assert "alias" in (check_command("fit", ["--config", str(config)]) or "")
+
+
+def test_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "cv_lightning", "settings"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+
+    assert "Traceback" not in (said := process.stderr.read()) and "Exception ignored" not in said
+    process.stderr.close()
+    process.wait()
+
+
+def test_files_of_a_users_class_need_not_be_a_list(tmp_path: Path) -> None:
+    arguments = {"train_files": tmp_path / "a.bin", "eval_files": 3}
+    pin_files(arguments, tmp_path, resumes=False)
+
+    assert arguments == {"train_files": tmp_path / "a.bin", "eval_files": 3}
