@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from cv_lightning.agent.config import AgentConfig
 from cv_lightning.callbacks.rollout import RolloutCallback, rolls_out
 from cv_lightning.data.modules import EvaluationDataModule, SFTDataModule, Stage, TaskDataModule, missing_tasks
 from cv_lightning.data.rows import expand_files
@@ -119,15 +120,18 @@ def check_types(trainer: pl.Trainer, dtype: str, trains: bool) -> None:
 def _check_engine(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Refuse an engine that is too short for the agent's limits, or longer than the model's positions.
 
-    The first would end trajectories without a word, the second is reported by vLLM only after it has started.
+    The first would end trajectories without a word, the second is reported by vLLM only after it has started. Limits
+    of the agent at their defaults give way to the engine's length.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     rollout = next((callback for callback in reversed(callbacks) if isinstance(callback, RolloutCallback)), None)
     if rollout is None:
         return
     agent, wanted = rollout.agent, rollout.engine_config.max_model_len
+    unset = AgentConfig()
+    is_set = (agent.max_prompt_tokens, agent.max_response_tokens) != (unset.max_prompt_tokens, unset.max_response_tokens)
     allowed = agent.max_prompt_tokens + agent.max_response_tokens
-    if wanted < allowed:
+    if is_set and wanted < allowed:
         raise CVLightningError(
             f"rollout.engine.max_model_len {wanted} is below rollout.agent.max_prompt_tokens {agent.max_prompt_tokens} "
             f"+ max_response_tokens {agent.max_response_tokens}: the engine would cut what the agent allows. Set "
