@@ -42,7 +42,10 @@ def check_early(verb: str, settings: Settings) -> str | None:
     checks: list[Callable[[str, Settings], str | None]] = [
         _model_flag, _device, _checkpoint, _files, _run_folder, _other_run, _policy_path
     ]  # fmt: skip
-    return next(filter(None, (check(verb, settings) for check in checks)), None)
+    try:
+        return next(filter(None, (check(verb, settings) for check in checks)), None)
+    except OSError:  # a folder that may not be read: the run itself says which
+        return None
 
 
 def _model_flag(verb: str, settings: Settings) -> str | None:
@@ -74,12 +77,12 @@ def _policy_path(verb: str, settings: Settings) -> str | None:
 
 def local_folder_error(path: str) -> str | None:
     """What is wrong with a model's path that cannot be a name on the hub; None: it exists, or may be a name."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return None
     if folder.exists():
         return "a file; give the folder that holds config.json and the weights"
-    is_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") != 1 or Path(folder.parts[0]).is_dir()
+    is_local = path.startswith((".", "/", "~", "runs/")) or path.count("/") != 1
     if not is_local or "/" not in path:
         return None
     there = next(parent for parent in folder.absolute().parents if parent.is_dir())
@@ -109,14 +112,14 @@ def _files(verb: str, settings: Settings) -> str | None:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    given = [value] if isinstance(value, str) else value
-    return (
-        (path for path in given if isinstance(path, str) and "://" not in path) if isinstance(given, list) else iter(())
-    )
+    """The local files of a setting; those of the Hub and of other file systems are the readers' to find."""
+    for path in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+        if isinstance(path, str) and "://" not in path and not path.startswith("hf:/"):
+            yield path
 
 
 def _file_error(key: str, path: str, kind: str) -> str | None:
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if file.is_dir():
         return f"--{key}: {path} is a folder; name its files"
     if not file.is_file():

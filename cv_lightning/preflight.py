@@ -128,10 +128,10 @@ def _check_engine(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     if rollout is None:
         return
     agent, wanted = rollout.agent, rollout.engine_config.max_model_len
-    unset = AgentConfig()
-    is_set = (agent.max_prompt_tokens, agent.max_response_tokens) != (unset.max_prompt_tokens, unset.max_response_tokens)
+    default = AgentConfig()
+    unset = default.max_prompt_tokens + default.max_response_tokens
     allowed = agent.max_prompt_tokens + agent.max_response_tokens
-    if is_set and wanted < allowed:
+    if wanted < allowed != unset:
         raise CVLightningError(
             f"rollout.engine.max_model_len {wanted} is below rollout.agent.max_prompt_tokens {agent.max_prompt_tokens} "
             f"+ max_response_tokens {agent.max_response_tokens}: the engine would cut what the agent allows. Set "

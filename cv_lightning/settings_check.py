@@ -126,6 +126,8 @@ class KeyCheck:
                 key = dotted(found.key)
                 values |= {f"{key}.class_path": one.text} if is_class else {}
                 values[key] = number_of(value_of(one.node), found.settings)
+                if values[key] is None:  # a later source switches the whole block off
+                    values = {name: value for name, value in values.items() if not name.startswith(f"{key}.")}
                 if bounds and all(setting.range == bounds for setting in found.settings):
                     ranges[key] = Range(**bounds)
         return values, ranges
