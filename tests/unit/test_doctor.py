@@ -51,7 +51,7 @@ def test_crashing_import_is_a_failed_row() -> None:
 def test_hanging_import_is_told_from_a_broken_one() -> None:
     check = import_probe(Probe("hang", "import time; time.sleep(60)", "repair it", required=True), timeout_s=1)
     assert check.status == "no answer" and "1 s" in check.detail
-    assert "--timeout-s 3" in check.fix and "repair" not in check.fix
+    assert "--timeout_s 3" in check.fix and "repair" not in check.fix
     assert not can_train([check]) and conclusion([check]).startswith("not known yet")
     assert conclusion([check, check._replace(status="failed")]) == "training cannot work here yet"
 
