@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -213,9 +213,9 @@ class ToolStatus(StrEnum):
     """How a tool call ended."""
 
     OK = "ok"
-    """The call succeeded; the code tool's snippet returned an image."""
+    """The call succeeded; the code tool's snippet made an image or a text."""
     ERROR = "error"
-    """The call failed because of the policy: its snippet raised an error or returned no usable image."""
+    """The call failed because of the policy: its snippet raised an error, or made neither an image nor a text."""
     TIMEOUT = "timeout"
     """The call was killed at its deadline."""
     KILLED = "killed"
@@ -239,15 +239,24 @@ class ToolImage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTrace:
+    """How one of several images of a call came about."""
+
+    effect: Effect | None = None
+    """As `ToolResult.effect`."""
+    used: tuple[int, ...] = ()
+    """Numbers of the operations in `ToolResult.operations` whose results reached this image."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
     """Result of a tool call."""
 
     status: ToolStatus = ToolStatus.OK
     text: str = ""
-    """Text for the model, shown beside the images."""
+    """Text for the model, beside the images or before the error; of the code tool: what the snippet printed."""
     images: tuple[ToolImage, ...] = ()
-    """Images for the model; only where `status` is OK. The agent shows one per call. They are stored as the
-    trajectory's images."""
+    """Images for the model; only where `status` is OK. They are stored as the trajectory's images."""
     error: str = ""
     """Short text for the model: exception, line of the snippet, hint. Empty when OK."""
     error_kind: str = ""
@@ -255,11 +264,30 @@ class ToolResult:
     operations: tuple[Operation, ...] = ()
     """Operations that ran, in order."""
     effect: Effect | None = None
-    """Net geometric effect; None without an image, or if nothing is proven about it."""
+    """Net geometric effect on the last image; None without an image, or if nothing is proven about it."""
+    traces: tuple[ImageTrace, ...] = ()
+    """Of a call that made several images: one each, in their order. Empty for fewer images."""
     executor: str = ""
     """How the code tool ran: `plan` (checked operations), `process` (model code in a child) or `cache`."""
     elapsed_s: float = 0.0
     """Running time in seconds, without queueing."""
+
+    @property
+    def effects(self) -> tuple[Effect | None, ...]:
+        """The net effect on each image; one for a call that made one image or none."""
+        return tuple(trace.effect for trace in self.traces) or (self.effect,)
+
+    def of_image(self, number: int) -> ToolResult:
+        """The result as if the call had made only one of its images.
+
+        Args:
+            number: Number of the image in the call, from 0.
+        """
+        if not self.traces:
+            return self
+        trace = self.traces[number]
+        operations = tuple(replace(op, used=at in trace.used) for at, op in enumerate(self.operations))
+        return replace(self, effect=trace.effect, operations=operations, traces=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +295,14 @@ class SandboxResult(ToolResult):
     """Result of one snippet run on one image."""
 
     image: Image.Image | None = None
-    """RGB; set exactly when `status` is OK."""
+    """The last image that the snippet made, RGB; None where it failed, or made a text only."""
+    earlier: tuple[Image.Image, ...] = ()
+    """Images that it showed before the last, in order, RGB."""
+
+    @property
+    def made(self) -> tuple[Image.Image, ...]:
+        """All images that it made, in order."""
+        return () if self.image is None else (*self.earlier, self.image)
 
 
 # ------------------------------------------------------------------------------------------------ trajectory

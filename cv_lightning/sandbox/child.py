@@ -12,6 +12,7 @@ import random
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,11 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageEnhance, ImageFil
 from cv_lightning import images
 from cv_lightning.sandbox import guard, layers, tracer, wire
 from cv_lightning.sandbox.config import SandboxConfig
+from cv_lightning.sandbox.errors import FILE, NOT_FINITE, ResultError, describe_error, describe_traceback
+from cv_lightning.sandbox.output import Output, Printed, run_as_cell
 from cv_lightning.sandbox.syscalls import SeccompFilter
-from cv_lightning.sandbox.wire import HEADER, JOB, PIXEL, Trace
+from cv_lightning.sandbox.wire import HEADER, JOB, PICTURE, PIXEL, Trace
 
-FILE = "<code>"
 INPUT_FD, OUTPUT_FD, CONTROL_FD = 3, 4, 5
 NOT_SEALED = 97
 """Exit status of a child that failed before it got a job."""
@@ -33,25 +35,6 @@ MAX_RECURSION = 20_000
 PIECE = 1 << 16
 """Bytes that Pillow hands to the kernel at once; small, because the buffer's pages are touched for the first time."""
 ASPECT_LIMIT = 200
-_LIBRARIES = "available: PIL, numpy, cv2, skimage, scipy, math and the standard library"
-HINTS = {
-    "FileNotFoundError": "files cannot be read; the picture is in `image`",
-    "PermissionError": "files, processes and the network are closed; use `image` and the imaging libraries "
-    "(image.save(name) and Image.open(name) work: they keep the file in memory)",
-    "ModuleNotFoundError": _LIBRARIES,
-    "ImportError": _LIBRARIES,
-    "SyntaxError": "send complete, valid Python",
-}
-NO_THREADS = "threads and processes are not available here; call the function in a plain loop, or with map()"
-NOT_FINITE = "the result has NaN or infinite values; use np.nan_to_num and values from 0 to 255"
-
-
-class ResultError(Exception):
-    """The snippet's result is not a usable image; `kind` is the typed reason."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +46,8 @@ class ChildJob:
     height: int
     seed: bytes
     config: SandboxConfig
+    max_shown: int = 0
+    """Images that it may show; 0: one result, and no text."""
 
 
 def namespace(image: Image.Image, code: str = "") -> dict[str, Any]:
@@ -203,87 +188,99 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return images.to_rgb(image)
 
 
-# ------------------------------------------------------------------------------------------------ errors
-def describe_error(error: BaseException, job: ChildJob) -> tuple[str, str]:
-    """Kind and text of an exception: its name, the snippet's line, a hint."""
-    if isinstance(error, ResultError):
-        return error.kind, str(error)
-    name, line = type(error).__name__, _line(error, job.code)
-    if isinstance(error, guard.TooLargeError):
-        return "too_large", f"too large{line}: {error}"
-    if isinstance(error, MemoryError) or "Insufficient memory" in str(error) or "DecompressionBomb" in name:
-        advice = f"too large: more than {job.config.memory_mb} MB of memory; crop or resize to a smaller size"
-        return "memory", f"MemoryError{line}: {advice}"
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        return "no_result", f"no result: the code ended by {name}{line}; put the new image into `result`"
-    if isinstance(error, SyntaxError):
-        at = f" (line {error.lineno})" if error.filename == FILE and error.lineno else ""
-        return name, f"{name}{at}: {error.msg}. Hint: {HINTS['SyntaxError']}"
-    message = " ".join(str(error).split())[:300]
-    hint = NO_THREADS if "start new thread" in message else HINTS.get(name)
-    return name, f"{name}{line}: {message}" + (f". Hint: {hint}" if hint else "")
-
-
-def _line(error: BaseException, code: str) -> str:
-    """` (line 3: `x = y`)`: the deepest line of the snippet in the traceback; empty if there is none."""
-    number, step = 0, error.__traceback__
-    # One pass without a list: a runaway recursion leaves millions of frames.
-    while step is not None:
-        if step.tb_frame.f_code.co_filename == FILE:
-            number = step.tb_lineno
-        step = step.tb_next
-    lines = code.splitlines()
-    return f" (line {number}: `{lines[number - 1].strip()[:80]}`)" if 0 < number <= len(lines) else ""
-
-
 # ------------------------------------------------------------------------------------------------ running
-def run_snippet(job: ChildJob, image: Image.Image) -> tuple[Image.Image, Trace]:
-    """Run model code on an image; returns the result as RGB, and its trace. Exceptions of the code pass through."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a snippet made: images as RGB, and a trace for each; without images one trace."""
+
+    images: Sequence[Image.Image]
+    traces: Sequence[Trace]
+
+
+def run_snippet(job: ChildJob, image: Image.Image, output: Output) -> Made:
+    """Run model code on an image. Exceptions of the code pass through.
+
+    Args:
+        job: The snippet.
+        image: The input.
+        output: Gets what a snippet prints and shows, if it may.
+    """
     scope = namespace(image, job.code)
     seed_everything(job.seed)
     guard.set_limit(job.config.memory_mb)
     tracer.begin(image)
     try:
-        exec(compile(job.code, FILE, "exec", dont_inherit=True), scope)
-        tracer.TRACER.stop()
-        picked = pick_result(scope, image, job.config.reference_results)
-        result = checked_result(picked, job.config.max_result_pixels)
-        return result, tracer.TRACER.finish(result)
+        if not job.max_shown:
+            exec(compile(job.code, FILE, "exec", dont_inherit=True), scope)
+            tracer.TRACER.stop()
+            picked = pick_result(scope, image, job.config.reference_results)
+            result = checked_result(picked, job.config.max_result_pixels)
+            return Made([result], [tracer.TRACER.finish(result)])
+        scope["show"] = output.show
+        with output.collecting():
+            run_as_cell(job.code, FILE, scope)
+            tracer.TRACER.stop()
+            output.take_results(scope)
+        try:
+            if not output.images:
+                output.show(pick_result({**scope, "result": None, "output": None}, image, reference=False))
+        except ResultError as missing:
+            if missing.kind not in ("no_result", "not_an_image") or output.is_empty:
+                raise
+        made = output.images
+        return Made(made, [tracer.TRACER.finish(each) for each in made] or [tracer.TRACER.finish(None)])
     finally:
         tracer.TRACER.active = False
         guard.set_limit(0)  # processes that are forked after a rehearsal must not inherit its limit
 
 
-def write_result(fd: int, image: Image.Image, trace: Trace) -> None:
-    """Write the pixels, then the trace; the header last."""
-    os.lseek(fd, HEADER.size, os.SEEK_SET)
-    wire.write_pixels(fd, image, piece=PIECE)
-    at, packed = HEADER.size + PIXEL * image.width * image.height, wire.pack_trace(trace)
-    os.pwrite(fd, packed, at)
-    os.pwrite(fd, HEADER.pack(wire.MAGIC, wire.STATUS_OK, *image.size, at - HEADER.size, len(packed), 0), 0)
+def write_made(fd: int, made: Made, printed: Printed) -> None:
+    """Write images, traces and the text; the header last."""
+    traces, (text, cut) = [wire.pack_trace(trace) for trace in made.traces], printed.kept()
+    os.lseek(fd, HEADER.size + PICTURE.size * len(made.images), os.SEEK_SET)
+    for image in made.images:
+        wire.write_pixels(fd, image, piece=PIECE)
+    os.pwrite(fd, b"".join(traces) + text, os.lseek(fd, 0, os.SEEK_CUR))
+    pairs = zip(made.images, traces, strict=False)
+    sizes = b"".join(PICTURE.pack(*image.size, len(trace)) for image, trace in pairs)
+    alone = 0 if made.images else len(traces[0])
+    os.pwrite(fd, HEADER.pack(wire.MAGIC, wire.STATUS_OK, len(made.images), alone, 0, len(text), cut) + sizes, 0)
 
 
-def write_error(fd: int, kind: str, text: str) -> None:
-    """Write kind and text of an error, separated by a zero byte."""
-    data = f"{kind}\0{text}".encode("utf-8", "replace")[: wire.MAX_TEXT]
-    os.pwrite(fd, data, HEADER.size)
-    os.pwrite(fd, HEADER.pack(wire.MAGIC, wire.STATUS_ERROR, 0, 0, 0, 0, len(data)), 0)
+def write_error(fd: int, kind: str, text: str, printed: Printed) -> None:
+    """Write kind and text of an error, separated by a zero byte, and what was printed before it."""
+    data, (said, cut) = f"{kind}\0{text}".encode("utf-8", "replace")[: wire.MAX_TEXT], printed.kept()
+    os.pwrite(fd, data + said, HEADER.size)
+    os.pwrite(fd, HEADER.pack(wire.MAGIC, wire.STATUS_ERROR, 0, 0, len(data), len(said), cut), 0)
+
+
+def new_output(config: SandboxConfig, max_shown: int) -> Output:
+    """An empty output."""
+    return Output(config.max_text_bytes, max_shown, checked_result, config.max_result_pixels)
 
 
 def run_job(job: ChildJob) -> None:
     """Run a job and write its result or error. Never returns."""
+    output = new_output(job.config, job.max_shown)
     try:
-        result, trace = run_snippet(job, load_input(INPUT_FD, job.width, job.height))
-        write_result(OUTPUT_FD, result, trace)
+        made = run_snippet(job, load_input(INPUT_FD, job.width, job.height), output)
+        write_made(OUTPUT_FD, made, output.printed)
     except BaseException as error:  # model code may raise anything, SystemExit and its own BaseException included
         try:
-            kind, text = describe_error(error, job)
+            kind, text = describe(error, job)
         except BaseException as worse:  # an exception whose str() raises
             kind, text = "error", f"{type(error).__name__}: cannot be shown ({type(worse).__name__})"
         with contextlib.suppress(OSError):  # the snippet closed it: there is no result then
-            write_error(OUTPUT_FD, kind, text)
+            write_error(OUTPUT_FD, kind, text, output.printed)
     finally:
         os._exit(0)
+
+
+def describe(error: BaseException, job: ChildJob) -> tuple[str, str]:
+    """Kind and text of an exception of a job."""
+    if not job.max_shown:
+        return describe_error(error, job.code, job.config.memory_mb)
+    return describe_traceback(error, job.code, job.config.memory_mb, job.config.max_error_chars)
 
 
 # ------------------------------------------------------------------------------------------------ before the job
@@ -301,11 +298,13 @@ def rehearse() -> None:
     The fork server does it too, so that spare children and those forked on demand start from the same state.
     """
     image = Image.frombytes("RGB", (8, 8), bytes(192))
-    job = ChildJob("result = image.crop((1, 1, 5, 5)).rotate(90)\n", 8, 8, bytes(16), SandboxConfig(memory_mb=1))
-    result, trace = run_snippet(job, image)
-    fd = os.memfd_create("rehearsal")
-    write_result(fd, result, trace)
-    os.close(fd)
+    code, config = "print(image.size)\nresult = image.crop((1, 1, 5, 5)).rotate(90)\n", SandboxConfig(memory_mb=1)
+    for max_shown in (1, 0):
+        output = new_output(config, max_shown)
+        made = run_snippet(ChildJob(code, 8, 8, bytes(16), config, max_shown), image, output)
+        fd = os.memfd_create("rehearsal")
+        write_made(fd, made, output.printed)
+        os.close(fd)
 
 
 def cap_recursion() -> None:
@@ -328,10 +327,10 @@ def wait_for_job(control: socket.socket, config: SandboxConfig) -> ChildJob:
     if fds != [INPUT_FD, OUTPUT_FD]:  # the fork server has gone
         os._exit(0)
     gc.enable()
-    _, _, width, height, seed = JOB.unpack(packet)
+    _, _, width, height, max_shown, seed = JOB.unpack(packet)
     num_pixels = PIXEL * width * height
     code = os.pread(INPUT_FD, os.fstat(INPUT_FD).st_size - num_pixels, num_pixels).decode("utf-8", "replace")
-    return ChildJob(code, width, height, seed, config)
+    return ChildJob(code, width, height, seed, config, max_shown)
 
 
 # ------------------------------------------------------------------------------------------------ after the fork
@@ -377,7 +376,7 @@ def _limit(seal: Seal) -> None:
             memory_bytes=config.memory_mb << 20,
             library_bytes=seal.library_bytes,
             cpu_s=config.cpu_s,
-            file_bytes=HEADER.size + PIXEL * config.max_result_pixels + wire.MAX_TRACE + wire.MAX_TEXT,
+            file_bytes=wire.largest_output(config.max_result_pixels, config.max_text_bytes),
         )
     layers.prctl(layers.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != seal.server_pid:

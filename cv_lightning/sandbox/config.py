@@ -38,6 +38,8 @@ class SandboxConfig:
     """Larger results are an error that tells the model to crop or resize."""
     max_error_chars: PositiveInt = 600
     """Error texts for the model are cut to this length."""
+    max_text_bytes: PositiveInt = 65536
+    """Bytes that are kept of what a snippet prints: half from its beginning and half from its end."""
     plan_tier: bool = True
     """Run straight-line code of known operations with checked arguments without running model code."""
     plan_budget_ms: NonNegativeFloat = 3.0

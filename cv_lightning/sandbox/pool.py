@@ -80,6 +80,8 @@ class Job:
     """Makes the sealed memfd of pixels and code; called late, because thousands of jobs may wait."""
     science: bool
     """Needs a server with SciPy and scikit-image."""
+    max_shown: int = 0
+    """Images that the snippet may show; 0: one result, and no text."""
     future: Future[ChildResult] = field(default_factory=Future)
     input_fd: int = -1
     output_fd: int = -1
@@ -140,10 +142,28 @@ class Pool:
             raise SandboxError(f"no fork server came up within {limit} s; raise sandbox.start_timeout_s") from None
 
     def submit(
-        self, *, owner: str, size: tuple[int, int], seed: bytes, make_input: Callable[[], int], science: bool
+        self,
+        *,
+        owner: str,
+        size: tuple[int, int],
+        seed: bytes,
+        make_input: Callable[[], int],
+        science: bool,
+        max_shown: int = 0,
     ) -> Job:
-        """Queue a snippet; the job's future gets a `ChildResult`, and cancelling it kills the child."""
-        job = Job(id=next(self._ids), owner=owner, size=size, seed=seed, make_input=make_input, science=science)
+        """Queue a snippet; the job's future gets a `ChildResult`, and cancelling it kills the child.
+
+        The arguments are the fields of `Job`.
+        """
+        job = Job(
+            id=next(self._ids),
+            owner=owner,
+            size=size,
+            seed=seed,
+            make_input=make_input,
+            science=science,
+            max_shown=max_shown,
+        )
         if self._closing or os.getpid() != self.pid:
             job.future.set_exception(SandboxError("the sandbox is closed, or was started before this process forked"))
             return job
@@ -257,7 +277,7 @@ class Pool:
     def _cancel(self, job: Job) -> None:
         self.counts["cancelled"] += 1
         if job.server is not None and job.id in self._in_flight:
-            job.server.send(JOB.pack(CANCEL, job.id, 0, 0, bytes(16)), [])
+            job.server.send(JOB.pack(CANCEL, job.id, 0, 0, 0, bytes(16)), [])
         else:  # it is skipped when its turn comes
             self._release(job)
 
@@ -290,7 +310,8 @@ class Pool:
         server.served += 1
         self._bytes += job.num_bytes
         job.answer_by = time.monotonic() + self.config.timeout_s + WATCHDOG_S
-        server.send(JOB.pack(RUN, job.id, *job.size, job.seed), [job.input_fd, job.output_fd])
+        packet = JOB.pack(RUN, job.id, *job.size, job.max_shown, job.seed)
+        server.send(packet, [job.input_fd, job.output_fd])
         if server.served >= self.config.jobs_per_zygote and not server.draining:
             self._retire(server)
 

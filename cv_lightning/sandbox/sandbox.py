@@ -25,7 +25,7 @@ from cv_lightning.sandbox import plan
 from cv_lightning.sandbox.config import GENERAL_LAYERS, SandboxConfig
 from cv_lightning.sandbox.pool import ChildResult, Job, Pool
 from cv_lightning.sandbox.reading import read_outcome
-from cv_lightning.sandbox.wire import write_pixels
+from cv_lightning.sandbox.wire import MAX_SHOWN, write_pixels
 from cv_lightning.types import SandboxError, SandboxResult, ToolStatus
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ SCIENCE_NAMES = ("skimage", "scipy", "matplotlib")
 """Code that names one of these runs on a server that has them loaded."""
 
 
+Key = tuple[str, str, int]
+"""Of a result in the cache: hash of the image, code, images that may be shown."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Request:
     """A snippet that a child has to run."""
@@ -46,8 +50,9 @@ class _Request:
     image: Image.Image
     """RGB."""
     code: str
-    key: tuple[str, str] | None
+    key: Key | None
     """Key in the cache, if there is one."""
+    max_shown: int
 
 
 class Sandbox:
@@ -65,7 +70,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(2, "sandbox")
         """Reads and proves results: of 16 megapixels each takes hundreds of megabytes meanwhile."""
-        self._cache: OrderedDict[tuple[str, str], SandboxResult] = OrderedDict()
+        self._cache: OrderedDict[Key, SandboxResult] = OrderedDict()
         self._cached_bytes = 0
         self._counts = {"plan": 0, "process": 0, "cache": 0, "refused": 0}
 
@@ -147,18 +152,21 @@ class Sandbox:
         return pids
 
     # ---------------------------------------------------------------------------------------- running
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         """Run a snippet on an image without blocking the event loop; cancelling the task kills the child.
 
         Args:
             image: Any mode; model code gets it as RGB and cannot change it.
             code: Python with `image` in scope.
             owner: Trajectory id; waiting snippets of different owners take turns.
+            max_shown: Images that the snippet may show, at most 16; what it prints is returned, too. 0: what it prints
+                is thrown away, and it must make one image.
 
         Raises:
             SandboxError: The sandbox was not started, or is closed.
+            ValueError: `max_shown` is not possible.
         """
-        request = self._begin(image, code)
+        request = self._begin(image, code, max_shown)
         if isinstance(request, SandboxResult):
             return request
         loop = asyncio.get_running_loop()
@@ -176,9 +184,9 @@ class Sandbox:
         # Shielded, so that the output is closed even if this task is cancelled meanwhile.
         return await asyncio.shield(loop.run_in_executor(self._readers, self._finish, request, outcome))
 
-    def run_sync(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    def run_sync(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         """`run` for callers without an event loop; from any thread."""
-        request = self._begin(image, code)
+        request = self._begin(image, code, max_shown)
         if isinstance(request, SandboxResult):
             return request
         job = self._submit(self._started(), request, owner)
@@ -197,20 +205,23 @@ class Sandbox:
             raise SandboxError("the sandbox was started before this process was forked; start one of its own here")
         return pool
 
-    def _begin(self, image: Image.Image, code: str) -> SandboxResult | _Request:
+    def _begin(self, image: Image.Image, code: str, max_shown: int) -> SandboxResult | _Request:
         """The result if no child is needed (rejected, cached, a cheap plan); else what a child has to run."""
+        if not 0 <= max_shown <= MAX_SHOWN:
+            raise ValueError(f"max_shown {max_shown}: a snippet can show 0 to {MAX_SHOWN} images")
         rejected = _rejection(image, code, self.config.max_code_chars)
         if rejected is not None:
             self._count("refused")
             return rejected
         rgb = to_rgb(image)
-        request = _Request(rgb, code, (content_hash(rgb), code) if self.config.cache_size else None)
+        key = (content_hash(rgb), code, max_shown) if self.config.cache_size else None
+        request = _Request(rgb, code, key, max_shown)
         cached = self._cached(request.key)
         if cached is not None:
             self._count("cache")
             return cached
         if self.config.plan_tier and not self.config.reference_results:
-            planned = plan.run(rgb, code, self.config)
+            planned = plan.run(rgb, code, self.config)  # a plan prints nothing and shows one image
             if planned is not None:
                 self._count("plan")
                 return self._remember(request.key, planned)
@@ -226,10 +237,11 @@ class Sandbox:
             seed=_seed(image, code),
             make_input=partial(sealed_pixels, image, code.encode()),
             science=closed or any(name in code for name in SCIENCE_NAMES),
+            max_shown=request.max_shown,
         )
 
     def _finish(self, request: _Request, outcome: ChildResult) -> SandboxResult:
-        result = read_outcome(request.image, outcome, self.config)
+        result = read_outcome(request.image, outcome, self.config, request.max_shown)
         self._count("process")
         return self._remember(request.key, result)
 
@@ -238,7 +250,7 @@ class Sandbox:
         with self._lock:
             self._counts[what] += 1
 
-    def _cached(self, key: tuple[str, str] | None) -> SandboxResult | None:
+    def _cached(self, key: Key | None) -> SandboxResult | None:
         if key is None:
             return None
         with self._lock:
@@ -248,7 +260,7 @@ class Sandbox:
             self._cache.move_to_end(key)
         return _own_copy(replace(found, executor="cache"))
 
-    def _remember(self, key: tuple[str, str] | None, result: SandboxResult) -> SandboxResult:
+    def _remember(self, key: Key | None, result: SandboxResult) -> SandboxResult:
         if key is None or result.status not in (ToolStatus.OK, ToolStatus.ERROR) or result.error_kind == "memory":
             return result
         kept = _own_copy(result)
@@ -288,11 +300,12 @@ def _abandon(job: Job) -> None:
 
 
 def _own_copy(result: SandboxResult) -> SandboxResult:
-    return result if result.image is None else replace(result, image=result.image.copy())
+    earlier = tuple(image.copy() for image in result.earlier)
+    return result if result.image is None else replace(result, image=result.image.copy(), earlier=earlier)
 
 
 def _num_bytes(result: SandboxResult | None) -> int:
-    return 0 if result is None or result.image is None else 3 * result.image.width * result.image.height
+    return 0 if result is None else len(result.text) + sum(3 * image.width * image.height for image in result.made)
 
 
 def sealed_pixels(image: Image.Image, code: bytes = b"") -> int:

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _BOOT = (
-    "import sys; sys.path += [p for p in sys.argv.pop(1).split(':') if p not in sys.path]; "
+    "import sys; paths = sys.argv.pop(1).split(':'); rest = [p for p in sys.path if p not in paths]; "
+    "at = next((i for i, p in enumerate(rest) if p.endswith('-packages') or sys.prefix not in p), len(rest)); "
+    "sys.path[:] = [*rest[:at], *paths, *rest[at:]]; del paths, rest, at; "
     "from cv_lightning.sandbox.zygote import main; main(sys.argv[1:])"
 )
 _ENVIRONMENT = {
@@ -136,8 +138,11 @@ class Server:
 
 
 def _search_path() -> str:
-    """Folders of the project and the packages of this process; -I drops PYTHONPATH, which may name them."""
-    return ":".join([*packages(), _ROOT])
+    """Folders of the project and the packages of this process; -I drops PYTHONPATH, which may name them.
+
+    They come after the standard library and before what else is installed, which may hold another copy of the project.
+    """
+    return ":".join(dict.fromkeys([_ROOT, *packages()]))
 
 
 def private_folders() -> list[str]:

@@ -172,10 +172,10 @@ class Tracer:
         self.active = False
 
     def finish(self, result: Any) -> Trace:
-        """The trace of a snippet whose result this is."""
-        origin = self.origin_of(result) or self.guess()
+        """The trace of a snippet whose result this is; None: it made no image, and no operation reached one."""
+        origin = NOWHERE if result is None else self.origin_of(result) or self.guess()
         claims: list[Affine] = [] if origin.to_input is None else [origin.to_input]
-        for other in reversed(self.origins):
+        for other in reversed(self.origins if result is not None else []):
             if other.to_input is not None and other.to_input not in claims and len(claims) < MAX_CLAIMS:
                 claims.append(other.to_input)
         operations = [

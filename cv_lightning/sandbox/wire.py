@@ -2,8 +2,9 @@
 
 A job goes to a fork server as one packet with two memfds: the sealed input (pixels, then code) and an empty output.
 The fork server never sees the code, so a child of it cannot find another snippet's. The child writes a fixed header,
-the pixels and a trace (JSON) or an error text into the output. The parent treats all of it as untrusted, because model
-code ran in the process that wrote it: everything is checked, and nothing in it names a type.
+the sizes of its images, their pixels and traces (JSON), an error text, and what the snippet printed into the output.
+The parent treats all of it as untrusted, because model code ran in the process that wrote it: everything is checked,
+and nothing in it names a type.
 """
 
 from __future__ import annotations
@@ -19,22 +20,33 @@ from PIL import Image
 from cv_lightning.types import Affine, Operation
 
 RUN, CANCEL = 1, 2
-JOB = struct.Struct("<BQII16s")
-"""kind, job id, width, height, seed."""
+JOB = struct.Struct("<BQIIB16s")
+"""kind, job id, width, height, images that it may show (0: one result, no text), seed."""
 PIXEL = 4
 """Bytes of a pixel on the wire: Pillow's own layout of RGB, so that nothing is packed or unpacked."""
 REPLY = struct.Struct("<QIidQ")
 """job id, 1 if it broke the time or CPU limit, wait status, elapsed s, peak memory in bytes."""
-HEADER = struct.Struct("<8sIIIQII")
-"""magic, status, width, height, bytes of pixels, bytes of trace, bytes of text."""
-MAGIC = b"cvlsbx01"
+HEADER = struct.Struct("<8sIIIIIi")
+"""magic, status, number of images, bytes of a trace without an image, of the error, of what was printed, and the place
+in that where its middle was cut out (-1: nowhere)."""
+PICTURE = struct.Struct("<III")
+"""width, height, bytes of trace. One per image, after the header."""
+MAGIC = b"cvlsbx02"
 STATUS_OK, STATUS_ERROR = 0, 1
 MAX_TRACE = 1 << 16
 MAX_TEXT = 4096
+MAX_SHOWN = 16
+"""Images that one snippet may show, at most."""
 MAX_OPERATIONS = 64
 MAX_CLAIMS = 12
 MAX_ARGUMENTS = 8
 _MARKS = "<| |> <tool_call> </tool_call> <tool_response> </tool_response> <image> <answer> </answer>".split()
+
+
+def largest_output(max_pixels: int, text_bytes: int) -> int:
+    """Bytes of the largest output that a child may write."""
+    images = PIXEL * max_pixels + MAX_SHOWN * (PICTURE.size + MAX_TRACE)
+    return HEADER.size + images + MAX_TEXT + text_bytes
 
 
 class WireError(Exception):

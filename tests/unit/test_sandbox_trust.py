@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from PIL import Image
 from cv_lightning.sandbox import SandboxConfig
 from cv_lightning.sandbox.effect import effect_of, net_effect
 from cv_lightning.sandbox.pool import ChildResult
-from cv_lightning.sandbox.reading import read_outcome
+from cv_lightning.sandbox.reading import CUT_OUT, printed_text, read_outcome
 from cv_lightning.sandbox.wire import (
     HEADER,
     MAGIC,
+    PICTURE,
     STATUS_OK,
     Trace,
     WireError,
@@ -154,40 +156,96 @@ def _outcome(data: bytes) -> ChildResult:
     return ChildResult(fd)
 
 
-def _header(width: int, height: int, pixels: int, trace: int, text: int, status: int = STATUS_OK) -> bytes:
-    return HEADER.pack(MAGIC, status, width, height, pixels, trace, text)
+def _header(images: int, trace: int, error: int, text: int = 0, status: int = STATUS_OK, cut: int = -1) -> bytes:
+    return HEADER.pack(MAGIC, status, images, trace, error, text, cut)
 
 
+def _image(width: int, height: int, trace: int) -> bytes:
+    return PICTURE.pack(width, height, trace)
+
+
+TRACE_BYTES = pack_trace(TRACE)
+WHOLE = _image(4, 4, len(TRACE_BYTES)) + bytes(64) + TRACE_BYTES
+
+
+@pytest.mark.parametrize("max_shown", [0, 4])
 @pytest.mark.parametrize(
     "data",
     [
-        _header(4, 4, 64, 0, 0),
-        _header(4, 4, 64, 3, 0) + bytes(64) + b"\xff\xff\xff",
-        _header(4, 4, 48, 0, 0) + bytes(48),
-        _header(0xFFFFFFFF, 0xFFFFFFFF, 1 << 62, 0, 0),
-        _header(4, 4, 64, 1 << 31, 0) + bytes(64),
-        _header(0, 0, 0, 0, 0),
-        _header(4, 4, 64, 3, 5) + bytes(72),
-        _header(0, 0, 0, 0, 1 << 30, 1),
-        _header(4, 4, 64, 3, 0, 7) + bytes(67),
+        _header(1, 0, 0) + _image(4, 4, 0) + bytes(64),
+        _header(1, 0, 0) + _image(4, 4, 3) + bytes(64) + b"\xff\xff\xff",
+        _header(1, 0, 0) + _image(4, 4, len(TRACE_BYTES)) + bytes(48) + TRACE_BYTES,
+        _header(1, 0, 0) + _image(0xFFFFFFFF, 0xFFFFFFFF, 3) + bytes(64),
+        _header(1, 0, 0) + _image(4, 4, 1 << 31) + bytes(64),
+        _header(1, 0, 0) + _image(0, 0, 3) + bytes(3),
+        _header(1, 3, 0) + WHOLE,
+        _header(1, 0, 5) + WHOLE,
+        _header(1, 0, 0, 4) + WHOLE,
+        _header(1, 0, 0, 0, cut=5) + WHOLE,
+        _header(5, 0, 0) + WHOLE * 5,
+        _header(0xFFFFFFFF, 0, 0) + WHOLE,
+        _header(0, 0, 0),
+        _header(0, 3, 0, 1 << 30) + b"\xff\xff\xff",
+        _header(0, 0, 1 << 30, 0, 1),
+        _header(0, 0, 5, 0, 1),
+        _header(1, 0, 5, 0, 1) + b"x\0abc",
+        _header(1, 0, 0, 0, 7) + WHOLE,
         b"\0" * HEADER.size,
         b"PICKLE!!" * 20,
         struct.pack("<8s", MAGIC) + b"\xff" * 64,
     ],
 )
-def test_invalid_output_is_the_snippets_failure_and_is_closed(data: bytes) -> None:
+def test_invalid_output_is_the_snippets_failure_and_is_closed(data: bytes, max_shown: int) -> None:
     outcome = _outcome(data)
     fd = outcome.output_fd
-    result = read_outcome(NOISE, outcome, SandboxConfig())
+    result = read_outcome(NOISE, outcome, SandboxConfig(), max_shown)
     assert (result.status, result.error_kind, result.image) == (ToolStatus.KILLED, "invalid_output", None)
     with pytest.raises(OSError):
         os.fstat(fd)
 
 
-@given(st.binary(max_size=200))
-def test_any_output_gives_a_result(data: bytes) -> None:
-    result = read_outcome(NOISE, _outcome(MAGIC + data), SandboxConfig())
-    assert result.status in (ToolStatus.KILLED, ToolStatus.ERROR) or result.image is not None
+@given(st.binary(max_size=200), st.sampled_from([0, 4]))
+def test_any_output_gives_a_result(data: bytes, max_shown: int) -> None:
+    result = read_outcome(NOISE, _outcome(MAGIC + data), SandboxConfig(), max_shown)
+    is_text = max_shown and result.status is ToolStatus.OK
+    assert is_text or result.status in (ToolStatus.KILLED, ToolStatus.ERROR) or result.image is not None
+
+
+@given(st.lists(st.integers(0, 70), min_size=7, max_size=7), st.binary(max_size=80))
+def test_any_sizes_give_a_result(numbers: list[int], data: bytes) -> None:
+    status, images, trace, error, text, cut, width = numbers
+    header = HEADER.pack(MAGIC, status % 3, images % 4, trace, error, text, cut - 1)
+    sizes = _image(width, 3, len(TRACE_BYTES)) * (images % 4)
+    data = header + sizes + bytes(12 * width * (images % 4)) + TRACE_BYTES * (images % 4) + data
+    result = read_outcome(NOISE, _outcome(data), SandboxConfig(), 4)
+    assert result.status in (ToolStatus.OK, ToolStatus.ERROR, ToolStatus.KILLED)
+    assert len(result.made) == images % 4 or result.status is not ToolStatus.OK
+
+
+def test_images_with_traces_of_different_operations_are_refused() -> None:
+    """Every image of a call tells of the same operations: a forged list must not stand beside an honest one."""
+    other = pack_trace(replace(TRACE, operations=()))
+    sizes = _image(4, 4, len(TRACE_BYTES)) + _image(4, 4, len(other))
+    data = _header(2, 0, 0) + sizes + bytes(128) + TRACE_BYTES + other
+    assert read_outcome(NOISE, _outcome(data), SandboxConfig(), 2).error_kind == "invalid_output"
+    data = _header(2, 0, 0) + sizes[:12] * 2 + bytes(128) + TRACE_BYTES * 2
+    result = read_outcome(NOISE, _outcome(data), SandboxConfig(), 2)
+    assert len(result.made) == 2 and len(result.traces) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "cut", "wanted"),
+    [
+        (b"caf\xc3\xa9\t1\n", -1, "café\t1\n"),
+        (b"\x1b[31mred\x07\r\n", -1, r"\x1b[31mred\x07\r" + "\n"),
+        ("\u202e\u200b\xa0\u3000".encode(), -1, "\\u202e\\u200b\xa0\u3000"),
+        (b"\xff\xfe\x00", -1, r"\xff\xfe\x00"),
+        ("aéé".encode(), 2, "a" + CUT_OUT + "é"),
+        (b"ab", 1, "a" + CUT_OUT + "b"),
+    ],
+)
+def test_what_is_printed_is_readable_text(data: bytes, cut: int, wanted: str) -> None:
+    assert printed_text(data, cut) == wanted
 
 
 def test_no_exit_status_or_signal_counts_as_lost() -> None:
