@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -238,14 +238,11 @@ class ToolImage:
     """Maps its coordinates to those of the source image; None if it is not known to be an affine image of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageTrace:
-    """How one of several images of a call came about."""
+class ImageTrace(NamedTuple):
+    """How one of several images of a call came about: its net effect, and the numbers of its operations."""
 
-    effect: Effect | None = None
-    """As `ToolResult.effect`."""
-    used: tuple[int, ...] = ()
-    """Numbers of the operations in `ToolResult.operations` whose results reached this image."""
+    effect: Effect | None
+    used: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,18 +273,6 @@ class ToolResult:
     def effects(self) -> tuple[Effect | None, ...]:
         """The net effect on each image; one for a call that made one image or none."""
         return tuple(trace.effect for trace in self.traces) or (self.effect,)
-
-    def of_image(self, number: int) -> ToolResult:
-        """The result as if the call had made only one of its images.
-
-        Args:
-            number: Number of the image in the call, from 0.
-        """
-        if not self.traces:
-            return self
-        trace = self.traces[number]
-        operations = tuple(replace(op, used=at in trace.used) for at, op in enumerate(self.operations))
-        return replace(self, effect=trace.effect, operations=operations, traces=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,11 +347,18 @@ class Turn:
     """Why a tool call could not be parsed, as the model was told."""
     result: ToolResult | None = None
     image_index: int | None = None
-    """Index in `Trajectory.images` of the image that this turn's call made."""
+    """Index in `Trajectory.images` of the first image that this turn's call made; None if it made none."""
+    num_images: int = 1
+    """Number of images that it made, if it made any."""
     response_text: str = ""
     """Text of the tool response that the model read."""
     generate_s: float = 0.0
     tool_s: float = 0.0
+
+    @property
+    def image_indices(self) -> range:
+        """Indices in `Trajectory.images` of the images that this turn's call made."""
+        return range(0) if self.image_index is None else range(self.image_index, self.image_index + self.num_images)
 
 
 @dataclass(slots=True, kw_only=True)

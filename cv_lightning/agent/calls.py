@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
@@ -30,16 +31,16 @@ class ToolOutcome:
     """Result of one call, prepared for the dialogue."""
 
     result: ToolResult
-    model_image: Image.Image | None = None
-    """The result's image at model size; None if there is no image, or it cannot be shown."""
+    views: Sequence[Image.Image] = ()
+    """The result's images at model size, in their order."""
     not_shown: str = ""
-    """Why the result's image cannot be shown; the model reads it."""
+    """Why an image of the call cannot be shown; the model reads it. The result no longer has that image."""
     elapsed_s: float = 0.0
     """Time of the call in seconds."""
 
 
 async def run_call(tool: Tool, call: ToolCall, context: ToolContext, encoder: ImageSizer) -> ToolOutcome:
-    """Run a call, and resize and hash its image, off the thread that owns the engine.
+    """Run a call, and resize and hash its images, off the thread that owns the engine.
 
     Args:
         tool: The tool that `call` names.
@@ -48,24 +49,38 @@ async def run_call(tool: Tool, call: ToolCall, context: ToolContext, encoder: Im
         encoder: Resizes images for the model.
 
     Raises:
-        ValueError: The tool returned more than one image, or one of no trajectory image.
+        ValueError: The tool returned more images than it may, or one of no trajectory image.
     """
     begun = time.perf_counter()
     result = await tool.call(call.arguments, context)
-    if len(result.images) > 1 or any(not 0 <= made.parent < len(context.images) for made in result.images):
-        parents = [made.parent for made in result.images]
+    parents = [made.parent for made in result.images]
+    if len(parents) > tool.max_images or any(not 0 <= parent < len(context.images) for parent in parents):
         raise ValueError(
-            f"tool {tool.name!r} returned {len(parents)} images, made from {parents}; the agent shows one image per "
-            f"call, made from one of the {len(context.images)} before it"
+            f"tool {tool.name!r} returned {len(parents)} images, made from {parents}; it may return {tool.max_images} "
+            f"(Tool.max_images), made from the {len(context.images)} before them"
         )
-    seen, not_shown = None, ""
-    for made in result.images:
+    views, kept, not_shown = [], [], ""
+    for number, made in enumerate(result.images):
         try:
-            seen = await asyncio.to_thread(_prepare, encoder, made.image)
+            views.append(await asyncio.to_thread(_prepare, encoder, made.image))
+            kept.append(number)
         except ImageError as error:
             not_shown = str(error)
     elapsed = time.perf_counter() - begun
-    return ToolOutcome(result=result, model_image=seen, not_shown=not_shown, elapsed_s=elapsed)
+    return ToolOutcome(result=_with_images(result, kept), views=views, not_shown=not_shown, elapsed_s=elapsed)
+
+
+def _with_images(result: ToolResult, kept: Sequence[int]) -> ToolResult:
+    """The result with only some of its images."""
+    if len(kept) == len(result.images):
+        return result
+    effects = [result.effects[number] for number in kept]
+    return replace(
+        result,
+        images=tuple(result.images[number] for number in kept),
+        effect=effects[-1] if effects else None,
+        traces=tuple(result.traces[number] for number in kept),
+    )
 
 
 def _prepare(encoder: ImageSizer, image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from types import coroutine
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from cv_lightning.agent.calls import ToolOutcome, run_call, trajectory_image
 from cv_lightning.agent.config import AgentConfig
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
-from cv_lightning.agent.prompt import response_parts, tool_ok_text
+from cv_lightning.agent.prompt import cut_said, response_parts, tool_ok_text
 from cv_lightning.agent.protocol import parse_turn
 from cv_lightning.agent.request import RolloutRequest
 from cv_lightning.agent.views import TaskViews
@@ -242,36 +242,46 @@ class Episode:
         turn.tool_s, turn.result = outcome.elapsed_s, result
         if result.status is ToolStatus.INFRASTRUCTURE_ERROR:
             raise _End(EndState.ERROR_SANDBOX, result.error)
+        said = self._fitting(result.text, turn)
         if result.status is not ToolStatus.OK or outcome.not_shown:
-            error = result.error or outcome.not_shown
-            return self._respond(turn, prompt.tool_error.format(error=error) + note)
-        if outcome.model_image is None:
-            return self._respond(turn, result.text + note)
+            note = prompt.tool_error.format(error=result.error or outcome.not_shown) + note
         images = self.trajectory.images
-        if len(images) >= self.config.max_images:
+        if outcome.views and len(images) + len(outcome.views) > self.config.max_images:
             raise _End(EndState.MAX_IMAGES, f"agent.max_images is {self.config.max_images}")
-        view = trajectory_image(images, result.images[0], outcome.model_image)
-        text = tool_ok_text(prompt, len(images), view.original.size, view.model_image.size)
-        self._respond(turn, text + note, result.text, view)
+        pairs = zip(result.images, outcome.views, strict=True)
+        views = [trajectory_image(images, made, model_image) for made, model_image in pairs]
+        texts = [
+            tool_ok_text(prompt, index, view.original.size, view.model_image.size)
+            for index, view in enumerate(views, len(images))
+        ]
+        self._respond(turn, "\n".join(texts) + note, said, views)
 
-    def _respond(self, turn: Turn, text: str, said: str = "", view: TrajectoryImage | None = None) -> None:
-        """Append a tool response: text and image together, or neither.
+    def _fitting(self, said: str, turn: Turn) -> str:
+        """A tool's text within the limits of characters and of the tool's tokens."""
+        name = turn.tool_call.name if turn.tool_call is not None else ""
+        limit = next((tool.max_text_tokens for tool in self.config.offered if tool.name == name), None)
+        return self.shared.encoder.fit(cut_said(said, self.config.max_tool_text_chars), limit)
+
+    def _respond(self, turn: Turn, text: str, said: str = "", views: Sequence[TrajectoryImage] = ()) -> None:
+        """Append a tool response: text and images together, or neither.
 
         Args:
             turn: The turn with the call.
-            text: The agent's text; it has one `<image>` mark if there is an image.
-            said: The tool's own text beside the image.
-            view: The image.
+            text: The agent's text; it has one `<image>` mark per image.
+            said: The tool's own text.
+            views: The images.
         """
-        parts, shown = response_parts(text, view is not None, self.config.max_tool_text_chars, said)
-        ids = self.shared.encoder.tool_ids(parts, after=self.dialogue.engine_ids)
-        features = self.shared.encoder.num_image_tokens(view.model_image.size) - 1 if view is not None else 0
+        encoder, images = self.shared.encoder, [view.model_image for view in views]
+        limit = self.config.max_tool_text_chars
+        parts, shown = response_parts(text, len(views), limit, said, encoder.literal)
+        ids = encoder.tool_ids(parts, after=self.dialogue.engine_ids)
+        features = sum(encoder.num_image_tokens(image.size) - 1 for image in images)
         length = len(self.dialogue.token_ids) + len(ids) + features
         response = length - self.trajectory.num_prompt_tokens
         if response >= self.config.max_response_tokens or length >= self.shared.max_model_len - 1:
             raise _End(EndState.OVER_LENGTH, f"no room for the tool's response after {length} tokens")
-        self.dialogue.append_context(ids, [view.model_image] if view is not None else [])
+        self.dialogue.append_context(ids, images)
         turn.response_text = shown
-        if view is not None:
-            turn.image_index = len(self.trajectory.images)
-            self.trajectory.images.append(view)
+        if views:
+            turn.image_index, turn.num_images = len(self.trajectory.images), len(views)
+            self.trajectory.images += views

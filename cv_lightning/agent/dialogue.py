@@ -7,6 +7,7 @@ did not sample, the turn separator included, has mask False.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,13 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from cv_lightning.agent.prompt import CUT, PromptConfig, task_messages, text_part
+from cv_lightning.agent.prompt import (
+    CUT,
+    PromptConfig,
+    cut_middle,
+    harmless,
+    literal,
+    task_messages,
+    text_part,
+)
 from cv_lightning.images import to_model_image
+from cv_lightning.sandbox.wire import CUT_OUT
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.types import EngineError, Task
 
 if TYPE_CHECKING:
     from cv_lightning.models.adapters import ModelAdapter
+
+
+MAX_TOKENS_A_CHARACTER = 8
+"""Of text as byte-level tokenizers and the breaking of tags make them; used only to skip counting short texts."""
 
 
 class DialogueEncoder:
@@ -37,11 +51,34 @@ class DialogueEncoder:
         self.end_id: int = adapter.end_id
         self.image_pad_id: int = adapter.image_id
         self._ids = lru_cache(maxsize=4096)(self._tokenize)
+        added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._added = re.compile("|".join(re.escape(token) for token in added if len(token) > 1) or "(?!)")
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         pieces = [piece for piece in text.split(CUT) if piece]
         ids = self.tokenizer(pieces, add_special_tokens=False)["input_ids"] if pieces else []
         return tuple(token for piece in ids for token in piece)
+
+    def literal(self, text: str) -> str:
+        """Text in which neither a tag of the protocol nor a special token of this tokenizer is read as one.
+
+        It reads as before: the pieces between the cuts are tokenised one by one.
+        """
+        return self._added.sub(lambda found: found[0][0] + CUT + found[0][1:], literal(text))
+
+    def fit(self, text: str, max_tokens: int | None) -> str:
+        """A tool's text in at most `max_tokens` tokens; the middle of a longer text is cut out.
+
+        Args:
+            text: As the tool gave it, at most some ten thousand characters.
+            max_tokens: None for any number.
+        """
+        if max_tokens is None or len(text) <= max_tokens // MAX_TOKENS_A_CHARACTER:
+            return text
+        cut = text
+        while (number := len(self._tokenize(self.literal(harmless(cut))))) > max_tokens and len(cut) > len(CUT_OUT):
+            cut = cut_middle(text, min(len(cut) - 1, len(cut) * max_tokens // number), CUT_OUT)
+        return cut
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         """Text of messages by the adapter's chat template."""

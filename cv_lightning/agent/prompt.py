@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cv_lightning.agent.protocol import example_call
+from cv_lightning.sandbox.wire import CUT_OUT
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.tools.base import Coordinates
 from cv_lightning.tools.schema import describe_arguments
@@ -145,40 +146,51 @@ def split_marks(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def response_parts(text: str, with_image: bool, limit: int, said: str = "") -> tuple[list[dict[str, str]], str]:
+def response_parts(
+    text: str, num_images: int, limit: int, said: str = "", literal: Callable[[str], str] = literal
+) -> tuple[list[dict[str, str]], str]:
     """Content parts of a tool response, and the text that the model reads in it.
 
-    Only our own mark stands for an image, and only if there is one; anything in a tool's own text that looks like a
-    mark or a tag of the protocol is broken up.
+    Images come first, then the tool's own text; an error comes after that text. Only our own marks stand for images;
+    anything in a tool's own text that looks like a mark or a tag of the protocol is broken up.
 
     Args:
-        text: The agent's text; it has one `<image>` mark if `with_image`.
-        with_image: True if the response shows an image.
-        limit: Maximum characters of text without the mark; the middle of a longer text is cut out.
-        said: The tool's own text beside the image, put after `text`.
+        text: The agent's text; it has `num_images` `<image>` marks.
+        num_images: Images that the response shows.
+        limit: Maximum characters of text without the marks; the middle of a longer text is cut out.
+        said: The tool's own text.
+        literal: Makes tags and special tokens plain text; `DialogueEncoder.literal` knows those of the tokenizer.
     """
-    if not with_image:
-        shown = _harmless(text, limit)
-        return [literal_part(shown)], shown
-    before, after = text.strip().split(IMAGE_MARK, 1)
-    before = cut_middle(before, limit)
-    after = cut_middle(after, limit - len(before))
-    pieces = split_marks(before + IMAGE_MARK + after)
-    shown = "".join(part.get("text", IMAGE_MARK) for part in pieces)
+    if not num_images:
+        shown = cut_middle(harmless(text.strip()), limit)
+        said = cut_said(harmless(said), limit - len(shown) - 1)
+        shown = "\n".join(filter(None, (said, shown)))
+        return [text_part(literal(shown))], shown
+    left, pieces = limit, []
+    for piece in text.strip().split(IMAGE_MARK, num_images):
+        pieces.append(cut_middle(piece, left))
+        left -= len(pieces[-1])
+    parts = split_marks(IMAGE_MARK.join(pieces))
+    shown = "".join(part.get("text", IMAGE_MARK) for part in parts)
     if said.strip():
-        said = "\n" + _harmless(said, limit - len(before) - len(after) - 1)
-        pieces, shown = [*pieces, literal_part(said)], shown + said
-    return pieces, shown
+        said = "\n" + cut_said(harmless(said), left - 1)
+        parts, shown = [*parts, text_part(literal(said))], shown + said
+    return parts, shown
 
 
-def _harmless(text: str, limit: int) -> str:
-    broken = re.sub(r"<(image|/?tool_response)>", r"< \1>", text.strip().replace(CUT, ""))
-    return text_part(cut_middle(broken, limit))["text"]
+def harmless(text: str) -> str:
+    """Text without marks of images, ends of the response and control tokens: they get a space after the `<`."""
+    return text_part(re.sub(r"<(image|/?tool_response)>", r"< \1>", text.replace(CUT, "")))["text"]
 
 
-def cut_middle(text: str, limit: int) -> str:
+def cut_said(text: str, limit: int) -> str:
+    """A tool's text in at most `limit` characters, without line ends at its end."""
+    text = text.rstrip("\n")
+    return text if len(text) <= limit else cut_middle(text, limit, CUT_OUT)
+
+
+def cut_middle(text: str, limit: int, mark: str = " ... ") -> str:
     """At most `limit` characters; the middle of a longer text is replaced by a mark."""
-    mark = " ... "
     if len(text) <= limit:
         return text
     if limit <= len(mark):

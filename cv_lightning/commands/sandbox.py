@@ -9,9 +9,9 @@ from pathlib import Path
 from cv_lightning.command_line import put_json, run_verb
 from cv_lightning.images import decode_image
 from cv_lightning.sandbox import Sandbox, SandboxConfig
-from cv_lightning.sandbox.cases import PACKAGED, load_cases, report, run_cases
+from cv_lightning.sandbox.cases import MAX_SHOWN, PACKAGED, load_cases, report, run_cases
 from cv_lightning.sandbox.config import MAX_CODE_CHARS
-from cv_lightning.types import DataError
+from cv_lightning.types import DataError, ToolStatus
 
 OPERATION = {name: name for name in ("name", "call", "arguments", "used")} | {
     "input": "input_size",
@@ -24,6 +24,7 @@ def sandbox(
     self_test: bool = False,
     run: list[Path] | None = None,
     corpus: Path = PACKAGED,
+    text: bool = False,
     json: Path | None = None,
     output: Path | None = None,
     timeout_s: float = 2.0,
@@ -38,8 +39,9 @@ def sandbox(
         self_test: Run the packaged cases, or those of --corpus.
         run: CODE.py IMAGE: run one snippet on an image and print its trace.
         corpus: Cases to run.
+        text: Run all cases of --self-test with printed text and several images, not only those that ask for it.
         json: Write the result into this file; - prints it as JSON.
-        output: File for the result of --run; also -o.
+        output: File for the last image that --run makes; also -o.
         timeout_s: Limit of a snippet in seconds.
         no_private_root: Run without a private root, as hosts that do not allow one.
         allow_unsafe: Start although a required layer is missing.
@@ -56,12 +58,12 @@ def sandbox(
     )
     with Sandbox(config) as started:
         if run is None:
-            return _self_test(started, corpus, json)
+            return _self_test(started, corpus, text, json)
         return _run(started, run[0], run[1], output, json)
 
 
-def _self_test(sandbox: Sandbox, corpus: Path, file: Path | None) -> int:
-    summary = report(sandbox, run_cases(sandbox, load_cases(str(corpus))))
+def _self_test(sandbox: Sandbox, corpus: Path, text: bool, file: Path | None) -> int:
+    summary = report(sandbox, run_cases(sandbox, load_cases(str(corpus)), text=text))
     if not put_json(file, summary):
         for name, state in summary["layers"].items():
             print(f"{name:14} {state}")
@@ -77,10 +79,12 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, written
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not text: --run CODE.py IMAGE, the code first") from error
     picture = decode_image(image)
-    result = sandbox.run_sync(picture, code)
+    result = sandbox.run_sync(picture, code, max_shown=MAX_SHOWN)
     shown = {
         "status": str(result.status),
         "error": result.error,
+        "text": result.text,
+        "images": [made.size for made in result.made],
         "executor": result.executor,
         "elapsed_ms": round(1000 * result.elapsed_s, 2),
         "operations": [{key: getattr(op, name) for key, name in OPERATION.items()} for op in result.operations],
@@ -95,7 +99,7 @@ def _run(sandbox: Sandbox, file: Path, image: Path, output: Path | None, written
             result.image.save(output)
         except ValueError as error:
             raise DataError(f"--output {output}: {error}; end it in .png, .jpg or .webp") from error
-    return int(result.image is None)
+    return int(result.status is not ToolStatus.OK)
 
 
 main = partial(run_verb, sandbox, name="sandbox")

@@ -84,7 +84,7 @@ def tool_use_success(task: Task, trajectory: Trajectory) -> bool:
 
 def turned_image(trajectory: Trajectory) -> bool:
     """True if an orientation operation ran, by name or by its net effect (an array turned by slicing)."""
-    effects = [turn.result.effect for turn in trajectory.turns if turn.result and turn.result.effect]
+    effects = [effect for turn in trajectory.turns if turn.result for effect in turn.result.effects if effect]
     names = [op.name for op in trajectory.operations] + [name for effect in effects for name in effect.core]
     return any(name.startswith(("rotate", "flip", "transpose")) for name in names)
 

@@ -38,6 +38,10 @@ LEAKS = re.compile(
 """Words that a thought must not contain: they refer to what only the teacher was told."""
 
 
+CODE = CodeTool(text=False)
+"""Demonstrations show one image per call, and errors in one line."""
+
+
 class Problem(NamedTuple):
     """Reason why a conversation is not kept."""
 
@@ -108,7 +112,7 @@ class Player:
             return Played(text=text, parsed=parsed), None
         context = ToolContext(images=tuple(self.images), owner=self._owner, sandbox=self._sandbox)
         arguments = parsed.call.arguments
-        result = missing_image(arguments, len(self.images)) or await CodeTool().call(arguments, context)
+        result = missing_image(arguments, len(self.images)) or await CODE.call(arguments, context)
         if not result.images:
             return Played(text=text, parsed=parsed, result=result), None
         image = trajectory_image(self.images, result.images[0], result.images[0].image)

@@ -158,9 +158,9 @@ def ran_credit(trajectory: Trajectory, *, in_source: bool) -> ToolCredit:
     """
     labels: set[str] = set()
     boxes: list[Box | None] = []
-    for turn, result in _successes(trajectory):
+    for index, result in _successes(trajectory):
         labels |= _optional_labels([result]).union(result.effect.core if result.effect else ())
-        boxes.append(_call_box(trajectory, turn, result, in_source))
+        boxes.append(_call_box(trajectory, index, result, in_source))
     found = tuple(box for box in boxes if box is not None)
     return ToolCredit(labels=frozenset(labels), boxes=found, turned=turned_labels(trajectory))
 
@@ -191,8 +191,8 @@ def turned_labels(trajectory: Trajectory) -> frozenset[str]:
     if any(op.name == ERASED for op in trajectory.operations):
         return ORIENTATION | {TURNED}
     ran = {op.name for op in trajectory.operations if not _is_of_channels(op)}
-    effects = [turn.result.effect for turn in trajectory.turns if turn.result and turn.result.effect]
-    ran |= {label for effect in effects for label in (*effect.core, *effect.turned)}
+    effects = [effect for turn in trajectory.turns if turn.result for effect in turn.result.effects]
+    ran |= {label for effect in effects if effect for label in (*effect.core, *effect.turned)}
     return frozenset(name if name in ORIENTATION else TURNED for name in ran if name.startswith(_TURNING))
 
 
@@ -202,11 +202,25 @@ def _is_of_channels(op: Operation) -> bool:
     return op.name == "reverse" and (axis[-1] if isinstance(axis, tuple | list) and axis else axis) in (-1, 2)
 
 
-def _successes(trajectory: Trajectory) -> Iterable[tuple[Turn, ToolResult]]:
-    """Calls whose image the model saw."""
+def _successes(trajectory: Trajectory) -> Iterable[tuple[int, ToolResult]]:
+    """Images that calls made and the model saw, by index, each with the result of its own."""
     for turn in trajectory.turns:
-        if turn.result is not None and turn.result.status is ToolStatus.OK and turn.image_index is not None:
-            yield turn, turn.result
+        if turn.result is not None and turn.result.status is ToolStatus.OK:
+            yield from _made_by(turn)
+
+
+def _made_by(turn: Turn) -> Iterable[tuple[int, ToolResult]]:
+    """The images of a turn's call by index, each with the result as if the call had made only that image."""
+    result = turn.result
+    if result is None:
+        return
+    for number, index in enumerate(turn.image_indices):
+        if not result.traces:
+            yield index, result
+            continue
+        trace = result.traces[number]
+        operations = tuple(replace(op, used=at in trace.used) for at, op in enumerate(result.operations))
+        yield index, replace(result, effect=trace.effect, operations=operations, traces=())
 
 
 def _optional_labels(results: Iterable[ToolResult]) -> set[str]:
@@ -221,7 +235,7 @@ def _may_help(op: Operation) -> bool:
 
 def _chain(trajectory: Trajectory) -> tuple[list[TrajectoryImage], list[ToolResult]]:
     """The last image, those that it was made from down to the task's own, and the results that made them."""
-    made_by = {turn.image_index: turn.result for turn in trajectory.turns if turn.image_index is not None}
+    made_by = {index: result for turn in trajectory.turns for index, result in _made_by(turn)}
     images: list[TrajectoryImage] = []
     results: list[ToolResult] = []
     index: int | None = len(trajectory.images) - 1
@@ -246,11 +260,10 @@ def _is_legible(results: Iterable[ToolResult]) -> bool:
     return math.prod(result.effect.fidelity for result in results if result.effect is not None) >= MIN_FIDELITY
 
 
-def _call_box(trajectory: Trajectory, turn: Turn, result: ToolResult, in_source: bool) -> Box | None:
+def _call_box(trajectory: Trajectory, index: int, result: ToolResult, in_source: bool) -> Box | None:
     if not in_source:
         return result.effect.crop_box if result.effect is not None else None
-    assert turn.image_index is not None
-    image = trajectory.images[turn.image_index]
+    image = trajectory.images[index]
     if image.source != 0:
         return None
     frame = Frame(*trajectory.task.images[0].size)

@@ -1,7 +1,8 @@
 """Runs hostile, faulty and harmless snippets and judges whether each was contained.
 
 The packaged cases are in cases.json beside this file; other files of the same format (a list under `cases`, each with
-name, category, code, expect) are judged by the same rules.
+name, category, code, expect) are judged by the same rules. A case with `"text": true` runs with printed text and
+several images; all of a file do so where the self-test is asked to.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from PIL import Image
 
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.pool import WATCHDOG_S
+from cv_lightning.sandbox.reading import readable
+from cv_lightning.sandbox.wire import CUT_OUT
 from cv_lightning.types import DataError, SandboxResult, ToolStatus
 
 
@@ -44,7 +47,7 @@ class Sandboxed(Protocol):
     def server_pids(self) -> list[int]:
         """Processes of the fork servers."""
 
-    def run_sync(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    def run_sync(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         """Run a snippet on an image."""
 
 
@@ -57,6 +60,10 @@ MAX_GROWTH_KB = 256 << 10
 """Largest growth of this process during a case."""
 VICTIM = "VICTIM_PID"
 """Placeholder in a case's code for the process id of a victim, a process of the user that runs the test."""
+MAX_SHOWN = 4
+"""Images that a case with text may show."""
+MAX_ESCAPE = 4
+"""Characters that stand for one byte of what was printed, at most; beside them there is the mark of a cut."""
 NEXT_JOB = "assert np.mean(np.zeros(4)) == 0\ndef f(x):\n    return x.rotate(90)\nresult = f(image)"
 """Runs after every case: the state must be clean."""
 _FAILED = (ToolStatus.ERROR, ToolStatus.KILLED)
@@ -81,6 +88,8 @@ class Case:
     category: str
     code: str
     expect: str
+    text: bool = False
+    """Run with printed text and several images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +109,16 @@ def load_cases(path: str | Path) -> list[Case]:
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["cases"]
-        return [Case(name=r["name"], category=r.get("category", ""), code=r["code"], expect=r["expect"]) for r in rows]
+        return [
+            Case(
+                name=row["name"],
+                category=row.get("category", ""),
+                code=row["code"],
+                expect=row["expect"],
+                text=bool(row.get("text")),
+            )
+            for row in rows
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a corpus of cases with name, code and expect ({error!r})") from error
 
@@ -199,10 +217,17 @@ def surroundings() -> Iterator[Surroundings]:
             os.unlink(CANARY)
 
 
-def run_cases(sandbox: Sandboxed, cases: Iterable[Case]) -> list[CaseResult]:
-    """Run cases one after the other, with a harmless job after each."""
+def run_cases(sandbox: Sandboxed, cases: Iterable[Case], *, text: bool = False) -> list[CaseResult]:
+    """Run cases one after the other, with a harmless job after each.
+
+    Args:
+        sandbox: Started.
+        cases: The cases.
+        text: Run all of them with printed text and several images. A result that is no image is then a text, and no
+            error.
+    """
     with surroundings() as around:
-        return [_run_case(sandbox, case, around) for case in cases]
+        return [_run_case(sandbox, case, around, text=text or case.text) for case in cases]
 
 
 def _tracer() -> str:
@@ -239,6 +264,9 @@ class _Run:
     reached: int
     """Connections to the listener meanwhile."""
 
+    max_shown: int
+    """Images that the case might show; 0: one image and no text."""
+
     def fault(self, expectation: str) -> str:
         """Why one part of the expectation is not met; empty if it is."""
         kind, _, detail = expectation.strip().partition(":")
@@ -250,6 +278,13 @@ class _Run:
             return "" if is_met else f"no timeout within {limit} s ({self.seconds:.2f} s)"
         if kind == "ok_image":
             return self._image_fault(detail)
+        if kind == "says":
+            return "" if detail in self.result.text else f"the text does not say {detail!r}"
+        if kind == "says_not":
+            return f"the text says {detail!r}" if detail in self.result.text else ""
+        if kind == "ok_text":
+            is_text = self.result.status is ToolStatus.OK and self.result.image is None and bool(self.result.text)
+            return "" if is_text else f"{self.result.status} where a text was expected"
         if kind == "no_side_effect":
             return f"{detail} exists" if os.path.exists(detail) else ""
         if kind == "no_connect":
@@ -265,13 +300,15 @@ class _Run:
         if "info dropped" in detail and image.info:
             return "the result carries metadata"
         if "same twice" in detail:
-            again = self.sandbox.run_sync(test_image(), self.case.code).image
+            again = self.sandbox.run_sync(test_image(), self.case.code, max_shown=self.max_shown).image
             return "" if again is not None and again.tobytes() == image.tobytes() else "another result the second time"
         return ""
 
     def _status_fault(self, kind: str, detail: str) -> str:
         """Why the status is not the expected one. In a private root a path outside does not exist at all."""
         result = self.result
+        if self.max_shown and not self.case.text and not detail and not result.made and result.status is ToolStatus.OK:
+            return ""  # what is an error for an image is a text here
         if result.status in (ToolStatus.INFRASTRUCTURE_ERROR, ToolStatus.REJECTED):
             return f"it did not run: {result.status}"
         if kind == "any" or result.status in _FAILED:
@@ -295,8 +332,8 @@ class _Run:
         return is_exhaustion and self.result.status is ToolStatus.TIMEOUT
 
 
-def _run_case(sandbox: Sandboxed, case: Case, around: Surroundings) -> CaseResult:
-    image, expected = test_image(), case.expect.split(";")
+def _run_case(sandbox: Sandboxed, case: Case, around: Surroundings, *, text: bool) -> CaseResult:
+    image, expected, max_shown = test_image(), case.expect.split(";"), MAX_SHOWN if text else 0
     for part in expected:
         if part.startswith("no_side_effect:"):
             with contextlib.suppress(OSError):
@@ -304,13 +341,15 @@ def _run_case(sandbox: Sandboxed, case: Case, around: Surroundings) -> CaseResul
     case = replace(case, code=around.victim.code_for(case))
     pixels, reached, restarts = image.tobytes(), around.listener.reached, sandbox.stats.get("restarts", 0)
     tracer, peak_kb, begun = _tracer(), _peak_kb(), time.monotonic()
-    result = sandbox.run_sync(image, case.code, owner="self-test")
-    run = _Run(sandbox, case, result, time.monotonic() - begun, around.listener.reached - reached)
+    result = sandbox.run_sync(image, case.code, owner="self-test", max_shown=max_shown)
+    run = _Run(sandbox, case, result, time.monotonic() - begun, around.listener.reached - reached, max_shown)
     unmet = list(filter(None, map(run.fault, expected)))
     harm = {
         "a fork server died": sandbox.stats.get("restarts", 0) > restarts,
-        "the secret is in the text": SECRET in result.error or SECRET in repr(result.operations),
-        "the secret is in the image": result.image is not None and SECRET.encode() in result.image.tobytes(),
+        "the secret is in the text": SECRET in "\n".join((result.error, result.text, repr(result.operations))),
+        "the secret is in the image": any(SECRET.encode() in made.tobytes() for made in result.made),
+        "the text is too long": len(result.text) > MAX_ESCAPE * sandbox.config.max_text_bytes + len(CUT_OUT),
+        "control characters are in the text": any(readable(said) != said for said in (result.text, result.error)),
         "this process is traced": _tracer() != tracer,
         "memory of this process has grown": _peak_kb() > peak_kb + MAX_GROWTH_KB,
         "a process of it still runs": bool(strays(sandbox)),

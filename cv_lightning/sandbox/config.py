@@ -57,7 +57,8 @@ class SandboxConfig:
     allow_unsafe: bool = False
     """Start although a required layer is missing."""
     reference_results: bool = False
-    """Pick the result as the released code does (`img` before a reassigned `image`), for comparison runs only."""
+    """Pick the result as the released code does (`img` before a reassigned `image`; one image, no text), for comparison
+    runs only."""
     disabled_layers: tuple[str, ...] = ()
     """Layers to switch off (landlock, seccomp, rlimits, uid), for measurements; needs allow_unsafe."""
     private_root: bool = True

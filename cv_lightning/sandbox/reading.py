@@ -19,11 +19,9 @@ from cv_lightning.sandbox import wire
 from cv_lightning.sandbox.config import SandboxConfig
 from cv_lightning.sandbox.effect import checked_operations, net_effect
 from cv_lightning.sandbox.pool import ChildResult
-from cv_lightning.sandbox.wire import HEADER, Trace, WireError, clean_text
+from cv_lightning.sandbox.wire import CUT_OUT, HEADER, Trace, WireError, clean_text
 from cv_lightning.types import ImageTrace, SandboxResult, ToolStatus
 
-CUT_OUT = "\n[... the middle of the output was cut out ...]\n"
-"""Stands in a text where its middle is missing."""
 KEPT = "\n\t\u200c\u200d"
 """Characters that stay although they are not printable."""
 

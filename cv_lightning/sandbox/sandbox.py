@@ -209,6 +209,7 @@ class Sandbox:
         """The result if no child is needed (rejected, cached, a cheap plan); else what a child has to run."""
         if not 0 <= max_shown <= MAX_SHOWN:
             raise ValueError(f"max_shown {max_shown}: a snippet can show 0 to {MAX_SHOWN} images")
+        max_shown = 0 if self.config.reference_results else max_shown
         rejected = _rejection(image, code, self.config.max_code_chars)
         if rejected is not None:
             self._count("refused")

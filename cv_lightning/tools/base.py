@@ -30,8 +30,15 @@ IMAGE_INDEX = "image_index"
 class CodeRunner(Protocol):
     """The part of a sandbox that tools use."""
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
-        """Run a snippet on an image; cancelling the coroutine ends the snippet."""
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
+        """Run a snippet on an image; cancelling the coroutine ends the snippet.
+
+        Args:
+            image: The image.
+            code: Python with `image` in scope.
+            owner: The trajectory.
+            max_shown: Images that it may show, beside what it prints; 0: one image and no text.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +81,11 @@ class Tool(ABC):
     policy how to call; a property with a `default` may be left out."""
     opening: str = "You may look closer: call a tool below and look at the result before you answer."
     """Sentence of the system prompt that introduces the tool if it is the only one."""
+    max_images: int = 1
+    """Images that one call may return."""
+    max_text_tokens: int | None = None
+    """Tokens of `ToolResult.text` that the policy reads; the middle of a longer text is cut out. None: as many as
+    `agent.max_tool_text_chars` allows."""
     hints: Sequence[str] = ()
     """Lines of the system prompt on how to answer: when to use the tool."""
 

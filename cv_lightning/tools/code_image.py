@@ -1,4 +1,7 @@
-"""The code tool: runs Python code of the policy in the sandbox, on one image of the trajectory."""
+"""The code tool: runs Python code of the policy in the sandbox, on one image of the trajectory.
+
+It has two forms. With text, what the code prints and several images reach the policy; without, one image alone.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,56 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
+
 from cv_lightning.images import compose
 from cv_lightning.sandbox.effect import shows
+from cv_lightning.sandbox.wire import MAX_SHOWN
 from cv_lightning.tools.base import Tool, ToolContext
-from cv_lightning.types import Affine, SandboxResult, ToolCall, ToolImage, ToolResult, TrajectoryImage
+from cv_lightning.types import Affine, Effect, SandboxResult, ToolCall, ToolImage, ToolResult, TrajectoryImage
 
-PARAMETERS = {
-    "type": "object",
-    "properties": {
-        "code": {
-            "type": "string",
-            "contentMediaType": "text/x-python",
-            "pattern": r"\S",
-            "description": "Python. The chosen image is in scope as `image` (a Pillow image at full resolution); so "
-            "are `Image`, `ImageOps`, `ImageEnhance`, `ImageFilter`, `ImageDraw`, `np`, `cv2` and `math`. Put the new "
-            "image into `result`.",
-            "examples": ["result = image.rotate(90, expand=True)"],
+CODE = (
+    "Python. The chosen image is in scope as `image` (a Pillow image at full resolution); so are `Image`, `ImageOps`, "
+    "`ImageEnhance`, `ImageFilter`, `ImageDraw`, `np`, `cv2` and `math`. "
+)
+IMAGE_ONLY = "Put the new image into `result`."
+WITH_TEXT = (
+    "You read what the code prints and the value of its last expression. Put the new image into `result`, or call "
+    "`show(image)` for each image that you want to see, {} at most."
+)
+MIN_TEXT_TOKENS = 32
+
+
+def parameters(how: str) -> dict[str, Any]:
+    """The schema of the arguments.
+
+    Args:
+        how: The end of the description of `code`: how images and text are returned.
+    """
+    return {
+        "type": "object",
+        "properties": {
+            "code": {
+                "type": "string",
+                "contentMediaType": "text/x-python",
+                "pattern": r"\S",
+                "description": CODE + how,
+                "examples": ["result = image.rotate(90, expand=True)"],
+            },
+            "image_index": {
+                "type": "integer",
+                "default": 0,
+                "description": "which image the code works on. 0 is the first image; every image that the tool returns "
+                "gets the next number.",
+            },
+            "description": {"type": "string", "default": "", "description": "what the code is for."},
         },
-        "image_index": {
-            "type": "integer",
-            "default": 0,
-            "description": "which image the code works on. 0 is the first image; every image that the tool returns "
-            "gets the next number.",
-        },
-        "description": {"type": "string", "default": "", "description": "what the code is for."},
-    },
-    "required": ["code", "image_index"],
-}
+        "required": ["code", "image_index"],
+    }
 
 
 class CodeTool(Tool):
-    """Runs a snippet that edits an image and shows its `result`."""
+    """Runs a snippet that edits or measures an image, and shows what it prints and the images that it makes."""
 
     name = "code_image_tool"
     description = "runs Python on one of the images of this conversation and shows you the image it makes."
@@ -50,18 +72,53 @@ class CodeTool(Tool):
         "counter-clockwise.",
         "If what matters is too small to read, crop to it. Use the tool only where it helps.",
     )
-    parameters = PARAMETERS
+
+    def __init__(self, text: bool = True, max_text_tokens: int = 1024, max_images: int = 4) -> None:
+        """Choose the form.
+
+        Args:
+            text: Return what the code prints, the value of its last expression and several images. False: one image,
+                and what is printed is thrown away.
+            max_text_tokens: Tokens of printed text that the policy reads; the middle of a longer text is cut out.
+            max_images: Images that one call may show, with text.
+
+        Raises:
+            ValueError: A limit is not possible.
+        """
+        if max_text_tokens < MIN_TEXT_TOKENS or not 1 <= max_images <= MAX_SHOWN:
+            raise ValueError(
+                f"CodeTool: max_text_tokens {max_text_tokens} must be at least {MIN_TEXT_TOKENS}, and max_images "
+                f"{max_images} from 1 to {MAX_SHOWN}"
+            )
+        self.text, self.max_text_tokens, self.max_images = text, max_text_tokens, max_images if text else 1
+        self.parameters = PARAMETERS
+        if text:
+            self.description = (
+                "runs Python on one of the images of this conversation and shows you what it prints and makes."
+            )
+            self.parameters = parameters(WITH_TEXT.format(max_images))
+
+    def __repr__(self) -> str:
+        """Class and settings; see `Tool`."""
+        settings = f"text=True, max_text_tokens={self.max_text_tokens}, max_images={self.max_images}"
+        return f"{type(self).__module__}.{type(self).__qualname__}({settings if self.text else ''})"
 
     async def call(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
-        """Run the snippet and locate its result in the source image; see `Tool.call`."""
-        index = arguments["image_index"]
-        result = await context.sandbox.run(context.images[index].original, arguments["code"], owner=context.owner)
-        if result.image is None:
+        """Run the snippet and locate its images in the source image; see `Tool.call`."""
+        index, code = arguments["image_index"], arguments["code"]
+        image, more = context.images[index].original, {"max_shown": self.max_images} if self.text else {}
+        result = await context.sandbox.run(image, code, owner=context.owner, **more)
+        if not result.made:
             return result
-        to_source = await asyncio.to_thread(map_to_source, context.images, index, result)
-        return replace(result, images=(ToolImage(image=result.image, parent=index, to_source=to_source),))
+        maps = await asyncio.to_thread(_maps_to_source, context.images, index, result)
+        pairs = zip(result.made, maps, strict=True)
+        return replace(
+            result, images=tuple(ToolImage(image=made, parent=index, to_source=map_) for made, map_ in pairs)
+        )
 
 
+PARAMETERS = parameters(IMAGE_ONLY)
+"""Arguments of the tool without text."""
 DEFAULT_TOOLS = (CodeTool(),)
 """The tools if the config names none."""
 
@@ -72,8 +129,15 @@ def code_call(code: str, image_index: int = 0, description: str = "") -> ToolCal
     return ToolCall(name=CodeTool.name, arguments=arguments)
 
 
-def map_to_source(images: Sequence[TrajectoryImage], index: int, result: SandboxResult) -> Affine | None:
-    """Map from a result to the source image if the pixels of both prove it, else None.
+def _maps_to_source(images: Sequence[TrajectoryImage], index: int, result: SandboxResult) -> list[Affine | None]:
+    pairs = zip(result.made, result.effects, strict=True)
+    return [map_to_source(images, index, effect, made) for made, effect in pairs]
+
+
+def map_to_source(
+    images: Sequence[TrajectoryImage], index: int, effect: Effect | None, made: Image.Image
+) -> Affine | None:
+    """Map from an image that a call made to the source image if the pixels of both prove it, else None.
 
     The sandbox compares the result of a call with the call's input. Small losses of several calls add up, so the result
     of a later call is compared with the source image too.
@@ -81,14 +145,15 @@ def map_to_source(images: Sequence[TrajectoryImage], index: int, result: Sandbox
     Args:
         images: Images of the trajectory so far.
         index: Index of the call's input.
-        result: The call's result; it has an image.
+        effect: Net effect of the call on the image.
+        made: The image.
     """
     parent = images[index]
-    to_input = result.effect.to_input if result.effect is not None else None
-    if to_input is None or parent.to_source is None or result.image is None:
+    to_input = effect.to_input if effect is not None else None
+    if to_input is None or parent.to_source is None:
         return None
     to_source = compose(parent.to_source, to_input)
     if parent.parent is None:
         return to_source
     source = next(image for image in images if image.parent is None and image.source == parent.source)
-    return to_source if shows(to_source, source.original, result.image) else None
+    return to_source if shows(to_source, source.original, made) else None

@@ -64,7 +64,7 @@ def _stored_trajectory(trajectory: Trajectory, tokens: bool) -> dict[str, Any]:
     return _values(trajectory, "task", "partial_score", *(() if tokens else TOKENS)) | {
         "token_summary": trajectory.tokens,
         "turns": [
-            _values(turn) | {"result": turn.result and _values(turn.result, "images", "image")}
+            _values(turn) | {"result": turn.result and _values(turn.result, "images", "image", "earlier")}
             for turn in trajectory.turns
         ],
         "images": [

@@ -92,6 +92,7 @@ def _turn(turn: Turn) -> dict[str, Any]:
         "error": (result.error if result else turn.parse_error) or None,
         "operations": [op.name for op in result.operations] if result else [],
         "image": turn.image_index,
+        "num_images": len(turn.image_indices),
         "response": turn.response_text,
         "generate_s": turn.generate_s,
         "tool_s": turn.tool_s,
@@ -141,8 +142,8 @@ def _schema(groups: Iterable[Group]) -> pa.Schema:
 
 TURN: dict[str, type] = {
     **dict.fromkeys(("text", "code", "status", "error", "response"), str),
-    **dict.fromkeys(("on_image", "image"), int),
+    **dict.fromkeys(("on_image", "image", "num_images"), int),
     "operations": list,
     **dict.fromkeys(("generate_s", "tool_s"), float),
 }
-"""Fields of a turn; `on_image` is the image that the code ran on, `image` the one that it made."""
+"""Fields of a turn; `on_image` is the image of the code, `image` the first of `num_images` that it made."""

@@ -129,7 +129,8 @@ def _trajectory(trajectory: Trajectory) -> dict[str, Any]:
                 "status": turn.result.status.value if turn.result else "",
                 "error": turn.result.error[:MAX_TEXT] if turn.result else "",
                 "operations": ", ".join(op.name for op in turn.result.operations) if turn.result else "",
-                "image": _image(trajectory.images[turn.image_index]) if turn.image_index is not None else None,
+                "said": turn.result.text[:MAX_TEXT] if turn.result else "",
+                "images": [_image(trajectory.images[index]) for index in turn.image_indices],
             }
             for turn in trajectory.turns
         ],

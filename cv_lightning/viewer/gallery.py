@@ -219,7 +219,7 @@ class Gallery:
         data: dict[str, Any] = {
             "text": _cut(turn.text),
             "tokens": turn.num_tokens,
-            "image": turn.image_index,
+            "images": list(turn.image_indices),
             "response": _cut(turn.response_text),
             "parseError": turn.parse_error,
             "seconds": [turn.generate_s, turn.tool_s],

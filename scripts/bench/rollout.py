@@ -115,7 +115,7 @@ class SlowTool:
         self.calls = 0
         self.turn = asyncio.Semaphore(1 if serial else NUM_TRAJECTORIES)
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         """Turn the image, after a sleep or at once."""
         self.calls += 1
         slow = self.calls % 2 == 0

@@ -216,7 +216,7 @@ class Calling:
 class Unsteady:
     """A tool of random latency."""
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         await asyncio.sleep(random.Random().random() * 0.05)
         return SandboxResult(status=ToolStatus.OK, image=image.rotate(90, expand=True))
 

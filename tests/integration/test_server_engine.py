@@ -64,7 +64,7 @@ def engine(server: ModelServer) -> Iterator[ServerEngine]:
 class Turning:
     """A tool that turns whatever it gets."""
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         return SandboxResult(status=ToolStatus.OK, image=image.rotate(90, expand=True))
 
 

@@ -197,7 +197,7 @@ def test_no_trajectory_waits_for_a_slow_tool(encoder: DialogueEncoder, backgroun
     finished: list[str] = []
 
     class Slow:
-        async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
             if owner.startswith("slow"):
                 await others_finished.wait()
             return SandboxResult(status=ToolStatus.OK, image=image)
@@ -223,7 +223,7 @@ def test_a_group_is_told_of_as_soon_as_it_is_judged(encoder: DialogueEncoder, ba
     told: list[list[EndState]] = []
 
     class Slow:
-        async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
             if owner.startswith("slow"):
                 await first_told.wait()
             return SandboxResult(status=ToolStatus.OK, image=image)
@@ -270,7 +270,7 @@ class Hanging:
         self.turn = asyncio.Lock()
         self.cancelled: list[str] = []
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         try:
             if owner.startswith(self.owner):
                 await asyncio.Event().wait()
@@ -478,7 +478,7 @@ def test_words_that_cannot_be_used_are_refused_by_name(words: dict[str, str]) ->
 
 def test_a_lost_sandbox_is_no_wrong_answer(encoder: DialogueEncoder, background: Background) -> None:
     class Broken:
-        async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
             raise OSError("no more processes")
 
     (trajectory,), _ = roll(encoder, background, Broken(), lambda _, turn: (TURN, ANSWER)[turn])
@@ -491,7 +491,7 @@ def test_deterministic_order_does_not_depend_on_tool_speed(encoder: DialogueEnco
         def __init__(self, reverse: bool) -> None:
             self.reverse = reverse
 
-        async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+        async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
             order = int(owner.rsplit("/", 1)[1])
             await asyncio.sleep(0.02 * ((5 - order) if self.reverse else order))
             return SandboxResult(status=ToolStatus.OK, image=image)

@@ -14,8 +14,9 @@ from PIL import Image
 from cv_lightning.sandbox import SandboxConfig
 from cv_lightning.sandbox.effect import effect_of, net_effect
 from cv_lightning.sandbox.pool import ChildResult
-from cv_lightning.sandbox.reading import CUT_OUT, printed_text, read_outcome
+from cv_lightning.sandbox.reading import printed_text, read_outcome
 from cv_lightning.sandbox.wire import (
+    CUT_OUT,
     HEADER,
     MAGIC,
     PICTURE,

@@ -26,7 +26,7 @@ from rich.text import Text
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.images import decode_image
 from cv_lightning.rewards.markup import THINK_CLOSE, THINK_OPEN
-from cv_lightning.types import CVLightningError
+from cv_lightning.types import CVLightningError, ToolStatus
 from cv_lightning.viewer.playground.examples import Example
 from cv_lightning.viewer.playground.session import Exchange, Playground, Watch, WatchedTurn
 
@@ -52,9 +52,10 @@ def result_line(turn: WatchedTurn) -> str:
         return ""
     ran = ", ".join(operation.name for operation in result.operations) or "no image operation"
     took = f"{1000 * result.elapsed_s:.0f} ms"
-    if result.image is None:
-        return f"{result.status.value}: {result.error} (ran: {ran}; {took})"
-    return f"{result.image.width}x{result.image.height} pixels (ran: {ran}; {took})"
+    sizes = ", ".join(f"{made.width}x{made.height}" for made in result.made)
+    if not sizes:
+        return f"{result.status.value}: {result.error or 'text'} (ran: {ran}; {took})"
+    return f"{sizes} pixels (ran: {ran}; {took})"
 
 
 def blocks(image: Image.Image, width: int = BLOCKS) -> Text:
@@ -133,9 +134,11 @@ class Terminal:
             if self._is_new(number, "turn"):
                 self._show_turn(number, turn)
             if turn.result is not None and self._is_new(number, "result"):
-                image = turn.result.image
-                self.console.print(Text(f"  -> {result_line(turn)}", style="green" if image else "red"))
-                if image is not None:
+                is_ok = turn.result.status is ToolStatus.OK
+                self.console.print(Text(f"  -> {result_line(turn)}", style="green" if is_ok else "red"))
+                if turn.result.text:
+                    self.console.print(Panel(Text(turn.result.text.rstrip("\n")), title="printed"))
+                for image in turn.result.made:
                     self.console.print(Text(f"     {self.playground.image_file(image)}", style="dim"))
                     if self.inline:
                         self.console.print(blocks(image))

@@ -90,10 +90,10 @@ class WatchedSandbox:
     def __init__(self, sandbox: CodeRunner, on_result: Callable[[SandboxResult | None], None]) -> None:
         self.sandbox, self.on_result = sandbox, on_result
 
-    async def run(self, image: Image.Image, code: str, *, owner: str = "") -> SandboxResult:
+    async def run(self, image: Image.Image, code: str, *, owner: str = "", max_shown: int = 0) -> SandboxResult:
         """Run a snippet; see `CodeRunner`."""
         self.on_result(None)
-        result = await self.sandbox.run(image, code, owner=owner)
+        result = await self.sandbox.run(image, code, owner=owner, max_shown=max_shown)
         self.on_result(result)
         return result
 

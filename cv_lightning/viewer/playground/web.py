@@ -24,7 +24,7 @@ from cv_lightning import __version__
 from cv_lightning.engines import SamplingConfig
 from cv_lightning.images import decode_image
 from cv_lightning.trajectory.store import encode_image
-from cv_lightning.types import CVLightningError
+from cv_lightning.types import CVLightningError, ToolStatus
 from cv_lightning.viewer.pages import colours
 from cv_lightning.viewer.playground.examples import Example, thumbnail_of
 from cv_lightning.viewer.playground.session import Exchange, Playground, Watch, WatchedTurn
@@ -227,9 +227,11 @@ class ChatPage:
 
     def _draw_result(self, index: int, turn: WatchedTurn) -> None:
         assert turn.result is not None
-        image = turn.result.image
-        ui.label(result_line(turn)).classes("text-positive" if image is not None else "text-negative")
-        if image is not None:
+        is_ok = turn.result.status is ToolStatus.OK
+        ui.label(result_line(turn)).classes("text-positive" if is_ok else "text-negative")
+        if turn.result.text:
+            ui.label(turn.result.text).classes("printed whitespace-pre-wrap font-mono")
+        for image in turn.result.made:
             width = min(image.width, 384)
             shown = ui.image(data_uri(image)).props(f'alt="what the code of turn {index + 1} made" fit=contain')
             shown.classes("result border").style(f"width: {max(width, 96)}px; image-rendering: pixelated")

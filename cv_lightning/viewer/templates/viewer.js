@@ -57,9 +57,8 @@ function toolPart(item, turn, brief = false) {
   }
   if (turn.parseError) nodes.push(make("p", {}, put("span", "chip bad", "malformed call"), ` ${turn.parseError}`));
   if (result) nodes.push(...resultPart(result, brief));
-  if (turn.image !== null && item.trajectory.images[turn.image]) {
-    nodes.push(put("div", "tool-out", imageFigures(item, turn.image)));
-  }
+  const shown = turn.images.filter((index) => item.trajectory.images[index]);
+  if (shown.length) nodes.push(put("div", "tool-out", shown.flatMap((index) => imageFigures(item, index))));
   if (!brief && turn.response && turn.response !== result?.error) {
     nodes.push(put("p", "label", "The model was told"), put("p", "said", turn.response));
   }
