@@ -51,8 +51,10 @@ class DialogueEncoder:
         self.end_id: int = adapter.end_id
         self.image_pad_id: int = adapter.image_id
         self._ids = lru_cache(maxsize=4096)(self._tokenize)
-        added = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._added = re.compile("|".join(re.escape(token) for token in added if len(token) > 1) or "(?!)")
+        added = self.tokenizer.get_added_vocab()
+        tokens = "|".join(re.escape(token) for token in added if len(token) > 1) or "(?!)"
+        self._added = re.compile(f"(?={tokens}).", re.DOTALL)
+        """The first character of every special token in a text, of overlapping ones too."""
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         pieces = [piece for piece in text.split(CUT) if piece]
@@ -64,7 +66,7 @@ class DialogueEncoder:
 
         It reads as before: the pieces between the cuts are tokenised one by one.
         """
-        return self._added.sub(lambda found: found[0][0] + CUT + found[0][1:], literal(text))
+        return self._added.sub(lambda start: start[0] + CUT, literal(text))
 
     def fit(self, text: str, max_tokens: int | None) -> str:
         """A tool's text in at most `max_tokens` tokens; the middle of a longer text is cut out.
@@ -75,9 +77,10 @@ class DialogueEncoder:
         """
         if max_tokens is None or len(text) <= max_tokens // MAX_TOKENS_A_CHARACTER:
             return text
-        cut = text
-        while (number := len(self._tokenize(self.literal(harmless(cut))))) > max_tokens and len(cut) > len(CUT_OUT):
-            cut = cut_middle(text, min(len(cut) - 1, len(cut) * max_tokens // number), CUT_OUT)
+        kept, cut = len(text), text
+        while (number := len(self._tokenize(self.literal(harmless(cut))))) > max_tokens and kept:
+            kept = min(kept - 1, kept * max_tokens // number)
+            cut = cut_middle(text, kept + len(CUT_OUT), CUT_OUT)
         return cut
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:

@@ -172,9 +172,8 @@ def response_parts(
         left -= len(pieces[-1])
     parts = split_marks(IMAGE_MARK.join(pieces))
     shown = "".join(part.get("text", IMAGE_MARK) for part in parts)
-    if said.strip():
-        said = "\n" + cut_said(harmless(said), left - 1)
-        parts, shown = [*parts, text_part(literal(said))], shown + said
+    if said := cut_said(harmless(said), left - 1):
+        parts, shown = [*parts, text_part("\n" + literal(said))], f"{shown}\n{said}"
     return parts, shown
 
 

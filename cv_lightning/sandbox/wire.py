@@ -37,7 +37,7 @@ MAX_TRACE = 1 << 16
 MAX_TEXT = 4096
 MAX_SHOWN = 16
 """Images that one snippet may show, at most."""
-CUT_OUT = "\n[... the middle of the output was cut out ...]\n"
+CUT_OUT = "\n[... output cut ...]\n"
 """Stands in a text where its middle is missing."""
 MAX_OPERATIONS = 64
 MAX_CLAIMS = 12

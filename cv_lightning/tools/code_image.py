@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 
 from cv_lightning.images import compose
+from cv_lightning.ranges import Range, check_ranges
 from cv_lightning.sandbox.effect import shows
 from cv_lightning.sandbox.wire import MAX_SHOWN
 from cv_lightning.tools.base import Tool, ToolContext
@@ -27,7 +28,6 @@ WITH_TEXT = (
     "You read what the code prints and the value of its last expression. Put the new image into `result`, or call "
     "`show(image)` for each image that you want to see, {} at most."
 )
-MIN_TEXT_TOKENS = 32
 
 
 def parameters(how: str) -> dict[str, Any]:
@@ -73,7 +73,12 @@ class CodeTool(Tool):
         "If what matters is too small to read, crop to it. Use the tool only where it helps.",
     )
 
-    def __init__(self, text: bool = True, max_text_tokens: int = 1024, max_images: int = 4) -> None:
+    def __init__(
+        self,
+        text: bool = True,
+        max_text_tokens: Annotated[int, Range(at_least=64)] = 1024,
+        max_images: Annotated[int, Range(at_least=1, at_most=MAX_SHOWN)] = 4,
+    ) -> None:
         """Choose the form.
 
         Args:
@@ -85,11 +90,7 @@ class CodeTool(Tool):
         Raises:
             ValueError: A limit is not possible.
         """
-        if max_text_tokens < MIN_TEXT_TOKENS or not 1 <= max_images <= MAX_SHOWN:
-            raise ValueError(
-                f"CodeTool: max_text_tokens {max_text_tokens} must be at least {MIN_TEXT_TOKENS}, and max_images "
-                f"{max_images} from 1 to {MAX_SHOWN}"
-            )
+        check_ranges(CodeTool.__init__, "rollout.agent.tools", locals())
         self.text, self.max_text_tokens, self.max_images = text, max_text_tokens, max_images if text else 1
         self.parameters = PARAMETERS
         if text:

@@ -26,6 +26,7 @@ from cv_lightning.rl.advantages import GRPO
 from cv_lightning.rl.groups import assign_advantages
 from cv_lightning.rollout.collector import Collector
 from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.tools import CodeTool
 from cv_lightning.trajectory import StoreConfig, TrajectoryWriter
 from cv_lightning.types import Task
 
@@ -97,7 +98,9 @@ def rolled_out(encoder: DialogueEncoder, folder: Path) -> dict[str, Any]:
         return told[min(turn, len(told) - 1)]
 
     sandbox, background = Sandbox(SandboxConfig(num_zygotes=1)), Background()
-    config = AgentConfig(max_turns=4, max_turn_tokens=400, max_parse_errors=1, deterministic=True)
+    config = AgentConfig(
+        max_turns=4, max_turn_tokens=400, max_parse_errors=1, deterministic=True, tools=[CodeTool(text=False)]
+    )
     with sandbox:
         rollout = Rollout(ScriptedEngine(encoder, script, 8192), sandbox, encoder, background, config, banned_ids=())
         collector = Collector(rollout, RewardModule(recipe(RECIPES[0])))

@@ -25,21 +25,22 @@ def sandbox() -> Iterator[Sandbox]:
         yield running
 
 
-def run(sandbox: Sandbox, subject: Task, *snippets: str, answer: str = "42") -> Trajectory:
+def run(sandbox: Sandbox, subject: Task, *snippets: str, answer: str = "42", max_shown: int = 0) -> Trajectory:
     """Each snippet on the last image, recorded as the agent records it."""
     recorder = Recorder(subject)
     for code in snippets:
         parent = recorder.images[-1]
-        result = sandbox.run_sync(parent.original, code)
-        index = None
-        if result.image is not None:
-            at, index = len(recorder.images) - 1, len(recorder.images)
-            to_source = map_to_source(recorder.images, at, result)
-            made = ToolImage(image=result.image, parent=at, to_source=to_source)
-            recorder.images.append(trajectory_image(recorder.images, made, result.image))
+        result = sandbox.run_sync(parent.original, code, max_shown=max_shown)
+        at, index = len(recorder.images) - 1, len(recorder.images) if result.made else None
+        for effect, image in zip(result.effects, result.made, strict=False):
+            made = ToolImage(image=image, parent=at, to_source=map_to_source(recorder.images, at, effect, image))
+            recorder.images.append(trajectory_image(recorder.images, made, image))
         call = code_call(code, len(recorder.images) - 1)
         text = "<think>t</think><tool_call>{}</tool_call>"
-        recorder.turns.append(Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=index))
+        num_images = len(result.made) or 1
+        recorder.turns.append(
+            Turn(text=text, num_tokens=5, tool_call=call, result=result, image_index=index, num_images=num_images)
+        )
     return recorder.answer(answer)
 
 

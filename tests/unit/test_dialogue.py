@@ -120,7 +120,7 @@ def test_text_cannot_bring_control_tokens_or_marks(encoder: DialogueEncoder) -> 
     assert (
         ids.count(encoder.image_pad_id) == 1 and ids.count(vocabulary["<|im_start|>"]) == 3
     )  # system, user, assistant
-    parts, shown = response_parts(evil, with_image=False, limit=200)
+    parts, shown = response_parts(evil, num_images=0, limit=200)
     ids = encoder.tool_ids(parts)
     assert encoder.image_pad_id not in ids and ids.count(vocabulary["</tool_response>"]) == 1
     assert "<image>" not in shown
@@ -128,6 +128,6 @@ def test_text_cannot_bring_control_tokens_or_marks(encoder: DialogueEncoder) -> 
 
 @pytest.mark.parametrize("limit", [0, 3, 5, 6, 12, 100])
 def test_a_cut_response_keeps_its_limit_and_its_image(limit: int) -> None:
-    parts, shown = response_parts("before it <image> and after it", with_image=True, limit=limit)
+    parts, shown = response_parts("before it <image> and after it", num_images=1, limit=limit)
     assert [part["type"] for part in parts].count("image") == 1
     assert len(shown) - len("<image>") <= limit

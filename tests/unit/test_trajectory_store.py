@@ -39,6 +39,7 @@ from cv_lightning.types import (
     Effect,
     EndState,
     Group,
+    ImageTrace,
     Message,
     Operation,
     RewardBreakdown,
@@ -111,6 +112,7 @@ def populated_group() -> Group:
         error_kind="timeout",
         operations=(operation,),
         effect=effect,
+        traces=(ImageTrace(effect, (0,)), ImageTrace(None, ())),
         executor="process",
         elapsed_s=0.125,
     )
@@ -121,6 +123,7 @@ def populated_group() -> Group:
         parse_error="not JSON",
         result=result,
         image_index=1,
+        num_images=2,
         response_text="seen",
         generate_s=0.25,
         tool_s=0.5,
