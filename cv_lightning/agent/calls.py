@@ -74,13 +74,10 @@ def _with_images(result: ToolResult, kept: Sequence[int]) -> ToolResult:
     """The result with only some of its images."""
     if len(kept) == len(result.images):
         return result
-    effects = [result.effects[number] for number in kept]
-    return replace(
-        result,
-        images=tuple(result.images[number] for number in kept),
-        effect=effects[-1] if effects else None,
-        traces=tuple(result.traces[number] for number in kept),
-    )
+    images = tuple(result.images[number] for number in kept)
+    traces = tuple(result.traces[number] for number in kept if result.traces)  # tools may give none
+    effect = traces[-1].effect if traces else result.effect if images else None
+    return replace(result, images=images, effect=effect, traces=traces)
 
 
 def _prepare(encoder: ImageSizer, image: Image.Image) -> Image.Image:

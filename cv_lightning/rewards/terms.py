@@ -143,3 +143,26 @@ class FunctionTerm(RewardTerm):
     def value(self, trajectory: Trajectory, score: float) -> float:
         """What the function returns."""
         return float(self.function(trajectory, score))
+
+
+class PrintedText(RewardTerm):
+    """1 where a call of a right answer gave the policy a text to read, by printing it; else 0.
+
+    Text is not an image operation: no other component counts it.
+    """
+
+    def __init__(self, name: str, weight: float, if_right: bool = True) -> None:
+        """Choose what counts.
+
+        Args:
+            name: Key of the component.
+            weight: Factor in the total.
+            if_right: Count right answers only.
+        """
+        super().__init__(name, weight)
+        self.if_right = if_right
+
+    def value(self, trajectory: Trajectory, score: float) -> float:
+        """1 or 0."""
+        printed = any(turn.result is not None and bool(turn.result.text) for turn in trajectory.turns)
+        return float(printed and (score > 0.5 or not self.if_right))

@@ -110,7 +110,12 @@ def worst_gap(
     policy: Policy, engine: Engine, temperature: float = 1.0, shapes: Sequence[Sequence[tuple[int, int]]] = SHAPES
 ) -> float:
     """Largest difference between the engine's log-probabilities and the trainer's, over prompts with 1 to 3 images."""
-    dialogues = {f"p{i}": policy.dialogue(sizes, seed=i) for i, sizes in enumerate(shapes)}
+    return gap_of(policy, engine, [policy.dialogue(sizes, seed=i) for i, sizes in enumerate(shapes)], temperature)
+
+
+def gap_of(policy: Policy, engine: Engine, given: Sequence[Dialogue], temperature: float = 1.0) -> float:
+    """Largest difference between the engine's log-probabilities and the trainer's of the next turns of dialogues."""
+    dialogues = {f"p{i}": dialogue for i, dialogue in enumerate(given)}
     requests = [request_of(d, policy.banned, name=n, temperature=temperature, seed=7) for n, d in dialogues.items()]
     gaps = []
     for name, done in finish(engine, requests).items():

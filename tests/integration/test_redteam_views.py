@@ -250,7 +250,7 @@ def test_redteam_both_executors_give_the_same_credit(general: Sandbox, number: i
     class Planned:
         """Plans alone, as a sandbox."""
 
-        def run_sync(self, image: Image.Image, code: str) -> object:
+        def run_sync(self, image: Image.Image, code: str, max_shown: int = 0) -> object:
             found = plan.run(image, code, IN_CALLER)
             assert found is not None, code
             return found
