@@ -307,8 +307,9 @@ class _Run:
     def _status_fault(self, kind: str, detail: str) -> str:
         """Why the status is not the expected one. In a private root a path outside does not exist at all."""
         result = self.result
-        if self.max_shown and not self.case.text and not detail and not result.made and result.status is ToolStatus.OK:
-            return ""  # what is an error for an image is a text here
+        is_text = result.status is ToolStatus.OK and not result.made and self.max_shown > 0
+        if is_text and not self.case.text and not detail.endswith("Error"):
+            return ""  # what is no image is an error without text, and a text with it; a denied attempt stays an error
         if result.status in (ToolStatus.INFRASTRUCTURE_ERROR, ToolStatus.REJECTED):
             return f"it did not run: {result.status}"
         if kind == "any" or result.status in _FAILED:

@@ -234,7 +234,7 @@ def run_snippet(job: ChildJob, image: Image.Image, output: Output) -> Made:
         guard.set_limit(0)  # processes that are forked after a rehearsal must not inherit its limit
 
 
-def write_made(fd: int, made: Made, printed: Printed) -> None:
+def write_result(fd: int, made: Made, printed: Printed) -> None:
     """Write images, traces and the text; the header last."""
     traces, (text, cut) = [wire.pack_trace(trace) for trace in made.traces], printed.kept()
     os.lseek(fd, HEADER.size + PICTURE.size * len(made.images), os.SEEK_SET)
@@ -264,7 +264,7 @@ def run_job(job: ChildJob) -> None:
     output = new_output(job.config, job.max_shown)
     try:
         made = run_snippet(job, load_input(INPUT_FD, job.width, job.height), output)
-        write_made(OUTPUT_FD, made, output.printed)
+        write_result(OUTPUT_FD, made, output.printed)
     except BaseException as error:  # model code may raise anything, SystemExit and its own BaseException included
         try:
             kind, text = describe(error, job)
@@ -303,7 +303,7 @@ def rehearse() -> None:
         output = new_output(config, max_shown)
         made = run_snippet(ChildJob(code, 8, 8, bytes(16), config, max_shown), image, output)
         fd = os.memfd_create("rehearsal")
-        write_made(fd, made, output.printed)
+        write_result(fd, made, output.printed)
         os.close(fd)
 
 

@@ -167,11 +167,14 @@ def test_root_that_may_not_mount_is_contained_in_a_user_namespace(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", ["--text", ""])
 @pytest.mark.parametrize("root", ["--no-private-root", ""])
 @pytest.mark.parametrize("user", ["this", "nobody"])
 @pytest.mark.parametrize("file", CORPORA, ids=lambda file: file.stem)
-def test_redteam_and_every_other_corpus(user: str, root: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--corpus", str(file), *filter(None, [root])]
+def test_redteam_and_every_other_corpus(
+    user: str, root: str, text: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--corpus", str(file), *filter(None, [root, text])]
     shown = self_test(capsys, *arguments)[1] if user == "this" else run_as_nobody(*arguments)
     known = NEED_A_PRIVATE_ROOT if root and file.stem == "redteam" else []
     assert sorted(failed_cases(shown)) == known, failed_cases(shown)
