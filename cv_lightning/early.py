@@ -6,6 +6,7 @@ checks of `preflight.py` and to the readers.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -161,7 +162,10 @@ def folder_error(run: Path) -> str | None:
     there = next(path for path in (run.absolute(), *run.absolute().parents) if os.path.lexists(path))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return None
-    reason = "may not be written" if there.is_dir() else "is not a folder"
+    read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+    reason = f"may not be written ({os.strerror(errno.EROFS)})" if read_only else "may not be written"
+    if not there.is_dir():
+        reason = "is not a folder"
     return f"--trainer.default_root_dir {run} cannot be made: {there} {reason}. Give another folder"
 
 

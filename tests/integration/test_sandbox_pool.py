@@ -215,7 +215,9 @@ def test_fork_servers_are_replaced_after_their_number_of_jobs() -> None:
 
 def test_a_fork_server_that_grows_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "GROWTH_CHECK_JOBS", 30)
-    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1, grown_mb=-1000.0)) as sandbox:
+    sizes = iter(range(0, 10**12, 300_000_000))  # 300 MB more each time that a server is asked; the limit is 200
+    monkeypatch.setattr(server.Server, "resident_bytes", lambda _: next(sizes))
+    with Sandbox(SandboxConfig(plan_tier=False, num_zygotes=1)) as sandbox:
         results = asyncio.run(run_all(sandbox, [marked(i) for i in range(40)]))
         assert all(result.status is ToolStatus.OK for result in results) and sandbox.stats["restarts"] >= 1
 
