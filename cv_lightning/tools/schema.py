@@ -98,7 +98,8 @@ def read_arguments(parameters: Mapping[str, Any], given: Mapping[str, Any]) -> t
         error = best_match(validator.evolve(schema=schema).iter_errors(value)) if name in given else None
         if error is None and name in given:
             continue
-        detail = "" if error is None or error.validator in ("type", "pattern") else f": {error.message[:MAX_DETAIL]}"
+        is_said = error is None or (error.validator in ("type", "pattern") and not error.path)  # by `_kind`
+        detail = "" if is_said or error is None else f": {error.message[:MAX_DETAIL]}"
         if name in required and "default" not in schema:
             return {}, f'"arguments" needs "{name}": {_kind(schema)}{detail}'
         return {}, f'"{name}" must be {_kind(schema)}{detail}'
