@@ -130,7 +130,7 @@ def _differences(
     images = [dummy_image]
     if chosen:  # taken from the conversation, so that the sequence's order of images is checked, too
         conversation = chosen[0][0]
-        shown = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
+        shown = [image for turn in conversation.turns for image in turn.images]
         images = [module.encoder.model_image(image) for image in (*conversation.task.images, *shown)]
     first = sequences[0]
     plain = plain_logprobs(policy, adapter, first.token_ids, first.loss_mask, images, adapter.vision_ids).cpu()

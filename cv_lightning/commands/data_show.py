@@ -137,7 +137,7 @@ def _task(task: Task, encoder: DialogueEncoder, config: ShowData) -> ShownDialog
 def _conversation(conversation: Conversation, encoder: DialogueEncoder, config: ShowData) -> ShownDialogue:
     from cv_lightning.modules.sft import encode_conversation
 
-    made = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
+    made = [image for turn in conversation.turns for image in turn.images]
     return ShownDialogue(
         title=f"conversation {conversation.task.id}, {len(conversation.turns)} turns",
         dialogue=encode_conversation(encoder, conversation, config.prompt),

@@ -292,7 +292,7 @@ class SFTDataModule(EvaluationDataModule):
         """The stream of conversations to train on."""
         module = self.trainer and self.trainer.lightning_module
         given = getattr(module, "tools", None)  # a user's module may have something else under that name
-        tools = [tool.name for tool in given if isinstance(tool, Tool)] if isinstance(given, list | tuple) else []
+        tools = [tool for tool in given if isinstance(tool, Tool)] if isinstance(given, list | tuple) else []
         return RowStream(ConversationFiles(self.train_files, self.reader, tools), self.seed)
 
     def num_conversations(self, step: int) -> int:

@@ -2,13 +2,15 @@
 
 An item has `conversations` (a list of `{from: human|gpt|tool, value}`), `images` (paths in the order of the
 `<image>` marks) and may have `system`. The first turn is the human's question, then `gpt` and `tool` alternate.
-`messages` with `{role, content}` are read too. A `gpt` turn with `"loss": false` (or `"weight": 0`), such as a
-deliberately wrong call, is part of the context and carries no loss.
+`messages` with `{role, content}` are read too. A `tool` turn's value is the whole response, or only the marks of its
+images beside `text` (the tool's own text) and `error`, which the agent then frames as in a rollout. A `gpt` turn with
+`"loss": false` (or `"weight": 0`), such as a deliberately wrong call, is part of the context and carries no loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +24,13 @@ from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text,
 from cv_lightning.data.tables import read_items
 from cv_lightning.early import wrong_kind
 from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, final_answer
+from cv_lightning.tools import Tool
 from cv_lightning.types import DataError, Message, Task
 
 READ_KEYS = ("conversations", "messages", "images", "system", "id")
 """Keys of an item that are read, and its name."""
+TOOL_KEYS = ("text", "error")
+"""Keys of a tool's turn whose response the agent words."""
 SPEAKERS = {
     "user": "human",
     "assistant": "gpt",
@@ -41,14 +46,14 @@ class ConversationFiles(RowFiles[Conversation]):
     Args:
         files: Paths of .json or .jsonl files.
         config: Prompt and folder of images.
-        tools: Names of the agent's tools; a conversation that teaches the call of another one cannot be used. Empty:
-            not checked.
+        tools: The agent's tools; a conversation that teaches the call of another one, or shows more images of a call
+            than its tool returns, cannot be used. Empty: not checked.
 
     Raises:
         DataError: A file does not exist or is not a JSON list, or has no usable item.
     """
 
-    def __init__(self, files: Sequence[str | Path], config: ReaderConfig, tools: Sequence[str] = ()) -> None:
+    def __init__(self, files: Sequence[str | Path], config: ReaderConfig, tools: Sequence[Tool] = ()) -> None:
         super().__init__(files, config, "--data.init_args.train_files")
         self._tools = tools
         for path in self.paths:
@@ -69,17 +74,35 @@ class ConversationFiles(RowFiles[Conversation]):
         item = self._items[file][number]
         path, name = self.paths[file], self.names[file]
         conversation = conversation_of_item(item, path, number, self.config, decode=decode, name=name)
-        self._check_tools(conversation)
+        check_calls(conversation, self._tools)
         return conversation
 
-    def _check_tools(self, conversation: Conversation) -> None:
-        """Refuse a learned call of a tool that the agent does not have; a wrong call without loss may name any."""
-        called = [turn.call.name for turn in conversation.turns if turn.learn and turn.call is not None]
-        if unknown := [name for name in called if self._tools and name and name not in self._tools]:
+
+def check_calls(conversation: Conversation, tools: Sequence[Tool]) -> None:
+    """Refuse what the agent could not have done with its tools; a wrong call without loss may name any tool.
+
+    Args:
+        conversation: The conversation.
+        tools: The agent's tools; empty: nothing is checked.
+
+    Raises:
+        RowError: A learned turn calls a tool that the agent does not have, or a call shows more images than its tool
+            returns.
+    """
+    most = {tool.name: tool.max_images for tool in tools}
+    for turn in conversation.turns if tools else ():
+        name = turn.call.name if turn.call is not None else ""
+        if name and name not in most and turn.learn:
             raise RowError(
                 "unknown tool",
-                f"it teaches a call of {unknown[0][:60]!r}, and the agent has {', '.join(self._tools)}: name the tool "
-                "in rollout.agent.tools, or rename the calls",
+                f"it teaches a call of {name[:60]!r}, and the agent has {', '.join(most)}: name the tool in "
+                "rollout.agent.tools, or rename the calls",
+            )
+        if len(turn.images) > most.get(name, len(turn.images)):
+            raise RowError(
+                "too many images",
+                f"a call of {name} shows {len(turn.images)} images, and the tool returns at most {most[name]}: raise "
+                "its max_images in rollout.agent.tools, or leave images out",
             )
 
 
@@ -137,6 +160,10 @@ class _Entry(NamedTuple):
     text: str
     learn: bool
     """True if a gpt turn carries loss."""
+    said: str | None = None
+    """The `text` of a tool's turn."""
+    error: str = ""
+    """The `error` of a tool's turn."""
 
 
 def _speakers(item: Any) -> tuple[str, list[_Entry]]:
@@ -149,7 +176,12 @@ def _speakers(item: Any) -> tuple[str, list[_Entry]]:
     )
     try:
         speakers = [
-            _Entry(SPEAKERS.get(str(turn[who]), str(turn[who])), _text(turn, who, what), _carries_loss(turn))
+            _Entry(
+                SPEAKERS.get(str(turn[who]), str(turn[who])),
+                _text(turn, who, what),
+                _carries_loss(turn),
+                *_said(turn, who),
+            )
             for turn in turns
         ]
     except (TypeError, KeyError, AttributeError) as error:
@@ -171,10 +203,12 @@ def _speakers(item: Any) -> tuple[str, list[_Entry]]:
 def _text(turn: Mapping[str, Any], who: str, what: str) -> str:
     """The text of a turn, which may be given in parts; a bare call gets the tags that the agent reads.
 
+    The value of a tool's turn may be left out beside `text` or `error`.
+
     Raises:
         RowError: There is no valid text, for instance because the call is in `tool_calls`.
     """
-    value = turn[what]
+    value = turn.get(what, "") if _said(turn, who) != (None, "") else turn[what]
     if is_missing(value):
         value = None
     if isinstance(value, list):
@@ -197,6 +231,22 @@ def _carries_loss(turn: Mapping[str, Any]) -> bool:
     return loss is not False and weight != 0
 
 
+def _said(turn: Mapping[str, Any], who: str) -> tuple[str | None, str]:
+    """The tool's own text and error in a tool's turn.
+
+    Raises:
+        RowError: They are not texts.
+    """
+    if SPEAKERS.get(str(turn[who]), turn[who]) != "tool":
+        return None, ""
+    given = {key: turn[key] for key in TOOL_KEYS if not is_missing(turn.get(key))}
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise RowError("no text", f"the {key} of a tool's turn is {value!r}, not a text")
+        check_text(value, f"the {key} of a tool's turn")
+    return given.get("text"), given.get("error", "")
+
+
 def _turns(speakers: Sequence[_Entry], images: Sequence[Image.Image]) -> tuple[DemoTurn, ...]:
     """Assistant turns, each with the tool's response."""
     turns = []
@@ -205,21 +255,34 @@ def _turns(speakers: Sequence[_Entry], images: Sequence[Image.Image]) -> tuple[D
         text = speakers[at].text.strip()
         if IMAGE_MARK in text:
             raise RowError("image marks", f"a gpt turn holds an {IMAGE_MARK} mark; only human and tool turns may")
-        response = speakers[at + 1].text if at + 1 < len(speakers) else ""
-        if response.count(IMAGE_MARK) > 1:
-            raise RowError("image marks", f"a tool turn shows {response.count(IMAGE_MARK)} images; one at most")
-        image = next(remaining) if IMAGE_MARK in response else None
-        if at + 1 < len(speakers) and not parse_turn(text).num_calls:
+        response = speakers[at + 1] if at + 1 < len(speakers) else None
+        if response is not None and not parse_turn(text).num_calls:
             raise RowError(
                 "no tool call", f"a tool turn follows {text[:80]!r}, which holds no {CALL_OPEN} outside a thought"
             )
+        shown = tuple(islice(remaining, response.text.count(IMAGE_MARK))) if response is not None else ()
         turns.append(
             DemoTurn(
                 text=text,
                 call=first_call(text),
-                result_image=image,
-                response_text=response.replace(IMAGE_MARK, "").strip(),
+                result_image=shown[0] if shown else None,
+                more_images=shown[1:],
+                response_text=_response_text(response) if response is not None else "",
+                said=response.said if response is not None else None,
+                error=response.error if response is not None else "",
                 learn=speakers[at].learn,
             )
         )
     return tuple(turns)
+
+
+def _response_text(response: _Entry) -> str:
+    """The whole response that a tool's turn states; empty if it states marks of images only.
+
+    Raises:
+        RowError: It states both, a response and the text or error of one.
+    """
+    beside = response.text.replace(IMAGE_MARK, "").strip()
+    if beside and (response.said is not None or response.error):
+        raise RowError("tool response", f"a tool turn has text or error, and {beside[:60]!r} in its value, too")
+    return response.text.rstrip("\n") if beside else ""

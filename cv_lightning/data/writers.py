@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cv_lightning.data.conversations import Conversation
+from cv_lightning.data.conversations import Conversation, DemoTurn
 from cv_lightning.data.readers import IMAGE_MARK
 from cv_lightning.files import whole_file, write_text
 from cv_lightning.types import Task
@@ -108,11 +108,9 @@ def _item(conversation: Conversation, index: int, folder: Path) -> dict[str, Any
     turns: list[dict[str, Any]] = [{"from": "human", "value": user}]
     for turn in conversation.turns:
         turns.append({"from": "gpt", "value": turn.text, **({} if turn.learn else {"loss": False})})
-        if turn.result_image is not None:
-            images.append(turn.result_image)
-        if turn.result_image is not None or turn.response_text:
-            mark = IMAGE_MARK if turn.result_image is not None else ""
-            turns.append({"from": "tool", "value": mark + turn.response_text})
+        images += turn.images
+        if turn.is_answered:
+            turns.append(tool_entry(turn))
     names = []
     for number, image in enumerate(images):
         file = folder / f"{index}_{number}.png"
@@ -121,3 +119,16 @@ def _item(conversation: Conversation, index: int, folder: Path) -> dict[str, Any
     item: dict[str, Any] = {"conversations": turns, "images": names}
     system = next((m.content for m in task.messages if m.role == "system"), None)
     return item if system is None else {**item, "system": system}
+
+
+def tool_entry(turn: DemoTurn) -> dict[str, str]:
+    """The tool's turn of an SFT item.
+
+    Args:
+        turn: The assistant turn with the response.
+    """
+    marks = IMAGE_MARK * len(turn.images)
+    if turn.response_text:
+        return {"from": "tool", "value": ("" if IMAGE_MARK in turn.response_text else marks) + turn.response_text}
+    said = {} if turn.said is None else {"text": turn.said}
+    return {"from": "tool", "value": marks, **said, **({"error": turn.error} if turn.error else {})}

@@ -192,7 +192,7 @@ class _Inspector:
         facts.index = str(item.get("id", ""))
         facts.notes += self._image_notes(item["images"]) + _conversation_notes(conversation)
         facts.turns = len(conversation.turns)
-        results = [turn.result_image for turn in conversation.turns if turn.result_image is not None]
+        results = [image for turn in conversation.turns for image in turn.images]
         self._add_images(conversation.task, [*conversation.task.images, *results], facts)
         if self.config.processor:
             facts.tokens = token_counter(self.config).conversation(conversation)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
-from cv_lightning.agent.prompt import PromptConfig, literal_part, split_marks, tool_ok_text
+from cv_lightning.agent.prompt import PromptConfig
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
+from cv_lightning.data.responses import ResponseWriter
 from cv_lightning.models.loading import PolicyConfig
 from cv_lightning.models.packing import PackedBatch, TrainSequence
 from cv_lightning.modules.base import OptimizerConfig, PolicyModule
@@ -92,21 +93,19 @@ def encode_conversation(
     prompt: PromptConfig,
     tools: Sequence[Tool] = DEFAULT_TOOLS,
 ) -> Dialogue:
-    """Tokens and mask of a demonstration, with the same token boundaries as the agent's.
+    """Tokens and mask of a demonstration: those of a rollout in which the agent ran the same calls.
 
-    Tool results without a text of their own get the agent's text.
+    Responses that the conversation does not state whole are in the agent's words.
     """
     task = conversation.task
+    writer = ResponseWriter(encoder=encoder, prompt=prompt, tools=tools)
     dialogue = encoder.start(task, [encoder.model_image(image) for image in task.images], prompt, tools)
     for turn in conversation.turns:
         ids = encoder.assistant_ids(turn.text)
         dialogue.append_sampled(ids, [0.0] * len(ids), learn=turn.learn)
-        if turn.result_image is not None:
-            view = encoder.model_image(turn.result_image)
-            text = tool_ok_text(prompt, len(dialogue.images), turn.result_image.size, view.size)
-            parts = [{"type": "image"}, literal_part(turn.response_text)] if turn.response_text else split_marks(text)
-            dialogue.append_context(encoder.tool_ids(parts), [view])
-        elif turn is not conversation.turns[-1]:
-            text = turn.response_text or prompt.tool_error.format(error="")
-            dialogue.append_context(encoder.tool_ids([literal_part(text)]))
+        if turn.is_answered or turn is not conversation.turns[-1]:
+            views = [encoder.model_image(image) for image in turn.images]
+            sizes = [(image.size, view.size) for image, view in zip(turn.images, views, strict=True)]
+            parts, _ = writer.response(turn, len(dialogue.images), sizes)
+            dialogue.append_context(encoder.tool_ids(parts), views)
     return dialogue

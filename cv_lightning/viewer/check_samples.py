@@ -95,9 +95,11 @@ class Samples:
         )
         for turn in found.turns if isinstance(found, Conversation) else ():
             row.turns.append(("assistant" if turn.learn else "assistant, not trained", _cut(turn.text), None))
-            if turn.result_image is not None or turn.response_text:
-                image = self._image(turn.result_image, None) if turn.result_image is not None else None
-                row.turns.append(("tool", _cut(turn.response_text), image))
+            if turn.is_answered:
+                shown = [self._image(image, None) for image in turn.images]
+                said = turn.response_text or "\n".join(filter(None, (turn.said, turn.error)))
+                row.turns.append(("tool", _cut(said), shown[0] if shown else None))
+                row.turns += [("tool", "", image) for image in shown[1:]]
         return row
 
     def _image(self, image: Image.Image, box: tuple[float, float, float, float] | None) -> SampleImage:

@@ -282,7 +282,7 @@ def test_an_item_becomes_a_conversation(tmp_path: Path) -> None:
     first, last = conversation.turns
     assert [m.role for m in conversation.task.messages] == ["system", "user"]
     assert (conversation.task.question, conversation.task.ground_truth) == ("What?", "4")
-    assert (first.call.code, first.call.image_index, first.response_text) == ("result = image", 0, "Here.")
+    assert (first.call.code, first.call.image_index, first.response_text) == ("result = image", 0, "<image>Here.")
     assert first.result_image.size == (40, 20)
     assert last.call is None
     assert last.text == "<answer>4</answer>"
