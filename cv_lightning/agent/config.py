@@ -64,3 +64,8 @@ class AgentConfig:
     def offered(self) -> Sequence[Tool]:
         """The tools that the prompt describes; empty if tools are off."""
         return (self.tools or DEFAULT_TOOLS) if self.tool else ()
+
+    @property
+    def answer_prefix(self) -> str:
+        """Start of the model's turn; empty if tools are on."""
+        return "" if self.tool else self.prompt.answer_prefix or ""

@@ -142,6 +142,7 @@ class Episode:
             views = self.shared.views.of(self.request)
             seen = [view.model_image for view in views]
             self.shared.encoder.open(self.dialogue, task, seen, config.prompt, config.offered)
+            self.dialogue.append_context(self.shared.encoder.assistant_ids(config.answer_prefix)[:-1])
         except DataError as error:
             raise _End(EndState.ERROR_TASK, str(error)) from error
         trajectory.images += views
@@ -173,7 +174,8 @@ class Episode:
             self.dialogue.append_sampled(completion.token_ids, completion.logprobs)
         except EngineError as error:
             raise _End(EndState.ERROR_ENGINE, str(error)) from error
-        turn = Turn(text=self.shared.encoder.decode(completion.token_ids), num_tokens=len(completion.token_ids))
+        text = self.config.answer_prefix + self.shared.encoder.decode(completion.token_ids)
+        turn = Turn(text=text, num_tokens=len(completion.token_ids))
         turn.generate_s = time.perf_counter() - began
         self.trajectory.turns.append(turn)
         self.shared.progress.tokens += turn.num_tokens

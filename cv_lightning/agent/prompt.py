@@ -46,6 +46,9 @@ class PromptConfig:
     """Tool response if a call is malformed or names another tool."""
     one_call: str = " Only the first of your {count} calls was run; make one call a turn."
     """Added to the response if a turn has several calls."""
+    answer_prefix: str | None = None
+    """Start of the model's turn with the tools disabled, such as `<answer>`: what follows is an answer also where the
+    model would call the tool or stop. Null: the model begins the turn itself."""
     coordinates: Coordinates = "original_px"
     """Frame of the sizes that the model reads; code always works on original pixels through `image.size`."""
     state_size: bool = True

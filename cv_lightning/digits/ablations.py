@@ -18,12 +18,12 @@ from cv_lightning.command_line import run_verb
 from cv_lightning.digits.quickstart import (
     SMOKE_RL,
     SMOKE_SFT,
-    SMOKE_TEST,
     Stage,
     Timing,
     fit_stage,
     run_stages,
     seed_flags,
+    smoke_test,
     test_stage,
     tiny_stage,
 )
@@ -100,7 +100,7 @@ def stages(
     rl = [*seed_flags(seed), "--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
     if iterations is not None:
         rl += ["--data.init_args.num_iterations", str(iterations)]
-    test = list(SMOKE_TEST) if smoke else []
+    test = smoke_test() if smoke else []
     if per_kind is not None:
         test = ["--data.init_args.test_tasks", json.dumps(dict.fromkeys(KINDS, per_kind))]
     trained = []

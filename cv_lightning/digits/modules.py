@@ -190,9 +190,9 @@ class DigitSFTDataModule(DigitEvaluationDataModule, SFTDataModule):
         """Conversations of all ranks in a step."""
         return self.warm_up_conversations_per_step if step < self.warm_up_steps else self.conversations_per_step
 
-    def _execute(self, image: Image.Image, code: str) -> SandboxResult:
+    def _execute(self, image: Image.Image, code: str, max_shown: int = 0) -> SandboxResult:
         """Run a snippet; the sandbox starts with the first one."""
         if self._sandbox is None:
             self._sandbox = Sandbox(self.sandbox_config)
             self._sandbox.start()
-        return self._sandbox.run_sync(image, code)
+        return self._sandbox.run_sync(image, code, max_shown=max_shown)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from cv_lightning.command_line import run_verb
+from cv_lightning.digits.scenes import KINDS, MEASURE_KINDS
 from cv_lightning.files import write_json
 from cv_lightning.models.adapters import adapter_for, known_types
 from cv_lightning.models.adapters.tiny import TinyModelConfig
@@ -30,8 +31,12 @@ SEVERAL_RANKS = Path("configs/hardware/cpu2.yaml")
 SMOKE_SFT = ["--data.init_args.num_steps", "6"]
 SMOKE_RL = ["--data.init_args.num_iterations", "2", "--data.init_args.tasks_per_iteration", "4"]
 SMOKE_RL += ["--rollout.store.share", "1.0"]  # so few groups that a tenth may be none
-SMOKE_TEST = ["--data.init_args.test_tasks", '{"upright": 2, "turned": 2, "small": 2, "turned_and_small": 2}']
 DEFAULT_MODEL = "qwen3_vl"
+Task = Literal["digits", "measure"]
+DEFAULT_TASK: Task = "digits"
+TASK_KINDS = {"digits": KINDS, "measure": MEASURE_KINDS}
+IMAGES_ONLY = ["--config", f"{CONFIGS}/measure_images.yaml"]
+"""What takes the text away from the tool of the measuring task."""
 
 
 def scene_sizes(family: str) -> dict[str, int]:
@@ -65,7 +70,14 @@ class Stage:
 
 
 def stages(
-    run: Path, *, seed: int, smoke: bool, ablation: bool, family: str = DEFAULT_MODEL, ranks: int = 1
+    run: Path,
+    *,
+    seed: int,
+    smoke: bool,
+    ablation: bool,
+    family: str = DEFAULT_MODEL,
+    ranks: int = 1,
+    task: Task = DEFAULT_TASK,
 ) -> list[Stage]:
     """The stages of a quickstart, in order.
 
@@ -73,24 +85,35 @@ def stages(
         run: The run's folder.
         seed: Seed of weights, training scenes and samples; the held-out scenes are the same for all seeds.
         smoke: A few steps of each.
-        ablation: Also train with accuracy and format only.
+        ablation: Also train with accuracy and format only; of the measuring task, with a tool that returns images only.
         family: Architecture.
         ranks: Processes that train and test together.
+        task: What the model learns: to read rotated and small digits, or to measure.
     """
     scenes = scene_flags(family, "data.init_args.")
     if ranks > 1:
         scenes += ["--config", str(SEVERAL_RANKS), "--trainer.devices", str(ranks)]
-    sft = [*seed_flags(seed), *scenes, *(SMOKE_SFT if smoke else [])]
-    rl = [*seed_flags(seed), *scenes, "--rollout.sampling.seed", str(seed), *(SMOKE_RL if smoke else [])]
-    test = [*scenes, *(SMOKE_TEST if smoke else [])]
+    sft = [*_overlay(task, "sft"), *seed_flags(seed), *scenes, *(SMOKE_SFT if smoke else [])]
+    rl = [*_overlay(task, "grpo"), *seed_flags(seed), *scenes, "--rollout.sampling.seed", str(seed)]
+    rl += SMOKE_RL if smoke else []
+    test = [*_overlay(task, "eval"), *scenes, *(smoke_test(task) if smoke else [])]
+    reward = "process reward" if task == "digits" else "accuracy and format reward"
     found = [
-        tiny_stage(run, seed, family),
+        tiny_stage(run, seed, family, task),
         fit_stage("sft", "supervised fine-tuning", run, "tiny", sft),
         test_stage("sft", run, seed, test),
-        fit_stage("rl", "GRPO with the process reward", run, "sft/model", rl, config="grpo"),
+        fit_stage("rl", f"GRPO with the {reward}", run, "sft/model", rl, config="grpo"),
         test_stage("rl", run, seed, test),
     ]
-    if ablation:
+    if ablation and task == "measure":
+        sft += ["--data.init_args.demonstrations.measure_with", "image"]
+        found += [
+            fit_stage("sft_images", "the same fine-tuning with images only", run, "tiny", sft),
+            test_stage("sft_images", run, seed, [*test, *IMAGES_ONLY]),
+            fit_stage("rl_images", "the same GRPO", run, "sft_images/model", [*rl, *IMAGES_ONLY], config="grpo"),
+            test_stage("rl_images", run, seed, [*test, *IMAGES_ONLY]),
+        ]
+    elif ablation:
         rl += ["--rollout.reward", f"{CONFIGS}/reward_accuracy.yaml"]
         title = "the same GRPO with accuracy and format only"
         found.append(fit_stage("rl_accuracy", title, run, "sft/model", rl, config="grpo"))
@@ -101,15 +124,27 @@ def stages(
     return found
 
 
+def _overlay(task: Task, config: str) -> list[str]:
+    """The config that a task adds to one of the quickstart's."""
+    return [] if task == DEFAULT_TASK else ["--config", f"{CONFIGS}/{task}_{config}.yaml"]
+
+
+def smoke_test(task: Task = DEFAULT_TASK) -> list[str]:
+    """Two scenes of each kind."""
+    return ["--data.init_args.test_tasks", json.dumps(dict.fromkeys(TASK_KINDS[task], 2))]
+
+
 def seed_flags(seed: int) -> list[str]:
     """Flags of `fit` that seed the run and its scenes."""
     return ["--seed_everything", str(seed), "--data.init_args.digits.seed", str(seed)]
 
 
-def tiny_stage(run: Path, seed: int, family: str = DEFAULT_MODEL) -> Stage:
+def tiny_stage(run: Path, seed: int, family: str = DEFAULT_MODEL, task: Task = DEFAULT_TASK) -> Stage:
     """Write a checkpoint with random weights into `run/tiny`."""
     arguments = ["tiny", "--out", f"{run}/tiny", "--seed", str(seed), "--prompt", f"{CONFIGS}/prompt.yaml"]
     arguments += [*([] if family == DEFAULT_MODEL else ["--family", family]), *scene_flags(family, "")]
+    if task != DEFAULT_TASK:
+        arguments += ["--digits.kind_shares", json.dumps(dict.fromkeys(TASK_KINDS[task], 1.0))]
     title = f"a tiny {adapter_for(family).title or family} with random weights"
     return Stage(name="tiny", title=title, arguments=arguments, writes=[run / "tiny"])
 
@@ -143,19 +178,18 @@ class Timing:
         DataError: The run was made with another setting.
     """
 
-    def __init__(self, run: Path, **settings: int) -> None:
+    def __init__(self, run: Path, **settings: int | str) -> None:
         self.path = run / "timing.json"
-        self.values: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.values: dict[str, float | str] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         for name, value in settings.items():
-            if self.values.get(name, value) != value:
+            known = self.values.get(name, DEFAULT_TASK if name == "task" and self.values else value)
+            if known != value:
                 flag = f"--{name.replace('_', '-')}"
-                raise DataError(
-                    f"{run} was made with {flag} {self.values[name]:.0f}, not {value}; choose another --out"
-                )
+                raise DataError(f"{run} was made with {flag} {known}, not {value}; choose another --out")
         for name, value in settings.items():
             self.set(name, value)
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float | str) -> None:
         """Store a value on disk."""
         self.values[name] = value
         write_json(self.path, self.values)
@@ -172,7 +206,7 @@ def run_stages(wanted: list[Stage], timing: Timing) -> int:
     for number, stage in enumerate(wanted, 1):
         heading = f"[{number}/{len(wanted)}] {stage.title}"
         if stage.name in timing.values and not stage.always:
-            print(f"\n{heading}: done before, in {timing.values[stage.name]:.0f} s", flush=True)
+            print(f"\n{heading}: done before, in {float(timing.values[stage.name]):.0f} s", flush=True)
             continue
         for path in stage.writes:
             shutil.rmtree(path, ignore_errors=True)
@@ -191,6 +225,7 @@ def run_stages(wanted: list[Stage], timing: Timing) -> int:
 
 
 def quickstart(
+    task: Task = DEFAULT_TASK,
     model: str = DEFAULT_MODEL,
     seed: int = 0,
     smoke: bool = False,
@@ -202,17 +237,19 @@ def quickstart(
     """Train and test a tiny model on handwritten digits. The same command continues a run that was interrupted.
 
     Args:
+        task: What it learns: digits (read rotated and small numbers), or measure (answer with what its code prints).
         model: Architecture: qwen3_vl or qwen2_5_vl.
         seed: Seed of the model, the scenes and the samples.
         smoke: Run every stage once, small; the model learns nothing.
-        ablation: Also run RL with accuracy and format only, shown beside it.
+        ablation: Also run RL with accuracy and format only, shown beside it; with --task measure, SFT and RL with a
+            tool that returns images and no text.
         out: Folder; by default runs/quickstart-seedN, with --smoke runs/quickstart-smoke.
         force: Start from scratch; otherwise finished stages are kept.
         ranks: Processes that train and test together, under ZeRO-3.
     """
     if model not in known_types():
         raise DataError(f"--model {model}: not one of {', '.join(known_types())}")
-    parts = [] if model == DEFAULT_MODEL else [model]
+    parts = [name for name, usual in ((task, DEFAULT_TASK), (model, DEFAULT_MODEL)) if name != usual]
     parts += [f"ranks{ranks}"] if ranks > 1 else []
     run = out or Path("runs", "-".join(["quickstart", *parts, "smoke" if smoke else f"seed{seed}"]))
     if force:
@@ -221,8 +258,8 @@ def quickstart(
     other = json.loads(config.read_text())["model_type"] if config.is_file() else model
     if other != model:
         raise DataError(f"{run} was made with --model {other}; choose another --out, or --force")
-    timing = Timing(run, seed=seed, ranks=ranks, smoke=int(smoke))
-    wanted = stages(run, seed=seed, smoke=smoke, ablation=ablation, family=model, ranks=ranks)
+    timing = Timing(run, seed=seed, ranks=ranks, smoke=int(smoke), task=task)
+    wanted = stages(run, seed=seed, smoke=smoke, ablation=ablation, family=model, ranks=ranks, task=task)
     code = run_stages(wanted, timing)
     if code == 0:
         print(f"\nopen {(run / 'report.html').resolve()} in a browser; figures: {run / 'summary.json'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cv_lightning.digits.rotations import LABELS, unnecessary_rotations
-from cv_lightning.digits.scenes import KINDS
+from cv_lightning.digits.scenes import ALL_KINDS
 from cv_lightning.digits.stages import FULL, NOT_SECONDS, REDUCED, STAGES, read_timing, training_minutes
 from cv_lightning.digits.training import training_story
 from cv_lightning.evaluation.curves import compared_charts
@@ -22,7 +22,7 @@ class QuickstartSections(RunSections):
     """Training of SFT and RL, and the same RL without process reward for comparison."""
 
     stages = STAGES
-    kinds = KINDS
+    kinds = ALL_KINDS
     apart = (REDUCED,)
     data_names = dict.fromkeys(("DigitTaskDataModule", "DigitSFTDataModule"), "handwritten digits")
     settings = (

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from PIL import Image
 
+from cv_lightning.digits.measure import LEAST_SIDE, MEASURES, compose_cards
 from cv_lightning.orientations import ORIENTATIONS, turn_box, turn_image
 from cv_lightning.ranges import NonNegativeInt, PositiveInt, Range, check_ranges
 from cv_lightning.tools.base import Coordinates
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
 
     Pixels = npt.NDArray[np.uint8]
 
-Kind = Literal["upright", "turned", "small", "turned_and_small"]
+Kind = Literal["upright", "turned", "small", "turned_and_small", "width", "ink", "shade", "difference"]
 Split = Literal["train", "held_out"]
 
 KINDS: tuple[Kind, ...] = ("upright", "turned", "small", "turned_and_small")
+"""Kinds of scenes with a number to read."""
+MEASURE_KINDS: tuple[Kind, ...] = ("width", "ink", "shade", "difference")
+"""Kinds of scenes with something to measure."""
+ALL_KINDS = KINDS + MEASURE_KINDS
 NUM_DIGITS = 1797
 LAYOUT = 96
 """Side of the layout, in which the coordinates below are given."""
@@ -75,11 +80,12 @@ class DigitsConfig:
     train_digits: PositiveInt = 1400
     """Number of digits for training scenes, the first of the 1797; the others are held out."""
     kind_shares: dict[str, float] = field(default_factory=_equal_shares)
-    """Relative frequency of upright, turned, small and turned_and_small; a kind that is not named never occurs."""
+    """Relative frequency of upright, turned, small and turned_and_small, and of width, ink, shade and difference, whose
+    answer has to be measured; a kind that is not named never occurs."""
     coordinates: Coordinates = "original_px"
     """Frame of the crop coordinates in demonstrations; their code converts them where necessary."""
     question: str = "What number is written?"
-    """The question of every scene."""
+    """The question of every scene with a number to read."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.init_args.digits")
@@ -101,6 +107,11 @@ class DigitsConfig:
         if self.jitter_px > room:
             raise ValueError(f"--jitter_px {self.jitter_px} must be 0 to {room}: a card fills its cell")
         check_kind_shares("kind_shares", self.kind_shares)
+        if self.original_side < LEAST_SIDE and any(self.kind_shares.get(kind, 0) > 0 for kind in MEASURE_KINDS):
+            raise ValueError(
+                f"--original_side {self.original_side} must be at least {LEAST_SIDE} with the kinds "
+                f"{', '.join(MEASURE_KINDS)} in --kind_shares, or the widest card has no room"
+            )
 
     @property
     def crop_side(self) -> int:
@@ -125,8 +136,8 @@ def check_kind_shares(name: str, shares: Mapping[str, float]) -> None:
     Raises:
         ValueError: A kind that does not exist, a negative share, or none above 0; names the flag.
     """
-    if set(shares) - set(KINDS) or min(shares.values(), default=0) < 0 or not 0 < sum(shares.values()) < math.inf:
-        raise ValueError(f"--{name} {dict(shares)}: not negative, not all 0, and only of {', '.join(KINDS)}")
+    if set(shares) - set(ALL_KINDS) or min(shares.values(), default=0) < 0 or not 0 < sum(shares.values()) < math.inf:
+        raise ValueError(f"--{name} {dict(shares)}: not negative, not all 0, and only of {', '.join(ALL_KINDS)}")
 
 
 def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None = None) -> Task:
@@ -152,6 +163,8 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
     rng = random.Random(f"{config.seed}/{split}/{kind}/{index}")
     first, last = (0, config.train_digits) if split == "train" else (config.train_digits, NUM_DIGITS)
     digits = (rng.randrange(first, last), rng.randrange(first, last))
+    if kind in MEASURES:
+        return _measure_task(config, split, index, kind, digits[: MEASURES[kind].num_cards], rng)
     pixels, upright_box, cell = _compose(config, is_small(kind), digits, rng, config.augment and split == "train")
     image, box, transform = Image.fromarray(pixels), upright_box, None
     if is_turned(kind):
@@ -177,6 +190,24 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
         required_transforms=required,
         box=box,
         metadata=metadata,
+    )
+
+
+def _measure_task(
+    config: DigitsConfig, split: Split, index: int, kind: Kind, digits: Sequence[int], rng: random.Random
+) -> Task:
+    """A scene with something to measure; its answer stands in no image, so it needs the text of a tool call."""
+    glyphs = [_glyph(digit, GLYPH_SIDE) for digit in digits]
+    if config.augment and split == "train":
+        glyphs = [_distorted(glyph, rng) for glyph in glyphs]
+    pixels, answer = compose_cards(config.original_side, kind, glyphs, rng)
+    return Task(
+        id=f"digits-{config.seed}-{split}-{kind}-{index}",
+        question=MEASURES[kind].question,
+        images=(Image.fromarray(pixels).convert("RGB"),),
+        ground_truth=str(answer),
+        data_source=f"digits/{kind}",
+        metadata={"kind": kind, "digits": list(digits), "needs_text": True},
     )
 
 

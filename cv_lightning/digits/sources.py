@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.sources import slice_of_rank
 from cv_lightning.digits.demonstrations import DemonstrationConfig, Execute, demonstrate
-from cv_lightning.digits.scenes import KINDS, DigitsConfig, Kind, digit_task
+from cv_lightning.digits.scenes import ALL_KINDS, DigitsConfig, Kind, digit_task
 from cv_lightning.types import Task
 
 DEMONSTRATIONS_FROM = 1_000_000_000
@@ -27,7 +27,7 @@ def balanced_kinds(shares: Mapping[str, float], count: int, rng: random.Random) 
         count: Number of kinds.
         rng: Draws the rounding and the order.
     """
-    kinds = [kind for kind in KINDS if shares.get(kind, 0) > 0]
+    kinds = [kind for kind in ALL_KINDS if shares.get(kind, 0) > 0]
     total = sum(shares[kind] for kind in kinds)
     offset = rng.random()
     chosen: list[Kind] = []
@@ -104,12 +104,12 @@ class HeldOutScenes:
     """
 
     def __init__(self, config: DigitsConfig, counts: Mapping[str, int]) -> None:
-        if set(counts) - set(KINDS) or min(counts.values(), default=0) < 0:
+        if set(counts) - set(ALL_KINDS) or min(counts.values(), default=0) < 0:
             raise ValueError(
-                f"--data.init_args.val_tasks/test_tasks {dict(counts)}: not negative, and of {', '.join(KINDS)}"
+                f"--data.init_args.val_tasks/test_tasks {dict(counts)}: not negative, and of {', '.join(ALL_KINDS)}"
             )
         self.config = config
-        kinds = [kind for kind in KINDS if counts.get(kind, 0)]
+        kinds = [kind for kind in ALL_KINDS if counts.get(kind, 0)]
         longest = max((counts[kind] for kind in kinds), default=0)
         self._scenes = [(index, kind) for index in range(longest) for kind in kinds if index < counts[kind]]
 

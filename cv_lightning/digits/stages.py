@@ -6,12 +6,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cv_lightning.digits.scenes import KINDS
+from cv_lightning.digits.scenes import ALL_KINDS
 from cv_lightning.evaluation.runs import read_json
 
 FULL, REDUCED = "rl", "rl_accuracy"
 """RL with and without the process reward."""
-STAGES = {"base": "before training", "sft": "SFT", FULL: "RL", REDUCED: "RL, accuracy reward only"}
+STAGES = {
+    "base": "before training",
+    "sft": "SFT",
+    FULL: "RL",
+    REDUCED: "RL, accuracy reward only",
+    "sft_images": "SFT, no text",
+    "rl_images": "RL, no text",
+}
 """Names for people, in order."""
 EVALUATION_NAME = re.compile(r"(?P<stage>\w+)_(?P<mode>greedy|sampled)_(?P<tool>tool|notool)")
 """Names of the folders of the quickstart's tests."""
@@ -33,7 +40,7 @@ def stage_order(stage: str) -> tuple[int, str]:
 
 def kind_order(kind: str) -> tuple[int, str]:
     """Sort key of kinds of tasks."""
-    return _order(kind, list(KINDS))
+    return _order(kind, list(ALL_KINDS))
 
 
 def _order(name: str, known: Sequence[str]) -> tuple[int, str]:

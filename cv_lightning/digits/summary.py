@@ -26,7 +26,7 @@ ROWS = (
 """Title, evaluation and figure of each row."""
 CAPTION = (
     "accuracy and tool-use success over the tasks that need the tool, 95 % intervals below; tool-use success: answered "
-    "on an upright image after a fitting crop; unneeded rotations: fraction of upright tasks"
+    "on an upright image after a fitting crop, or after a printed text; unneeded rotations: fraction of upright tasks"
 )
 NO_RATE = Rate(nan, nan, nan, 0)
 LABEL_WIDTH, MAX_COLUMNS = 20, 4
@@ -88,6 +88,8 @@ def _stages(found: Evaluations, columns: list[tuple[str, str]], title: str) -> T
     for label, tool, name in ROWS:
         evaluations = [found.get((stage, mode, tool)) for stage, mode in columns]
         rates = [getattr(each, name) if each else NO_RATE for each in evaluations]
+        if not any(rate.n for rate in rates) and label != ROWS[0][0]:
+            continue
         text = "[bold]{0.value:.3f}[/bold]\n[dim]{0.low:.3f}-{0.high:.3f}[/dim]"
         table.add_row(label, *(text.format(rate) if rate.n else "-" for rate in rates))
     return table

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from cv_lightning.digits.demonstrations import DemonstrationConfig
+from cv_lightning.digits.measure import MEASURES
+from cv_lightning.digits.scenes import KINDS
 from cv_lightning.renames import migrate_config
 from cv_lightning.rewards.config import COMPONENTS, PENALTIES, RewardConfig
 
@@ -29,6 +31,8 @@ def training_story(configs: Mapping[str, str]) -> list[tuple[str, list[str]]]:
         ("sft", "Supervised fine-tuning", _sft),
         ("rl", "Reinforcement learning", _rl),
         ("rl_accuracy", "Ablation", _rl),
+        ("sft_images", "Supervised fine-tuning without text", _sft),
+        ("rl_images", "Reinforcement learning without text", _rl),
     ):
         config = yaml.safe_load(configs.get(f"{stage}/fit_config.yaml", ""))
         if isinstance(config, dict) and (sentences := tell(migrate_config(config)[0])):
@@ -44,11 +48,16 @@ def _sft(config: dict[str, Any]) -> list[str]:
         return []
     shown = asdict(DemonstrationConfig()) | (data.get("demonstrations") or {})
     share, steps, warm_up = shown["tool_share"], data["num_steps"], data.get("warm_up_share") or 0.0
+    direct = (
+        f"as by a reader who never rotates or crops: rotated numbers {ANSWERS[shown['direct_turned']]}, small ones "
+        f"{ANSWERS[shown['direct_small']]}"
+    )
+    if set((data.get("digits") or {}).get("kind_shares") or KINDS) <= MEASURES.keys():
+        direct = "with the answer of another scene"
     sentences = [
         f"{steps} steps of {data['conversations_per_step']} conversations.",
         f"Of the tasks that need the tool, {100 * share:g} % demonstrate it, with its results. The other "
-        f"{100 * (1 - share):g} % are answered at once, as by a reader who never rotates or crops: rotated numbers "
-        f"{ANSWERS[shown['direct_turned']]}, small ones {ANSWERS[shown['direct_small']]}.",
+        f"{100 * (1 - share):g} % are answered at once, {direct}.",
     ]
     if shown["needless_share"]:
         sentences.append(f"{100 * shown['needless_share']:g} % of the upright tasks rotate the image without need.")

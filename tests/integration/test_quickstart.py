@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_writes_its_result(run: Path) -> None:
     timing = json.loads((run / "timing.json").read_text())
     stages = {"tiny", "sft", "sft_eval", "rl", "rl_eval", "rl_accuracy", "rl_accuracy_eval", "summary", "report"}
-    assert set(timing) == stages | {"seed", "ranks", "smoke"} and (timing["seed"], timing["ranks"]) == (3, 1)
+    assert set(timing) == stages | {"seed", "ranks", "smoke", "task"} and (timing["seed"], timing["ranks"]) == (3, 1)
     for stage in ("sft", "rl", "rl_accuracy"):
         assert (run / stage / "model" / "model.safetensors").is_file()
         assert (run / stage / "fit_config.yaml").is_file()
@@ -121,7 +121,8 @@ def test_qwen25_runs_every_stage(tmp_path: Path) -> None:
     done = quickstart(folder, "--model", "qwen2_5_vl")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     timing = json.loads((folder / "timing.json").read_text())
-    assert set(timing) == {"tiny", "sft", "sft_eval", "rl", "rl_eval", "summary", "report", "seed", "ranks", "smoke"}
+    stages = {"tiny", "sft", "sft_eval", "rl", "rl_eval", "summary", "report"}
+    assert set(timing) == stages | {"seed", "ranks", "smoke", "task"}
     for stage in ("tiny", "sft/model", "rl/model"):
         assert json.loads((folder / stage / "config.json").read_text())["model_type"] == "qwen2_5_vl"
     losses = [float(row["sft/loss"]) for row in csv.DictReader((folder / "sft" / "metrics.csv").open())]
@@ -194,3 +195,17 @@ def test_ctrl_c_in_a_rollout_ends_cleanly(training: tuple[subprocess.Popen[str],
     assert not alive
     assert process.returncode in (1, 130)
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_measuring_task_runs_every_stage_with_text_and_with_images_only(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = quickstart(folder, "--task", "measure", "--ablation")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    summary = json.loads((folder / "summary.json").read_text())
+    for stage in ("sft", "rl", "sft_images", "rl_images"):
+        assert set(summary[stage]["by_kind"]) == {"width", "ink", "shade", "difference"}
+        for store in (folder / "eval" / f"{stage}_greedy_notool").glob("trajectories/*.jsonl"):
+            texts = [json.loads(line)["trajectories"][0]["turns"][0]["text"] for line in store.read_text().splitlines()]
+            assert len(texts) == 8 and all(text.startswith("<think>read</think><answer>") for text in texts)
+    assert "SFT, no text" in (folder / "report.html").read_text()

@@ -104,6 +104,9 @@ def base_of(overlay: str) -> str:
     """A config that an overlay can stand on."""
     if overlay.startswith("own/"):
         return "own/grpo.yaml"
+    if overlay.startswith("quickstart/measure_"):
+        base = overlay.removeprefix("quickstart/measure_")
+        return f"quickstart/{'grpo.yaml' if base == 'images.yaml' else base}"
     return "sft/qwen3_vl_8b.yaml" if overlay.startswith("sft/") else "grpo/qwen3_vl_8b.yaml"
 
 

@@ -76,6 +76,21 @@ def test_only_the_inverse_makes_an_image_upright(applied: str) -> None:
         assert holds(record((applied,), steps)) == (done == INVERSE.get(applied, applied)), (applied, done)
 
 
+def test_a_task_that_needs_text_is_a_success_only_after_a_call_that_printed() -> None:
+    found = record((), [])
+    found.task = replace(found.task, metadata={"kind": "width", "needs_text": True})
+    (trajectory,) = found.trajectories
+    for turns, success in (
+        ([Turn(text="", num_tokens=1)], False),
+        ([Turn(text="", num_tokens=1, result=SandboxResult(text="12"))], True),
+        ([Turn(text="", num_tokens=1, result=SandboxResult(image=Image.new("RGB", (9, 9))))], False),
+    ):
+        trajectory.turns = turns
+        assert holds(found) == success
+    summary = summarise([found])
+    assert summary.accuracy.n == summary.tool_use_success.n == 1 and summary.accuracy_upright.n == 0
+
+
 def test_net_effect_counts_instead_of_steps() -> None:
     assert holds(record(("rotate_180",), ["flip_horizontal", "flip_vertical"]))
     assert holds(record(("rotate_90",), ["rotate_90", "rotate_90", "rotate_90"]))

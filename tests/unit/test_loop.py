@@ -99,6 +99,22 @@ def test_a_tool_call_runs_and_its_image_comes_back(
     assert len(second.images) == 2 and second.seed != first.seed
 
 
+def test_an_answer_prefix_forces_an_answer_where_the_tool_is_disabled(
+    encoder: DialogueEncoder, background: Background, sandbox: Sandbox
+) -> None:
+    prefix = "<think>read</think><answer>"
+    prompt = PromptConfig(system="none", system_without_tool="none", answer_prefix=prefix)
+    config = AgentConfig(prompt=prompt, tool=False)
+    (forced,), engine = roll(encoder, background, sandbox, lambda *_: "42</answer>", config=config)
+    assert forced.end_state is EndState.ANSWERED and forced.turns[0].text == ANSWER
+    ids = list(encoder.assistant_ids(prefix)[:-1])
+    assert list(engine.requests[0].prompt_ids)[-len(ids) :] == ids
+    sampled = [i for i, m in zip(forced.token_ids, forced.loss_mask, strict=True) if m]
+    assert sampled == list(encoder.assistant_ids("42</answer>"))  # the prefix is context, and nothing learns from it
+    (free,), engine = roll(encoder, background, sandbox, lambda *_: ANSWER, config=replace(config, tool=True))
+    assert free.turns[0].text == ANSWER and list(engine.requests[0].prompt_ids)[-len(ids) :] != ids
+
+
 def test_the_mask_marks_what_was_sampled_and_nothing_else(
     encoder: DialogueEncoder, background: Background, sandbox: Sandbox
 ) -> None:
