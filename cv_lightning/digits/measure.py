@@ -1,8 +1,8 @@
-"""Scenes whose answer is a number that code can print, and that the model's view of the image does not show.
+"""Scenes whose answer is a number that code can print, and that is not written in the image.
 
 One card, or two above each other, lies on a large white image: plain gray, with a real handwritten digit on it. The
-model's view is a quarter of the side, so that a difference of 2 pixels is half a pixel there. The kinds differ in the
-question only: the image does not tell which number is asked for.
+model's view is a quarter of the side, so that a difference of 2 pixels is half a pixel there. Width, ink and shade are
+asked about the same scenes: the image does not tell which number is asked for.
 """
 
 from __future__ import annotations
