@@ -108,8 +108,8 @@ class Task:
     messages: tuple[Message, ...] = ()
     """Prompt of the data set; empty for the agent's own prompt around `question`."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Further JSON values, stored with the task. Training reads only `accepted_answers`: alternative right answers. Its
-    metrics also read `needs_text`: true if the answer is not written in the image, so that a tool call has to print it."""
+    """Further JSON values, stored with the task. Training reads only `accepted_answers`: alternative right answers. The
+    metrics also read `needs_text`: true if the answer is not written in the image, so that a call has to print it."""
     recorded_digest: str = field(default="", compare=False)
     """The digest that a store recorded; empty for a task that was not read from one."""
 

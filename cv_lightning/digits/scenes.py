@@ -196,7 +196,7 @@ def digit_task(config: DigitsConfig, split: Split, index: int, kind: Kind | None
 def _measure_task(
     config: DigitsConfig, split: Split, index: int, kind: Kind, digits: Sequence[int], rng: random.Random
 ) -> Task:
-    """A scene with something to measure; its answer is not written in the image, so it needs the text of a tool call."""
+    """A scene with something to measure: its answer is not written in the image, so a call has to print it."""
     glyphs = [_glyph(digit, GLYPH_SIDE) for digit in digits]
     if config.augment and split == "train":
         glyphs = [_distorted(glyph, rng) for glyph in glyphs]

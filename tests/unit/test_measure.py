@@ -26,7 +26,7 @@ ALWAYS = DemonstrationConfig(tool_share=1.0)
 
 def runs_of_cards(image: Image.Image) -> list[int]:
     """Width of every card, from the rows in which the number of gray pixels changes."""
-    rows = [sum(value < 255 for value in row) for row in np.asarray(image)[..., 0].tolist()]
+    rows = [int(np.count_nonzero(row < 255)) for row in np.asarray(image.convert("L"))]
     return [row for before, row in zip([0, *rows], rows, strict=False) if row and not before]
 
 
