@@ -108,8 +108,7 @@ class Task:
     messages: tuple[Message, ...] = ()
     """Prompt of the data set; empty for the agent's own prompt around `question`."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Further JSON values, stored with the task. Training reads only `accepted_answers`: alternative right answers. The
-    metrics also read `needs_text`: true if the answer is not written in the image, so that a call has to print it."""
+    """Further JSON values, stored. Read are `accepted_answers`, alternative right answers, and `needs_text`."""
     recorded_digest: str = field(default="", compare=False)
     """The digest that a store recorded; empty for a task that was not read from one."""
 
@@ -130,13 +129,8 @@ class Task:
 
     @property
     def needs_tool(self) -> bool:
-        """True if a tool call has to undo what was done to the image, or to print what is not written in it."""
-        return bool(self.required_transforms) or self.needs_text
-
-    @property
-    def needs_text(self) -> bool:
-        """True if the answer is not written in the image, so that a tool call has to print it."""
-        return self.metadata.get("needs_text") is True
+        """True if a call has to undo what was done to the image, or to print the answer (metadata `needs_text`)."""
+        return bool(self.required_transforms or self.metadata.get("needs_text"))
 
     @property
     def kind(self) -> str:

@@ -179,9 +179,9 @@ def _run_steps(task: Task, steps: list[tuple[str, str]], execute: Execute) -> li
         result = execute(image, code, max_shown=1) if prints else execute(image, code)
         if result.status is not ToolStatus.OK or not (result.text if prints else result.image):
             raise SandboxError(f"demonstration of {task.id}: `{code}` gave {result.status}: {result.error}")
-        said = result.text.rstrip("\n") if prints else ""
+        said = result.text if prints else None
         image = result.image or image
-        turns.append(DemoTurn(text=call_text(call, thought), call=call, result_image=result.image, response_text=said))
+        turns.append(DemoTurn(text=call_text(call, thought), call=call, result_image=result.image, said=said))
     return turns
 
 

@@ -77,7 +77,7 @@ def tool_use_success(task: Task, trajectory: Trajectory) -> bool:
     """True if the trajectory answered on the image that the task needs, and after a text where it needs one."""
     return (
         trajectory.end_state in ANSWERED
-        and (not task.needs_text or any(turn.result is not None and turn.result.text for turn in trajectory.turns))
+        and (not task.metadata.get("needs_text") or any(turn.result and turn.result.text for turn in trajectory.turns))
         and answered_upright(task, trajectory)
         and ("crop" not in task.required_transforms or crop_fits(task, trajectory))
     )

@@ -53,7 +53,7 @@ def test_the_answer_is_what_the_pixels_say(kind: str) -> None:
             task = digit_task(CONFIG, split, index, kind)
             assert task.ground_truth == str(recount(task)), task.id
             assert task.question == MEASURES[kind].question and task.images[0].size == (384, 384)
-            assert task.needs_tool and task.needs_text and not task.required_transforms
+            assert task.needs_tool and task.metadata["needs_text"] and not task.required_transforms
 
 
 @pytest.mark.parametrize("kind", MEASURE_KINDS)
@@ -92,14 +92,14 @@ def test_demonstrations_answer_with_what_the_call_printed(kind: str) -> None:
         shown = conversation(kind, ALWAYS, index)
         call, answer = shown.turns
         assert call.call is not None and call.call.code == MEASURES[kind].code and call.result_image is None
-        assert call.response_text == shown.task.ground_truth
-        assert answer.text == f"<think>read</think><answer>{call.response_text}</answer>"
+        assert call.said == f"{shown.task.ground_truth}\n"
+        assert answer.text == f"<think>read</think><answer>{call.said.strip()}</answer>"
 
 
 def test_demonstrations_without_text_show_the_cards_from_near() -> None:
     shown = conversation("width", DemonstrationConfig(tool_share=1.0, measure_with="image"))
     call, answer = shown.turns
-    assert call.response_text == "" and call.result_image is not None
+    assert call.said is None and call.result_image is not None
     assert call.result_image.width == int(shown.task.ground_truth)
     assert f"<answer>{shown.task.ground_truth}</answer>" in answer.text
 
