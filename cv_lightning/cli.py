@@ -90,6 +90,7 @@ LINKS = {
     "rollout.sampling.temperature": "model.init_args.temperature",
     "rollout.agent.prompt": "model.init_args.prompt",
     "rollout.agent.tools": "model.init_args.tools",
+    "rollout.agent.dialect": "model.init_args.dialect",
 }
 """Settings of rollouts that a module needs too; a module without the argument is left alone."""
 PARTS = {"module": "model", "data": "data"}

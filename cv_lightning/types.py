@@ -421,13 +421,13 @@ class Trajectory:
     """Why it ended: the failure, or the limit that was hit; empty otherwise."""
     policy_version: int = 0
     """Version of the policy's weights that sampled it."""
+    dialect: str = "hermes"  # how its tool calls are written; see docs/tools.md
     reward: RewardBreakdown | None = None
     """None if unscored; the trajectory is then masked out of its group."""
     advantage: float | None = None
     total_s: float = 0.0
     token_summary: TokenSummary | None = field(default=None, compare=False)
     """Summary that a store recorded; None for a trajectory that was not read from one. See `tokens`."""
-
     partial_score: Any = field(default=None, compare=False, repr=False)
     """What the reward module knows before the trajectory's group is complete; not stored."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.dialects import dialect_named
 from cv_lightning.ranges import Limit, NonNegativeInt, PositiveInt, Range, check_ranges
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.tools.schema import check_tools
@@ -32,8 +33,11 @@ class AgentConfig:
     """Maximum malformed calls that are answered with an error before the trajectory ends."""
     tools: list[Tool] | None = None
     """The tools, by `class_path`; see docs/tools.md. Null: only the code tool."""
+    dialect: str | None = None
+    """How tool calls are written: hermes, or the import path of a `Dialect` of your own. Null: as the model's family
+    does; see docs/tools.md."""
     tool: bool = True
-    """Offer the tools. False: the prompt does not describe them and `<tool_call>` cannot be sampled."""
+    """Offer the tools. False: the prompt does not describe them and the token that begins a call cannot be sampled."""
     deterministic: bool = False
     """Admit tool results in a fixed order: rollouts repeat bit for bit, and are slower."""
     deadline_s: Limit = 1800.0
@@ -54,6 +58,8 @@ class AgentConfig:
         if self.tools is not None and not self.tools:
             raise ValueError("agent.tools is empty; leave it out for the code tool, or set agent.tool false for none")
         check_tools(self.tools or DEFAULT_TOOLS)
+        if self.dialect is not None:
+            dialect_named(self.dialect).check_tools(self.tools or DEFAULT_TOOLS)
 
     @property
     def longest_s(self) -> float:

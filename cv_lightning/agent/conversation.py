@@ -107,6 +107,7 @@ class Episode:
             logprobs=self.dialogue.logprobs,
             num_prompt_tokens=0,
             policy_version=shared.policy_version,
+            dialect=shared.encoder.dialect.name,
         )
         self.parse_errors = 0
         self.started = time.perf_counter()
@@ -208,7 +209,7 @@ class Episode:
     async def _act(self, turn: Turn) -> None:
         """Act on a turn: end, run its tool call, or report what is wrong with the call."""
         config, prompt = self.config, self.config.prompt
-        parsed = parse_turn(turn.text, config.offered)
+        parsed = parse_turn(turn.text, config.offered, self.shared.encoder.dialect)
         if parsed.answer is not None:
             raise _End(EndState.ANSWERED)
         if not config.tool or (parsed.call is None and parsed.error is None):

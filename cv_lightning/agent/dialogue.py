@@ -24,6 +24,7 @@ from cv_lightning.agent.prompt import (
     task_messages,
     text_part,
 )
+from cv_lightning.dialects import dialect_named
 from cv_lightning.images import to_model_image
 from cv_lightning.sandbox.wire import CUT_OUT
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
@@ -38,14 +39,16 @@ MAX_TOKENS_A_CHARACTER = 8
 
 
 class DialogueEncoder:
-    """Turns messages into ids with the tokenizer, chat template and image rule of one model.
+    """Turns messages into ids with the tokenizer, chat template, dialect and image rule of one model.
 
     Args:
         adapter: Bound to the model's processor.
+        dialect: Name of the dialect of tool calls. None: the adapter's.
     """
 
-    def __init__(self, adapter: ModelAdapter) -> None:
+    def __init__(self, adapter: ModelAdapter, dialect: str | None = None) -> None:
         self.adapter = adapter
+        self.dialect = dialect_named(dialect or adapter.dialect)
         self.tokenizer = adapter.tokenizer
         self.image_rule = adapter.image_rule
         self.end_id: int = adapter.end_id
@@ -55,6 +58,20 @@ class DialogueEncoder:
         tokens = "|".join(re.escape(token) for token in added if len(token) > 1) or "(?!)"
         self._added = re.compile(f"(?={tokens}).", re.DOTALL)
         """The first character of every special token in a text, of overlapping ones too."""
+
+    def speaking(self, dialect: str | None) -> DialogueEncoder:
+        """This encoder, or one of the same model with another dialect; None for this one's."""
+        if dialect is None or dialect_named(dialect) is self.dialect:
+            return self
+        return DialogueEncoder(self.adapter, dialect)
+
+    def banned_ids(self, tool: bool) -> tuple[int, ...]:
+        """Ids that must not be sampled.
+
+        Args:
+            tool: Whether a tool is offered. Without one, the token that begins a call in the dialect is banned.
+        """
+        return self.adapter.banned_ids() if tool else self.adapter.banned_ids(self.dialect.call_token)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         pieces = [piece for piece in text.split(CUT) if piece]
@@ -160,7 +177,7 @@ class DialogueEncoder:
             DataError: The number of image marks in the task's messages differs from the number of its images.
         """
         sizes = [(full.size, seen.size) for full, seen in zip(task.images, images, strict=True)]
-        dialogue.append_context(self.prompt_ids(task_messages(task, sizes, config, tools)), images)
+        dialogue.append_context(self.prompt_ids(task_messages(task, sizes, config, tools, self.dialect)), images)
 
 
 @dataclass(slots=True)

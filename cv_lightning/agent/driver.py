@@ -61,7 +61,7 @@ class Rollout:
     background: Background
     config: AgentConfig
     banned_ids: tuple[int, ...]
-    """Vision tokens, and `<tool_call>` where the tools are off."""
+    """Vision tokens, and the token that begins a call where the tools are off."""
     score: Score | None = None
     window: int = 256
     """Maximum number of trajectories that run at once."""

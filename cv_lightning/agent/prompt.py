@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cv_lightning.agent.protocol import example_call
+from cv_lightning.dialects import HERMES, Dialect
 from cv_lightning.sandbox.wire import CUT_OUT
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
 from cv_lightning.tools.base import Coordinates
@@ -75,28 +76,30 @@ class PromptConfig:
             if re.fullmatch(r"\S+\.(md|txt)", given) and not os.path.isfile(given):
                 raise ValueError(f"prompt.{name}: there is no file {given}")
 
-    def system_text(self, tools: Sequence[Tool] = DEFAULT_TOOLS) -> str | None:
+    def system_text(self, tools: Sequence[Tool] = DEFAULT_TOOLS, dialect: Dialect = HERMES) -> str | None:
         """The system message; None for none.
 
         Args:
             tools: Tools that it describes; empty for none.
+            dialect: How their calls are written.
         """
+        described = tools_text(tools, dialect)
         given, file = (self.system, "system.md") if tools else (self.system_without_tool, "system_without_tool.md")
         if given == "none":
             return None
         if given != "default":
-            return (_read(Path(given)) if os.path.isfile(given) else given).replace("{tools}", tools_text(tools))
+            return (_read(Path(given)) if os.path.isfile(given) else given).replace("{tools}", described)
         hints = "\n".join(f"- {hint}" for hint in dict.fromkeys(hint for tool in tools for hint in tool.hints))
         opening = tools[0].opening if len(tools) == 1 else Tool.opening
         text = _read(PROMPT_FOLDER / file).replace("{opening}", opening)
-        return text.replace("{hints}\n", f"{hints}\n" if hints else "").replace("{tools}", tools_text(tools))
+        return text.replace("{hints}\n", f"{hints}\n" if hints else "").replace("{tools}", described)
 
 
-def tools_text(tools: Sequence[Tool]) -> str:
+def tools_text(tools: Sequence[Tool], dialect: Dialect = HERMES) -> str:
     """Section of the system prompt on the tools: purpose, arguments and an example call of each."""
     sections = [
         f"`{tool.name}` {tool.description}\n\nArguments:\n{describe_arguments(tool.parameters)}\n\n"
-        f"Call it like this, once a turn at most, and wait for its answer:\n{example_call(tool)}"
+        f"Call it like this, once a turn at most, and wait for its answer:\n{example_call(tool, dialect)}"
         for tool in tools
     ]
     return "\n\n".join([f"# Tool{'s' * (len(tools) > 1)}\n{sections[0]}", *sections[1:]]) if tools else ""
@@ -211,6 +214,7 @@ def task_messages(
     sizes: list[tuple[tuple[int, int], tuple[int, int]]],
     config: PromptConfig,
     tools: Sequence[Tool] = DEFAULT_TOOLS,
+    dialect: Dialect = HERMES,
 ) -> list[dict[str, Any]]:
     """Chat messages of a task as content parts, with exactly one image part per task image.
 
@@ -219,6 +223,7 @@ def task_messages(
         sizes: (original size, model size) of each task image.
         config: Texts of the prompt.
         tools: Tools that the prompt describes; empty for none.
+        dialect: How their calls are written.
 
     Raises:
         DataError: The number of image marks differs from the number of images.
@@ -227,7 +232,7 @@ def task_messages(
     if not messages:
         marks = IMAGE_MARK * len(task.images)
         messages = [Message(role="user", content=config.question.format(images=marks, question=literal(task.question)))]
-    system = config.system_text(tools)
+    system = config.system_text(tools, dialect)
     if system is not None and messages[0].role != "system":
         messages.insert(0, Message(role="system", content=system))
     num_marks = sum(message.content.count(IMAGE_MARK) for message in messages)

@@ -379,13 +379,15 @@ class RolloutCallback(pl.Callback):
     ) -> Collector:
         """A collector that rolls tasks out with this agent on this rank."""
         parts, engine = self._parts_and_engine(module)
+        encoder = module.encoder.speaking(agent.dialect)
+        encoder.dialect.check_tools(agent.offered)
         rollout = Rollout(
             engine=engine,
             sandbox=parts.sandbox,
-            encoder=module.encoder,
+            encoder=encoder,
             background=parts.background,
             config=agent,
-            banned_ids=module.adapter.banned_ids(agent.tool),
+            banned_ids=encoder.banned_ids(agent.tool),
             score=parts.rewards.score_answer,
             window=2 * self.engine_config.max_num_seqs,
             new_samples=training,

@@ -22,8 +22,9 @@ from cv_lightning.data.image_cells import load_images
 from cv_lightning.data.readers import IMAGE_MARK, message_text, without_marks
 from cv_lightning.data.rows import ReaderConfig, RowError, RowFiles, check_text, is_missing, log_unread
 from cv_lightning.data.tables import read_items
+from cv_lightning.dialects.hermes import CALL_CLOSE, CALL_OPEN
 from cv_lightning.early import wrong_kind
-from cv_lightning.rewards.markup import CALL_CLOSE, CALL_OPEN, final_answer
+from cv_lightning.rewards.markup import final_answer
 from cv_lightning.tools import Tool
 from cv_lightning.types import DataError, Message, Task
 

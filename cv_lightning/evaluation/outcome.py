@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+from cv_lightning.dialects import dialect_named
 from cv_lightning.evaluation.scoring import metric_of, official_score
 from cv_lightning.images import area, iou, is_upright, source_box
 from cv_lightning.orientations import ORIENTATIONS, orientations_of, to_upright
@@ -233,7 +234,7 @@ def _official(metadata: dict[str, Any], trajectory: Trajectory) -> float | None:
     if trajectory.reward is not None:
         answer = trajectory.reward.answer
     elif trajectory.end_state is EndState.ERROR_JUDGE and trajectory.turns:
-        answer = final_answer(trajectory.turns[-1].text)
+        answer = final_answer(trajectory.turns[-1].text, dialect_named(trajectory.dialect))
     elif trajectory.end_state.is_error or trajectory.end_state is EndState.ANSWERED:
         return None
     return official_score(answer, metadata)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cv_lightning.agent.dialogue import DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig, task_messages
+from cv_lightning.agent.protocol import translated
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.responses import ResponseWriter
 from cv_lightning.tools import DEFAULT_TOOLS, Tool
@@ -42,7 +43,7 @@ class TokenCounter:
     def task(self, task: Task) -> int:
         """Tokens of a task's prompt with the tool offered, images expanded."""
         sizes = [(image.size, self.limits.model_size(*image.size)) for image in task.images]
-        ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt, self.tools))
+        ids = self.encoder.prompt_ids(task_messages(task, sizes, self.prompt, self.tools, self.encoder.dialect))
         return len(ids) - len(task.images) + sum(self.encoder.num_image_tokens(seen) for _, seen in sizes)
 
     def conversation(self, conversation: Conversation) -> int:
@@ -51,7 +52,7 @@ class TokenCounter:
         num_images = len(conversation.task.images)
         writer = ResponseWriter(encoder=self.encoder, prompt=self.prompt, tools=self.tools)
         for turn in conversation.turns:
-            total += len(self.encoder.assistant_ids(turn.text))
+            total += len(self.encoder.assistant_ids(translated(turn.text, self.encoder.dialect)))
             if turn.is_answered or turn is not conversation.turns[-1]:
                 sizes = [(image.size, self.limits.model_size(*image.size)) for image in turn.images]
                 parts, _ = writer.response(turn, num_images, sizes)

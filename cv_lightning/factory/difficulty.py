@@ -121,16 +121,17 @@ def _rollout_of(config: DifficultyConfig) -> Iterator[tuple[Rollout, RewardModul
         model=load_policy(config.policy) if in_process else None,
         adapter=adapter,
     )
+    encoder = DialogueEncoder(adapter, config.agent.dialect)
     rewards, background = RewardModule(config.reward), Background("difficulty-io")
     try:
         with Sandbox(SandboxConfig()) as sandbox:
             rollout = Rollout(
                 engine=engine,
                 sandbox=sandbox,
-                encoder=DialogueEncoder(adapter),
+                encoder=encoder,
                 background=background,
                 config=config.agent,
-                banned_ids=adapter.banned_ids(config.agent.tool),
+                banned_ids=encoder.banned_ids(config.agent.tool),
                 score=rewards.score_answer,
                 window=2 * config.engine.max_num_seqs,
             )

@@ -9,6 +9,7 @@ import torch
 
 from cv_lightning.agent.dialogue import Dialogue, DialogueEncoder
 from cv_lightning.agent.prompt import PromptConfig
+from cv_lightning.agent.protocol import translated
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.modules import DemonstrationBatch
 from cv_lightning.data.responses import ResponseWriter
@@ -29,6 +30,7 @@ class SFTModule(PolicyModule):
         max_tokens_per_row: Token budget of one packed micro-batch.
         prompt: Texts of the prompt; the command line sets those of `rollout.agent`, with which RL continues.
         tools: Tools that the system prompt offers, also those of `rollout.agent`. None: the code tool.
+        dialect: How tool calls are written, also that of `rollout.agent`. None: as the model's family does.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class SFTModule(PolicyModule):
         max_tokens_per_row: PositiveInt = 16384,
         prompt: PromptConfig | None = None,
         tools: list[Tool] | None = None,
+        dialect: str | None = None,
     ) -> None:
         super().__init__(policy, optimizer, max_tokens_per_row)
         self.prompt = prompt or PromptConfig()
         self.tools = tuple(tools or DEFAULT_TOOLS)
         check_tools(self.tools)
+        self.encoder = self.encoder.speaking(dialect)
+        self.encoder.dialect.check_tools(self.tools)
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
         """Take one optimizer step on a batch of conversations; the loss is a mean over the tokens of all ranks."""
@@ -95,13 +100,14 @@ def encode_conversation(
 ) -> Dialogue:
     """Tokens and mask of a demonstration: those of a rollout in which the agent ran the same calls.
 
-    Responses that the conversation does not state whole are in the agent's words.
+    Responses that the conversation does not state whole are in the agent's words. Hermes calls are written in the
+    encoder's dialect.
     """
     task = conversation.task
     writer = ResponseWriter(encoder=encoder, prompt=prompt, tools=tools)
     dialogue = encoder.start(task, [encoder.model_image(image) for image in task.images], prompt, tools)
     for turn in conversation.turns:
-        ids = encoder.assistant_ids(turn.text)
+        ids = encoder.assistant_ids(translated(turn.text, encoder.dialect))
         dialogue.append_sampled(ids, [0.0] * len(ids), learn=turn.learn)
         if turn.is_answered or turn is not conversation.turns[-1]:
             views = [encoder.model_image(image) for image in turn.images]

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cv_lightning.dialects import CUT, HERMES, Dialect
+from cv_lightning.dialects.hermes import CALL_CLOSE, CALL_OPEN
 from cv_lightning.rewards.markup import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
-    CALL_CLOSE,
-    CALL_OPEN,
-    CUT,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
     THINK_CLOSE,
     THINK_OPEN,
-    call_blocks,
     cut_spans,
     without_thoughts,
 )
 
 
-def check_format(text: str | None) -> float:
+def check_format(text: str | None, dialect: Dialect = HERMES) -> float:
     """1.0 if a whole response is well-formed, else 0.0 (golden/format; its questionable cases give 0.0).
 
     A well-formed response begins with a thought; thoughts are neither empty, nested nor crossed; every call is closed;
     exactly one answer that is not empty stands outside thoughts, without tags inside and with nothing after it. Tool
     responses are removed first. An answer tag in a thought gives 0.0. Calls are not counted here: the golden cases
     accept two in a row.
+
+    Args:
+        text: The assistant's turns, joined.
+        dialect: How they write calls.
     """
     text = cut_spans((text or "").replace(CUT, ""), RESPONSE_OPEN, RESPONSE_CLOSE, mark="")
     spoken = _spoken(text)
+    if spoken is not None and dialect is not HERMES:  # the golden cases hold Hermes calls to what stands in them, too
+        spoken = dialect.find(spoken).rest
     if spoken is None or spoken.count(ANSWER_OPEN) != 1 or spoken.count(ANSWER_CLOSE) != 1:
         return 0.0
     before, _, after = spoken.partition(ANSWER_OPEN)
@@ -38,19 +42,23 @@ def check_format(text: str | None) -> float:
     return float(bool(well_formed) and before.count(CALL_OPEN) == before.count(CALL_CLOSE))
 
 
-def check_turns(turns: Sequence[str]) -> float:
+def check_turns(turns: Sequence[str], dialect: Dialect = HERMES) -> float:
     """1.0 if every assistant turn is well-formed: a thought, then one closed call or, in the last, an answer; else 0.0.
 
     Stricter than `check_format` of the joined text: every turn needs its own thought, and has either one call, since
     only the first is run, or the answer.
+
+    Args:
+        turns: The assistant's turns.
+        dialect: How they write calls.
     """
-    if not turns or check_format(turns[-1]) == 0 or call_blocks(without_thoughts(turns[-1])).bodies:
+    if not turns or check_format(turns[-1], dialect) == 0 or dialect.find(without_thoughts(turns[-1])).bodies:
         return 0.0
     for text in turns[:-1]:
         spoken = _spoken(text.replace(CUT, ""))
         if spoken is None or ANSWER_OPEN in spoken or ANSWER_CLOSE in spoken:
             return 0.0
-        blocks = call_blocks(spoken)
+        blocks = dialect.find(spoken)
         if blocks.unclosed or len(blocks.bodies) != 1 or CALL_CLOSE in blocks.rest:
             return 0.0
     return 1.0

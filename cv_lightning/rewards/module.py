@@ -12,6 +12,7 @@ from itertools import repeat
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from cv_lightning.dialects import dialect_named
 from cv_lightning.images import area
 from cv_lightning.rewards.answer import AnswerScore, is_copied, rule_score
 from cv_lightning.rewards.config import RewardConfig
@@ -99,7 +100,7 @@ class RewardModule:
     def _rule(self, trajectory: Trajectory) -> AnswerScore:
         answer = None
         if trajectory.end_state is EndState.ANSWERED and trajectory.turns:
-            answer = final_answer(trajectory.turns[-1].text)
+            answer = final_answer(trajectory.turns[-1].text, dialect_named(trajectory.dialect))
         task = trajectory.task
         return rule_score(answer, task.accepted, task.question, symbolic=self._symbolic)
 
@@ -194,7 +195,9 @@ class RewardModule:
             case "ran":
                 use = ran_credit(trajectory, in_source=False)
         texts = [turn.text for turn in trajectory.turns]
-        check = check_turns(texts) if self.config.recipe.format_by == "turn" else check_format("".join(texts))
+        dialect = dialect_named(trajectory.dialect)
+        by_turn = self.config.recipe.format_by == "turn"
+        check = check_turns(texts, dialect) if by_turn else check_format("".join(texts), dialect)
         answered = trajectory.end_state is EndState.ANSWERED
         crop_score = self._crop_score(trajectory.task, use)
         # a crop that misses does not count as a crop: by labels alone it would be paid for exactness

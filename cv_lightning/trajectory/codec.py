@@ -61,7 +61,8 @@ def encode_group(group: Group, *, name_image: ImageNamer | None = None, tokens: 
 
 
 def _stored_trajectory(trajectory: Trajectory, tokens: bool) -> dict[str, Any]:
-    return _values(trajectory, "task", "partial_score", *(() if tokens else TOKENS)) | {
+    unsaid = ("dialect",) if trajectory.dialect == "hermes" else ()  # as before there was another
+    return _values(trajectory, "task", "partial_score", *unsaid, *(() if tokens else TOKENS)) | {
         "token_summary": trajectory.tokens,
         "turns": [
             _values(turn) | {"result": turn.result and _values(turn.result, "images", "image", "earlier")}

@@ -68,10 +68,15 @@ def toolcalls(case: Case) -> dict[str, Any]:
     calls, arguments given as JSON text are decoded, raw line breaks and tabs in strings are accepted, an end tag inside
     a string does not cut the call, and numbers that JSON cannot hold are refused.
     """
-    from cv_lightning.agent.protocol import _blocks, _named, load_call
+    from cv_lightning.agent.protocol import _blocks
+    from cv_lightning.dialects import HERMES, RawCall
+    from cv_lightning.dialects.hermes import load_json
 
-    found = [_named(load_call(block)) for block in _blocks(case["input"]["text"]).bodies]
-    return {"calls": [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in found if c is not None]}
+    blocks = [
+        block for block in _blocks(case["input"]["text"], HERMES).bodies if "arguments" in (load_json(block) or ())
+    ]
+    found = [call for block in blocks if isinstance(call := HERMES.read(block, ()), RawCall)]
+    return {"calls": [{"name": call.name, "arguments": json.dumps(call.arguments)} for call in found]}
 
 
 def images(case: Case) -> dict[str, Any]:

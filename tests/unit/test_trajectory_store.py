@@ -140,6 +140,7 @@ def populated_group() -> Group:
         end_state=EndState.MAX_IMAGES,
         error="one too many",
         policy_version=4,
+        dialect="another",
         reward=RewardBreakdown(components={"accuracy": 1.0}, total=1.5, correct=True, answer="7", scored_by="judge"),
         advantage=0.75,
         total_s=2.5,

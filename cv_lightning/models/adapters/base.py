@@ -118,8 +118,8 @@ class ModelAdapter(ABC):
     """Token for an image: once in the text, once per image feature in the model's input."""
     vision_tokens: ClassVar[tuple[str, ...]] = ()
     """Tokens that only images may add to a sequence; banned in sampling and in log-probabilities."""
-    tool_call_token: ClassVar[str] = "<tool_call>"
-    """Begins a tool call; banned without a tool if it is a single token."""
+    dialect: ClassVar[str] = "hermes"
+    """How the family writes tool calls: a name of `dialects.DIALECTS`, or the import path of a `Dialect`."""
 
     # ------------------------------------------------------------------ parameters
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -180,13 +180,13 @@ class ModelAdapter(ABC):
         found: PreTrainedTokenizerBase = self.processor.tokenizer
         return found
 
-    def banned_ids(self, tool: bool) -> tuple[int, ...]:
+    def banned_ids(self, call_token: str = "") -> tuple[int, ...]:
         """Ids that must not be sampled.
 
         Args:
-            tool: Whether a tool is offered. Without one, the token that begins a tool call is banned.
+            call_token: Begins a tool call; also banned if it is a single token. Empty where a tool is offered.
         """
-        call = None if tool else self.tokenizer.get_vocab().get(self.tool_call_token)
+        call = self.tokenizer.get_vocab().get(call_token)
         return self.vision_ids if call is None else (*self.vision_ids, call)
 
     # ------------------------------------------------------------------ chat

@@ -24,6 +24,7 @@ from cv_lightning.files import whole_file
 from cv_lightning.images import content_hash
 from cv_lightning.models.loading import PolicyConfig, load_adapter, load_policy
 from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.tools import DEFAULT_TOOLS
 from cv_lightning.trajectory.store import IMAGES, StoreConfig, TrajectoryWriter, encode_image
 from cv_lightning.types import CVLightningError, EndState, Group, SandboxResult, Task, Trajectory
 from cv_lightning.viewer.playground.turns import WatchedEngine, WatchedSandbox, edited_turns, with_code
@@ -110,7 +111,7 @@ class Playground:
         call = exchange.turns[index].parsed.call
         if call is None:
             raise CVLightningError(f"turn {index + 1} holds no code that could be edited")
-        text = with_code(exchange.turns[index].text, code, call.image_index)
+        text = with_code(exchange.turns[index].text, code, call.image_index, self.rollout.encoder.dialect)
         self._count += 1
         edited = frozenset(number for number in (*exchange.edited, index) if number <= index)
         metadata = {**exchange.task.metadata, "edited_turns": sorted(edited)}
@@ -147,7 +148,8 @@ class Playground:
     def _add_turn(self, exchange: Exchange, watch: Watch, completion: Completion) -> None:
         text = self.rollout.encoder.decode(completion.token_ids)
         exchange.completions.append(completion)
-        exchange.turns.append(WatchedTurn(text, parse_turn(text), edited=len(exchange.turns) in exchange.edited))
+        parsed = parse_turn(text, self.rollout.config.offered or DEFAULT_TOOLS, self.rollout.encoder.dialect)
+        exchange.turns.append(WatchedTurn(text, parsed, edited=len(exchange.turns) in exchange.edited))
         watch(exchange)
 
     def save(self, exchange: Exchange) -> Path:
@@ -203,5 +205,7 @@ def open_playground(
         stack.callback(engine.close)
         background = Background("playground-io")
         stack.callback(background.close)
-        encoder, banned = DialogueEncoder(adapter), adapter.banned_ids(agent.tool)
+        encoder = DialogueEncoder(adapter, agent.dialect)
+        encoder.dialect.check_tools(agent.offered)
+        banned = encoder.banned_ids(agent.tool)
         yield Playground(Rollout(engine, sandbox, encoder, background, agent, banned), policy.path, out)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from cv_lightning.agent.protocol import call_markup
+from cv_lightning.dialects import CUT, HERMES, Dialect
 from cv_lightning.engines import Completion, Engine, Request
-from cv_lightning.rewards.markup import CALL_OPEN, THINK_CLOSE
+from cv_lightning.rewards.markup import THINK_CLOSE
 from cv_lightning.tools import CodeRunner, CodeTool
 from cv_lightning.types import EngineError, SandboxResult
 
@@ -98,11 +98,12 @@ class WatchedSandbox:
         return result
 
 
-def with_code(text: str, code: str, image_index: int) -> str:
+def with_code(text: str, code: str, image_index: int, dialect: Dialect = HERMES) -> str:
     """Replace the snippet in the call of an assistant turn; the thought before it is kept."""
     thought, close, rest = text.rpartition(THINK_CLOSE)
-    arguments = {"code": code, "image_index": image_index}
-    return f"{thought}{close}{rest.partition(CALL_OPEN)[0]}{call_markup(CodeTool.name, arguments)}"
+    spoken = dialect.find(rest).rest.partition(CUT)[0]
+    call = dialect.render(CodeTool.name, {"code": code, "image_index": image_index})
+    return f"{thought}{close}{spoken}{call}"
 
 
 def edited_turns(
