@@ -58,15 +58,17 @@ def corrupt(args: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------ tables
 def _print_sft(report: Mapping[str, Any]) -> None:
     console = Console()
-    table = Table("kind", title=f"{report['kept']} of {report['tried']} conversations kept", title_justify="left")
+    kept = f"{report['kept']} of {report['tried']} conversations kept"
+    table = Table("kind", title=kept, title_justify="left")
     for column in ("tried", "kept", "share", "wanted"):
         table.add_column(column, justify="right")
     for kind, counts in report["kinds"].items():
         shares = f"{counts['share']:.1%}", f"{counts['wanted_share']:.1%}"
         table.add_row(kind, str(counts["tried"]), str(counts["kept"]), *shares)
-    console.print(table)
+    if report["kinds"]:
+        console.print(table)
     _print_reasons(report)
-    lines = []
+    lines = [] if report["kinds"] else [kept]
     if report["rows_of_no_kind"]["count"]:
         lines.append(f"{report['rows_of_no_kind']['count']} rows fit none of the kinds")
     if usage := {name: value for name, value in report["usage"].items() if value}:
@@ -97,8 +99,8 @@ def _print_counts(title: str, heads: tuple[str, str], counts: Mapping[str, int])
 
 def _print_reasons(report: Mapping[str, Any]) -> None:
     """Tables of the rows that were left out: reason, count and first case."""
-    for title in ("dropped", "unusable rows"):
-        reasons = report[title.replace(" ", "_")]
+    for title in ("differing", "dropped", "unusable rows"):
+        reasons = report.get(title.replace(" ", "_"), {})
         table = Table("reason", title=title, title_justify="left")
         table.add_column("count", justify="right")
         table.add_column("first", overflow="fold")

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cv_lightning.factory.build_files import LISTED, ProgressFile, Rejections, S
 from cv_lightning.factory.compose import Candidate, Composer, Composition, item_of
 from cv_lightning.factory.endpoint_teacher import EndpointTeacher, TeacherConfig
 from cv_lightning.factory.plans import KINDS, KindAssigner, PlanConfig
+from cv_lightning.factory.rerun_files import rerun_files
 from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, Teacher
 from cv_lightning.factory.verify import verify_file
 from cv_lightning.factory.vqa_table import TableConfig, VqaTable
@@ -25,6 +26,8 @@ from cv_lightning.ranges import NonNegativeInt, PositiveInt, check_ranges
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.rewards.judge.client import Judge
 from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.tools import DEFAULT_TOOLS, Tool
+from cv_lightning.tools.schema import check_tools
 from cv_lightning.types import CVLightningError, DataError, EndpointError
 
 TEMPORARY = ("endpoint", "sandbox")
@@ -39,7 +42,8 @@ class BuildSFT:
     """A build of SFT conversations."""
 
     files: list[str]
-    """Tables: .parquet, .jsonl, .csv or .tsv with an image, a question and an answer per row, and perhaps a box."""
+    """Tables: .parquet, .jsonl, .csv or .tsv with an image, a question and an answer per row, and perhaps a box. Or SFT
+    files (.json), whose calls are run again: what the tools really return replaces what the file states."""
     out: Path
     """SFT file to write; images go into the folder `<stem>_images` beside it, the report to `<stem>.report.json` and
     the progress to `<stem>.progress.jsonl`: the same command resumes an interrupted build."""
@@ -57,6 +61,8 @@ class BuildSFT:
     """Model behind an OpenAI-compatible endpoint that writes the turns; None: templates, offline."""
     judge: JudgeConfig | None = None
     """Model that compares a final answer if the rules refuse it; None: rules only."""
+    tools: list[Tool] | None = None
+    """Tools that the calls may name, as in `rollout.agent.tools`. Null: the code tool."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """Sandbox that runs the calls."""
     max_parallel: PositiveInt = 16
@@ -70,8 +76,16 @@ class BuildSFT:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_tools(self.offered)
         if self.out.suffix != ".json":
             raise ValueError(f"--out {self.out}: an SFT file ends in .json")
+        if self.out.resolve() in (Path(file).resolve() for file in self.files):
+            raise ValueError(f"--out {self.out} is one of the files to read; give another")
+
+    @property
+    def offered(self) -> Sequence[Tool]:
+        """The tools."""
+        return self.tools or DEFAULT_TOOLS
 
 
 DETERMINING = ("files", "seed", "table", "plan", "frame", "teacher", "judge", "system", "learn_faults")
@@ -94,11 +108,17 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
             another build.
         EndpointError: The endpoint does not answer.
     """
+    if all(Path(file).suffix == ".json" for file in config.files):
+        with Sandbox(config.sandbox) as sandbox:
+            report = rerun_files(config, sandbox, show)
+        write_report(config.out, report)
+        return report
     teacher: Teacher = OfflineTeacher() if config.teacher is None else EndpointTeacher(config.teacher)
     judge = Judge(config.judge) if config.judge is not None else None
     table = VqaTable(config.files, config.table)
     progress_path = config.out.with_name(f"{config.out.stem}.progress.jsonl")
     settings = {name: value for name, value in asdict(config).items() if name in DETERMINING}
+    settings["tools"] = list(map(repr, config.offered))
     begun = time.perf_counter()
     try:
         with Sandbox(config.sandbox) as sandbox, ProgressFile(progress_path, settings) as progress:
@@ -108,6 +128,7 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
                 plan=config.plan,
                 frame=config.frame,
                 seed=config.seed,
+                tools=config.offered,
                 verdict=judge.verdict if judge is not None else None,
             )
             build = _Build(config, table, composer, progress, show)
@@ -119,7 +140,9 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
             if judge is not None:
                 report["judge"] = judge.metrics()
             if config.verify:
-                report["verification"] = asyncio.run(verify_file(config.out, sandbox)).to_json()
+                report["verification"] = asyncio.run(
+                    verify_file(config.out, sandbox, config.offered, config.frame)
+                ).to_json()
     finally:
         if judge is not None:
             judge.close()
@@ -190,7 +213,7 @@ class _Build:
             item = None
             if outcome.problem is None:
                 names = await asyncio.to_thread(_save_images, outcome, self.image_folder)
-                system = PromptConfig().system_text() if self.config.system else None
+                system = PromptConfig().system_text(self.config.offered) if self.config.system else None
                 item = item_of(outcome, names, system, self.config.learn_faults)
             self.progress.add(_entry(outcome, item))
             self.new += 1
@@ -253,7 +276,7 @@ def _entry(outcome: Composition, item: Mapping[str, Any] | None) -> dict[str, An
     names = ("number", "id", "kind", *TOKENS, "retries")
     return {name: getattr(outcome, name) for name in names} | {
         "problem": list(outcome.problem) if outcome.problem is not None else None,
-        "calls": sum(turn.result is not None for turn in outcome.turns),
+        "calls": sum(turn.is_answered for turn in outcome.turns),
         "item": item,
     }
 

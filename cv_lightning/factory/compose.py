@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
-from cv_lightning.agent.prompt import IMAGE_MARK, PromptConfig
+from cv_lightning.agent.prompt import IMAGE_MARK
+from cv_lightning.data.conversations import DemoTurn
 from cv_lightning.data.rows import RowError
+from cv_lightning.data.writers import tool_entry
 from cv_lightning.factory.conversation_checks import (
     Facts,
     Geometry,
@@ -22,19 +24,26 @@ from cv_lightning.factory.conversation_checks import (
     problems_of,
     within,
 )
-from cv_lightning.factory.plans import ConversationPlan, Kind, PlanConfig, PlannedTurn, given_image, make_plan
+from cv_lightning.factory.plans import (
+    RETURNS,
+    ConversationPlan,
+    Kind,
+    PlanConfig,
+    PlannedTurn,
+    given_image,
+    make_plan,
+    with_text,
+)
 from cv_lightning.factory.teacher import CropFrame, EarlierMessage, Teacher, TurnRequest
 from cv_lightning.factory.vqa_table import VqaRow
 from cv_lightning.rewards.geometry import source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION, expected_operations
-from cv_lightning.tools import CodeRunner
+from cv_lightning.tools import DEFAULT_TOOLS, CodeRunner, CodeTool, Tool
 from cv_lightning.types import EndpointError, JudgeError, SandboxError, ToolStatus, TrajectoryImage
 
 Verdict = Callable[[str, str, str, str], Awaitable[float]]
 """Judge, called with question, ground truth, answer and data source; above 0.5 the answer is right."""
-TOOL_ERROR = PromptConfig().tool_error
-"""Template of the agent's message about a failed call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +65,7 @@ class Composition:
     problem: Problem | None = None
     """Reason why it is not kept; None if it is."""
     facts: Facts | None = None
-    turns: list[Played] = field(default_factory=list)
+    turns: list[DemoTurn] = field(default_factory=list)
     steps: tuple[PlannedTurn, ...] = ()
     """The plan of each turn."""
     images: list[Image.Image] = field(default_factory=list)
@@ -78,6 +87,7 @@ class Composer:
     plan: PlanConfig
     frame: CropFrame
     seed: int
+    tools: Sequence[Tool] = DEFAULT_TOOLS
     verdict: Verdict | None = None
 
     async def compose(self, candidate: Candidate) -> Composition:
@@ -85,6 +95,8 @@ class Composer:
         outcome = Composition(number=candidate.number, id=candidate.row.id, kind=candidate.kind)
         rng = random.Random(f"{self.seed}/{candidate.number}/{candidate.row.id}")
         plan = make_plan(candidate.row, candidate.kind, self.plan, rng)
+        if tool := next((tool for tool in self.tools if isinstance(tool, CodeTool) and tool.text), None):
+            plan = with_text(plan, self.plan, tool.max_images, rng)
         try:
             image = await asyncio.to_thread(given_image, candidate.row, plan.applied)
             await self._converse(candidate, plan, image, outcome)
@@ -97,7 +109,7 @@ class Composer:
         self, candidate: Candidate, plan: ConversationPlan, image: Image.Image, outcome: Composition
     ) -> None:
         facts = facts_of(candidate, plan)
-        player = Player(image, self.sandbox, owner=str(candidate.number))
+        player = Player([image], self.sandbox, str(candidate.number), self.tools, self.frame)
         messages: list[EarlierMessage] = []
         for number, step in enumerate(plan.steps):
             request = TurnRequest(
@@ -113,11 +125,12 @@ class Composer:
             if refusal:
                 outcome.problem = Problem(f"turn refused: {step.action}", refusal)
                 return
-            messages += _messages(player.turns[-1], player.images)
+            messages += _messages(player.demonstrated(player.turns[-1]))
         facts = replace(facts, judged=outcome.judged)
         found = problems_of(facts, player.turns, player.images)
         outcome.problem = found[0] if found else None
-        outcome.facts, outcome.turns, outcome.steps = facts, player.turns, tuple(plan.steps)
+        outcome.facts, outcome.steps = facts, tuple(plan.steps)
+        outcome.turns = [player.demonstrated(turn) for turn in player.turns]
         outcome.images = [each.original for each in player.images]
 
     async def _turn(self, request: TurnRequest, facts: Facts, player: Player, outcome: Composition) -> str:
@@ -128,14 +141,14 @@ class Composer:
             outcome.prompt_tokens += written.prompt_tokens
             outcome.completion_tokens += written.completion_tokens
             outcome.retries += attempt > 0
-            turn, image = await player.look(written.text.strip())
+            turn, images = await player.look(written.text.strip())
             if turn.result is not None and turn.result.status is ToolStatus.INFRASTRUCTURE_ERROR:
                 raise SandboxError(turn.result.error)
-            refusal = refusal_of(request.step, turn, image, facts, player)
+            refusal = refusal_of(request.step, turn, images, facts, player)
             if not refusal and request.step.action == "answer":
                 refusal = await self._answer_refusal(facts, turn.parsed.answer or "", outcome)
             if not refusal:
-                player.keep(turn, image)
+                player.keep(turn, images)
                 return ""
         return refusal
 
@@ -165,24 +178,23 @@ def facts_of(candidate: Candidate, plan: ConversationPlan) -> Facts:
     )
 
 
-def _messages(turn: Played, images: list[TrajectoryImage]) -> list[EarlierMessage]:
+def _messages(turn: DemoTurn) -> list[EarlierMessage]:
     """A turn and the tool's response to it, as the teacher sees them."""
     messages = [EarlierMessage(role="assistant", text=turn.text)]
-    if turn.image_index is not None:
-        messages.append(EarlierMessage(role="tool", text="", image=images[turn.image_index].original))
-    elif turn.result is not None:
-        messages.append(EarlierMessage(role="tool", text=TOOL_ERROR.format(error=turn.result.error)))
+    if turn.is_answered:
+        text = "\n".join(filter(None, ((turn.said or "").rstrip("\n"), turn.error and f"Error: {turn.error}")))
+        messages.append(EarlierMessage(role="tool", text=text, images=turn.images))
     return messages
 
 
 # ------------------------------------------------------------------------------------------------ one step
-def refusal_of(step: PlannedTurn, turn: Played, image: TrajectoryImage | None, facts: Facts, player: Player) -> str:
+def refusal_of(step: PlannedTurn, turn: Played, images: Sequence[TrajectoryImage], facts: Facts, player: Player) -> str:
     """The reason why a turn does not follow its step, written for the teacher; empty if it does.
 
     Args:
         step: Step of the plan.
         turn: The played turn.
-        image: The image that its call made, if any.
+        images: The images that its call made.
         facts: Claims of the conversation.
         player: Player with the turns before.
     """
@@ -195,9 +207,11 @@ def refusal_of(step: PlannedTurn, turn: Played, image: TrajectoryImage | None, f
         return f"the call must work on image {step.image_index}, not {call.image_index}"
     if step.fault == "exception":
         return "" if result.status is ToolStatus.ERROR else "the code of this turn must raise an exception; it ran"
-    if image is None:
-        return f"the code failed: {result.error}"
-    geometry = Geometry(facts, player.turns, [*player.images, image])
+    if result.status is not ToolStatus.OK:
+        return f"the call failed: {result.error}"
+    if not images or (step.returns == "pair" and len(images) < 2) or (step.returns == "text" and not result.text):
+        return f"the call must return {RETURNS[step.returns]}"
+    image, geometry = images[-1], Geometry(facts, player.turns, [*player.images, *images])
     if step.fault == "wrong_turn":
         return "" if geometry.left_turned(turn) else "this call must turn the image and leave it not upright"
     if step.fault == "missed_crop":
@@ -235,9 +249,7 @@ def item_of(outcome: Composition, names: list[str], system: str | None, learn_fa
     for turn, step in zip(outcome.turns, outcome.steps, strict=True):
         mark = {} if learn_faults or step.fault is None else {"loss": False}
         speakers.append({"from": "gpt", "value": turn.text, **mark})
-        if turn.image_index is not None:
-            speakers.append({"from": "tool", "value": IMAGE_MARK})
-        elif turn.result is not None:
-            speakers.append({"from": "tool", "value": TOOL_ERROR.format(error=turn.result.error)})
+        if turn.is_answered:
+            speakers.append(tool_entry(turn))
     item: dict[str, Any] = {"conversations": speakers, "images": names, "build": asdict(outcome.facts)}
     return item if system is None else {**item, "system": system}

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cv_lightning.agent.calls import trajectory_image
-from cv_lightning.agent.protocol import ParsedTurn, parse_turn
+from cv_lightning.agent.calls import failed_call, trajectory_image
+from cv_lightning.agent.protocol import ParsedTurn, first_call, parse_turn
+from cv_lightning.data.conversations import DemoTurn
 from cv_lightning.factory.plans import Fault, Kind
+from cv_lightning.factory.teacher import CropFrame
 from cv_lightning.images import area, intersection, is_upright
 from cv_lightning.orientations import to_upright
 from cv_lightning.rewards.answer import rule_score
@@ -22,9 +24,9 @@ from cv_lightning.rewards.format import check_turns
 from cv_lightning.rewards.geometry import Frame, crop_credit, source_extent
 from cv_lightning.rewards.process import CORRECT_ABOVE
 from cv_lightning.rewards.transforms import ORIENTATION
-from cv_lightning.tools import CodeRunner, CodeTool, ToolContext
+from cv_lightning.tools import DEFAULT_TOOLS, CodeRunner, Tool, ToolContext
 from cv_lightning.tools.base import missing_image
-from cv_lightning.types import Box, ToolResult, ToolStatus, TrajectoryImage
+from cv_lightning.types import Box, ToolCall, ToolResult, ToolStatus, TrajectoryImage
 
 MAX_SHRUNK = 0.9
 """Largest area of a crop, as a fraction of the area before it."""
@@ -36,10 +38,6 @@ LEAKS = re.compile(
     re.IGNORECASE,
 )
 """Words that a thought must not contain: they refer to what only the teacher was told."""
-
-
-CODE = CodeTool(text=False)
-"""Demonstrations show one image per call, and errors in one line."""
 
 
 class Problem(NamedTuple):
@@ -81,8 +79,13 @@ class Played:
     parsed: ParsedTurn
     result: ToolResult | None = None
     """Result of the call; None for a turn without one."""
-    image_index: int | None = None
-    """Number of the image that the call made; None if it made none."""
+    images: range = range(0)
+    """Numbers of the images that the call made."""
+
+    @property
+    def last_image(self) -> int | None:
+        """Number of the last image that the call made; None if it made none."""
+        return self.images[-1] if self.images else None
 
     @property
     def operations(self) -> set[str]:
@@ -95,34 +98,76 @@ class Player:
     """Runs the calls of a conversation one after another and records which image each result was made from.
 
     Args:
-        image: The given image.
+        images: The given images.
         sandbox: Runs the calls.
         owner: Name of the conversation in the sandbox's queue.
+        tools: Tools that can be called.
+        frame: Frame of the coordinates of calls.
     """
 
-    def __init__(self, image: Image.Image, sandbox: CodeRunner, owner: str) -> None:
-        self.images = [TrajectoryImage(original=image, model_image=image)]
+    def __init__(
+        self,
+        images: Sequence[Image.Image],
+        sandbox: CodeRunner,
+        owner: str,
+        tools: Sequence[Tool] = DEFAULT_TOOLS,
+        frame: CropFrame | None = None,
+    ) -> None:
+        self.tools, self._frame = tools, frame or CropFrame()
+        self.images = [
+            TrajectoryImage(original=image, model_image=self._view(image), source=number)
+            for number, image in enumerate(images)
+        ]
         self.turns: list[Played] = []
         self._sandbox, self._owner = sandbox, owner
 
-    async def look(self, text: str) -> tuple[Played, TrajectoryImage | None]:
-        """A turn with its result, which is not recorded yet, and the image that it made."""
-        parsed = parse_turn(text)
-        if parsed.call is None:
-            return Played(text=text, parsed=parsed), None
-        context = ToolContext(images=tuple(self.images), owner=self._owner, sandbox=self._sandbox)
-        arguments = parsed.call.arguments
-        result = missing_image(arguments, len(self.images)) or await CODE.call(arguments, context)
-        if not result.images:
-            return Played(text=text, parsed=parsed, result=result), None
-        image = trajectory_image(self.images, result.images[0], result.images[0].image)
-        return Played(text=text, parsed=parsed, result=result, image_index=len(self.images)), image
+    def _view(self, image: Image.Image) -> Image.Image:
+        """The image at the size that calls in pixels of the model count in."""
+        seen = self._frame.coordinates == "model_px"
+        return image.resize(self._frame.view(image.size)) if seen else image
 
-    def keep(self, turn: Played, image: TrajectoryImage | None) -> None:
-        """Record a turn and its image."""
+    async def look(self, text: str) -> tuple[Played, tuple[TrajectoryImage, ...]]:
+        """A turn with its result, which is not recorded yet, and the images that it made."""
+        parsed = parse_turn(text, self.tools)
+        if parsed.call is None:
+            return Played(text=text, parsed=parsed), ()
+        result = missing_image(parsed.call.arguments, len(self.images)) or await self._run(parsed.call)
+        made = tuple(trajectory_image(self.images, each, self._view(each.image)) for each in result.images)
+        numbers = range(len(self.images), len(self.images) + len(made))
+        return Played(text=text, parsed=parsed, result=result, images=numbers), made
+
+    async def _run(self, call: ToolCall) -> ToolResult:
+        tool = next(tool for tool in self.tools if tool.name == call.name)
+        context = ToolContext(
+            images=tuple(self.images),
+            owner=self._owner,
+            sandbox=self._sandbox,
+            coordinates=self._frame.coordinates,
+        )
+        try:
+            return await tool.call(call.arguments, context)
+        except Exception as error:  # a tool that fails ends its conversation, never the build
+            return failed_call(error).result
+
+    def keep(self, turn: Played, images: Sequence[TrajectoryImage]) -> None:
+        """Record a turn and its images."""
         self.turns.append(turn)
-        if image is not None:
-            self.images.append(image)
+        self.images += images
+
+    def demonstrated(self, turn: Played, learn: bool = True) -> DemoTurn:
+        """A recorded turn as one to learn from, with the result that its call really gave."""
+        made = [self.images[number].original for number in turn.images]
+        result = turn.result or ToolResult(error=turn.parsed.error or "")
+        is_said = turn.result is not None and (result.text or not (made or result.error))
+        return DemoTurn(
+            text=turn.text,
+            call=first_call(turn.text),
+            result_image=made[0] if made else None,
+            more_images=tuple(made[1:]),
+            said=result.text.rstrip("\n") if is_said else None,  # as the agent cuts it
+            error=result.error,
+            learn=learn,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -166,8 +211,8 @@ class Geometry:
         self.facts, self.calls, self.images = facts, calls, images
         self.frame = Frame(*images[0].original.size)
         self.path = path_of(images)
-        self.on_path = [call for call in calls if call.image_index in self.path]
-        self.off_path = [call for call in calls if call.image_index not in self.path]
+        self.on_path = [call for call in calls if set(call.images) & set(self.path)]
+        self.off_path = [call for call in calls if call not in self.on_path]
 
     def path_problems(self) -> list[Problem]:
         """Calls that do not contribute to the last image; a conversation about an error must have exactly one."""
@@ -186,7 +231,7 @@ class Geometry:
         if failed is self.calls[-1]:
             return [Problem("not recovered", "the call that went wrong is the last")]
         happened = {
-            "exception": failed.image_index is None,
+            "exception": not failed.images,
             "wrong_turn": self.left_turned(failed),
             "missed_crop": self.misses(failed),
         }
@@ -196,14 +241,14 @@ class Geometry:
 
     def left_turned(self, call: Played) -> bool:
         """True if a call turned its image and the result is not upright."""
-        turned = call.image_index is not None and call.operations & ORIENTATION
-        return bool(turned) and not self.is_upright(self.images[call.image_index or 0])
+        turned = call.last_image is not None and call.operations & ORIENTATION
+        return bool(turned) and not self.is_upright(self.images[call.last_image or 0])
 
     def misses(self, call: Played) -> bool:
         """True if a call's crop excludes more than half of the box."""
-        if call.image_index is None or self.facts.box is None:
+        if call.last_image is None or self.facts.box is None:
             return False
-        extent = source_extent(self.images[call.image_index], self.frame)
+        extent = source_extent(self.images[call.last_image], self.frame)
         return extent is not None and intersection(extent, self.facts.box) < 0.5 * area(self.facts.box)
 
     def is_upright(self, image: TrajectoryImage) -> bool:
@@ -221,7 +266,7 @@ class Geometry:
     def crop_problems(self) -> list[Problem]:
         """Crops that exclude part of the box or exceed the image before, and a last crop much larger than the box."""
         found, last = [], self.frame.box
-        cropped = {call.image_index for call in self.on_path if "crop" in call.operations}
+        cropped = {number for call in self.on_path if "crop" in call.operations for number in call.images}
         for at in self.path[1:]:
             extent = source_extent(self.images[at], self.frame)
             if extent is None:

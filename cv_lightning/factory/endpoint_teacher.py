@@ -13,6 +13,8 @@ from cv_lightning.endpoint.client import EndpointClient, usage
 from cv_lightning.endpoint.config import EndpointConfig
 from cv_lightning.endpoint.messages import image_part, reply_text, text_part
 from cv_lightning.factory import phrases
+from cv_lightning.factory.phrases import RETURNED
+from cv_lightning.factory.plans import RETURNS
 from cv_lightning.factory.teacher import TurnRequest, Written, crop_arguments
 from cv_lightning.images import fit_to_pixels
 from cv_lightning.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -96,7 +98,8 @@ class EndpointTeacher:
                 messages.append({"role": "assistant", "content": earlier.text})
                 continue
             parts = [text_part("<tool_response>")]
-            parts += self._image(earlier.image) if earlier.image is not None else [text_part(earlier.text)]
+            parts += [part for image in earlier.images for part in self._image(image)]
+            parts += [text_part(earlier.text)] if earlier.text or not earlier.images else []
             messages.append({"role": "user", "content": [*parts, text_part("</tool_response>")]})
         return [*messages, {"role": "user", "content": [text_part(directive(request))]}]
 
@@ -138,6 +141,9 @@ def directive(request: TurnRequest) -> str:
         )
     if step.action != "answer":
         lines.append(f"The call works on image_index {step.image_index}, which has {size[0]}x{size[1]} pixels.")
+    if step.returns != "image":
+        added = RETURNED[step.returns].strip()
+        lines.append(f"End the code with the line {added}, so that it returns {RETURNS[step.returns]}.")
     if request.refusal:
         lines.append(f"Your last try was refused: {request.refusal}. Write the turn anew.")
     return "\n".join(lines)

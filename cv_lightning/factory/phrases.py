@@ -115,6 +115,13 @@ ANSWER_AFTER_TOOL = (
     "That is legible. I have what I need.",
 )
 
+RETURNED = {
+    "image": "",
+    "text": "\nprint(result.size)",
+    "pair": "\nshow(result.crop((0, 0, (result.width + 1) // 2, result.height)))",
+}
+"""What is added to a call's code, by what it returns."""
+
 
 def broken(code: str, action: str, rng: random.Random) -> str:
     """The code with a mistake that raises an exception when it runs.

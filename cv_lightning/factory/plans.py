@@ -25,6 +25,8 @@ Edges = tuple[int, int, int, int]
 """Left, top, right, bottom in whole pixels."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+RETURNS = {"image": "an image", "text": "an image and a printed text", "pair": "two images, the whole one last"}
+"""What a call returns, as its teacher is told."""
 FLIPS = ("flip_horizontal", "flip_vertical")
 MIN_CROP_SIDE = 4
 """Smallest side of a crop in pixels."""
@@ -52,12 +54,20 @@ class PlanConfig:
     box."""
     max_crops: Annotated[int, Range(at_least=2)] = 3
     """Largest number of crops of a conversation with several."""
+    text_share: Fraction = 0.25
+    """Fraction of the calls that also print the size of their image, where the code tool returns text."""
+    pair_share: Fraction = 0.1
+    """Fraction of the last crops that show a half of the crop before the whole, where the code tool returns two."""
 
     def __post_init__(self) -> None:
         unknown = set(self.shares) - set(KINDS)
         if unknown or min(self.shares.values(), default=0) < 0 or not 0 < sum(self.shares.values()) < math.inf:
             raise ValueError(f"--plan.shares {self.shares}: not negative, not all 0, and only of {', '.join(KINDS)}")
         check_ranges(self, "plan")
+        if self.text_share + self.pair_share > 1:
+            raise ValueError(
+                f"--plan.text_share {self.text_share} and pair_share {self.pair_share}: at most 1 together"
+            )
         check_transforms(self)
 
 
@@ -88,6 +98,8 @@ class PlannedTurn:
     """Error of the step before, which this one corrects."""
     rank: int = 0
     """`crop`: number of crops before it."""
+    returns: Literal["image", "text", "pair"] = "image"
+    """What its call returns: an image, a printed text beside it, or two images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +117,27 @@ class ConversationPlan:
     def needs_crop(self) -> bool:
         """True if the plan crops to the box."""
         return any(step.action == "crop" for step in self.steps)
+
+
+def with_text(plan: ConversationPlan, config: PlanConfig, max_images: int, rng: random.Random) -> ConversationPlan:
+    """The plan with calls that print or show two images, drawn by the shares of the config; never the wrong calls.
+
+    Args:
+        plan: The plan.
+        config: The shares.
+        max_images: Images that a call may show.
+        rng: Draws the calls.
+    """
+
+    def drawn(step: PlannedTurn) -> PlannedTurn:
+        if step.action == "answer" or step.fault is not None:
+            return step
+        value, is_last = rng.random(), step is plan.steps[-2]  # steps after it count on one image per call
+        if step.action == "crop" and is_last and max_images > 1 and value >= 1 - config.pair_share:
+            return replace(step, returns="pair")
+        return replace(step, returns="text") if value < config.text_share else step
+
+    return replace(plan, steps=tuple(map(drawn, plan.steps)))
 
 
 # ------------------------------------------------------------------------------------------------ kinds

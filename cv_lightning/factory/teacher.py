@@ -60,8 +60,8 @@ class EarlierMessage:
     role: str
     """assistant or tool"""
     text: str
-    image: Image.Image | None = None
-    """Image of a tool's message."""
+    images: Sequence[Image.Image] = ()
+    """Images of a tool's message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +182,7 @@ class OfflineTeacher:
             before, edges = crop_arguments(step.edges, size, request.frame)
             code = rng.choice(phrases.CROP_CODE).format(before=before, edges=edges)
             description = rng.choice(phrases.CROP_DESCRIPTION)
+        code += phrases.RETURNED[step.returns]
         if step.fault == "exception":
             code = phrases.broken(code, step.action, rng)
         return call_turn(thought, code, step.image_index, description if rng.random() < DESCRIBED_FRACTION else "")

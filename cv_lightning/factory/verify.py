@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from PIL import Image
 
-from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.rows import ReaderConfig, RowError
 from cv_lightning.data.sft_json import conversation_of_item
 from cv_lightning.data.tables import read_items
-from cv_lightning.factory.compose import TOOL_ERROR
 from cv_lightning.factory.conversation_checks import Facts, Player, Problem, problems_of
-from cv_lightning.images import content_hash
-from cv_lightning.tools import CodeRunner
+from cv_lightning.factory.rerun import rerun
+from cv_lightning.factory.teacher import CropFrame
+from cv_lightning.tools import DEFAULT_TOOLS, CodeRunner, Tool
+from cv_lightning.types import SandboxError
 
 AT_ONCE = 16
 """Conversations verified at the same time."""
@@ -46,11 +47,14 @@ class Verification:
             "conversations": self.conversations,
             "verified": self.verified,
             "kinds": dict(self.kinds),
+            "differences": dict(Counter(p.kind for found in self.problems.values() for p in found).most_common()),
             "problems": listed,
         }
 
 
-async def verify_file(path: str | Path, sandbox: CodeRunner) -> Verification:
+async def verify_file(
+    path: str | Path, sandbox: CodeRunner, tools: Sequence[Tool] = DEFAULT_TOOLS, frame: CropFrame | None = None
+) -> Verification:
     """Check every conversation of a file that `data build-sft` wrote, from the file alone.
 
     Each is read by the trainer's own reader and its calls are run again; the images and errors that they give are
@@ -59,6 +63,8 @@ async def verify_file(path: str | Path, sandbox: CodeRunner) -> Verification:
     Args:
         path: Path of the JSON list.
         sandbox: Runs the calls.
+        tools: Tools that the calls may name.
+        frame: Frame of the coordinates of calls.
 
     Raises:
         DataError: The file cannot be read.
@@ -70,7 +76,8 @@ async def verify_file(path: str | Path, sandbox: CodeRunner) -> Verification:
 
     async def check(number: int, item: Any) -> None:
         async with slots:
-            problems = await _verify_item(item, path, number, sandbox, found.kinds)
+            player = partial(Player, sandbox=sandbox, owner=str(number), tools=tools, frame=frame)
+            problems = await _verify_item(item, path, number, player, found.kinds)
         if problems:
             found.problems[number] = problems
 
@@ -80,7 +87,9 @@ async def verify_file(path: str | Path, sandbox: CodeRunner) -> Verification:
     return found
 
 
-async def _verify_item(item: Any, path: Path, number: int, sandbox: CodeRunner, kinds: Counter[str]) -> list[Problem]:
+async def _verify_item(
+    item: Any, path: Path, number: int, make_player: Callable[[Sequence[Image.Image]], Player], kinds: Counter[str]
+) -> list[Problem]:
     try:
         conversation = await asyncio.to_thread(conversation_of_item, item, path, number, ReaderConfig())
     except RowError as error:
@@ -94,28 +103,9 @@ async def _verify_item(item: Any, path: Path, number: int, sandbox: CodeRunner, 
     kinds[facts.kind] += 1
     if facts.question != conversation.task.question:
         return [Problem("question", f"{conversation.task.question!r} is not {facts.question!r}")]
-    player = Player(conversation.task.images[0], sandbox, owner=str(number))
-    differing = await _replay(conversation, player)
+    player = make_player(conversation.task.images)
+    try:
+        _, differing = await rerun(conversation, player)
+    except SandboxError as error:
+        return [Problem("sandbox", str(error))]
     return differing + problems_of(facts, player.turns, player.images)
-
-
-async def _replay(conversation: Conversation, player: Player) -> list[Problem]:
-    """Play a conversation and compare the tool's results with those of the file."""
-    found = []
-    for at, turn in enumerate(conversation.turns):
-        played, image = await player.look(turn.text)
-        player.keep(played, image)
-        if played.result is None:
-            continue
-        if (image is None) != (turn.result_image is None):
-            status = f"{played.result.status} {played.result.error}".strip()
-            found.append(Problem("other result", f"turn {at}: the call gives {status}, the file says otherwise"))
-        elif image is not None and turn.result_image is not None and not _is_same(image.original, turn.result_image):
-            found.append(Problem("other image", f"turn {at}: the call makes another image than the file's"))
-        elif image is None and turn.response_text != TOOL_ERROR.format(error=played.result.error).strip():
-            found.append(Problem("other error", f"turn {at}: the call fails with {played.result.error!r}"))
-    return found
-
-
-def _is_same(one: Image.Image, other: Image.Image) -> bool:
-    return content_hash(one) == content_hash(other)

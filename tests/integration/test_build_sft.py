@@ -19,6 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from builder_samples import encoded, picture, read, table
 
+from cv_lightning.agent.protocol import call_markup
 from cv_lightning.commands.data_build import build_sft as command
 from cv_lightning.data.rows import ReaderConfig
 from cv_lightning.data.sft_json import ConversationFiles
@@ -29,6 +30,7 @@ from cv_lightning.factory.teacher import CropFrame
 from cv_lightning.factory.verify import Verification, verify_file
 from cv_lightning.rewards import JudgeConfig
 from cv_lightning.sandbox import Sandbox, SandboxConfig
+from cv_lightning.tools import CodeTool, CropBoxTool
 from cv_lightning.types import DataError, EndpointError
 
 EQUAL = PlanConfig(shares=dict.fromkeys(KINDS, 1.0))
@@ -214,6 +216,63 @@ def test_an_error_without_usable_rows_names_the_problems(tmp_path: Path, capsys:
     assert "unreadable image" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------------------ text and tools
+def test_calls_that_print_and_show_two_images_are_built_and_verified(tmp_path: Path, sandbox: Sandbox) -> None:
+    plan = PlanConfig(shares={"single_tool": 1.0, "error_recovery": 1.0}, text_share=0.5, pair_share=0.5, transforms=())
+    out = tmp_path / "sft.json"
+    report = build([table(tmp_path, 12)], out, plan=plan)
+    answered = [turn for item in read(out) for turn in item["conversations"] if turn["from"] == "tool"]
+    assert report["kept"] == len(read(out)) >= 6 and verified(out, sandbox).problems == {}
+    assert any(turn["value"] == "<image>" and "(" in turn.get("text", "") for turn in answered)
+    assert any(turn["value"] == "<image><image>" for turn in answered)
+    assert any("Error" in turn.get("error", "") and not turn["value"] for turn in answered)
+    items = read(out)
+    items[0]["conversations"][2] |= {"text": "(1, 1)"}
+    out.write_text(json.dumps(items))
+    assert verified(out, sandbox).to_json()["differences"] == {"other text": 1}
+
+
+def test_calls_of_a_file_are_run_again_with_their_real_results(tmp_path: Path) -> None:
+    def turns(*calls: tuple[str, dict[str, Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        made: list[dict[str, Any]] = [{"from": "human", "value": "<image>How wide?"}]
+        for name, arguments, tool in calls:
+            made += [{"from": "gpt", "value": "<think>a</think>" + call_markup(name, {"image_index": 0, **arguments})}]
+            made += [{"from": "tool", **tool}]
+        return [*made, {"from": "gpt", "value": "<think>b</think><answer>80</answer>"}]
+
+    width, image = {"code": "image.width"}, {"value": "<image>"}
+    box = {"box": [0, 0, 20, 10], "label": "corner"}
+    conversations = [
+        (turns(("code_image_tool", width, {"text": "80"})), 1),
+        (turns(("code_image_tool", width, {"value": "The width is 79."})), 1),
+        (turns(("crop_box", box, image), ("code_image_tool", {**width, "image_index": 1}, {"text": "20"})), 2),
+        (turns(("code_image_tool", {"code": "1 / 0"}, image)), 2),
+        (turns(("code_image_tool", {"code": "show(image)\nresult = image.rotate(180)"}, image)), 2),
+        (turns(("paint", {}, {"text": "80"})), 1),
+    ]
+    items = [{"conversations": turns, "images": ["a.png", "b.png"][:count]} for turns, count in conversations]
+    source, out = tmp_path / "teacher.json", tmp_path / "sft.json"
+    source.write_text(json.dumps(items))
+    whole = Image.effect_noise((80, 60), 50).convert("RGB")
+    whole.save(tmp_path / "a.png")
+    whole.crop((0, 0, 20, 10)).save(tmp_path / "b.png")
+    report = build([str(source)], out, tools=[CodeTool(), CropBoxTool()])
+    assert {kind: entry["count"] for kind, entry in report["differing"].items()} == {
+        "other text": 1,
+        "other number of images": 1,
+    }
+    assert list(report["dropped"]) == ["call fails"] and list(report["unusable_rows"]) == ["unknown tool"]
+    first, second, third, last = read(out)
+    assert first["conversations"][2] == second["conversations"][2] == {"from": "tool", "value": "", "text": "80"}
+    assert third["conversations"] == items[2]["conversations"]
+    assert last["conversations"][2] == {"from": "tool", "value": "<image><image>"}
+    again = build([str(out)], tmp_path / "again.json", tools=[CodeTool(), CropBoxTool()])
+    assert again["kept"] == 4 and not again["differing"]
+    assert [item["conversations"] for item in read(tmp_path / "again.json")] == [
+        item["conversations"] for item in read(out)
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ endpoint
 def teacher_reply(prompt: list[dict[str, Any]], slip: str = "") -> str:
     """What a teacher that follows its directive says; `slip` makes its first try at each turn go wrong."""
@@ -232,6 +291,8 @@ def teacher_reply(prompt: list[dict[str, Any]], slip: str = "") -> str:
         turns |= {"by 90": "image.rotate(90, expand=True)", "mirror it": "ImageOps.mirror(image)"}
         aim = directive.split("Image ")[1].split(": ", 1)[1].split(", and do")[0]
         code = "result = " + next((code for words, code in turns.items() if words in aim), "ImageOps.flip(image)")
+    if "End the code with the line " in directive:
+        code += "\n" + directive.split("End the code with the line ")[1].split(", so that it")[0]
     if "raises an exception" in directive:
         code = code.replace("image", "picture")
     if slip and "refused" not in directive:
