@@ -17,7 +17,7 @@ from cv_lightning.factory.build_files import LISTED, ProgressFile, Rejections, S
 from cv_lightning.factory.compose import Candidate, Composer, Composition, item_of
 from cv_lightning.factory.endpoint_teacher import EndpointTeacher, TeacherConfig
 from cv_lightning.factory.plans import KINDS, KindAssigner, PlanConfig
-from cv_lightning.factory.rerun_files import rerun_files
+from cv_lightning.factory.rerun_files import FileRerun
 from cv_lightning.factory.teacher import CropFrame, OfflineTeacher, Teacher
 from cv_lightning.factory.verify import verify_file
 from cv_lightning.factory.vqa_table import TableConfig, VqaTable
@@ -110,7 +110,15 @@ def build_sft(config: BuildSFT, show: Show | None = None) -> dict[str, Any]:
     """
     if all(Path(file).suffix == ".json" for file in config.files):
         with Sandbox(config.sandbox) as sandbox:
-            report = rerun_files(config, sandbox, show)
+            report = FileRerun(
+                files=config.files,
+                sandbox=sandbox,
+                tools=config.offered,
+                frame=config.frame,
+                count=config.count,
+                max_parallel=config.max_parallel,
+                show=show,
+            ).write(config.out)
         write_report(config.out, report)
         return report
     teacher: Teacher = OfflineTeacher() if config.teacher is None else EndpointTeacher(config.teacher)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from cv_lightning.data.conversations import Conversation
 from cv_lightning.data.rows import ReaderConfig, RowError
@@ -17,40 +18,52 @@ from cv_lightning.data.writers import write_sft_json
 from cv_lightning.factory.build_files import Rejections, Show
 from cv_lightning.factory.conversation_checks import Player, Problem
 from cv_lightning.factory.rerun import FAILED, rerun
-from cv_lightning.tools import CodeRunner
+from cv_lightning.factory.teacher import CropFrame
+from cv_lightning.tools import CodeRunner, Tool
 from cv_lightning.types import DataError, SandboxError
 
-if TYPE_CHECKING:
-    from cv_lightning.factory.build_sft import BuildSFT
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class FileRerun:
     """Runs the conversations of SFT files again, and counts what differs."""
 
-    config: BuildSFT
+    files: list[str]
     sandbox: CodeRunner
-    rows: ConversationFiles
+    tools: Sequence[Tool]
+    frame: CropFrame
+    count: int
+    """Conversations to run; 0: all."""
+    max_parallel: int
     show: Show | None = None
+    rows: ConversationFiles = field(init=False)
     kept: int = 0
     calls: Counter[int] = field(default_factory=Counter)
     differing: Rejections = field(default_factory=Rejections)
     dropped: Rejections = field(default_factory=Rejections)
 
-    def write(self) -> dict[str, Any]:
-        """Write the conversations with the results of this run; the report.
+    def __post_init__(self) -> None:
+        self.rows = ConversationFiles(self.files, ReaderConfig(), self.tools)
+
+    def write(self, out: Path) -> dict[str, Any]:
+        """Write the conversations with the results of this run.
+
+        Args:
+            out: SFT file.
+
+        Returns:
+            The report.
 
         Raises:
             DataError: No conversation was kept.
         """
         begun = time.perf_counter()
-        write_sft_json(self.config.out, self._conversations())
+        write_sft_json(out, self._conversations())
         if not self.kept:
-            raise DataError(f"no conversation was kept of {', '.join(self.config.files)}: {self.dropped.to_json()}")
+            raise DataError(f"no conversation was kept of {', '.join(self.files)}: {self.dropped.to_json()}")
         elapsed = time.perf_counter() - begun
         return {
             "rows": self.rows.num_rows,
-            "tried": self.rows.num_rows,
+            "tried": min(self.count or self.rows.num_rows, self.rows.num_rows),
             "kept": self.kept,
             "kinds": {},
             "calls": {str(number): self.calls[number] for number in sorted(self.calls)},
@@ -64,8 +77,8 @@ class FileRerun:
         }
 
     def _conversations(self) -> Iterator[Conversation]:
-        numbers = iter(range(self.config.count or self.rows.num_rows))
-        while some := list(islice(numbers, self.config.max_parallel)):
+        numbers = iter(range(min(self.count or self.rows.num_rows, self.rows.num_rows)))
+        while some := list(islice(numbers, self.max_parallel)):
             for conversation in asyncio.run(self._run(some)):
                 if conversation is not None:
                     self.kept += 1
@@ -83,8 +96,7 @@ class FileRerun:
         except RowError as error:
             self.rows.problems.add(*self.rows.place(number), error)
             return None
-        config = self.config
-        player = Player(conversation.task.images, self.sandbox, str(number), config.offered, config.frame)
+        player = Player(conversation.task.images, self.sandbox, str(number), self.tools, self.frame)
         try:
             again, found = await rerun(conversation, player)
         except SandboxError as error:
@@ -93,17 +105,3 @@ class FileRerun:
         for problem in failed[:1] or found[:1]:
             (self.dropped if failed else self.differing).add(problem.kind, conversation.task.id, problem.detail)
         return None if failed else again
-
-
-def rerun_files(config: BuildSFT, sandbox: CodeRunner, show: Show | None = None) -> dict[str, Any]:
-    """Run every call of SFT files again and write the conversations with the real results.
-
-    Args:
-        config: The build; of its settings `count`, `frame`, `tools` and `max_parallel` matter.
-        sandbox: Runs the calls.
-        show: Called after each batch of conversations.
-
-    Raises:
-        DataError: A file cannot be read, or no conversation was kept.
-    """
-    return FileRerun(config, sandbox, ConversationFiles(config.files, ReaderConfig(), config.offered), show).write()
