@@ -34,8 +34,8 @@ class AgentConfig:
     tools: list[Tool] | None = None
     """The tools, by `class_path`; see docs/tools.md. Null: only the code tool."""
     dialect: str | None = None
-    """How tool calls are written: hermes, or the import path of a `Dialect` of your own. Null: as the model's family
-    does; see docs/tools.md."""
+    """How tool calls are written: hermes, qwen_xml, python_block, or the import path of a `Dialect` of your own.
+    Null: as the model's family does; see docs/tools.md."""
     tool: bool = True
     """Offer the tools. False: the prompt does not describe them and the token that begins a call cannot be sampled."""
     deterministic: bool = False

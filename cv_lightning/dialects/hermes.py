@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cv_lightning.dialects.base import CUT, CallBlocks, Dialect, OfferedTool, RawCall
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+_TAG = re.compile("<(?=/?tool_call>)")
 MAX_NESTING = 64
 """Levels of lists and objects in a call. Python's own limit depends on the stack, so that a value that was read near it
 could fail when it is checked, printed or stored."""
@@ -52,6 +54,7 @@ class HermesDialect(Dialect):
     def render(self, name: str, arguments: Mapping[str, Any]) -> str:
         """One line of JSON between tags, each on a line of its own."""
         body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        body = _TAG.sub(r"\\u003c", body)  # the same JSON string, which ends no block
         return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
 
     def argument_error(self, error: str, example: str) -> str:

@@ -7,8 +7,10 @@ from importlib import import_module
 
 from cv_lightning.dialects.base import Dialect
 from cv_lightning.dialects.hermes import HERMES
+from cv_lightning.dialects.python_block import PythonBlockDialect
+from cv_lightning.dialects.qwen_xml import QwenXMLDialect
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (HERMES,)}
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (HERMES, QwenXMLDialect(), PythonBlockDialect())}
 """Our dialects by name."""
 
 
