@@ -332,11 +332,13 @@ def sft_file(folder: Path, *names: str, **more: Any) -> Path:
 
 
 def test_calls_of_a_tool_that_the_agent_lacks_are_counted_and_an_error_if_all_are(tmp_path: Path) -> None:
+    from cv_lightning.tools import CodeTool
+
     mixed = sft_file(tmp_path, "zoom_in", "code_image_tool", "zoom_in")
-    files = ConversationFiles([mixed], ReaderConfig(), ["code_image_tool"])
+    files = ConversationFiles([mixed], ReaderConfig(), [CodeTool()])
     assert len(files) == 1 and [problem.kind for problem in files.problems.problems] == ["unknown tool"] * 2
     with pytest.raises(DataError) as caught:
-        ConversationFiles([sft_file(tmp_path, "zoom_in")], ReaderConfig(), ["code_image_tool"])
+        ConversationFiles([sft_file(tmp_path, "zoom_in")], ReaderConfig(), [CodeTool()])
     said = str(caught.value)
     assert "'zoom_in'" in said and "code_image_tool" in said and "rollout.agent.tools" in said
     assert len(said.splitlines()) <= 3
